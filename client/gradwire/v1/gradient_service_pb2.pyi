@@ -1,0 +1,108 @@
+from gradwire.v1 import job_pb2 as _job_pb2
+from gradwire.v1 import matrix_pb2 as _matrix_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ComputeRequest(_message.Message):
+    __slots__ = ("job", "x", "w", "dy")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    X_FIELD_NUMBER: _ClassVar[int]
+    W_FIELD_NUMBER: _ClassVar[int]
+    DY_FIELD_NUMBER: _ClassVar[int]
+    job: _job_pb2.Job
+    x: bytes
+    w: bytes
+    dy: bytes
+    def __init__(self, job: _Optional[_Union[_job_pb2.Job, _Mapping]] = ..., x: _Optional[bytes] = ..., w: _Optional[bytes] = ..., dy: _Optional[bytes] = ...) -> None: ...
+
+class ComputeResponse(_message.Message):
+    __slots__ = ("accepted", "y", "dx", "dw", "receipt")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    Y_FIELD_NUMBER: _ClassVar[int]
+    DX_FIELD_NUMBER: _ClassVar[int]
+    DW_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    accepted: _job_pb2.Accepted
+    y: bytes
+    dx: bytes
+    dw: bytes
+    receipt: _job_pb2.Receipt
+    def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., y: _Optional[bytes] = ..., dx: _Optional[bytes] = ..., dw: _Optional[bytes] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ...) -> None: ...
+
+class ComputeStreamRequest(_message.Message):
+    __slots__ = ("job", "block", "end")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    job: _job_pb2.Job
+    block: _matrix_pb2.Block
+    end: _job_pb2.End
+    def __init__(self, job: _Optional[_Union[_job_pb2.Job, _Mapping]] = ..., block: _Optional[_Union[_matrix_pb2.Block, _Mapping]] = ..., end: _Optional[_Union[_job_pb2.End, _Mapping]] = ...) -> None: ...
+
+class ComputeStreamResponse(_message.Message):
+    __slots__ = ("accepted", "block", "receipt", "queued")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    accepted: _job_pb2.Accepted
+    block: _matrix_pb2.Block
+    receipt: _job_pb2.Receipt
+    queued: _job_pb2.Queued
+    def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., block: _Optional[_Union[_matrix_pb2.Block, _Mapping]] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ..., queued: _Optional[_Union[_job_pb2.Queued, _Mapping]] = ...) -> None: ...
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "server_instance", "contract", "features", "devices", "backend_reason", "dtypes", "limits", "draining", "libraries")
+    class LibrariesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SERVER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    CONTRACT_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_REASON_FIELD_NUMBER: _ClassVar[int]
+    DTYPES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LIBRARIES_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    server_instance: str
+    contract: str
+    features: _containers.RepeatedScalarFieldContainer[str]
+    devices: _containers.RepeatedCompositeFieldContainer[_job_pb2.Device]
+    backend_reason: str
+    dtypes: _containers.RepeatedScalarFieldContainer[_matrix_pb2.Dtype]
+    limits: Limits
+    draining: bool
+    libraries: _containers.ScalarMap[str, str]
+    def __init__(self, version: _Optional[str] = ..., server_instance: _Optional[str] = ..., contract: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[_job_pb2.Device, _Mapping]]] = ..., backend_reason: _Optional[str] = ..., dtypes: _Optional[_Iterable[_Union[_matrix_pb2.Dtype, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., draining: bool = ..., libraries: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("memory_bytes", "max_jobs", "max_queue", "max_columns", "max_message_bytes", "idle_timeout_seconds")
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_JOBS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUE_FIELD_NUMBER: _ClassVar[int]
+    MAX_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IDLE_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    memory_bytes: int
+    max_jobs: int
+    max_queue: int
+    max_columns: int
+    max_message_bytes: int
+    idle_timeout_seconds: float
+    def __init__(self, memory_bytes: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_queue: _Optional[int] = ..., max_columns: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., idle_timeout_seconds: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,162 @@
+from gradwire.v1 import matrix_pb2 as _matrix_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Job(_message.Message):
+    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_block_bytes", "required_features")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    M_FIELD_NUMBER: _ClassVar[int]
+    N_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    X_FIELD_NUMBER: _ClassVar[int]
+    W_FIELD_NUMBER: _ClassVar[int]
+    DY_FIELD_NUMBER: _ClassVar[int]
+    Y_FIELD_NUMBER: _ClassVar[int]
+    DX_FIELD_NUMBER: _ClassVar[int]
+    DW_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REQUIRED_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    m: int
+    n: int
+    k: int
+    dtype: _matrix_pb2.Dtype
+    x: Operand
+    w: Operand
+    dy: Operand
+    y: Result
+    dx: Result
+    dw: Result
+    numerics: Numerics
+    checksum: _matrix_pb2.Checksum
+    max_block_bytes: int
+    required_features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_block_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Operand(_message.Message):
+    __slots__ = ("inline",)
+    INLINE_FIELD_NUMBER: _ClassVar[int]
+    inline: InlineSource
+    def __init__(self, inline: _Optional[_Union[InlineSource, _Mapping]] = ...) -> None: ...
+
+class InlineSource(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Result(_message.Message):
+    __slots__ = ("dtype", "inline")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    INLINE_FIELD_NUMBER: _ClassVar[int]
+    dtype: _matrix_pb2.Dtype
+    inline: InlineDestination
+    def __init__(self, dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., inline: _Optional[_Union[InlineDestination, _Mapping]] = ...) -> None: ...
+
+class InlineDestination(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Numerics(_message.Message):
+    __slots__ = ("dw_accumulator", "allow_tf32")
+    DW_ACCUMULATOR_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_TF32_FIELD_NUMBER: _ClassVar[int]
+    dw_accumulator: _matrix_pb2.Dtype
+    allow_tf32: bool
+    def __init__(self, dw_accumulator: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., allow_tf32: bool = ...) -> None: ...
+
+class End(_message.Message):
+    __slots__ = ("m",)
+    M_FIELD_NUMBER: _ClassVar[int]
+    m: int
+    def __init__(self, m: _Optional[int] = ...) -> None: ...
+
+class Queued(_message.Message):
+    __slots__ = ("jobs_ahead",)
+    JOBS_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    jobs_ahead: int
+    def __init__(self, jobs_ahead: _Optional[int] = ...) -> None: ...
+
+class Accepted(_message.Message):
+    __slots__ = ("server_instance", "block_rows", "window_rows", "reserved_bytes", "device", "fingerprint", "effective_job")
+    SERVER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    EFFECTIVE_JOB_FIELD_NUMBER: _ClassVar[int]
+    server_instance: str
+    block_rows: int
+    window_rows: int
+    reserved_bytes: int
+    device: Device
+    fingerprint: NumericsFingerprint
+    effective_job: Job
+    def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("backend", "index", "name", "memory_bytes")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    index: int
+    name: str
+    memory_bytes: int
+    def __init__(self, backend: _Optional[str] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+
+class NumericsFingerprint(_message.Message):
+    __slots__ = ("library", "device", "threads", "block_rows")
+    LIBRARY_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    library: str
+    device: str
+    threads: int
+    block_rows: int
+    def __init__(self, library: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., block_rows: _Optional[int] = ...) -> None: ...
+
+class Receipt(_message.Message):
+    __slots__ = ("job_id", "server_instance", "m", "blocks", "bytes_received", "bytes_sent", "queued_seconds", "receiving_seconds", "copy_to_device_seconds", "computing_seconds", "copy_from_device_seconds", "sending_seconds", "total_seconds", "device", "peak_memory_bytes", "transport")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    SERVER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    M_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COPY_TO_DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COPY_FROM_DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SENDING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    server_instance: str
+    m: int
+    blocks: int
+    bytes_received: int
+    bytes_sent: int
+    queued_seconds: float
+    receiving_seconds: float
+    copy_to_device_seconds: float
+    computing_seconds: float
+    copy_from_device_seconds: float
+    sending_seconds: float
+    total_seconds: float
+    device: Device
+    peak_memory_bytes: int
+    transport: str
+    def __init__(self, job_id: _Optional[str] = ..., server_instance: _Optional[str] = ..., m: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., receiving_seconds: _Optional[float] = ..., copy_to_device_seconds: _Optional[float] = ..., computing_seconds: _Optional[float] = ..., copy_from_device_seconds: _Optional[float] = ..., sending_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,247 @@
+"""Messages of a stream, written and read without copying their payload.
+
+A stream's message with elements in it is almost all payload, so it is not
+worth building a generated message around it: the sender joins a prefix and
+the payload's buffer, once, and the receiver takes a `memoryview` of the
+message it was given. That holds for messages in the one form that every
+protobuf library writes:
+
+    12 <length>            field 2 of the envelope: block
+      08 <matrix>          Block.matrix
+      10 <index>           Block.index, left out when 0
+      1d <4 bytes>         Block.crc32c, when present
+      7a <length> <data>   Block.data, to the end of the message
+
+Everything else that protobuf allows (other orders, repeated or split fields,
+unknown fields, longer varints) goes through the generated classes, which
+also decide what is malformed. Both ways give the same result for every
+input; a property test holds them to it.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from gradwire.v1.gradient_service_pb2 import (
+    ComputeStreamRequest,
+    ComputeStreamResponse,
+)
+from gradwire.v1.job_pb2 import Accepted, End, Job, Queued, Receipt
+from gradwire.v1.matrix_pb2 import Block as BlockMessage
+
+_TAG_BLOCK = 0x12
+_TAG_MATRIX = 0x08
+_TAG_INDEX = 0x10
+_TAG_CRC32C = 0x1D
+_TAG_DATA = 0x7A
+
+_CRC32C = struct.Struct("<I")
+
+_NOT_CANONICAL = (-1, 0)
+
+
+class FramingError(ValueError):
+    """The bytes are no message of the stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A run of elements as it came, not checked against any job."""
+
+    matrix: int
+    """Number of the matrix; 0 when absent, unknown numbers pass through."""
+
+    index: int
+    """Index of the first element within the matrix."""
+
+    payload: memoryview | None
+    """The elements' bytes; None when the payload is absent or of a kind that
+    this version does not know."""
+
+    crc32c: int | None = None
+    """The payload's checksum, when it came with one."""
+
+
+RequestMessage: TypeAlias = Job | Block | End
+ResponseMessage: TypeAlias = Accepted | Queued | Block | Receipt
+
+
+def encode_block(
+    matrix: int,
+    index: int,
+    payload: bytes | memoryview,
+    crc32c: int | None = None,
+) -> bytes:
+    """The message, request or response, that carries `payload`.
+
+    Args:
+        matrix: The matrix's number on the wire, 1 to 127.
+        index: Index of the first element, at least 0.
+        payload: Contiguous bytes of the elements. They are copied once.
+        crc32c: The payload's checksum.
+    """
+    size = memoryview(payload).nbytes
+    head = bytearray((_TAG_MATRIX, matrix))
+    if index:
+        head.append(_TAG_INDEX)
+        _append_varint(head, index)
+    if crc32c is not None:
+        head.append(_TAG_CRC32C)
+        head += _CRC32C.pack(crc32c)
+    head.append(_TAG_DATA)
+    _append_varint(head, size)
+    prefix = bytearray((_TAG_BLOCK,))
+    _append_varint(prefix, len(head) + size)
+    return b"".join((prefix, head, payload))
+
+
+def encode_job(job: Job) -> bytes:
+    """The request message that opens a stream."""
+    return ComputeStreamRequest(job=job).SerializeToString()
+
+
+def encode_end(m: int) -> bytes:
+    """The request message that ends a stream of m rows."""
+    return ComputeStreamRequest(end=End(m=m)).SerializeToString()
+
+
+def encode_accepted(accepted: Accepted) -> bytes:
+    """The response message that says that the job runs."""
+    return ComputeStreamResponse(accepted=accepted).SerializeToString()
+
+
+def encode_queued(jobs_ahead: int) -> bytes:
+    """The response message that says that the job waits."""
+    return ComputeStreamResponse(
+        queued=Queued(jobs_ahead=jobs_ahead)
+    ).SerializeToString()
+
+
+def encode_receipt(receipt: Receipt) -> bytes:
+    """The response message that ends a successful stream."""
+    return ComputeStreamResponse(receipt=receipt).SerializeToString()
+
+
+def decode_request(message: bytes) -> RequestMessage:
+    """What a client sent.
+
+    A block's payload is a view of `message` where its form allows it.
+
+    Raises:
+        FramingError: The bytes do not parse, or no member is set.
+    """
+    block = _canonical_block(message)
+    return block if block is not None else decode_request_by_class(message)
+
+
+def decode_response(message: bytes) -> ResponseMessage:
+    """What a server sent; see `decode_request`."""
+    block = _canonical_block(message)
+    return block if block is not None else decode_response_by_class(message)
+
+
+def decode_request_by_class(message: bytes) -> RequestMessage:
+    """`decode_request` by the generated class alone: correct for any form."""
+    envelope = _parse(ComputeStreamRequest, message)
+    match envelope.WhichOneof("message"):
+        case "job":
+            return envelope.job
+        case "block":
+            return _from_class(envelope.block)
+        case "end":
+            return envelope.end
+        case _:
+            raise FramingError("the message holds neither job, block nor end")
+
+
+def decode_response_by_class(message: bytes) -> ResponseMessage:
+    """`decode_response` by the generated class alone."""
+    envelope = _parse(ComputeStreamResponse, message)
+    match envelope.WhichOneof("message"):
+        case "accepted":
+            return envelope.accepted
+        case "queued":
+            return envelope.queued
+        case "block":
+            return _from_class(envelope.block)
+        case "receipt":
+            return envelope.receipt
+        case _:
+            raise FramingError(
+                "the message holds neither accepted, queued, block nor receipt"
+            )
+
+
+_Envelope = TypeVar("_Envelope", ComputeStreamRequest, ComputeStreamResponse)
+
+
+def _parse(envelope: type[_Envelope], message: bytes) -> _Envelope:
+    try:
+        return envelope.FromString(message)
+    except DecodeError:
+        name = envelope.DESCRIPTOR.full_name
+        raise FramingError(f"the bytes are no {name}") from None
+
+
+def _from_class(block: BlockMessage) -> Block:
+    return Block(
+        matrix=block.matrix,
+        index=block.index,
+        payload=memoryview(block.data) if block.HasField("data") else None,
+        crc32c=block.crc32c if block.HasField("crc32c") else None,
+    )
+
+
+def _canonical_block(message: bytes) -> Block | None:
+    """The block, if the message has exactly the canonical form."""
+    try:
+        if message[0] != _TAG_BLOCK:
+            return None
+        length, at = _varint(message, 1)
+        if at + length != len(message) or message[at] != _TAG_MATRIX:
+            return None
+        matrix = message[at + 1]
+        if matrix >= 0x80:
+            return None
+        at += 2
+        index = 0
+        if message[at] == _TAG_INDEX:
+            index, at = _varint(message, at + 1)
+            if index < 0:
+                return None
+        crc32c = None
+        if message[at] == _TAG_CRC32C:
+            (crc32c,) = _CRC32C.unpack_from(message, at + 1)
+            at += 5
+        if message[at] != _TAG_DATA:
+            return None
+        length, at = _varint(message, at + 1)
+        if at + length != len(message):
+            return None
+    except (IndexError, struct.error):
+        return None
+    return Block(matrix, index, memoryview(message)[at:], crc32c)
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """The shortest-form varint at `at` below 2**63, and where it ends."""
+    value = shift = 0
+    while shift < 63:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return (value, at) if byte or not shift else _NOT_CANONICAL
+        shift += 7
+    return _NOT_CANONICAL
+
+
+def _append_varint(buffer: bytearray, value: int) -> None:
+    while value >= 0x80:
+        buffer.append(value & 0x7F | 0x80)
+        value >>= 7
+    buffer.append(value)

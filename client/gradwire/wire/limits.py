@@ -1,0 +1,27 @@
+"""Bounds that the contract puts on messages."""
+
+MIB = 1 << 20
+
+MAX_PAYLOAD_BYTES = 4 * MIB
+"""Largest payload of a Block, and largest request or response of Compute."""
+
+DEFAULT_BLOCK_BYTES = MIB
+"""Payload of a Block unless the receiver asks for another size."""
+
+FRAMING_BYTES = 64 * 1024
+"""Room beside a payload for everything else that a message holds."""
+
+MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + FRAMING_BYTES
+"""Receive limit that both sides set on their channels."""
+
+MAX_INT64 = 2**63 - 1
+"""Largest value of a size, a count or an index on the wire."""
+
+MAX_JOB_ID_LENGTH = 128
+"""Characters of a job's id."""
+
+SERVICE = "gradwire.v1.GradientService"
+"""Full name of the service."""
+
+CONTRACT = "gradwire.v1"
+"""The contract's name and version."""
