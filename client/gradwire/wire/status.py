@@ -86,7 +86,7 @@ def _collect(parts: list[AnyMessage]) -> ErrorDetails:
     for part in parts:
         info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
         if part.Unpack(info) and info.domain == DOMAIN:
-            reason = Reason(info.reason) if info.reason in Reason else None
+            reason = Reason.__members__.get(info.reason)
             metadata = dict(info.metadata)
         elif part.Unpack(bad_request):
             fields = {v.field: v.description for v in bad_request.field_violations}
