@@ -1,0 +1,176 @@
+"""Real servers for tests, each in a process of its own.
+
+    from tests.serving import running_server
+
+    with running_server(max_jobs=1) as server:
+        client = gradwire.connect(server.address)
+        server.wait_for_log("some-job-id")
+
+Run as a script, this module is that process: its one argument is the
+settings as JSON, it prints one line of JSON when it listens, and SIGTERM or
+SIGINT make it drain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 20.0
+
+
+class ServerProcess:
+    """A server that a test talks to."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self._log = log
+        self.addresses: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str:
+        return self.addresses[0]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def logs(self) -> str:
+        """Everything that the server has logged: one JSON object a line."""
+        return self._log.read_text()
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The log's records, each with every attribute that it was given."""
+        lines = self.logs.split("\n")[:-1]
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def wait_for_log(
+        self, wanted: str | Callable[[dict[str, Any]], bool], timeout_s: float = 20.0
+    ) -> dict[str, Any]:
+        """The first record that holds a text or satisfies a condition."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for record in self.records:
+                if (
+                    wanted in json.dumps(record)
+                    if isinstance(wanted, str)
+                    else wanted(record)
+                ):
+                    return record
+            time.sleep(0.01)
+        raise AssertionError(f"no such record in {timeout_s} s in:\n{self.logs}")
+
+    def kill(self) -> None:
+        """End the server as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def running_server(
+    *, env: dict[str, str] | None = None, **settings: Any
+) -> Iterator[ServerProcess]:
+    """A server with these `gradwire_server.Settings`, on a port of its own.
+
+    Args:
+        env: Environment variables beside this process's.
+        settings: Fields of `Settings`; those left out are the defaults, but
+            that it listens on port 0 of 127.0.0.1, computes with NumPy and
+            drains for at most a second.
+    """
+    settings = {
+        "listen": ["127.0.0.1:0"],
+        "backend": "numpy",
+        "grace": 1.0,
+    } | settings
+    with tempfile.TemporaryDirectory(prefix="gradwire-test-") as scratch:
+        log = Path(scratch) / "log"
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, __file__, json.dumps(settings)],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | (env or {}),
+            )
+        server = ServerProcess(process, log)
+        watchdog = _kill_after(process, START_TIMEOUT_S)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            watchdog.cancel()
+            if not line:
+                process.wait(STOP_TIMEOUT_S)
+                raise RuntimeError(f"the server did not start:\n{server.logs}")
+            server.addresses = tuple(json.loads(line)["addresses"])
+            yield server
+        finally:
+            watchdog.cancel()
+            if process.poll() is None:
+                process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def _kill_after(process: subprocess.Popen[bytes], seconds: float) -> Any:
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+class _JsonFormatter(logging.Formatter):
+    _USUAL = frozenset(logging.makeLogRecord({}).__dict__) - {"levelname", "name"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {k: v for k, v in vars(record).items() if k not in self._USUAL}
+        fields["message"] = record.getMessage()
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
+
+
+async def _serve(settings: dict[str, Any]) -> None:
+    from gradwire_server import Server, Settings
+
+    lists_as_tuples = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+    }
+    asked_to_stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, asked_to_stop.set)
+    server = Server(Settings(**lists_as_tuples))
+    await server.start()
+    print(json.dumps({"addresses": list(server.addresses)}), flush=True)
+    await asked_to_stop.wait()
+    await server.drain()
+
+
+if __name__ == "__main__":
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter())
+    logging.basicConfig(level=logging.DEBUG, handlers=[handler])
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    asyncio.run(_serve(json.loads(sys.argv[1])))
