@@ -1,0 +1,120 @@
+"""The tables between the wire, NumPy and gRPC are total, both ways."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gradwire.v1 import matrix_pb2
+from gradwire.wire import limits
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.matrices import (
+    NEEDS,
+    OPERANDS,
+    RESULTS,
+    ROW_OPERANDS,
+    ROW_RESULTS,
+    Matrix,
+    operands_for,
+)
+from gradwire.wire.reasons import Reason
+from grpc import StatusCode
+
+
+def test_every_dtype_of_the_contract_is_known_by_name_and_number():
+    of_the_contract = {
+        name: number
+        for name, number in matrix_pb2.Dtype.items()
+        if name != "DTYPE_UNSPECIFIED"
+    }
+    assert {f"DTYPE_{d.name}": d.value for d in Dtype} == of_the_contract
+
+
+def test_every_matrix_of_the_contract_is_known_by_name_and_number():
+    of_the_contract = {
+        name: number
+        for name, number in matrix_pb2.Matrix.items()
+        if name != "MATRIX_UNSPECIFIED"
+    }
+    assert {f"MATRIX_{m.name}": m.value for m in Matrix} == of_the_contract
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_a_dtype_is_found_again_from_numpy_and_from_its_name(dtype):
+    assert Dtype.of(dtype.numpy) is dtype
+    assert Dtype.named(dtype.label) is dtype
+    assert np.dtype(dtype.label) == dtype.numpy
+    assert dtype.itemsize == dtype.numpy.itemsize
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT16, Dtype.FLOAT32, Dtype.FLOAT64])
+def test_a_dtype_is_found_in_either_byte_order(dtype):
+    assert Dtype.of(dtype.numpy.newbyteorder(">")) is dtype
+
+
+@pytest.mark.parametrize("name", ["int32", "bool", "complex64", "S4", "O"])
+def test_a_dtype_that_the_contract_lacks_is_unknown(name):
+    with pytest.raises(KeyError):
+        Dtype.of(np.dtype(name))
+    with pytest.raises(KeyError):
+        Dtype.named(name)
+
+
+def test_other_16_and_8_bit_floats_are_unknown():
+    for other in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
+        with pytest.raises(KeyError):
+            Dtype.of(np.dtype(other))
+
+
+def test_16_bit_products_are_summed_in_float32_and_others_in_their_own_dtype():
+    assert {d: d.sums_in for d in Dtype} == {
+        Dtype.FLOAT16: Dtype.FLOAT32,
+        Dtype.BFLOAT16: Dtype.FLOAT32,
+        Dtype.FLOAT32: Dtype.FLOAT32,
+        Dtype.FLOAT64: Dtype.FLOAT64,
+    }
+
+
+def test_operands_and_results_are_all_the_matrices():
+    assert set(OPERANDS) | set(RESULTS) == set(Matrix)
+    assert not set(OPERANDS) & set(RESULTS)
+    assert set(ROW_OPERANDS) < set(OPERANDS)
+    assert set(ROW_RESULTS) < set(RESULTS)
+    assert set(NEEDS) == set(RESULTS)
+
+
+@pytest.mark.parametrize(
+    ("results", "operands"),
+    [
+        ((), ()),
+        ((Matrix.Y,), (Matrix.X, Matrix.W)),
+        ((Matrix.DX,), (Matrix.W, Matrix.DY)),
+        ((Matrix.DW,), (Matrix.X, Matrix.DY)),
+        ((Matrix.DX, Matrix.DW), OPERANDS),
+        (RESULTS, OPERANDS),
+    ],
+)
+def test_each_result_needs_two_operands(results, operands):
+    assert operands_for(results) == operands
+
+
+def test_rows_have_n_columns_in_x_and_dx_and_k_in_the_others():
+    assert {m: m.row_length(3, 5) for m in Matrix} == {
+        Matrix.X: 3,
+        Matrix.DX: 3,
+        Matrix.W: 5,
+        Matrix.DW: 5,
+        Matrix.Y: 5,
+        Matrix.DY: 5,
+    }
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_has_one_status_that_is_an_error(reason):
+    assert isinstance(reason.status, StatusCode)
+    assert reason.status is not StatusCode.OK
+    assert reason.value == reason.name
+    assert str(reason) == reason.name
+
+
+def test_the_default_block_fits_the_largest_payload_and_that_fits_a_message():
+    assert limits.DEFAULT_BLOCK_BYTES <= limits.MAX_PAYLOAD_BYTES
+    assert limits.MAX_PAYLOAD_BYTES + 64 < limits.MAX_MESSAGE_BYTES
