@@ -1,0 +1,37 @@
+"""The machine and the libraries of a run, in words that name no host."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PACKAGES = ("gradwire", "grpcio", "numpy", "protobuf")
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """What a reader of the figures has to know about where they come from."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return {
+        "processor": _first("/proc/cpuinfo", "model name") or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release().split("-")[0],
+        "python": platform.python_version(),
+        "blas": f"{blas['name']} {blas['version']}",
+        "blas_threads": threads,
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _first(path: str, key: str) -> str | None:
+    for line in Path(path).read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return None

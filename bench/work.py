@@ -1,0 +1,84 @@
+"""What is computed: shapes, operands, and a check that a result is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """X is (m, n), W is (n, k), dY is (m, k)."""
+
+    m: int
+    n: int
+    k: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """The shape written as ``MxNxK``; a single number is a cube.
+
+        Raises:
+            ValueError: It is neither.
+        """
+        sizes = [int(part) for part in text.split("x")]
+        if len(sizes) == 1:
+            sizes *= 3
+        if len(sizes) != 3 or min(sizes) < 1:
+            raise ValueError(f"a shape is MxNxK or one number, not {text!r}")
+        return cls(*sizes)
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}"
+
+    @property
+    def label(self) -> str:
+        """The shape as people write it: a cube by its side."""
+        return f"{self.m}³" if self.m == self.n == self.k else str(self)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the three products."""
+        return 6 * self.m * self.n * self.k
+
+    @property
+    def bytes_each_way(self) -> int:
+        """Bytes of the operands, and of the results, in float32."""
+        return 4 * (self.m * self.n + self.n * self.k + self.m * self.k)
+
+
+def operands(shape: Shape, seed: int = 7) -> tuple[Array, Array, Array]:
+    """X, W and dY: float32, standard normal, the same in every process."""
+    rng = np.random.default_rng(seed)
+    return (
+        rng.standard_normal((shape.m, shape.n), dtype=np.float32),
+        rng.standard_normal((shape.n, shape.k), dtype=np.float32),
+        rng.standard_normal((shape.m, shape.k), dtype=np.float32),
+    )
+
+
+def worst_error(
+    given: tuple[Array, Array, Array], results: tuple[Array, Array, Array]
+) -> float:
+    """Largest relative error of the three results along a random direction.
+
+    A product with a vector costs little, so this holds for large results too:
+    Y r against X (W r), and so on, in float64.
+    """
+    x, w, dy = given
+    y, dx, dw = results
+    rng = np.random.default_rng(11)
+    errors = []
+    for result, left, right in ((y, x, w), (dx, dy, w.T), (dw, x.T, dy)):
+        if result.shape != (left.shape[0], right.shape[1]):
+            return float("inf")
+        direction = rng.standard_normal(right.shape[1])
+        expected = left @ (right @ direction)
+        actual = result @ direction
+        errors.append(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    return float(max(errors))
