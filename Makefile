@@ -1,0 +1,129 @@
+# `make` lists what can be made. Every target builds the environment it needs
+# first; with Python 3.11 or newer, make and a PyPI index, nothing else is
+# needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Its grpcio-tools needs an older protobuf than the one the tests run on.
+PROTOS_VENV ?= .venv-protos
+# More arguments for pytest: make test PYTEST_ARGS="tests/unit -k framing"
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+##@ Use
+
+.PHONY: help
+help: ## list what can be made
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "PYTHON=python3.12 VENV=.venv-312 choose an interpreter and an environment."
+
+.PHONY: demo
+demo: $(VENV)/.ready-demo ## train on handwritten digits through a server; writes demo-output/
+	@$(PY) examples/digits.py
+
+.PHONY: bench
+bench: $(VENV)/.ready-dev ## time jobs against plain NumPy and plain gRPC
+	@$(PY) -m bench
+
+##@ Check
+
+.PHONY: test
+test: lint ## lint, then every test, with coverage
+	$(PY) -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+.PHONY: test-big
+test-big: $(VENV)/.ready-dev ## the tests that need gigabytes or minutes
+	$(PY) -m pytest -m big --timeout=1800 $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.ready-dev check-protos ## style, types, contract, container file, scripts
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/shellcheck .ci/run scripts/check-containers scripts/check-contract
+
+.PHONY: check-protos
+check-protos: $(VENV)/.ready-dev $(PROTOS_VENV)/.ready ## contract: lint, compatibility, generated code
+	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check-contract
+	$(PROTOS_VENV)/bin/python scripts/generate-stubs --check
+
+.PHONY: check-wheel
+check-wheel: $(VENV)/.ready-dev ## build the package, use it in clean environments
+	$(PY) scripts/check-wheel
+
+.PHONY: check-containers
+check-containers: ## build the image and use it; needs Docker with Compose v2
+	scripts/check-containers
+
+##@ Change
+
+.PHONY: protos
+protos: $(PROTOS_VENV)/.ready ## regenerate client/gradwire/v1 from protos/
+	$(PROTOS_VENV)/bin/python scripts/generate-stubs
+
+.PHONY: format
+format: $(VENV)/.ready-dev ## format the code and the contract
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/buf format --write
+
+.PHONY: clean
+clean: ## remove environments and everything that was built
+	rm -rf $(VENV) $(PROTOS_VENV) dist build demo-output bench/out htmlcov \
+	  .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# Environments. A stamp is older than pyproject.toml, or than the interpreter
+# behind the environment, exactly when something must be installed anew.
+
+define make-venv
+@command -v $(PYTHON) >/dev/null || { \
+  echo "gradwire needs Python 3.11 or newer, and there is no $(PYTHON) here." \
+       "Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "gradwire needs Python 3.11 or newer, and $(PYTHON) is" \
+       "$$($(PYTHON) -c 'import platform; print(platform.python_version())')." \
+       "Name another: make PYTHON=python3.12" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+  echo "$(PYTHON) cannot make virtual environments." \
+       "On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+@rm -rf $(patsubst %/bin/python,%,$@)
+@$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
+endef
+
+$(PY):
+	$(make-venv)
+
+$(PROTOS_VENV)/bin/python:
+	$(make-venv)
+
+# pip reads dependency groups from 25.1 on.
+$(VENV)/.ready-pip: | $(PY)
+	@$(PY) $(PIP_INSTALL) 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.ready-demo: pyproject.toml $(PY) | $(VENV)/.ready-pip
+	@echo "Installing what the demo needs into $(VENV) ..."
+	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group demo
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml $(PY) | $(VENV)/.ready-pip
+	@echo "Installing what the tests need into $(VENV) ..."
+	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group dev
+	@touch $@
+
+$(PROTOS_VENV)/.ready: pyproject.toml $(PROTOS_VENV)/bin/python
+	@echo "Installing the stub generator into $(PROTOS_VENV) ..."
+	@$(PROTOS_VENV)/bin/python $(PIP_INSTALL) 'pip>=25.1'
+	@$(PROTOS_VENV)/bin/python $(PIP_INSTALL) --group protos
+	@touch $@
