@@ -1,1 +1,12 @@
-"""gradwire server."""
+"""The gradwire server: the gradients of a matrix product, as a gRPC service.
+
+`Server` serves in the running event loop; `start_in_thread` serves within a
+program that has none; ``gradwire serve`` is the command.
+"""
+
+from gradwire_server.errors import BackendError, ListenError
+from gradwire_server.server import Server
+from gradwire_server.settings import Settings
+from gradwire_server.threaded import start_in_thread
+
+__all__ = ["BackendError", "ListenError", "Server", "Settings", "start_in_thread"]

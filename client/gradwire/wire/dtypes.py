@@ -33,6 +33,11 @@ class Dtype(enum.IntEnum):
         return self.name.lower()
 
     @property
+    def proto_name(self) -> str:
+        """The name of the enum's value in the contract: ``DTYPE_FLOAT32``."""
+        return f"DTYPE_{self.name}"
+
+    @property
     def sums_in(self) -> Dtype:
         """The dtype in which products of such operands are summed."""
         return Dtype.FLOAT32 if self.itemsize == 2 else self

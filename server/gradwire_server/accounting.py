@@ -1,0 +1,123 @@
+"""One call's place in the memory, its error, and its line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from gradwire.wire.reasons import Reason
+from gradwire.wire.status import encode
+from gradwire_server.errors import JobError
+from gradwire_server.service import Call, Service
+
+_log = logging.getLogger("gradwire_server")
+
+Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+
+
+@asynccontextmanager
+async def accounted(
+    service: Service, method: str, context: Context
+) -> AsyncIterator[Call]:
+    """A call: whatever is raised within ends it with a status and a log line.
+
+    An error that nobody foresaw is told to the client by an id alone; the log
+    has the id and the rest.
+    """
+    call = Call(
+        method=method,
+        transport="unix" if context.peer().startswith("unix") else "tcp",
+    )
+    try:
+        with service.admission.call():
+            yield call
+        _write_line(call, logging.INFO, "OK")
+    except asyncio.CancelledError:
+        late = context.time_remaining() == 0
+        _write_line(
+            call,
+            logging.WARNING,
+            "DEADLINE_EXCEEDED" if late else "CANCELLED",
+            reason=Reason.DEADLINE_PASSED if late else Reason.JOB_CANCELLED,
+        )
+        raise
+    except JobError as error:
+        await _fail(call, context, error)
+    except MemoryError:
+        await _fail(
+            call,
+            context,
+            JobError(
+                Reason.DEVICE_OUT_OF_MEMORY,
+                f"there are no {call.reserved_bytes} bytes of memory for this job, "
+                f"though the server's limit allows it",
+            ),
+        )
+    except Exception:  # noqa: BLE001 - logged, and told by its id
+        error_id = f"error-{secrets.token_hex(6)}"
+        _log.exception(
+            "unforeseen error", extra={"error_id": error_id, "job_id": call.job_id}
+        )
+        await _fail(
+            call,
+            context,
+            JobError(
+                Reason.UNFORESEEN,
+                f"the server failed; its log has the cause as {error_id}",
+                metadata={"error_id": error_id},
+            ),
+        )
+
+
+async def _fail(call: Call, context: Context, error: JobError) -> None:
+    _write_line(
+        call,
+        logging.WARNING,
+        error.reason.status.name,
+        reason=error.reason,
+        error=error.message,
+    )
+    status = error.reason.status
+    trailer = encode(status, error.message, error.details(call.job_id))
+    await context.abort(status, error.message, trailer)
+
+
+def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
+    fields: dict[str, Any] = {
+        "job_id": call.job_id,
+        "method": call.method,
+        "outcome": outcome,
+        **more,
+        "transport": call.transport,
+        "total_s": round(time.perf_counter() - call.started, 6),
+    }
+    if call.spec is not None:
+        spec = call.spec
+        fields |= {
+            "m": spec.m,
+            "n": spec.n,
+            "k": spec.k,
+            "dtype": spec.dtype.label,
+            "results": ",".join(result.label for result in spec.results),
+            "reserved_bytes": call.reserved_bytes,
+            "queued_s": round(call.queued_s, 6),
+        }
+    if call.job is not None:
+        job = call.job
+        fields |= {
+            "m": job.m or fields["m"],
+            "blocks": job.counts.blocks,
+            "bytes_received": job.bytes_received,
+            "bytes_sent": job.counts.bytes_sent,
+            "receiving_s": round(call.receiving_s, 6),
+            "computing_s": round(job.counts.computing_s, 6),
+            "sending_s": round(call.sending_s, 6),
+        }
+    _log.log(level, "job", extra=fields)

@@ -1,0 +1,200 @@
+"""Who may run: jobs by the bytes that they reserve, in the order they came."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+from gradwire.wire.limits import MIB
+from gradwire.wire.reasons import Reason
+from gradwire_server.errors import JobError
+
+CALL_BYTES = MIB
+"""What an open call holds before its job is admitted: what gRPC takes in
+from its client while nobody reads."""
+
+RETRY_AFTER_S = 1.0
+"""When a refused caller may try again: jobs come and go within seconds."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    size_bytes: int
+    moved: asyncio.Event = field(default_factory=asyncio.Event)
+    admitted: bool = False
+    refused: JobError | None = None
+
+
+class Admission:
+    """The memory and the turns of one server.
+
+    Jobs are admitted first come, first served: a large job that waits for
+    memory is not overtaken for ever by small ones that would fit.
+
+    Args:
+        memory_limit: Most bytes that jobs and open calls may hold.
+        max_jobs: Most jobs that run at once.
+        max_queue: Most jobs that wait.
+    """
+
+    def __init__(self, memory_limit: int, max_jobs: int, max_queue: int) -> None:
+        self.memory_limit = memory_limit
+        self.max_jobs = max_jobs
+        self.max_queue = max_queue
+        self.running = 0
+        self.held_bytes = 0
+        self._queue: deque[_Waiting] = deque()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether new jobs are refused for good."""
+        return self._draining
+
+    def drain(self) -> None:
+        """Refuses every job that is not running, now and from now on."""
+        self._draining = True
+        while self._queue:
+            waiting = self._queue.popleft()
+            waiting.refused = _draining()
+            waiting.moved.set()
+
+    async def wait_idle(self) -> None:
+        """Waits until no job runs."""
+        await self._idle.wait()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Holds what an open call takes, whatever it will ask for.
+
+        Raises:
+            JobError: The server drains, or has no memory for one more call.
+        """
+        if self._draining:
+            raise _draining()
+        if self.held_bytes + CALL_BYTES > self.memory_limit:
+            raise _busy(
+                f"the open calls and running jobs hold {self.held_bytes} of "
+                f"{self.memory_limit} bytes"
+            )
+        self.held_bytes += CALL_BYTES
+        try:
+            yield
+        finally:
+            self._give_back(CALL_BYTES)
+
+    @asynccontextmanager
+    async def job(
+        self, size_bytes: int, on_wait: Callable[[int], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        """Waits for a job's turn and holds its memory while it runs.
+
+        Args:
+            size_bytes: What the job reserves.
+            on_wait: Told how many jobs are ahead, first and at each change.
+
+        Raises:
+            JobError: The job is larger than this server can ever hold, the
+                queue is full, or the server drains.
+        """
+        await self._admit(size_bytes, on_wait)
+        try:
+            yield
+        finally:
+            self.running -= 1
+            if not self.running:
+                self._idle.set()
+            self._give_back(size_bytes)
+
+    async def _admit(
+        self, size_bytes: int, on_wait: Callable[[int], Awaitable[None]]
+    ) -> None:
+        if size_bytes + CALL_BYTES > self.memory_limit:
+            raise JobError(
+                Reason.JOB_TOO_LARGE,
+                f"the job would hold {size_bytes} bytes: this server has "
+                f"{self.memory_limit}",
+                field="job",
+            )
+        if self._draining:
+            raise _draining()
+        waiting = _Waiting(size_bytes)
+        self._queue.append(waiting)
+        self._admit_waiting()
+        if not waiting.admitted and len(self._queue) > self.max_queue:
+            self._queue.remove(waiting)
+            raise _busy(
+                f"{self.running} jobs run and {len(self._queue)} wait, of at most "
+                f"{self.max_queue}"
+            )
+        try:
+            await self._wait_turn(waiting, on_wait)
+        except BaseException:
+            self._withdraw(waiting)
+            raise
+
+    async def _wait_turn(
+        self, waiting: _Waiting, on_wait: Callable[[int], Awaitable[None]]
+    ) -> None:
+        told = -1
+        while not waiting.admitted:
+            if waiting.refused is not None:
+                raise waiting.refused
+            waiting.moved.clear()
+            ahead = self.running + self._queue.index(waiting)
+            if ahead != told:
+                told = ahead
+                await on_wait(ahead)
+            else:
+                await waiting.moved.wait()
+
+    def _withdraw(self, waiting: _Waiting) -> None:
+        """Takes a job that will not run out of the queue, or out of its place."""
+        if waiting.admitted:
+            self.running -= 1
+            if not self.running:
+                self._idle.set()
+            self._give_back(waiting.size_bytes)
+        elif waiting in self._queue:
+            self._queue.remove(waiting)
+            self._admit_waiting()
+
+    def _give_back(self, size_bytes: int) -> None:
+        self.held_bytes -= size_bytes
+        self._admit_waiting()
+
+    def _admit_waiting(self) -> None:
+        while self._queue and self._fits(self._queue[0].size_bytes):
+            first = self._queue.popleft()
+            self.held_bytes += first.size_bytes
+            self.running += 1
+            self._idle.clear()
+            first.admitted = True
+            first.moved.set()
+        for waiting in self._queue:
+            waiting.moved.set()
+
+    def _fits(self, size_bytes: int) -> bool:
+        return (
+            self.running < self.max_jobs
+            and self.held_bytes + size_bytes <= self.memory_limit
+        )
+
+
+def _busy(why: str) -> JobError:
+    return JobError(
+        Reason.BUSY,
+        f"the server is busy: {why}; try again in {RETRY_AFTER_S:g} s",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def _draining() -> JobError:
+    return JobError(
+        Reason.DRAINING, "the server is about to stop and takes no new jobs"
+    )

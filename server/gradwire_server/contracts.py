@@ -1,0 +1,41 @@
+"""What a client of another version of the contract is told."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+import grpc
+
+from gradwire.wire.limits import CONTRACT, SERVICE
+from gradwire.wire.reasons import Reason
+from gradwire.wire.status import ErrorDetails, encode
+
+
+class OtherContracts(grpc.GenericRpcHandler):
+    """Answers calls of `gradwire.*` services that this server does not have."""
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[bytes, bytes] | None:
+        """A handler that refuses; None for what is not gradwire's."""
+        method = handler_call_details.method
+        if isinstance(method, bytes):
+            method = method.decode(errors="replace")
+        if not method.startswith("/gradwire."):
+            return None
+
+        async def refuse(
+            _: AsyncIterator[bytes],
+            context: grpc.aio.ServicerContext[bytes, bytes],
+        ) -> None:
+            reason = Reason.CONTRACT_UNKNOWN
+            message = (
+                f"{method} is not served here: this is gradwire "
+                f"{version('gradwire')}, which speaks {SERVICE}"
+            )
+            details = ErrorDetails(reason, metadata={"served": CONTRACT})
+            trailer = encode(reason.status, message, details)
+            await context.abort(reason.status, message, trailer)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)

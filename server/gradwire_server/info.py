@@ -1,0 +1,47 @@
+"""What a server says of itself."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import grpc
+
+from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse, Limits
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.limits import CONTRACT, MAX_PAYLOAD_BYTES
+from gradwire_server.service import Service, device_message
+from gradwire_server.spec import FEATURES
+
+
+def describe(service: Service, backend_reason: str) -> GetServerInfoResponse:
+    """The answer to GetServerInfo.
+
+    Args:
+        service: The service.
+        backend_reason: Why its backend was chosen.
+    """
+    backend, admission = service.backend, service.admission
+    return GetServerInfoResponse(
+        version=version("gradwire"),
+        server_instance=service.instance,
+        contract=CONTRACT,
+        features=FEATURES,
+        devices=[device_message(device) for device in backend.devices],
+        backend_reason=backend_reason,
+        dtypes=[dtype.proto_name for dtype in Dtype],
+        limits=Limits(
+            memory_bytes=admission.memory_limit,
+            max_jobs=admission.max_jobs,
+            max_queue=admission.max_queue,
+            max_columns=backend.max_columns,
+            max_message_bytes=MAX_PAYLOAD_BYTES,
+            idle_timeout_seconds=service.settings.idle_timeout,
+        ),
+        draining=admission.draining,
+        libraries={
+            "python": platform.python_version(),
+            "grpcio": grpc.__version__,
+            **backend.libraries(),
+        },
+    )

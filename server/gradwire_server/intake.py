@@ -1,0 +1,258 @@
+"""What of a request stream is valid: order, indices and byte counts.
+
+Pure bookkeeping without I/O and without the elements themselves. It is told
+of each message and answers where its bytes belong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gradwire.wire.checksum import crc32c
+from gradwire.wire.framing import Block
+from gradwire.wire.limits import MAX_PAYLOAD_BYTES
+from gradwire.wire.matrices import OPERANDS, Matrix
+from gradwire.wire.reasons import Reason
+from gradwire_server.errors import JobError
+from gradwire_server.plan import Plan
+from gradwire_server.spec import JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes that belong together: to W, or to one operand of one row block."""
+
+    matrix: Matrix
+    block: int
+    """Number of the row block; 0 for W."""
+    offset: int
+    """Where the bytes begin within W or within the block's operand; bytes."""
+    payload: memoryview
+
+
+class Intake:
+    """The state of one request stream.
+
+    Args:
+        spec: The job that the stream announced.
+        plan: How it is cut.
+    """
+
+    def __init__(self, spec: JobSpec, plan: Plan) -> None:
+        self._spec = spec
+        self._plan = plan
+        self._received = dict.fromkeys(spec.operands, 0)
+        self.m: int | None = None
+        """Rows of the job, once the stream is complete."""
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes of operands so far."""
+        return sum(self._received.values()) * self._spec.dtype.itemsize
+
+    @property
+    def w_complete(self) -> bool:
+        """Whether W is there, or is not needed."""
+        return Matrix.W not in self._received or (
+            self._received[Matrix.W] == self._spec.n * self._spec.k
+        )
+
+    @property
+    def blocks_complete(self) -> int:
+        """How many row blocks, from the first, have all of their rows.
+
+        A shorter last block counts when the stream is complete. A stream
+        whose rows have no elements has none before that.
+        """
+        if self.m is not None:
+            return -(-self.m // self._plan.block_rows)
+        complete = [self._complete_rows(operand) for operand in self._row_operands]
+        return min(complete, default=0) // self._plan.block_rows
+
+    def rows_of(self, block: int) -> int:
+        """Rows of a complete block."""
+        if self.m is None:
+            return self._plan.block_rows
+        return min(self._plan.block_rows, self.m - block * self._plan.block_rows)
+
+    def take(self, block: Block) -> Iterator[Span]:
+        """Checks a message and says where its bytes belong, piece by piece.
+
+        Raises:
+            JobError: The message does not continue the stream. Nothing of it
+                was taken.
+        """
+        operand, payload = self._check(block)
+        itemsize = self._spec.dtype.itemsize
+        self._received[operand] += payload.nbytes // itemsize
+        if operand is Matrix.W:
+            yield Span(operand, 0, block.index * itemsize, payload)
+            return
+        block_elements = self._plan.block_rows * self._spec.row_length(operand)
+        at = block.index
+        while payload.nbytes:
+            number, first = divmod(at, block_elements)
+            piece = payload[: (block_elements - first) * itemsize]
+            yield Span(operand, number, first * itemsize, piece)
+            at += piece.nbytes // itemsize
+            payload = payload[piece.nbytes :]
+
+    def end(self, m: int) -> None:
+        """The stream says that it is complete, with m rows.
+
+        Raises:
+            JobError: It is not.
+        """
+        if m < 0:
+            raise JobError(
+                Reason.SHAPE_INVALID,
+                f"end.m is {m}: expected at least 0",
+                field="end.m",
+            )
+        if self._spec.m is not None and m != self._spec.m:
+            raise JobError(
+                Reason.M_MISMATCH,
+                f"end.m is {m}, but job.m is {self._spec.m}",
+                field="end.m",
+            )
+        for operand, received in self._received.items():
+            expected = self._elements(operand, m)
+            if received != expected:
+                short = received < expected
+                raise JobError(
+                    Reason.PAYLOAD_MISSING if short else Reason.M_MISMATCH,
+                    f"end.m is {m}, so {operand.label} has {expected} elements, but "
+                    f"{received} came",
+                    field="end.m",
+                )
+        self.m = m
+
+    @property
+    def _row_operands(self) -> list[Matrix]:
+        """Row operands whose rows have elements."""
+        return [
+            operand
+            for operand in self._received
+            if operand is not Matrix.W and self._spec.row_length(operand)
+        ]
+
+    def _complete_rows(self, operand: Matrix) -> int:
+        return self._received[operand] // self._spec.row_length(operand)
+
+    def _elements(self, operand: Matrix, m: int) -> int:
+        rows = self._spec.n if operand is Matrix.W else m
+        return rows * self._spec.row_length(operand)
+
+    def _check(self, block: Block) -> tuple[Matrix, memoryview]:
+        operand = self._operand(block.matrix)
+        expected = self._received[operand]
+        if block.index != expected:
+            raise JobError(
+                Reason.INDEX_INVALID,
+                f"block.index is {block.index}: the next element of {operand.label} "
+                f"is {expected}",
+                field="block.index",
+            )
+        payload = self._payload(block)
+        count = payload.nbytes // self._spec.dtype.itemsize
+        self._check_room(operand, count)
+        if operand is not Matrix.W and count:
+            self._check_order(operand, expected + count)
+        return operand, payload
+
+    def _operand(self, number: int) -> Matrix:
+        try:
+            operand = Matrix(number)
+        except ValueError:
+            operand = None
+        if operand not in OPERANDS:
+            names = ", ".join(f"{each.name} ({each.value})" for each in OPERANDS)
+            raise JobError(
+                Reason.MATRIX_INVALID,
+                f"block.matrix is {number}: expected one of {names}",
+                field="block.matrix",
+            )
+        if operand not in self._received:
+            wanted = ", ".join(result.label for result in self._spec.results)
+            raise JobError(
+                Reason.OPERAND_UNEXPECTED,
+                f"block.matrix is {operand.name}, but no wanted result ({wanted}) "
+                f"needs it",
+                field="block.matrix",
+            )
+        return operand
+
+    def _payload(self, block: Block) -> memoryview:
+        payload = block.payload
+        if payload is None:
+            raise JobError(
+                Reason.OPTION_UNKNOWN,
+                "block.payload is not set, or is of a kind that this server does not "
+                "know: expected data",
+                field="block.payload",
+            )
+        itemsize = self._spec.dtype.itemsize
+        if payload.nbytes % itemsize or payload.nbytes > MAX_PAYLOAD_BYTES:
+            raise JobError(
+                Reason.PAYLOAD_INVALID,
+                f"block.data has {payload.nbytes} bytes: expected a multiple of "
+                f"{itemsize}, at most {MAX_PAYLOAD_BYTES}",
+                field="block.data",
+            )
+        if (block.crc32c is not None) != self._spec.checksum:
+            raise JobError(
+                Reason.PAYLOAD_INVALID,
+                "block.crc32c is absent, but the job asks for checksums"
+                if self._spec.checksum
+                else "block.crc32c is present, but the job asks for no checksums",
+                field="block.crc32c",
+            )
+        if block.crc32c is not None and crc32c(payload) != block.crc32c:
+            raise JobError(
+                Reason.CHECKSUM_MISMATCH,
+                f"block.crc32c is {block.crc32c:#010x}, but the payload that came has "
+                f"{crc32c(payload):#010x}",
+                field="block.crc32c",
+            )
+        return payload
+
+    def _check_room(self, operand: Matrix, count: int) -> None:
+        if operand is Matrix.W:
+            rows: int | None = self._spec.n
+        elif self._spec.row_length(operand):
+            rows = self._spec.m
+        else:
+            rows = 0
+        if rows is None:
+            return
+        received = self._received[operand]
+        expected = rows * self._spec.row_length(operand)
+        if received + count > expected:
+            raise JobError(
+                Reason.PAYLOAD_EXCESS,
+                f"block.data brings {operand.label} to {received + count} elements: "
+                f"it has {expected}",
+                field="block.data",
+            )
+
+    def _check_order(self, operand: Matrix, elements: int) -> None:
+        if not self.w_complete:
+            raise JobError(
+                Reason.ORDER_INVALID,
+                f"block.matrix is {operand.name}, but w is not complete: "
+                f"{self._received[Matrix.W]} of {self._spec.n * self._spec.k} "
+                f"elements came",
+                field="block.matrix",
+            )
+        touched = -(-elements // self._spec.row_length(operand))
+        window = self._plan.window_rows
+        for other in self._row_operands:
+            lead = touched - self._complete_rows(other)
+            if other is not operand and lead > window:
+                raise JobError(
+                    Reason.LEAD_EXCEEDED,
+                    f"{operand.label} would be {lead} rows ahead of {other.label}: "
+                    f"at most {window}",
+                    field="block.matrix",
+                )

@@ -1,0 +1,127 @@
+"""Addresses to listen on: what they mean, and why one cannot be had.
+
+gRPC reports a bind that failed without its cause, and takes a unix socket
+away from a server that still listens on it; so an address is tried here
+first.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+
+from gradwire_server.errors import ListenError
+
+_MAX_SOCKET_PATH = 107
+"""Bytes of a unix socket's path (sun_path of unix(7), without its final 0)."""
+
+
+def bind(server: grpc.aio.Server, address: str) -> str:
+    """Lets `server` listen on `address`.
+
+    Args:
+        server: A server that has not been started.
+        address: HOST:PORT or unix:PATH; port 0 takes a free one.
+
+    Returns:
+        The address that clients connect to.
+
+    Raises:
+        ListenError: It cannot be listened on; the text says why.
+    """
+    if address.startswith("unix:"):
+        return _bind_unix(server, address)
+    return _bind_tcp(server, address)
+
+
+def remove(address: str) -> None:
+    """Removes what is left of an address that was listened on."""
+    if address.startswith("unix:"):
+        Path(address.removeprefix("unix:")).unlink(missing_ok=True)
+
+
+def _bind_tcp(server: grpc.aio.Server, address: str) -> str:
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not (port.isdigit() and int(port) < 65536):
+        raise ListenError(
+            f"cannot listen on {address!r}: expected HOST:PORT or unix:PATH"
+        )
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]"),
+            int(port),
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+        for family, kind, protocol, _, where in found:
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(where)
+                trial.listen()
+    except OSError as error:
+        raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
+    return f"{host}:{_add(server, address)}"
+
+
+def _bind_unix(server: grpc.aio.Server, address: str) -> str:
+    path = Path(address.removeprefix("unix:")).absolute()
+    size = len(os.fsencode(path))
+    if size > _MAX_SOCKET_PATH:
+        raise ListenError(
+            f"cannot listen on {address}: the path has {size} bytes, and a unix "
+            f"socket's may have {_MAX_SOCKET_PATH}"
+        )
+    try:
+        _check_free(path)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
+    with _private_files():
+        _add(server, f"unix:{path}")
+    return f"unix:{path}"
+
+
+def _check_free(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"the directory {path.parent} cannot be written")
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise FileExistsError("the path is taken by something that is no socket")
+    with socket.socket(socket.AF_UNIX) as trial:
+        try:
+            trial.connect(str(path))
+        except ConnectionRefusedError:
+            raise FileExistsError(
+                "a socket is left there that nobody listens on; remove it"
+            ) from None
+    raise FileExistsError("another server listens there")
+
+
+def _add(server: grpc.aio.Server, address: str) -> int:
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ListenError(f"cannot listen on {address}: {error}") from None
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Files made meanwhile are their owner's alone (a socket: mode 0600)."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _cause(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]

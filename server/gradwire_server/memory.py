@@ -1,0 +1,31 @@
+"""How much memory there is, and how much this process has taken."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+_CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),  # cgroup v2
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),  # cgroup v1
+)
+
+
+def machine_bytes() -> int:
+    """Memory of the container, if it has a limit, else of the machine."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [physical]
+    for path in _CONTAINER_LIMITS:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():  # v2 writes "max" where there is none
+            limits.append(int(text))
+    return min(limits)
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,83 @@
+"""The memory of a job: W and a ring of slots, one row block in each.
+
+All of it is slices of one region, so that a backend can take it as pinned
+memory, and another process can fill it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire.wire.matrices import OPERANDS, Matrix
+from gradwire_server.backends.base import Array, RowBlock, empty_aligned
+from gradwire_server.intake import Span
+from gradwire_server.plan import ALIGNMENT, RING_SLOTS, Plan
+from gradwire_server.spec import JobSpec
+
+
+class Ring:
+    """Where a job's operands arrive and its row results wait to leave.
+
+    Row block b lies in slot b mod RING_SLOTS. It may be filled when block
+    b - RING_SLOTS has left.
+    """
+
+    def __init__(self, spec: JobSpec, plan: Plan) -> None:
+        self._spec = spec
+        self._plan = plan
+        self._region = empty_aligned(plan.region_bytes, ALIGNMENT)
+        self._released = 0
+        self._freed = asyncio.Event()
+
+    def w(self) -> Array:
+        """W, shape (n, k)."""
+        return self._matrix(Matrix.W, 0, self._spec.n)
+
+    def rows(self, block: int, rows: int) -> RowBlock:
+        """The matrices of a row block with that many rows."""
+        start = self._slot_start(block)
+        arrays = {
+            matrix.label: self._matrix(matrix, start, rows)
+            if matrix in self._plan.offsets
+            else None
+            for matrix in (Matrix.X, Matrix.DY, Matrix.Y, Matrix.DX)
+        }
+        return RowBlock(rows=rows, **arrays)
+
+    def put(self, span: Span) -> None:
+        """Writes received bytes where they belong."""
+        start = 0 if span.matrix is Matrix.W else self._slot_start(span.block)
+        first = start + self._plan.offsets[span.matrix] + span.offset
+        size = span.payload.nbytes
+        self._region[first : first + size] = np.frombuffer(span.payload, np.uint8)
+
+    async def wait_for_slot(self, block: int) -> None:
+        """Waits until the slot of `block` is free for it."""
+        while block >= self._released + RING_SLOTS:
+            self._freed.clear()
+            await self._freed.wait()
+
+    def release(self) -> None:
+        """The oldest block has left."""
+        self._released += 1
+        self._freed.set()
+
+    def free(self) -> None:
+        """Gives the region up; the ring is of no use any more."""
+        self._region = self._region[:0].copy()
+
+    def _slot_start(self, block: int) -> int:
+        return self._plan.w_bytes + block % RING_SLOTS * self._plan.slot_bytes
+
+    def _matrix(self, matrix: Matrix, start: int, rows: int) -> npt.NDArray[Any]:
+        columns = self._spec.row_length(matrix)
+        dtype = (
+            self._spec.dtype if matrix in OPERANDS else self._spec.results[matrix]
+        ).numpy
+        first = start + self._plan.offsets[matrix]
+        size = rows * columns * dtype.itemsize
+        return self._region[first : first + size].view(dtype).reshape(rows, columns)

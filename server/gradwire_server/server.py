@@ -1,0 +1,147 @@
+"""A server's life: bind, serve, drain, close."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+
+from gradwire.wire.limits import MAX_MESSAGE_BYTES
+from gradwire_server import backends, listen, standard
+from gradwire_server.admission import Admission
+from gradwire_server.backends.base import Backend
+from gradwire_server.contracts import OtherContracts
+from gradwire_server.memory import machine_bytes
+from gradwire_server.service import Service
+from gradwire_server.servicer import GradientServicer
+from gradwire_server.settings import Settings
+
+_log = logging.getLogger("gradwire_server")
+
+_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    # A taken port is an error, not a second server behind the same address.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # NATs and load balancers forget connections that are silent for minutes,
+    # and a computation may be.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+
+class Server:
+    """A gradwire server in the running event loop.
+
+    Args:
+        settings: What the operator chose.
+        backend: What computes; by default what the settings choose.
+
+    Raises:
+        BackendError: The backend cannot be used here; the text says why.
+    """
+
+    def __init__(self, settings: Settings, backend: Backend | None = None) -> None:
+        self.settings = settings
+        self.addresses: tuple[str, ...] = ()
+        """What clients connect to, once the server has started."""
+        if backend is None:
+            backend, self.backend_reason = backends.choose(settings.backend)
+        else:
+            self.backend_reason = "as given"
+        self.backend_name = backend.name
+        self._backend = backend
+        self._service: Service | None = None
+        self._health = standard.Health()
+        self._grpc: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Listens on every address and serves.
+
+        Raises:
+            ListenError: An address cannot be listened on; none is then.
+        """
+        limit = self.settings.memory_limit
+        admission = Admission(
+            memory_limit=machine_bytes() // 2 if limit is None else limit,
+            max_jobs=self.settings.max_jobs,
+            max_queue=self.settings.max_queue,
+        )
+        server = grpc.aio.server(options=_CHANNEL_OPTIONS)
+        bound: list[str] = []
+        try:
+            for address in self.settings.listen:
+                bound.append(listen.bind(server, address))  # noqa: PERF401 - undone below
+        except OSError:
+            await server.stop(None)
+            for address in bound:
+                listen.remove(address)
+            raise
+        self._service = Service(self.settings, self._backend, admission)
+        servicer = GradientServicer(self._service, self.backend_reason)
+        server.add_generic_rpc_handlers((servicer.handler(), OtherContracts()))
+        standard.add(server, self._health)
+        await server.start()
+        self._grpc = server
+        self.addresses = tuple(bound)
+        await self._health.serving()
+        _log.info(
+            "serving",
+            extra={
+                "addresses": " ".join(self.addresses),
+                "backend": self.backend_name,
+                "memory_limit": admission.memory_limit,
+                "server_instance": self._service.instance,
+            },
+        )
+
+    async def drain(self) -> None:
+        """Stops in good order.
+
+        Health turns NOT_SERVING and new jobs are refused; running ones have
+        the grace period to finish, and are ended after it; then the server
+        closes. Cancelled, it stops at once.
+        """
+        if self._service is None:
+            return
+        try:
+            await self._health.not_serving()
+            self._service.admission.drain()
+            running = self._service.admission.running
+            _log.info("draining", extra={"running_jobs": running})
+            try:
+                async with asyncio.timeout(self.settings.grace):
+                    await self._service.admission.wait_idle()
+            except TimeoutError:
+                self._service.end_running_jobs()
+                await self._service.admission.wait_idle()
+        finally:
+            await self.stop()
+
+    async def stop(self) -> None:
+        """Closes the listeners and ends what still runs."""
+        server, self._grpc = self._grpc, None
+        if server is None:
+            return
+        # A call that has just ended may still have its status to send.
+        await server.stop(_FLUSH_S)
+        if self._service is not None:
+            self._service.close()
+        for address in self.addresses:
+            listen.remove(address)
+        _log.info("stopped")
+
+    async def __aenter__(self) -> Any:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+
+_FLUSH_S = 0.5

@@ -1,0 +1,225 @@
+"""What the service does with a job, whichever call it came by.
+
+The servicer decodes and encodes; this module admits a job, lets its two
+halves (taking operands, giving results) run side by side, keeps the clients'
+idle times, and accounts for it all in the receipt and the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from gradwire.v1 import job_pb2
+from gradwire.wire.reasons import Reason
+from gradwire_server.admission import Admission
+from gradwire_server.backends.base import Backend, DeviceInfo
+from gradwire_server.errors import JobError
+from gradwire_server.job import RunningJob
+from gradwire_server.lane import Lane
+from gradwire_server.memory import peak_resident_bytes
+from gradwire_server.plan import Plan, make_plan
+from gradwire_server.settings import Settings
+from gradwire_server.spec import JobSpec, job_name, read_job
+
+_log = logging.getLogger("gradwire_server")
+
+
+@dataclass(slots=True)
+class Call:
+    """One call, from its first byte to its log line."""
+
+    method: str
+    transport: str
+    job_id: str = ""
+    spec: JobSpec | None = None
+    plan: Plan | None = None
+    job: RunningJob | None = None
+    reserved_bytes: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    queued_s: float = 0.0
+    receiving_s: float = 0.0
+    sending_s: float = 0.0
+
+
+class Service:
+    """A backend, its lanes, and the jobs on them.
+
+    Args:
+        settings: What the operator chose.
+        backend: What computes.
+        admission: Who may run.
+    """
+
+    def __init__(
+        self, settings: Settings, backend: Backend, admission: Admission
+    ) -> None:
+        self.settings = settings
+        self.backend = backend
+        self.admission = admission
+        self.instance = secrets.token_hex(8)
+        self.lanes = [Lane(device.index) for device in backend.devices]
+        self._running: set[asyncio.Task[object]] = set()
+
+    def read_job(self, call: Call, header: job_pb2.Job) -> JobSpec:
+        """Checks a header and cuts its job into blocks.
+
+        Raises:
+            JobError: The header asks for what is wrong, unknown or impossible.
+        """
+        call.job_id = job_name(header)
+        call.spec = read_job(header, call.job_id, self.backend.max_columns)
+        call.plan = make_plan(call.spec, self.settings.block_bytes)
+        return call.spec
+
+    @asynccontextmanager
+    async def admitted(
+        self,
+        call: Call,
+        message_bytes: int,
+        on_wait: Callable[[int], Awaitable[None]],
+    ) -> AsyncIterator[RunningJob]:
+        """Waits for the job's turn, and runs it within this context.
+
+        Args:
+            call: A call whose header was read.
+            message_bytes: What the job's messages hold beside its memory.
+            on_wait: Told how many jobs are ahead.
+        """
+        if call.spec is None or call.plan is None:
+            raise RuntimeError("the job's header was not read")
+        lane = self.lanes[0]
+        call.reserved_bytes = (
+            call.plan.region_bytes
+            + self.backend.job_bytes(call.spec, call.plan.slot_rows)
+            + message_bytes
+        )
+        async with self.admission.job(call.reserved_bytes, on_wait):
+            call.queued_s = time.perf_counter() - call.started
+            async with (
+                self._ended_by_drain(),
+                RunningJob(call.spec, call.plan, self.backend, lane) as job,
+            ):
+                call.job = job
+                yield job
+
+    def accepted(self, call: Call) -> job_pb2.Accepted:
+        """What the client is told before it sends W."""
+        if call.spec is None or call.plan is None:
+            raise RuntimeError("the job's header was not read")
+        device = self.backend.devices[self.lanes[0].device]
+        return job_pb2.Accepted(
+            server_instance=self.instance,
+            block_rows=call.plan.block_rows,
+            window_rows=call.plan.window_rows,
+            reserved_bytes=call.reserved_bytes,
+            device=device_message(device),
+            fingerprint=job_pb2.NumericsFingerprint(
+                library=device.library,
+                device=device.name,
+                threads=device.threads,
+                block_rows=call.plan.block_rows,
+            ),
+            effective_job=call.spec.echo(),
+        )
+
+    def receipt(self, call: Call) -> job_pb2.Receipt:
+        """What the client is told at the end."""
+        if call.job is None:
+            raise RuntimeError("the job did not run")
+        job = call.job
+        return job_pb2.Receipt(
+            job_id=call.job_id,
+            server_instance=self.instance,
+            m=job.m,
+            blocks=job.counts.blocks,
+            bytes_received=job.bytes_received,
+            bytes_sent=job.counts.bytes_sent,
+            queued_seconds=call.queued_s,
+            receiving_seconds=call.receiving_s,
+            computing_seconds=job.counts.computing_s,
+            sending_seconds=call.sending_s,
+            total_seconds=time.perf_counter() - call.started,
+            device=device_message(self.backend.devices[self.lanes[0].device]),
+            peak_memory_bytes=peak_resident_bytes(),
+            transport=call.transport,
+        )
+
+    @asynccontextmanager
+    async def client_sends(self, call: Call, what: str) -> AsyncIterator[None]:
+        """A wait for the client's next message, which must not be too long."""
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.settings.idle_timeout):
+                yield
+        except TimeoutError:
+            raise JobError(
+                Reason.CLIENT_IDLE,
+                f"the client sent nothing for {self.settings.idle_timeout:g} s: "
+                f"expected {what}",
+            ) from None
+        finally:
+            call.receiving_s += time.perf_counter() - started
+
+    @asynccontextmanager
+    async def client_reads(self, call: Call) -> AsyncIterator[None]:
+        """A wait for the client to read, which must not be too long."""
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.settings.idle_timeout):
+                yield
+        except TimeoutError:
+            raise JobError(
+                Reason.CLIENT_IDLE,
+                f"the client did not read for {self.settings.idle_timeout:g} s what "
+                f"it was sent: it must read while it writes",
+            ) from None
+        finally:
+            call.sending_s += time.perf_counter() - started
+
+    def end_running_jobs(self) -> None:
+        """Ends the jobs that the grace period did not suffice for."""
+        for task in self._running:
+            task.cancel(_GRACE_IS_OVER)
+
+    def close(self) -> None:
+        """Ends the lanes' threads."""
+        for lane in self.lanes:
+            lane.close()
+
+    @asynccontextmanager
+    async def _ended_by_drain(self) -> AsyncIterator[None]:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a job runs in a task")
+        self._running.add(task)
+        try:
+            yield
+        except asyncio.CancelledError as cancelled:
+            if cancelled.args == (_GRACE_IS_OVER,):
+                task.uncancel()
+                raise JobError(
+                    Reason.DRAINING,
+                    "the server stops, and its grace period is over: the job was ended",
+                ) from None
+            raise
+        finally:
+            self._running.discard(task)
+
+
+_GRACE_IS_OVER = "the grace period is over"
+
+
+def device_message(device: DeviceInfo) -> job_pb2.Device:
+    """A device, as the contract describes it."""
+    return job_pb2.Device(
+        backend=device.backend,
+        index=device.index,
+        name=device.name,
+        memory_bytes=device.memory_bytes,
+    )

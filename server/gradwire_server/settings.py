@@ -1,0 +1,73 @@
+"""The settings of a server: the one place that documents them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gradwire.wire.limits import MIB
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator may choose.
+
+    Each field is a flag of ``gradwire serve`` (``--max-jobs``), an
+    environment variable (``GRADWIRE_MAX_JOBS``) and a key of its TOML file
+    (``max-jobs``).
+
+    Raises:
+        ValueError: A value is out of its range; the text names the field.
+    """
+
+    listen: tuple[str, ...] = ("127.0.0.1:50051",)
+    """Address to listen on, HOST:PORT or unix:PATH; may be given repeatedly.
+    Port 0 takes a free one."""
+
+    backend: Literal["auto", "numpy", "cupy"] = "auto"
+    """What computes: numpy (the CPU), cupy (CUDA devices), or auto, which
+    takes cupy where a device answers and numpy otherwise."""
+
+    memory_limit: int | None = None
+    """Most bytes that all jobs and open calls may hold together. Unset: half
+    of the memory that the machine or the container has."""
+
+    max_jobs: int = 64
+    """Most jobs that run at once."""
+
+    max_queue: int = 256
+    """Most jobs that wait for their turn; one more is refused as BUSY."""
+
+    block_bytes: int = 16 * MIB
+    """Bytes of the operands' rows that are computed together. With n, k and
+    the dtype it decides how many rows a block has, and so a result's last
+    bits."""
+
+    idle_timeout: float = 60.0
+    """Seconds after which a job is ended whose client does not send what the
+    server waits for, or does not read what it was sent."""
+
+    grace: float = 30.0
+    """Seconds that running jobs have to finish when the server stops."""
+
+    def __post_init__(self) -> None:
+        if not self.listen:
+            raise ValueError("listen is empty: at least one address is needed")
+        if self.backend not in {"auto", "numpy", "cupy"}:
+            raise ValueError(
+                f"backend is {self.backend!r}: expected auto, numpy or cupy"
+            )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value}: expected at least {least}")
+
+
+_LEAST: dict[str, float] = {
+    "memory_limit": 16 * MIB,
+    "max_jobs": 1,
+    "max_queue": 0,
+    "block_bytes": 1,
+    "idle_timeout": 0.01,
+    "grace": 0,
+}

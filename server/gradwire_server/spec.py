@@ -1,0 +1,281 @@
+"""What a client asks for: a job's header, checked and with its defaults."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from gradwire.v1 import job_pb2, matrix_pb2
+from gradwire.wire import checksum
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.limits import (
+    DEFAULT_BLOCK_BYTES,
+    MAX_INT64,
+    MAX_JOB_ID_LENGTH,
+    MAX_PAYLOAD_BYTES,
+)
+from gradwire.wire.matrices import OPERANDS, RESULTS, Matrix, operands_for
+from gradwire.wire.reasons import Reason
+from gradwire_server.errors import JobError
+
+FEATURES: tuple[str, ...] = ("checksum-crc32c",) if checksum.AVAILABLE else ()
+"""Names that a job may require, beyond what every server of v1 has."""
+
+_WIDEST = max(dtype.itemsize for dtype in Dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """A job as this server understood it."""
+
+    job_id: str
+    m: int | None
+    """Rows of X and dY; None while it is open."""
+    n: int
+    k: int
+    dtype: Dtype
+    results: dict[Matrix, Dtype]
+    """The wanted results and their dtypes, in the order Y, dX, dW."""
+    accumulator: Dtype
+    """In which dW is summed over row blocks."""
+    allow_tf32: bool
+    checksum: bool
+    max_block_bytes: int
+    features: tuple[str, ...]
+
+    @property
+    def operands(self) -> tuple[Matrix, ...]:
+        """The operands that the client sends, in the order X, W, dY."""
+        return operands_for(self.results)
+
+    def row_length(self, matrix: Matrix) -> int:
+        """Columns of `matrix`, in elements."""
+        return matrix.row_length(self.n, self.k)
+
+    def dtype_of(self, matrix: Matrix) -> Dtype:
+        """Element type of `matrix` on the wire."""
+        return self.results.get(matrix, self.dtype)
+
+    def echo(self) -> job_pb2.Job:
+        """The header with every default filled in.
+
+        It is built from what was understood, not copied from what came: an
+        option of a newer contract must not come back as if it were in effect.
+        """
+        job = job_pb2.Job(
+            job_id=self.job_id,
+            m=self.m,
+            n=self.n,
+            k=self.k,
+            dtype=self.dtype.proto_name,
+            numerics=job_pb2.Numerics(
+                dw_accumulator=self.accumulator.proto_name, allow_tf32=self.allow_tf32
+            ),
+            checksum=(
+                matrix_pb2.CHECKSUM_CRC32C
+                if self.checksum
+                else matrix_pb2.CHECKSUM_UNSPECIFIED
+            ),
+            max_block_bytes=self.max_block_bytes,
+            required_features=self.features,
+        )
+        for operand in self.operands:
+            getattr(job, operand.label).inline.SetInParent()
+        for result, dtype in self.results.items():
+            getattr(job, result.label).inline.SetInParent()
+            getattr(job, result.label).dtype = dtype.value
+        return job
+
+
+def job_name(job: job_pb2.Job) -> str:
+    """The id by which a job is known: its own, or a fresh one.
+
+    Raises:
+        JobError: The id is too long or not printable.
+    """
+    given = job.job_id
+    if not given:
+        return f"job-{secrets.token_hex(6)}"
+    if len(given) > MAX_JOB_ID_LENGTH or not (given.isascii() and given.isprintable()):
+        raise JobError(
+            Reason.JOB_ID_INVALID,
+            f"job.job_id has {len(given)} characters or unprintable ones: expected "
+            f"at most {MAX_JOB_ID_LENGTH} printable ASCII characters",
+            field="job.job_id",
+        )
+    return given
+
+
+def read_job(job: job_pb2.Job, job_id: str, max_columns: int) -> JobSpec:
+    """Checks a header, in the order in which its fields depend on each other.
+
+    Args:
+        job: The header.
+        job_id: The id by which the job is known.
+        max_columns: Largest n and k that the backend takes.
+
+    Raises:
+        JobError: The header asks for what is wrong, unknown or impossible.
+    """
+    m = job.m if job.HasField("m") else None
+    _check_shape(m, job.n, job.k, max_columns)
+    dtype = _dtype(job.dtype, "job.dtype")
+    results = _read_results(job, dtype)
+    _check_operands(job, results)
+    numerics = job.numerics
+    return JobSpec(
+        job_id=job_id,
+        m=m,
+        n=job.n,
+        k=job.k,
+        dtype=dtype,
+        results=results,
+        accumulator=_read_accumulator(numerics.dw_accumulator, dtype),
+        allow_tf32=numerics.allow_tf32,
+        checksum=_read_checksum(job.checksum),
+        max_block_bytes=_read_max_block_bytes(job.max_block_bytes),
+        features=_read_features(job),
+    )
+
+
+def _check_shape(m: int | None, n: int, k: int, max_columns: int) -> None:
+    sizes = {"m": m, "n": n, "k": k}
+    for name, size in sizes.items():
+        if size is not None and size < 0:
+            raise JobError(
+                Reason.SHAPE_INVALID,
+                f"job.{name} is {size}: expected at least 0",
+                field=f"job.{name}",
+            )
+    for one, other in (("n", "k"), ("m", "n"), ("m", "k")):
+        first, second = sizes[one], sizes[other]
+        if first is None or second is None:
+            continue
+        if first * second * _WIDEST > MAX_INT64:
+            raise JobError(
+                Reason.SHAPE_OVERFLOW,
+                f"job.{one} = {first} times job.{other} = {second} elements have "
+                f"more bytes than 64 bits can count",
+                field=f"job.{one}",
+            )
+    for name in ("n", "k"):
+        size = sizes[name]
+        if size is not None and size > max_columns:
+            raise JobError(
+                Reason.SHAPE_INVALID,
+                f"job.{name} is {size}: this server takes at most {max_columns}",
+                field=f"job.{name}",
+            )
+
+
+def _dtype(number: int, field: str, default: Dtype | None = None) -> Dtype:
+    if number == matrix_pb2.DTYPE_UNSPECIFIED and default is not None:
+        return default
+    try:
+        return Dtype(number)
+    except ValueError:
+        names = ", ".join(f"{dtype.name} ({dtype.value})" for dtype in Dtype)
+        raise JobError(
+            Reason.DTYPE_INVALID,
+            f"{field} is {number}: expected one of {names}",
+            field=field,
+        ) from None
+
+
+def _read_results(job: job_pb2.Job, dtype: Dtype) -> dict[Matrix, Dtype]:
+    results: dict[Matrix, Dtype] = {}
+    for result in RESULTS:
+        field = f"job.{result.label}"
+        if not job.HasField(result.label):
+            continue
+        asked: job_pb2.Result = getattr(job, result.label)
+        if asked.WhichOneof("destination") is None:
+            raise JobError(
+                Reason.OPTION_UNKNOWN,
+                f"{field}.destination is not set, or is of a kind that this server "
+                f"does not know: expected inline",
+                field=f"{field}.destination",
+            )
+        results[result] = _dtype(asked.dtype, f"{field}.dtype", default=dtype)
+    if not results:
+        raise JobError(
+            Reason.RESULTS_MISSING,
+            "the job wants no result: expected at least one of job.y, job.dx, job.dw",
+            field="job",
+        )
+    return results
+
+
+def _check_operands(job: job_pb2.Job, results: dict[Matrix, Dtype]) -> None:
+    needed = operands_for(results)
+    wanted = ", ".join(result.label for result in results)
+    for operand in OPERANDS:
+        field = f"job.{operand.label}"
+        present = job.HasField(operand.label)
+        if present and operand not in needed:
+            raise JobError(
+                Reason.OPERAND_UNEXPECTED,
+                f"{field} is present, but no wanted result ({wanted}) needs it",
+                field=field,
+            )
+        if not present and operand in needed:
+            raise JobError(
+                Reason.OPERAND_MISSING,
+                f"{field} is absent, but the wanted results ({wanted}) need it",
+                field=field,
+            )
+        if present and getattr(job, operand.label).WhichOneof("source") is None:
+            raise JobError(
+                Reason.OPTION_UNKNOWN,
+                f"{field}.source is not set, or is of a kind that this server does "
+                f"not know: expected inline",
+                field=f"{field}.source",
+            )
+
+
+def _read_accumulator(number: int, dtype: Dtype) -> Dtype:
+    field = "job.numerics.dw_accumulator"
+    accumulator = _dtype(number, field, default=dtype.sums_in)
+    if accumulator.itemsize < dtype.sums_in.itemsize:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            f"{field} is {accumulator.name}: products of {dtype.name} operands are "
+            f"summed in {dtype.sums_in.name} or wider",
+            field=field,
+        )
+    return accumulator
+
+
+def _read_checksum(number: int) -> bool:
+    if number == matrix_pb2.CHECKSUM_UNSPECIFIED:
+        return False
+    if number != matrix_pb2.CHECKSUM_CRC32C or not checksum.AVAILABLE:
+        raise JobError(
+            Reason.OPTION_UNKNOWN,
+            f"job.checksum is {number}: this server does not offer it",
+            field="job.checksum",
+        )
+    return True
+
+
+def _read_max_block_bytes(given: int) -> int:
+    if not 0 <= given <= MAX_PAYLOAD_BYTES:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            f"job.max_block_bytes is {given}: expected 0 to {MAX_PAYLOAD_BYTES}",
+            field="job.max_block_bytes",
+        )
+    return given or DEFAULT_BLOCK_BYTES
+
+
+def _read_features(job: job_pb2.Job) -> tuple[str, ...]:
+    for position, feature in enumerate(job.required_features):
+        if feature not in FEATURES:
+            offered = ", ".join(FEATURES) or "none"
+            raise JobError(
+                Reason.FEATURE_UNKNOWN,
+                f"job.required_features[{position}] is {feature[:64]!r}: this server "
+                f"offers {offered}",
+                field=f"job.required_features[{position}]",
+            )
+    return tuple(job.required_features)

@@ -1,0 +1,51 @@
+"""A private server in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from gradwire_server.server import Server
+from gradwire_server.settings import Settings
+
+
+@contextmanager
+def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
+    """Serves within this process until the context is left.
+
+    Args:
+        settings: By default a unix socket in a fresh directory that only this
+            user can enter.
+
+    Yields:
+        The server, started; its `addresses` are what clients connect to.
+
+    Raises:
+        ListenError: An address cannot be listened on.
+        BackendError: The backend cannot be used here.
+    """
+    with TemporaryDirectory(prefix="gradwire-") as directory:
+        if settings is None:
+            private = f"unix:{Path(directory) / 'socket'}"
+            settings = replace(Settings(), listen=(private,))
+        server = Server(settings)
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(
+            target=loop.run_forever, name="gradwire-server", daemon=True
+        )
+        thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(server.start(), loop).result()
+            try:
+                yield server
+            finally:
+                asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
