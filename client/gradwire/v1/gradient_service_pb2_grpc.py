@@ -67,11 +67,11 @@ class GradientServiceServicer(object):
 
     def ComputeStream(self, request_iterator, context):
         """A job of any size. The client sends Job, waits for Accepted, sends W,
-        then X and dY in turn, then End; the server sends each result as soon as
-        a row block of it is computed, then dW, then Receipt. The next rows to
-        send belong to the operand of which fewer complete rows were sent, X on
-        a tie; neither may lead by more than Accepted.window_rows. A client must
-        read while it writes.
+        then X and dY in turn, then End, and half-closes; the server sends each
+        result as soon as a row block of it is computed, then dW, then Receipt.
+        The next rows to send belong to the operand of which fewer complete rows
+        were sent, X on a tie; neither may lead by more than
+        Accepted.window_rows. A client must read while it writes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
