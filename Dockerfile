@@ -28,6 +28,6 @@ EXPOSE 50051
 # the container has to wait that long: Docker's own default is 10.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
-    CMD ["gradwire", "health"]
+    CMD ["gradwire", "health", "--timeout", "4"]
 ENTRYPOINT ["gradwire"]
 CMD ["serve"]
