@@ -1,0 +1,34 @@
+"""Job specs for tests that need one."""
+
+from __future__ import annotations
+
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.matrices import Matrix
+from gradwire_server.spec import JobSpec
+
+ALL = (Matrix.Y, Matrix.DX, Matrix.DW)
+
+
+def make_spec(
+    m: int | None = None,
+    n: int = 3,
+    k: int = 5,
+    dtype: Dtype = Dtype.FLOAT32,
+    results: tuple[Matrix, ...] = ALL,
+    result_dtype: Dtype | None = None,
+    accumulator: Dtype | None = None,
+    max_block_bytes: int = 1 << 20,
+) -> JobSpec:
+    return JobSpec(
+        job_id="test",
+        m=m,
+        n=n,
+        k=k,
+        dtype=dtype,
+        results=dict.fromkeys(results, result_dtype or dtype),
+        accumulator=accumulator or dtype.sums_in,
+        allow_tf32=False,
+        checksum=False,
+        max_block_bytes=max_block_bytes,
+        features=(),
+    )

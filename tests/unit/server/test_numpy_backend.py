@@ -1,0 +1,190 @@
+"""The NumPy backend against float64, for every dtype."""
+
+from __future__ import annotations
+
+import tracemalloc
+from itertools import product
+
+import numpy as np
+import pytest
+
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.matrices import Matrix
+from gradwire_server.backends import numpy as numpy_backend
+from gradwire_server.backends.base import RowBlock
+from gradwire_server.backends.numpy import NumpyBackend
+from tests.unit.server.specs import ALL, make_spec
+
+UNIT_ROUNDOFF = {
+    Dtype.FLOAT16: 2.0**-11,
+    Dtype.BFLOAT16: 2.0**-8,
+    Dtype.FLOAT32: 2.0**-24,
+    Dtype.FLOAT64: 2.0**-53,
+}
+
+
+def run(spec, x, w, dy, block_rows):
+    """The three results, computed block by block."""
+    job = NumpyBackend().open_job(spec, block_rows, 0)
+    m = len(x)
+    results = {
+        matrix: np.empty((m, spec.row_length(matrix)), dtype.numpy)
+        for matrix, dtype in spec.results.items()
+        if matrix is not Matrix.DW
+    }
+    job.take_w(w)
+    for first in range(0, m, block_rows):
+        rows = slice(first, min(first + block_rows, m))
+        job.take_block(
+            RowBlock(
+                rows=rows.stop - rows.start,
+                x=x[rows],
+                dy=dy[rows],
+                y=results[Matrix.Y][rows] if Matrix.Y in results else None,
+                dx=results[Matrix.DX][rows] if Matrix.DX in results else None,
+            )
+        )
+    if Matrix.DW in spec.results:
+        results[Matrix.DW] = job.finish()
+    return results
+
+
+def operands(spec, m, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (m, spec.n), (spec.n, spec.k), (m, spec.k)
+    return [rng.standard_normal(shape).astype(spec.dtype.numpy) for shape in shapes]
+
+
+def exact(x, w, dy):
+    x, w, dy = (each.astype(np.float64) for each in (x, w, dy))
+    return {Matrix.Y: x @ w, Matrix.DX: dy @ w.T, Matrix.DW: x.T @ dy}
+
+
+def bounds(spec, x, w, dy, blocks):
+    """|computed - exact| of a sum of products, element by element.
+
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: a
+    sum of l products in unit roundoff u, in any order, is off by at most
+    gamma_l |a|^T |b|, gamma_l = l u / (1 - l u). float64, in which the
+    reference is computed, adds as much in its own roundoff; the result is
+    rounded once more.
+    """
+    sizes = exact(*map(np.abs, (x, w, dy)))
+    lengths = {Matrix.Y: spec.n, Matrix.DX: spec.k, Matrix.DW: len(x) + blocks}
+    limits = {}
+    for matrix, dtype in spec.results.items():
+        gamma = sum(
+            lengths[matrix] * u / (1 - lengths[matrix] * u)
+            for u in (UNIT_ROUNDOFF[spec.dtype.sums_in], UNIT_ROUNDOFF[Dtype.FLOAT64])
+        )
+        u = UNIT_ROUNDOFF[dtype]
+        tiny = np.finfo(np.float16).smallest_subnormal if dtype.itemsize == 2 else 0
+        limits[matrix] = (gamma * (1 + u) + u) * sizes[matrix] + tiny
+    return limits
+
+
+@pytest.mark.parametrize(
+    ("dtype", "result_dtype", "shape"),
+    list(product(Dtype, Dtype, [(1, 1, 1), (37, 5, 3), (200, 17, 64), (64, 1, 30)])),
+)
+def test_every_dtype_is_as_exact_as_its_sums_allow(dtype, result_dtype, shape):
+    m, n, k = shape
+    spec = make_spec(m, n, k, dtype, ALL, result_dtype)
+    x, w, dy = operands(spec, m)
+    computed = run(spec, x, w, dy, block_rows=16)
+    limits = bounds(spec, x, w, dy, blocks=-(-m // 16))
+    for matrix, reference in exact(x, w, dy).items():
+        assert computed[matrix].dtype == result_dtype.numpy
+        error = np.abs(computed[matrix].astype(np.float64) - reference)
+        assert (error <= limits[matrix]).all(), matrix
+
+
+def test_a_float64_accumulator_sums_blocks_without_rounding_them_to_float32():
+    """2**24 blocks of 1 would stop at 2**24 in float32; fewer show it as well."""
+    spec = make_spec(None, 1, 1, Dtype.FLOAT32, (Matrix.DW,))
+    wide = make_spec(
+        None,
+        1,
+        1,
+        Dtype.FLOAT32,
+        (Matrix.DW,),
+        result_dtype=Dtype.FLOAT64,
+        accumulator=Dtype.FLOAT64,
+    )
+    x = np.array([[2.0**24], [1.0], [1.0]], np.float32)
+    w, dy = np.ones((1, 1), np.float32), np.ones((3, 1), np.float32)
+    assert run(spec, x, w, dy, block_rows=1)[Matrix.DW].item() == 2.0**24
+    assert run(wide, x, w, dy, block_rows=1)[Matrix.DW].item() == 2.0**24 + 2
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_dw_in_panels_is_dw(monkeypatch, dtype):
+    spec = make_spec(50, 30, 7, dtype)
+    x, w, dy = operands(spec, 50)
+    whole = run(spec, x, w, dy, block_rows=16)
+    monkeypatch.setattr(numpy_backend, "PANEL_BYTES", 4 * 7 * 8)
+    panels = run(spec, x, w, dy, block_rows=16)
+    limits = bounds(spec, x, w, dy, blocks=4)[Matrix.DW]
+    difference = whole[Matrix.DW].astype(float) - panels[Matrix.DW].astype(float)
+    assert (np.abs(difference) <= 2 * limits).all()
+    assert np.array_equal(whole[Matrix.Y], panels[Matrix.Y])
+
+
+@pytest.mark.parametrize("shape", list(product((0, 1, 3), repeat=3)))
+def test_zero_sizes_give_what_numpy_gives(shape):
+    m, n, k = shape
+    spec = make_spec(m, n, k)
+    x, w, dy = operands(spec, m)
+    computed = run(spec, x, w, dy, block_rows=2)
+    for matrix, reference in exact(x, w, dy).items():
+        assert computed[matrix].shape == reference.shape
+        assert np.allclose(computed[matrix], reference, rtol=1e-5, atol=0)
+
+
+def test_nan_inf_and_overflow_are_data():
+    spec = make_spec(2, 2, 2, Dtype.FLOAT16)
+    x = np.array([[np.nan, 1], [60000, 60000]], np.float16)
+    w = np.array([[1, np.inf], [1, 0]], np.float16)
+    computed = run(spec, x, w, np.ones((2, 2), np.float16), block_rows=2)
+    with np.errstate(all="ignore"):
+        wide = x.astype(np.float32) @ w.astype(np.float32)
+        assert np.array_equal(
+            computed[Matrix.Y], wide.astype(np.float16), equal_nan=True
+        )
+    assert np.isposinf(computed[Matrix.Y][1, 0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "result_dtype", "accumulator"),
+    [
+        (Dtype.FLOAT16, None, None),
+        (Dtype.BFLOAT16, Dtype.FLOAT32, Dtype.FLOAT64),
+        (Dtype.FLOAT32, None, None),
+        (Dtype.FLOAT32, Dtype.FLOAT64, Dtype.FLOAT64),
+        (Dtype.FLOAT32, Dtype.FLOAT16, None),
+        (Dtype.FLOAT64, None, None),
+    ],
+)
+def test_a_job_takes_no_more_memory_than_was_said(dtype, result_dtype, accumulator):
+    spec = make_spec(512, 600, 700, dtype, ALL, result_dtype, accumulator)
+    x, w, dy = operands(spec, 512)
+    blocks = RowBlock(
+        rows=128,
+        x=x[:128],
+        dy=dy[:128],
+        y=np.empty((128, 700), spec.results[Matrix.Y].numpy),
+        dx=np.empty((128, 600), spec.results[Matrix.DX].numpy),
+    )
+    tracemalloc.start()
+    try:
+        job = NumpyBackend().open_job(spec, 128, 0)
+        job.take_w(w)
+        job.take_block(blocks)
+        dw = job.finish()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    said = NumpyBackend().job_bytes(spec, 128)
+    assert dw.shape == (600, 700)
+    slack = 256 * 1024  # objects, and NumPy's buffers for casting
+    assert said - slack <= peak <= said + slack

@@ -1,0 +1,25 @@
+"""Settings refuse what cannot work."""
+
+from __future__ import annotations
+
+import pytest
+
+from gradwire_server import Settings
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"listen": ()}, "listen is empty"),
+        ({"backend": "tpu"}, "backend is 'tpu': expected auto, numpy or cupy"),
+        ({"memory_limit": 1}, "memory_limit is 1: expected at least 16777216"),
+        ({"max_jobs": 0}, "max_jobs is 0: expected at least 1"),
+        ({"max_queue": -1}, "max_queue is -1: expected at least 0"),
+        ({"block_bytes": 0}, "block_bytes is 0: expected at least 1"),
+        ({"idle_timeout": 0.0}, "idle_timeout is 0.0: expected at least 0.01"),
+        ({"grace": float("nan")}, "grace is nan: expected at least 0"),
+    ],
+)
+def test_a_value_out_of_range_is_named(given, text):
+    with pytest.raises(ValueError, match="^" + text.replace("(", r"\(")):
+        Settings(**given)
