@@ -1,0 +1,89 @@
+"""How far a product may be from the exact one, element by element.
+
+For an inner product of length n, summed in any order in an arithmetic of
+unit roundoff u,
+
+    |fl(a . b) - a . b| <= gamma_n |a| . |b|,    gamma_n = n u / (1 - n u)
+
+(N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition,
+section 3.1, inequality (3.5)). The order being free, it holds for sums that
+are cut into row blocks, and fused multiply-adds only make the left side
+smaller. The same section's model of one rounding, fl(s) = s (1 + d) with
+|d| <= u, gives the share of a result that is rounded to a narrower dtype
+afterwards. Neither is a statement about probabilities: a server that exceeds
+the bound is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from gradwire.wire.dtypes import Dtype
+
+Doubles = npt.NDArray[np.float64]
+
+
+def unit_roundoff(dtype: Dtype) -> float:
+    """Largest relative error of one rounding to nearest: half an epsilon."""
+    return float(_finfo(dtype).eps) / 2
+
+
+def smallest_subnormal(dtype: Dtype) -> float:
+    """Spacing of the numbers of `dtype` around 0."""
+    return float(_finfo(dtype).smallest_subnormal)
+
+
+def _finfo(dtype: Dtype) -> Any:
+    # NumPy's own knows no bfloat16, and ml_dtypes' has no types.
+    return ml_dtypes.finfo(dtype.numpy)  # type: ignore[no-untyped-call]
+
+
+def gamma(length: int, u: float) -> float:
+    """gamma_n: n u / (1 - n u), and infinity from n u = 1 on."""
+    return length * u / (1 - length * u) if length * u < 1 else float("inf")
+
+
+def product_bound(
+    exact: Doubles, magnitude: Doubles, length: int, operands: Dtype, result: Dtype
+) -> Doubles:
+    """Bound on |result - reference| for every element of a product.
+
+    The result is a product of `operands`-typed matrices as the contract has
+    it computed: summed in float32 for 16-bit operands and in the operands'
+    own dtype otherwise, then rounded once if `result` is narrower. The
+    reference is the same product in float64, whose own error is within the
+    bound too.
+
+    Args:
+        exact: The reference.
+        magnitude: |A| |B|, the product of the operands' magnitudes.
+        length: Length of the sums.
+        operands: Dtype of the operands.
+        result: Dtype of the result.
+    """
+    sums = operands.sums_in
+    summed = (
+        gamma(length, unit_roundoff(sums)) + gamma(length, unit_roundoff(Dtype.FLOAT64))
+    ) * magnitude + length * smallest_subnormal(sums)
+    if result.itemsize >= sums.itemsize:
+        return summed
+    rounded = unit_roundoff(result) * (np.abs(exact) + summed)
+    return summed + rounded + smallest_subnormal(result) / 2
+
+
+def worst(error: npt.NDArray[Any], bound: npt.NDArray[Any]) -> tuple[float, float]:
+    """Error and bound of the element whose error takes most of its bound.
+
+    An error that is not a number counts as infinite.
+    """
+    if not error.size:
+        return 0.0, 0.0
+    error = np.where(np.isnan(error), np.inf, error)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(error == 0, 0, error / bound)
+    at = int(np.argmax(share))
+    return float(error.flat[at]), float(np.broadcast_to(bound, error.shape).flat[at])

@@ -1,0 +1,215 @@
+"""Matrices in ``.npy`` files, read a run of rows at a time.
+
+Rows are read by position into fresh buffers: what stays resident is the rows
+in hand, whatever the file's size and order of elements, and a file that
+shrinks or cannot be read while a job runs gives an error, where a memory map
+would end the process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire.cli._errors import CommandError
+from gradwire.wire.dtypes import Dtype
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_LABELS = "float16, bfloat16, float32 and float64"
+_RAW_TWO_BYTES = np.dtype("V2")
+
+
+class NpyMatrix:
+    """A matrix in a file, of which rows can be read in any order.
+
+    Thread-safe: reads share no position in the file.
+    """
+
+    def __init__(
+        self, path: Path, file: BinaryIO, header: _Header, dtype: Dtype
+    ) -> None:
+        self.path = path
+        self.shape: tuple[int, int] = (header.shape[0], header.shape[1])
+        self.dtype = dtype
+        """Element type, whatever the byte order in the file."""
+        self._file = file
+        self._offset = file.tell()
+        self._by_columns = header.fortran_order
+        # Read as it lies in the file; ml_dtypes has no other byte order.
+        self._in_file = (
+            dtype.numpy if dtype is Dtype.BFLOAT16 else np.dtype(header.dtype)
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all elements."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows [start, stop), of shape (stop - start, columns).
+
+        Raises:
+            CommandError: The file cannot be read, or ends too early.
+        """
+        count, columns = stop - start, self.shape[1]
+        if not self._by_columns:
+            block = np.empty((count, columns), self._in_file)
+            self._read(block, start * columns)
+            return block
+        transposed = np.empty((columns, count), self._in_file)
+        if count == self.shape[0]:
+            self._read(transposed, 0)
+        else:
+            for column in range(columns):
+                self._read(transposed[column], column * self.shape[0] + start)
+        return transposed.T
+
+    def _read(self, target: Array, index: int) -> None:
+        if not target.size:
+            return
+        view = target.reshape(-1).view(np.uint8).data
+        position = self._offset + index * self.dtype.itemsize
+        while view:
+            try:
+                got = os.preadv(self._file.fileno(), [view], position)
+            except OSError as error:
+                raise CommandError(
+                    f"{self.path} cannot be read: {_reason(error)}"
+                ) from error
+            if not got:
+                raise CommandError(f"{self.path} became shorter while it was read")
+            view, position = view[got:], position + got
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype[Any]
+
+
+def open_npy(path: Path, *, raw_as_bfloat16: bool = False) -> NpyMatrix:
+    """The matrix in a ``.npy`` file of format version 1, 2 or 3.
+
+    Args:
+        path: The file.
+        raw_as_bfloat16: Take raw 2-byte elements (``|V2``, as which NumPy
+            saves bfloat16) for bfloat16.
+
+    Raises:
+        CommandError: The file does not exist, cannot be read, is no .npy
+            file, is cut off, holds anything but a matrix of an element type
+            of gradwire; the text is a sentence that names the file.
+    """
+    try:
+        # A named pipe would wait for a writer, for ever.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.fdopen(os.open(path, flags), "rb")
+    except FileNotFoundError:
+        raise CommandError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise CommandError(f"{path} is a directory, not a .npy file") from None
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read: {_reason(error)}") from error
+    try:
+        header = _read_header(path, file)
+        dtype = _element_type(path, header, raw_as_bfloat16)
+        _check_size(path, file, header)
+        return NpyMatrix(path, file, header, dtype)
+    except BaseException:
+        file.close()
+        raise
+
+
+_READERS: dict[tuple[int, int], Callable[[BinaryIO], Any]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+    # Differs from version 2 in the encoding of field names alone, and no
+    # matrix has any.
+    (3, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def _read_header(path: Path, file: BinaryIO) -> _Header:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise CommandError(f"{path} is not a regular file")
+    try:
+        version = np.lib.format.read_magic(file)
+        reader = _READERS.get(version)
+        header = _Header(*reader(file)) if reader else None
+    except (ValueError, OSError):
+        raise CommandError(
+            f"{path} is not a .npy file, or a damaged one; write one with numpy.save"
+        ) from None
+    if header is None:
+        raise CommandError(
+            f"{path} has version {version[0]}.{version[1]} of the .npy format; "
+            "1.0, 2.0 and 3.0 can be read"
+        )
+    if any(length < 0 for length in header.shape):
+        raise CommandError(f"{path} is a damaged .npy file: its shape is negative")
+    return header
+
+
+def _element_type(path: Path, header: _Header, raw_as_bfloat16: bool) -> Dtype:
+    dtype, shape = header.dtype, header.shape
+    if dtype.hasobject:
+        raise CommandError(
+            f"{path} holds pickled Python objects, which are never loaded; "
+            f"gradwire computes with {_LABELS}"
+        )
+    if len(shape) != 2:
+        raise CommandError(
+            f"{path} holds an array of {len(shape)} dimensions, shape "
+            f"{format_shape(shape)}; a matrix of 2 is needed"
+        )
+    if dtype == _RAW_TWO_BYTES:
+        if raw_as_bfloat16:
+            return Dtype.BFLOAT16
+        raise CommandError(
+            f"{path} holds raw 2-byte elements, as which NumPy saves bfloat16; "
+            "say --dtype bfloat16 if that is what they are"
+        )
+    if raw_as_bfloat16:
+        raise CommandError(
+            f"{path} holds {dtype.name}; --dtype bfloat16 is for files of raw "
+            "2-byte elements"
+        )
+    try:
+        return Dtype.of(dtype)
+    except KeyError:
+        raise CommandError(
+            f"{path} holds {dtype.name}; gradwire computes with {_LABELS}: "
+            "convert it first, with astype"
+        ) from None
+
+
+def _check_size(path: Path, file: BinaryIO, header: _Header) -> None:
+    rows, columns = header.shape
+    promised = rows * columns * header.dtype.itemsize
+    present = os.fstat(file.fileno()).st_size - file.tell()
+    if present < promised:
+        raise CommandError(
+            f"{path} is cut off: {format_shape(header.shape)} elements of "
+            f"{header.dtype.itemsize} bytes are {promised} bytes, and it holds "
+            f"{max(present, 0)}"
+        )
+
+
+def format_shape(shape: tuple[int, ...]) -> str:
+    """A shape as NumPy users write it."""
+    return str(tuple(shape))
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -1,0 +1,194 @@
+"""The operands of ``gradwire compute``: which are needed, and do they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradwire.cli._errors import CommandError, ExitStatus
+from gradwire.cli._npy import Array, NpyMatrix, open_npy
+from gradwire.cli._results import ResultSpec
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.matrices import NEEDS, RESULTS, Matrix, operands_for
+
+_ROWS_BYTES = 4 << 20
+"""Bytes of X and dY that are read at once."""
+
+_MEANING = {
+    Matrix.X: "x (the first file, or --x)",
+    Matrix.W: "w (the second file, or --w)",
+    Matrix.DY: "dy (the third file, or --dy)",
+}
+
+
+def wanted_results(
+    names: Sequence[str] | None, files: Mapping[Matrix, Path]
+) -> tuple[Matrix, ...]:
+    """The results to compute: those named, or all that the files allow.
+
+    Raises:
+        CommandError: A name is unknown, or a file that it needs is missing.
+    """
+    if names is None:
+        wanted = tuple(r for r in RESULTS if all(o in files for o in NEEDS[r]))
+        if not wanted:
+            raise CommandError(
+                "two operands are the least: x and w give y, dy and w give dx, "
+                "x and dy give dw",
+                ExitStatus.USAGE,
+            )
+        return wanted
+    by_label = {result.label: result for result in RESULTS}
+    unknown = [name for name in names if name not in by_label]
+    if unknown or not names:
+        raise CommandError(
+            f"--results names {', '.join(unknown) or 'nothing'}: "
+            f"expected some of {','.join(by_label)}",
+            ExitStatus.USAGE,
+        )
+    wanted = tuple(result for result in RESULTS if result.label in names)
+    missing = [o for o in operands_for(wanted) if o not in files]
+    if missing:
+        raise CommandError(
+            f"{', '.join(r.label for r in wanted)} cannot be computed without "
+            f"{' and '.join(_MEANING[operand] for operand in missing)}",
+            ExitStatus.USAGE,
+        )
+    return wanted
+
+
+def result_dtypes(names: Sequence[str], wanted: Sequence[Matrix]) -> dict[str, Dtype]:
+    """Dtypes of results that shall not have the operands'.
+
+    Args:
+        names: A dtype for all results (``float32``), or some of one each
+            (``dw=float32``).
+        wanted: The results.
+
+    Raises:
+        CommandError: A result is not wanted, or a dtype is unknown.
+    """
+    labels = [result.label for result in wanted]
+    found: dict[str, Dtype] = {}
+    for name in names:
+        result, equals, dtype = name.rpartition("=")
+        try:
+            chosen = Dtype.named(dtype)
+        except KeyError:
+            raise CommandError(
+                f"--result-dtype names {dtype!r}: expected "
+                + ", ".join(known.label for known in Dtype),
+                ExitStatus.USAGE,
+            ) from None
+        if equals and result not in labels:
+            raise CommandError(
+                f"--result-dtype names {result!r}, and the wanted results are "
+                + ", ".join(labels),
+                ExitStatus.USAGE,
+            )
+        found |= dict.fromkeys([result] if equals else labels, chosen)
+    return found
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The operands that a job needs, in open files that fit together."""
+
+    files: Mapping[Matrix, NpyMatrix]
+    m: int
+    n: int
+    k: int
+    dtype: Dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all operands."""
+        return sum(file.size_bytes for file in self.files.values())
+
+    def w(self) -> Array | None:
+        """W, whole; None when no result needs it."""
+        file = self.files.get(Matrix.W)
+        return file.rows(0, self.n) if file is not None else None
+
+    def rows(self) -> Iterator[tuple[Array | None, Array | None]]:
+        """X and dY, some rows at a time; None for one that is not needed."""
+        x, dy = self.files.get(Matrix.X), self.files.get(Matrix.DY)
+        row_bytes = (self.n + self.k) * self.dtype.itemsize
+        step = max(1, _ROWS_BYTES // max(row_bytes, 1))
+        # Rows without number are yielded too: they tell n and k.
+        for start in range(0, max(self.m, 1), step):
+            stop = min(start + step, self.m)
+            yield (
+                x.rows(start, stop) if x is not None else None,
+                dy.rows(start, stop) if dy is not None else None,
+            )
+
+    def results(
+        self, wanted: Sequence[Matrix], dtypes: Mapping[str, Dtype]
+    ) -> dict[str, ResultSpec]:
+        """What the wanted results will be.
+
+        Args:
+            wanted: The results.
+            dtypes: Of those that shall not have the operands' own.
+        """
+        shapes = {
+            Matrix.Y: (self.m, self.k),
+            Matrix.DX: (self.m, self.n),
+            Matrix.DW: (self.n, self.k),
+        }
+        return {
+            r.label: ResultSpec(shapes[r], dtypes.get(r.label, self.dtype))
+            for r in wanted
+        }
+
+
+def open_operands(
+    paths: Mapping[Matrix, Path],
+    wanted: Sequence[Matrix],
+    stack: ExitStack,
+    *,
+    raw_as_bfloat16: bool,
+) -> Operands:
+    """Open the files that the wanted results need; `stack` closes them.
+
+    Raises:
+        CommandError: A file is none or not a matrix, or they do not fit
+            together; the text names the files, their shapes and dtypes.
+    """
+    files: dict[Matrix, NpyMatrix] = {}
+    for operand in operands_for(wanted):
+        file = open_npy(paths[operand], raw_as_bfloat16=raw_as_bfloat16)
+        stack.callback(file.close)
+        files[operand] = file
+    if len({file.dtype for file in files.values()}) > 1:
+        raise CommandError(
+            "the operands must have one dtype: "
+            + ", ".join(f"{f.path} holds {f.dtype.label}" for f in files.values())
+        )
+    # The four places where two operands share a size: axis by axis.
+    sizes: dict[str, int] = {}
+    for name, places in _SHARED_SIZES.items():
+        found = [(files[o], axis) for o, axis in places if o in files]
+        sizes[name] = found[0][0].shape[found[0][1]] if found else 0
+        for file, axis in found[1:]:
+            first, first_axis = found[0]
+            if file.shape[axis] != sizes[name]:
+                raise CommandError(
+                    f"{_axis(first, first_axis)} and {_axis(file, axis)} must be equal"
+                )
+    dtype = next(iter(files.values())).dtype
+    return Operands(files, sizes["m"], sizes["n"], sizes["k"], dtype)
+
+
+_SHARED_SIZES: dict[str, tuple[tuple[Matrix, int], ...]] = {
+    "m": ((Matrix.X, 0), (Matrix.DY, 0)),
+    "n": ((Matrix.X, 1), (Matrix.W, 0)),
+    "k": ((Matrix.W, 1), (Matrix.DY, 1)),
+}
+
+
+def _axis(file: NpyMatrix, axis: int) -> str:
+    return f"the {('rows', 'columns')[axis]} of {file.path} {file.shape}"

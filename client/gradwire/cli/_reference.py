@@ -1,0 +1,111 @@
+"""Products whose right results are known, to hold a server's against."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire.cli._bounds import Doubles, product_bound
+from gradwire.wire.dtypes import Dtype
+
+Array: TypeAlias = npt.NDArray[Any]
+Results: TypeAlias = dict[str, Array]
+Shape: TypeAlias = tuple[int, int, int]
+
+RESULTS = ("y", "dx", "dw")
+
+
+class Products:
+    """Operands of a job, and what they should give.
+
+    Args:
+        x: X, shape (m, n).
+        w: W, shape (n, k).
+        dy: dY, shape (m, k), of the same dtype as the others.
+    """
+
+    def __init__(self, x: Array, w: Array, dy: Array) -> None:
+        self.x, self.w, self.dy = x, w, dy
+        self.shape: Shape = (*x.shape, w.shape[1])
+        self.dtype = Dtype.of(x.dtype)
+
+    @property
+    def operands(self) -> tuple[Array, Array, Array]:
+        """X, W and dY."""
+        return self.x, self.w, self.dy
+
+    def exact(self) -> dict[str, Doubles]:
+        """Y, dX and dW in float64."""
+        return _three_products(*self._in_double())
+
+    def bounds(self, exact: dict[str, Doubles]) -> dict[str, Doubles]:
+        """Bound on the error of each element of each result.
+
+        Args:
+            exact: What `exact` gave.
+        """
+        m, n, k = self.shape
+        magnitudes = _three_products(*(np.abs(a) for a in self._in_double()))
+        lengths = {"y": n, "dx": k, "dw": m}
+        return {
+            name: product_bound(
+                exact[name], magnitudes[name], lengths[name], self.dtype, self.dtype
+            )
+            for name in RESULTS
+        }
+
+    def _in_double(self) -> list[Doubles]:
+        return [a.astype(np.float64) for a in self.operands]
+
+
+def normal_products(rng: np.random.Generator, shape: Shape, dtype: Dtype) -> Products:
+    """A job of normally distributed operands."""
+    m, n, k = shape
+    sizes = ((m, n), (n, k), (m, k))
+    return Products(*(rng.standard_normal(size).astype(dtype.numpy) for size in sizes))
+
+
+def integer_products(rng: np.random.Generator, shape: Shape, dtype: Dtype) -> Products:
+    """A job of integers from -3 to 3.
+
+    Sums of up to 1.8 million products of them are integers below 2**24, which
+    float32 holds exactly: every order of summation gives the same.
+    """
+    m, n, k = shape
+    sizes = ((m, n), (n, k), (m, k))
+    integers = (rng.integers(-3, 4, size, dtype=np.int8) for size in sizes)
+    return Products(*(a.astype(dtype.numpy) for a in integers))
+
+
+def rounded(exact: Doubles, dtype: Dtype) -> Doubles:
+    """What `exact` is once it is rounded to `dtype`; Inf where it is too large."""
+    with np.errstate(over="ignore"):
+        return exact.astype(dtype.numpy).astype(np.float64)
+
+
+def differences(result: Array, expected: Doubles) -> Doubles:
+    """|result - expected|, and 0 where both are the same Inf, or both NaN."""
+    found = result.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.where(_same(found, expected), 0.0, np.abs(found - expected))
+
+
+def count_different(results: Results, expected: dict[str, Doubles]) -> int:
+    """How many elements are not those expected; all of them, in a wrong shape."""
+    return sum(
+        int(np.count_nonzero(~_same(results[name].astype(np.float64), right)))
+        if results[name].shape == right.shape
+        else max(right.size, 1)
+        for name, right in expected.items()
+    )
+
+
+def _same(a: Doubles, b: Doubles) -> npt.NDArray[np.bool_]:
+    same: npt.NDArray[np.bool_] = (a == b) | (np.isnan(a) & np.isnan(b))
+    return same
+
+
+def _three_products(x: Doubles, w: Doubles, dy: Doubles) -> dict[str, Doubles]:
+    return {"y": x @ w, "dx": dy @ w.T, "dw": x.T @ dy}

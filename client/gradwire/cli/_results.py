@@ -1,0 +1,258 @@
+"""Results that stream into ``.npy`` files and appear whole or not at all.
+
+Each file is written without a name (``O_TMPFILE``), or, on file systems that
+have no such files, under a hidden one, and takes its own name only when all
+results are complete and on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire.cli._errors import CommandError
+from gradwire.cli._units import format_bytes
+from gradwire.wire.dtypes import Dtype
+
+_NO_SUCH_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
+
+
+class ResultSpec(NamedTuple):
+    """A result, as its file will hold it."""
+
+    shape: tuple[int, int]
+    dtype: Dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all elements."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+
+class ResultFiles:
+    """The files ``DIR/y.npy``, ``DIR/dx.npy`` and ``DIR/dw.npy`` of one job.
+
+    A context manager: leaving it without `commit` leaves the directory as it
+    was. bfloat16 is written as NumPy itself writes it: raw 2-byte elements,
+    which NumPy reads back as ``|V2`` (``.view(ml_dtypes.bfloat16)`` makes
+    them numbers again).
+    """
+
+    def __init__(
+        self, directory: Path, specs: Mapping[str, ResultSpec], *, replace: bool
+    ) -> None:
+        """Make everything ready to be written, and nothing visible.
+
+        Args:
+            directory: Where the files go; made when it is missing.
+            specs: The results, by the name of their file without ``.npy``.
+            replace: Whether files of these names may be replaced.
+
+        Raises:
+            CommandError: The directory cannot be written, a file is in the
+                way, or the space does not suffice.
+        """
+        self._directory = directory
+        self._replace = replace
+        self._files: dict[str, _PendingFile] = {}
+        self._made = self._make_directory()
+        try:
+            self._refuse_existing(specs)
+            self._refuse_too_large(specs)
+            for name, spec in specs.items():
+                self._files[name] = _PendingFile(self._target(name), spec)
+        except BaseException:
+            self._discard()
+            raise
+
+    def __enter__(self) -> ResultFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._discard()
+
+    def append(self, name: str, rows: npt.NDArray[Any]) -> None:
+        """Write the next rows of a result.
+
+        Raises:
+            CommandError: The disk is full, or fails.
+        """
+        self._files[name].append(rows)
+
+    def commit(self) -> tuple[Path, ...]:
+        """Give the files their names, and return those.
+
+        Raises:
+            CommandError: The disk fails, or a file has come in the way.
+        """
+        for file in self._files.values():
+            file.flush()
+        appeared: list[Path] = []
+        try:
+            for file in self._files.values():
+                file.publish(replace=self._replace)
+                appeared.append(file.target)
+        except BaseException:
+            if not self._replace:
+                for target in appeared:
+                    target.unlink(missing_ok=True)
+            raise
+        self._made = []
+        return tuple(appeared)
+
+    def _target(self, name: str) -> Path:
+        return self._directory / f"{name}.npy"
+
+    def _make_directory(self) -> list[Path]:
+        """Make the directory, and say which ones did not exist, outermost last."""
+        missing = [
+            path
+            for path in (self._directory, *self._directory.parents)
+            if not os.path.lexists(path)
+        ]
+        try:
+            self._directory.mkdir(parents=True)
+        except FileExistsError:
+            if not self._directory.is_dir():
+                raise CommandError(
+                    f"{self._directory} exists and is not a directory"
+                ) from None
+            return []
+        except OSError as error:
+            raise _cannot_write(self._directory, error) from error
+        return missing
+
+    def _refuse_existing(self, specs: Mapping[str, ResultSpec]) -> None:
+        targets = [self._target(name) for name in specs]
+        for target in targets:
+            if target.is_dir():
+                raise CommandError(f"{target} is a directory, and in the way")
+        present = [str(target) for target in targets if os.path.lexists(target)]
+        if present and not self._replace:
+            verb = "exists" if len(present) == 1 else "exist"
+            raise CommandError(
+                f"{', '.join(present)} {verb} already; --force replaces "
+                f"{'it' if len(present) == 1 else 'them'}"
+            )
+
+    def _refuse_too_large(self, specs: Mapping[str, ResultSpec]) -> None:
+        needed = sum(spec.size_bytes for spec in specs.values())
+        free = shutil.disk_usage(self._directory).free
+        if needed > free:
+            raise CommandError(
+                f"{self._directory} has {format_bytes(free)} of free space; "
+                f"the results take {format_bytes(needed)}"
+            )
+
+    def _discard(self) -> None:
+        for file in self._files.values():
+            file.discard()
+        with contextlib.suppress(OSError):
+            for made in self._made:
+                made.rmdir()
+
+
+class _PendingFile:
+    """A file that does not have its name yet."""
+
+    def __init__(self, target: Path, spec: ResultSpec) -> None:
+        self.target = target
+        self._hidden: Path | None = None
+        try:
+            self._fd = self._open()
+            self._file = os.fdopen(self._fd, "wb", buffering=0)
+        except OSError as error:
+            raise _cannot_write(target.parent, error) from error
+        try:
+            np.lib.format.write_array_header_1_0(
+                self._file,
+                {
+                    "descr": spec.dtype.numpy.str,
+                    "fortran_order": False,
+                    "shape": spec.shape,
+                },
+            )
+        except OSError as error:
+            self.discard()
+            raise _cannot_write(target, error) from error
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        if not rows.size:
+            return
+        view = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise _cannot_write(self.target, error) from error
+
+    def flush(self) -> None:
+        # Some file systems tell only now that there was no space.
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _cannot_write(self.target, error) from error
+
+    def publish(self, *, replace: bool) -> None:
+        try:
+            if not replace:
+                self._link(self.target)
+            else:
+                if self._hidden is None:
+                    self._link(hidden := _hidden_name(self.target))
+                    self._hidden = hidden
+                self._hidden.replace(self.target)
+                self._hidden = None
+        except FileExistsError:
+            raise CommandError(
+                f"{self.target} has come to exist; --force replaces it"
+            ) from None
+        except OSError as error:
+            raise _cannot_write(self.target, error) from error
+
+    def discard(self) -> None:
+        """Forget the file, unless it has its name. May be called again."""
+        self._file.close()
+        if self._hidden is not None:
+            self._hidden.unlink(missing_ok=True)
+            self._hidden = None
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        try:
+            return os.open(self.target.parent, flags | os.O_TMPFILE, 0o666)
+        except OSError as error:
+            if error.errno not in _NO_SUCH_FILES:
+                raise
+        self._hidden = _hidden_name(self.target)
+        return os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def _link(self, name: Path) -> None:
+        if self._hidden is not None:
+            os.link(self._hidden, name)
+        else:
+            # The directory makes Python call linkat, which follows the link.
+            os.link(f"/proc/self/fd/{self._fd}", name, src_dir_fd=self._fd)
+
+
+def _hidden_name(target: Path) -> Path:
+    return target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part")
+
+
+def _cannot_write(path: Path, error: OSError) -> CommandError:
+    return CommandError(f"{path} cannot be written: {error.strerror or error}")

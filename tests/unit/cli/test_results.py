@@ -1,0 +1,172 @@
+"""Result files appear whole and together, or not at all."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gradwire.cli import _results
+from gradwire.cli._errors import CommandError
+from gradwire.cli._results import ResultFiles, ResultSpec
+from gradwire.wire.dtypes import Dtype
+
+Y = np.arange(12, dtype=np.float32).reshape(4, 3)
+DW = np.arange(6, dtype=np.float64).reshape(2, 3)
+SPECS = {
+    "y": ResultSpec((4, 3), Dtype.FLOAT32),
+    "dw": ResultSpec((2, 3), Dtype.FLOAT64),
+}
+
+
+@pytest.fixture(params=["nameless files", "hidden files"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With and without a file system that has O_TMPFILE."""
+    if request.param == "hidden files":
+        monkeypatch.setattr(_results.os, "O_TMPFILE", os.O_DIRECTORY | os.O_WRONLY)
+    return str(request.param)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def write_all(files: ResultFiles) -> None:
+    for row in range(4):
+        files.append("y", Y[row : row + 1])
+    files.append("dw", DW)
+
+
+@pytest.mark.usefixtures("kind")
+def test_files_appear_when_all_are_complete(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with ResultFiles(out, SPECS, replace=False) as files:
+        write_all(files)
+        assert [name for name in names(out) if not name.startswith(".")] == []
+        written = files.commit()
+    assert written == (out / "y.npy", out / "dw.npy")
+    assert names(out) == ["dw.npy", "y.npy"]
+    np.testing.assert_array_equal(np.load(out / "y.npy"), Y)
+    np.testing.assert_array_equal(np.load(out / "dw.npy"), DW)
+
+
+@pytest.mark.usefixtures("kind")
+def test_what_is_not_completed_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    files = ResultFiles(out, SPECS, replace=False)
+    write_all(files)
+    files.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("kind")
+def test_existing_files_stay_as_they_are_until_new_ones_are_complete(
+    tmp_path: Path,
+) -> None:
+    np.save(tmp_path / "y.npy", Y + 1)
+    with ResultFiles(tmp_path, SPECS, replace=True) as files:
+        write_all(files)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), Y + 1)
+    assert names(tmp_path) == ["y.npy"]
+    with ResultFiles(tmp_path, SPECS, replace=True) as files:
+        write_all(files)
+        files.commit()
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), Y)
+    assert names(tmp_path) == ["dw.npy", "y.npy"]
+
+
+def test_existing_files_are_named_and_not_replaced_unasked(tmp_path: Path) -> None:
+    (tmp_path / "dw.npy").symlink_to("nowhere")
+    with pytest.raises(CommandError, match=r"dw\.npy exists already; --force"):
+        ResultFiles(tmp_path, SPECS, replace=False)
+    np.save(tmp_path / "y.npy", Y)
+    with pytest.raises(CommandError, match=r"y\.npy, .*dw\.npy exist already"):
+        ResultFiles(tmp_path, SPECS, replace=False)
+    assert names(tmp_path) == ["dw.npy", "y.npy"]
+
+
+@pytest.mark.usefixtures("kind")
+def test_a_file_that_comes_in_the_way_is_not_replaced_unasked(tmp_path: Path) -> None:
+    with ResultFiles(tmp_path, SPECS, replace=False) as files:
+        write_all(files)
+        np.save(tmp_path / "dw.npy", Y)
+        with pytest.raises(CommandError, match="has come to exist"):
+            files.commit()
+    assert names(tmp_path) == ["dw.npy"]
+    np.testing.assert_array_equal(np.load(tmp_path / "dw.npy"), Y)
+
+
+def test_directories_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CommandError, match="file exists and is not a directory"):
+        ResultFiles(tmp_path / "file", SPECS, replace=False)
+    with pytest.raises(CommandError, match="cannot be written: Not a directory"):
+        ResultFiles(tmp_path / "file" / "out", SPECS, replace=False)
+    (tmp_path / "y.npy").mkdir()
+    with pytest.raises(CommandError, match=r"y\.npy is a directory"):
+        ResultFiles(tmp_path, SPECS, replace=True)
+    with pytest.raises(CommandError, match="/proc/out cannot be written"):
+        ResultFiles(Path("/proc/out"), SPECS, replace=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_permission_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CommandError, match="cannot be written: Permission denied"):
+        ResultFiles(tmp_path, SPECS, replace=False)
+
+
+def test_results_larger_than_the_free_space_are_refused_at_once(tmp_path: Path) -> None:
+    huge = {"y": ResultSpec((2**40, 2**20), Dtype.FLOAT64)}
+    with pytest.raises(CommandError, match=r"of free space; the results take 8192 PiB"):
+        ResultFiles(tmp_path / "out", huge, replace=False)
+    assert names(tmp_path) == []
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[None]:
+    """Writes beyond 4 KiB of a file fail, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.usefixtures("kind", "small_files_only")
+def test_a_disk_that_fills_up_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    specs = {"y": ResultSpec((64, 100), Dtype.FLOAT32)}
+    with ResultFiles(out, specs, replace=False) as files:
+        for _ in range(9):
+            files.append("y", np.zeros((1, 100), np.float32))
+        with pytest.raises(CommandError, match=r"y\.npy cannot be written: File too"):
+            files.append("y", np.zeros((55, 100), np.float32))
+    assert names(tmp_path) == []
+
+
+def test_bfloat16_is_written_as_numpy_writes_it(tmp_path: Path) -> None:
+    values: Any = Y.astype(ml_dtypes.bfloat16)
+    np.save(tmp_path / "numpy.npy", values)
+    specs = {"y": ResultSpec((4, 3), Dtype.BFLOAT16)}
+    with ResultFiles(tmp_path, specs, replace=False) as files:
+        files.append("y", values)
+        files.commit()
+    assert (tmp_path / "y.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("")
+    with ResultFiles(tmp_path, SPECS, replace=False) as files:
+        write_all(files)
+        files.commit()
+    expected = (tmp_path / "other").stat().st_mode
+    assert (tmp_path / "y.npy").stat().st_mode == expected
