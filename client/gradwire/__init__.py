@@ -1,1 +1,105 @@
-"""gradwire."""
+"""The gradients of a matrix product, computed on another machine.
+
+With X of shape (m, n), W of shape (n, k) and dY = dL/dY of shape (m, k), a
+gradwire server computes Y = X W, dX = dY Wᵀ and dW = Xᵀ dY, and streams them
+back while the operands are still arriving.
+
+    import gradwire
+
+    with gradwire.connect("gpu-node:50051") as client:
+        y, dx, dw = client.gradients(x, w, dy)
+"""
+
+from __future__ import annotations
+
+# isort: off
+from gradwire import _fork as _fork  # before all else: it decides how grpc is loaded
+from gradwire import _host as _host  # refuses a host with another byte order
+
+# isort: on
+from gradwire._aio import AsyncClient
+from gradwire._aio_stream import AsyncGradientStream
+from gradwire._exceptions import (
+    AbortedError,
+    AuthenticationError,
+    CallError,
+    ChecksumError,
+    ClientIdleError,
+    ClientStateError,
+    ConnectError,
+    ConnectionLostError,
+    ContractError,
+    DataLossError,
+    DeadlineError,
+    DeviceOutOfMemoryError,
+    DrainingError,
+    ExhaustedError,
+    GradwireError,
+    InputError,
+    JobCancelledError,
+    JobTooLargeError,
+    NotAllowedError,
+    ProtocolError,
+    RequestError,
+    ServerBusyError,
+    ServerError,
+    UnavailableError,
+    UnsupportedError,
+)
+from gradwire._sync import Client, connect
+from gradwire._sync_stream import GradientStream
+from gradwire._types import (
+    Backward,
+    Device,
+    Gradients,
+    NumericsFingerprint,
+    Progress,
+    Receipt,
+    RowBlock,
+    ServerInfo,
+    ServerLimits,
+)
+from gradwire.wire.reasons import Reason
+
+__all__ = [
+    "AbortedError",
+    "AsyncClient",
+    "AsyncGradientStream",
+    "AuthenticationError",
+    "Backward",
+    "CallError",
+    "ChecksumError",
+    "Client",
+    "ClientIdleError",
+    "ClientStateError",
+    "ConnectError",
+    "ConnectionLostError",
+    "ContractError",
+    "DataLossError",
+    "DeadlineError",
+    "Device",
+    "DeviceOutOfMemoryError",
+    "DrainingError",
+    "ExhaustedError",
+    "GradientStream",
+    "Gradients",
+    "GradwireError",
+    "InputError",
+    "JobCancelledError",
+    "JobTooLargeError",
+    "NotAllowedError",
+    "NumericsFingerprint",
+    "Progress",
+    "ProtocolError",
+    "Reason",
+    "Receipt",
+    "RequestError",
+    "RowBlock",
+    "ServerBusyError",
+    "ServerError",
+    "ServerInfo",
+    "ServerLimits",
+    "UnavailableError",
+    "UnsupportedError",
+    "connect",
+]

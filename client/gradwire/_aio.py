@@ -1,0 +1,350 @@
+"""The client for programs with an event loop: `AsyncClient`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+
+from gradwire._aio_calls import AsyncCall, AsyncConnection
+from gradwire._aio_stream import AsyncGradientStream
+from gradwire._base import ArrayJob, BaseClient
+from gradwire._exceptions import ClientStateError
+from gradwire._exchange import Exchange
+from gradwire._failures import call_error, connect_error
+from gradwire._options import (
+    DtypeLike,
+    Metadata,
+    OnProgress,
+    ResultDtypes,
+    parse_options,
+    parse_timeout,
+)
+from gradwire._rows import RowReader
+from gradwire._types import Backward, Gradients, Receipt, ServerInfo, server_info_of
+from gradwire.v1.gradient_service_pb2 import GetServerInfoRequest
+from gradwire.wire.matrices import RESULTS, Matrix
+
+
+class AsyncClient(BaseClient):
+    """A server's gradients, for programs with an event loop.
+
+    Making one does no I/O; entering it as a context manager shakes hands as
+    `connect` does. Without that, the first call makes the connection. It
+    belongs to the event loop of its first use. Coroutines may share it.
+
+    Args:
+        address: ``HOST:PORT`` or ``unix:PATH``.
+        connect_timeout_s: Seconds that the server has to answer on entering.
+        timeout_s: Seconds for every call that names none itself; None: as
+            long as it takes.
+        metadata: Sent with every call.
+
+    Raises:
+        InputError: The address is none.
+
+    Example:
+        >>> async with gradwire.AsyncClient("gpu-node:50051") as client:
+        ...     y, dx, dw = await client.gradients(x, w, dy)
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        connect_timeout_s: float | None = 10.0,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+    ) -> None:
+        super().__init__(address, timeout_s=timeout_s, metadata=metadata)
+        self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connected: AsyncConnection | None = None
+
+    async def __aenter__(self) -> AsyncClient:
+        """Shake hands with the server.
+
+        Raises:
+            ConnectError: As for `connect`.
+        """
+        try:
+            answer = await self._connection().info(
+                GetServerInfoRequest(),
+                timeout=self._connect_timeout_s,
+                metadata=self._metadata,
+            )
+            self._require_contract(server_info_of(answer))
+        except grpc.RpcError as error:
+            await self.close()
+            seconds = self._connect_timeout_s or 0
+            raise connect_error(error, self._address, seconds) from None
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls that still run are cancelled."""
+        self._closed = True
+        connected, self._connected = self._connected, None
+        if connected is not None:
+            await connected.channel.close()
+
+    async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """What the server is, offers and allows.
+
+        Raises:
+            CallError: It did not say.
+
+        Example:
+            >>> (await client.server_info()).limits.max_jobs
+            64
+        """
+        seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
+        try:
+            answer = await self._connection().info(
+                GetServerInfoRequest(), timeout=seconds, metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            raise call_error(error, self._address) from None
+        return server_info_of(answer)
+
+    async def gradients(
+        self,
+        x: Any,
+        w: Any,
+        dy: Any,
+        *,
+        results: str | Iterable[str] = ("y", "dx", "dw"),
+        out: Any = None,
+        result_dtype: ResultDtypes = None,
+        dw_accumulator: DtypeLike = None,
+        allow_tf32: bool = False,
+        checksum: bool = False,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        request_id: str | None = None,
+        metadata: Metadata = (),
+    ) -> Gradients:
+        """Y = X W, dX = dY Wᵀ and dW = Xᵀ dY; see `Client.gradients`.
+
+        Returns:
+            The tuple (y, dx, dw); None for results that are not wanted.
+
+        Raises:
+            InputError: An argument is refused; nothing was sent.
+            GradwireError: The job failed; see the tree.
+
+        Example:
+            >>> y, dx, dw = await client.gradients(x, w, dy)
+        """
+        options = parse_options(
+            results=results,
+            result_dtype=result_dtype,
+            dw_accumulator=dw_accumulator,
+            allow_tf32=allow_tf32,
+            checksum=checksum,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+            request_id=request_id,
+            metadata=metadata,
+        )
+        given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
+        job = self._array_job(given, out, RESULTS, options)
+        receipt = await self._run(job)
+        y, dx, dw = job.results(*RESULTS)
+        return Gradients(y, dx, dw, receipt)
+
+    async def forward(
+        self,
+        x: Any,
+        w: Any,
+        *,
+        out: Any = None,
+        result_dtype: ResultDtypes = None,
+        allow_tf32: bool = False,
+        checksum: bool = False,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        request_id: str | None = None,
+        metadata: Metadata = (),
+    ) -> Any:
+        """Y = X W alone; see `Client.forward`.
+
+        Returns:
+            Y, shape (..., k); or `out`, where that was given.
+
+        Raises:
+            InputError: An argument is refused; nothing was sent.
+            GradwireError: The job failed; see the tree.
+
+        Example:
+            >>> y = await client.forward(x, w)
+        """
+        options = parse_options(
+            results="y",
+            result_dtype=result_dtype,
+            allow_tf32=allow_tf32,
+            checksum=checksum,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+            request_id=request_id,
+            metadata=metadata,
+        )
+        given = {Matrix.X: x, Matrix.W: w}
+        job = self._array_job(given, out, (Matrix.Y,), options)
+        await self._run(job)
+        return job.results(Matrix.Y)[0]
+
+    async def backward(
+        self,
+        x: Any,
+        w: Any,
+        dy: Any,
+        *,
+        out: Any = None,
+        result_dtype: ResultDtypes = None,
+        dw_accumulator: DtypeLike = None,
+        allow_tf32: bool = False,
+        checksum: bool = False,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        request_id: str | None = None,
+        metadata: Metadata = (),
+    ) -> Backward:
+        """The two gradients, dX = dY Wᵀ and dW = Xᵀ dY; see `Client.backward`.
+
+        Returns:
+            The tuple (dx, dw) of shapes (..., n) and (n, k).
+
+        Raises:
+            InputError: An argument is refused; nothing was sent.
+            GradwireError: The job failed; see the tree.
+
+        Example:
+            >>> dx, dw = await client.backward(x, w, dy)
+        """
+        options = parse_options(
+            results=("dx", "dw"),
+            result_dtype=result_dtype,
+            dw_accumulator=dw_accumulator,
+            allow_tf32=allow_tf32,
+            checksum=checksum,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+            request_id=request_id,
+            metadata=metadata,
+        )
+        given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
+        job = self._array_job(given, out, (Matrix.DX, Matrix.DW), options)
+        receipt = await self._run(job)
+        dx, dw = job.results(Matrix.DX, Matrix.DW)
+        return Backward(dx, dw, receipt)
+
+    def stream(
+        self,
+        rows: Iterable[Any] | AsyncIterable[Any],
+        w: Any = None,
+        *,
+        m: int | None = None,
+        results: str | Iterable[str] = ("y", "dx", "dw"),
+        result_dtype: ResultDtypes = None,
+        dw_accumulator: DtypeLike = None,
+        allow_tf32: bool = False,
+        checksum: bool = False,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        request_id: str | None = None,
+        metadata: Metadata = (),
+    ) -> AsyncGradientStream:
+        """The gradients of rows that need not be there all at once.
+
+        As `Client.stream`, but that `rows` may be an asynchronous iterable
+        too, and that every item is asked for on the event loop: one that
+        takes its time should be asynchronous.
+
+        Returns:
+            An asynchronous iterator of `RowBlock`, which has `dw` and
+            `receipt` once it is exhausted.
+
+        Raises:
+            InputError: An argument is refused. One that only the iterable's
+                items show to be wrong is refused while iterating.
+
+        Example:
+            >>> async with client.stream(pairs(), w) as stream:
+            ...     async for block in stream:
+            ...         save(block.first_row, block.y, block.dx)
+            >>> stream.dw
+        """
+        options = parse_options(
+            results=results,
+            result_dtype=result_dtype,
+            dw_accumulator=dw_accumulator,
+            allow_tf32=allow_tf32,
+            checksum=checksum,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+            request_id=request_id,
+            metadata=metadata,
+        )
+        self._require_open()
+        reader = RowReader(w, m, self._with_defaults(options))
+        return AsyncGradientStream(self, rows, reader)
+
+    async def _run(self, job: ArrayJob) -> Receipt:
+        if job.unary:
+            return self._keep(await self._compute(job))
+        exchange = job.exchange()
+        async with AsyncCall(
+            self._connection(),
+            exchange,
+            lambda: _messages(job, exchange),
+            job.plan.options,
+        ) as call:
+            async for message in call:
+                exchange.receive(message)
+            return self._keep(exchange.finish())
+
+    async def _compute(self, job: ArrayJob) -> Receipt:
+        options = job.plan.options
+        exchange = job.unary_exchange()
+        try:
+            response = await self._connection().compute(
+                exchange.request(job.operands),
+                timeout=options.timeout_s,
+                metadata=options.metadata,
+            )
+        except grpc.RpcError as error:
+            raise call_error(error, self._address, options.job_id) from None
+        return exchange.receive(response)
+
+    def _connection(self) -> AsyncConnection:
+        self._require_open()
+        loop = asyncio.get_running_loop()
+        if os.getpid() != self._pid:
+            raise ClientStateError(
+                "this AsyncClient was made before the process forked: make another"
+                " in the child"
+            )
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise ClientStateError(
+                "this AsyncClient belongs to another event loop, that of its first"
+                " use: make one for each loop"
+            )
+        if self._connected is None:
+            self._connected = AsyncConnection(self._target, self._address)
+        return self._connected
+
+
+async def _messages(job: ArrayJob, exchange: Exchange) -> AsyncIterator[bytes]:
+    for message in job.messages(exchange):
+        yield message

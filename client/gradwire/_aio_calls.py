@@ -1,0 +1,177 @@
+"""Running calls, for programs with an event loop.
+
+A task writes while the caller's coroutine reads, so both directions go on at
+once. One task alone writes, and nothing is read after a read was cancelled:
+gRPC allows neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import grpc.aio
+
+from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO
+from gradwire._exceptions import JobCancelledError
+from gradwire._exchange import Exchange
+from gradwire._failures import call_error
+from gradwire._options import Options
+from gradwire._target import channel_options
+from gradwire.v1.gradient_service_pb2 import (
+    ComputeRequest,
+    ComputeResponse,
+    GetServerInfoRequest,
+    GetServerInfoResponse,
+)
+
+
+class AsyncConnection:
+    """A channel, and the service's calls on it."""
+
+    def __init__(self, target: str, address: str) -> None:
+        self.address = address
+        self.channel = grpc.aio.insecure_channel(
+            target, options=channel_options(address)
+        )
+        self.compute = self.channel.unary_unary(
+            COMPUTE,
+            request_serializer=ComputeRequest.SerializeToString,
+            response_deserializer=ComputeResponse.FromString,
+        )
+        self.info = self.channel.unary_unary(
+            GET_SERVER_INFO,
+            request_serializer=GetServerInfoRequest.SerializeToString,
+            response_deserializer=GetServerInfoResponse.FromString,
+        )
+        # Without serializers both sides of the stream are given plain bytes.
+        self.stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = (
+            self.channel.stream_stream(COMPUTE_STREAM)
+        )
+
+
+class AsyncCall:
+    """A running ComputeStream: an asynchronous iterator of its messages.
+
+    Args:
+        connection: Over which it goes.
+        exchange: Whose header is sent first.
+        messages: Gives what is sent after the server took the job on.
+        options: The job's.
+    """
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        exchange: Exchange,
+        messages: Callable[[], AsyncIterator[bytes]],
+        options: Options,
+    ) -> None:
+        self._address = connection.address
+        self._job_id = options.job_id
+        self._exchange = exchange
+        self._feed = _Feed(exchange.opening(), messages)
+        self._rpc = connection.stream(
+            timeout=options.timeout_s, metadata=options.metadata
+        )
+        self._loop = asyncio.get_running_loop()
+        self._writer = self._loop.create_task(self._feed.run(self._rpc))
+
+    async def __aenter__(self) -> AsyncCall:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.cancel()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The server's next message.
+
+        Raises:
+            StopAsyncIteration: The server has ended the call with OK.
+            GradwireError: The call ended otherwise.
+            BaseException: What the messages raised, unchanged.
+        """
+        if self._exchange.accepted is not None:
+            self._feed.settled.set()
+        try:
+            message = await self._rpc.read()
+        except asyncio.CancelledError:
+            # gRPC raises this too where the writer has cancelled the call.
+            self._feed.raise_error()
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                raise JobCancelledError(
+                    "the job was cancelled by this side",
+                    status=grpc.StatusCode.CANCELLED,
+                    job_id=self._job_id,
+                ) from None
+            raise
+        except grpc.RpcError as error:
+            self._feed.raise_error()
+            raise call_error(error, self._address, self._job_id) from None
+        if isinstance(message, bytes):
+            return message
+        self._feed.raise_error()
+        raise StopAsyncIteration
+
+    async def cancel(self) -> None:
+        """End the call, unless it has ended, and wait for its writer."""
+        self._end()
+        await asyncio.wait([self._writer])
+
+    def abandon(self) -> None:
+        """End the call from wherever its owner was collected."""
+        with contextlib.suppress(RuntimeError):  # the loop may be closed
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        self._rpc.cancel()
+        self._writer.cancel()
+
+
+class _Feed:
+    """The requests of a call, as its writer draws them."""
+
+    def __init__(
+        self, opening: bytes, messages: Callable[[], AsyncIterator[bytes]]
+    ) -> None:
+        self.settled = asyncio.Event()
+        self._opening = opening
+        self._messages = messages
+        self._error: BaseException | None = None
+
+    async def run(self, rpc: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        """The header, then, once the server took the job on, the rest."""
+        try:
+            if not await _write(rpc, self._opening):
+                return
+            await self.settled.wait()
+            async for message in self._messages():
+                if not await _write(rpc, message):
+                    return
+            await rpc.done_writing()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised again by the reader
+            self._error = error
+            rpc.cancel()
+
+    def raise_error(self) -> None:
+        """Raise what the messages raised, if they did."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+async def _write(rpc: grpc.aio.StreamStreamCall[bytes, bytes], message: bytes) -> bool:
+    """Whether it could be written; why not is for the reader to say."""
+    try:
+        await rpc.write(message)
+    except (grpc.RpcError, asyncio.InvalidStateError):
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""Everything about a client that is not I/O."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+from gradwire import _unary
+from gradwire._arrays import Operand
+from gradwire._exceptions import ClientStateError, ContractError
+from gradwire._exchange import Exchange
+from gradwire._options import Metadata, Options, parse_metadata, parse_timeout
+from gradwire._outputs import (
+    ArraySink,
+    Output,
+    handed_back,
+    named_outputs,
+    outputs,
+)
+from gradwire._plan import Plan, plan_arrays
+from gradwire._rows import RowJob, RowReader
+from gradwire._sending import Sender
+from gradwire._target import grpc_target
+from gradwire._types import Receipt, ServerInfo
+from gradwire._unary import UnaryExchange
+from gradwire.wire import limits
+from gradwire.wire.matrices import Matrix
+
+COMPUTE = f"/{limits.SERVICE}/Compute"
+COMPUTE_STREAM = f"/{limits.SERVICE}/ComputeStream"
+GET_SERVER_INFO = f"/{limits.SERVICE}/GetServerInfo"
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How jobs travel. Results do not depend on it, and a test says so."""
+
+    chunk_bytes: int = limits.DEFAULT_BLOCK_BYTES
+    """Largest payload of a stream's message, in both directions."""
+
+    unary: bool | None = None
+    """Whether jobs go through Compute; None: the small ones do."""
+
+
+class ArrayJob:
+    """A job whose operands and results are arrays."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        operands: Mapping[Matrix, Operand],
+        made: Mapping[Matrix, Output],
+        *,
+        unary: bool,
+    ) -> None:
+        self.plan = plan
+        self.operands = operands
+        self.unary = unary
+        self._made = made
+        self._sinks = {
+            matrix: ArraySink(output.array, plan.result_dtype(matrix))
+            for matrix, output in made.items()
+        }
+
+    def exchange(self) -> Exchange:
+        """The conversation, as a stream."""
+        return Exchange(self.plan, Sender(self.plan), self._sinks)
+
+    def unary_exchange(self) -> UnaryExchange:
+        """The conversation, as one message each way."""
+        return UnaryExchange(self.plan, self._sinks)
+
+    def messages(self, exchange: Exchange) -> Iterator[bytes]:
+        """What the stream sends after its header."""
+        return exchange.array_messages(self.operands)
+
+    def results(self, *wanted: Matrix) -> list[Any]:
+        """What the caller gets of these, None for those it did not want."""
+        return handed_back(self._made, wanted)
+
+
+class BaseClient:
+    """What both clients have in common."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+    ) -> None:
+        self._target = grpc_target(address)
+        self._address = address
+        self._timeout_s = parse_timeout(timeout_s, "timeout_s")
+        self._metadata = parse_metadata(metadata)
+        self._closed = False
+        self._pid = os.getpid()
+        self._local = threading.local()
+        self._tuning = Tuning()
+
+    @property
+    def address(self) -> str:
+        """The server's address, as it was given."""
+        return self._address
+
+    @property
+    def last_receipt(self) -> Receipt | None:
+        """What became of the job that this thread was last done with here.
+
+        None before the first. Where several coroutines share a client, the
+        receipt on the result itself is the surer one.
+        """
+        return getattr(self._local, "receipt", None)
+
+    def __repr__(self) -> str:
+        state = " closed" if self._closed else ""
+        return f"<gradwire.{type(self).__name__} of {self._address}{state}>"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        kind = type(self).__name__
+        raise TypeError(
+            f"a gradwire.{kind} holds a connection and cannot be pickled or copied:"
+            f" hand over its address, {self._address!r}, and make a client of it there"
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClientStateError(
+                f"this {type(self).__name__} of {self._address} was closed: make"
+                " another"
+            )
+
+    def _keep(self, receipt: Receipt) -> Receipt:
+        self._local.receipt = receipt
+        return receipt
+
+    def _array_job(
+        self,
+        given: Mapping[Matrix, object],
+        out: Any,
+        returns: tuple[Matrix, ...],
+        options: Options,
+    ) -> ArrayJob:
+        """A job from the arguments of a method that returns `returns`."""
+        plan, operands = plan_arrays(given, self._with_defaults(options))
+        plan = replace(plan, chunk_bytes=self._tuning.chunk_bytes)
+        made = outputs(plan, operands, named_outputs(out, returns))
+        unary = self._tuning.unary
+        if unary is None:
+            unary = _unary.fits(plan)
+        return ArrayJob(plan, operands, made, unary=unary)
+
+    def _row_job(
+        self, reader: RowReader, first: Mapping[Matrix, Operand] | None
+    ) -> RowJob:
+        """A stream's job, now that its first item is known, if it has any."""
+        plan = replace(reader.plan(first), chunk_bytes=self._tuning.chunk_bytes)
+        return RowJob(plan, reader.w, first)
+
+    def _with_defaults(self, options: Options) -> Options:
+        return replace(
+            options,
+            timeout_s=options.timeout_s or self._timeout_s,
+            metadata=self._metadata + options.metadata,
+        )
+
+    def _require_contract(self, info: ServerInfo) -> ServerInfo:
+        if info.contract != limits.CONTRACT:
+            raise ContractError(
+                f"the server at {self._address} (gradwire {info.version}) speaks"
+                f" {info.contract or 'no contract that it names'}, and this client"
+                f" speaks {limits.CONTRACT}: one of them has to be updated"
+            )
+        return info

@@ -1,0 +1,228 @@
+"""One job's conversation with the server, without the I/O.
+
+An `Exchange` says what to send and is told what came; whoever drives it only
+pumps. The two directions may run in different threads: sending is a chain of
+generators, receiving is one method, and each looks at the other's counters
+only.
+
+    exchange = Exchange(plan, sinks)
+    send(exchange.opening())
+    ... receive messages until exchange.accepted ...
+    send everything of exchange.array_messages(operands)
+        while every message that comes goes to exchange.receive(message)
+    receipt = exchange.finish()
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from google.protobuf.message import Message
+
+from gradwire._arrays import Operand
+from gradwire._exceptions import ProtocolError
+from gradwire._plan import Plan
+from gradwire._receiving import Receiver, Sink
+from gradwire._sending import Sender
+from gradwire._types import Progress, Receipt, receipt_of
+from gradwire.v1.job_pb2 import Accepted, Job, Queued
+from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
+from gradwire.wire import framing
+from gradwire.wire.matrices import ROW_OPERANDS, Matrix
+
+_FILLED_IN = frozenset({"job_id", "numerics.dw_accumulator", "max_block_bytes"})
+"""Options that a server chooses where a job leaves them out."""
+
+
+class Reporter:
+    """Tells a caller's `on_progress`, from both directions, one at a time."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._lock = threading.Lock()
+
+    def report(
+        self,
+        *,
+        bytes_sent: int,
+        bytes_received: int,
+        rows_sent: int,
+        m: int | None,
+        jobs_ahead: int | None = None,
+    ) -> None:
+        """Tell how far the job has come."""
+        on_progress = self._plan.options.on_progress
+        if on_progress is None:
+            return
+        with self._lock:
+            on_progress(
+                Progress(
+                    bytes_sent=bytes_sent,
+                    bytes_to_send=None if m is None else self._plan.upload_bytes(m),
+                    bytes_received=bytes_received,
+                    bytes_to_receive=(
+                        None if m is None else self._plan.download_bytes(m)
+                    ),
+                    rows_sent=rows_sent,
+                    m=m,
+                    jobs_ahead=jobs_ahead,
+                )
+            )
+
+
+class Exchange:
+    """A stream, as its client sees it.
+
+    Attributes:
+        accepted: What the server said when it took the job on.
+    """
+
+    def __init__(self, plan: Plan, sender: Sender, sinks: Mapping[Matrix, Sink]):
+        self.accepted: Accepted | None = None
+        self._plan = plan
+        self._job = plan.job()
+        self._sender = sender
+        self._receiver = Receiver(plan, sinks, sender)
+        self._reporter = Reporter(plan)
+        self._receipt: ReceiptMessage | None = None
+
+    def opening(self) -> bytes:
+        """The first message; the next ones may go once `accepted` is set."""
+        return framing.encode_job(self._job)
+
+    def array_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+        """Everything after the header, for operands that are all there."""
+        yield from self.weight_messages(operands.get(Matrix.W))
+        yield from self.row_messages(operands)
+        yield from self.end_messages()
+
+    def weight_messages(self, w: Operand | None) -> Iterator[bytes]:
+        """The messages that carry W, if the job needs it."""
+        if w is not None:
+            yield from self._reported(self._sender.weights(w))
+
+    def row_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+        """The messages that carry the next rows of X and dY."""
+        rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
+        yield from self._reported(self._sender.rows(rows))
+
+    def end_messages(self) -> Iterator[bytes]:
+        """The messages that complete the stream."""
+        yield from self._reported(self._sender.end())
+
+    def receive(self, message: bytes) -> None:
+        """Take a message from the server.
+
+        Raises:
+            ProtocolError: The contract does not allow it here.
+            ChecksumError: Its payload was damaged on the way.
+        """
+        try:
+            received = framing.decode_response(message)
+        except framing.FramingError as error:
+            raise ProtocolError(f"the server sent no message: {error}") from error
+        if self._receipt is not None:
+            raise ProtocolError("the server went on after the job's receipt")
+        if isinstance(received, framing.Block):
+            if self.accepted is None:
+                raise ProtocolError("the server sent results before it took the job on")
+            self._receiver.take(received)
+        elif isinstance(received, Queued):
+            self._report(jobs_ahead=received.jobs_ahead)
+            return
+        elif isinstance(received, Accepted):
+            self._accept(received)
+        else:
+            self._receipt = received
+        self._report()
+
+    def finish(self) -> Receipt:
+        """The receipt, once the server has ended the stream with OK.
+
+        Raises:
+            ProtocolError: Something is missing.
+        """
+        if self._receipt is None or self.accepted is None:
+            raise ProtocolError("the server ended the job without a receipt")
+        self._receiver.finish()
+        check_receipt(self._receipt, self._job, self._sender.m)
+        return receipt_of(self._receipt, self.accepted)
+
+    def _accept(self, accepted: Accepted) -> None:
+        if self.accepted is not None:
+            raise ProtocolError("the server took the job on twice")
+        check_accepted(accepted, self._job)
+        self._sender.accept(accepted.block_rows, accepted.window_rows)
+        self._receiver.accept(accepted.block_rows)
+        self.accepted = accepted
+
+    def _reported(self, messages: Iterator[bytes]) -> Iterator[bytes]:
+        for message in messages:
+            yield message
+            self._report()
+
+    def _report(self, jobs_ahead: int | None = None) -> None:
+        self._reporter.report(
+            bytes_sent=self._sender.bytes_sent,
+            bytes_received=self._receiver.bytes_received,
+            rows_sent=self._sender.rows_sent,
+            m=self._sender.m,
+            jobs_ahead=jobs_ahead,
+        )
+
+
+def check_accepted(accepted: Accepted, job: Job) -> None:
+    """Check that the server took on what it was asked.
+
+    Raises:
+        ProtocolError: An option was not understood, or a size cannot be.
+    """
+    if accepted.block_rows < 1 or accepted.window_rows < 1:
+        raise ProtocolError(
+            f"the server announced blocks of {accepted.block_rows} rows and a window"
+            f" of {accepted.window_rows}"
+        )
+    difference = _difference(job, accepted.effective_job)
+    if difference is not None:
+        path, asked, understood = difference
+        raise ProtocolError(
+            f"the server did not understand the option {path}: it was asked for"
+            f" {asked} and would do {understood}"
+        )
+
+
+def check_receipt(receipt: ReceiptMessage, job: Job, m: int | None) -> None:
+    """Check that a receipt is this job's.
+
+    Raises:
+        ProtocolError: It is not.
+    """
+    if receipt.m != m or receipt.job_id != job.job_id:
+        raise ProtocolError(
+            f"the server's receipt is for {receipt.m} rows of job {receipt.job_id!r},"
+            f" and job {job.job_id!r} had {m}"
+        )
+
+
+def _difference(
+    asked: Message, understood: Message, path: str = ""
+) -> tuple[str, Any, Any] | None:
+    """The first option in which two headers differ, with both its values."""
+    for field in asked.DESCRIPTOR.fields:
+        name = path + field.name
+        if field.has_presence and not (
+            asked.HasField(field.name) or understood.HasField(field.name)
+        ):
+            continue
+        one, other = getattr(asked, field.name), getattr(understood, field.name)
+        if isinstance(one, Message):
+            if asked.HasField(field.name) != understood.HasField(field.name):
+                return name, asked.HasField(field.name), understood.HasField(field.name)
+            inner = _difference(one, other, f"{name}.")
+            if inner is not None:
+                return inner
+        elif one != other and (one or name not in _FILLED_IN):
+            return name, one, other
+    return None

@@ -1,0 +1,139 @@
+"""From the way a call ended to the exception that says so.
+
+gRPC reports with one status, UNAVAILABLE, that nobody listens, that a name
+has no address, and that a running call's connection broke. Only its text
+tells them apart, so the text is looked at here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from grpc import StatusCode
+
+from gradwire._exceptions import (
+    BY_REASON,
+    BY_STATUS,
+    ConnectError,
+    ConnectionLostError,
+    ContractError,
+    GradwireError,
+    ProtocolError,
+    UnavailableError,
+)
+from gradwire.wire import limits, status
+from gradwire.wire.reasons import Reason
+from gradwire.wire.status import ErrorDetails
+
+
+class Outcome(Protocol):
+    """What gRPC's errors, of either shell, tell about a call that ended."""
+
+    def code(self) -> StatusCode:
+        """The call's status."""
+
+    def details(self) -> str | None:
+        """The text beside it."""
+
+    def trailing_metadata(self) -> Any:
+        """The metadata that came last."""
+
+
+def call_error(
+    outcome: Outcome, address: str, job_id: str | None = None
+) -> GradwireError:
+    """The exception for a call that ended with a status other than OK."""
+    code, text = outcome.code(), outcome.details() or ""
+    attached = _attached(outcome)
+    if attached.reason is None:
+        if code is StatusCode.UNAVAILABLE:
+            return _unavailable(address, text, job_id)
+        if code is StatusCode.UNIMPLEMENTED:
+            return ContractError(
+                f"the gRPC server at {address} does not offer {limits.SERVICE}"
+                f" ({text})",
+                status=code,
+                job_id=job_id,
+                details=text,
+            )
+    if attached.reason is Reason.CONTRACT_UNKNOWN:
+        return ContractError(
+            f"the server at {address} does not speak {limits.CONTRACT}: {text}",
+            status=code,
+            attached=attached,
+            details=text,
+        )
+    if code is StatusCode.OK:
+        return ProtocolError(
+            "the server ended the call early and called it a success", job_id=job_id
+        )
+    kind = BY_STATUS[code]
+    if attached.reason is not None:
+        kind = BY_REASON.get(attached.reason, kind)
+    message = text
+    if code is StatusCode.DEADLINE_EXCEEDED and attached.reason is None:
+        message = "the call was not done within its timeout_s"
+    error = kind(message, status=code, attached=attached, job_id=job_id, details=text)
+    error.args = (f"{message} ({_label(error)})",)
+    return error
+
+
+def connect_error(
+    outcome: Outcome, address: str, connect_timeout_s: float
+) -> GradwireError:
+    """The exception for a handshake that ended with a status other than OK."""
+    error = call_error(outcome, address)
+    if outcome.code() is StatusCode.DEADLINE_EXCEEDED:
+        return ConnectError(
+            f"no gradwire server answered at {address} within {connect_timeout_s:g} s",
+            status=error.status,
+            details=error.details,
+        )
+    if isinstance(error, ConnectionLostError):
+        return ConnectError(
+            f"what listens at {address} is no gradwire server: it closed the"
+            f" connection ({error.details})",
+            status=error.status,
+            details=error.details,
+        )
+    return error
+
+
+def _attached(outcome: Outcome) -> ErrorDetails:
+    for key, value in outcome.trailing_metadata() or ():
+        if key == status.TRAILER and isinstance(value, bytes):
+            return status.decode(value)
+    return ErrorDetails()
+
+
+def _unavailable(address: str, text: str, job_id: str | None) -> GradwireError:
+    code = StatusCode.UNAVAILABLE
+    if "DNS resolution failed" in text or "Domain name not found" in text:
+        sentence = f"the name in {address} has no address that could be found"
+    elif "http1" in text:
+        sentence = f"what listens at {address} speaks HTTP/1, so it is no gradwire"
+        sentence += " server"
+    elif "failed to connect to all addresses" in text or "Failed to connect" in text:
+        cause = text.rpartition("connect: ")[2] if "connect: " in text else text
+        cause = text.rpartition("remote host: ")[2] if "remote host" in text else cause
+        sentence = f"nothing listens at {address} ({cause})"
+    elif "http2 header with status" in text:
+        return UnavailableError(
+            f"what stands before {address} has no server for it ({text})",
+            status=code,
+            job_id=job_id,
+            details=text,
+        )
+    else:
+        return ConnectionLostError(
+            f"the connection to {address} broke before the call was done ({text})",
+            status=code,
+            job_id=job_id,
+            details=text,
+        )
+    return ConnectError(sentence, status=code, job_id=job_id, details=text)
+
+
+def _label(error: GradwireError) -> str:
+    code = error.reason or (error.status.name if error.status else "")
+    return f"{code}, job {error.job_id}" if error.job_id else str(code)

@@ -1,0 +1,212 @@
+"""The options of a call: what callers may write, checked and made uniform."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gradwire._exceptions import InputError
+from gradwire._types import Progress
+from gradwire.wire import checksum as checksums
+from gradwire.wire import limits
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.matrices import RESULTS, Matrix
+
+DtypeLike: TypeAlias = Any
+ResultDtypes: TypeAlias = "DtypeLike | Mapping[str, DtypeLike] | None"
+Metadata: TypeAlias = "Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]"
+OnProgress: TypeAlias = Callable[[Progress], object]
+
+_METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
+_COMPUTED = ", ".join(dtype.label for dtype in Dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a caller asked for, beside the operands."""
+
+    results: tuple[Matrix, ...]
+    """Wanted results, in the order Y, dX, dW."""
+
+    result_dtypes: Mapping[Matrix, Dtype]
+    """Of the results that shall not have the operands' dtype."""
+
+    dw_accumulator: Dtype | None
+    """In which dW is summed; None: as the contract has it."""
+
+    allow_tf32: bool
+    """Whether float32 products may use TF32."""
+
+    checksum: bool
+    """Whether every payload carries a CRC-32C."""
+
+    timeout_s: float | None
+    """Seconds for the whole call; None: as long as it takes."""
+
+    on_progress: OnProgress | None
+    """Told how far the job has come."""
+
+    job_id: str
+    """The caller's id for the job, or one made up here."""
+
+    metadata: tuple[tuple[str, str | bytes], ...]
+    """Sent with the call."""
+
+
+def parse_options(
+    *,
+    results: str | Iterable[str],
+    result_dtype: ResultDtypes = None,
+    dw_accumulator: DtypeLike = None,
+    allow_tf32: bool = False,
+    checksum: bool = False,
+    timeout_s: float | None = None,
+    on_progress: OnProgress | None = None,
+    request_id: str | None = None,
+    metadata: Metadata = (),
+) -> Options:
+    """The options, checked.
+
+    Raises:
+        InputError: One of them cannot be; the text names it.
+    """
+    wanted = _results(results)
+    if checksum and not checksums.AVAILABLE:
+        raise InputError(
+            "checksum=True needs the package google-crc32c, which comes with"
+            " gradwire[cli]: pip install google-crc32c"
+        )
+    if on_progress is not None and not callable(on_progress):
+        raise InputError(f"on_progress is {on_progress!r}, which cannot be called")
+    return Options(
+        results=wanted,
+        result_dtypes=_result_dtypes(result_dtype, wanted),
+        dw_accumulator=_accumulator(dw_accumulator),
+        allow_tf32=bool(allow_tf32),
+        checksum=bool(checksum),
+        timeout_s=parse_timeout(timeout_s, "timeout_s"),
+        on_progress=on_progress,
+        job_id=_job_id(request_id),
+        metadata=parse_metadata(metadata),
+    )
+
+
+def parse_timeout(value: float | None, name: str) -> float | None:
+    """Seconds, or None for ever.
+
+    Raises:
+        InputError: It is no positive number.
+    """
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not seconds > 0:
+        raise InputError(f"{name} is {value!r}: give seconds, more than 0, or None")
+    return None if math.isinf(seconds) else seconds
+
+
+def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
+    """Metadata as gRPC takes it: ``{"traceparent": "00-..."}`` or pairs.
+
+    Raises:
+        InputError: gRPC would refuse a key or a value.
+    """
+    pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
+    checked = []
+    for key, value in pairs:
+        if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key):
+            raise InputError(
+                f"the metadata key {key!r} may hold digits, lower-case letters and"
+                " the signs - _ . only"
+            )
+        if key.startswith("grpc-"):
+            raise InputError(f"the metadata key {key!r} is gRPC's own")
+        binary = key.endswith("-bin")
+        if not isinstance(value, bytes if binary else str):
+            raise InputError(
+                f"the metadata {key!r} is {value!r}: a value is a string, or bytes"
+                " where the key ends in -bin"
+            )
+        if isinstance(value, str) and not (value.isascii() and value.isprintable()):
+            raise InputError(f"the metadata {key!r} is {value!r}: not printable ASCII")
+        checked.append((key, value))
+    return tuple(checked)
+
+
+def parse_dtype(value: DtypeLike, name: str) -> Dtype:
+    """The element type that a name, a NumPy dtype or a scalar type means.
+
+    Raises:
+        InputError: It is none that gradwire computes.
+    """
+    try:
+        if isinstance(value, str):
+            return Dtype.named(value)
+        return Dtype.of(np.dtype(value))
+    except (KeyError, TypeError):
+        raise InputError(f"{name} is {value!r}; it can be {_COMPUTED}") from None
+
+
+def _results(results: str | Iterable[str]) -> tuple[Matrix, ...]:
+    names = (results,) if isinstance(results, str) else tuple(results)
+    known = {matrix.label: matrix for matrix in RESULTS}
+    for name in names:
+        if name not in known:
+            raise InputError(f"results has {name!r}; it can have y, dx and dw")
+    if not names:
+        raise InputError("results is empty: name at least one of y, dx and dw")
+    wanted = {known[name] for name in names}
+    return tuple(matrix for matrix in RESULTS if matrix in wanted)
+
+
+def _result_dtypes(
+    spec: ResultDtypes, wanted: tuple[Matrix, ...]
+) -> dict[Matrix, Dtype]:
+    if spec is None:
+        return {}
+    if not isinstance(spec, Mapping):
+        dtype = parse_dtype(spec, "result_dtype")
+        return dict.fromkeys(wanted, dtype)
+    by_name = {matrix.label: matrix for matrix in wanted}
+    for name in spec:
+        if name not in by_name:
+            raise InputError(
+                f"result_dtype has {name!r}, and the wanted results are"
+                f" {', '.join(by_name)}"
+            )
+    return {
+        by_name[name]: parse_dtype(value, f"result_dtype[{name!r}]")
+        for name, value in spec.items()
+    }
+
+
+def _accumulator(value: DtypeLike) -> Dtype | None:
+    if value is None:
+        return None
+    dtype = parse_dtype(value, "dw_accumulator")
+    if dtype not in {Dtype.FLOAT32, Dtype.FLOAT64}:
+        raise InputError(f"dw_accumulator is {dtype.label}; it can be float32, float64")
+    return dtype
+
+
+def _job_id(request_id: str | None) -> str:
+    if request_id is None:
+        return secrets.token_hex(8)
+    if not isinstance(request_id, str):
+        raise InputError(f"request_id is {request_id!r}: give a string")
+    printable = request_id.isascii() and request_id.isprintable()
+    if not request_id or not printable or len(request_id) > limits.MAX_JOB_ID_LENGTH:
+        raise InputError(
+            f"request_id is {request_id!r}: give 1 to {limits.MAX_JOB_ID_LENGTH}"
+            " printable ASCII characters"
+        )
+    return request_id

@@ -1,0 +1,207 @@
+"""Where results go: arrays made here, or the caller's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradwire._arrays import Operand, as_numpy, is_torch_tensor
+from gradwire._exceptions import InputError
+from gradwire._plan import Plan
+from gradwire._types import Array
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.matrices import Matrix
+
+_OVERLAP_WORK = 10_000
+"""How hard NumPy tries to prove that two strided arrays share no element."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One wanted result."""
+
+    handed_back: Any
+    """What the caller gets: its own object, where it gave one."""
+
+    array: Array
+    """The memory that is written: leading dimensions like the operands'."""
+
+
+def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
+    """Whatever form `out` has, by result.
+
+    Args:
+        out: None, a mapping from names, a tuple or list with an entry for
+            every one of `results` (None: make one), or, where there is only
+            one result, that array itself.
+        results: What the method returns.
+
+    Raises:
+        InputError: It has none of these forms.
+    """
+    names = [matrix.label for matrix in results]
+    if out is None:
+        return {}
+    if isinstance(out, Mapping):
+        by_name = {matrix.label: matrix for matrix in results}
+        for name in out:
+            if name not in by_name:
+                raise InputError(f"out has {name!r}; it can have {', '.join(names)}")
+        given = {by_name[name]: value for name, value in out.items()}
+    elif isinstance(out, tuple | list):
+        if len(out) != len(results):
+            raise InputError(
+                f"out has {len(out)} entries; it takes {len(results)}:"
+                f" {', '.join(names)}, with None for those to be made"
+            )
+        given = dict(zip(results, out, strict=True))
+    elif len(results) == 1:
+        given = {results[0]: out}
+    else:
+        raise InputError(
+            f"out is a {type(out).__qualname__}: give a mapping such as"
+            f' {{"{names[0]}": array}}, or a tuple of {", ".join(names)}'
+        )
+    return {matrix: value for matrix, value in given.items() if value is not None}
+
+
+def outputs(
+    plan: Plan, operands: Mapping[Matrix, Operand], given: Mapping[Matrix, Any]
+) -> dict[Matrix, Output]:
+    """An array for every wanted result.
+
+    Raises:
+        InputError: An array that was given cannot take its result, or shares
+            memory with an operand or with another.
+    """
+    for matrix in given:
+        if matrix not in plan.results:
+            raise InputError(f"out has {matrix.label}, which results does not name")
+    made = {}
+    for matrix in plan.results:
+        lead = _lead(matrix, operands)
+        columns = matrix.row_length(plan.n, plan.k)
+        shape = (*(lead if lead is not None else (plan.n,)), columns)
+        dtype = plan.result_dtype(matrix)
+        if matrix in given:
+            array = _checked(given[matrix], matrix.label, shape, dtype)
+            made[matrix] = Output(given[matrix], array)
+        else:
+            array = np.empty(shape, dtype.numpy)
+            made[matrix] = Output(array, array)
+    _check_overlap({matrix: made[matrix].array for matrix in given}, operands)
+    return made
+
+
+class ArraySink:
+    """Takes a result's elements in order and puts them into an array."""
+
+    def __init__(self, array: Array, dtype: Dtype) -> None:
+        self._target = array
+        self._columns = array.shape[-1]
+        self._lead = array.shape[:-1]
+        self._row_bytes = self._columns * dtype.itemsize
+        self._filled = 0
+        self._moved = 0
+        self._flat = array.flags.c_contiguous and array.dtype.isnative
+        if self._flat:
+            self._rows = array
+        else:
+            # Rows are put together here, and moved when they are complete.
+            rows = max(1, (1 << 20) // max(1, self._row_bytes))
+            self._rows = np.empty((rows, self._columns), dtype.numpy)
+        self._bytes = self._rows.reshape(-1).view(np.uint8).data
+
+    def write(self, payload: memoryview) -> None:
+        """Take the next elements."""
+        while payload:
+            part = payload[: len(self._bytes) - self._filled]
+            self._bytes[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            payload = payload[len(part) :]
+            if self._filled == len(self._bytes) and not self._flat:
+                self._move()
+
+    def close(self) -> None:
+        """Have every element that was taken in its place."""
+        if not self._flat and self._filled:
+            self._move()
+
+    def _move(self) -> None:
+        count = self._filled // self._row_bytes
+        first, last = self._moved, self._moved + count
+        where: Any = slice(first, last)
+        if len(self._lead) > 1:
+            where = np.unravel_index(np.arange(first, last), self._lead)
+        self._target[where] = self._rows[:count]
+        self._moved, self._filled = last, 0
+
+
+def _lead(matrix: Matrix, operands: Mapping[Matrix, Operand]) -> tuple[int, ...] | None:
+    """The dimensions that a result has before its columns; None for dW's."""
+    if matrix is Matrix.DW:
+        return None
+    return operands[Matrix.X if matrix is Matrix.Y else Matrix.DY].lead
+
+
+def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Array:
+    if is_torch_tensor(value) and value.requires_grad:
+        raise InputError(
+            f"out's {name} requires grad, and a result is written past autograd: pass"
+            " its .detach()"
+        )
+    if not isinstance(value, np.ndarray) and not is_torch_tensor(value):
+        raise InputError(
+            f"out's {name} is a {type(value).__qualname__}: give a NumPy array or a"
+            " PyTorch tensor in host memory"
+        )
+    array = as_numpy(value, f"out's {name}")
+    if array.shape != shape:
+        raise InputError(f"out's {name} has shape {array.shape}, and {name} {shape}")
+    if not np.can_cast(dtype.numpy, array.dtype, "equiv"):
+        raise InputError(
+            f"out's {name} is {array.dtype}, and {name} is {dtype.label}:"
+            f' result_dtype={{"{name}": ...}} asks for another'
+        )
+    if not array.flags.writeable:
+        raise InputError(f"out's {name} is read-only")
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        if length > 1 and stride == 0:
+            raise InputError(f"out's {name} repeats one element over a dimension")
+    return array
+
+
+def _check_overlap(
+    given: Mapping[Matrix, Array], operands: Mapping[Matrix, Operand]
+) -> None:
+    taken: list[tuple[str, Array]] = [
+        (matrix.label, value.array) for matrix, value in operands.items()
+    ]
+    for matrix, array in given.items():
+        for name, other in taken:
+            if _overlap(array, other):
+                raise InputError(
+                    f"out's {matrix.label} shares memory with {name}, which is read"
+                    " while results are written"
+                    if name in {operand.label for operand in operands}
+                    else f"out's {matrix.label} shares memory with {name}"
+                )
+        taken.append((f"out's {matrix.label}", array))
+
+
+def _overlap(one: Array, other: Array) -> bool:
+    if not np.may_share_memory(one, other):
+        return False
+    try:
+        work: Any = _OVERLAP_WORK  # NumPy's stubs know two of its values only
+        return bool(np.shares_memory(one, other, max_work=work))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def handed_back(made: Mapping[Matrix, Output], results: Iterable[Matrix]) -> list[Any]:
+    """What the caller gets, None for results that it did not want."""
+    return [made[r].handed_back if r in made else None for r in results]

@@ -1,0 +1,186 @@
+"""What a job receives: results, checked before a byte of them is used."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from gradwire._exceptions import ChecksumError, ProtocolError
+from gradwire._plan import Plan
+from gradwire._sending import Sender
+from gradwire._types import Array
+from gradwire.wire import checksum
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.framing import Block
+from gradwire.wire.matrices import RESULTS, Matrix
+from gradwire.wire.reasons import Reason
+from gradwire.wire.status import ErrorDetails
+
+_BY_NUMBER = {int(matrix): matrix for matrix in RESULTS}
+
+
+class Sink(Protocol):
+    """Takes a result's elements, in their order and without gaps."""
+
+    def write(self, payload: memoryview) -> None:
+        """Take the next elements: whole ones, at least one."""
+
+    def close(self) -> None:
+        """There are no more."""
+
+
+class BlockSink:
+    """Puts a result's elements together to arrays, one for each row block.
+
+    Attributes:
+        columns: Elements of a row.
+        complete: Row blocks that are complete and were not taken yet.
+    """
+
+    def __init__(self, columns: int, dtype: Dtype, sender: Sender) -> None:
+        self.complete: deque[Array] = deque()
+        self.columns = columns
+        self._dtype = dtype
+        self._sender = sender
+        self._block_rows = 1
+        self._first_row = 0
+        self._array: Array | None = None
+        self._bytes = memoryview(b"")
+        self._filled = 0
+
+    def accept(self, block_rows: int) -> None:
+        """Take over the server's grid of row blocks."""
+        self._block_rows = block_rows
+
+    def empty(self, rows: int) -> Array:
+        """A new array for some rows."""
+        return np.empty((rows, self.columns), self._dtype.numpy)
+
+    def write(self, payload: memoryview) -> None:
+        """Take the next elements."""
+        while payload:
+            if self._array is None:
+                self._array = self.empty(self._rows())
+                self._bytes = self._array.reshape(-1).view(np.uint8).data
+                self._filled = 0
+            part = payload[: len(self._bytes) - self._filled]
+            self._bytes[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            payload = payload[len(part) :]
+            if self._filled == len(self._bytes):
+                self.complete.append(self._array)
+                self._first_row += self._array.shape[0]
+                self._array = None
+
+    def close(self) -> None:
+        """Nothing is left to do: the last element completed the last block."""
+
+    def _rows(self) -> int:
+        # A short block is sent only after End, so m is known by then.
+        if self._sender.m is None:
+            return self._block_rows
+        return min(self._block_rows, self._sender.m - self._first_row)
+
+
+class Receiver:
+    """The results of one job, as they come.
+
+    Attributes:
+        bytes_received: Bytes of results that were taken.
+    """
+
+    def __init__(self, plan: Plan, sinks: Mapping[Matrix, Sink], sender: Sender):
+        self.bytes_received = 0
+        self._plan = plan
+        self._sinks = sinks
+        self._sender = sender
+        self._next = dict.fromkeys(plan.results, 0)
+        self._block_rows = 1
+
+    def accept(self, block_rows: int) -> None:
+        """Take over the server's grid of row blocks."""
+        self._block_rows = block_rows
+
+    def take(self, block: Block) -> None:
+        """Use the elements of a message.
+
+        Raises:
+            ProtocolError: They are not what comes next, or cannot be yet.
+            ChecksumError: They were damaged on the way.
+        """
+        matrix = _BY_NUMBER.get(block.matrix)
+        if matrix is None or matrix not in self._next:
+            name = matrix.label if matrix else f"matrix {block.matrix}"
+            raise ProtocolError(f"the server sent {name}, which was not asked for")
+        payload = block.payload
+        if not payload:
+            raise ProtocolError(
+                f"the server sent a block of {matrix.label} without elements"
+            )
+        self._check_crc32c(matrix, block.crc32c, payload)
+        itemsize = self._plan.result_dtype(matrix).itemsize
+        count, rest = divmod(len(payload), itemsize)
+        if rest:
+            raise ProtocolError(
+                f"the server sent {len(payload)} bytes of {matrix.label}, whose"
+                f" elements have {itemsize}"
+            )
+        at = self._next[matrix]
+        if block.index != at:
+            raise ProtocolError(
+                f"the server sent {matrix.label} from element {block.index} on, and"
+                f" element {at} is next"
+            )
+        if at + count > self._due(matrix):
+            raise ProtocolError(
+                f"the server sent {matrix.label} up to element {at + count}, and the"
+                f" rows that it has make up {self._due(matrix)}"
+            )
+        self._next[matrix] = at + count
+        self._sinks[matrix].write(payload)
+        self.bytes_received += len(payload)
+
+    def finish(self) -> None:
+        """Check that nothing is missing.
+
+        Raises:
+            ProtocolError: Something is.
+        """
+        for matrix, at in self._next.items():
+            if at != self._due(matrix) or not self._sender.ended:
+                raise ProtocolError(
+                    f"the server ended the job after {at} of {self._due(matrix)}"
+                    f" elements of {matrix.label}"
+                )
+            self._sinks[matrix].close()
+
+    def _due(self, matrix: Matrix) -> int:
+        """Elements that can have been computed from what was sent."""
+        sender = self._sender
+        if matrix is Matrix.DW:
+            return self._plan.n * self._plan.k if sender.ended else 0
+        rows = sender.rows_sent
+        if rows != sender.m:
+            rows -= rows % self._block_rows
+        return rows * matrix.row_length(self._plan.n, self._plan.k)
+
+    def _check_crc32c(
+        self, matrix: Matrix, crc32c: int | None, payload: memoryview
+    ) -> None:
+        wanted = self._plan.options.checksum
+        if wanted != (crc32c is not None):
+            which = "without" if wanted else "with"
+            raise ProtocolError(
+                f"the server sent {matrix.label} {which} a checksum, against the job"
+            )
+        if wanted and checksum.crc32c(payload) != crc32c:
+            raise ChecksumError(
+                f"a block of {matrix.label} was damaged on the way: its checksum is"
+                " wrong",
+                status=Reason.CHECKSUM_MISMATCH.status,
+                attached=ErrorDetails(reason=Reason.CHECKSUM_MISMATCH),
+                job_id=self._plan.options.job_id,
+            )

@@ -1,0 +1,204 @@
+"""Streams of rows: the caller's items in, blocks of result rows out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from gradwire._arrays import Operand, operand
+from gradwire._exceptions import ClientStateError, InputError
+from gradwire._exchange import Exchange
+from gradwire._options import Options
+from gradwire._outputs import ArraySink
+from gradwire._plan import Plan, check, require, with_rows
+from gradwire._receiving import BlockSink, Sink
+from gradwire._sending import Sender
+from gradwire._types import Array, Receipt, RowBlock
+from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix, operands_for
+
+
+class RowReader:
+    """Makes operands of the items that a caller's iterable gives.
+
+    An item is a pair (x_rows, dy_rows), with None for one that the job does
+    not need; where it needs one only, that one alone will do. Both of a pair
+    have equally many rows, any number.
+    """
+
+    def __init__(self, w: object, m: int | None, options: Options) -> None:
+        if m is not None and (not isinstance(m, int | np.integer) or m < 0):
+            raise InputError(f"m is {m!r}: give the number of rows, or None")
+        self._m = None if m is None else int(m)
+        self._options = options
+        self._needed = tuple(
+            matrix for matrix in ROW_OPERANDS if matrix in operands_for(options.results)
+        )
+        require(dict.fromkeys(self._needed, True) | {Matrix.W: w}, options)
+        self.w = None if w is None else operand(w, "w")
+        self._plan: Plan | None = None
+        self._count = 0
+
+    def plan(self, first: Mapping[Matrix, Operand] | None) -> Plan:
+        """The plan of a job whose first item has these operands, if any.
+
+        Raises:
+            InputError: Without an item and without W, nothing is known.
+        """
+        if first is None and self.w is None:
+            raise InputError(
+                "rows gave nothing and w is None, so that n, k and the dtype are"
+                " unknown: give at least one pair, of no rows if need be"
+            )
+        self._plan = with_rows(self._check(first or {}), self._m)
+        return self._plan
+
+    def read(self, item: object) -> dict[Matrix, Operand]:
+        """The operands in an item.
+
+        Raises:
+            InputError: It is none, or does not fit the first; the text says
+                which item it is, counted from 0.
+        """
+        try:
+            operands = self._operands(item)
+            plan = self._check(operands)
+        except InputError as error:
+            raise InputError(f"item {self._count} of rows: {error}") from error
+        first = self._plan
+        if first is not None:
+            sizes, expected = (
+                (f"n = {p.n}", f"k = {p.k}", p.dtype.label) for p in (plan, first)
+            )
+            for size, wanted in zip(sizes, expected, strict=True):
+                if size != wanted:
+                    raise InputError(
+                        f"item {self._count} of rows has {size}, and item 0 had"
+                        f" {wanted}"
+                    )
+        self._count += 1
+        return operands
+
+    def _operands(self, item: object) -> dict[Matrix, Operand]:
+        if isinstance(item, tuple) and len(item) == 2:
+            values = dict(zip(ROW_OPERANDS, item, strict=True))
+        elif len(self._needed) == 1:
+            values = {self._needed[0]: item}
+        else:
+            raise InputError(
+                f"it is a {type(item).__qualname__}: give pairs (x_rows, dy_rows)"
+            )
+        operands = {}
+        for matrix in self._needed:
+            if values[matrix] is None:
+                wanted = " and ".join(result.label for result in self._options.results)
+                raise InputError(
+                    f"{matrix.label}'s rows are None, and {wanted} cannot be without"
+                )
+            operands[matrix] = operand(values[matrix], matrix.label)
+            if operands[matrix].array.ndim != 2:
+                raise InputError(
+                    f"{matrix.label} has shape {operands[matrix].array.shape}: rows"
+                    " of a stream have two dimensions"
+                )
+        return operands
+
+    def _check(self, operands: Mapping[Matrix, Operand]) -> Plan:
+        weights = {} if self.w is None else {Matrix.W: self.w}
+        return check({**operands, **weights}, self._options)
+
+
+class RowJob:
+    """A job whose rows come and go in parts, without the I/O.
+
+    Attributes:
+        exchange: The conversation with the server.
+        options: What the caller asked for.
+        ready: Row blocks that are complete and were not handed out yet.
+        dw: dW; None where it is not wanted.
+        receipt: What became of the job, once it is done.
+    """
+
+    def __init__(
+        self, plan: Plan, w: Operand | None, first: Mapping[Matrix, Operand] | None
+    ) -> None:
+        self.options = plan.options
+        self.ready: deque[RowBlock] = deque()
+        self._w = w if Matrix.W in plan.operands else None
+        self._first = first
+        self._sender = Sender(plan)
+        self._blocks = {
+            matrix: BlockSink(
+                plan.shape(matrix, 0)[1], plan.result_dtype(matrix), self._sender
+            )
+            for matrix in ROW_RESULTS
+            if matrix in plan.results
+        }
+        sinks: dict[Matrix, Sink] = dict(self._blocks)
+        self.dw: Array | None = None
+        if Matrix.DW in plan.results:
+            dtype = plan.result_dtype(Matrix.DW)
+            self.dw = np.empty((plan.n, plan.k), dtype.numpy)
+            sinks[Matrix.DW] = ArraySink(self.dw, dtype)
+        self.exchange = Exchange(plan, self._sender, sinks)
+        self._next_row = 0
+        self.receipt: Receipt | None = None
+
+    def opening_messages(self) -> Iterator[bytes]:
+        """What is sent before the second item: W and the first one."""
+        yield from self.exchange.weight_messages(self._w)
+        first, self._first = self._first, None
+        if first is not None:
+            yield from self.exchange.row_messages(first)
+
+    def messages(self, items: Iterable[Mapping[Matrix, Operand]]) -> Iterator[bytes]:
+        """What is sent after the header, for the items after the first."""
+        yield from self.opening_messages()
+        for operands in items:
+            yield from self.exchange.row_messages(operands)
+        yield from self.exchange.end_messages()
+
+    def receive(self, message: bytes) -> None:
+        """Take a message from the server; see `Exchange.receive`."""
+        was_accepted = self.exchange.accepted
+        self.exchange.receive(message)
+        accepted = self.exchange.accepted
+        if accepted is not was_accepted and accepted is not None:
+            for sink in self._blocks.values():
+                sink.accept(accepted.block_rows)
+        # A matrix without columns has no elements, so none of it ever comes.
+        filled = [sink for sink in self._blocks.values() if sink.columns]
+        while filled and all(sink.complete for sink in filled):
+            self._hand_out(len(filled[0].complete[0]))
+
+    def finish(self) -> Receipt:
+        """The server has ended the stream with OK; see `Exchange.finish`."""
+        receipt = self.exchange.finish()
+        while self._blocks and self._next_row < receipt.m:
+            self._hand_out(min(receipt.block_rows, receipt.m - self._next_row))
+        self.receipt = receipt
+        return receipt
+
+    def _hand_out(self, rows: int) -> None:
+        parts = {
+            matrix: sink.complete.popleft() if sink.columns else sink.empty(rows)
+            for matrix, sink in self._blocks.items()
+        }
+        self.ready.append(
+            RowBlock(self._next_row, parts.get(Matrix.Y), parts.get(Matrix.DX))
+        )
+        self._next_row += rows
+
+
+def require_receipt(job: RowJob | None) -> Receipt:
+    """What became of a stream's job, if it is done.
+
+    Raises:
+        ClientStateError: It is not, or was not even begun.
+    """
+    if job is None or job.receipt is None:
+        raise ClientStateError(
+            "dw and receipt are there once the stream has been iterated to its end"
+        )
+    return job.receipt

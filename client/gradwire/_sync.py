@@ -1,0 +1,436 @@
+"""The client for programs that wait: `connect` and `Client`."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+
+from gradwire import _fork
+from gradwire._base import ArrayJob, BaseClient
+from gradwire._failures import call_error, connect_error
+from gradwire._options import (
+    DtypeLike,
+    Metadata,
+    OnProgress,
+    ResultDtypes,
+    parse_options,
+    parse_timeout,
+)
+from gradwire._rows import RowReader
+from gradwire._sync_calls import Call, Connection
+from gradwire._sync_stream import GradientStream
+from gradwire._types import Backward, Gradients, Receipt, ServerInfo, server_info_of
+from gradwire.v1.gradient_service_pb2 import GetServerInfoRequest
+from gradwire.wire.matrices import RESULTS, Matrix
+
+
+def connect(
+    address: str,
+    *,
+    connect_timeout_s: float | None = 10.0,
+    timeout_s: float | None = None,
+    metadata: Metadata = (),
+) -> Client:
+    """A client of the server at an address, once it has answered.
+
+    Args:
+        address: ``HOST:PORT`` or ``unix:PATH``.
+        connect_timeout_s: Seconds that the server has to answer.
+        timeout_s: Seconds for every call that names none itself; None: as
+            long as it takes.
+        metadata: Sent with every call: ``{"traceparent": "00-..."}``.
+
+    Raises:
+        InputError: The address is none.
+        ConnectError: Nobody answers there, or what does is no gradwire
+            server (`ContractError`: none of this version of the contract).
+
+    Example:
+        >>> with gradwire.connect("gpu-node:50051") as client:
+        ...     y, dx, dw = client.gradients(x, w, dy)
+    """
+    client = Client(address, timeout_s=timeout_s, metadata=metadata)
+    try:
+        client.handshake(connect_timeout_s)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Client(BaseClient):
+    """A server's gradients, for programs that wait.
+
+    Making one does no I/O: the connection is made by the first call, and
+    again after it broke or the process forked. Threads may share a client;
+    their calls run side by side.
+
+    Args:
+        address: ``HOST:PORT`` or ``unix:PATH``.
+        timeout_s: Seconds for every call that names none itself; None: as
+            long as it takes.
+        metadata: Sent with every call.
+
+    Raises:
+        InputError: The address is none.
+
+    Example:
+        >>> client = gradwire.Client("unix:/run/gradwire.sock", timeout_s=60)
+        >>> y = client.forward(x, w)
+        >>> client.close()
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+    ) -> None:
+        super().__init__(address, timeout_s=timeout_s, metadata=metadata)
+        self._lock = threading.Lock()
+        self._connected: Connection | None = None
+        _clients.add(self)
+
+    def __enter__(self) -> Client:
+        self._require_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls that still run are cancelled."""
+        with self._lock:
+            self._closed = True
+            connected, self._connected = self._connected, None
+        if connected is not None:
+            connected.channel.close()
+
+    def handshake(self, connect_timeout_s: float | None = 10.0) -> ServerInfo:
+        """Ask the server what it is, and refuse to go on with a wrong one.
+
+        Raises:
+            ConnectError: As for `connect`.
+        """
+        seconds = parse_timeout(connect_timeout_s, "connect_timeout_s")
+        try:
+            answer = self._connection().info(
+                GetServerInfoRequest(), timeout=seconds, metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            raise connect_error(error, self._address, seconds or 0) from None
+        return self._require_contract(server_info_of(answer))
+
+    def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """What the server is, offers and allows.
+
+        Raises:
+            CallError: It did not say.
+
+        Example:
+            >>> client.server_info().limits.max_jobs
+            64
+        """
+        seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
+        try:
+            answer = self._connection().info(
+                GetServerInfoRequest(), timeout=seconds, metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            raise call_error(error, self._address) from None
+        return server_info_of(answer)
+
+    def gradients(
+        self,
+        x: Any,
+        w: Any,
+        dy: Any,
+        *,
+        results: str | Iterable[str] = ("y", "dx", "dw"),
+        out: Any = None,
+        result_dtype: ResultDtypes = None,
+        dw_accumulator: DtypeLike = None,
+        allow_tf32: bool = False,
+        checksum: bool = False,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        request_id: str | None = None,
+        metadata: Metadata = (),
+    ) -> Gradients:
+        """Y = X W, dX = dY Wᵀ and dW = Xᵀ dY, as far as they are wanted.
+
+        Args:
+            x: X, shape (..., n): leading dimensions count as rows.
+            w: W, shape (n, k).
+            dy: dY = dL/dY, shape (..., k), with leading dimensions like X's.
+                All operands have one dtype: float16, bfloat16, float32 or
+                float64. Nested lists of Python floats are float64. Anything
+                that NumPy can read in host memory is taken, in any layout.
+                What the wanted results do not need may be None.
+            results: Any of ``"y"``, ``"dx"``, ``"dw"``.
+            out: Where results go: a mapping such as ``{"dw": array}``, or a
+                tuple (y, dx, dw) with None for those to be made. NumPy arrays
+                or PyTorch tensors in host memory, of the results' shapes and
+                dtypes. After a failure their contents are undefined.
+            result_dtype: Of the results: one for all, or a mapping such as
+                ``{"dw": "float32"}``. Else they have the operands' dtype.
+            dw_accumulator: ``"float32"`` or ``"float64"``, in which dW is
+                summed over row blocks.
+            allow_tf32: Whether float32 products may use TF32.
+            checksum: Whether every payload is protected by a CRC-32C.
+            timeout_s: Seconds for the whole call.
+            on_progress: Called with a `Progress` now and then, never twice
+                at a time, maybe from another thread. What it raises cancels
+                the job and is raised here.
+            request_id: The job's id in the server's log, in the receipt and
+                in errors: 1 to 128 printable ASCII characters.
+            metadata: Sent with the call: ``{"traceparent": "00-..."}``.
+
+        Returns:
+            The tuple (y, dx, dw) of NumPy arrays of shapes (..., k), (..., n)
+            and (n, k), or what `out` gave; None for those not wanted. Its
+            `receipt` says what became of the job.
+
+        Raises:
+            InputError: An argument is refused; nothing was sent.
+            GradwireError: The job failed; see the tree.
+
+        Example:
+            >>> y, dx, dw = client.gradients(x, w, dy)
+            >>> client.gradients(x, None, dy, results="dw").dw.shape
+            (784, 10)
+        """
+        options = parse_options(
+            results=results,
+            result_dtype=result_dtype,
+            dw_accumulator=dw_accumulator,
+            allow_tf32=allow_tf32,
+            checksum=checksum,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+            request_id=request_id,
+            metadata=metadata,
+        )
+        given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
+        job = self._array_job(given, out, RESULTS, options)
+        receipt = self._run(job)
+        y, dx, dw = job.results(*RESULTS)
+        return Gradients(y, dx, dw, receipt)
+
+    def forward(
+        self,
+        x: Any,
+        w: Any,
+        *,
+        out: Any = None,
+        result_dtype: ResultDtypes = None,
+        allow_tf32: bool = False,
+        checksum: bool = False,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        request_id: str | None = None,
+        metadata: Metadata = (),
+    ) -> Any:
+        """Y = X W alone; see `gradients` for the arguments.
+
+        Returns:
+            Y, shape (..., k); or `out`, where that was given.
+
+        Raises:
+            InputError: An argument is refused; nothing was sent.
+            GradwireError: The job failed; see the tree.
+
+        Example:
+            >>> client.forward(x, w).shape
+            (60000, 10)
+        """
+        options = parse_options(
+            results="y",
+            result_dtype=result_dtype,
+            allow_tf32=allow_tf32,
+            checksum=checksum,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+            request_id=request_id,
+            metadata=metadata,
+        )
+        given = {Matrix.X: x, Matrix.W: w}
+        job = self._array_job(given, out, (Matrix.Y,), options)
+        self._run(job)
+        return job.results(Matrix.Y)[0]
+
+    def backward(
+        self,
+        x: Any,
+        w: Any,
+        dy: Any,
+        *,
+        out: Any = None,
+        result_dtype: ResultDtypes = None,
+        dw_accumulator: DtypeLike = None,
+        allow_tf32: bool = False,
+        checksum: bool = False,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        request_id: str | None = None,
+        metadata: Metadata = (),
+    ) -> Backward:
+        """The two gradients, dX = dY Wᵀ and dW = Xᵀ dY; see `gradients`.
+
+        Returns:
+            The tuple (dx, dw) of shapes (..., n) and (n, k).
+
+        Raises:
+            InputError: An argument is refused; nothing was sent.
+            GradwireError: The job failed; see the tree.
+
+        Example:
+            >>> dx, dw = client.backward(x, w, dy)
+        """
+        options = parse_options(
+            results=("dx", "dw"),
+            result_dtype=result_dtype,
+            dw_accumulator=dw_accumulator,
+            allow_tf32=allow_tf32,
+            checksum=checksum,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+            request_id=request_id,
+            metadata=metadata,
+        )
+        given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
+        job = self._array_job(given, out, (Matrix.DX, Matrix.DW), options)
+        receipt = self._run(job)
+        dx, dw = job.results(Matrix.DX, Matrix.DW)
+        return Backward(dx, dw, receipt)
+
+    def stream(
+        self,
+        rows: Iterable[Any],
+        w: Any = None,
+        *,
+        m: int | None = None,
+        results: str | Iterable[str] = ("y", "dx", "dw"),
+        result_dtype: ResultDtypes = None,
+        dw_accumulator: DtypeLike = None,
+        allow_tf32: bool = False,
+        checksum: bool = False,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        request_id: str | None = None,
+        metadata: Metadata = (),
+    ) -> GradientStream:
+        """The gradients of rows that need not be there all at once.
+
+        Both sides hold a few blocks of rows, however many rows there are.
+
+        Args:
+            rows: An iterable of pairs (x_rows, dy_rows) of shapes (r, n) and
+                (r, k), with any r from item to item; None for the one that
+                the wanted results do not need, or that which they do need
+                alone. Its first item is asked for in the caller's thread, the
+                others in another, ahead of the results. An item's memory may
+                be used again once the next is asked for. What the iterable
+                raises cancels the job and is raised here.
+            w: W, shape (n, k); None where only dW is wanted.
+            m: Number of all rows, where it is known.
+            results: Any of ``"y"``, ``"dx"``, ``"dw"``.
+            result_dtype: As for `gradients`.
+            dw_accumulator: As for `gradients`.
+            allow_tf32: As for `gradients`.
+            checksum: As for `gradients`.
+            timeout_s: Seconds for the whole stream.
+            on_progress: As for `gradients`.
+            request_id: As for `gradients`.
+            metadata: As for `gradients`.
+
+        Returns:
+            An iterator of `RowBlock`, which has `dw` and `receipt` once it
+            is exhausted. Nothing is sent before it is iterated. Left early,
+            by `break`, an exception or garbage collection, it cancels its
+            job; as a context manager it does so at once.
+
+        Raises:
+            InputError: An argument is refused. One that only the iterable's
+                items show to be wrong is refused while iterating.
+
+        Example:
+            >>> with client.stream(zip(x_parts, dy_parts), w) as stream:
+            ...     for block in stream:
+            ...         save(block.first_row, block.y, block.dx)
+            >>> stream.dw.shape
+            (784, 10)
+        """
+        options = parse_options(
+            results=results,
+            result_dtype=result_dtype,
+            dw_accumulator=dw_accumulator,
+            allow_tf32=allow_tf32,
+            checksum=checksum,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+            request_id=request_id,
+            metadata=metadata,
+        )
+        self._require_open()
+        reader = RowReader(w, m, self._with_defaults(options))
+        return GradientStream(self, rows, reader)
+
+    def _run(self, job: ArrayJob) -> Receipt:
+        if job.unary:
+            return self._keep(self._compute(job))
+        exchange = job.exchange()
+        with Call(
+            self._connection(),
+            exchange,
+            lambda: job.messages(exchange),
+            job.plan.options,
+        ) as call:
+            for message in call:
+                exchange.receive(message)
+            return self._keep(exchange.finish())
+
+    def _compute(self, job: ArrayJob) -> Receipt:
+        options = job.plan.options
+        exchange = job.unary_exchange()
+        try:
+            response = self._connection().compute(
+                exchange.request(job.operands),
+                timeout=options.timeout_s,
+                metadata=options.metadata,
+            )
+        except grpc.RpcError as error:
+            raise call_error(error, self._address, options.job_id) from None
+        return exchange.receive(response)
+
+    def _connection(self) -> Connection:
+        with self._lock:
+            self._require_open()
+            if self._connected is None:
+                self._connected = Connection(self._target, self._address)
+            return self._connected
+
+    def _after_fork(self) -> None:
+        # The parent's channel is not this process's to use, nor to close;
+        # and its lock may have been held by a thread that is not here.
+        if self._connected is not None:
+            _inherited.append(self._connected)
+        self._connected = None
+        self._lock = threading.Lock()
+
+
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+_inherited: list[Connection] = []
+
+
+def _after_fork() -> None:
+    for client in list(_clients):
+        client._after_fork()
+
+
+_fork.in_child(_after_fork)

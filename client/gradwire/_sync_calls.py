@@ -1,0 +1,169 @@
+"""Running calls, for programs that wait.
+
+gRPC takes requests from an iterator, which it runs in a thread of its own,
+while the caller's thread reads: so both directions go on at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO
+from gradwire._exchange import Exchange
+from gradwire._failures import call_error
+from gradwire._options import Options
+from gradwire._target import channel_options
+from gradwire.v1.gradient_service_pb2 import (
+    ComputeRequest,
+    ComputeResponse,
+    GetServerInfoRequest,
+    GetServerInfoResponse,
+)
+
+
+class Connection:
+    """A channel, and the service's calls on it."""
+
+    def __init__(self, target: str, address: str) -> None:
+        self.address = address
+        self.channel = grpc.insecure_channel(target, options=channel_options(address))
+        self.compute = self.channel.unary_unary(
+            COMPUTE,
+            request_serializer=ComputeRequest.SerializeToString,
+            response_deserializer=ComputeResponse.FromString,
+        )
+        self.info = self.channel.unary_unary(
+            GET_SERVER_INFO,
+            request_serializer=GetServerInfoRequest.SerializeToString,
+            response_deserializer=GetServerInfoResponse.FromString,
+        )
+        # Without serializers both sides of the stream are given plain bytes.
+        self.stream: grpc.StreamStreamMultiCallable[bytes, bytes] = (
+            self.channel.stream_stream(COMPUTE_STREAM)
+        )
+
+
+class Call:
+    """A running ComputeStream: an iterator of the server's messages.
+
+    As a context manager it is cancelled unless it came to its end.
+
+    Args:
+        connection: Over which it goes.
+        exchange: Whose header is sent first.
+        messages: Gives what is sent after the server took the job on.
+        options: The job's.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        exchange: Exchange,
+        messages: Callable[[], Iterator[bytes]],
+        options: Options,
+    ) -> None:
+        self._address = connection.address
+        self._job_id = options.job_id
+        self._exchange = exchange
+        self._feed = _Feed(exchange.opening(), messages)
+        self._rpc = connection.stream(
+            self._feed.requests(), timeout=options.timeout_s, metadata=options.metadata
+        )
+        self._feed.attach(self._rpc.cancel)
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        """The server's next message.
+
+        Raises:
+            StopIteration: The server has ended the call with OK.
+            GradwireError: The call ended otherwise.
+            BaseException: What the messages raised, unchanged.
+        """
+        if self._exchange.accepted is not None:
+            self._feed.go()
+        try:
+            message: bytes = next(self._rpc)
+        except StopIteration:
+            self._feed.raise_error()
+            raise
+        except grpc.RpcError as error:
+            self._feed.raise_error()
+            raise call_error(error, self._address, self._job_id) from None
+        return message
+
+    def cancel(self) -> None:
+        """End the call, unless it has ended."""
+        self._feed.stop()
+        self._rpc.cancel()
+
+
+class _Feed:
+    """The requests of a call, as gRPC's thread draws them."""
+
+    def __init__(self, opening: bytes, messages: Callable[[], Iterator[bytes]]) -> None:
+        self._opening = opening
+        self._messages = messages
+        self._settled = threading.Event()
+        self._stopped = False
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._cancel: Callable[[], object] | None = None
+
+    def requests(self) -> Iterator[bytes]:
+        """The header, then, once the server took the job on, the rest."""
+        yield self._opening
+        self._settled.wait()
+        if self._stopped:
+            return
+        try:
+            for message in self._messages():
+                yield message
+                if self._stopped:
+                    return
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised again by the reader
+            self._fail(error)
+
+    def attach(self, cancel: Callable[[], object]) -> None:
+        """How the call is ended when the messages fail."""
+        with self._lock:
+            self._cancel = cancel
+            failed = self._error is not None
+        if failed:
+            cancel()
+
+    def go(self) -> None:
+        """Let what follows the header be sent."""
+        self._settled.set()
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._stopped = True
+        self._settled.set()
+
+    def raise_error(self) -> None:
+        """Raise what the messages raised, if they did."""
+        with self._lock:
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = error
+            cancel = self._cancel
+        if cancel is not None:
+            cancel()

@@ -1,0 +1,122 @@
+"""What `Client.stream` returns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from gradwire._rows import RowJob, RowReader, require_receipt
+from gradwire._sync_calls import Call
+from gradwire._types import Array, Receipt, RowBlock
+
+if TYPE_CHECKING:
+    from gradwire._sync import Client
+
+_NOTHING = object()
+
+
+class GradientStream(Iterator[RowBlock]):
+    """The results of `Client.stream`: an iterator of row blocks.
+
+    Once it is exhausted, `dw` and `receipt` are there. Left early, it
+    cancels its job.
+
+    Example:
+        >>> stream = client.stream(pairs, w, results=("dx", "dw"))
+        >>> for block in stream:
+        ...     print(block.first_row, block.dx.shape)
+        >>> stream.dw
+    """
+
+    def __init__(
+        self, client: Client, rows: Iterable[object], reader: RowReader
+    ) -> None:
+        self._client = client
+        self._rows = iter(rows)
+        self._reader = reader
+        self._job: RowJob | None = None
+        self._call: Call | None = None
+        self._over = False
+
+    def __enter__(self) -> GradientStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> GradientStream:
+        return self
+
+    def __next__(self) -> RowBlock:
+        """The next block of rows.
+
+        Raises:
+            StopIteration: The job is done.
+            GradwireError: The job failed.
+            BaseException: What the caller's iterable raised, unchanged.
+        """
+        try:
+            while not self._over and not (self._job and self._job.ready):
+                self._read(*self._opened())
+        except BaseException:
+            self.close()
+            raise
+        if self._job is None or not self._job.ready:
+            raise StopIteration
+        return self._job.ready.popleft()
+
+    def close(self) -> None:
+        """Cancel the job, unless it is done; no more blocks come."""
+        self._over = True
+        if self._call is not None:
+            self._call.cancel()
+        if self._job is not None:
+            self._job.ready.clear()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+    @property
+    def dw(self) -> Array | None:
+        """DW, shape (n, k), once the stream is exhausted; None if not wanted.
+
+        Raises:
+            ClientStateError: It is not exhausted.
+        """
+        require_receipt(self._job)
+        return self._job.dw if self._job else None
+
+    @property
+    def receipt(self) -> Receipt:
+        """What became of the job, once the stream is exhausted.
+
+        Raises:
+            ClientStateError: It is not exhausted.
+        """
+        return require_receipt(self._job)
+
+    def _opened(self) -> tuple[RowJob, Call]:
+        if self._job is None or self._call is None:
+            item = next(self._rows, _NOTHING)
+            first = None if item is _NOTHING else self._reader.read(item)
+            job = self._client._row_job(self._reader, first)
+            items = map(self._reader.read, self._rows)
+            self._call = Call(
+                self._client._connection(),
+                job.exchange,
+                lambda: job.messages(items),
+                job.options,
+            )
+            self._job = job
+        return self._job, self._call
+
+    def _read(self, job: RowJob, call: Call) -> None:
+        try:
+            message = next(call)
+        except StopIteration:
+            self._client._keep(job.finish())
+            self._over = True
+        else:
+            job.receive(message)

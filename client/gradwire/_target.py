@@ -1,0 +1,78 @@
+"""Addresses, and the channels that are made to them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from gradwire._exceptions import InputError
+from gradwire.wire import limits
+
+_MAX_SOCKET_PATH_BYTES = 107
+"""What `sockaddr_un` holds on Linux, without its final zero."""
+
+_LOOPBACK = ("localhost", "127.", "[::1]")
+
+
+def grpc_target(address: str) -> str:
+    """gRPC's name for an address.
+
+    Args:
+        address: ``HOST:PORT`` (an IPv6 host in brackets) or ``unix:PATH``.
+
+    Raises:
+        InputError: It is neither; the text says what to write.
+    """
+    if not isinstance(address, str):
+        raise InputError(
+            f"the address is a {type(address).__name__}; write it as a string:"
+            " HOST:PORT or unix:PATH"
+        )
+    scheme, _, path = address.partition(":")
+    if scheme == "unix":
+        if not path:
+            raise InputError(f"the address {address!r} has no path: write unix:PATH")
+        size = len(path.encode())
+        if size > _MAX_SOCKET_PATH_BYTES:
+            raise InputError(
+                f"the socket path of {address!r} has {size} bytes; a unix socket's"
+                f" has at most {_MAX_SOCKET_PATH_BYTES}"
+            )
+        return address
+    if "/" in address:
+        raise InputError(
+            f"the address {address!r} is a URL or a path: write HOST:PORT or unix:PATH"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or (":" in host and not host.startswith("[")):
+        raise InputError(f"the address {address!r} has no port: write HOST:PORT")
+    if not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(
+            f"the address {address!r} has the port {port!r}; a port is a number"
+            " from 1 to 65535"
+        )
+    return f"dns:///{address}"
+
+
+def channel_options(address: str) -> tuple[tuple[str, Any], ...]:
+    """The options of a channel to an address.
+
+    Each client has connections of its own, so that one client's bytes do not
+    wait behind another's. Pings keep a connection alive through middleboxes
+    while a long job computes. gRPC's own retries are off: they would hold
+    every message of a job back in memory, and cover only small calls.
+    """
+    version = importlib.metadata.version("gradwire")
+    return (
+        ("grpc.primary_user_agent", f"gradwire/{version}"),
+        ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.enable_http_proxy", 0 if address.startswith(_LOOPBACK) else 1),
+    )
