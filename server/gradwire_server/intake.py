@@ -79,14 +79,18 @@ class Intake:
     def take(self, block: Block) -> Iterator[Span]:
         """Checks a message and says where its bytes belong, piece by piece.
 
+        A piece counts as received when it is given out: a message may end in
+        a later block than it begins in, and no block is complete before all
+        of its own pieces were placed.
+
         Raises:
             JobError: The message does not continue the stream. Nothing of it
                 was taken.
         """
         operand, payload = self._check(block)
         itemsize = self._spec.dtype.itemsize
-        self._received[operand] += payload.nbytes // itemsize
         if operand is Matrix.W:
+            self._received[operand] += payload.nbytes // itemsize
             yield Span(operand, 0, block.index * itemsize, payload)
             return
         block_elements = self._plan.block_rows * self._spec.row_length(operand)
@@ -94,8 +98,9 @@ class Intake:
         while payload.nbytes:
             number, first = divmod(at, block_elements)
             piece = payload[: (block_elements - first) * itemsize]
-            yield Span(operand, number, first * itemsize, piece)
             at += piece.nbytes // itemsize
+            self._received[operand] = at
+            yield Span(operand, number, first * itemsize, piece)
             payload = payload[piece.nbytes :]
 
     def end(self, m: int) -> None:

@@ -126,3 +126,11 @@ def test_rows_without_elements_are_complete_only_at_the_end():
     intake.end(9)
     assert intake.blocks_complete == 3
     assert [intake.rows_of(each) for each in range(3)] == [4, 4, 1]
+
+
+def test_a_block_is_complete_only_when_all_of_its_own_pieces_were_given_out():
+    intake, _, _ = make_intake()
+    list(intake.take(block(Matrix.W, 0, 15)))
+    list(intake.take(block(Matrix.X, 0, 8 * 3)))  # two row blocks of X
+    complete = [intake.blocks_complete for _ in intake.take(block(Matrix.DY, 0, 8 * 5))]
+    assert complete == [1, 2]
