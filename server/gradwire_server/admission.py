@@ -32,7 +32,9 @@ class Admission:
     """The memory and the turns of one server.
 
     Jobs are admitted first come, first served: a large job that waits for
-    memory is not overtaken for ever by small ones that would fit.
+    memory is not overtaken for ever by small ones that would fit. Open calls
+    never hold so much that a waiting job could not run when all running ones
+    have ended: those who wait would wait for each other.
 
     Args:
         memory_limit: Most bytes that jobs and open calls may hold.
@@ -46,6 +48,8 @@ class Admission:
         self.max_queue = max_queue
         self.running = 0
         self.held_bytes = 0
+        """What jobs and open calls hold."""
+        self._calls_bytes = 0
         self._queue: deque[_Waiting] = deque()
         self._draining = False
         self._idle = asyncio.Event()
@@ -77,15 +81,18 @@ class Admission:
         """
         if self._draining:
             raise _draining()
-        if self.held_bytes + CALL_BYTES > self.memory_limit:
-            raise _busy(
-                f"the open calls and running jobs hold {self.held_bytes} of "
-                f"{self.memory_limit} bytes"
-            )
+        largest = max((waiting.size_bytes for waiting in self._queue), default=0)
+        if (
+            self.held_bytes + CALL_BYTES > self.memory_limit
+            or self._calls_bytes + CALL_BYTES + largest > self.memory_limit
+        ):
+            raise self._no_memory()
+        self._calls_bytes += CALL_BYTES
         self.held_bytes += CALL_BYTES
         try:
             yield
         finally:
+            self._calls_bytes -= CALL_BYTES
             self._give_back(CALL_BYTES)
 
     @asynccontextmanager
@@ -126,7 +133,12 @@ class Admission:
         waiting = _Waiting(size_bytes)
         self._queue.append(waiting)
         self._admit_waiting()
-        if not waiting.admitted and len(self._queue) > self.max_queue:
+        if waiting.admitted:
+            return
+        if self._calls_bytes + size_bytes > self.memory_limit:
+            self._queue.remove(waiting)
+            raise self._no_memory()
+        if len(self._queue) > self.max_queue:
             self._queue.remove(waiting)
             raise _busy(
                 f"{self.running} jobs run and {len(self._queue)} wait, of at most "
@@ -178,6 +190,12 @@ class Admission:
             first.moved.set()
         for waiting in self._queue:
             waiting.moved.set()
+
+    def _no_memory(self) -> JobError:
+        return _busy(
+            f"open calls and running jobs hold {self.held_bytes} of "
+            f"{self.memory_limit} bytes, and {len(self._queue)} jobs wait"
+        )
 
     def _fits(self, size_bytes: int) -> bool:
         return (

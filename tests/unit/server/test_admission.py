@@ -145,3 +145,22 @@ async def test_open_calls_hold_memory_too():
         pass
     assert caught.value.reason is Reason.BUSY
     assert admission.held_bytes == full.held_bytes == 0
+
+
+async def test_open_calls_leave_room_for_the_job_that_waits():
+    jobs = make_jobs(memory_limit=16 * MIB, max_jobs=9)
+    await jobs.start("a", 10 * MIB)
+    with jobs.admission.call(), jobs.admission.call():
+        await jobs.start("b", 13 * MIB)
+        assert jobs.running == ["a"]
+        with jobs.admission.call():
+            for _ in range(2):
+                with pytest.raises(JobError) as caught, jobs.admission.call():
+                    pass
+                assert caught.value.reason is Reason.BUSY
+            await jobs.start("c", 14 * MIB)  # could not run beside the open calls
+            assert await reason_of(jobs.tasks["c"]) is Reason.BUSY
+            await jobs.end("a")
+            assert jobs.running == ["b"]
+            await jobs.end("b")
+    assert jobs.admission.held_bytes == 0
