@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import asyncio
+from typing import NoReturn, TypeAlias
 
 import grpc
 
@@ -29,9 +30,9 @@ class Stream:
     async def read_header(self) -> job_pb2.Job:
         """The first message, which is the job's header."""
         message = await self._read("a job")
-        if isinstance(message, job_pb2.Job):
-            return message
-        raise _unexpected(message, "a job first")
+        if not isinstance(message, job_pb2.Job):
+            await _refuse(message, "a job first")
+        return message
 
     async def tell_queued(self, jobs_ahead: int) -> None:
         """Says how many jobs come before this one."""
@@ -47,10 +48,10 @@ class Stream:
                 await job.end(message.m)
                 break
             else:
-                raise _unexpected(message, "a block or end")
+                await _refuse(message, "a block or end")
         message = await self._read("the client's half-close after end")
         if message is not None:
-            raise _unexpected(message, "nothing after end")
+            await _refuse(message, "nothing after end")
 
     async def send(self, job: RunningJob, spec: JobSpec) -> None:
         """Gives the results, in the order in which they are ready."""
@@ -77,13 +78,19 @@ class Stream:
             raise malformed(str(error)) from None
 
 
-def _unexpected(message: framing.RequestMessage | None, expected: str) -> JobError:
+async def _refuse(message: framing.RequestMessage | None, expected: str) -> NoReturn:
     if message is None:
-        return JobError(
+        # A call that is cancelled reads as if it were half-closed. This task
+        # is cancelled too, but a moment later, and that is the true cause.
+        await asyncio.sleep(_CANCELLATION_S)
+        raise JobError(
             Reason.END_MISSING,
             f"the client closed the stream without end: expected {expected}",
         )
     came = type(message).__name__.lower()
-    return JobError(
+    raise JobError(
         Reason.MESSAGE_UNEXPECTED, f"a message with {came} came: expected {expected}"
     )
+
+
+_CANCELLATION_S = 0.1
