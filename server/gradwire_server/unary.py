@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gradwire.v1 import gradient_service_pb2 as pb2
 from gradwire.wire import framing
-from gradwire.wire.limits import MAX_PAYLOAD_BYTES
+from gradwire.wire.limits import MAX_COMPUTE_BYTES
 from gradwire.wire.matrices import OPERANDS, ROW_OPERANDS, Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.errors import JobError
@@ -36,11 +36,11 @@ def whole_operands(
         )
     for name, matrices in (("request", spec.operands), ("response", spec.results)):
         size = sum(whole_bytes(spec, matrix) for matrix in matrices)
-        if size > MAX_PAYLOAD_BYTES:
+        if size > MAX_COMPUTE_BYTES:
             raise JobError(
                 Reason.STREAM_REQUIRED,
                 f"the {name} would hold {size} bytes of elements: Compute takes at "
-                f"most {MAX_PAYLOAD_BYTES}; use ComputeStream",
+                f"most {MAX_COMPUTE_BYTES}; use ComputeStream",
                 field="job",
             )
     operands: dict[Matrix, memoryview] = {}

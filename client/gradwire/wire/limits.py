@@ -3,7 +3,7 @@
 MIB = 1 << 20
 
 MAX_PAYLOAD_BYTES = 4 * MIB
-"""Largest payload of a Block, and largest request or response of Compute."""
+"""Largest payload of a Block."""
 
 DEFAULT_BLOCK_BYTES = MIB
 """Payload of a Block unless the receiver asks for another size."""
@@ -13,6 +13,10 @@ FRAMING_BYTES = 64 * 1024
 
 MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + FRAMING_BYTES
 """Receive limit that both sides set on their channels."""
+
+MAX_COMPUTE_BYTES = MAX_PAYLOAD_BYTES - FRAMING_BYTES
+"""Most elements, in bytes, in a request or a response of Compute: with what
+else they hold, both stay below the 4 MiB that gRPC takes by default."""
 
 MAX_INT64 = 2**63 - 1
 """Largest value of a size, a count or an index on the wire."""
