@@ -1,6 +1,7 @@
 """CRC-32C against the examples that RFC 3720, appendix B.4, prints."""
 
 import pytest
+
 from gradwire.wire import checksum
 
 ISCSI_READ_COMMAND = bytes.fromhex(

@@ -1,11 +1,12 @@
 """Framing by hand and the generated classes agree on every input."""
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire.wire import framing, limits
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from .protobuf_bytes import messages, mutated
 

@@ -3,12 +3,13 @@
 import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
-from gradwire.wire import status
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
 from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gradwire.wire import status
+from gradwire.wire.reasons import Reason
+from gradwire.wire.status import ErrorDetails
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 texts_by_name = st.dictionaries(texts, texts, max_size=3)

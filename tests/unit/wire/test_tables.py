@@ -3,6 +3,8 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from grpc import StatusCode
+
 from gradwire.v1 import matrix_pb2
 from gradwire.wire import limits
 from gradwire.wire.dtypes import Dtype
@@ -16,7 +18,6 @@ from gradwire.wire.matrices import (
     operands_for,
 )
 from gradwire.wire.reasons import Reason
-from grpc import StatusCode
 
 
 def test_every_dtype_of_the_contract_is_known_by_name_and_number():
