@@ -30,7 +30,8 @@ class Ring:
         self._spec = spec
         self._plan = plan
         self._region = empty_aligned(plan.region_bytes, ALIGNMENT)
-        self._released = 0
+        self.released = 0
+        """How many blocks have left."""
         self._freed = asyncio.Event()
 
     def w(self) -> Array:
@@ -57,13 +58,13 @@ class Ring:
 
     async def wait_for_slot(self, block: int) -> None:
         """Waits until the slot of `block` is free for it."""
-        while block >= self._released + RING_SLOTS:
+        while block >= self.released + RING_SLOTS:
             self._freed.clear()
             await self._freed.wait()
 
     def release(self) -> None:
         """The oldest block has left."""
-        self._released += 1
+        self.released += 1
         self._freed.set()
 
     def free(self) -> None:

@@ -152,19 +152,39 @@ class Service:
 
     @asynccontextmanager
     async def client_sends(self, call: Call, what: str) -> AsyncIterator[None]:
-        """A wait for the client's next message, which must not be too long."""
-        started = time.perf_counter()
+        """A wait for the client's next message, which must not be too long.
+
+        While rows of it wait to be computed, or their results to leave, the
+        client may be waiting for those: that is not its idleness.
+        """
+        loop = asyncio.get_running_loop()
+        idle_s = self.settings.idle_timeout
+        started = loop.time()
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer
+            since = started
+            if call.job is not None:
+                since = loop.time() if call.job.owing else call.job.served_at
+            due = max(started, since) + idle_s
+            if due <= loop.time():
+                patience.reschedule(due)
+            else:
+                timer = loop.call_at(due, look)
+
+        timer = loop.call_at(started + idle_s, look)
         try:
-            async with asyncio.timeout(self.settings.idle_timeout):
+            async with asyncio.timeout(None) as patience:
                 yield
         except TimeoutError:
             raise JobError(
                 Reason.CLIENT_IDLE,
-                f"the client sent nothing for {self.settings.idle_timeout:g} s: "
-                f"expected {what}",
+                f"the client sent nothing for {idle_s:g} s: expected {what}",
             ) from None
         finally:
-            call.receiving_s += time.perf_counter() - started
+            timer.cancel()
+            call.receiving_s += loop.time() - started
 
     @asynccontextmanager
     async def client_reads(self, call: Call) -> AsyncIterator[None]:
