@@ -39,6 +39,8 @@ class HeldBackend(NumpyBackend):
         super().__init__()
         self.before: dict[str, Callable[[], None]] = {}
         self.steps: list[str] = []
+        self.rows: list[int] = []
+        """Rows of the blocks in the order in which they were computed."""
 
     def open_job(self, *args, **kwargs):
         self.step("open_job")
@@ -59,6 +61,7 @@ class _HeldJob:
 
         def held(*args, **kwargs):
             self._backend.step(name)
+            self._backend.rows += [block.rows for block in args if name == "take_block"]
             return method(*args, **kwargs)
 
         return held
@@ -145,6 +148,13 @@ def test_a_job_that_fails_leaves_the_one_beside_it_alone():
         assert_exact(good.receive_results(outcome), PROBLEM)
 
 
+def wait_until_noticed(channel: grpc.Channel) -> None:
+    """What was sent before has reached the server: later calls are answered."""
+    stub = gradient_service_pb2_grpc.GradientServiceStub(channel)
+    for _ in range(5):
+        stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=10)
+
+
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 def test_work_stops_within_one_block(how):
     begun, released = threading.Event(), threading.Event()
@@ -168,10 +178,7 @@ def test_work_stops_within_one_block(how):
             status = stream.failure().status
             assert status is StatusCode.CANCELLED or how == "deadline"
             assert status is StatusCode.DEADLINE_EXCEEDED or how == "cancel"
-        # The server has noticed: it answers a call that came after it.
-        stub = gradient_service_pb2_grpc.GradientServiceStub(channel)
-        for _ in range(5):
-            stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=10)
+        wait_until_noticed(channel)
         released.set()
         assert_exact(stream_job(channel, PROBLEM), PROBLEM)
         assert backend.steps.count("take_block") - BLOCKS <= 1
@@ -194,20 +201,23 @@ def test_a_client_is_not_called_idle_while_the_server_is_what_it_waits_for():
         assert stream.receive().block.data == expected
 
 
-def test_jobs_take_turns_block_by_block():
-    order: list[str] = []
-    with serving() as (backend, channel):
-        go = threading.Event()
+def test_a_small_job_takes_its_turn_between_the_blocks_of_a_large_one():
+    go = threading.Event()
+    small = whole_numbers(7, 5, 4)
+    with (
+        serving() as (backend, channel),
+        Stream(channel) as first,
+        Stream(channel) as second,
+    ):
         backend.before["take_block"] = lambda: go.wait(20)
-        with Stream(channel) as long, Stream(channel) as short:
-            problems = {"long": PROBLEM, "short": whole_numbers(16, 5, 4)}
-            outcomes = {}
-            for name, stream in (("long", long), ("short", short)):
-                stream.send(problems[name].job())
-                outcomes[name] = stream.receive_accepted()
-                stream.send_all(problems[name].body(16))
-                stream.half_close()
-            go.set()
-            assert_exact(short.receive_results(outcomes["short"]), problems["short"])
-            order.append("short")
-            assert_exact(long.receive_results(outcomes["long"]), problems["long"])
+        for stream, problem in ((first, PROBLEM), (second, small)):
+            stream.send(problem.job())
+            outcome = stream.receive_accepted()
+            stream.send_all(problem.body(outcome.accepted.block_rows))
+            stream.half_close()
+        wait_until_noticed(channel)
+        go.set()
+        assert_exact(second.receive_results(second.outcome), small)
+        assert_exact(first.receive_results(first.outcome), PROBLEM)
+        # One block of the large job was under way, and one more may be next.
+        assert backend.rows.index(7) <= 2
