@@ -29,7 +29,7 @@ help: ## list what can be made
 
 .PHONY: demo
 demo: $(VENV)/.ready-demo ## train on handwritten digits through a server; writes demo-output/
-	@$(PY) examples/digits.py
+	@$(PY) examples/train_digits.py
 
 .PHONY: bench
 bench: $(VENV)/.ready-dev ## time jobs against plain NumPy and plain gRPC
