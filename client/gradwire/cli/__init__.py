@@ -1,0 +1,32 @@
+"""The command line: ``gradwire serve``, ``compute``, ``check``, ``info``, ``health``.
+
+It needs the extra ``cli``, and ``gradwire serve`` the extra ``server`` too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+__all__ = ["main"]
+
+_NEEDS = ("cyclopts", "rich")
+
+
+def main() -> int:
+    """Run the command that the process was started with.
+
+    Returns:
+        The exit status: 0 when the command did what it says, 1 when it
+        failed, 2 when it was called wrongly, 130 after Ctrl-C.
+    """
+    if any(importlib.util.find_spec(name) is None for name in _NEEDS):
+        sys.stderr.write(
+            "gradwire: the command line is not installed; "
+            "install it with: pip install 'gradwire[cli]'\n"
+        )
+        return 1
+    # Not at the top: the line above must come out where these are missing.
+    from gradwire.cli._app import run  # noqa: PLC0415
+
+    return run(sys.argv[1:])

@@ -1,0 +1,82 @@
+"""The commands, and how their errors reach who called them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App
+from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
+
+from gradwire import GradwireError
+from gradwire.cli import _check, _compute, _health, _info, _serve
+from gradwire.cli._errors import CommandError, ExitStatus
+
+app = App(
+    name="gradwire",
+    version=lambda: f"gradwire {importlib.metadata.version('gradwire')}",
+    help="""
+    The gradients of a matrix product, computed on another machine.
+
+    With X (m, n), W (n, k) and dY = dL/dY (m, k), a server computes Y = X W,
+    dX = dY Wᵀ and dW = Xᵀ dY, and streams them back while the operands are
+    still arriving.
+    """,
+    suppress_keyboard_interrupt=False,
+)
+# By name, so that a command loads what it needs and nothing else.
+for order, command in enumerate((_serve, _compute, _check, _info, _health)):
+    command.app.sort_key = order
+    app.command(command.app)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        status = app(
+            arguments,
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+        sys.stdout.flush()
+        return int(status or ExitStatus.OK)
+    except CycloptsError as error:
+        return _fail(_usage(error), ExitStatus.USAGE)
+    except CommandError as error:
+        return _fail(str(error), error.status)
+    except GradwireError as error:
+        return _fail(str(error), ExitStatus.FAILED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(
+            str(interrupt) or "interrupted",
+            getattr(interrupt, "status", ExitStatus.INTERRUPTED),
+        )
+    except BrokenPipeError:
+        # Who read this (head, less) has had enough. Nothing is left to write
+        # to, and the interpreter must not find that out by itself.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.FAILED
+
+
+def _fail(sentence: str, status: int) -> int:
+    sys.stderr.write(f"gradwire: {sentence}\n")
+    return status
+
+
+def _usage(error: CycloptsError) -> str:
+    if isinstance(error, UnknownOptionError) and error.token.source not in {"", "cli"}:
+        key = (error.token.keyword or "").strip("[]").replace("][", ".")
+        return f"{error.token.source} has the key {key}, which is no setting"
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        sentence = f"unexpected argument {error.unused_tokens[0]!r}"
+    else:
+        sentence = " ".join(str(error).split()).removesuffix(".")
+    command = " ".join(["gradwire", *(error.command_chain or ())])
+    return f"{sentence[:1].lower()}{sentence[1:]}; see {command} --help"

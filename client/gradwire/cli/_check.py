@@ -1,0 +1,169 @@
+"""``gradwire check``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.markup import escape
+from rich.table import Table
+
+from gradwire import GradwireError
+from gradwire.cli._checks import Finding, run_checks
+from gradwire.cli._errors import CommandError, ExitStatus
+from gradwire.cli._options import Address, Seconds
+from gradwire.cli._servers import connected
+from gradwire.cli._tables import console
+from gradwire.wire.dtypes import Dtype
+
+app = App(
+    name="check",
+    help="""
+    Prove that a server computes right.
+
+    Gradients are held against finite differences along random directions;
+    all results of every dtype against float64 products computed here, within
+    the rounding error that the arithmetic allows; and sums of integers over
+    several row blocks, which must be exact. Without --address a private
+    server in this process is checked.
+
+    Ends with 0 when everything holds, with 1 when something does not, and
+    with 3 when no server could be checked.
+    """,
+)
+
+
+@app.default
+def check(
+    *,
+    address: Address = None,
+    seed: int = 0,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    connect_timeout: Seconds = 10.0,
+    timeout: Seconds = 60.0,
+) -> ExitStatus:
+    """Prove that a server computes right.
+
+    Args:
+        address: The server: HOST:PORT or unix:PATH.
+        seed: Of the random operands; with the same seed, the same operands.
+        as_json: Print one JSON object instead of a table.
+        connect_timeout: How long to wait for the server to answer at all.
+        timeout: How long one job may take.
+    """
+    began = time.perf_counter()
+    findings: list[Finding] = []
+    try:
+        with (
+            connected(address, connect_timeout, timeout) as (client, name),
+            console(sys.stderr).status(f"checking {name}") as status,
+        ):
+            offered = {Dtype.named(label) for label in client.server_info().dtypes}
+            for finding in run_checks(client, offered, seed):
+                status.update(f"checking {name}: {finding.check}, {finding.dtype}")
+                findings.append(finding)
+    except GradwireError as error:
+        raise CommandError(str(error), ExitStatus.NOT_CHECKED) from error
+    report = _Report(name, findings, time.perf_counter() - began)
+    if as_json:
+        report.print_json()
+    else:
+        report.print_table()
+    return ExitStatus.OK if report.passed else ExitStatus.FAILED
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    server: str
+    findings: Sequence[Finding]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.passed for finding in self.findings)
+
+    def print_json(self) -> None:
+        findings = [
+            # JSON has no numbers for NaN and Inf.
+            dataclasses.asdict(f)
+            | {
+                "error": f.error if math.isfinite(f.error) else str(f.error),
+                "passed": f.passed,
+            }
+            for f in self.findings
+        ]
+        json.dump(
+            {
+                "server": self.server,
+                "passed": self.passed,
+                "seconds": round(self.seconds, 3),
+                "findings": findings,
+            },
+            sys.stdout,
+        )
+        sys.stdout.write("\n")
+
+    def print_table(self) -> None:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("check", "dtype", "m x n x k", "result"):
+            table.add_column(title, no_wrap=True)
+        for title in ("error", "bound"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("")
+        for finding in _worst_of_each(self.findings):
+            table.add_row(
+                finding.check,
+                finding.dtype,
+                " x ".join(map(str, finding.shape or ())),
+                finding.result,
+                f"{finding.error:.2g}",
+                f"{finding.bound:.2g}",
+                _verdict(finding),
+            )
+        out = console()
+        out.print(table)
+        out.print(self._conclusion(), soft_wrap=True)
+
+    def _conclusion(self) -> str:
+        wrong = [finding for finding in self.findings if not finding.passed]
+        if not wrong:
+            return (
+                f"{self.server} computes right: {len(self.findings)} findings "
+                f"in {self.seconds:.1f} s, all within their bounds"
+            )
+        names = ", ".join(
+            f"{check} ({', '.join(dict.fromkeys(f.dtype for f in group))})"
+            for check, group in groupby(wrong, key=lambda finding: finding.check)
+        )
+        notes = "".join(
+            f"\n{escape(note)}" for note in dict.fromkeys(f.note for f in wrong) if note
+        )
+        return (
+            f"[bold red]{self.server} computes wrong[/]: {len(wrong)} of "
+            f"{len(self.findings)} findings are wrong: {names}{notes}"
+        )
+
+
+def _verdict(finding: Finding) -> str:
+    if finding.passed:
+        return "[green]ok[/]"
+    return "[bold red]FAILED[/]" if finding.note else "[bold red]WRONG[/]"
+
+
+def _worst_of_each(findings: Iterable[Finding]) -> Iterable[Finding]:
+    """One finding for each check and dtype that passed; all that did not."""
+    for _, group in groupby(findings, key=lambda f: (f.check, f.dtype)):
+        same = list(group)
+        wrong = [finding for finding in same if not finding.passed]
+        yield from wrong or [max(same, key=_share_of_bound)]
+
+
+def _share_of_bound(finding: Finding) -> float:
+    return finding.error / finding.bound if finding.bound else 0.0

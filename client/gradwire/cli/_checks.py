@@ -1,0 +1,327 @@
+"""Whether a server computes what it promises.
+
+Each check asks the server for results whose right values are known: from
+finite differences, from float64 products computed here, or exactly. Nothing
+here prints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from gradwire import CallError, Client, ProtocolError, Receipt, UnavailableError
+from gradwire.cli._bounds import gamma, unit_roundoff, worst
+from gradwire.cli._reference import (
+    RESULTS,
+    Array,
+    Products,
+    Results,
+    Shape,
+    count_different,
+    differences,
+    integer_products,
+    normal_products,
+    rounded,
+)
+from gradwire.wire.dtypes import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found of one result."""
+
+    check: str
+    dtype: str
+    shape: Shape | None
+    """m, n and k."""
+
+    result: str
+    """``y``, ``dx`` or ``dw``; ``all`` where they are taken together."""
+
+    error: float
+    """How far the result is off: of the element that uses most of its bound,
+    or, where nothing may differ, a number of wrong elements."""
+
+    bound: float
+    """How far it may be off."""
+
+    note: str = ""
+    """What kept the check from being made, where something did."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the check was made and the error is within the bound."""
+        return not self.note and self.error <= self.bound
+
+
+Check: TypeAlias = Callable[[Client, Dtype, np.random.Generator], Iterator[Finding]]
+
+
+def run_checks(
+    client: Client, offered: Collection[Dtype], seed: int
+) -> Iterator[Finding]:
+    """Everything that is checked, one finding after another.
+
+    A job that the server fails, refuses or answers against the contract is a
+    finding too.
+
+    Args:
+        client: Of the server that is checked.
+        offered: The dtypes that it computes with.
+        seed: Of the random operands.
+
+    Raises:
+        GradwireError: The server cannot be reached, or is about to stop.
+    """
+    for name, (check, dtypes) in CHECKS.items():
+        for dtype in dtypes:
+            if dtype not in offered:
+                continue
+            rng = np.random.default_rng([seed, dtype])
+            try:
+                yield from check(client, dtype, rng)
+            except UnavailableError:
+                raise
+            except (CallError, ProtocolError) as error:
+                yield Finding(name, dtype.label, None, "all", math.inf, 0, str(error))
+
+
+def finite_differences(
+    client: Client, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[Finding]:
+    """dX and dW along random directions against differences of the loss.
+
+    The loss L(X, W) = <dY, X W> is taken from the server's own Y. It is
+    linear in X and in W, so that the central difference
+    (L(X + E, W) - L(X - E, W)) / 2 is the derivative <dX, E> itself, without
+    a truncation error, and a step of length 1 rounds least.
+    """
+    job = normal_products(rng, (37, 29, 23), dtype)
+    (x, w, dy), (m, n, k) = job.operands, job.shape
+    gradients = client.gradients(x, w, dy, results=("dx", "dw"))
+    u = unit_roundoff(dtype)
+
+    def loss(x: Array, w: Array) -> tuple[float, float]:
+        """L, and how far rounding may have moved it."""
+        y = client.gradients(x, w, None, results=("y",)).y
+        # Rounded: the operand that was moved, n terms of each element of Y,
+        # their products with dY, and the sum of those, which fsum rounds once.
+        size = float(np.sum(np.abs(dy) * (np.abs(x) @ np.abs(w))))
+        return math.fsum((dy * y).flat), gamma(n + 3, u) * size
+
+    for name, gradient, operand, magnitude, length in (
+        ("dx", gradients.dx, x, np.abs(dy) @ np.abs(w).T, k),
+        ("dw", gradients.dw, w, np.abs(x).T @ np.abs(dy), m),
+    ):
+        errors, bounds = [], []
+        for _ in range(3):
+            step = rng.standard_normal(operand.shape)
+            ends = [
+                loss(operand + h, w) if operand is x else loss(x, operand + h)
+                for h in (step, -step)
+            ]
+            difference = (ends[0][0] - ends[1][0]) / 2
+            along = math.fsum((gradient * step).flat)
+            errors.append(abs(along - difference))
+            bounds.append(
+                (ends[0][1] + ends[1][1]) / 2
+                + gamma(length + 3, u) * float(np.sum(magnitude * np.abs(step)))
+            )
+        yield Finding(
+            "finite differences",
+            dtype.label,
+            job.shape,
+            name,
+            *worst(np.array(errors), np.array(bounds)),
+        )
+
+
+def products(
+    client: Client, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[Finding]:
+    """All three results of normal operands against float64 products.
+
+    The sums are short, so that the bound is tight: rounding the operands to
+    TF32 first exceeds it many times.
+    """
+    job = normal_products(rng, (48, 40, 56), dtype)
+    called = _called(client, job)
+    exact = job.exact()
+    for name, bound in job.bounds(exact).items():
+        error = differences(called[name], exact[name])
+        yield Finding("products", dtype.label, job.shape, name, *worst(error, bound))
+
+
+def same_bits(
+    client: Client, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[Finding]:
+    """One job as a call and as a stream, of which every bit must be the same."""
+    job = normal_products(rng, (48, 40, 56), dtype)
+    called = _called(client, job)
+    streamed, _ = _streamed(client, job, rows_at_once=11)
+    same = {name: result.astype(np.float64) for name, result in called.items()}
+    yield _count("call = stream", job, streamed, same)
+
+
+def row_blocks(
+    client: Client, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[Finding]:
+    """Integer results over several row blocks: exact, or something is wrong."""
+    few = integer_products(rng, (9, 7, 5), dtype)
+    rows = _streamed(client, few, rows_at_once=9)[1].block_rows
+    m = min(max(2 * rows + rows // 3 + 1, 999), _MOST_ROWS)
+    job = integer_products(rng, (m, 7, 5), dtype)
+    streamed, _ = _streamed(client, job, rows_at_once=m // 7 + 1)
+    yield from _exactly("row blocks", job, streamed)
+
+
+def long_rows(
+    client: Client, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[Finding]:
+    """The same where a row of X is larger than a message of the stream."""
+    job = integer_products(rng, (9, 300_001, 2), dtype)
+    streamed, _ = _streamed(client, job, rows_at_once=2)
+    yield from _exactly("long rows", job, streamed)
+
+
+def wide_accumulator(
+    client: Client, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[Finding]:
+    """dW with a float64 accumulator, exactly.
+
+    The integers are such that float32 holds the sum over one row block, and
+    not the sum over three of them.
+    """
+    few = integer_products(rng, (9, 7, 5), dtype)
+    rows = _streamed(client, few, rows_at_once=9)[1].block_rows
+    m, largest = 3 * rows, math.isqrt(2**24 // rows)
+    if m > _MOST_ROWS:
+        return
+    x, dy = (
+        rng.integers(largest * 4 // 5, largest + 1, size).astype(dtype.numpy)
+        for size in ((m, 7), (m, 5))
+    )
+    job = Products(x, few.w, dy)
+    got = client.gradients(
+        x,
+        None,
+        dy,
+        results=("dw",),
+        dw_accumulator="float64",
+        result_dtype={"dw": "float64"},
+    )
+    error = differences(got.dw, job.exact()["dw"])
+    yield Finding(
+        "float64 sum", dtype.label, job.shape, "dw", *worst(error, np.zeros(()))
+    )
+
+
+def zero_sizes(
+    client: Client, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[Finding]:
+    """Empty sums are zero, and empty results have their shape."""
+    for shape in ((0, 5, 3), (5, 0, 3), (5, 3, 0)):
+        job = integer_products(rng, shape, dtype)
+        yield _count("zero sizes", job, _called(client, job), job.exact())
+
+
+def not_finite(
+    client: Client, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[Finding]:
+    """NaN and Inf go where IEEE 754 sends them, and nowhere else."""
+    # No zeros: libraries may skip them, though 0 times Inf is NaN.
+    x, w, dy = (
+        (rng.integers(1, 4, size) * rng.choice([-1, 1], size)).astype(dtype.numpy)
+        for size in ((6, 5), (5, 4), (6, 4))
+    )
+    x[1, 2], x[3, 0], w[2, 1], dy[4, 3] = math.nan, math.inf, -math.inf, math.nan
+    job = Products(x, w, dy)
+    a, b, c = (operand.astype(np.float64) for operand in job.operands)
+    with np.errstate(invalid="ignore"):
+        # Element by element, not by BLAS, which is what is checked.
+        expected = {
+            "y": np.sum(a[:, :, None] * b[None], axis=1),
+            "dx": np.sum(c[:, :, None] * b.T[None], axis=1),
+            "dw": np.sum(a.T[:, :, None] * c[None], axis=1),
+        }
+    yield _count("NaN and Inf", job, _called(client, job), expected)
+
+
+def overflow(
+    client: Client, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[Finding]:
+    """Sums beyond the largest float16 become Inf of their sign."""
+    x, w, dy = (
+        (300 * rng.choice([-1, 1], size)).astype(dtype.numpy)
+        for size in ((6, 5), (5, 4), (6, 4))
+    )
+    job = Products(x, w, dy)
+    expected = {name: rounded(right, dtype) for name, right in job.exact().items()}
+    yield _count("overflow to Inf", job, _called(client, job), expected)
+
+
+CHECKS: dict[str, tuple[Check, tuple[Dtype, ...]]] = {
+    "finite differences": (finite_differences, (Dtype.FLOAT64,)),
+    "products": (products, tuple(Dtype)),
+    "call = stream": (same_bits, tuple(Dtype)),
+    "row blocks": (row_blocks, tuple(Dtype)),
+    "long rows": (long_rows, tuple(Dtype)),
+    "float64 sum": (wide_accumulator, (Dtype.FLOAT32,)),
+    "zero sizes": (zero_sizes, tuple(Dtype)),
+    "NaN and Inf": (not_finite, tuple(Dtype)),
+    "overflow to Inf": (overflow, (Dtype.FLOAT16,)),
+}
+"""Every check, with the dtypes that it is made with."""
+
+_MOST_ROWS = 1_800_000
+"""What bounds the sums of `integer_products`."""
+
+
+def _called(client: Client, job: Products) -> Results:
+    results = client.gradients(*job.operands)
+    return {name: getattr(results, name) for name in RESULTS}
+
+
+def _streamed(
+    client: Client, job: Products, *, rows_at_once: int
+) -> tuple[Results, Receipt]:
+    """The job's results as a stream whose length nobody is told before."""
+    (x, w, dy), (m, n, k) = job.operands, job.shape
+    # What never arrives stays NaN, and is found to be wrong.
+    results = {
+        "y": np.full((m, k), np.nan, x.dtype),
+        "dx": np.full((m, n), np.nan, x.dtype),
+    }
+    rows = (
+        (x[first : first + rows_at_once], dy[first : first + rows_at_once])
+        for first in range(0, m, rows_at_once)
+    )
+    with client.stream(rows, w) as stream:
+        for block in stream:
+            here = slice(block.first_row, block.first_row + len(block))
+            results["y"][here] = block.y
+            results["dx"][here] = block.dx
+        dw = stream.dw
+    if dw is None:
+        raise TypeError("a stream that is exhausted has the dW that was asked for")
+    return {**results, "dw": dw}, stream.receipt
+
+
+def _exactly(check: str, job: Products, got: Results) -> Iterator[Finding]:
+    for name, exact in job.exact().items():
+        error = differences(got[name], rounded(exact, job.dtype))
+        yield Finding(
+            check, job.dtype.label, job.shape, name, *worst(error, np.zeros(()))
+        )
+
+
+def _count(
+    check: str, job: Products, got: Results, expected: dict[str, Array]
+) -> Finding:
+    wrong = count_different(got, expected)
+    return Finding(check, job.dtype.label, job.shape, "all", wrong, 0)

@@ -1,0 +1,221 @@
+"""``gradwire compute``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter, Token
+from rich import progress
+from rich.text import Text
+
+from gradwire import Progress, Receipt
+from gradwire.cli._interrupts import terminations_raise
+from gradwire.cli._operands import (
+    Operands,
+    open_operands,
+    result_dtypes,
+    wanted_results,
+)
+from gradwire.cli._options import Address, Seconds
+from gradwire.cli._results import ResultFiles, ResultSpec
+from gradwire.cli._servers import connected
+from gradwire.cli._tables import console, properties
+from gradwire.cli._units import format_bytes, format_seconds
+from gradwire.wire.matrices import Matrix
+
+
+def _split(_: object, tokens: Sequence[Token]) -> tuple[str, ...]:
+    values = [part.strip() for token in tokens for part in token.value.split(",")]
+    return tuple(value for value in values if value)
+
+
+_LIST = Parameter(converter=_split, n_tokens=1, negative=())
+
+app = App(
+    name="compute",
+    help="""
+    Compute results from .npy files into .npy files.
+
+    X (m, n), W (n, k) and dY (m, k) are read from files; Y = X W, dX = dY Wᵀ
+    and dW = Xᵀ dY are written to DIR/y.npy, DIR/dx.npy and DIR/dw.npy. Two
+    operands suffice for one result: gradwire compute --w w.npy --dy dy.npy
+    gives dX. Rows stream from file to file, so that memory stays the same
+    however many there are. The files appear when all of them are complete; a
+    run that fails or is interrupted leaves nothing behind.
+
+    Without --address a private server in this process computes. bfloat16
+    results are written as NumPy itself writes them: as raw 2-byte elements
+    (|V2), for which array.view(ml_dtypes.bfloat16) gives back the numbers.
+    """,
+)
+
+
+@app.default
+def compute(
+    x: Path | None = None,
+    w: Path | None = None,
+    dy: Path | None = None,
+    *,
+    out: Annotated[Path, Parameter(metavar="DIR")],
+    results: Annotated[tuple[str, ...] | None, _LIST] = None,
+    address: Address = None,
+    dtype: Literal["bfloat16"] | None = None,
+    result_dtype: Annotated[tuple[str, ...], _LIST] = (),
+    dw_accumulator: Literal["float32", "float64"] | None = None,
+    allow_tf32: Annotated[bool, Parameter(negative=())] = False,
+    checksum: Annotated[bool, Parameter(negative=())] = False,
+    force: Annotated[bool, Parameter(negative=())] = False,
+    quiet: Annotated[bool, Parameter(negative=())] = False,
+    request_id: str | None = None,
+    connect_timeout: Seconds = 10.0,
+    timeout: Seconds | None = None,
+) -> None:
+    """Compute results from .npy files into .npy files.
+
+    Args:
+        x: X, shape (m, n).
+        w: W, shape (n, k).
+        dy: dY = dL/dY, shape (m, k).
+        out: Directory that the results go to; made when it is missing.
+        results: Wanted results: some of y,dx,dw. By default all that the
+            given files suffice for.
+        address: The server: HOST:PORT or unix:PATH.
+        dtype: What raw 2-byte elements are, as which NumPy saves bfloat16.
+        result_dtype: Dtype of the results, or of some (dw=float32); by
+            default the operands'.
+        dw_accumulator: Dtype in which dW is summed over row blocks.
+        allow_tf32: Let a GPU multiply float32 operands as TF32.
+        checksum: Protect all payloads with CRC-32C.
+        force: Replace result files that exist.
+        quiet: Show no progress and no table.
+        request_id: Name of the job in the server's log.
+        connect_timeout: How long to wait for the server to answer at all.
+        timeout: How long the job may take; by default as long as it needs.
+    """
+    given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
+    paths = {operand: path for operand, path in given.items() if path is not None}
+    wanted = wanted_results(results, paths)
+    dtypes = result_dtypes(result_dtype, wanted)
+    with terminations_raise(), ExitStack() as stack:
+        operands = open_operands(
+            paths, wanted, stack, raw_as_bfloat16=dtype == "bfloat16"
+        )
+        specs = operands.results(wanted, dtypes)
+        files = stack.enter_context(ResultFiles(out, specs, replace=force))
+        client, server = stack.enter_context(
+            connected(address, connect_timeout, timeout)
+        )
+        show = sys.stderr.isatty() and not quiet
+        with _progress_bar(show=show) as on_progress:
+            stream = client.stream(
+                operands.rows(),
+                operands.w(),
+                results=tuple(specs),
+                m=operands.m,
+                result_dtype={name: spec.dtype.label for name, spec in specs.items()},
+                dw_accumulator=dw_accumulator,
+                allow_tf32=allow_tf32,
+                checksum=checksum,
+                request_id=request_id,
+                on_progress=on_progress,
+            )
+            with stream:
+                for block in stream:
+                    if block.y is not None:
+                        files.append("y", block.y)
+                    if block.dx is not None:
+                        files.append("dx", block.dx)
+                if stream.dw is not None:
+                    files.append("dw", stream.dw)
+        written = files.commit()
+    if not quiet:
+        console().print(
+            properties(_summary(server, stream.receipt, operands, specs, written))
+        )
+
+
+class _Rate(progress.ProgressColumn):
+    """Bytes a second, in the units of everything else."""
+
+    def render(self, task: progress.Task) -> Text:
+        """The mean over the last seconds."""
+        rate = task.finished_speed or task.speed
+        return Text(f"{format_bytes(rate)}/s" if rate else "")
+
+
+@contextmanager
+def _progress_bar(*, show: bool) -> Iterator[Callable[[Progress], object] | None]:
+    """What a job's progress goes to: a bar on standard error, or nothing."""
+    if not show:
+        yield None
+        return
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        _Rate(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console(sys.stderr)) as bar:
+        task = bar.add_task("connecting", total=None)
+
+        def update(now: Progress) -> None:
+            waiting = now.jobs_ahead is not None
+            bar.update(
+                task,
+                description=f"{now.jobs_ahead} jobs ahead"
+                if waiting
+                else "operands and results",
+                completed=now.bytes_sent + now.bytes_received,
+                total=(now.bytes_to_send or 0) + (now.bytes_to_receive or 0),
+            )
+
+        yield update
+
+
+def _summary(
+    server: str,
+    receipt: Receipt,
+    operands: Operands,
+    specs: Mapping[str, ResultSpec],
+    written: Sequence[Path],
+) -> Iterator[tuple[str, str]]:
+    for spec, path in zip(specs.values(), written, strict=True):
+        yield str(path), f"{spec.shape[0]} x {spec.shape[1]} {spec.dtype.label}"
+    yield "job", receipt.job_id
+    yield "server", f"{server}, over {receipt.transport}"
+    yield "device", f"{receipt.device.backend}: {receipt.device.name}"
+    yield "row blocks", f"{receipt.blocks} of {receipt.block_rows} rows"
+    moved, seconds = receipt.bytes_received + receipt.bytes_sent, receipt.total_s
+    yield (
+        "bytes",
+        f"{format_bytes(receipt.bytes_received)} of operands, "
+        f"{format_bytes(receipt.bytes_sent)} of results"
+        + (f", {format_bytes(moved / seconds)}/s" if seconds else ""),
+    )
+    m, n, k = operands.m, operands.n, operands.k
+    flops = 2 * m * n * k * len(specs)
+    yield (
+        "seconds",
+        f"{format_seconds(seconds)}: "
+        + ", ".join(
+            f"{name} {format_seconds(value)}"
+            for name, value in (
+                ("queued", receipt.queued_s),
+                ("receiving", receipt.receiving_s),
+                ("computing", receipt.computing_s),
+                ("sending", receipt.sending_s),
+            )
+        ),
+    )
+    if receipt.computing_s:
+        yield "arithmetic", f"{flops / receipt.computing_s / 1e9:.1f} GFLOP/s"
+    yield (
+        "server's memory",
+        f"{format_bytes(receipt.reserved_bytes)} for this job, "
+        f"{format_bytes(receipt.peak_memory_bytes)} at its peak so far",
+    )

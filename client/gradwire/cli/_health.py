@@ -1,0 +1,58 @@
+"""``gradwire health``."""
+
+from __future__ import annotations
+
+import sys
+
+import grpc
+from cyclopts import App
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from gradwire._failures import connect_error
+from gradwire._target import channel_options, grpc_target
+from gradwire.cli._errors import CommandError, ExitStatus
+from gradwire.cli._options import DEFAULT_ADDRESS, Address, Seconds
+
+app = App(
+    name="health",
+    help="""
+    Ask a server whether it takes jobs.
+
+    For probes of containers and load balancers: it speaks the standard health
+    protocol of gRPC, and ends with 0 when the server takes jobs, and with 1
+    when it does not or cannot be reached.
+    """,
+)
+
+
+@app.default
+def health(*, address: Address = DEFAULT_ADDRESS, timeout: Seconds = 5.0) -> ExitStatus:
+    """Ask a server whether it takes jobs.
+
+    Args:
+        address: The server: HOST:PORT or unix:PATH.
+        timeout: How long to wait for an answer.
+    """
+    address = address or DEFAULT_ADDRESS
+    status = ask(address, timeout)
+    if status != "SERVING":
+        raise CommandError(f"the server at {address} takes no jobs: it is {status}")
+    sys.stdout.write(f"the server at {address} takes jobs: it is SERVING\n")
+    return ExitStatus.OK
+
+
+def ask(address: str, timeout_s: float) -> str:
+    """The name of the server's health status (``SERVING``, ``NOT_SERVING``).
+
+    Raises:
+        ConnectError: It did not answer.
+    """
+    target, options = grpc_target(address), channel_options(address)
+    with grpc.insecure_channel(target, options) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_s
+            )
+        except grpc.RpcError as error:
+            raise connect_error(error, address, timeout_s) from error
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

@@ -1,0 +1,65 @@
+"""``gradwire info``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+import gradwire
+from gradwire import ServerInfo
+from gradwire.cli._options import DEFAULT_ADDRESS, Address, Seconds
+from gradwire.cli._tables import console, properties
+from gradwire.cli._units import format_bytes
+
+app = App(name="info", help="Show what a server is, offers and allows.")
+
+
+@app.default
+def info(
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    timeout: Seconds = 10.0,
+) -> None:
+    """Show what a server is, offers and allows.
+
+    Args:
+        address: The server: HOST:PORT or unix:PATH.
+        as_json: Print one JSON object instead of a table.
+        timeout: How long to wait for an answer.
+    """
+    address = address or DEFAULT_ADDRESS
+    with gradwire.connect(address, connect_timeout_s=timeout) as client:
+        answer = client.server_info()
+    if as_json:
+        json.dump({"address": address, **dataclasses.asdict(answer)}, sys.stdout)
+        sys.stdout.write("\n")
+    else:
+        console().print(properties(_rows(address, answer)))
+
+
+def _rows(address: str, info: ServerInfo) -> Iterator[tuple[str, str]]:
+    limits = info.limits
+    yield "server", f"{address} (instance {info.server_instance})"
+    yield "version", f"gradwire {info.version}, contract {info.contract}"
+    yield "state", "drains, takes no new jobs" if info.draining else "takes jobs"
+    for device in info.devices:
+        yield (
+            "device",
+            f"{device.backend} {device.index}: {device.name}, "
+            f"{format_bytes(device.memory_bytes)}",
+        )
+    yield "chosen because", info.backend_reason
+    yield "dtypes", ", ".join(info.dtypes)
+    yield "memory for jobs", format_bytes(limits.memory_bytes)
+    yield "jobs", f"{limits.max_jobs} at once, {limits.max_queue} more may wait"
+    yield "largest n and k", f"{limits.max_columns:,}"
+    yield "largest message", format_bytes(limits.max_message_bytes)
+    yield "idle timeout", f"{limits.idle_timeout_s:g} s"
+    yield "features", ", ".join(info.features) or "none beyond the contract"
+    yield "libraries", ", ".join(f"{k} {v}" for k, v in info.libraries.items())

@@ -1,0 +1,74 @@
+"""What the log of ``gradwire serve`` looks like."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from gradwire.cli._errors import CommandError
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """The log, on standard error."""
+
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """One JSON object a line (json), lines for people (console), or console
+    on a terminal and json elsewhere (auto)."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe entries that are logged; the line that each job
+    leaves is info."""
+
+    def configure(self) -> None:
+        """Send what the server logs to standard error, in this form.
+
+        Raises:
+            CommandError: structlog, of the extra ``server``, is not installed.
+        """
+        if importlib.util.find_spec("structlog") is None:
+            raise CommandError(
+                "the server's part is not installed; install it with: "
+                "pip install 'gradwire[cli,server]'"
+            )
+        on_terminal = sys.stderr.isatty()
+        as_json = self.log_format == "json" or (
+            self.log_format == "auto" and not on_terminal
+        )
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_formatter(as_json=as_json, colors=on_terminal))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+        logging.getLogger("gradwire_server").setLevel(self.log_level.upper())
+
+
+def _formatter(*, as_json: bool, colors: bool) -> logging.Formatter:
+    # Not at the top: structlog comes with another extra than this command.
+    import structlog  # noqa: PLC0415
+    from structlog.typing import Processor  # noqa: PLC0415
+
+    # Entries come from the standard library's logging, with their fields in
+    # `extra`; structlog gives them their form.
+    incoming: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    outgoing: list[Processor] = (
+        [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str),
+        ]
+        if as_json
+        else [structlog.dev.ConsoleRenderer(colors=colors)]
+    )
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=incoming,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            *outgoing,
+        ],
+    )

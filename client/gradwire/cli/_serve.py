@@ -1,0 +1,94 @@
+"""``gradwire serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from gradwire.cli._errors import CommandError
+from gradwire.cli._logs import LogSettings
+from gradwire.cli._settings import SOURCES, ServeSettings
+
+_log = logging.getLogger("gradwire_server.cli")
+
+_DEFAULTS = ServeSettings()
+_DEFAULT_LOG = LogSettings()
+
+app = App(
+    name="serve",
+    help="""
+    Run a server.
+
+    When it is ready it says so in one line on standard output: the addresses
+    it listens on, what computes, and why. Everything else goes to the log on
+    standard error. Ctrl-C and SIGTERM let running jobs finish; the second one
+    stops at once.
+    """,
+    config=SOURCES,
+)
+
+
+@app.default
+def serve(
+    *,
+    settings: Annotated[ServeSettings, Parameter(name="*")] = _DEFAULTS,
+    log: Annotated[LogSettings, Parameter(name="*")] = _DEFAULT_LOG,
+    config: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+) -> None:
+    """Run a server.
+
+    Args:
+        settings: What the server is like.
+        log: What its log is like.
+        config: A TOML file with any of these settings (max-jobs = 8). Flags
+            come before variables, and variables before the file.
+    """
+    del config  # read by SOURCES, before this runs
+    log.configure()
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: ServeSettings) -> None:
+    # Not at the top: --help and usage errors need none of it.
+    from gradwire_server import BackendError, ListenError, Server  # noqa: PLC0415
+
+    asked, insisted = asyncio.Event(), asyncio.Event()
+
+    def on_signal(name: str) -> None:
+        if asked.is_set():
+            insisted.set()
+            return
+        _log.info("asked to stop; another signal stops at once", extra={"by": name})
+        asked.set()
+
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, on_signal, signum.name)
+    try:
+        server = Server(settings)
+        await server.start()
+    except (ListenError, BackendError) as error:
+        raise CommandError(str(error)) from error
+    _say_ready(server.addresses, f"{server.backend_name}: {server.backend_reason}")
+    await asked.wait()
+    draining = asyncio.create_task(server.drain())
+    insisting = asyncio.create_task(insisted.wait())
+    await asyncio.wait({draining, insisting}, return_when=asyncio.FIRST_COMPLETED)
+    insisting.cancel()
+    draining.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await draining
+
+
+def _say_ready(addresses: tuple[str, ...], backend: str) -> None:
+    version, where = importlib.metadata.version("gradwire"), ", ".join(addresses)
+    sys.stdout.write(f"gradwire {version} serves on {where} ({backend})\n")
+    sys.stdout.flush()

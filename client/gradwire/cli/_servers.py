@@ -1,0 +1,51 @@
+"""The server that a command talks to: one at an address, or one of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import gradwire
+from gradwire import Client
+from gradwire.cli._errors import CommandError
+
+
+@contextmanager
+def connected(
+    address: str | None, connect_timeout_s: float, timeout_s: float | None
+) -> Iterator[tuple[Client, str]]:
+    """A client of the server at `address`, or of a private one in this process.
+
+    Yields:
+        The client, and what to call its server.
+
+    Raises:
+        ConnectError: No gradwire server answers at the address.
+        CommandError: No private server can be started.
+    """
+    with ExitStack() as stack:
+        name = address or "a private server in this process"
+        address = address or stack.enter_context(_private_server())
+        client = stack.enter_context(
+            gradwire.connect(
+                address, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s
+            )
+        )
+        yield client, name
+
+
+@contextmanager
+def _private_server() -> Iterator[str]:
+    # Not at the top: a command that is given an address needs no server.
+    from gradwire_server import BackendError, ListenError, start_in_thread  # noqa: PLC0415
+
+    # Its jobs' errors reach the command as exceptions. What nobody foresaw
+    # stands only in the log.
+    logging.getLogger("gradwire_server").setLevel(logging.ERROR)
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(start_in_thread())
+        except (ListenError, BackendError) as error:
+            raise CommandError(f"no private server can run here: {error}") from error
+        yield server.addresses[0]

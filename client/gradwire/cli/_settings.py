@@ -1,0 +1,86 @@
+"""Settings of ``gradwire serve``: flag over variable over file over default."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal  # noqa: F401 - Settings' annotations
+
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token
+from cyclopts.config import Env, Toml
+
+from gradwire.cli._errors import CommandError, ExitStatus
+from gradwire.cli._units import format_bytes, parse_bytes
+from gradwire_server.settings import Settings
+
+
+def _to_bytes(_: object, tokens: Sequence[Token]) -> int:
+    return parse_bytes(tokens[0].value)
+
+
+_SIZE = Parameter(
+    converter=_to_bytes,
+    metavar="SIZE",
+)
+_SECONDS = Parameter(metavar="SECONDS")
+
+
+@dataclass(frozen=True)
+class ServeSettings(Settings):
+    """`Settings`, and how each is written on a command line.
+
+    What the settings are and mean is documented there; help texts are taken
+    from there too.
+    """
+
+    listen: Annotated[
+        tuple[str, ...],
+        Parameter(metavar="ADDRESS", negative=(), show_default=" ".join),
+    ] = Settings.listen
+    memory_limit: Annotated[int | None, _SIZE] = Settings.memory_limit
+    block_bytes: Annotated[int, _SIZE, Parameter(show_default=format_bytes)] = (
+        Settings.block_bytes
+    )
+    idle_timeout: Annotated[float, _SECONDS] = Settings.idle_timeout
+    grace: Annotated[float, _SECONDS] = Settings.grace
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise CommandError(str(error), ExitStatus.USAGE) from None
+
+
+class _SettingsFile(Toml):
+    def _load_config(self, path: Path) -> dict[str, Any]:
+        try:
+            return super()._load_config(path)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise CycloptsError(msg=f"{path} is no TOML file: {error}") from error
+        except OSError as error:
+            raise CycloptsError(msg=_unreadable(path, error)) from error
+
+
+def _from_file(
+    app: App, commands: tuple[str, ...], arguments: ArgumentCollection
+) -> None:
+    """Fill what flags and variables left open from the file of ``--config``."""
+    (config,) = (argument for argument in arguments if argument.name == "--config")
+    if not config.tokens:
+        return
+    path = Path(config.tokens[0].value)
+    file = _SettingsFile(path, must_exist=True, use_commands_as_keys=False)
+    try:
+        file(app, commands, arguments)
+    except FileNotFoundError as error:
+        raise CycloptsError(msg=_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} cannot be read: {error.strerror or error}"
+
+
+SOURCES = (Env("GRADWIRE_", command=False), _from_file)
+"""Where settings come from beside the command line, the first one first."""

@@ -1,0 +1,36 @@
+"""What commands print on standard output for people."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH_OF_A_FILE = 120
+
+
+def console(file: TextIO | None = None) -> Console:
+    """A console that does not fold tables early where nobody looks at them.
+
+    Args:
+        file: Where it writes; by default standard output.
+    """
+    file = file or sys.stdout
+    unknown = not file.isatty() and "COLUMNS" not in os.environ
+    return Console(
+        file=file, highlight=False, width=_WIDTH_OF_A_FILE if unknown else None
+    )
+
+
+def properties(pairs: Iterable[tuple[str, str]]) -> Table:
+    """A table of names and values, without lines."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, value)
+    return table

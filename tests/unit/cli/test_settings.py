@@ -1,0 +1,162 @@
+"""Settings of `gradwire serve`: flag over variable over file over default."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradwire.cli._app import app, run
+from gradwire.cli._logs import LogSettings
+from gradwire.cli._settings import ServeSettings
+from gradwire_server.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.startswith("GRADWIRE_")]:
+        monkeypatch.delenv(name)
+
+
+def parsed(*flags: str) -> tuple[ServeSettings, LogSettings]:
+    _, bound, _ = app.parse_args(
+        ["serve", *flags], exit_on_error=False, print_error=False
+    )
+    bound.apply_defaults()
+    return bound.arguments["settings"], bound.arguments["log"]
+
+
+def file_of(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "gradwire.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    assert run(["serve", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gradwire: ")
+    assert err.count("\n") == 1
+    return err
+
+
+OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
+    # field: as a flag and a variable, as a value, in TOML
+    "listen": ("127.0.0.1:1", ("127.0.0.1:1",), '["127.0.0.1:1"]'),
+    "backend": ("numpy", "numpy", '"numpy"'),
+    "memory_limit": ("3GiB", 3 * 2**30, '"3GiB"'),
+    "max_jobs": ("7", 7, "7"),
+    "max_queue": ("0", 0, "0"),
+    "block_bytes": ("65536", 65536, "65536"),
+    "idle_timeout": ("2.5", 2.5, "2.5"),
+    "grace": ("0", 0.0, "0"),
+    "log_format": ("json", "json", '"json"'),
+    "log_level": ("debug", "debug", '"debug"'),
+}
+
+
+def value_of(field: str, *flags: str) -> Any:
+    settings, log = parsed(*flags)
+    return getattr(log if field.startswith("log_") else settings, field)
+
+
+def test_every_setting_is_tested_here() -> None:
+    fields = {f.name for of in (Settings, LogSettings) for f in dataclasses.fields(of)}
+    assert set(OTHER_VALUES) == fields
+
+
+def test_without_anything_said_the_defaults_hold() -> None:
+    settings, log = parsed()
+    assert dataclasses.asdict(settings) == dataclasses.asdict(Settings())
+    assert log == LogSettings()
+
+
+@pytest.mark.parametrize("field", OTHER_VALUES)
+def test_a_setting_is_a_flag_a_variable_and_a_key(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, expected, toml = OTHER_VALUES[field]
+    flag = f"--{field.replace('_', '-')}"
+    assert value_of(field, flag, text) == expected
+    for key in (field, field.replace("_", "-")):
+        config = file_of(tmp_path, f"{key} = {toml}\n")
+        assert value_of(field, "--config", config) == expected
+    monkeypatch.setenv(f"GRADWIRE_{field.upper()}", text)
+    assert value_of(field) == expected
+
+
+def test_flags_come_before_variables_and_those_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = file_of(tmp_path, "max-jobs = 3\nmax-queue = 3\ngrace = 3\n")
+    monkeypatch.setenv("GRADWIRE_MAX_JOBS", "2")
+    monkeypatch.setenv("GRADWIRE_MAX_QUEUE", "2")
+    monkeypatch.setenv("GRADWIRE_CONFIG", config)
+    settings, _ = parsed("--max-jobs", "1")
+    assert (settings.max_jobs, settings.max_queue, settings.grace) == (1, 2, 3.0)
+
+
+def test_several_addresses_can_be_given_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ("127.0.0.1:0", "unix:/run/gradwire")
+    assert value_of("listen", *(f"--listen={a}" for a in expected)) == expected
+    config = file_of(tmp_path, f"listen = {list(expected)}\n")
+    assert value_of("listen", "--config", config) == expected
+    monkeypatch.setenv("GRADWIRE_LISTEN", " ".join(expected))
+    assert value_of("listen") == expected
+
+
+def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As Kubernetes sets them for a Service called gradwire.
+    monkeypatch.setenv("GRADWIRE_PORT", "tcp://10.0.0.1:50051")
+    monkeypatch.setenv("GRADWIRE_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("GRADWIRE_ADDRESS", "gpu-node:50051")
+    settings, _ = parsed()
+    assert dataclasses.asdict(settings) == dataclasses.asdict(Settings())
+
+
+def test_mistakes_are_one_sentence_that_says_where(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "--max-jobz" in refusal(capsys, "--max-jobz", "3")
+    assert "extra" in refusal(capsys, "extra")
+    assert "--max-jobs" in refusal(capsys, "--max-jobs", "many")
+    assert "max_jobs is 0: expected at least 1" in refusal(capsys, "--max-jobs", "0")
+    assert "expected one like 4GiB" in refusal(capsys, "--memory-limit", "4G")
+    assert '"auto", "numpy", "cupy"' in refusal(capsys, "--backend", "torch")
+
+    def config(text: str) -> str:
+        err = refusal(capsys, "--config", path := file_of(tmp_path, text))
+        assert path in err
+        return err
+
+    assert "the key max-jobz, which is no setting" in config("max-jobz = 3")
+    assert "the key server.grace, which is no setting" in config("[server]\ngrace = 1")
+    assert "[max-jobs]" in config("max-jobs = 'many'")
+    assert re.search("is no TOML file: .*line 1", config("max-jobs = ,"))
+    assert "No such file" in refusal(capsys, "--config", str(tmp_path / "nothing"))
+    assert "Is a directory" in refusal(capsys, "--config", str(tmp_path))
+    monkeypatch.setenv("GRADWIRE_MAX_JOBS", "many")
+    assert "GRADWIRE_MAX_JOBS" in refusal(capsys)
+
+
+def test_help_says_of_every_setting_what_its_one_documentation_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(["serve", "--help"]) == 0
+    out, _ = capsys.readouterr()
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')}" in out
+        assert f"GRADWIRE_{field.name.upper()}" in out
+    assert "Most jobs that run at once." in out
+    assert "16 MiB" in out
