@@ -134,6 +134,9 @@ class Lane:
                 return
             if error is not None:
                 work.done.set_exception(error)
+                # A job that an earlier piece has ended does not ask any more,
+                # and asyncio would log that nobody did.
+                work.done.exception()
             else:
                 work.done.set_result(result)
 
