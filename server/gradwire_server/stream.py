@@ -64,7 +64,14 @@ class Stream:
     async def write(self, message: bytes) -> None:
         """Hands a message to gRPC; waits while the client does not read."""
         async with self._service.client_reads(self._call):
-            await self._context.write(message)
+            try:
+                await self._context.write(message)
+            except grpc.aio.InternalError as error:
+                # The call is over: this task is about to be cancelled.
+                await asyncio.sleep(_CANCELLATION_S)
+                raise JobError(
+                    Reason.JOB_CANCELLED, "the call ended before its results were sent"
+                ) from error
 
     async def _read(self, expected: str) -> framing.RequestMessage | None:
         """The next message; None at the half-close."""
