@@ -45,7 +45,21 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
                 yield server
             finally:
                 asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
+                asyncio.run_coroutine_threadsafe(_last_tasks(), loop).result()
         finally:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
+
+
+async def _last_tasks() -> None:
+    """Lets calls that were just cut off come to their end.
+
+    asyncio complains of tasks whose loop is closed over them, and gRPC of its
+    own tasks if anybody else cancels them.
+    """
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others, timeout=_LAST_TASKS_S)
+
+
+_LAST_TASKS_S = 2.0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from gradwire.cli._interrupts import Interrupted, signals_raise
+
 __all__ = ["main"]
 
 _NEEDS = ("cyclopts", "rich")
@@ -18,7 +20,8 @@ def main() -> int:
 
     Returns:
         The exit status: 0 when the command did what it says, 1 when it
-        failed, 2 when it was called wrongly, 130 after Ctrl-C.
+        failed, 2 when it was called wrongly, 128 and the number of the
+        signal when one ended it (130 after Ctrl-C).
     """
     if any(importlib.util.find_spec(name) is None for name in _NEEDS):
         sys.stderr.write(
@@ -26,7 +29,12 @@ def main() -> int:
             "install it with: pip install 'gradwire[cli]'\n"
         )
         return 1
-    # Not at the top: the line above must come out where these are missing.
-    from gradwire.cli._app import run  # noqa: PLC0415
+    try:
+        with signals_raise():
+            # Not at the top: the line above must come out where these are missing.
+            from gradwire.cli._app import run  # noqa: PLC0415
 
-    return run(sys.argv[1:])
+            return run(sys.argv[1:])
+    except Interrupted as interrupted:
+        sys.stderr.write(f"gradwire: {interrupted}\n")
+        return interrupted.status

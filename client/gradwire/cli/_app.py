@@ -53,11 +53,6 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.status)
     except GradwireError as error:
         return _fail(str(error), ExitStatus.FAILED)
-    except KeyboardInterrupt as interrupt:
-        return _fail(
-            str(interrupt) or "interrupted",
-            getattr(interrupt, "status", ExitStatus.INTERRUPTED),
-        )
     except BrokenPipeError:
         # Who read this (head, less) has had enough. Nothing is left to write
         # to, and the interpreter must not find that out by itself.

@@ -18,7 +18,7 @@ from rich.table import Table
 from gradwire import GradwireError
 from gradwire.cli._checks import Finding, run_checks
 from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._options import Address, Seconds
+from gradwire.cli._options import FLAG, Address, Seconds
 from gradwire.cli._servers import connected
 from gradwire.cli._tables import console
 from gradwire.wire.dtypes import Dtype
@@ -45,7 +45,7 @@ def check(
     *,
     address: Address = None,
     seed: int = 0,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    as_json: Annotated[bool, FLAG, Parameter(name="--json")] = False,
     connect_timeout: Seconds = 10.0,
     timeout: Seconds = 60.0,
 ) -> ExitStatus:

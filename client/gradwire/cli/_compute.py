@@ -13,14 +13,13 @@ from rich import progress
 from rich.text import Text
 
 from gradwire import Progress, Receipt
-from gradwire.cli._interrupts import terminations_raise
 from gradwire.cli._operands import (
     Operands,
     open_operands,
     result_dtypes,
     wanted_results,
 )
-from gradwire.cli._options import Address, Seconds
+from gradwire.cli._options import FLAG, Address, Seconds
 from gradwire.cli._results import ResultFiles, ResultSpec
 from gradwire.cli._servers import connected
 from gradwire.cli._tables import console, properties
@@ -33,10 +32,11 @@ def _split(_: object, tokens: Sequence[Token]) -> tuple[str, ...]:
     return tuple(value for value in values if value)
 
 
-_LIST = Parameter(converter=_split, n_tokens=1, negative=())
+_LIST = Parameter(converter=_split, n_tokens=1, negative=(), show_default=False)
 
 app = App(
     name="compute",
+    usage="Usage: gradwire compute [X] [W] [DY] --out DIR [OPTIONS]",
     help="""
     Compute results from .npy files into .npy files.
 
@@ -61,16 +61,18 @@ def compute(
     dy: Path | None = None,
     *,
     out: Annotated[Path, Parameter(metavar="DIR")],
-    results: Annotated[tuple[str, ...] | None, _LIST] = None,
+    results: Annotated[
+        tuple[str, ...] | None, _LIST, Parameter(metavar="NAMES")
+    ] = None,
     address: Address = None,
     dtype: Literal["bfloat16"] | None = None,
-    result_dtype: Annotated[tuple[str, ...], _LIST] = (),
+    result_dtype: Annotated[tuple[str, ...], _LIST, Parameter(metavar="DTYPES")] = (),
     dw_accumulator: Literal["float32", "float64"] | None = None,
-    allow_tf32: Annotated[bool, Parameter(negative=())] = False,
-    checksum: Annotated[bool, Parameter(negative=())] = False,
-    force: Annotated[bool, Parameter(negative=())] = False,
-    quiet: Annotated[bool, Parameter(negative=())] = False,
-    request_id: str | None = None,
+    allow_tf32: Annotated[bool, FLAG] = False,
+    checksum: Annotated[bool, FLAG] = False,
+    force: Annotated[bool, FLAG] = False,
+    quiet: Annotated[bool, FLAG] = False,
+    request_id: Annotated[str | None, Parameter(metavar="NAME")] = None,
     connect_timeout: Seconds = 10.0,
     timeout: Seconds | None = None,
 ) -> None:
@@ -100,7 +102,7 @@ def compute(
     paths = {operand: path for operand, path in given.items() if path is not None}
     wanted = wanted_results(results, paths)
     dtypes = result_dtypes(result_dtype, wanted)
-    with terminations_raise(), ExitStack() as stack:
+    with ExitStack() as stack:
         operands = open_operands(
             paths, wanted, stack, raw_as_bfloat16=dtype == "bfloat16"
         )

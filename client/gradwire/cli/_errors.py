@@ -15,8 +15,6 @@ class ExitStatus(enum.IntEnum):
     """The command was called wrongly: flags, variables, keys of a file."""
     NOT_CHECKED = 3
     """``gradwire check`` found no server that it could check."""
-    INTERRUPTED = 130
-    """Ctrl-C, as shells count it: 128 + SIGINT."""
 
 
 class CommandError(Exception):

@@ -54,5 +54,10 @@ def ask(address: str, timeout_s: float) -> str:
                 health_pb2.HealthCheckRequest(), timeout=timeout_s
             )
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise CommandError(
+                    f"the server at {address} does not speak the health protocol; "
+                    "a gradwire server does where gradwire[server] is installed"
+                ) from error
             raise connect_error(error, address, timeout_s) from error
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 
 import gradwire
 from gradwire import ServerInfo
-from gradwire.cli._options import DEFAULT_ADDRESS, Address, Seconds
+from gradwire.cli._options import DEFAULT_ADDRESS, FLAG, Address, Seconds
 from gradwire.cli._tables import console, properties
 from gradwire.cli._units import format_bytes
 
@@ -23,7 +23,7 @@ app = App(name="info", help="Show what a server is, offers and allows.")
 def info(
     *,
     address: Address = DEFAULT_ADDRESS,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    as_json: Annotated[bool, FLAG, Parameter(name="--json")] = False,
     timeout: Seconds = 10.0,
 ) -> None:
     """Show what a server is, offers and allows.

@@ -19,5 +19,8 @@ Address: TypeAlias = Annotated[
 ]
 """``--address`` or GRADWIRE_ADDRESS."""
 
+FLAG = Parameter(negative=(), show_default=False)
+"""An option that is there or is not."""
+
 Seconds: TypeAlias = Annotated[float, Parameter(metavar="SECONDS")]
 """A time."""
