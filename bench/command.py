@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         f"(all: {','.join(contenders.NAMES)})",
     )
     parser.add_argument(
-        "--seconds", type=float, default=40, help="about so long a shape (40)"
+        "--seconds", type=float, default=50, help="about so long a shape (50)"
     )
     parser.add_argument("--rounds", type=int, default=40, help="at most (40)")
     parser.add_argument(

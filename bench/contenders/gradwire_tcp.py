@@ -1,4 +1,4 @@
-"""gradwire: ``gradwire serve`` with its defaults, and the SDK, over TCP."""
+"""gradwire: ``gradwire serve`` with default settings, and the SDK, over TCP."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class GradwireTcp:
         self._client: gradwire.Client | None = None
 
     def start(self) -> None:
-        command = str(Path(sys.executable).with_name("gradwire"))
-        self._server = ServerProcess.start(
-            [command, "serve", "--listen", "127.0.0.1:0", "--backend", "numpy"]
-        )
+        gradwire_command = str(Path(sys.executable).with_name("gradwire"))
+        command = [gradwire_command, "serve", "--listen", "127.0.0.1:0"]
+        command += ["--backend", "numpy"]
+        # The line that every job leaves in the log would stand in the table.
+        command += ["--log-level", "warning"]
+        self._server = ServerProcess.start(command)
         self.server_pid = self._server.pid
         self._client = gradwire.connect(self._server.address)
 
