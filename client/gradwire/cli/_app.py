@@ -53,11 +53,13 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.status)
     except GradwireError as error:
         return _fail(str(error), ExitStatus.FAILED)
-    except BrokenPipeError:
-        # Who read this (head, less) has had enough. Nothing is left to write
-        # to, and the interpreter must not find that out by itself.
+    except OSError as error:
+        # Standard output cannot be written, and the interpreter, which
+        # flushes it at its end, must not find that out too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitStatus.FAILED
+        if isinstance(error, BrokenPipeError):  # who read it (head) has had enough
+            return ExitStatus.FAILED
+        return _fail(f"{error.strerror or error}", ExitStatus.FAILED)
 
 
 def _fail(sentence: str, status: int) -> int:

@@ -166,12 +166,11 @@ def _progress_bar(*, show: bool) -> Iterator[Callable[[Progress], object] | None
         task = bar.add_task("connecting", total=None)
 
         def update(now: Progress) -> None:
-            waiting = now.jobs_ahead is not None
             bar.update(
                 task,
-                description=f"{now.jobs_ahead} jobs ahead"
-                if waiting
-                else "operands and results",
+                description="operands and results"
+                if now.jobs_ahead is None
+                else f"waits, {now.jobs_ahead} ahead",
                 completed=now.bytes_sent + now.bytes_received,
                 total=(now.bytes_to_send or 0) + (now.bytes_to_receive or 0),
             )

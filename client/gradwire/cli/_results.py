@@ -8,7 +8,6 @@ results are complete and on disk.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import uuid
@@ -23,8 +22,6 @@ import numpy.typing as npt
 from gradwire.cli._errors import CommandError
 from gradwire.cli._units import format_bytes
 from gradwire.wire.dtypes import Dtype
-
-_NO_SUCH_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
 
 
 class ResultSpec(NamedTuple):
@@ -69,8 +66,11 @@ class ResultFiles:
         try:
             self._refuse_existing(specs)
             self._refuse_too_large(specs)
+            nameless = _has_nameless_files(directory)
             for name, spec in specs.items():
-                self._files[name] = _PendingFile(self._target(name), spec)
+                self._files[name] = _PendingFile(
+                    self._target(name), spec, nameless=nameless
+                )
         except BaseException:
             self._discard()
             raise
@@ -170,11 +170,14 @@ class ResultFiles:
 class _PendingFile:
     """A file that does not have its name yet."""
 
-    def __init__(self, target: Path, spec: ResultSpec) -> None:
+    def __init__(self, target: Path, spec: ResultSpec, *, nameless: bool) -> None:
         self.target = target
-        self._hidden: Path | None = None
+        self._hidden = None if nameless else _hidden_name(target)
         try:
-            self._fd = self._open()
+            if self._hidden is None:
+                self._fd = _open_nameless(target.parent)
+            else:
+                self._fd = os.open(self._hidden, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
             self._file = os.fdopen(self._fd, "wb", buffering=0)
         except OSError as error:
             raise _cannot_write(target.parent, error) from error
@@ -232,22 +235,37 @@ class _PendingFile:
             self._hidden.unlink(missing_ok=True)
             self._hidden = None
 
-    def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_CLOEXEC
-        try:
-            return os.open(self.target.parent, flags | os.O_TMPFILE, 0o666)
-        except OSError as error:
-            if error.errno not in _NO_SUCH_FILES:
-                raise
-        self._hidden = _hidden_name(self.target)
-        return os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL, 0o666)
-
     def _link(self, name: Path) -> None:
         if self._hidden is not None:
             os.link(self._hidden, name)
         else:
-            # The directory makes Python call linkat, which follows the link.
-            os.link(f"/proc/self/fd/{self._fd}", name, src_dir_fd=self._fd)
+            _link_nameless(self._fd, name)
+
+
+_FLAGS = os.O_WRONLY | os.O_CLOEXEC
+
+
+def _has_nameless_files(directory: Path) -> bool:
+    """Whether a file can be made without a name there, and be named later."""
+    try:
+        fd = _open_nameless(directory)
+        try:
+            _link_nameless(fd, hidden := _hidden_name(directory / "trial"))
+            hidden.unlink()
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _open_nameless(directory: Path) -> int:
+    return os.open(directory, _FLAGS | os.O_TMPFILE, 0o666)
+
+
+def _link_nameless(fd: int, name: Path) -> None:
+    # The directory makes Python call linkat, which follows the link in /proc.
+    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd)
 
 
 def _hidden_name(target: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from gradwire.cli._app import run
 from gradwire_server import Server, Settings
 from gradwire_server.backends.base import Backend
 
@@ -93,6 +94,16 @@ def serving_with(backend: Backend, **settings: Any) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def refusal_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command says that fails in this process, and its status before."""
+    status = run([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gradwire: ")
+    assert err.count("\n") == 1, err
+    return f"{status} {err}"
 
 
 @pytest.fixture

@@ -7,12 +7,21 @@ import os
 import pty
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+import grpc
 import pytest
 
-from tests.integration.cli.conftest import COMMAND, environment, gradwire, sentence
+from gradwire.cli._app import run
+from tests.integration.cli.conftest import (
+    COMMAND,
+    environment,
+    gradwire,
+    refusal_here,
+    sentence,
+)
 from tests.serving import ServerProcess
 
 COMMANDS = ("serve", "compute", "check", "info", "health")
@@ -28,16 +37,19 @@ def test_the_installed_script_is_the_same_command() -> None:
     assert done.stdout.decode() == gradwire("--version").stdout
 
 
-def test_help_names_every_command_and_each_explains_itself() -> None:
-    for arguments in ((), ("--help",)):
-        done = gradwire(*arguments)
-        assert done.returncode == 0
-        assert all(command in done.stdout for command in COMMANDS)
+def test_help_names_every_command_and_each_explains_itself(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments in ([], ["--help"]):
+        assert run(arguments) == 0
+        out, err = capsys.readouterr()
+        assert all(command in out for command in COMMANDS)
+        assert err == ""
     for command in COMMANDS:
-        done = gradwire(command, "--help")
-        assert done.returncode == 0
-        assert f"Usage: gradwire {command}" in done.stdout
-        assert done.stderr == ""
+        assert run([command, "--help"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(f"Usage: gradwire {command}")
+        assert err == ""
 
 
 def test_an_unknown_command_is_a_sentence_with_the_nearest_one() -> None:
@@ -125,6 +137,33 @@ def test_a_reader_that_leaves_early_is_no_error(server: ServerProcess) -> None:
     )
     os.close(write)
     assert done.stderr == b""
+
+
+def test_an_output_that_is_full_is_a_sentence(server: ServerProcess) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, "info", "--address", server.address],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "gradwire: No space left on device\n"
+
+
+def test_a_server_without_the_health_protocol_is_a_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = grpc.server(ThreadPoolExecutor(1))
+    port = other.add_insecure_port("127.0.0.1:0")
+    other.start()
+    text = refusal_here(capsys, "health", "--address", f"127.0.0.1:{port}")
+    assert "does not speak the health protocol" in text
+    text = refusal_here(capsys, "info", "--address", f"127.0.0.1:{port}")
+    assert "does not offer gradwire.v1.GradientService" in text
+    other.stop(None).wait()
 
 
 def test_tables_fit_the_terminal_that_they_are_shown_on(server: ServerProcess) -> None:

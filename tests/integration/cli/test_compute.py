@@ -23,6 +23,7 @@ from tests.integration.cli.conftest import (
     ended_by,
     environment,
     gradwire,
+    refusal_here,
     sentence,
     serving_with,
     started,
@@ -167,40 +168,51 @@ def test_empty_matrices_give_empty_or_zero_results(
         np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), expected)
 
 
-def refused(*arguments: object, status: int = 1) -> str:
+def refused(*arguments: object) -> str:
     done = gradwire("compute", *arguments)
-    assert done.returncode == status
+    assert done.returncode == 1
     return sentence(done)
 
 
 def test_mistakes_are_told_before_any_server_is_asked(
-    tmp_path: Path, nobody: str
+    tmp_path: Path,
+    nobody: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Nobody listens at the address, and that is never what is complained of."""
     x, w, dy = save(tmp_path, whole_numbers(9, 7, 5))
     out = tmp_path / "out"
-    to_out = ("--out", out, "--address", nobody)
+    monkeypatch.setenv("GRADWIRE_ADDRESS", nobody)
 
-    assert "does not exist" in refused(tmp_path / "no", w, dy, *to_out)
-    assert "is a directory" in refused(x, tmp_path, dy, *to_out)
+    def refused_here(*arguments: object, to: Path = out) -> str:
+        return refusal_here(capsys, "compute", *arguments, "--out", to)
+
+    assert "does not exist" in refused_here(tmp_path / "no", w, dy)
+    assert "is a directory" in refused_here(x, tmp_path, dy)
     np.save(tmp_path / "objects", np.array([[{}]]), allow_pickle=True)
-    assert "pickled" in refused(x, w, tmp_path / "objects.npy", *to_out)
+    assert "pickled" in refused_here(x, w, tmp_path / "objects.npy")
     (tmp_path / "text").write_text("1 2 3\n")
-    assert "not a .npy file" in refused(tmp_path / "text", w, dy, *to_out)
+    assert "not a .npy file" in refused_here(tmp_path / "text", w, dy)
     np.save(tmp_path / "raw", np.zeros((9, 7), ml_dtypes.bfloat16))
-    assert "--dtype bfloat16" in refused(tmp_path / "raw.npy", w, dy, *to_out)
-    assert "(9, 7)" in (text := refused(x, dy, "--dy", dy, *to_out))
+    assert "--dtype bfloat16" in refused_here(tmp_path / "raw.npy", w, dy)
+    assert "(9, 7)" in (text := refused_here(x, dy, "--dy", dy))
     assert "(9, 5)" in text
-    assert "two operands" in refused(x, *to_out, status=2)
-    assert "without dy" in refused(x, w, "--results=dw", *to_out, status=2)
-    assert "names db" in refused(x, w, "--results=db", *to_out, status=2)
-    assert "int8" in refused(x, w, "--result-dtype=int8", *to_out, status=2)
-    assert "--out" in refused(x, w, dy, "--address", nobody, status=2)
-    assert "not a directory" in refused(x, w, dy, "--out", x, "--address", nobody)
+    assert "not a directory" in refused_here(x, w, dy, to=x)
+    for wrong_use in (
+        refused_here(x),
+        refused_here(x, w, "--results=dw"),
+        refused_here(x, w, "--results=db"),
+        refused_here(x, w, "--result-dtype=int8"),
+        refused_here(x, w, dy, "--dtype=float8"),
+        refusal_here(capsys, "compute", x, w, dy),
+    ):
+        assert wrong_use.startswith("2 gradwire: ")
+        assert nobody not in wrong_use
     assert not out.exists()
 
     np.save(tmp_path / "dw", np.ones(3))
-    in_the_way = refused(x, w, dy, "--out", tmp_path, "--address", nobody)
+    in_the_way = refused_here(x, w, dy, to=tmp_path)
     assert "dw.npy exists already; --force replaces it" in in_the_way
     np.testing.assert_array_equal(np.load(tmp_path / "dw.npy"), np.ones(3))
 
@@ -259,6 +271,21 @@ def test_an_interrupted_run_leaves_nothing_behind(
         assert listing(out) == []
     else:
         assert not out.exists()
+
+
+def test_a_second_ctrl_c_does_not_break_into_the_cleaning_up(tmp_path: Path) -> None:
+    paths = save(tmp_path, whole_numbers(9000, 7, 5))
+    backend, out = StallingBackend(), tmp_path / "out"
+    with (
+        serving_with(backend, block_bytes=4096) as address,
+        started("compute", *paths, "--out", out, "--address", address) as process,
+    ):
+        assert backend.reached.wait(TIMEOUT_S)
+        process.send_signal(signal.SIGINT)
+        assert ended_by(process, signal.SIGINT) == ("", "gradwire: interrupted\n")
+        backend.go_on.set()
+    assert process.returncode == 130
+    assert not out.exists()
 
 
 def test_an_interrupted_run_leaves_older_results_as_they_are(tmp_path: Path) -> None:
