@@ -82,7 +82,7 @@ class Operand:
             The index of a piece's first element within the operand, and the
             piece. Its memory may be used again for the next.
         """
-        if self.columns == 0:
+        if first == last or self.columns == 0:
             return
         group = last - first if self._flat else max(1, elements // self.columns)
         step = elements * self.dtype.itemsize

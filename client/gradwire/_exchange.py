@@ -155,7 +155,6 @@ class Exchange:
             raise ProtocolError("the server took the job on twice")
         check_accepted(accepted, self._job)
         self._sender.accept(accepted.block_rows, accepted.window_rows)
-        self._receiver.accept(accepted.block_rows)
         self.accepted = accepted
 
     def _reported(self, messages: Iterator[bytes]) -> Iterator[bytes]:

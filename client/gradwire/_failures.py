@@ -7,6 +7,7 @@ tells them apart, so the text is looked at here, and nowhere else.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 
 from grpc import StatusCode
@@ -24,6 +25,11 @@ from gradwire._exceptions import (
 from gradwire.wire import limits, status
 from gradwire.wire.reasons import Reason
 from gradwire.wire.status import ErrorDetails
+
+_NO_SUCH_NAME = re.compile("DNS resolution failed|Domain name not found|lookup failed")
+_NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server")
+_CONNECT_CAUSE = re.compile("(?:to remote host|connect failed: .* error): ?(.+)")
+_NOBODY = re.compile("refused|No such file")
 
 
 class Outcome(Protocol):
@@ -107,31 +113,28 @@ def _attached(outcome: Outcome) -> ErrorDetails:
 
 
 def _unavailable(address: str, text: str, job_id: str | None) -> GradwireError:
-    code = StatusCode.UNAVAILABLE
-    if "DNS resolution failed" in text or "Domain name not found" in text:
-        sentence = f"the name in {address} has no address that could be found"
-    elif "http1" in text:
-        sentence = f"what listens at {address} speaks HTTP/1, so it is no gradwire"
-        sentence += " server"
-    elif "failed to connect to all addresses" in text or "Failed to connect" in text:
-        cause = text.rpartition("connect: ")[2] if "connect: " in text else text
-        cause = text.rpartition("remote host: ")[2] if "remote host" in text else cause
-        sentence = f"nothing listens at {address} ({cause})"
+    kind: type[GradwireError] = ConnectError
+    cause = _CONNECT_CAUSE.search(text)
+    if _NO_SUCH_NAME.search(text):
+        message = f"the name in {address} has no address that could be found"
+    elif _NO_HTTP2.search(text):
+        message = f"what listens at {address} does not speak HTTP/2, so it is no"
+        message += " gradwire server"
+    elif cause is not None and _NOBODY.search(cause[1]):
+        message = f"nothing listens at {address} ({cause[1]})"
+    elif cause is not None:
+        message = f"{address} cannot be reached ({cause[1]})"
+    elif text.startswith("failed to connect to all addresses"):
+        message = f"what listens at {address} closed the connection, so it is no"
+        message += f" gradwire server ({text.rpartition(': ')[2]})"
     elif "http2 header with status" in text:
-        return UnavailableError(
-            f"what stands before {address} has no server for it ({text})",
-            status=code,
-            job_id=job_id,
-            details=text,
-        )
+        kind = UnavailableError
+        message = f"what stands before {address} has no server for it ({text})"
     else:
-        return ConnectionLostError(
-            f"the connection to {address} broke before the call was done ({text})",
-            status=code,
-            job_id=job_id,
-            details=text,
-        )
-    return ConnectError(sentence, status=code, job_id=job_id, details=text)
+        kind = ConnectionLostError
+        message = f"the connection to {address} broke before the call was done"
+        message += f" ({text})"
+    return kind(message, status=StatusCode.UNAVAILABLE, job_id=job_id, details=text)
 
 
 def _label(error: GradwireError) -> str:

@@ -116,13 +116,18 @@ class ArraySink:
         self._bytes = self._rows.reshape(-1).view(np.uint8).data
 
     def write(self, payload: memoryview) -> None:
-        """Take the next elements."""
+        """Take the next elements, which must not be more than are missing."""
+        if self._flat:
+            end = self._filled + len(payload)
+            self._bytes[self._filled : end] = payload
+            self._filled = end
+            return
         while payload:
             part = payload[: len(self._bytes) - self._filled]
             self._bytes[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             payload = payload[len(part) :]
-            if self._filled == len(self._bytes) and not self._flat:
+            if self._filled == len(self._bytes):
                 self._move()
 
     def close(self) -> None:

@@ -45,15 +45,10 @@ class BlockSink:
         self.columns = columns
         self._dtype = dtype
         self._sender = sender
-        self._block_rows = 1
         self._first_row = 0
         self._array: Array | None = None
         self._bytes = memoryview(b"")
         self._filled = 0
-
-    def accept(self, block_rows: int) -> None:
-        """Take over the server's grid of row blocks."""
-        self._block_rows = block_rows
 
     def empty(self, rows: int) -> Array:
         """A new array for some rows."""
@@ -80,9 +75,10 @@ class BlockSink:
 
     def _rows(self) -> int:
         # A short block is sent only after End, so m is known by then.
-        if self._sender.m is None:
-            return self._block_rows
-        return min(self._block_rows, self._sender.m - self._first_row)
+        sender = self._sender
+        if sender.m is None:
+            return sender.block_rows
+        return min(sender.block_rows, sender.m - self._first_row)
 
 
 class Receiver:
@@ -98,11 +94,6 @@ class Receiver:
         self._sinks = sinks
         self._sender = sender
         self._next = dict.fromkeys(plan.results, 0)
-        self._block_rows = 1
-
-    def accept(self, block_rows: int) -> None:
-        """Take over the server's grid of row blocks."""
-        self._block_rows = block_rows
 
     def take(self, block: Block) -> None:
         """Use the elements of a message.
@@ -164,7 +155,7 @@ class Receiver:
             return self._plan.n * self._plan.k if sender.ended else 0
         rows = sender.rows_sent
         if rows != sender.m:
-            rows -= rows % self._block_rows
+            rows -= rows % sender.block_rows
         return rows * matrix.row_length(self._plan.n, self._plan.k)
 
     def _check_crc32c(

@@ -161,12 +161,7 @@ class RowJob:
 
     def receive(self, message: bytes) -> None:
         """Take a message from the server; see `Exchange.receive`."""
-        was_accepted = self.exchange.accepted
         self.exchange.receive(message)
-        accepted = self.exchange.accepted
-        if accepted is not was_accepted and accepted is not None:
-            for sink in self._blocks.values():
-                sink.accept(accepted.block_rows)
         # A matrix without columns has no elements, so none of it ever comes.
         filled = [sink for sink in self._blocks.values() if sink.columns]
         while filled and all(sink.complete for sink in filled):

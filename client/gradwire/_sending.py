@@ -35,6 +35,7 @@ class Sender:
     Attributes:
         rows_sent: Rows of which elements were, or are being, handed out.
         m: All rows, once that is known.
+        block_rows: Rows of a block, once the server has said.
         ended: Whether End was handed out.
         bytes_sent: Bytes of operands that were handed out.
     """
@@ -47,7 +48,7 @@ class Sender:
         self._plan = plan
         self._clock = clock
         self._last_sent = 0.0
-        self._block_rows = self._run_rows = 1
+        self.block_rows = self._run_rows = 1
         self._staging: _Staging | None = None
 
     def accept(self, block_rows: int, window_rows: int) -> None:
@@ -57,7 +58,7 @@ class Sender:
             block_rows: Rows of a block, at least 1.
             window_rows: How many rows one operand may be ahead, at least 1.
         """
-        self._block_rows = block_rows
+        self.block_rows = block_rows
         self._run_rows = min(block_rows, window_rows)
 
     def weights(self, w: Operand) -> Iterator[bytes]:
@@ -114,7 +115,7 @@ class Sender:
 
     def _room(self) -> int:
         """Rows until the run must end."""
-        to_boundary = self._block_rows - self.rows_sent % self._block_rows
+        to_boundary = self.block_rows - self.rows_sent % self.block_rows
         return min(to_boundary, self._run_rows)
 
     def _stage_rows(self) -> int:

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+
+import gradwire
+from gradwire._exceptions import BY_REASON, BY_STATUS
+from gradwire._failures import call_error, connect_error
+from gradwire.wire import status
+from gradwire.wire.reasons import Reason
+from gradwire.wire.status import ErrorDetails
+
+ADDRESS = "gpu-node:50051"
+
+
+class Outcome:
+    """The end of a call, as gRPC tells it."""
+
+    def __init__(
+        self, code: grpc.StatusCode, text: str, attached: ErrorDetails | None = None
+    ) -> None:
+        self._code, self._text = code, text
+        self._trailers: Any = None
+        if attached is not None:
+            self._trailers = status.encode(code, text, attached)
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._text
+
+    def trailing_metadata(self) -> Any:
+        return self._trailers
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_becomes_its_class_with_everything_attached(
+    reason: Reason,
+) -> None:
+    attached = ErrorDetails(
+        reason=reason,
+        fields={"job.k": "is negative"},
+        metadata={"job_id": "the-job", "error_id": "e1"},
+        retry_after_s=1.5,
+    )
+    error = call_error(Outcome(reason.status, "so it is", attached), ADDRESS)
+    if reason is Reason.CONTRACT_UNKNOWN:
+        assert type(error) is gradwire.ContractError
+    else:
+        assert type(error) is BY_REASON.get(reason, BY_STATUS[reason.status])
+        assert str(error) == f"so it is ({reason}, job the-job)"
+    assert error.reason is reason
+    assert error.status is reason.status
+    assert error.fields == {"job.k": "is negative"}
+    assert error.metadata["error_id"] == "e1"
+    assert error.retry_after_s == 1.5
+    assert error.job_id == "the-job"
+    assert error.details == "so it is"
+
+
+@pytest.mark.parametrize("code", list(BY_STATUS))
+def test_every_status_without_a_reason_becomes_an_exception(
+    code: grpc.StatusCode,
+) -> None:
+    error = call_error(Outcome(code, "a proxy's text"), ADDRESS, "the-job")
+    assert isinstance(error, gradwire.GradwireError)
+    assert error.status is code
+    assert error.job_id == "the-job"
+    assert error.details == "a proxy's text"
+
+
+@pytest.mark.parametrize(
+    ("text", "cls", "sentence"),
+    [
+        (
+            "failed to connect to all addresses; last error: UNKNOWN:"
+            " ipv4:127.0.0.1:1: Failed to connect to remote host: Connection refused",
+            gradwire.ConnectError,
+            "nothing listens at gpu-node:50051 (Connection refused)",
+        ),
+        (
+            "failed to connect to all addresses; last error: FAILED_PRECONDITION:"
+            " unix:/s: connect failed: addr: unix:/s error: No such file or directory",
+            gradwire.ConnectError,
+            "nothing listens at gpu-node:50051 (No such file or directory)",
+        ),
+        (
+            "failed to connect to all addresses; last error: FAILED_PRECONDITION:"
+            " unix:/s: connect failed: addr: unix:/s error: Permission denied",
+            gradwire.ConnectError,
+            "gpu-node:50051 cannot be reached (Permission denied)",
+        ),
+        (
+            "failed to connect to all addresses; last error: UNAVAILABLE:"
+            " ipv4:127.0.0.1:80: Failed parsing HTTP/2 (Expected SETTINGS frame as"
+            " the first frame, got frame type 79)",
+            gradwire.ConnectError,
+            "what listens at gpu-node:50051 does not speak HTTP/2, so it is no"
+            " gradwire server",
+        ),
+        (
+            "failed to connect to all addresses; last error: UNAVAILABLE:"
+            " ipv4:127.0.0.1:80: recvmsg:Connection reset by peer (104)",
+            gradwire.ConnectError,
+            "what listens at gpu-node:50051 closed the connection, so it is no"
+            " gradwire server (recvmsg:Connection reset by peer (104))",
+        ),
+        (
+            "errors resolving gpu-node:50051: [field:hostname lookup error:address"
+            " lookup failed for gpu-node:50051: Domain name not found]",
+            gradwire.ConnectError,
+            "the name in gpu-node:50051 has no address that could be found",
+        ),
+        (
+            "Socket closed",
+            gradwire.ConnectionLostError,
+            "the connection to gpu-node:50051 broke before the call was done"
+            " (Socket closed)",
+        ),
+        (
+            "Received http2 header with status: 502",
+            gradwire.UnavailableError,
+            "what stands before gpu-node:50051 has no server for it (Received http2"
+            " header with status: 502)",
+        ),
+    ],
+)
+def test_an_unavailable_server_is_told_apart_in_a_sentence(
+    text: str, cls: type[Exception], sentence: str
+) -> None:
+    error = call_error(Outcome(grpc.StatusCode.UNAVAILABLE, text), ADDRESS)
+    assert type(error) is cls
+    assert str(error) == sentence
+
+
+def test_a_server_of_another_kind_is_named_as_such() -> None:
+    error = call_error(
+        Outcome(grpc.StatusCode.UNIMPLEMENTED, "Method not found!"), ADDRESS
+    )
+    assert type(error) is gradwire.ContractError
+    assert str(error) == (
+        "the gRPC server at gpu-node:50051 does not offer"
+        " gradwire.v1.GradientService (Method not found!)"
+    )
+
+
+def test_a_server_that_does_not_answer_a_handshake_is_a_connect_error() -> None:
+    outcome = Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+    error = connect_error(outcome, ADDRESS, 2.5)
+    assert type(error) is gradwire.ConnectError
+    assert str(error) == "no gradwire server answered at gpu-node:50051 within 2.5 s"
+
+
+def test_damaged_details_do_not_hide_the_error() -> None:
+    outcome = Outcome(grpc.StatusCode.INTERNAL, "oh")
+    outcome._trailers = ((status.TRAILER, b"\xff\xff"), ("other", "x"))
+    error = call_error(outcome, ADDRESS)
+    assert type(error) is gradwire.ServerError
+    assert str(error) == "oh (INTERNAL)"

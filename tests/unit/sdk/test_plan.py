@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gradwire
+from gradwire import _unary
+from gradwire._options import parse_options
+from gradwire._plan import Plan, plan_arrays
+from gradwire.wire import checksum
+from gradwire.wire.dtypes import Dtype
+from gradwire.wire.matrices import OPERANDS, Matrix
+
+ALL = ("y", "dx", "dw")
+
+
+def ones(*shape: int, dtype: Any = np.float32) -> Any:
+    return np.ones(shape, dtype)
+
+
+def plan(x: Any, w: Any, dy: Any, results: Any = ALL, **options: Any) -> Plan:
+    given = dict(zip(OPERANDS, (x, w, dy), strict=True))
+    return plan_arrays(given, parse_options(results=results, **options))[0]
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "dy", "results", "sentence"),
+    [
+        (
+            ones(3, 4),
+            ones(5, 6),
+            ones(3, 6),
+            ALL,
+            "x has shape (3, 4) and w (5, 6): x's columns (4) must equal w's rows (5)",
+        ),
+        (
+            ones(3, 4),
+            ones(4, 6),
+            ones(3, 5),
+            ALL,
+            "dy has shape (3, 5) and w (4, 6): dy's columns (5) must equal w's columns"
+            " (6)",
+        ),
+        (
+            ones(3, 4),
+            ones(4, 6),
+            ones(2, 6),
+            ALL,
+            "x has shape (3, 4) and dy (2, 6): x's rows (3) must equal dy's rows (2)",
+        ),
+        (
+            ones(2, 3, 4),
+            ones(4, 6),
+            ones(6, 6),
+            ALL,
+            "x has shape (2, 3, 4) and dy (6, 6): all dimensions but the last must be"
+            " equal",
+        ),
+        (
+            ones(3, 4),
+            ones(1, 4, 6),
+            ones(3, 6),
+            ALL,
+            "w has shape (1, 4, 6): W is one matrix, of two dimensions",
+        ),
+        (
+            ones(3, 4),
+            ones(4, 6, dtype=np.float64),
+            ones(3, 6),
+            ALL,
+            "x is float32 and w is float64, and the operands of a job have one dtype:"
+            " convert one, for example w.astype(x.dtype)",
+        ),
+        (
+            ones(3, 4),
+            ones(4, 6),
+            ones(3, 6, dtype=np.float16),
+            ALL,
+            "x is float32 and dy is float16, and the operands of a job have one dtype:"
+            " convert one, for example dy.astype(x.dtype)",
+        ),
+        (None, ones(4, 6), ones(3, 6), "y", "y needs x and w, and x is None"),
+        (ones(3, 4), None, ones(3, 6), ALL, "y needs x and w, and w is None"),
+        (ones(3, 4), ones(4, 6), None, "dw", "dw needs x and dy, and dy is None"),
+        # What is not needed has to fit all the same.
+        (
+            ones(3, 4),
+            ones(5, 6),
+            ones(3, 6),
+            "dw",
+            "x has shape (3, 4) and w (5, 6): x's columns (4) must equal w's rows (5)",
+        ),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused_with_both_shapes(
+    x: Any, w: Any, dy: Any, results: Any, sentence: str
+) -> None:
+    with pytest.raises(gradwire.InputError) as refused:
+        plan(x, w, dy, results)
+    assert str(refused.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("results", "sent"),
+    [
+        ("y", "x w"),
+        ("dx", "w dy"),
+        ("dw", "x dy"),
+        (("y", "dx"), "x w dy"),
+        (("y", "dw"), "x w dy"),
+        (ALL, "x w dy"),
+    ],
+)
+def test_only_what_the_results_need_is_sent(results: Any, sent: str) -> None:
+    job = plan(ones(3, 4), ones(4, 6), ones(3, 6), results).job()
+    assert " ".join(n for n in ("x", "w", "dy") if job.HasField(n)) == sent
+    assert (job.m, job.n, job.k) == (3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("results", "missing"), [("y", "dy"), ("dx", "x"), ("dw", "w")]
+)
+def test_sizes_follow_from_what_is_there(results: str, missing: str) -> None:
+    given = {"x": ones(2, 3, 4), "w": ones(4, 6), "dy": ones(2, 3, 6)}
+    given[missing] = None
+    made = plan(*given.values(), results)
+    assert (made.m, made.n, made.k) == (6, 4, 6)
+
+
+def test_every_option_is_in_the_header() -> None:
+    job = plan(
+        ones(3, 4),
+        ones(4, 6),
+        ones(3, 6),
+        results=("dw", "y"),
+        result_dtype={"dw": "float64"},
+        dw_accumulator="float64",
+        allow_tf32=True,
+        checksum=True,
+        request_id="my job",
+    ).job()
+    assert job.job_id == "my job"
+    assert job.dtype == job.y.dtype == Dtype.FLOAT32
+    assert job.dw.dtype == Dtype.FLOAT64
+    assert not job.HasField("dx")
+    assert job.numerics.dw_accumulator == Dtype.FLOAT64
+    assert job.numerics.allow_tf32
+    assert job.checksum == 1
+    assert job.y.HasField("inline")
+    assert job.x.HasField("inline")
+
+
+def test_a_job_without_an_id_gets_one_that_differs() -> None:
+    ids = {parse_options(results="y").job_id for _ in range(100)}
+    assert len(ids) == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"results": ()}, "results is empty: name at least one of y, dx and dw"),
+        ({"results": "z"}, "results has 'z'; it can have y, dx and dw"),
+        ({"results": ("y", "x")}, "results has 'x'"),
+        ({"result_dtype": "int8"}, "result_dtype is 'int8'; it can be float16"),
+        ({"result_dtype": np.int64}, "result_dtype is"),
+        ({"result_dtype": {"dw": "f99"}}, "result_dtype['dw'] is 'f99'; it can be"),
+        (
+            {"results": "y", "result_dtype": {"dw": "float32"}},
+            "result_dtype has 'dw', and the wanted results are y",
+        ),
+        ({"dw_accumulator": "float16"}, "it can be float32, float64"),
+        ({"timeout_s": 0}, "timeout_s is 0: give seconds, more than 0, or None"),
+        ({"timeout_s": -1.5}, "timeout_s is -1.5"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"timeout_s": "soon"}, "timeout_s is 'soon'"),
+        ({"request_id": ""}, "give 1 to 128 printable ASCII characters"),
+        ({"request_id": "x" * 129}, "give 1 to 128 printable ASCII characters"),
+        ({"request_id": "é"}, "give 1 to 128 printable ASCII characters"),
+        ({"request_id": "a\nb"}, "give 1 to 128 printable ASCII characters"),
+        ({"request_id": 7}, "request_id is 7: give a string"),
+        ({"on_progress": 7}, "on_progress is 7, which cannot be called"),
+        ({"metadata": {"Key": "v"}}, "the metadata key 'Key' may hold digits"),
+        ({"metadata": {"grpc-x": "v"}}, "the metadata key 'grpc-x' is gRPC's own"),
+        ({"metadata": {"key": b"v"}}, "a value is a string, or bytes where the key"),
+        ({"metadata": {"key-bin": "v"}}, "a value is a string, or bytes where the"),
+        ({"metadata": {"key": "é"}}, "not printable ASCII"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_by_name(
+    options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(gradwire.InputError) as refused:
+        parse_options(**{"results": ALL} | options)
+    assert says in str(refused.value)
+
+
+def test_a_float32_accumulator_of_float64_operands_is_refused() -> None:
+    wide = (ones(*shape, dtype=np.float64) for shape in ((3, 4), (4, 6), (3, 6)))
+    with pytest.raises(gradwire.InputError, match="dw_accumulator is float32 and the"):
+        plan(*wide, dw_accumulator="float32")
+
+
+def test_checksums_without_their_library_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checksum, "AVAILABLE", False)
+    with pytest.raises(gradwire.InputError, match="pip install google-crc32c"):
+        parse_options(results="y", checksum=True)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", np.float32, np.dtype("float32"), np.dtype(">f4")]
+)
+def test_a_dtype_may_be_named_as_numpy_users_do(dtype: Any) -> None:
+    options = parse_options(results=ALL, result_dtype=dtype)
+    assert set(options.result_dtypes.values()) == {Dtype.FLOAT32}
+
+
+@pytest.mark.parametrize("names", ["dw", ["dw"], {"dw"}, iter(("dw", "dw"))])
+def test_results_may_be_any_collection_of_names(names: Any) -> None:
+    assert parse_options(results=names).results == (Matrix.DW,)
+
+
+def test_only_small_jobs_go_in_one_message() -> None:
+    assert _unary.fits(plan(ones(10, 10), ones(10, 10), ones(10, 10)))
+    # An outer product has a small request and a large response.
+    column, row = ones(2000, 1), ones(1, 2000)
+    assert not _unary.fits(plan(column, row, None, "y"))
+    assert not _unary.fits(plan(ones(600, 600), ones(600, 1), None, "y"))
+    checked = plan(ones(10, 10), ones(10, 10), None, "y", checksum=True)
+    assert not _unary.fits(checked)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+import gradwire
+from gradwire._target import channel_options, grpc_target
+from gradwire.wire import limits
+
+
+@pytest.mark.parametrize(
+    ("address", "target"),
+    [
+        ("gpu-node:50051", "dns:///gpu-node:50051"),
+        ("127.0.0.1:1", "dns:///127.0.0.1:1"),
+        ("[::1]:65535", "dns:///[::1]:65535"),
+        ("unix:/run/gradwire.sock", "unix:/run/gradwire.sock"),
+        ("unix:relative.sock", "unix:relative.sock"),
+    ],
+)
+def test_an_address_is_what_gradwire_serve_prints(address: str, target: str) -> None:
+    assert grpc_target(address) == target
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("gpu-node", "has no port: write HOST:PORT"),
+        (":50051", "has no port: write HOST:PORT"),
+        ("", "has no port: write HOST:PORT"),
+        ("::1", "has no port"),
+        ("gpu-node:http", "a port is a number from 1 to 65535"),
+        ("gpu-node:0", "a port is a number from 1 to 65535"),
+        ("gpu-node:65536", "a port is a number from 1 to 65535"),
+        ("http://gpu-node:50051", "is a URL or a path: write HOST:PORT"),
+        ("/run/gradwire.sock", "is a URL or a path: write HOST:PORT or unix:PATH"),
+        ("unix:", "has no path: write unix:PATH"),
+        ("unix:/" + "x" * 107, "has 108 bytes; a unix socket's has at most 107"),
+        (50051, "write it as a string: HOST:PORT or unix:PATH"),
+    ],
+)
+def test_what_is_no_address_is_refused_with_what_to_write(
+    address: str, says: str
+) -> None:
+    with pytest.raises(gradwire.InputError) as refused:
+        gradwire.Client(address)
+    assert says in str(refused.value)
+
+
+def test_both_sides_receive_messages_of_the_same_size() -> None:
+    options = dict(channel_options("gpu-node:50051"))
+    assert options["grpc.max_receive_message_length"] == limits.MAX_MESSAGE_BYTES
+
+
+def test_a_proxy_from_the_environment_is_not_asked_for_this_host() -> None:
+    assert dict(channel_options("127.0.0.1:1"))["grpc.enable_http_proxy"] == 0
+    assert dict(channel_options("gpu-node:1"))["grpc.enable_http_proxy"] == 1
