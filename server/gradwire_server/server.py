@@ -10,7 +10,7 @@ import grpc
 
 from gradwire.wire.limits import MAX_MESSAGE_BYTES
 from gradwire_server import backends, listen, standard
-from gradwire_server.admission import Admission
+from gradwire_server.admission import CALL_BYTES, Admission
 from gradwire_server.backends.base import Backend
 from gradwire_server.contracts import OtherContracts
 from gradwire_server.memory import machine_bytes
@@ -25,6 +25,11 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # What a call may send that nobody reads yet, as admission counts it. The
+    # window that gRPC estimates by probing grows to several MiB a call: 200
+    # waiting clients would fill a GiB.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", CALL_BYTES),
     # NATs and load balancers forget connections that are silent for minutes,
     # and a computation may be.
     ("grpc.keepalive_time_ms", 30_000),
@@ -51,7 +56,7 @@ class Server:
         self.addresses: tuple[str, ...] = ()
         """What clients connect to, once the server has started."""
         if backend is None:
-            backend, self.backend_reason = backends.choose(settings.backend)
+            backend, self.backend_reason = backends.choose(settings)
         else:
             self.backend_reason = "as given"
         self.backend_name = backend.name

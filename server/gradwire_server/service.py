@@ -208,9 +208,10 @@ class Service:
             task.cancel(_GRACE_IS_OVER)
 
     def close(self) -> None:
-        """Ends the lanes' threads."""
+        """Ends the lanes' threads and the backend."""
         for lane in self.lanes:
             lane.close()
+        self.backend.close()
 
     @asynccontextmanager
     async def _ended_by_drain(self) -> AsyncIterator[None]:

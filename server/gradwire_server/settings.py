@@ -28,6 +28,11 @@ class Settings:
     """What computes: numpy (the CPU), cupy (CUDA devices), or auto, which
     takes cupy where a device answers and numpy otherwise."""
 
+    cpu_threads: int | None = None
+    """Threads that compute with NumPy, each with one thread of BLAS, to which
+    BLAS is limited in the whole process. Unset: one for each processor. 0:
+    one, and BLAS keeps its own threads."""
+
     memory_limit: int | None = None
     """Most bytes that all jobs and open calls may hold together. Unset: half
     of the memory that the machine or the container has."""
@@ -64,6 +69,7 @@ class Settings:
 
 
 _LEAST: dict[str, float] = {
+    "cpu_threads": 0,
     "memory_limit": 16 * MIB,
     "max_jobs": 1,
     "max_queue": 0,

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +19,7 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
 
     Args:
         settings: By default a unix socket in a fresh directory that only this
-            user can enter.
+            user can enter, and BLAS with the threads that the program has.
 
     Yields:
         The server, started; its `addresses` are what clients connect to.
@@ -32,7 +31,7 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
     with TemporaryDirectory(prefix="gradwire-") as directory:
         if settings is None:
             private = f"unix:{Path(directory) / 'socket'}"
-            settings = replace(Settings(), listen=(private,))
+            settings = Settings(listen=(private,), cpu_threads=0)
         server = Server(settings)
         loop = asyncio.new_event_loop()
         thread = threading.Thread(

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from gradwire_server.backends.base import Backend
+from gradwire_server.backends.crew import processors
 from gradwire_server.backends.numpy import NumpyBackend
 from gradwire_server.errors import BackendError
+from gradwire_server.settings import Settings
 
 _NO_CUPY = "this version has no CuPy backend"
 
 
-def choose(name: str) -> tuple[Backend, str]:
-    """The backend that `name` means here, and why, in a few words.
-
-    Args:
-        name: ``auto``, ``numpy`` or ``cupy``.
+def choose(settings: Settings) -> tuple[Backend, str]:
+    """The backend that the settings mean here, and why, in a few words.
 
     Raises:
         BackendError: It cannot be used here; the text says what is missing.
     """
-    if name == "cupy":
+    if settings.backend == "cupy":
         raise BackendError(f"the backend cupy cannot be used: {_NO_CUPY}")
-    if name == "numpy":
-        return NumpyBackend(), "as asked"
-    return NumpyBackend(), _NO_CUPY
+    threads = processors() if settings.cpu_threads is None else settings.cpu_threads
+    why = "as asked" if settings.backend == "numpy" else _NO_CUPY
+    return NumpyBackend(threads), why
 
 
 __all__ = ["choose"]

@@ -13,32 +13,46 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-Matrix = TypeVar("Matrix")
-A_contra = TypeVar("A_contra", contravariant=True)
+Operand = TypeVar("Operand")
+Result = TypeVar("Result")
+Sum = TypeVar("Sum")
+Operand_contra = TypeVar("Operand_contra", contravariant=True)
+Result_contra = TypeVar("Result_contra", contravariant=True)
+Sum_contra = TypeVar("Sum_contra", contravariant=True)
 
 
-class Products(Protocol[A_contra]):
-    """How a library multiplies into memory that is already there."""
+class Products(Protocol[Operand_contra, Result_contra, Sum_contra]):
+    """How a library multiplies into memory that is already there.
 
-    def multiply(self, a: A_contra, b: A_contra, out: A_contra) -> None:
+    What it multiplies, computes Y and dX into, and sums dW in may each be of
+    a type of its own.
+    """
+
+    def multiply(
+        self, a: Operand_contra, b: Operand_contra, out: Result_contra
+    ) -> None:
         """Out = a b."""
 
-    def multiply_transposed(self, a: A_contra, b: A_contra, out: A_contra) -> None:
+    def multiply_transposed(
+        self, a: Operand_contra, b: Operand_contra, out: Result_contra
+    ) -> None:
         """Out = a bᵀ."""
 
-    def accumulate_transposed(self, a: A_contra, b: A_contra, out: A_contra) -> None:
+    def accumulate_transposed(
+        self, a: Operand_contra, b: Operand_contra, out: Sum_contra
+    ) -> None:
         """Out += aᵀ b."""
 
 
 def take_block(
-    products: Products[Matrix],
+    products: Products[Operand, Result, Sum],
     *,
-    w: Matrix | None,
-    x: Matrix | None,
-    dy: Matrix | None,
-    y: Matrix | None,
-    dx: Matrix | None,
-    dw: Matrix | None,
+    w: Operand | None,
+    x: Operand | None,
+    dy: Operand | None,
+    y: Result | None,
+    dx: Result | None,
+    dw: Sum | None,
 ) -> None:
     """Computes what is wanted of a row block: what is not None of y, dx, dw.
 

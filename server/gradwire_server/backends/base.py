@@ -82,6 +82,9 @@ class Backend(Protocol):
     def open_job(self, spec: JobSpec, block_rows: int, device: int) -> BackendJob:
         """A job on a device; takes the memory that the job needs there."""
 
+    def close(self) -> None:
+        """Gives up what the backend took from the process; no job is open."""
+
     def libraries(self) -> dict[str, str]:
         """Versions of the libraries that compute, by name."""
 

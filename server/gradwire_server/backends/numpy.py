@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -12,22 +15,37 @@ from gradwire.wire.limits import MIB
 from gradwire.wire.matrices import ROW_RESULTS, Matrix
 from gradwire_server.backends import algebra
 from gradwire_server.backends.base import Array, DeviceInfo, RowBlock
+from gradwire_server.backends.crew import Crew, Piece, limit_blas, processors
 from gradwire_server.memory import machine_bytes
 from gradwire_server.spec import JobSpec
 
+PARTS = 4
+"""Pieces into which a product is cut by its rows, for threads to share."""
+
+MIN_ROWS = 128
+"""Rows of a piece where a product has enough of them. BLAS packs the other
+operand once for each piece, which should not become what takes the time."""
+
 PANEL_BYTES = 16 * MIB
-"""A share of dW is computed and added in panels of rows of about this size,
-so that no second n x k matrix is needed. Smaller ones make BLAS pack dY
-again too often."""
+"""Most of dW's share that a thread computes before it is added, so that no
+second n x k matrix is needed."""
 
 
 class NumpyBackend:
-    """Computes on the CPU."""
+    """Computes on the CPU.
+
+    Args:
+        threads: How many threads compute. Each then calls BLAS with one
+            thread, to which BLAS is limited in the whole process until
+            `close`. 0: one thread, and BLAS stays as it is.
+    """
 
     name = "numpy"
     max_columns = 2**31 - 1
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 0) -> None:
+        self._blas = limit_blas() if threads else None
+        self._crew = Crew(threads if self._blas else 1)
         self.devices: tuple[DeviceInfo, ...] = (
             DeviceInfo(
                 backend=self.name,
@@ -35,7 +53,7 @@ class NumpyBackend:
                 name=_processor(),
                 memory_bytes=machine_bytes(),
                 library=", ".join(" ".join(item) for item in self.libraries().items()),
-                threads=_blas_threads(),
+                threads=1 if self._blas else _blas_threads(),
             ),
         )
 
@@ -50,12 +68,20 @@ class NumpyBackend:
             dw, result = spec.n * spec.k, spec.results[Matrix.DW]
             size += dw * spec.accumulator.itemsize
             size += dw * result.itemsize if result != spec.accumulator else 0
+            rows, columns = _panel_shape(spec)
+            size += self._crew.threads * rows * columns * spec.dtype.sums_in.itemsize
         return size
 
     def open_job(self, spec: JobSpec, block_rows: int, device: int) -> NumpyJob:
         """A job; `device` is 0."""
         del device
-        return NumpyJob(spec, block_rows)
+        return NumpyJob(spec, block_rows, self._crew)
+
+    def close(self) -> None:
+        """Ends the threads, and gives BLAS its own back."""
+        self._crew.close()
+        if self._blas is not None:
+            self._blas.restore_original_limits()
 
     def libraries(self) -> dict[str, str]:
         """NumPy's version, and its BLAS's."""
@@ -66,44 +92,51 @@ class NumpyBackend:
 class NumpyJob:
     """A job on the CPU: W, dW's accumulator and scratch."""
 
-    def __init__(self, spec: JobSpec, block_rows: int) -> None:
+    def __init__(self, spec: JobSpec, block_rows: int, crew: Crew) -> None:
         self._spec = spec
+        self._crew = crew
         self._scratch = {
             purpose: np.empty(shape, spec.dtype.sums_in.numpy)
             for purpose, shape in _scratch_shapes(spec, block_rows).items()
         }
-        self._products = _Products(self._scratch.get("panel"))
+        self._panels: SimpleQueue[Array] = SimpleQueue()
+        for _ in range(crew.threads):
+            panel = np.empty(_panel_shape(spec), spec.dtype.sums_in.numpy)
+            self._panels.put(panel)
         self._w: Array | None = None
         self._dw: Array | None = None
+        self._dw_begun = False
         if Matrix.DW in spec.results:
-            self._dw = np.zeros((spec.n, spec.k), spec.accumulator.numpy)
+            self._dw = np.empty((spec.n, spec.k), spec.accumulator.numpy)
 
     def take_w(self, w: Array) -> None:
         """Takes W, shape (n, k)."""
-        self._w = self._widened("w", w)
+        with np.errstate(all="ignore"):
+            self._w = self._widened("w", w)
 
     def take_block(self, block: RowBlock) -> None:
         """Computes y and dx of the block and adds its share to dW."""
         # NaN, Inf and overflow are data here, not events to warn of.
         with np.errstate(all="ignore"):
-            y = self._room("y", block.y)
-            dx = self._room("dx", block.dx)
+            products = _Products(self._panels, first=not self._dw_begun)
             algebra.take_block(
-                self._products,
+                products,
                 w=self._w,
                 x=self._widened("x", block.x),
                 dy=self._widened("dy", block.dy),
-                y=y,
-                dx=dx,
+                y=self._result("y", block.y),
+                dx=self._result("dx", block.dx),
                 dw=self._dw,
             )
-            _round(y, block.y)
-            _round(dx, block.dx)
+            self._crew.run(products.pieces)
+        self._dw_begun = True
 
     def finish(self) -> Array:
         """dW, shape (n, k), rounded once from the accumulator."""
         if self._dw is None:
             raise RuntimeError("the job does not want dW")
+        if not self._dw_begun:
+            self._dw.fill(0)
         with np.errstate(all="ignore"):
             return self._dw.astype(self._spec.results[Matrix.DW].numpy, copy=False)
 
@@ -118,43 +151,86 @@ class NumpyJob:
         np.copyto(copy, given)
         return copy
 
-    def _room(self, purpose: str, result: Array | None) -> Array | None:
+    def _result(self, purpose: str, result: Array | None) -> _Result | None:
         """Where a result is computed: in place, or where it can be rounded."""
-        if result is None or purpose not in self._scratch:
-            return result
-        return self._scratch[purpose][: len(result)]
+        if result is None:
+            return None
+        if purpose not in self._scratch:
+            return _Result(result, result)
+        return _Result(result, self._scratch[purpose][: len(result)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """Rows of Y or dX, and room in the dtype of the sums to compute them in."""
+
+    rounded: Array
+    computed: Array
 
 
 class _Products:
-    """Products through NumPy's BLAS; transposes are flags of the call."""
+    """Products through NumPy's BLAS, cut into pieces for a crew.
 
-    def __init__(self, panel: Array | None) -> None:
-        self._panel = panel
+    Transposes are flags of BLAS's call, never copies. Where a product is cut
+    depends on its shape alone, and so do its bits.
+    """
 
-    def multiply(self, a: Array, b: Array, out: Array) -> None:
-        np.matmul(a, b, out=out)
+    def __init__(self, panels: SimpleQueue[Array], *, first: bool) -> None:
+        self.pieces: list[Piece] = []
+        self._panels = panels
+        self._first = first
 
-    def multiply_transposed(self, a: Array, b: Array, out: Array) -> None:
-        np.matmul(a, b.T, out=out)
+    def multiply(self, a: Array, b: Array, out: _Result) -> None:
+        for rows in _cuts(len(a)):
+            self.pieces.append(partial(_multiply, a[rows], b, out, rows))
+
+    def multiply_transposed(self, a: Array, b: Array, out: _Result) -> None:
+        self.multiply(a, b.T, out)
 
     def accumulate_transposed(self, a: Array, b: Array, out: Array) -> None:
-        if self._panel is None or not out.size:
+        if out.size:
+            for rows in _cuts(len(out), out.shape[1] * b.dtype.itemsize):
+                self.pieces.append(
+                    partial(self._accumulate, a[:, rows].T, b, out[rows])
+                )
+
+    def _accumulate(self, a: Array, b: Array, out: Array) -> None:
+        if self._first and out.dtype == b.dtype:
+            np.matmul(a, b, out=out)
             return
-        for first in range(0, len(out), len(self._panel)):
-            rows = out[first : first + len(self._panel)]
-            share = self._panel[: len(rows)]
-            np.matmul(a[:, first : first + len(rows)].T, b, out=share)
-            np.add(rows, share, out=rows)
+        panel = self._panels.get()
+        try:
+            share = panel[: len(out)]
+            np.matmul(a, b, out=share)
+            if self._first:
+                np.copyto(out, share)
+            else:
+                np.add(out, share, out=out)
+        finally:
+            self._panels.put(panel)
+
+
+def _multiply(a: Array, b: Array, out: _Result, rows: slice) -> None:
+    np.matmul(a, b, out=out.computed[rows])
+    if out.rounded is not out.computed:
+        np.copyto(out.rounded[rows], out.computed[rows], casting="unsafe")
+
+
+def _cuts(rows: int, row_bytes: int = 0) -> list[slice]:
+    """Where a product is cut: into PARTS of its rows, if they are enough."""
+    size = max(-(-rows // PARTS), MIN_ROWS)
+    if row_bytes:
+        size = max(min(size, PANEL_BYTES // row_bytes), 1)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
 def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]]:
     """Shapes of a job's scratch, in the dtype of its sums, by purpose.
 
     Operands are widened where products are summed in a wider dtype than
-    theirs, results pass through scratch where they are rounded to another
-    one, and dW's share passes through a panel.
+    theirs, and results pass through scratch where they are rounded.
     """
-    n, k, sums_in = spec.n, spec.k, spec.dtype.sums_in
+    n, sums_in = spec.n, spec.dtype.sums_in
     shapes: dict[str, tuple[int, int]] = {}
     if spec.dtype != sums_in:
         for operand in spec.operands:
@@ -163,15 +239,16 @@ def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]
     for result in ROW_RESULTS:
         if spec.results.get(result, sums_in) != sums_in:
             shapes[result.label] = (block_rows, spec.row_length(result))
-    if Matrix.DW in spec.results:
-        panel_rows = PANEL_BYTES // max(k * sums_in.itemsize, 1)
-        shapes["panel"] = (min(n, max(panel_rows, 1)), k)
     return shapes
 
 
-def _round(computed: Array | None, result: Array | None) -> None:
-    if computed is not None and result is not None and computed is not result:
-        np.copyto(result, computed, casting="unsafe")
+def _panel_shape(spec: JobSpec) -> tuple[int, int]:
+    """Shape of the room that each thread has for a piece of dW's share."""
+    if Matrix.DW not in spec.results:
+        return (0, 0)
+    row_bytes = spec.k * spec.dtype.sums_in.itemsize
+    largest = max((cut.stop - cut.start for cut in _cuts(spec.n, row_bytes)), default=0)
+    return (largest, spec.k)
 
 
 def _processor() -> str:
@@ -189,4 +266,4 @@ def _blas_threads() -> int:
         value = os.environ.get(variable, "")
         if value.isdigit() and int(value):
             return int(value)
-    return len(os.sched_getaffinity(0))
+    return processors()

@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.matrices import Matrix
@@ -23,9 +24,9 @@ UNIT_ROUNDOFF = {
 }
 
 
-def run(spec, x, w, dy, block_rows):
+def run(spec, x, w, dy, block_rows, backend=None):
     """The three results, computed block by block."""
-    job = NumpyBackend().open_job(spec, block_rows, 0)
+    job = (backend or NumpyBackend()).open_job(spec, block_rows, 0)
     m = len(x)
     results = {
         matrix: np.empty((m, spec.row_length(matrix)), dtype.numpy)
@@ -128,6 +129,34 @@ def test_dw_in_panels_is_dw(monkeypatch, dtype):
     difference = whole[Matrix.DW].astype(float) - panels[Matrix.DW].astype(float)
     assert (np.abs(difference) <= 2 * limits).all()
     assert np.array_equal(whole[Matrix.Y], panels[Matrix.Y])
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_bits_do_not_depend_on_how_many_threads_compute(dtype):
+    spec = make_spec(700, 300, 260, dtype)
+    given = operands(spec, 700)
+    results = []
+    for threads in (1, 2, 5):
+        backend = NumpyBackend(threads)
+        try:
+            results.append(run(spec, *given, block_rows=512, backend=backend))
+        finally:
+            backend.close()
+    for matrix, first in results[0].items():
+        for other in results[1:]:
+            assert first.tobytes() == other[matrix].tobytes()
+
+
+def test_a_closed_backend_gives_blas_its_threads_back():
+    def blas_threads():
+        return [lib["num_threads"] for lib in threadpool_info()]
+
+    before = blas_threads()
+    backend = NumpyBackend(2)
+    assert set(blas_threads()) == {1}
+    assert backend.devices[0].threads == 1
+    backend.close()
+    assert blas_threads() == before
 
 
 @pytest.mark.parametrize("shape", list(product((0, 1, 3), repeat=3)))

@@ -1,0 +1,98 @@
+"""The threads that share the work of a row block on the CPU.
+
+Each calls BLAS with one thread of its own. BLAS's own threads split every
+product evenly and wait for each other spinning, so that a core that is taken
+away for a moment (by the network's threads) delays all of them; here who is
+free takes the next piece. What is computed does not depend on how many there
+are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Lock
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+try:
+    from threadpoolctl import threadpool_limits
+except ImportError:
+    threadpool_limits = None
+
+_log = logging.getLogger("gradwire_server")
+
+Piece: TypeAlias = Callable[[], None]
+
+
+class Crew:
+    """A lane's thread and its helpers.
+
+    Args:
+        threads: How many work, the calling one counted.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(
+            max(threads - 1, 1), "gradwire-crew", partial(np.seterr, all="ignore")
+        )
+
+    def close(self) -> None:
+        """Ends the helpers."""
+        self._pool.shutdown()
+
+    def run(self, pieces: Sequence[Piece]) -> None:
+        """Does the pieces, in any order, and returns when all are done.
+
+        Raises:
+            Exception: What a piece raised.
+        """
+        left = iter(pieces)
+        lock = Lock()
+
+        def work() -> None:
+            while True:
+                with lock:
+                    piece = next(left, None)
+                if piece is None:
+                    return
+                piece()
+
+        helpers = min(self.threads, len(pieces)) - 1
+        done = [self._pool.submit(work) for _ in range(helpers)]
+        try:
+            work()
+        finally:
+            for each in done:
+                each.result()
+
+
+class BlasLimit(Protocol):
+    """A limit that can be lifted again."""
+
+    def restore_original_limits(self) -> None:
+        """Lifts it."""
+
+
+def limit_blas() -> BlasLimit | None:
+    """Limits BLAS to one thread a call, in the whole process.
+
+    Returns:
+        What lifts the limit; None where threadpoolctl, which knows how to
+        tell each BLAS, is not installed (it comes with the extra `server`).
+    """
+    if threadpool_limits is None:
+        _log.info("BLAS shares its own threads: install gradwire[server] to tune it")
+        return None
+    limit: BlasLimit = threadpool_limits(1, user_api="blas")
+    return limit
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0))
