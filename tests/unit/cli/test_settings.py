@@ -50,6 +50,7 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     # field: as a flag and a variable, as a value, in TOML
     "listen": ("127.0.0.1:1", ("127.0.0.1:1",), '["127.0.0.1:1"]'),
     "backend": ("numpy", "numpy", '"numpy"'),
+    "cpu_threads": ("3", 3, "3"),
     "memory_limit": ("3GiB", 3 * 2**30, '"3GiB"'),
     "max_jobs": ("7", 7, "7"),
     "max_queue": ("0", 0, "0"),
