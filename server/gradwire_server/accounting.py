@@ -74,6 +74,8 @@ async def accounted(
                 metadata={"error_id": error_id},
             ),
         )
+    finally:
+        service.call_ended()
 
 
 def _is_late(context: Context) -> bool:

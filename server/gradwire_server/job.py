@@ -69,8 +69,7 @@ class RunningJob:
         self._intake = Intake(spec, plan)
         self._ring = Ring(spec, plan)
         self._submitted = 0
-        self.served_at = 0.0
-        """When the results of a row block last left, by the event loop's clock."""
+        self._served_at = 0.0
         self._w_taken = False
         self._computed: asyncio.Queue[tuple[int, RowBlock, asyncio.Future[None]] | None]
         self._computed = asyncio.Queue()
@@ -107,9 +106,14 @@ class RunningJob:
         return self._intake.m or 0
 
     @property
-    def owing(self) -> bool:
-        """Whether row blocks are complete whose results have not left yet."""
-        return self._ring.released < self._submitted
+    def owes_nothing_since(self) -> float:
+        """When the last result that could leave has left; event loop's clock.
+
+        Now, while row blocks are complete whose results have not left.
+        """
+        if self._ring.released < self._submitted:
+            return asyncio.get_running_loop().time()
+        return self._served_at
 
     async def take(self, block: Block) -> None:
         """Takes a message's elements; waits while the ring is full.
@@ -148,7 +152,7 @@ class RunningJob:
                     for run in self._runs(matrix, first_row, array):
                         yield run
             self._ring.release()
-            self.served_at = asyncio.get_running_loop().time()
+            self._served_at = asyncio.get_running_loop().time()
         if Matrix.DW in self._spec.results:
             dw = await self._lane.submit(self, self._finish)
             for run in self._runs(Matrix.DW, 0, dw):

@@ -22,7 +22,8 @@ from gradwire_server.backends.base import Backend, DeviceInfo
 from gradwire_server.errors import JobError
 from gradwire_server.job import RunningJob
 from gradwire_server.lane import Lane
-from gradwire_server.memory import peak_resident_bytes
+from gradwire_server.memory import give_back, peak_resident_bytes
+from gradwire_server.patience import patience
 from gradwire_server.plan import Plan, make_plan
 from gradwire_server.settings import Settings
 from gradwire_server.spec import JobSpec, job_name, read_job
@@ -46,6 +47,10 @@ class Call:
     receiving_s: float = 0.0
     sending_s: float = 0.0
 
+    def idle_since(self) -> float:
+        """Since when the server has owed the client nothing; event loop's clock."""
+        return self.job.owes_nothing_since if self.job is not None else 0.0
+
 
 class Service:
     """A backend, its lanes, and the jobs on them.
@@ -65,6 +70,7 @@ class Service:
         self.instance = secrets.token_hex(8)
         self.lanes = [Lane(device.index) for device in backend.devices]
         self._running: set[asyncio.Task[object]] = set()
+        self._tidying: asyncio.TimerHandle | None = None
 
     def read_job(self, call: Call, header: job_pb2.Job) -> JobSpec:
         """Checks a header and cuts its job into blocks.
@@ -157,25 +163,10 @@ class Service:
         While rows of it wait to be computed, or their results to leave, the
         client may be waiting for those: that is not its idleness.
         """
-        loop = asyncio.get_running_loop()
         idle_s = self.settings.idle_timeout
-        started = loop.time()
-        timer: asyncio.TimerHandle
-
-        def look() -> None:
-            nonlocal timer
-            since = started
-            if call.job is not None:
-                since = loop.time() if call.job.owing else call.job.served_at
-            due = max(started, since) + idle_s
-            if due <= loop.time():
-                patience.reschedule(due)
-            else:
-                timer = loop.call_at(due, look)
-
-        timer = loop.call_at(started + idle_s, look)
+        started = time.perf_counter()
         try:
-            async with asyncio.timeout(None) as patience:
+            async with patience(idle_s, call.idle_since):
                 yield
         except TimeoutError:
             raise JobError(
@@ -183,24 +174,31 @@ class Service:
                 f"the client sent nothing for {idle_s:g} s: expected {what}",
             ) from None
         finally:
-            timer.cancel()
-            call.receiving_s += loop.time() - started
+            call.receiving_s += time.perf_counter() - started
 
     @asynccontextmanager
     async def client_reads(self, call: Call) -> AsyncIterator[None]:
         """A wait for the client to read, which must not be too long."""
+        idle_s = self.settings.idle_timeout
         started = time.perf_counter()
         try:
-            async with asyncio.timeout(self.settings.idle_timeout):
+            async with patience(idle_s):
                 yield
         except TimeoutError:
             raise JobError(
                 Reason.CLIENT_IDLE,
-                f"the client did not read for {self.settings.idle_timeout:g} s what "
-                f"it was sent: it must read while it writes",
+                f"the client did not read for {idle_s:g} s what it was sent: it must "
+                f"read while it writes",
             ) from None
         finally:
             call.sending_s += time.perf_counter() - started
+
+    def call_ended(self) -> None:
+        """Has free memory given back when no call has ended for a while."""
+        loop = asyncio.get_running_loop()
+        if self._tidying is not None:
+            self._tidying.cancel()
+        self._tidying = loop.call_later(_QUIET_S, loop.run_in_executor, None, give_back)
 
     def end_running_jobs(self) -> None:
         """Ends the jobs that the grace period did not suffice for."""
@@ -232,6 +230,10 @@ class Service:
         finally:
             self._running.discard(task)
 
+
+_QUIET_S = 2.0
+"""Memory that is given back has to be had again, which costs time; steps of a
+training loop follow each other sooner than this."""
 
 _GRACE_IS_OVER = "the grace period is over"
 

@@ -1,0 +1,42 @@
+"""How long a client is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+
+@asynccontextmanager
+async def patience(
+    idle_s: float, idle_since: Callable[[], float] | None = None
+) -> AsyncIterator[None]:
+    """Ends what is awaited within when the client has been idle for too long.
+
+    Args:
+        idle_s: Seconds that a client may be idle.
+        idle_since: Since when it has been, by the event loop's clock, as far
+            as others know; this wait's own beginning counts as well. Asked
+            only when the time seems to be up.
+
+    Raises:
+        TimeoutError: The client was idle for `idle_s`.
+    """
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
+
+    def look() -> None:
+        nonlocal timer
+        due = idle_s + max(started, idle_since() if idle_since else started)
+        if due <= loop.time():
+            wait.reschedule(due)
+        else:
+            timer = loop.call_at(due, look)
+
+    started = loop.time()
+    timer = loop.call_at(started + idle_s, look)
+    try:
+        async with asyncio.timeout(None) as wait:
+            yield
+    finally:
+        timer.cancel()
