@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from gradwire._aio_calls import AsyncCall
-from gradwire._exceptions import InputError
-from gradwire._rows import RowJob, RowReader, require_receipt
+from gradwire._rows import RowJob, RowReader, iterate, require_receipt
 from gradwire._types import Array, Receipt, RowBlock
 
 if TYPE_CHECKING:
@@ -142,14 +141,9 @@ async def _messages(
 def _iterate(rows: Iterable[object] | AsyncIterable[object]) -> AsyncIterator[object]:
     if isinstance(rows, AsyncIterable):
         return aiter(rows)
-    if isinstance(rows, Iterable):
-        return _in_turn(iter(rows))
-    raise InputError(
-        f"rows is a {type(rows).__qualname__}, which cannot be iterated: give pairs"
-        " (x_rows, dy_rows)"
-    )
+    return _in_turn(iterate(rows))
 
 
-async def _in_turn(rows: Iterable[object]) -> AsyncIterator[object]:
+async def _in_turn(rows: Iterator[object]) -> AsyncIterator[object]:
     for item in rows:
         yield item

@@ -186,6 +186,20 @@ class RowJob:
         self._next_row += rows
 
 
+def iterate(rows: object) -> Iterator[object]:
+    """The caller's items.
+
+    Raises:
+        InputError: There are none to be had.
+    """
+    if isinstance(rows, Iterable):
+        return iter(rows)
+    raise InputError(
+        f"rows is a {type(rows).__qualname__}, which cannot be iterated: give pairs"
+        " (x_rows, dy_rows)"
+    )
+
+
 def require_receipt(job: RowJob | None) -> Receipt:
     """What became of a stream's job, if it is done.
 

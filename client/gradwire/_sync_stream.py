@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from gradwire._rows import RowJob, RowReader, require_receipt
+from gradwire._rows import RowJob, RowReader, iterate, require_receipt
 from gradwire._sync_calls import Call
 from gradwire._types import Array, Receipt, RowBlock
 
@@ -33,7 +33,7 @@ class GradientStream(Iterator[RowBlock]):
         self, client: Client, rows: Iterable[object], reader: RowReader
     ) -> None:
         self._client = client
-        self._rows = iter(rows)
+        self._rows = iterate(rows)
         self._reader = reader
         self._job: RowJob | None = None
         self._call: Call | None = None
