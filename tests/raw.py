@@ -6,6 +6,7 @@ that both of them share shows.
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -215,6 +216,29 @@ def normal_numbers(
         for shape in ((m, n), (n, k), (m, k))
     )
     return Problem(x, w, dy)
+
+
+def repeated_rows(problem: Problem, times: int | None) -> Iterator[Request]:
+    """W, then all rows of a problem again and again, then End.
+
+    Args:
+        problem: Its rows are one turn.
+        times: How often; None for ever.
+    """
+    if "w" in problem.operands:
+        yield from problem.blocks("w", 0, problem.w.shape[0])
+    turn = [
+        message
+        for name in ("x", "dy")
+        if name in problem.operands
+        for message in problem.blocks(name, 0, problem.shape[0])
+    ]
+    sizes = {matrix_number(name): getattr(problem, name).size for name in ("x", "dy")}
+    for _ in range(times) if times is not None else itertools.count():
+        yield from turn
+        for message in turn:
+            message.block.index += sizes[message.block.matrix]
+    yield end((times or 0) * problem.shape[0])
 
 
 @dataclass
