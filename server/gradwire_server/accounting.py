@@ -14,8 +14,9 @@ import grpc
 
 from gradwire.wire.reasons import Reason
 from gradwire.wire.status import encode
+from gradwire_server.call import Call
 from gradwire_server.errors import JobError
-from gradwire_server.service import Call, Service
+from gradwire_server.service import Service
 
 _log = logging.getLogger("gradwire_server")
 
@@ -124,15 +125,15 @@ def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
             "reserved_bytes": call.reserved_bytes,
             "queued_s": round(call.queued_s, 6),
         }
-    if call.job is not None:
-        job = call.job
+    if call.admitted:
+        counts = call.counts
         fields |= {
-            "m": job.m or fields["m"],
-            "blocks": job.counts.blocks,
-            "bytes_received": job.bytes_received,
-            "bytes_sent": job.counts.bytes_sent,
+            "m": counts.m or fields["m"],
+            "blocks": counts.blocks,
+            "bytes_received": counts.bytes_received,
+            "bytes_sent": counts.bytes_sent,
             "receiving_s": round(call.receiving_s, 6),
-            "computing_s": round(job.counts.computing_s, 6),
+            "computing_s": round(counts.computing_s, 6),
             "sending_s": round(call.sending_s, 6),
         }
     _log.log(level, "job", extra=fields)

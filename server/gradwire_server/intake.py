@@ -47,11 +47,6 @@ class Intake:
         """Rows of the job, once the stream is complete."""
 
     @property
-    def bytes_received(self) -> int:
-        """Bytes of operands so far."""
-        return sum(self._received.values()) * self._spec.dtype.itemsize
-
-    @property
     def w_complete(self) -> bool:
         """Whether W is there, or is not needed."""
         return Matrix.W not in self._received or (

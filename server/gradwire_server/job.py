@@ -7,7 +7,6 @@ its results (`results`); both wait where the other or the lane is behind.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,22 +17,14 @@ import numpy as np
 
 from gradwire.wire.framing import Block
 from gradwire.wire.matrices import ROW_RESULTS, Matrix
-from gradwire_server.backends.base import Array, Backend, BackendJob, RowBlock
+from gradwire_server.backends.base import Array, Backend, RowBlock
+from gradwire_server.call import Counts
+from gradwire_server.computation import Computation
 from gradwire_server.intake import Intake
 from gradwire_server.lane import Lane
 from gradwire_server.plan import Plan
 from gradwire_server.ring import Ring
 from gradwire_server.spec import JobSpec
-
-
-@dataclass(slots=True)
-class Counts:
-    """What a job has done so far."""
-
-    blocks: int = 0
-    """Row blocks computed."""
-    computing_s: float = 0.0
-    bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +46,31 @@ class RunningJob:
         plan: How it is cut.
         backend: What computes it.
         lane: Where.
+        counts: Told what was done.
 
     Use it as an async context manager: when it is left, for whatever cause,
     the lane has let go of its memory.
     """
 
-    def __init__(self, spec: JobSpec, plan: Plan, backend: Backend, lane: Lane) -> None:
-        self.counts = Counts()
+    def __init__(
+        self, spec: JobSpec, plan: Plan, backend: Backend, lane: Lane, counts: Counts
+    ) -> None:
+        self._counts = counts
         self._spec = spec
-        self.plan = plan
-        self._backend = backend
+        self._plan = plan
         self._lane = lane
+        self._computation = Computation(spec, plan, backend, lane.device, counts)
         self._intake = Intake(spec, plan)
         self._ring = Ring(spec, plan)
         self._submitted = 0
         self._served_at = 0.0
-        self._w_taken = False
+        self._w_taken = Matrix.W not in spec.operands
         self._computed: asyncio.Queue[tuple[int, RowBlock, asyncio.Future[None]] | None]
         self._computed = asyncio.Queue()
-        self._job: BackendJob | None = None
 
     async def __aenter__(self) -> Self:
         try:
-            self._job = await self._lane.submit(self, self._open)
+            await self._lane.submit(self, self._computation.open)
         except BaseException:
             await self._lane.discard(self)
             raise
@@ -92,20 +85,9 @@ class RunningJob:
         try:
             await self._lane.discard(self)
         finally:
-            self._job = None
+            self._computation.close()
             self._ring.free()
 
-    @property
-    def bytes_received(self) -> int:
-        """Bytes of operands so far."""
-        return self._intake.bytes_received
-
-    @property
-    def m(self) -> int:
-        """Rows of the complete job; 0 before that."""
-        return self._intake.m or 0
-
-    @property
     def owes_nothing_since(self) -> float:
         """When the last result that could leave has left; event loop's clock.
 
@@ -125,6 +107,7 @@ class RunningJob:
             if span.matrix is not Matrix.W:
                 await self._ring.wait_for_slot(span.block)
             self._ring.put(span)
+            self._counts.bytes_received += span.payload.nbytes
             await self._submit_complete()
 
     async def end(self, m: int) -> None:
@@ -134,6 +117,7 @@ class RunningJob:
             JobError: It is not.
         """
         self._intake.end(m)
+        self._counts.m = m
         await self._submit_complete()
         self._computed.put_nowait(None)
 
@@ -146,7 +130,7 @@ class RunningJob:
         while (computed := await self._computed.get()) is not None:
             number, block, done = computed
             await done
-            first_row = number * self.plan.block_rows
+            first_row = number * self._plan.block_rows
             for matrix, array in zip(ROW_RESULTS, (block.y, block.dx), strict=True):
                 if array is not None:
                     for run in self._runs(matrix, first_row, array):
@@ -154,13 +138,13 @@ class RunningJob:
             self._ring.release()
             self._served_at = asyncio.get_running_loop().time()
         if Matrix.DW in self._spec.results:
-            dw = await self._lane.submit(self, self._finish)
+            dw = await self._lane.submit(self, self._computation.finish)
             for run in self._runs(Matrix.DW, 0, dw):
                 yield run
 
     async def _submit_complete(self) -> None:
         """Hands to the lane the blocks that have become complete."""
-        if not self._has_elements:
+        if not self._plan.slot_bytes:  # rows without elements are done at once
             return
         while self._submitted < self._intake.blocks_complete:
             number = self._submitted
@@ -170,12 +154,6 @@ class RunningJob:
             self._computed.put_nowait((number, block, done))
             self._submitted += 1
 
-    @property
-    def _has_elements(self) -> bool:
-        """Whether rows have any: else any m is done at once."""
-        spec = self._spec
-        return any(spec.row_length(matrix) for matrix in self.plan.row_matrices)
-
     def _runs(self, matrix: Matrix, first_row: int, array: Array) -> Iterator[Run]:
         itemsize = array.dtype.itemsize
         size = max(self._spec.max_block_bytes // itemsize, 1)
@@ -183,33 +161,12 @@ class RunningJob:
         elements = array.reshape(-1).view(np.uint8).data
         for start in range(0, array.size, size):
             payload = elements[start * itemsize : (start + size) * itemsize]
-            self.counts.bytes_sent += payload.nbytes
+            self._counts.bytes_sent += payload.nbytes
             yield Run(matrix, first + start, payload)
 
-    # What follows runs in the lane's thread.
-
-    def _open(self) -> BackendJob:
-        return self._backend.open_job(
-            self._spec, self.plan.slot_rows, self._lane.device
-        )
-
     def _compute(self, block: RowBlock) -> None:
-        started = time.perf_counter()
-        job = self._opened()
-        if not self._w_taken and Matrix.W in self._spec.operands:
-            job.take_w(self._ring.w())
+        """Runs in the lane's thread."""
+        if not self._w_taken:
+            self._computation.take_w(self._ring.w())
             self._w_taken = True
-        job.take_block(block)
-        self.counts.blocks += 1
-        self.counts.computing_s += time.perf_counter() - started
-
-    def _finish(self) -> Array:
-        started = time.perf_counter()
-        dw = self._opened().finish()
-        self.counts.computing_s += time.perf_counter() - started
-        return dw
-
-    def _opened(self) -> BackendJob:
-        if self._job is None:
-            raise RuntimeError("the job is not open")
-        return self._job
+        self._computation.take_block(block)

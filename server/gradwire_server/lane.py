@@ -14,7 +14,9 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _log = logging.getLogger("gradwire_server")
 
@@ -46,7 +48,7 @@ class Lane:
         )
         self._thread.start()
 
-    def submit(self, job: Hashable, run: Callable[[], Any]) -> asyncio.Future[Any]:
+    def submit(self, job: Hashable, run: Callable[[], T]) -> asyncio.Future[T]:
         """Does `run` when it is the job's turn, after the job's earlier work.
 
         Returns:
@@ -54,13 +56,13 @@ class Lane:
             raises.
         """
         loop = asyncio.get_running_loop()
-        work = _Work(run, loop.create_future(), loop)
+        done: asyncio.Future[T] = loop.create_future()
         with self._changed:
             if self._closed:
                 raise RuntimeError("the lane is closed")
-            self._queues.setdefault(job, deque()).append(work)
+            self._queues.setdefault(job, deque()).append(_Work(run, done, loop))
             self._changed.notify_all()
-        return work.done
+        return done
 
     async def discard(self, job: Hashable) -> None:
         """Drops the job's waiting work and waits for what is being done.

@@ -41,7 +41,7 @@ class Plan:
     """Bytes at the start of the region that W takes, aligned."""
 
     slot_bytes: int
-    """Bytes of one slot, aligned."""
+    """Bytes of one slot, aligned; 0 where rows have no elements at all."""
 
     @property
     def window_rows(self) -> int:
@@ -51,11 +51,6 @@ class Plan:
         in the middle of a block, and its slot must still be there.
         """
         return (RING_SLOTS - 1) * self.block_rows
-
-    @property
-    def row_matrices(self) -> list[Matrix]:
-        """The matrices with m rows that the job has."""
-        return [matrix for matrix in self.offsets if matrix is not Matrix.W]
 
     @property
     def region_bytes(self) -> int:

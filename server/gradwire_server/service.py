@@ -11,45 +11,27 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from functools import partial
 
 from gradwire.v1 import job_pb2
+from gradwire.wire.matrices import Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.admission import Admission
-from gradwire_server.backends.base import Backend, DeviceInfo
+from gradwire_server.backends.base import Array, Backend, DeviceInfo
+from gradwire_server.call import Call
+from gradwire_server.computation import Computation
 from gradwire_server.errors import JobError
 from gradwire_server.job import RunningJob
 from gradwire_server.lane import Lane
 from gradwire_server.memory import give_back, peak_resident_bytes
 from gradwire_server.patience import patience
-from gradwire_server.plan import Plan, make_plan
+from gradwire_server.plan import make_plan
 from gradwire_server.settings import Settings
 from gradwire_server.spec import JobSpec, job_name, read_job
 
 _log = logging.getLogger("gradwire_server")
-
-
-@dataclass(slots=True)
-class Call:
-    """One call, from its first byte to its log line."""
-
-    method: str
-    transport: str
-    job_id: str = ""
-    spec: JobSpec | None = None
-    plan: Plan | None = None
-    job: RunningJob | None = None
-    reserved_bytes: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    queued_s: float = 0.0
-    receiving_s: float = 0.0
-    sending_s: float = 0.0
-
-    def idle_since(self) -> float:
-        """Since when the server has owed the client nothing; event loop's clock."""
-        return self.job.owes_nothing_since if self.job is not None else 0.0
 
 
 class Service:
@@ -87,68 +69,107 @@ class Service:
     async def admitted(
         self,
         call: Call,
-        message_bytes: int,
+        host_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
-    ) -> AsyncIterator[RunningJob]:
-        """Waits for the job's turn, and runs it within this context.
+    ) -> AsyncIterator[Lane]:
+        """Waits for the job's turn, and holds its memory within this context.
 
         Args:
             call: A call whose header was read.
-            message_bytes: What the job's messages hold beside its memory.
+            host_bytes: What the job holds beside what its backend takes.
             on_wait: Told how many jobs are ahead.
+
+        Yields:
+            The lane that the job is to run on.
         """
-        if call.spec is None or call.plan is None:
-            raise RuntimeError("the job's header was not read")
-        lane = self.lanes[0]
-        call.reserved_bytes = (
-            call.plan.region_bytes
-            + self.backend.job_bytes(call.spec, call.plan.slot_rows)
-            + message_bytes
-        )
+        spec, plan = call.header
+        call.reserved_bytes = host_bytes + self.backend.job_bytes(spec, plan.slot_rows)
         async with self.admission.job(call.reserved_bytes, on_wait):
             call.queued_s = time.perf_counter() - call.started
-            async with (
-                self._ended_by_drain(),
-                RunningJob(call.spec, call.plan, self.backend, lane) as job,
-            ):
-                call.job = job
-                yield job
+            call.admitted = True
+            async with self._ended_by_drain():
+                yield self.lanes[0]
+
+    @asynccontextmanager
+    async def streamed(
+        self,
+        call: Call,
+        message_bytes: int,
+        on_wait: Callable[[int], Awaitable[None]],
+    ) -> AsyncIterator[RunningJob]:
+        """Admits a job and runs it while its operands come.
+
+        Args:
+            call: A call whose header was read.
+            message_bytes: What its messages hold.
+            on_wait: Told how many jobs are ahead.
+        """
+        spec, plan = call.header
+        host_bytes = plan.region_bytes + message_bytes
+        async with (
+            self.admitted(call, host_bytes, on_wait) as lane,
+            RunningJob(spec, plan, self.backend, lane, call.counts) as job,
+        ):
+            call.idle_since = job.owes_nothing_since
+            yield job
+
+    async def run(
+        self, call: Call, message_bytes: int, operands: Mapping[Matrix, memoryview]
+    ) -> dict[Matrix, Array]:
+        """Admits a job whose operands are all there, and computes it.
+
+        Args:
+            call: A call whose header was read.
+            message_bytes: What its messages hold, operands and results counted.
+            operands: Elements of each operand.
+
+        Returns:
+            The wanted results.
+        """
+        spec, plan = call.header
+        async with self.admitted(call, message_bytes, _not_told) as lane:
+            whole = Computation(spec, plan, self.backend, lane.device, call.counts)
+            try:
+                results = await lane.submit(call, partial(whole.run, operands))
+            finally:
+                await lane.discard(call)
+        call.counts.m = spec.m or 0
+        call.counts.bytes_received = sum(map(len, operands.values()))
+        call.counts.bytes_sent = sum(result.nbytes for result in results.values())
+        return results
 
     def accepted(self, call: Call) -> job_pb2.Accepted:
         """What the client is told before it sends W."""
-        if call.spec is None or call.plan is None:
-            raise RuntimeError("the job's header was not read")
+        spec, plan = call.header
         device = self.backend.devices[self.lanes[0].device]
         return job_pb2.Accepted(
             server_instance=self.instance,
-            block_rows=call.plan.block_rows,
-            window_rows=call.plan.window_rows,
+            block_rows=plan.block_rows,
+            window_rows=plan.window_rows,
             reserved_bytes=call.reserved_bytes,
             device=device_message(device),
             fingerprint=job_pb2.NumericsFingerprint(
                 library=device.library,
                 device=device.name,
                 threads=device.threads,
-                block_rows=call.plan.block_rows,
+                block_rows=plan.block_rows,
             ),
-            effective_job=call.spec.echo(),
+            effective_job=spec.echo(),
         )
 
     def receipt(self, call: Call) -> job_pb2.Receipt:
         """What the client is told at the end."""
-        if call.job is None:
-            raise RuntimeError("the job did not run")
-        job = call.job
+        counts = call.counts
         return job_pb2.Receipt(
             job_id=call.job_id,
             server_instance=self.instance,
-            m=job.m,
-            blocks=job.counts.blocks,
-            bytes_received=job.bytes_received,
-            bytes_sent=job.counts.bytes_sent,
+            m=counts.m,
+            blocks=counts.blocks,
+            bytes_received=counts.bytes_received,
+            bytes_sent=counts.bytes_sent,
             queued_seconds=call.queued_s,
             receiving_seconds=call.receiving_s,
-            computing_seconds=job.counts.computing_s,
+            computing_seconds=counts.computing_s,
             sending_seconds=call.sending_s,
             total_seconds=time.perf_counter() - call.started,
             device=device_message(self.backend.devices[self.lanes[0].device]),
@@ -234,6 +255,11 @@ class Service:
 _QUIET_S = 2.0
 """Memory that is given back has to be had again, which costs time; steps of a
 training loop follow each other sooner than this."""
+
+
+async def _not_told(_: int) -> None:
+    """A unary call cannot say that it waits."""
+
 
 _GRACE_IS_OVER = "the grace period is over"
 

@@ -16,7 +16,6 @@ from google.protobuf.message import DecodeError
 from gradwire.v1 import gradient_service_pb2 as pb2
 from gradwire.wire import framing
 from gradwire.wire.limits import MAX_MESSAGE_BYTES, SERVICE
-from gradwire.wire.matrices import Matrix
 from gradwire_server import info, unary
 from gradwire_server.accounting import accounted
 from gradwire_server.errors import malformed
@@ -69,19 +68,12 @@ class GradientServicer:
                 raise malformed(f"the request is no {what}") from None
             spec = self._service.read_job(call, message.job)
             operands = unary.whole_operands(spec, message)
-            results: dict[Matrix, bytearray] = {
-                result: bytearray() for result in spec.results
-            }
-            async with self._service.admitted(
-                call, unary.message_bytes(spec), unary.not_told
-            ) as job:
-                await _both(
-                    unary.feed(job, spec, operands), unary.collect(job, results)
-                )
+            size = unary.message_bytes(spec)
+            results = await self._service.run(call, size, operands)
             return pb2.ComputeResponse(
                 accepted=self._service.accepted(call),
                 receipt=self._service.receipt(call),
-                **{result.label: bytes(data) for result, data in results.items()},
+                **{result.label: array.tobytes() for result, array in results.items()},
             ).SerializeToString()
         raise RuntimeError("a failed call is aborted")
 
@@ -91,7 +83,7 @@ class GradientServicer:
             stream = Stream(self._service, call, context)
             spec = self._service.read_job(call, await stream.read_header())
             message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_block_bytes)
-            async with self._service.admitted(
+            async with self._service.streamed(
                 call, message_bytes, stream.tell_queued
             ) as job:
                 await stream.write(

@@ -11,9 +11,10 @@ from gradwire.v1 import job_pb2
 from gradwire.wire import framing
 from gradwire.wire.checksum import crc32c
 from gradwire.wire.reasons import Reason
+from gradwire_server.call import Call
 from gradwire_server.errors import JobError, malformed
 from gradwire_server.job import RunningJob
-from gradwire_server.service import Call, Service
+from gradwire_server.service import Service
 from gradwire_server.spec import JobSpec
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]

@@ -1,14 +1,12 @@
-"""Compute: a whole job in one message, on the same blocks as a stream."""
+"""What Compute takes: a whole job in one message."""
 
 from __future__ import annotations
 
 from gradwire.v1 import gradient_service_pb2 as pb2
-from gradwire.wire import framing
 from gradwire.wire.limits import MAX_COMPUTE_BYTES
-from gradwire.wire.matrices import OPERANDS, ROW_OPERANDS, Matrix
+from gradwire.wire.matrices import OPERANDS, Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.errors import JobError
-from gradwire_server.job import RunningJob
 from gradwire_server.spec import JobSpec
 
 
@@ -59,37 +57,8 @@ def whole_operands(
     return operands
 
 
-async def feed(
-    job: RunningJob, spec: JobSpec, operands: dict[Matrix, memoryview]
-) -> None:
-    """Gives a job whole operands, in the order that a stream would have."""
-    m = spec.m or 0
-    if Matrix.W in operands:
-        await job.take(framing.Block(Matrix.W, 0, operands[Matrix.W]))
-    rows = {op: data for op, data in operands.items() if op in ROW_OPERANDS and data}
-    block_rows = job.plan.block_rows
-    for first_row in range(0, m if rows else 0, block_rows):
-        for operand, data in rows.items():
-            length = spec.row_length(operand)
-            first, last = (
-                row * length * spec.dtype.itemsize
-                for row in (first_row, min(first_row + block_rows, m))
-            )
-            await job.take(framing.Block(operand, first_row * length, data[first:last]))
-    await job.end(m)
-
-
-async def collect(job: RunningJob, results: dict[Matrix, bytearray]) -> None:
-    """Appends a job's results to `results`."""
-    async for run in job.results():
-        results[run.matrix] += run.payload
-
-
-async def not_told(_: int) -> None:
-    """A unary call cannot say that it waits."""
-
-
 def message_bytes(spec: JobSpec) -> int:
-    """What request and response hold: once as messages, once as their parts."""
-    matrices = (*spec.operands, *spec.results)
-    return 2 * sum(whole_bytes(spec, matrix) for matrix in matrices)
+    """What a call holds: operands and results as matrices, fields and messages."""
+    operands = sum(whole_bytes(spec, operand) for operand in spec.operands)
+    results = sum(whole_bytes(spec, result) for result in spec.results)
+    return 2 * operands + 3 * results

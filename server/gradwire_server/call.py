@@ -1,0 +1,54 @@
+"""One call: what is known of it, from its first byte to its log line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gradwire_server.plan import Plan
+from gradwire_server.spec import JobSpec
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a job has done so far."""
+
+    m: int = 0
+    """Rows of the job, once they are all there."""
+    blocks: int = 0
+    """Row blocks computed."""
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    computing_s: float = 0.0
+
+
+def _for_ever() -> float:
+    return 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a method that computes."""
+
+    method: str
+    transport: str
+    job_id: str = ""
+    spec: JobSpec | None = None
+    plan: Plan | None = None
+    admitted: bool = False
+    reserved_bytes: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    queued_s: float = 0.0
+    receiving_s: float = 0.0
+    sending_s: float = 0.0
+    counts: Counts = field(default_factory=Counts)
+    idle_since: Callable[[], float] = _for_ever
+    """Since when the server has owed the client nothing; event loop's clock."""
+
+    @property
+    def header(self) -> tuple[JobSpec, Plan]:
+        """What was asked and how it is cut, once that is known."""
+        if self.spec is None or self.plan is None:
+            raise RuntimeError("the job's header was not read")
+        return self.spec, self.plan

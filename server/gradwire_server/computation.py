@@ -1,0 +1,117 @@
+"""A job on its device, with what it does counted.
+
+Everything here runs in the thread of the job's lane.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+
+from gradwire.wire.matrices import Matrix
+from gradwire_server.backends.base import Array, Backend, BackendJob, RowBlock
+from gradwire_server.call import Counts
+from gradwire_server.plan import Plan
+from gradwire_server.spec import JobSpec
+
+
+class Computation:
+    """A job of a backend.
+
+    Args:
+        spec: What was asked.
+        plan: How it is cut.
+        backend: What computes it.
+        device: On which of its devices.
+        counts: Told what was done.
+    """
+
+    def __init__(
+        self, spec: JobSpec, plan: Plan, backend: Backend, device: int, counts: Counts
+    ) -> None:
+        self._spec = spec
+        self._plan = plan
+        self._backend = backend
+        self._device = device
+        self._counts = counts
+        self._job: BackendJob | None = None
+
+    def open(self) -> None:
+        """Takes the memory that the job needs on its device."""
+        self._job = self._backend.open_job(
+            self._spec, self._plan.slot_rows, self._device
+        )
+
+    def close(self) -> None:
+        """Gives it back."""
+        self._job = None
+
+    def take_w(self, w: Array) -> None:
+        """Takes W, before any row block."""
+        with self._timed() as job:
+            job.take_w(w)
+
+    def take_block(self, block: RowBlock) -> None:
+        """Computes the block's Y and dX, and adds its share to dW."""
+        with self._timed() as job:
+            job.take_block(block)
+        self._counts.blocks += 1
+
+    def finish(self) -> Array:
+        """dW, in its dtype on the wire."""
+        with self._timed() as job:
+            return job.finish()
+
+    def run(self, operands: Mapping[Matrix, memoryview]) -> dict[Matrix, Array]:
+        """Computes a whole job whose operands are all there.
+
+        Args:
+            operands: Elements of each operand.
+
+        Returns:
+            The wanted results.
+        """
+        spec, m = self._spec, self._spec.m or 0
+        arrays = {
+            operand: np.frombuffer(data, spec.dtype.numpy).reshape(
+                spec.n if operand is Matrix.W else m, spec.row_length(operand)
+            )
+            for operand, data in operands.items()
+        }
+        for result in spec.results:
+            if result is not Matrix.DW:
+                shape = (m, spec.row_length(result))
+                arrays[result] = np.empty(shape, spec.results[result].numpy)
+        self.open()
+        try:
+            if Matrix.W in arrays:
+                self.take_w(arrays[Matrix.W])
+            for block in self._blocks(arrays, m):
+                self.take_block(block)
+            if Matrix.DW in spec.results:
+                arrays[Matrix.DW] = self.finish()
+        finally:
+            self.close()
+        return {result: arrays[result] for result in spec.results}
+
+    def _blocks(self, arrays: Mapping[Matrix, Array], m: int) -> Iterator[RowBlock]:
+        for first in range(0, m if self._plan.slot_bytes else 0, self._plan.block_rows):
+            rows = slice(first, min(first + self._plan.block_rows, m))
+            parts = {
+                matrix.label: arrays[matrix][rows] if matrix in arrays else None
+                for matrix in (Matrix.X, Matrix.DY, Matrix.Y, Matrix.DX)
+            }
+            yield RowBlock(rows=rows.stop - rows.start, **parts)
+
+    @contextmanager
+    def _timed(self) -> Iterator[BackendJob]:
+        if self._job is None:
+            raise RuntimeError("the job is not open")
+        started = time.perf_counter()
+        try:
+            yield self._job
+        finally:
+            self._counts.computing_s += time.perf_counter() - started
