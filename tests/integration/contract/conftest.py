@@ -12,11 +12,22 @@ from tests.serving import ServerProcess, running_server
 BLOCK_BYTES = 1024
 
 
+def assert_untroubled(server: ServerProcess) -> None:
+    """Nothing went wrong in a server beside what its callers did wrong."""
+    troubles = [
+        record
+        for record in server.records
+        if "traceback" in record or record["name"] == "asyncio"
+    ]
+    assert not troubles
+
+
 @pytest.fixture(scope="session")
 def small_blocks() -> Iterator[ServerProcess]:
     """A server that all tests share which leave it unharmed."""
     with running_server(block_bytes=BLOCK_BYTES) as process:
         yield process
+        assert_untroubled(process)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from grpc import StatusCode
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2, matrix_pb2
+from gradwire.wire.reasons import Reason
 from tests.raw import (
     INLINE,
     CallError,
@@ -667,6 +668,25 @@ def test_a_message_over_the_receive_limit_is_refused_by_grpc(channel):
         failure = stream.failure()
     assert failure.status is StatusCode.RESOURCE_EXHAUSTED
     assert_computes(channel)
+
+
+def test_every_reason_has_a_test():
+    tables = (HEADERS, IDS, STREAMS, BEFORE_ANY_JOB, COMPUTES)
+    in_a_table = {row.values[2] for table in tables for row in table}
+    elsewhere = {
+        "LEAD_EXCEEDED",  # below
+        "CONTRACT_UNKNOWN",
+        "JOB_TOO_LARGE",  # test_states.py
+        "BUSY",
+        "CLIENT_IDLE",
+        "JOB_CANCELLED",
+        "DEADLINE_PASSED",
+        "DRAINING",  # test_stopping.py
+        "DEVICE_OUT_OF_MEMORY",  # test_faults.py
+        "UNFORESEEN",
+    }
+    of_the_future = {"CREDENTIALS_INVALID", "NOT_ALLOWED"}
+    assert in_a_table | elsewhere | of_the_future == {each.value for each in Reason}
 
 
 @pytest.mark.parametrize("method", ["Compute", "ComputeStream", "OfTheFuture"])

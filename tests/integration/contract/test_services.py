@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import gradient_service_pb2_grpc
-from tests.raw import SERVICE, compute_job, stream_job, whole_numbers
+from tests.raw import SERVICE, assert_exact, compute_job, stream_job, whole_numbers
 from tests.serving import running_server
 
 
@@ -117,3 +117,14 @@ def test_channelz_counts_calls(channel):
     before = started()
     compute_job(channel, whole_numbers(2, 2, 2))
     assert started() >= before + 2  # that one, and the count's own
+
+
+def test_a_unix_socket_serves_the_same_contract(tmp_path):
+    problem = whole_numbers(50, 6, 5)
+    with running_server(listen=[f"unix:{tmp_path / 'socket'}"]) as server:
+        assert server.address == f"unix:{tmp_path / 'socket'}"
+        with grpc.insecure_channel(server.address) as channel:
+            for call in (stream_job, compute_job):
+                outcome = call(channel, problem)
+                assert_exact(outcome, problem)
+                assert outcome.receipt.transport == "unix"

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import numpy as np
 import pytest
 from grpc import StatusCode
 
+from tests.integration.contract.conftest import assert_untroubled
 from tests.raw import (
     CallError,
     Outcome,
@@ -36,6 +38,7 @@ def serving(**settings) -> Iterator[tuple[ServerProcess, grpc.Channel]]:
         grpc.insecure_channel(server.address) as channel,
     ):
         yield server, channel
+        assert_untroubled(server)
 
 
 def finish(stream: Stream, outcome: Outcome, problem: Problem) -> None:
@@ -243,6 +246,15 @@ def test_a_client_that_stops_sending_is_given_up(impatient, messages):
     assert_exact(stream_job(channel, SMALL), SMALL)
 
 
+def test_a_client_that_never_half_closes_is_told_what_was_expected(impatient):
+    _, channel = impatient
+    with Stream(channel) as stream:
+        stream.send(IDLE, *SMALL.body(16))
+        error = stream.failure()
+    assert (error.status, error.reason) == (StatusCode.ABORTED, "CLIENT_IDLE")
+    assert "half-close" in error.text
+
+
 def test_a_client_that_does_not_read_is_given_up(impatient):
     server, channel = impatient
     wide = whole_numbers(4000, 1, 2000, results=("y",))  # 32 MB of results
@@ -330,6 +342,34 @@ def test_a_caller_who_leaves_makes_room(when):
             assert record["outcome"] == "CANCELLED"
             assert record["reason"] == "JOB_CANCELLED"
         assert_exact(stream_job(channel, SMALL), SMALL)
+
+
+def test_places_and_memory_come_back_whenever_a_caller_leaves():
+    jobs = 4
+    random = np.random.default_rng(0)
+    messages = [SMALL.job(), *SMALL.body(8, 64)]
+    with serving(max_jobs=jobs, max_queue=4, memory_limit=64 * MIB) as (_, channel):
+        for _ in range(150):
+            with Stream(channel) as leaver:
+                sent = random.integers(0, len(messages) + 1)
+                leaver.send(*messages[:sent])
+                if sent and random.integers(0, 2):
+                    with contextlib.suppress(CallError):
+                        leaver.receive()
+        wait_until_all_are_accepted(channel, jobs)
+
+
+def wait_until_all_are_accepted(channel: grpc.Channel, jobs: int) -> None:
+    """So many jobs run at once, none of them queued, within good time."""
+    deadline = time.monotonic() + 10
+    while True:
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(Stream(channel)) for _ in range(jobs)]
+            for stream in streams:
+                stream.send(SMALL.job())
+            if not any(stream.receive_accepted().queued for stream in streams):
+                return
+        assert time.monotonic() < deadline
 
 
 def test_a_deadline_that_passes_in_compute_ends_it():

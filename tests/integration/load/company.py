@@ -18,7 +18,13 @@ from tests.raw import SERVICE, Request, block, make_job
 
 KIB = 1 << 10
 MIB = 1 << 20
-OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+CHANNEL_OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),  # a connection for each
+    # What is not read stays on the server's side: else gRPC would take
+    # megabytes in at once for a client that looks at a kibibyte a second.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 64 * KIB),
+]
 
 
 def open_call(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamCall:
@@ -104,7 +110,7 @@ async def main(kind: str, address: str, count: int) -> None:
             all_stand.set()
 
     async def one() -> None:
-        async with grpc.aio.insecure_channel(address, OWN_CONNECTION) as channel:
+        async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
             try:
                 await KINDS[kind](channel, stands)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):

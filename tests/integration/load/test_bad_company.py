@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from grpc import StatusCode
 
+from tests.integration.contract.conftest import assert_untroubled
 from tests.integration.load.observing import (
     MIB,
     company,
@@ -45,7 +46,7 @@ def server() -> Iterator[ServerProcess]:
     ) as process:
         yield process
         assert process.process.poll() is None
-        assert "traceback" not in process.logs
+        assert_untroubled(process)
 
 
 @pytest.fixture
