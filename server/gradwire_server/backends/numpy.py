@@ -128,7 +128,12 @@ class NumpyJob:
                 dx=self._result("dx", block.dx),
                 dw=self._dw,
             )
-            self._crew.run(products.pieces)
+            try:
+                self._crew.run(products.pieces)
+            finally:
+                # Pieces know their products: a cycle, which would hold the
+                # block's memory until the garbage collector comes by.
+                products.pieces.clear()
         self._dw_begun = True
 
     def finish(self) -> Array:

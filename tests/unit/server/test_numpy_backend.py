@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
+import weakref
 from itertools import product
 
 import numpy as np
@@ -221,3 +223,20 @@ def test_a_job_takes_no_more_memory_than_was_said(dtype, result_dtype, accumulat
     assert dw.shape == (600, 700)
     slack = 256 * 1024  # objects, and NumPy's buffers for casting
     assert said - slack <= peak <= said + slack
+
+
+def test_a_block_is_let_go_of_without_the_garbage_collector():
+    spec = make_spec(n=6, k=5, dtype=Dtype.FLOAT32, results=ALL)
+    x, w, dy = operands(spec, 8)
+    job = NumpyBackend().open_job(spec, 8, 0)
+    job.take_w(w)
+    seen = weakref.ref(x)
+    gc.disable()
+    try:
+        job.take_block(
+            RowBlock(rows=8, x=x, dy=dy, y=np.empty_like(dy), dx=np.empty_like(x))
+        )
+        del x
+        assert seen() is None
+    finally:
+        gc.enable()
