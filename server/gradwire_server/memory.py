@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 from pathlib import Path
 
@@ -11,6 +12,11 @@ _CONTAINER_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),  # cgroup v2
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),  # cgroup v1
 )
+
+# Parameters of mallopt(3), as <malloc.h> numbers them.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_M_ARENA_MAX = -8
 
 
 def machine_bytes() -> int:
@@ -30,6 +36,27 @@ def machine_bytes() -> int:
 def peak_resident_bytes() -> int:
     """Highest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keep_freed() -> bool:
+    """Has freed memory kept for what is allocated next, in the whole process.
+
+    Pages that are touched for the first time are dear, on virtual machines
+    dearer than the products that are written to them; and the C library
+    gives large ones back to the machine at every job's end. `give_back`
+    still lets go of them.
+
+    Returns:
+        Whether the C library can be told so; only glibc can.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is None or platform.libc_ver()[0] != "glibc":
+        return False
+    # One arena, because memory that a lane's thread frees should serve the
+    # next job's region, which the event loop's thread allocates.
+    options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
+    done = [tune(option, value) for option, value in options.items()]
+    return all(done)
 
 
 def give_back() -> None:

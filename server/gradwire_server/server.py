@@ -13,7 +13,7 @@ from gradwire_server import backends, listen, standard
 from gradwire_server.admission import CALL_BYTES, Admission
 from gradwire_server.backends.base import Backend
 from gradwire_server.contracts import OtherContracts
-from gradwire_server.memory import machine_bytes
+from gradwire_server.memory import keep_freed, machine_bytes
 from gradwire_server.service import Service
 from gradwire_server.servicer import GradientServicer
 from gradwire_server.settings import Settings
@@ -71,6 +71,8 @@ class Server:
         Raises:
             ListenError: An address cannot be listened on; none is then.
         """
+        if self.settings.keep_memory:
+            keep_freed()
         limit = self.settings.memory_limit
         admission = Admission(
             memory_limit=machine_bytes() // 2 if limit is None else limit,

@@ -37,6 +37,11 @@ class Settings:
     """Most bytes that all jobs and open calls may hold together. Unset: half
     of the memory that the machine or the container has."""
 
+    keep_memory: bool = True
+    """Whether memory that a job frees is kept for the next one, in the whole
+    process, until no job has run for a few seconds. Where the C library is
+    not glibc it has no effect."""
+
     max_jobs: int = 64
     """Most jobs that run at once."""
 

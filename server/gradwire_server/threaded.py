@@ -19,8 +19,8 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
 
     Args:
         settings: By default a unix socket in a fresh directory that only this
-            user can enter, NumPy, and BLAS with the threads that the program
-            gave it.
+            user can enter, NumPy, and the process's BLAS and memory left as
+            they are.
 
     Yields:
         The server, started; its `addresses` are what clients connect to.
@@ -32,7 +32,9 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
     with TemporaryDirectory(prefix="gradwire-") as directory:
         if settings is None:
             private = f"unix:{Path(directory) / 'socket'}"
-            settings = Settings(listen=(private,), backend="numpy", cpu_threads=0)
+            settings = Settings(
+                listen=(private,), backend="numpy", cpu_threads=0, keep_memory=False
+            )
         server = Server(settings)
         loop = asyncio.new_event_loop()
         thread = threading.Thread(

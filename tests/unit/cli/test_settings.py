@@ -52,6 +52,7 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     "backend": ("numpy", "numpy", '"numpy"'),
     "cpu_threads": ("3", 3, "3"),
     "memory_limit": ("3GiB", 3 * 2**30, '"3GiB"'),
+    "keep_memory": ("false", False, "false"),
     "max_jobs": ("7", 7, "7"),
     "max_queue": ("0", 0, "0"),
     "block_bytes": ("65536", 65536, "65536"),
@@ -84,7 +85,7 @@ def test_a_setting_is_a_flag_a_variable_and_a_key(
 ) -> None:
     text, expected, toml = OTHER_VALUES[field]
     flag = f"--{field.replace('_', '-')}"
-    assert value_of(field, flag, text) == expected
+    assert value_of(field, f"{flag}={text}") == expected
     for key in (field, field.replace("_", "-")):
         config = file_of(tmp_path, f"{key} = {toml}\n")
         assert value_of(field, "--config", config) == expected
