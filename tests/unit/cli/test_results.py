@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,25 +131,34 @@ def test_results_larger_than_the_free_space_are_refused_at_once(tmp_path: Path) 
     assert names(tmp_path) == []
 
 
-@pytest.fixture
+@contextmanager
 def small_files_only() -> Iterator[None]:
-    """Writes beyond 4 KiB of a file fail, as on a disk that is full."""
+    """Writes beyond 4 KiB of a file fail, as on a disk that is full.
+
+    That holds for the whole process, so nothing else may be written meanwhile:
+    pytest's own output may go to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
-@pytest.mark.usefixtures("kind", "small_files_only")
+@pytest.mark.usefixtures("kind")
 def test_a_disk_that_fills_up_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     specs = {"y": ResultSpec((64, 100), Dtype.FLOAT32)}
     with ResultFiles(out, specs, replace=False) as files:
         for _ in range(9):
             files.append("y", np.zeros((1, 100), np.float32))
-        with pytest.raises(CommandError, match=r"y\.npy cannot be written: File too"):
+        with (
+            pytest.raises(CommandError, match=r"y\.npy cannot be written: File too"),
+            small_files_only(),
+        ):
             files.append("y", np.zeros((55, 100), np.float32))
     assert names(tmp_path) == []
 
