@@ -23,6 +23,9 @@ ResultDtypes: TypeAlias = "DtypeLike | Mapping[str, DtypeLike] | None"
 Metadata: TypeAlias = "Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]"
 OnProgress: TypeAlias = Callable[[Progress], object]
 
+_LONGEST_TIMEOUT_S = 365 * 86_400.0
+"""gRPC cannot count much longer ones, and nobody sits out this one."""
+
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 _COMPUTED = ", ".join(dtype.label for dtype in Dtype)
 
@@ -98,7 +101,7 @@ def parse_options(
 
 
 def parse_timeout(value: float | None, name: str) -> float | None:
-    """Seconds, or None for ever.
+    """Seconds, at most a year, or None where none were given.
 
     Raises:
         InputError: It is no positive number.
@@ -107,22 +110,31 @@ def parse_timeout(value: float | None, name: str) -> float | None:
         return None
     try:
         seconds = float(value)
+    except OverflowError:
+        seconds = math.inf if value > 0 else math.nan
     except (TypeError, ValueError):
         seconds = math.nan
     if not seconds > 0:
         raise InputError(f"{name} is {value!r}: give seconds, more than 0, or None")
-    return None if math.isinf(seconds) else seconds
+    return min(seconds, _LONGEST_TIMEOUT_S)
 
 
 def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
     """Metadata as gRPC takes it: ``{"traceparent": "00-..."}`` or pairs.
 
     Raises:
-        InputError: gRPC would refuse a key or a value.
+        InputError: It is no such thing, or gRPC would refuse a key or a value.
     """
-    pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
+    pairs: Any = metadata.items() if isinstance(metadata, Mapping) else metadata
+    if not isinstance(pairs, Iterable):
+        raise InputError(
+            f"metadata is {metadata!r}: give a mapping or pairs (key, value)"
+        )
     checked = []
-    for key, value in pairs:
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(f"metadata has {pair!r}: give pairs (key, value)")
+        key, value = pair
         if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key):
             raise InputError(
                 f"the metadata key {key!r} may hold digits, lower-case letters and"
@@ -152,15 +164,19 @@ def parse_dtype(value: DtypeLike, name: str) -> Dtype:
         if isinstance(value, str):
             return Dtype.named(value)
         return Dtype.of(np.dtype(value))
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise InputError(f"{name} is {value!r}; it can be {_COMPUTED}") from None
 
 
 def _results(results: str | Iterable[str]) -> tuple[Matrix, ...]:
+    if not isinstance(results, Iterable):
+        raise InputError(
+            f'results is {results!r}: give names, such as "y" or ("dx", "dw")'
+        )
     names = (results,) if isinstance(results, str) else tuple(results)
     known = {matrix.label: matrix for matrix in RESULTS}
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise InputError(f"results has {name!r}; it can have y, dx and dw")
     if not names:
         raise InputError("results is empty: name at least one of y, dx and dw")
@@ -186,6 +202,7 @@ def _result_dtypes(
     return {
         by_name[name]: parse_dtype(value, f"result_dtype[{name!r}]")
         for name, value in spec.items()
+        if value is not None
     }
 
 

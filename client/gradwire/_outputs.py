@@ -173,10 +173,33 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Arr
         )
     if not array.flags.writeable:
         raise InputError(f"out's {name} is read-only")
-    for length, stride in zip(array.shape, array.strides, strict=True):
-        if length > 1 and stride == 0:
-            raise InputError(f"out's {name} repeats one element over a dimension")
+    if _overlaps_itself(array):
+        raise InputError(
+            f"out's {name} overlaps itself: not every element has memory of its own"
+        )
     return array
+
+
+def _overlaps_itself(array: Array) -> bool:
+    """Whether two elements may share memory.
+
+    None do if every step along a dimension leads past all that the dimensions
+    of smaller steps hold, as in every array that was sliced, transposed or
+    reshaped from one whose elements lie apart.
+    """
+    if not array.size:
+        return False
+    steps = sorted(
+        (abs(stride), length)
+        for length, stride in zip(array.shape, array.strides, strict=True)
+        if length > 1
+    )
+    extent = array.itemsize
+    for stride, length in steps:
+        if stride < extent:
+            return True
+        extent += (length - 1) * stride
+    return False
 
 
 def _check_overlap(

@@ -16,6 +16,7 @@ from gradwire._plan import Plan, check, require, with_rows
 from gradwire._receiving import BlockSink, Sink
 from gradwire._sending import Sender
 from gradwire._types import Array, Receipt, RowBlock
+from gradwire.wire import limits
 from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix, operands_for
 
 
@@ -30,6 +31,8 @@ class RowReader:
     def __init__(self, w: object, m: int | None, options: Options) -> None:
         if m is not None and (not isinstance(m, int | np.integer) or m < 0):
             raise InputError(f"m is {m!r}: give the number of rows, or None")
+        if m is not None and m > limits.MAX_INT64:
+            raise InputError(f"m is {m}; it can be up to {limits.MAX_INT64}")
         self._m = None if m is None else int(m)
         self._options = options
         self._needed = tuple(

@@ -9,6 +9,7 @@ from cyclopts import App
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gradwire._failures import connect_error
+from gradwire._options import parse_timeout
 from gradwire._target import channel_options, grpc_target
 from gradwire.cli._errors import CommandError, ExitStatus
 from gradwire.cli._options import DEFAULT_ADDRESS, Address, Seconds
@@ -51,7 +52,8 @@ def ask(address: str, timeout_s: float) -> str:
     with grpc.insecure_channel(target, options) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=timeout_s
+                health_pb2.HealthCheckRequest(),
+                timeout=parse_timeout(timeout_s, "the timeout"),
             )
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:

@@ -40,8 +40,8 @@ def test_the_callers_own_array_is_written_and_handed_back(form: str) -> None:
     assert np.shares_memory(made[Matrix.DW].array, dw)
 
 
-def broadcast() -> Any:
-    return np.lib.stride_tricks.as_strided(empty(1, 6), (3, 6), (0, 4))
+def strided(*strides: int) -> Any:
+    return np.lib.stride_tricks.as_strided(empty(100), (3, 6), strides)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,16 @@ def broadcast() -> Any:
             "out's y is a list: give a NumPy array or a PyTorch tensor in host memory",
         ),
         ({"y": np.broadcast_to(empty(1, 6), (3, 6))}, {}, "out's y is read-only"),
-        ({"y": broadcast()}, {}, "out's y repeats one element over a dimension"),
+        (
+            {"y": strided(0, 4)},
+            {},
+            "out's y overlaps itself: not every element has memory of its own",
+        ),
+        (
+            {"y": strided(4, 4)},
+            {},
+            "out's y overlaps itself: not every element has memory of its own",
+        ),
         (
             {"dx": X},
             {},
@@ -103,6 +112,16 @@ def test_interleaved_columns_of_one_array_do_not_overlap() -> None:
     both = empty(3, 12)
     made = make({"y": both[:, ::2]})
     assert made[Matrix.Y].handed_back.base is both
+
+
+def test_strides_of_axes_that_are_not_walked_do_not_matter() -> None:
+    for shape, strides in (((1, 6), (0, 4)), ((3, 1), (4, 0)), ((0, 6), (4, 4))):
+        array = np.lib.stride_tricks.as_strided(empty(100), shape, strides)
+        x, w = np.ones((shape[0], 4), "f4"), np.ones((4, shape[1]), "f4")
+        options = parse_options(results="y")
+        plan, operands = plan_arrays({Matrix.X: x, Matrix.W: w}, options)
+        made = outputs(plan, operands, {Matrix.Y: array})
+        assert made[Matrix.Y].handed_back is array
 
 
 LAYOUTS: dict[str, Any] = {

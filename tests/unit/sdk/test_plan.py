@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -163,8 +164,12 @@ def test_a_job_without_an_id_gets_one_that_differs() -> None:
         ({"results": ()}, "results is empty: name at least one of y, dx and dw"),
         ({"results": "z"}, "results has 'z'; it can have y, dx and dw"),
         ({"results": ("y", "x")}, "results has 'x'"),
+        ({"results": 5}, "results is 5: give names, such as"),
+        ({"results": None}, "results is None: give names, such as"),
+        ({"results": [["y"]]}, "results has ['y']; it can have y, dx and dw"),
         ({"result_dtype": "int8"}, "result_dtype is 'int8'; it can be float16"),
         ({"result_dtype": np.int64}, "result_dtype is"),
+        ({"result_dtype": [("a", "f4", -1)]}, "result_dtype is"),
         ({"result_dtype": {"dw": "f99"}}, "result_dtype['dw'] is 'f99'; it can be"),
         (
             {"results": "y", "result_dtype": {"dw": "float32"}},
@@ -175,12 +180,18 @@ def test_a_job_without_an_id_gets_one_that_differs() -> None:
         ({"timeout_s": -1.5}, "timeout_s is -1.5"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"timeout_s": "soon"}, "timeout_s is 'soon'"),
+        ({"timeout_s": -(10**400)}, "give seconds, more than 0, or None"),
         ({"request_id": ""}, "give 1 to 128 printable ASCII characters"),
         ({"request_id": "x" * 129}, "give 1 to 128 printable ASCII characters"),
         ({"request_id": "é"}, "give 1 to 128 printable ASCII characters"),
         ({"request_id": "a\nb"}, "give 1 to 128 printable ASCII characters"),
         ({"request_id": 7}, "request_id is 7: give a string"),
         ({"on_progress": 7}, "on_progress is 7, which cannot be called"),
+        ({"metadata": 5}, "metadata is 5: give a mapping or pairs (key, value)"),
+        ({"metadata": None}, "metadata is None: give a mapping or pairs (key, value)"),
+        ({"metadata": ["abc"]}, "metadata has 'abc': give pairs (key, value)"),
+        ({"metadata": ["ab"]}, "metadata has 'ab': give pairs (key, value)"),
+        ({"metadata": [7]}, "metadata has 7: give pairs (key, value)"),
         ({"metadata": {"Key": "v"}}, "the metadata key 'Key' may hold digits"),
         ({"metadata": {"grpc-x": "v"}}, "the metadata key 'grpc-x' is gRPC's own"),
         ({"metadata": {"key": b"v"}}, "a value is a string, or bytes where the key"),
@@ -216,6 +227,20 @@ def test_checksums_without_their_library_are_refused(
 def test_a_dtype_may_be_named_as_numpy_users_do(dtype: Any) -> None:
     options = parse_options(results=ALL, result_dtype=dtype)
     assert set(options.result_dtypes.values()) == {Dtype.FLOAT32}
+
+
+def test_a_result_whose_dtype_is_none_has_the_operands_own() -> None:
+    spec = {"y": None, "dw": "float64"}
+    made = plan(ones(3, 4), ones(4, 6), ones(3, 6), result_dtype=spec)
+    dtypes = {result.label: made.result_dtype(result) for result in made.results}
+    assert dtypes == {"y": Dtype.FLOAT32, "dx": Dtype.FLOAT32, "dw": Dtype.FLOAT64}
+
+
+@pytest.mark.parametrize("endless", [math.inf, 1e18, 1e300, 10**400])
+def test_a_timeout_longer_than_grpc_counts_is_a_year(endless: Any) -> None:
+    # Not None, for which the client's own would stand.
+    assert parse_options(results="y", timeout_s=endless).timeout_s == 31_536_000
+    assert parse_options(results="y", timeout_s=86400).timeout_s == 86400
 
 
 @pytest.mark.parametrize("names", ["dw", ["dw"], {"dw"}, iter(("dw", "dw"))])

@@ -166,6 +166,7 @@ def test_no_rows_at_all_give_empty_results() -> None:
         ([(X, DY)], None, {}, "y needs x and w, and w is None"),
         ([(X, DY)], W, {"m": -1}, "m is -1: give the number of rows, or None"),
         ([(X, DY)], W, {"m": 2.5}, "m is 2.5: give the number of rows, or None"),
+        ([(X, DY)], W, {"m": 2**70}, f"m is {2**70}; it can be up to {2**63 - 1}"),
         ([(X, DY)], W, {"m": 4}, "rows gave 5 rows or more, and m is 4"),
         ([(X, DY)], W, {"m": 6}, "rows gave 5 rows, and m is 6"),
     ],
