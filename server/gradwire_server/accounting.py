@@ -6,8 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
@@ -23,11 +22,13 @@ _log = logging.getLogger("gradwire_server")
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
 
-@asynccontextmanager
 async def accounted(
-    service: Service, method: str, context: Context
-) -> AsyncIterator[Call]:
-    """A call: whatever is raised within ends it with a status and a log line.
+    service: Service,
+    method: str,
+    context: Context,
+    serve: Callable[[Call], Awaitable[None]],
+) -> None:
+    """Serves a call; whatever it raises becomes a status and a log line.
 
     An error that nobody foresaw is told to the client by an id alone; the log
     has the id and the rest.
@@ -38,8 +39,26 @@ async def accounted(
     )
     try:
         with service.admission.call():
-            yield call
-        _write_line(call, logging.INFO, "OK")
+            failure = await _failure_of(call, context, serve)
+            if failure is not None:
+                await _fail(call, context, failure)
+    except JobError as refused:
+        await _fail(call, context, refused)
+    finally:
+        service.call_ended()
+
+
+async def _failure_of(
+    call: Call, context: Context, serve: Callable[[Call], Awaitable[None]]
+) -> JobError | None:
+    """Serves a call, and says what became of it in the log.
+
+    A failure is given back rather than raised, and without its traceback: a
+    status waits until the client has read what was sent before it, and the
+    frames of a traceback would hold the job's memory until then.
+    """
+    try:
+        await serve(call)
     except asyncio.CancelledError:
         late = _is_late(context)
         _write_line(
@@ -50,33 +69,25 @@ async def accounted(
         )
         raise
     except JobError as error:
-        await _fail(call, context, error)
+        return error.bare()
     except MemoryError:
-        await _fail(
-            call,
-            context,
-            JobError(
-                Reason.DEVICE_OUT_OF_MEMORY,
-                f"there are no {call.reserved_bytes} bytes of memory for this job, "
-                f"though the server's limit allows it",
-            ),
+        return JobError(
+            Reason.DEVICE_OUT_OF_MEMORY,
+            f"there are no {call.reserved_bytes} bytes of memory for this job, "
+            f"though the server's limit allows it",
         )
     except Exception:  # noqa: BLE001 - logged, and told by its id
         error_id = f"error-{secrets.token_hex(6)}"
         _log.exception(
             "unforeseen error", extra={"error_id": error_id, "job_id": call.job_id}
         )
-        await _fail(
-            call,
-            context,
-            JobError(
-                Reason.UNFORESEEN,
-                f"the server failed; its log has the cause as {error_id}",
-                metadata={"error_id": error_id},
-            ),
+        return JobError(
+            Reason.UNFORESEEN,
+            f"the server failed; its log has the cause as {error_id}",
+            metadata={"error_id": error_id},
         )
-    finally:
-        service.call_ended()
+    _write_line(call, logging.INFO, "OK")
+    return None
 
 
 def _is_late(context: Context) -> bool:

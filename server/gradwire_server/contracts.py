@@ -31,7 +31,7 @@ class OtherContracts(grpc.GenericRpcHandler):
         ) -> None:
             reason = Reason.CONTRACT_UNKNOWN
             message = (
-                f"{method} is not served here: this is gradwire "
+                f"{method[:_SHOWN]} is not served here: this is gradwire "
                 f"{version('gradwire')}, which speaks {SERVICE}"
             )
             details = ErrorDetails(reason, metadata={"served": CONTRACT})
@@ -39,3 +39,7 @@ class OtherContracts(grpc.GenericRpcHandler):
             await context.abort(reason.status, message, trailer)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+_SHOWN = 128
+"""Characters of a method's name that are repeated; metadata has little room."""

@@ -43,6 +43,16 @@ class JobError(Exception):
         self.retry_after_s = retry_after_s
         self.metadata = dict(metadata or {})
 
+    def bare(self) -> JobError:
+        """The same error, without what it was raised from and where."""
+        return JobError(
+            self.reason,
+            self.message,
+            field=self.field,
+            retry_after_s=self.retry_after_s,
+            metadata=self.metadata,
+        )
+
     def details(self, job_id: str) -> ErrorDetails:
         """What travels beside the status and the message."""
         return ErrorDetails(

@@ -7,7 +7,7 @@ its results (`results`); both wait where the other or the lane is behind.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -121,7 +121,7 @@ class RunningJob:
         await self._submit_complete()
         self._computed.put_nowait(None)
 
-    async def results(self) -> AsyncIterator[Run]:
+    async def results(self) -> AsyncGenerator[Run, None]:
         """The results as they are ready: Y and dX block by block, then dW.
 
         Raises:

@@ -8,6 +8,7 @@ first.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from gradwire_server.errors import ListenError
 
 _MAX_SOCKET_PATH = 107
 """Bytes of a unix socket's path (sun_path of unix(7), without its final 0)."""
+
+_URI_SIGNS = frozenset("%?#")
+"""gRPC reads the path as part of a URI, where these stand for something else."""
 
 
 def bind(server: grpc.aio.Server, address: str) -> str:
@@ -48,7 +52,8 @@ def remove(address: str) -> None:
 
 def _bind_tcp(server: grpc.aio.Server, address: str) -> str:
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not (port.isdigit() and int(port) < 65536):
+    number = int(port) if re.fullmatch("[0-9]{1,5}", port) else -1
+    if not colon or not host or not 0 <= number < 65536:
         raise ListenError(
             f"cannot listen on {address!r}: expected HOST:PORT or unix:PATH"
         )
@@ -66,11 +71,20 @@ def _bind_tcp(server: grpc.aio.Server, address: str) -> str:
                 trial.listen()
     except OSError as error:
         raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
+    except UnicodeError:
+        raise ListenError(
+            f"cannot listen on {address}: no host has this name"
+        ) from None
     return f"{host}:{_add(server, address)}"
 
 
 def _bind_unix(server: grpc.aio.Server, address: str) -> str:
     path = Path(address.removeprefix("unix:")).absolute()
+    if address == "unix:" or set(address) & _URI_SIGNS:
+        raise ListenError(
+            f"cannot listen on {address!r}: the path of a unix socket is expected, "
+            f"without {' '.join(sorted(_URI_SIGNS))}"
+        )
     size = len(os.fsencode(path))
     if size > _MAX_SOCKET_PATH:
         raise ListenError(

@@ -15,26 +15,26 @@ async def patience(
 
     Args:
         idle_s: Seconds that a client may be idle.
-        idle_since: Since when it has been, by the event loop's clock, as far
-            as others know; this wait's own beginning counts as well. Asked
-            only when the time seems to be up.
+        idle_since: Since when it has been, by the event loop's clock; asked
+            again whenever the time seems to be up. By default since this wait
+            began.
 
     Raises:
         TimeoutError: The client was idle for `idle_s`.
     """
     loop = asyncio.get_running_loop()
-    timer: asyncio.TimerHandle
+    began = loop.time()
+    timer: asyncio.Handle
 
     def look() -> None:
         nonlocal timer
-        due = idle_s + max(started, idle_since() if idle_since else started)
+        due = idle_s + (began if idle_since is None else idle_since())
         if due <= loop.time():
             wait.reschedule(due)
         else:
             timer = loop.call_at(due, look)
 
-    started = loop.time()
-    timer = loop.call_at(started + idle_s, look)
+    timer = loop.call_soon(look)
     try:
         async with asyncio.timeout(None) as wait:
             yield

@@ -178,16 +178,23 @@ class Service:
         )
 
     @asynccontextmanager
-    async def client_sends(self, call: Call, what: str) -> AsyncIterator[None]:
+    async def client_sends(
+        self, call: Call, since: float, what: str
+    ) -> AsyncIterator[None]:
         """A wait for the client's next message, which must not be too long.
 
         While rows of it wait to be computed, or their results to leave, the
         client may be waiting for those: that is not its idleness.
+
+        Args:
+            call: The call.
+            since: When the client last made progress; event loop's clock.
+            what: What it is waited for.
         """
         idle_s = self.settings.idle_timeout
         started = time.perf_counter()
         try:
-            async with patience(idle_s, call.idle_since):
+            async with patience(idle_s, lambda: max(since, call.idle_since())):
                 yield
         except TimeoutError:
             raise JobError(

@@ -2,6 +2,9 @@
 
 All of them are given and give bytes. A deserializer that raises would end
 the call as UNKNOWN with the exception's text, so messages are parsed here.
+And all of them are handlers of streams, on the wire no other than those of
+single messages: gRPC calls a unary method only when its request is complete,
+and until then nobody would count its bytes, or lose patience with it.
 """
 
 from __future__ import annotations
@@ -11,14 +14,13 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from gradwire.v1 import gradient_service_pb2 as pb2
 from gradwire.wire import framing
 from gradwire.wire.limits import MAX_MESSAGE_BYTES, SERVICE
 from gradwire_server import info, unary
 from gradwire_server.accounting import accounted
-from gradwire_server.errors import malformed
+from gradwire_server.call import Call
 from gradwire_server.service import Service
 from gradwire_server.stream import Stream
 
@@ -43,43 +45,43 @@ class GradientServicer:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Compute": grpc.unary_unary_rpc_method_handler(self.compute),
-                "ComputeStream": grpc.stream_stream_rpc_method_handler(
-                    self.compute_stream
-                ),
-                "GetServerInfo": grpc.unary_unary_rpc_method_handler(
-                    self.get_server_info
-                ),
+                name: grpc.stream_stream_rpc_method_handler(method)
+                for name, method in (
+                    ("Compute", self.compute),
+                    ("ComputeStream", self.compute_stream),
+                    ("GetServerInfo", self.get_server_info),
+                )
             },
         )
 
-    async def get_server_info(self, request: bytes, context: Context) -> bytes:
-        """GetServerInfo; its request is empty, and what else it holds ignored."""
-        del request, context
-        return info.describe(self._service, self._backend_reason).SerializeToString()
+    async def get_server_info(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """GetServerInfo; its request is empty, so nobody waits for it."""
+        answer = info.describe(self._service, self._backend_reason)
+        await context.write(answer.SerializeToString())
 
-    async def compute(self, request: bytes, context: Context) -> bytes:
+    async def compute(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Compute: a small job, whole."""
-        async with accounted(self._service, "Compute", context) as call:
-            try:
-                message = pb2.ComputeRequest.FromString(request)
-            except DecodeError:
-                what = pb2.ComputeRequest.DESCRIPTOR.full_name
-                raise malformed(f"the request is no {what}") from None
-            spec = self._service.read_job(call, message.job)
-            operands = unary.whole_operands(spec, message)
+
+        async def serve(call: Call) -> None:
+            stream = Stream(self._service, call, context)
+            request = await stream.read_request()
+            spec = self._service.read_job(call, request.job)
+            operands = unary.whole_operands(spec, request)
             size = unary.message_bytes(spec)
             results = await self._service.run(call, size, operands)
-            return pb2.ComputeResponse(
+            response = pb2.ComputeResponse(
                 accepted=self._service.accepted(call),
                 receipt=self._service.receipt(call),
                 **{result.label: array.tobytes() for result, array in results.items()},
-            ).SerializeToString()
-        raise RuntimeError("a failed call is aborted")
+            )
+            await stream.write(response.SerializeToString())
+
+        await accounted(self._service, "Compute", context, serve)
 
     async def compute_stream(self, _: AsyncIterator[bytes], context: Context) -> None:
         """ComputeStream: a job of any size, block by block."""
-        async with accounted(self._service, "ComputeStream", context) as call:
+
+        async def serve(call: Call) -> None:
             stream = Stream(self._service, call, context)
             spec = self._service.read_job(call, await stream.read_header())
             message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_block_bytes)
@@ -91,6 +93,8 @@ class GradientServicer:
                 )
                 await _both(stream.receive(job), stream.send(job, spec))
                 await stream.write(framing.encode_receipt(self._service.receipt(call)))
+
+        await accounted(self._service, "ComputeStream", context, serve)
 
 
 async def _both(

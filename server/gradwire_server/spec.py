@@ -21,6 +21,10 @@ from gradwire_server.errors import JobError
 FEATURES: tuple[str, ...] = ("checksum-crc32c",) if checksum.AVAILABLE else ()
 """Names that a job may require, beyond what every server of v1 has."""
 
+MAX_HEADER_BYTES = 16 * 1024
+"""Bytes of a header, which is kept while its job waits and comes back in the
+echo; one with every option set has a few hundred."""
+
 _WIDEST = max(dtype.itemsize for dtype in Dtype)
 
 
@@ -117,6 +121,13 @@ def read_job(job: job_pb2.Job, job_id: str, max_columns: int) -> JobSpec:
     Raises:
         JobError: The header asks for what is wrong, unknown or impossible.
     """
+    size = job.ByteSize()
+    if size > MAX_HEADER_BYTES:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            f"job has {size} bytes: a header has at most {MAX_HEADER_BYTES}",
+            field="job",
+        )
     m = job.m if job.HasField("m") else None
     _check_shape(m, job.n, job.k, max_columns)
     dtype = _dtype(job.dtype, "job.dtype")
@@ -278,4 +289,4 @@ def _read_features(job: job_pb2.Job) -> tuple[str, ...]:
                 f"offers {offered}",
                 field=f"job.required_features[{position}]",
             )
-    return tuple(job.required_features)
+    return tuple(dict.fromkeys(job.required_features))

@@ -1,12 +1,15 @@
-"""Both directions of one ComputeStream call."""
+"""Both directions of one call."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import NoReturn, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
+from gradwire.v1 import gradient_service_pb2 as pb2
 from gradwire.v1 import job_pb2
 from gradwire.wire import framing
 from gradwire.wire.checksum import crc32c
@@ -27,6 +30,18 @@ class Stream:
         self._service = service
         self._call = call
         self._context = context
+        self._progress_at = asyncio.get_running_loop().time()
+
+    async def read_request(self) -> pb2.ComputeRequest:
+        """The one message of Compute."""
+        message = await self._read_bytes("a request")
+        if message is None:
+            await _refuse(None, "a request")
+        try:
+            return pb2.ComputeRequest.FromString(message)
+        except DecodeError:
+            what = pb2.ComputeRequest.DESCRIPTOR.full_name
+            raise malformed(f"the request is no {what}") from None
 
     async def read_header(self) -> job_pb2.Job:
         """The first message, which is the job's header."""
@@ -41,12 +56,16 @@ class Stream:
 
     async def receive(self, job: RunningJob) -> None:
         """Takes the operands, up to the half-close behind End."""
+        self._progressed()
         while True:
             message = await self._read("the next block of an operand, or end")
             if isinstance(message, framing.Block):
                 await job.take(message)
+                if message.payload:  # messages without elements are no progress
+                    self._progressed()
             elif isinstance(message, job_pb2.End):
                 await job.end(message.m)
+                self._progressed()
                 break
             else:
                 await _refuse(message, "a block or end")
@@ -56,11 +75,12 @@ class Stream:
 
     async def send(self, job: RunningJob, spec: JobSpec) -> None:
         """Gives the results, in the order in which they are ready."""
-        async for run in job.results():
-            checksum = crc32c(run.payload) if spec.checksum else None
-            await self.write(
-                framing.encode_block(run.matrix, run.index, run.payload, checksum)
-            )
+        async with aclosing(job.results()) as runs:
+            async for run in runs:
+                checksum = crc32c(run.payload) if spec.checksum else None
+                await self.write(
+                    framing.encode_block(run.matrix, run.index, run.payload, checksum)
+                )
 
     async def write(self, message: bytes) -> None:
         """Hands a message to gRPC; waits while the client does not read."""
@@ -76,14 +96,21 @@ class Stream:
 
     async def _read(self, expected: str) -> framing.RequestMessage | None:
         """The next message; None at the half-close."""
-        async with self._service.client_sends(self._call, expected):
-            message = await self._context.read()
-        if not isinstance(message, bytes):  # it is grpc.aio.EOF
+        message = await self._read_bytes(expected)
+        if message is None:
             return None
         try:
             return framing.decode_request(message)
         except framing.FramingError as error:
             raise malformed(str(error)) from None
+
+    async def _read_bytes(self, expected: str) -> bytes | None:
+        async with self._service.client_sends(self._call, self._progress_at, expected):
+            message = await self._context.read()
+        return message if isinstance(message, bytes) else None  # grpc.aio.EOF
+
+    def _progressed(self) -> None:
+        self._progress_at = asyncio.get_running_loop().time()
 
 
 async def _refuse(message: framing.RequestMessage | None, expected: str) -> NoReturn:

@@ -34,7 +34,8 @@ async def test_port_0_takes_a_free_port_and_says_which(server):
 
 
 @pytest.mark.parametrize(
-    "address", ["", "127.0.0.1", ":50051", "127.0.0.1:http", "127.0.0.1:65536", "h:-1"]
+    "address",
+    ["", "127.0.0.1", ":1", "h:http", "h:65536", "h:-1", "h:²", "h:" + "1" * 5000],
 )
 async def test_what_is_no_address_is_refused_with_the_form_of_one(server, address):
     assert "expected HOST:PORT or unix:PATH" in await refusal(server, address)
@@ -50,6 +51,19 @@ async def test_a_taken_port_is_a_sentence(server):
 async def test_an_unknown_host_is_a_sentence(server):
     assert "cannot listen on no.such.host.invalid:1: " in await refusal(
         server, "no.such.host.invalid:1"
+    )
+
+
+@pytest.mark.parametrize("host", ["a" * 70, "a..b"])
+async def test_a_name_that_no_host_can_have_is_a_sentence(server, host):
+    expected = f"cannot listen on {host}:0: no host has this name"
+    assert await refusal(server, f"{host}:0") == expected
+
+
+@pytest.mark.parametrize("path", ["", "/tmp/a%41", "/tmp/a?b", "/tmp/a#b"])
+async def test_a_path_that_grpc_would_read_otherwise_is_refused(server, path):
+    assert "the path of a unix socket is expected" in await refusal(
+        server, f"unix:{path}"
     )
 
 
