@@ -7,8 +7,9 @@
         server.wait_for_log("some-job-id")
 
 Run as a script, this module is that process: its one argument is the
-settings as JSON, it prints one line of JSON when it listens, and SIGTERM or
-SIGINT make it drain.
+settings as JSON, it prints one line of JSON when it listens, and SIGTERM,
+SIGINT or the end of its standard input make it drain: so it does not outlive
+the tests, however they end.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def running_server(
                 [sys.executable, __file__, json.dumps(settings)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 env=os.environ | (env or {}),
             )
         server = ServerProcess(process, log)
@@ -128,8 +129,9 @@ def running_server(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
 
 def _kill_after(process: subprocess.Popen[bytes], seconds: float) -> Any:
@@ -161,6 +163,12 @@ async def _serve(settings: dict[str, Any]) -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, asked_to_stop.set)
+
+    def parent_has_ended() -> None:
+        loop.remove_reader(sys.stdin.fileno())
+        asked_to_stop.set()
+
+    loop.add_reader(sys.stdin.fileno(), parent_has_ended)
     server = Server(Settings(**lists_as_tuples))
     await server.start()
     print(json.dumps({"addresses": list(server.addresses)}), flush=True)

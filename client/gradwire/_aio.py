@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import Any
 
 import grpc
 
+from gradwire import _fork
 from gradwire._aio_calls import AsyncCall, AsyncConnection
 from gradwire._aio_stream import AsyncGradientStream
 from gradwire._base import ArrayJob, BaseClient
@@ -25,7 +26,10 @@ from gradwire._options import (
 )
 from gradwire._rows import RowReader
 from gradwire._types import Backward, Gradients, Receipt, ServerInfo, server_info_of
-from gradwire.v1.gradient_service_pb2 import GetServerInfoRequest
+from gradwire.v1.gradient_service_pb2 import (
+    GetServerInfoRequest,
+    GetServerInfoResponse,
+)
 from gradwire.wire.matrices import RESULTS, Matrix
 
 
@@ -71,11 +75,7 @@ class AsyncClient(BaseClient):
             ConnectError: As for `connect`.
         """
         try:
-            answer = await self._connection().info(
-                GetServerInfoRequest(),
-                timeout=self._connect_timeout_s,
-                metadata=self._metadata,
-            )
+            answer = await self._info(self._connect_timeout_s)
             self._require_contract(server_info_of(answer))
         except grpc.RpcError as error:
             await self.close()
@@ -108,9 +108,7 @@ class AsyncClient(BaseClient):
         """
         seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
         try:
-            answer = await self._connection().info(
-                GetServerInfoRequest(), timeout=seconds, metadata=self._metadata
-            )
+            answer = await self._info(seconds)
         except grpc.RpcError as error:
             raise call_error(error, self._address) from None
         return server_info_of(answer)
@@ -316,17 +314,27 @@ class AsyncClient(BaseClient):
         options = job.plan.options
         exchange = job.unary_exchange()
         try:
-            response = await self._connection().compute(
-                exchange.request(job.operands),
-                timeout=options.timeout_s,
-                metadata=options.metadata,
-            )
+            connection, request = self._connection(), exchange.request(job.operands)
+            with _fork.aio_calling():
+                response = await connection.compute(
+                    request, timeout=options.timeout_s, metadata=options.metadata
+                )
         except grpc.RpcError as error:
             raise call_error(error, self._address, options.job_id) from None
         return exchange.receive(response)
 
+    async def _info(self, timeout_s: float | None) -> GetServerInfoResponse:
+        connection = self._connection()
+        with _fork.aio_calling():
+            return await connection.info(
+                GetServerInfoRequest(), timeout=timeout_s, metadata=self._metadata
+            )
+
     def _connection(self) -> AsyncConnection:
         self._require_open()
+        self._require_calls()
+        if _fork.aio_lost is not None:
+            raise ClientStateError(_fork.aio_lost)
         loop = asyncio.get_running_loop()
         if os.getpid() != self._pid:
             raise ClientStateError(
@@ -345,6 +353,6 @@ class AsyncClient(BaseClient):
         return self._connected
 
 
-async def _messages(job: ArrayJob, exchange: Exchange) -> AsyncIterator[bytes]:
+async def _messages(job: ArrayJob, exchange: Exchange) -> AsyncGenerator[bytes]:
     for message in job.messages(exchange):
         yield message

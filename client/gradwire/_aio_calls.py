@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
 
+from gradwire import _fork
 from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO
 from gradwire._exceptions import JobCancelledError
 from gradwire._exchange import Exchange
@@ -27,12 +29,15 @@ from gradwire.v1.gradient_service_pb2 import (
     GetServerInfoResponse,
 )
 
+_StreamCall: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
+
 
 class AsyncConnection:
     """A channel, and the service's calls on it."""
 
     def __init__(self, target: str, address: str) -> None:
         self.address = address
+        _fork.aio_began()
         self.channel = grpc.aio.insecure_channel(
             target, options=channel_options(address)
         )
@@ -66,7 +71,7 @@ class AsyncCall:
         self,
         connection: AsyncConnection,
         exchange: Exchange,
-        messages: Callable[[], AsyncIterator[bytes]],
+        messages: Callable[[], AsyncGenerator[bytes]],
         options: Options,
     ) -> None:
         self._address = connection.address
@@ -138,28 +143,34 @@ class _Feed:
     """The requests of a call, as its writer draws them."""
 
     def __init__(
-        self, opening: bytes, messages: Callable[[], AsyncIterator[bytes]]
+        self, opening: bytes, messages: Callable[[], AsyncGenerator[bytes]]
     ) -> None:
         self.settled = asyncio.Event()
         self._opening = opening
         self._messages = messages
         self._error: BaseException | None = None
 
-    async def run(self, rpc: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+    async def run(self, rpc: _StreamCall) -> None:
         """The header, then, once the server took the job on, the rest."""
         try:
-            if not await _write(rpc, self._opening):
-                return
-            await self.settled.wait()
-            async for message in self._messages():
-                if not await _write(rpc, message):
-                    return
-            await rpc.done_writing()
+            # The writer lives as long as its call or almost.
+            with _fork.aio_calling():
+                await self._write_all(rpc)
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by the reader
             self._error = error
             rpc.cancel()
+
+    async def _write_all(self, rpc: _StreamCall) -> None:
+        if not await _write(rpc, self._opening):
+            return
+        await self.settled.wait()
+        async with contextlib.aclosing(self._messages()) as messages:
+            async for message in messages:
+                if not await _write(rpc, message):
+                    return
+        await rpc.done_writing()
 
     def raise_error(self) -> None:
         """Raise what the messages raised, if they did."""
@@ -168,7 +179,7 @@ class _Feed:
             raise error
 
 
-async def _write(rpc: grpc.aio.StreamStreamCall[bytes, bytes], message: bytes) -> bool:
+async def _write(rpc: _StreamCall, message: bytes) -> bool:
     """Whether it could be written; why not is for the reader to say."""
     try:
         await rpc.write(message)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Iterable,
+    Iterator,
+)
 from typing import TYPE_CHECKING
 
 from gradwire._aio_calls import AsyncCall
@@ -128,7 +134,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
 
 async def _messages(
     job: RowJob, rows: AsyncIterator[object], reader: RowReader
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     for message in job.opening_messages():
         yield message
     async for item in rows:

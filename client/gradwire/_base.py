@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from gradwire import _unary
+from gradwire import _fork, _unary
 from gradwire._arrays import Operand
 from gradwire._exceptions import ClientStateError, ContractError
 from gradwire._exchange import Exchange
@@ -132,6 +132,11 @@ class BaseClient:
                 f"this {type(self).__name__} of {self._address} was closed: make"
                 " another"
             )
+
+    def _require_calls(self) -> None:
+        """Check that this process can make calls."""
+        if _fork.lost is not None:
+            raise ClientStateError(_fork.lost)
 
     def _keep(self, receipt: Receipt) -> Receipt:
         self._local.receipt = receipt

@@ -1,22 +1,59 @@
-"""gRPC loaded so that a process may fork while calls are running.
+"""Forks in the middle of calls.
 
-gRPC decides at its import whether its threads are held still across a fork.
-Without that, the child of a process that forks in the middle of a call hangs
-in its own first call; with it, the child can make channels of its own. So
-gRPC is imported here, before anything else of gradwire imports it, with the
-variable that asks for it set for just that moment. A program that sets
-``GRPC_ENABLE_FORK_SUPPORT`` itself, or imports grpc before gradwire, keeps
-what it has chosen.
+A child has none of its parent's threads but the one that forked. gRPC comes
+through that only if it was asked, at its import, to hold its threads still
+across forks, and if no other thread is inside it at that moment. So:
+
+- gRPC is imported here, before anything else of gradwire imports it, with the
+  variable that asks for that set for just that moment. A program that sets
+  ``GRPC_ENABLE_FORK_SUPPORT`` itself, or imports grpc before gradwire, keeps
+  what it has chosen.
+- Whatever of gradwire enters gRPC does so through `calling`, or stops at
+  `pause_for_fork` before it does. A fork first waits until none is inside.
+- Where that cannot be had (on an event loop gRPC has a thread that never
+  rests), the child is told so by an exception instead of hanging.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 
 VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
+
+PATIENCE_S = 5.0
+"""How long a fork waits, at most, for threads to leave gRPC. They enter it for
+moments only."""
+
+_SETTLE_S = 0.05
+"""What gRPC's own threads take to come to rest once nothing is asked of them."""
+
+
+class _State:
+    """What this process knows about its calls."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.forking: set[int] = set()
+        self.inside: dict[int, int] = {}
+        self.streams = 0
+        self.aio_used = False
+        self.aio_calls = 0
+
+
+_state = _State()
+_after_in_child: list[Callable[[], None]] = []
+
+lost: str | None = None
+"""Why this process, a child, can make no calls; None: it can."""
+
+aio_lost: str | None = None
+"""Why this process, a child, can make no calls from an event loop."""
 
 
 def import_grpc() -> None:
@@ -32,8 +69,115 @@ def import_grpc() -> None:
 
 def in_child(callback: Callable[[], None]) -> None:
     """Have `callback` called in every child that this process forks."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=callback)
+    _after_in_child.append(callback)
+
+
+@contextlib.contextmanager
+def calling() -> Iterator[None]:
+    """While this thread is inside gRPC: forks wait."""
+    state, thread = _state, threading.get_ident()
+    with state.changed:
+        # A thread that is inside already, or that forks (and meanwhile has
+        # garbage to collect), would wait for itself.
+        if thread not in state.inside and thread not in state.forking:
+            state.changed.wait_for(lambda: not state.forking)
+        state.inside[thread] = state.inside.get(thread, 0) + 1
+    try:
+        yield
+    finally:
+        with state.changed:
+            state.inside[thread] -= 1
+            if not state.inside[thread]:
+                del state.inside[thread]
+            state.changed.notify_all()
+
+
+def pause_for_fork() -> None:
+    """Wait while a fork is going on."""
+    state = _state
+    if state.forking:
+        with state.changed:
+            state.changed.wait_for(lambda: not state.forking)
+
+
+class Stream:
+    """A stream that runs, whose threads stop at `pause_for_fork`."""
+
+    def __init__(self) -> None:
+        self._state: _State | None = _state
+        with _state.changed:
+            _state.streams += 1
+
+    def end(self) -> None:
+        """It is over; again is no harm."""
+        state, self._state = self._state, None
+        if state is not None and state is _state:
+            with state.changed:
+                state.streams -= 1
+
+    @property
+    def inherited(self) -> bool:
+        """Whether it is the parent's, and not this process's to touch."""
+        return self._state is not None and self._state is not _state
+
+
+@contextlib.contextmanager
+def aio_calling() -> Iterator[None]:
+    """While a call runs on an event loop."""
+    state = _state
+    state.aio_calls += 1
+    try:
+        yield
+    finally:
+        state.aio_calls -= 1
+
+
+def aio_began() -> None:
+    """gRPC runs on an event loop from now on."""
+    _state.aio_used = True
+
+
+def _others_inside(state: _State) -> bool:
+    return any(thread != threading.get_ident() for thread in state.inside)
+
+
+def _before() -> None:
+    with _state.changed:
+        _state.forking.add(threading.get_ident())
+        _state.changed.wait_for(lambda: not _others_inside(_state), PATIENCE_S)
+    if _state.streams:
+        time.sleep(_SETTLE_S)
+
+
+def _after_in_parent() -> None:
+    with _state.changed:
+        _state.forking.discard(threading.get_ident())
+        _state.changed.notify_all()
+
+
+def _after_in_this_child() -> None:
+    global _state, lost, aio_lost  # noqa: PLW0603 - what a process knows about itself
+    parent, _state = _state, _State()
+    if lost is None and (_others_inside(parent) or parent.aio_calls):
+        lost = (
+            "this process was forked while a call of gradwire ran in another thread"
+            " or on an event loop, and gRPC cannot go on in it: fork when none runs,"
+            " or start the process with the method spawn"
+        )
+    if aio_lost is None and parent.aio_used:
+        aio_lost = (
+            "this process was forked from one that used an AsyncClient, and gRPC"
+            " cannot use an event loop in it: use a Client, or start the process with"
+            " the method spawn"
+        )
+    for callback in _after_in_child:
+        callback()
 
 
 import_grpc()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before,
+        after_in_parent=_after_in_parent,
+        after_in_child=_after_in_this_child,
+    )

@@ -21,10 +21,13 @@ from gradwire._options import (
     parse_timeout,
 )
 from gradwire._rows import RowReader
-from gradwire._sync_calls import Call, Connection
+from gradwire._sync_calls import Call, Connection, call_unary
 from gradwire._sync_stream import GradientStream
 from gradwire._types import Backward, Gradients, Receipt, ServerInfo, server_info_of
-from gradwire.v1.gradient_service_pb2 import GetServerInfoRequest
+from gradwire.v1.gradient_service_pb2 import (
+    GetServerInfoRequest,
+    GetServerInfoResponse,
+)
 from gradwire.wire.matrices import RESULTS, Matrix
 
 
@@ -109,7 +112,8 @@ class Client(BaseClient):
             self._closed = True
             connected, self._connected = self._connected, None
         if connected is not None:
-            connected.channel.close()
+            with _fork.calling():
+                connected.channel.close()
 
     def handshake(self, connect_timeout_s: float | None = 10.0) -> ServerInfo:
         """Ask the server what it is, and refuse to go on with a wrong one.
@@ -119,9 +123,7 @@ class Client(BaseClient):
         """
         seconds = parse_timeout(connect_timeout_s, "connect_timeout_s")
         try:
-            answer = self._connection().info(
-                GetServerInfoRequest(), timeout=seconds, metadata=self._metadata
-            )
+            answer = self._info(seconds)
         except grpc.RpcError as error:
             raise connect_error(error, self._address, seconds or 0) from None
         return self._require_contract(server_info_of(answer))
@@ -138,9 +140,7 @@ class Client(BaseClient):
         """
         seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
         try:
-            answer = self._connection().info(
-                GetServerInfoRequest(), timeout=seconds, metadata=self._metadata
-            )
+            answer = self._info(seconds)
         except grpc.RpcError as error:
             raise call_error(error, self._address) from None
         return server_info_of(answer)
@@ -399,18 +399,22 @@ class Client(BaseClient):
         options = job.plan.options
         exchange = job.unary_exchange()
         try:
-            response = self._connection().compute(
-                exchange.request(job.operands),
-                timeout=options.timeout_s,
-                metadata=options.metadata,
+            connection, request = self._connection(), exchange.request(job.operands)
+            response = call_unary(
+                connection.compute, request, options.timeout_s, options.metadata
             )
         except grpc.RpcError as error:
             raise call_error(error, self._address, options.job_id) from None
         return exchange.receive(response)
 
+    def _info(self, timeout_s: float | None) -> GetServerInfoResponse:
+        info = self._connection().info
+        return call_unary(info, GetServerInfoRequest(), timeout_s, self._metadata)
+
     def _connection(self) -> Connection:
-        with self._lock:
+        with self._lock, _fork.calling():
             self._require_open()
+            self._require_calls()
             if self._connected is None:
                 self._connected = Connection(self._target, self._address)
             return self._connected

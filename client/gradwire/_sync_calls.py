@@ -7,10 +7,12 @@ while the caller's thread reads: so both directions go on at once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grpc
 
+from gradwire import _fork
 from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO
 from gradwire._exchange import Exchange
 from gradwire._failures import call_error
@@ -22,6 +24,9 @@ from gradwire.v1.gradient_service_pb2 import (
     GetServerInfoRequest,
     GetServerInfoResponse,
 )
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
 
 
 class Connection:
@@ -44,6 +49,30 @@ class Connection:
         self.stream: grpc.StreamStreamMultiCallable[bytes, bytes] = (
             self.channel.stream_stream(COMPUTE_STREAM)
         )
+
+
+def call_unary(
+    method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+    request: _Request,
+    timeout_s: float | None,
+    metadata: Sequence[tuple[str, str | bytes]],
+) -> _Response:
+    """What a method with one message each way answers.
+
+    Raises:
+        grpc.RpcError: It ended with a status other than OK.
+    """
+    options: Any = {"timeout": timeout_s, "metadata": metadata}
+    if threading.active_count() == 1:
+        # The quickest way waits inside gRPC. Nobody can fork meanwhile.
+        return method(request, **options)
+    with _fork.calling():
+        future = method.future(request, **options)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
 
 
 class Call:
@@ -69,9 +98,13 @@ class Call:
         self._job_id = options.job_id
         self._exchange = exchange
         self._feed = _Feed(exchange.opening(), messages)
-        self._rpc = connection.stream(
-            self._feed.requests(), timeout=options.timeout_s, metadata=options.metadata
-        )
+        with _fork.calling():
+            self._rpc = connection.stream(
+                self._feed.requests(),
+                timeout=options.timeout_s,
+                metadata=options.metadata,
+            )
+        self._running = _fork.Stream()
         self._feed.attach(self._rpc.cancel)
 
     def __enter__(self) -> Call:
@@ -93,6 +126,7 @@ class Call:
         """
         if self._exchange.accepted is not None:
             self._feed.go()
+        _fork.pause_for_fork()
         try:
             message: bytes = next(self._rpc)
         except StopIteration:
@@ -105,8 +139,12 @@ class Call:
 
     def cancel(self) -> None:
         """End the call, unless it has ended."""
+        if self._running.inherited:
+            return
         self._feed.stop()
-        self._rpc.cancel()
+        self._running.end()
+        with _fork.calling():
+            self._rpc.cancel()
 
 
 class _Feed:
@@ -124,11 +162,13 @@ class _Feed:
     def requests(self) -> Iterator[bytes]:
         """The header, then, once the server took the job on, the rest."""
         yield self._opening
+        # Whatever is yielded is taken into gRPC at once.
         self._settled.wait()
         if self._stopped:
             return
         try:
             for message in self._messages():
+                _fork.pause_for_fork()
                 yield message
                 if self._stopped:
                     return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ class GradientStream(Iterator[RowBlock]):
     """The results of `Client.stream`: an iterator of row blocks.
 
     Once it is exhausted, `dw` and `receipt` are there. Left early, it
-    cancels its job.
+    cancels its job. Threads may share one: each block goes to one of them.
 
     Example:
         >>> stream = client.stream(pairs, w, results=("dx", "dw"))
@@ -38,6 +39,7 @@ class GradientStream(Iterator[RowBlock]):
         self._job: RowJob | None = None
         self._call: Call | None = None
         self._over = False
+        self._turn = threading.RLock()
 
     def __enter__(self) -> GradientStream:
         return self
@@ -56,15 +58,16 @@ class GradientStream(Iterator[RowBlock]):
             GradwireError: The job failed.
             BaseException: What the caller's iterable raised, unchanged.
         """
-        try:
-            while not self._over and not (self._job and self._job.ready):
-                self._read(*self._opened())
-        except BaseException:
-            self.close()
-            raise
-        if self._job is None or not self._job.ready:
-            raise StopIteration
-        return self._job.ready.popleft()
+        with self._turn:
+            try:
+                while not self._over and not (self._job and self._job.ready):
+                    self._read(*self._opened())
+            except BaseException:
+                self.close()
+                raise
+            if self._job is None or not self._job.ready:
+                raise StopIteration
+            return self._job.ready.popleft()
 
     def close(self) -> None:
         """Cancel the job, unless it is done; no more blocks come."""

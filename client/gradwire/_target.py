@@ -11,6 +11,11 @@ from gradwire.wire import limits
 _MAX_SOCKET_PATH_BYTES = 107
 """What `sockaddr_un` holds on Linux, without its final zero."""
 
+_MAX_BACKOFF_MS = 500
+"""Between two attempts to connect. Until the next one, every call fails with
+what the last one found, so this is how long a server that came back can look
+as if it had not."""
+
 _LOOPBACK = ("localhost", "127.", "[::1]")
 
 
@@ -73,6 +78,6 @@ def channel_options(address: str) -> tuple[tuple[str, Any], ...]:
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.max_reconnect_backoff_ms", _MAX_BACKOFF_MS),
         ("grpc.enable_http_proxy", 0 if address.startswith(_LOOPBACK) else 1),
     )

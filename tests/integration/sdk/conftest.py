@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import gradwire
+from tests import oracle
 from tests.integration.sdk.callers import AsyncCaller, SyncCaller
 from tests.serving import ServerProcess, running_server
 
@@ -49,3 +51,36 @@ def caller(request: pytest.FixtureRequest) -> Iterator[Any]:
     one.tune()
     yield one
     one.tune()
+
+
+@pytest.fixture(scope="session")
+def one_job() -> Iterator[ServerProcess]:
+    """A server that runs one job at a time, and lets one wait."""
+    with running_server(max_jobs=1, max_queue=1) as server:
+        yield server
+
+
+@pytest.fixture
+def occupied(one_job: ServerProcess) -> Iterator[ServerProcess]:
+    """That server, while a job keeps it."""
+    x, w, dy = oracle.operands(400, 30, 20)
+    go_on = threading.Event()
+
+    def rows() -> Iterator[Any]:
+        yield x, dy
+        go_on.wait(60)
+
+    accepted = threading.Event()
+
+    def on_progress(progress: gradwire.Progress) -> None:
+        if progress.bytes_sent:
+            accepted.set()
+
+    with gradwire.connect(one_job.address) as client:
+        stream = client.stream(rows(), w, on_progress=on_progress)
+        consumer = threading.Thread(target=lambda: list(stream))
+        consumer.start()
+        assert accepted.wait(30)
+        yield one_job
+        go_on.set()
+        consumer.join()

@@ -23,6 +23,7 @@ from gradwire.wire import status
 from gradwire.wire.reasons import Reason
 from gradwire.wire.status import ErrorDetails
 from tests import oracle
+from tests.serving import running_server
 
 
 def connect_sync(address: str, **options: Any) -> None:
@@ -212,3 +213,26 @@ def test_a_proxy_is_not_asked_for_this_host(
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     connect(server_address)
+
+
+def test_a_server_that_was_away_for_seconds_is_found_again_at_once() -> None:
+    x, w, _ = oracle.operands(3, 4, 5)
+    with running_server() as server:
+        address = server.address
+        client = gradwire.connect(address)
+        client.forward(x, w)
+    gone = time.monotonic()
+    # The more often it is not found, the longer gRPC waits to look again.
+    while time.monotonic() - gone < 2:
+        with pytest.raises(gradwire.GradwireError):
+            client.forward(x, w)
+        time.sleep(0.02)
+    with running_server(listen=[address]), client:
+        back = time.monotonic()
+        while True:
+            with contextlib.suppress(gradwire.ConnectError):
+                client.forward(x, w)
+                break
+            time.sleep(0.02)
+        # Half a second, a fifth of it as jitter, and one for a busy machine.
+        assert time.monotonic() - back < 0.5 * 1.2 + 1

@@ -26,38 +26,6 @@ X, W, DY = oracle.operands(400, 30, 20)
 BOTH_PATHS = pytest.mark.parametrize("unary", [True, False], ids=["compute", "stream"])
 
 
-@pytest.fixture(scope="module")
-def one_job() -> Iterator[ServerProcess]:
-    """A server that runs one job at a time, and lets one wait."""
-    with running_server(max_jobs=1, max_queue=1) as server:
-        yield server
-
-
-@pytest.fixture
-def occupied(one_job: ServerProcess) -> Iterator[ServerProcess]:
-    """That server, while a job keeps it."""
-    go_on = threading.Event()
-
-    def rows() -> Iterator[Any]:
-        yield X, DY
-        go_on.wait(60)
-
-    accepted = threading.Event()
-
-    def on_progress(progress: gradwire.Progress) -> None:
-        if progress.bytes_sent:
-            accepted.set()
-
-    with gradwire.connect(one_job.address) as client:
-        stream = client.stream(rows(), W, on_progress=on_progress)
-        consumer = threading.Thread(target=lambda: list(stream))
-        consumer.start()
-        assert accepted.wait(30)
-        yield one_job
-        go_on.set()
-        consumer.join()
-
-
 @BOTH_PATHS
 def test_a_deadline_ends_a_call_that_waits(
     occupied: ServerProcess, unary: bool

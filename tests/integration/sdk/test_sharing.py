@@ -15,6 +15,7 @@ import pytest
 
 import gradwire
 from tests import oracle
+from tests.serving import ServerProcess
 
 
 def test_sixteen_threads_share_a_client(client: gradwire.Client) -> None:
@@ -68,45 +69,59 @@ def test_an_async_client_belongs_to_the_loop_of_its_first_use(
 
 
 FORK = """
-    import faulthandler, os, sys, threading
+    import os, sys, threading
     import numpy as np
     import gradwire
-    faulthandler.dump_traceback_later(60, exit=True)
     address, busy_threads = sys.argv[1], int(sys.argv[2])
     rng = np.random.default_rng(0)
-    x, w, dy = rng.normal(size=(300, 40)), rng.normal(size=(40, 30)), None
-    big = rng.normal(size=(3000, 40))
+    x, w = rng.normal(size=(300, 40)), rng.normal(size=(40, 30))
+    small, large = rng.normal(size=(3000, 40)), rng.normal(size=(9000, 40))
     client = gradwire.connect(address)
     expected = client.forward(x, w)
 
     stop = threading.Event()
     running = threading.Barrier(busy_threads + 1)
 
-    def keep_busy():
-        client.forward(big, w)
+    def keep_busy(number):
+        client.forward(small, w)
         running.wait()
         while not stop.is_set():
-            client.forward(big, w)
+            # One half in one message each way, the other streamed.
+            client.forward(small if number % 2 else large, w)
 
-    threads = [threading.Thread(target=keep_busy) for _ in range(busy_threads)]
+    threads = [
+        threading.Thread(target=keep_busy, args=(number,))
+        for number in range(busy_threads)
+    ]
     for thread in threads:
         thread.start()
     running.wait()
 
+    def in_the_child():
+        # It has no threads but this one, and a connection of its own.
+        for _ in range(3):
+            assert np.array_equal(client.forward(x, w), expected)
+            blocks = list(client.stream([x], w, results="y"))
+            assert sum(len(block) for block in blocks) == 300
+        client.close()
+
     children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            # A child has no threads but this one, and a connection of its own.
-            for _ in range(3):
-                assert np.array_equal(client.forward(x, w), expected)
-                blocks = list(client.stream([x], w, results="y"))
-                assert sum(len(block) for block in blocks) == 300
-            client.close()
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        assert os.waitpid(child, 0)[1] == 0
+    # A stream of this thread's own is open while it forks.
+    with client.stream([x] * 50, w, results="y") as stream:
+        next(stream)
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    in_the_child()
+                    status = 0
+                finally:
+                    os._exit(status)
+            children.append(child)
+        rest = list(stream)
+    assert stream.receipt.m == 50 * 300
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
     for _ in range(3):
         assert np.array_equal(client.forward(x, w), expected)
     stop.set()
@@ -116,27 +131,87 @@ FORK = """
     print("all is well")
 """
 
+FORK_BESIDE_A_CALL_THAT_WAITS = """
+    import os, sys, threading
+    import numpy as np
+    import gradwire
+    x = np.ones((3, 3))
+    client = gradwire.connect(sys.argv[1])
+    sent = threading.Event()
 
-@pytest.mark.parametrize("busy_threads", [0, 4], ids=["idle", "in the middle"])
-def test_a_client_goes_on_in_the_children_of_a_fork(
-    server_address: str, busy_threads: int
-) -> None:
+    def wait_in_the_queue():
+        try:
+            client.forward(x, x, on_progress=lambda _: sent.set(), timeout_s=3)
+        except gradwire.DeadlineError:
+            pass
+
+    thread = threading.Thread(target=wait_in_the_queue)
+    thread.start()
+    sent.wait()
+    child = os.fork()
+    if child == 0:
+        print(client.server_info().contract, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()
+"""
+
+FORK_AFTER_ASYNCIO = """
+    import asyncio, os, sys
+    import numpy as np
+    import gradwire
+    x = np.ones((3, 3))
+
+    async def once():
+        async with gradwire.AsyncClient(sys.argv[1]) as client:
+            await client.forward(x, x)
+
+    asyncio.run(once())
+    child = os.fork()
+    if child == 0:
+        with gradwire.connect(sys.argv[1]) as client:
+            client.forward(x, x)
+        try:
+            asyncio.run(once())
+        except gradwire.ClientStateError as error:
+            print(error, flush=True)
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    asyncio.run(once())
+"""
+
+
+def run_script(script: str, *arguments: str) -> str:
+    """What a script prints that ends well, in an environment of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GRPC_")}
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(FORK),
-            server_address,
-            str(busy_threads),
-        ],
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
         capture_output=True,
         text=True,
         timeout=90,
         env=environment,
         check=False,
     )
-    assert done.stdout == "all is well\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("busy_threads", [0, 4], ids=["idle", "in the middle"])
+def test_a_client_goes_on_in_the_children_of_a_fork(
+    server_address: str, busy_threads: int
+) -> None:
+    assert run_script(FORK, server_address, str(busy_threads)) == "all is well\n"
+
+
+def test_a_fork_beside_a_call_that_waits_is_no_harm(occupied: ServerProcess) -> None:
+    printed = run_script(FORK_BESIDE_A_CALL_THAT_WAITS, occupied.address)
+    assert printed == "gradwire.v1\n"
+
+
+def test_a_fork_after_asyncio_is_told_to_the_child(server_address: str) -> None:
+    printed = run_script(FORK_AFTER_ASYNCIO, server_address)
+    assert "forked from one that used an AsyncClient" in printed
 
 
 def test_an_async_client_of_the_parent_is_refused_in_the_child(

@@ -7,6 +7,7 @@ import gc
 import resource
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,21 @@ async def test_async_rows_are_awaited_while_results_come(
             np.vstack([DY, DY]),
             "float32",
         )
+
+
+def test_threads_that_share_a_stream_share_its_blocks(client: gradwire.Client) -> None:
+    start = threading.Barrier(4)
+
+    def take(stream: gradwire.GradientStream) -> list[gradwire.RowBlock]:
+        start.wait()
+        return list(stream)
+
+    for _ in range(5):
+        with client.stream(pairs(), W) as stream, ThreadPoolExecutor(4) as pool:
+            shares = [pool.submit(take, stream) for _ in range(4)]
+            blocks = [block for share in shares for block in share.result(60)]
+        firsts = sorted(block.first_row for block in blocks)
+        assert firsts == list(range(0, 400, stream.receipt.block_rows))
 
 
 @pytest.mark.parametrize("results", ["y", "dx", "dw", ("y", "dw")])
