@@ -51,6 +51,12 @@ def test_both_sides_receive_messages_of_the_same_size() -> None:
     assert options["grpc.max_receive_message_length"] == limits.MAX_MESSAGE_BYTES
 
 
+def test_a_server_that_came_back_is_looked_for_twice_a_second() -> None:
+    options = dict(channel_options("gpu-node:50051"))
+    assert options["grpc.initial_reconnect_backoff_ms"] == 100
+    assert options["grpc.max_reconnect_backoff_ms"] == 500
+
+
 def test_a_proxy_from_the_environment_is_not_asked_for_this_host() -> None:
     assert dict(channel_options("127.0.0.1:1"))["grpc.enable_http_proxy"] == 0
     assert dict(channel_options("gpu-node:1"))["grpc.enable_http_proxy"] == 1
