@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import (
     AsyncGenerator,
@@ -27,6 +28,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
 
     Once it is exhausted, `dw` and `receipt` are there. Left early, it
     cancels its job: at once as a context manager, else when it is collected.
+    Coroutines may share one: each block goes to one of them.
 
     Example:
         >>> async with client.stream(pairs, w) as stream:
@@ -47,6 +49,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._job: RowJob | None = None
         self._call: AsyncCall | None = None
         self._over = False
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> AsyncGradientStream:
         return self
@@ -65,15 +68,16 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             GradwireError: The job failed.
             BaseException: What the caller's iterable raised, unchanged.
         """
-        try:
-            while not self._over and not (self._job and self._job.ready):
-                await self._read(*await self._opened())
-        except BaseException:
-            await self.aclose()
-            raise
-        if self._job is None or not self._job.ready:
-            raise StopAsyncIteration
-        return self._job.ready.popleft()
+        async with self._turn:
+            try:
+                while not self._over and not (self._job and self._job.ready):
+                    await self._read(*await self._opened())
+            except BaseException:
+                await self.aclose()
+                raise
+            if self._job is None or not self._job.ready:
+                raise StopAsyncIteration
+            return self._job.ready.popleft()
 
     async def aclose(self) -> None:
         """Cancel the job, unless it is done; no more blocks come."""

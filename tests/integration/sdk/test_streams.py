@@ -92,6 +92,26 @@ def test_threads_that_share_a_stream_share_its_blocks(client: gradwire.Client) -
         assert firsts == list(range(0, 400, stream.receipt.block_rows))
 
 
+async def test_coroutines_that_share_a_stream_share_its_blocks(
+    small_blocks: ServerProcess,
+) -> None:
+    async def rows() -> AsyncIterator[Any]:
+        for pair in pairs():
+            await asyncio.sleep(0)
+            yield pair
+
+    async def take(stream: gradwire.AsyncGradientStream) -> list[gradwire.RowBlock]:
+        return [block async for block in stream]
+
+    async with (
+        gradwire.AsyncClient(small_blocks.address) as client,
+        client.stream(rows(), W) as stream,
+    ):
+        shares = await asyncio.gather(*(take(stream) for _ in range(4)))
+    firsts = sorted(block.first_row for share in shares for block in share)
+    assert firsts == list(range(0, 400, stream.receipt.block_rows))
+
+
 @pytest.mark.parametrize("results", ["y", "dx", "dw", ("y", "dw")])
 def test_a_stream_of_some_results(caller: Any, results: Any) -> None:
     blocks, dw, receipt = caller.stream(pairs(), W, results=results)
