@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=int,
         default=os.cpu_count() or 1,
-        help="BLAS threads of every process (as many as cores)",
+        help="threads that compute, in every process (as many as cores)",
     )
     parser.add_argument(
         "--out", type=Path, help="file of JSON lines (bench/out/TIME.jsonl)"

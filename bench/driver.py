@@ -124,7 +124,7 @@ def run_shape(
     Args:
         names: The contenders.
         shape: What they compute.
-        threads: Threads of BLAS in each process.
+        threads: Threads that compute, in each process.
         rounds: The most rounds.
         seconds: After so long no further round begins, but for the first
             `least_rounds`.

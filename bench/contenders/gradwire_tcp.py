@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class GradwireTcp:
         gradwire_command = str(Path(sys.executable).with_name("gradwire"))
         command = [gradwire_command, "serve", "--listen", "127.0.0.1:0"]
         command += ["--backend", "numpy"]
+        if threads := os.environ.get("OPENBLAS_NUM_THREADS"):
+            command += ["--cpu-threads", threads]
         # The line that every job leaves in the log would stand in the table.
         command += ["--log-level", "warning"]
         self._server = ServerProcess.start(command)
