@@ -44,6 +44,12 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     return _bind_tcp(server, address)
 
 
+def can_be_a_socket(path: Path) -> bool:
+    """Whether a unix socket may have this path, as far as its text goes."""
+    size = len(os.fsencode(path.absolute()))
+    return size <= _MAX_SOCKET_PATH and not set(str(path)) & _URI_SIGNS
+
+
 def remove(address: str) -> None:
     """Removes what is left of an address that was listened on."""
     if address.startswith("unix:"):

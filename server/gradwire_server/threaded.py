@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from gradwire_server.listen import can_be_a_socket
 from gradwire_server.server import Server
 from gradwire_server.settings import Settings
+
+_LOOPBACK = "127.0.0.1:0"
 
 
 @contextmanager
@@ -19,7 +22,8 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
 
     Args:
         settings: By default a unix socket in a fresh directory that only this
-            user can enter, NumPy, and the process's BLAS and memory left as
+            user can enter (where its path is too long for one, a port of
+            this host's own), NumPy, and the process's BLAS and memory left as
             they are.
 
     Yields:
@@ -31,7 +35,8 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
     """
     with TemporaryDirectory(prefix="gradwire-") as directory:
         if settings is None:
-            private = f"unix:{Path(directory) / 'socket'}"
+            path = Path(directory) / "socket"
+            private = f"unix:{path}" if can_be_a_socket(path) else _LOOPBACK
             settings = Settings(
                 listen=(private,), backend="numpy", cpu_threads=0, keep_memory=False
             )
