@@ -29,7 +29,7 @@ from gradwire.wire.matrices import Matrix
 
 def _split(_: object, tokens: Sequence[Token]) -> tuple[str, ...]:
     values = [part.strip() for token in tokens for part in token.value.split(",")]
-    return tuple(value for value in values if value)
+    return () if values == [""] else tuple(values)
 
 
 _LIST = Parameter(converter=_split, n_tokens=1, negative=(), show_default=False)
@@ -107,7 +107,9 @@ def compute(
             paths, wanted, stack, raw_as_bfloat16=dtype == "bfloat16"
         )
         specs = operands.results(wanted, dtypes)
-        files = stack.enter_context(ResultFiles(out, specs, replace=force))
+        files = stack.enter_context(
+            ResultFiles(out, specs, replace=force, keep=paths.values())
+        )
         client, server = stack.enter_context(
             connected(address, connect_timeout, timeout)
         )

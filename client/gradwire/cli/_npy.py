@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
@@ -140,6 +141,14 @@ _READERS: dict[tuple[int, int], Callable[[BinaryIO], Any]] = {
 }
 
 
+# NumPy reads a header as the Python literal that it is, with all that can go
+# wrong in that.
+_NO_HEADER = (
+    *(ValueError, TypeError, OSError, SyntaxError, tokenize.TokenError),
+    *(RecursionError, MemoryError),
+)
+
+
 def _read_header(path: Path, file: BinaryIO) -> _Header:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise CommandError(f"{path} is not a regular file")
@@ -147,7 +156,7 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
         version = np.lib.format.read_magic(file)
         reader = _READERS.get(version)
         header = _Header(*reader(file)) if reader else None
-    except (ValueError, OSError):
+    except _NO_HEADER:
         raise CommandError(
             f"{path} is not a .npy file, or a damaged one; write one with numpy.save"
         ) from None

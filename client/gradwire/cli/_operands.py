@@ -44,7 +44,7 @@ def wanted_results(
     unknown = [name for name in names if name not in by_label]
     if unknown or not names:
         raise CommandError(
-            f"--results names {', '.join(unknown) or 'nothing'}: "
+            f"--results names {', '.join(map(repr, unknown)) or 'nothing'}: "
             f"expected some of {','.join(by_label)}",
             ExitStatus.USAGE,
         )

@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -46,7 +46,12 @@ class ResultFiles:
     """
 
     def __init__(
-        self, directory: Path, specs: Mapping[str, ResultSpec], *, replace: bool
+        self,
+        directory: Path,
+        specs: Mapping[str, ResultSpec],
+        *,
+        replace: bool,
+        keep: Iterable[Path] = (),
     ) -> None:
         """Make everything ready to be written, and nothing visible.
 
@@ -54,6 +59,7 @@ class ResultFiles:
             directory: Where the files go; made when it is missing.
             specs: The results, by the name of their file without ``.npy``.
             replace: Whether files of these names may be replaced.
+            keep: Files that may not, whatever they are called: the operands.
 
         Raises:
             CommandError: The directory cannot be written, a file is in the
@@ -64,6 +70,7 @@ class ResultFiles:
         self._files: dict[str, _PendingFile] = {}
         self._made = self._make_directory()
         try:
+            self._refuse_operands(specs, keep)
             self._refuse_existing(specs)
             self._refuse_too_large(specs)
             nameless = _has_nameless_files(directory)
@@ -136,6 +143,17 @@ class ResultFiles:
         except OSError as error:
             raise _cannot_write(self._directory, error) from error
         return missing
+
+    def _refuse_operands(self, names: Iterable[str], keep: Iterable[Path]) -> None:
+        kept = list(keep)
+        for target in map(self._target, names):
+            if target.exists() and any(
+                path.exists() and target.samefile(path) for path in kept
+            ):
+                raise CommandError(
+                    f"{target} is an operand, and a result would replace it: say "
+                    "another directory with --out"
+                )
 
     def _refuse_existing(self, specs: Mapping[str, ResultSpec]) -> None:
         targets = [self._target(name) for name in specs]

@@ -79,6 +79,20 @@ def test_a_private_server_computes_when_no_address_is_given(tmp_path: Path) -> N
         np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), expected)
 
 
+@pytest.mark.parametrize("name", ["x" * 120, "50%"])
+def test_a_private_server_runs_where_temporary_paths_suit_no_socket(
+    name: str, tmp_path: Path
+) -> None:
+    problem = whole_numbers(30, 7, 5)
+    (temporary := tmp_path / name).mkdir()
+    done = gradwire(
+        *("compute", *save(tmp_path, problem), "--out", tmp_path),
+        env={"TMPDIR": str(temporary)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), problem.expected()["y"])
+
+
 def test_the_table_shows_what_became_of_the_job(
     tmp_path: Path, server: ServerProcess
 ) -> None:
@@ -203,6 +217,9 @@ def test_mistakes_are_told_before_any_server_is_asked(
         refused_here(x),
         refused_here(x, w, "--results=dw"),
         refused_here(x, w, "--results=db"),
+        refused_here(x, w, dy, "--results=y,,dx"),
+        refused_here(x, w, dy, "--results=y,"),
+        refused_here(x, w, dy, "--results="),
         refused_here(x, w, "--result-dtype=int8"),
         refused_here(x, w, dy, "--dtype=float8"),
         refusal_here(capsys, "compute", x, w, dy),
@@ -210,6 +227,15 @@ def test_mistakes_are_told_before_any_server_is_asked(
         assert wrong_use.startswith("2 gradwire: ")
         assert nobody not in wrong_use
     assert not out.exists()
+
+    operand = out / "y.npy"
+    out.mkdir()
+    operand.write_bytes(dy.read_bytes())
+    for force in ((), ("--force",)):
+        text = refused_here(x, w, out / ".." / "out" / "y.npy", *force)
+        assert f"{operand} is an operand, and a result would replace it" in text
+    assert operand.read_bytes() == dy.read_bytes()
+    assert listing(out) == ["y.npy"]
 
     np.save(tmp_path / "dw", np.ones(3))
     in_the_way = refused_here(x, w, dy, to=tmp_path)

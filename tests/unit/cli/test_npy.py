@@ -26,6 +26,11 @@ def written(path: Path, array: Any, version: tuple[int, int] | None = None) -> P
     return path
 
 
+def with_header(text: bytes) -> bytes:
+    """A file that says this of its array."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
 def refusal(path: Path, **options: bool) -> str:
     with pytest.raises(CommandError) as caught:
         open_npy(path, **options)
@@ -116,6 +121,14 @@ def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
         b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4'}",
         b"\x93NUMPY\x01\x00\xff\xffshort",
         bytes(300),
+        with_header(b"(" * 9000),
+        with_header(b"(" * 150),
+        with_header(b"-" * 5000 + b"1"),
+        with_header(b"'\\N{no such name}'"),
+        with_header(b"{[]: 1}"),
+        with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': [1, 2]}"),
+        with_header(b"{'descr': {'a': 1}, 'fortran_order': False, 'shape': (1, 2)}"),
+        with_header(b"\x00"),
     ],
 )
 def test_what_is_no_npy_file_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -133,7 +146,7 @@ def test_a_version_that_is_not_known_is_named(tmp_path: Path) -> None:
 def test_a_negative_shape_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 3)}\n"
-    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+    path.write_bytes(with_header(header))
     assert "shape is negative" in refusal(path)
 
 

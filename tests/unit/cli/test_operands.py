@@ -51,7 +51,7 @@ def test_one_file_suffices_for_nothing(given: tuple[Matrix, ...]) -> None:
 
 def test_named_results_are_wanted_and_their_operands_required() -> None:
     assert wanted_results(("dw", "y"), paths(X, W, DY)) == (Y, DW)
-    with pytest.raises(CommandError, match="names db: expected some of y,dx,dw"):
+    with pytest.raises(CommandError, match="names 'db': expected some of y,dx,dw"):
         wanted_results(("y", "db"), paths(X, W, DY))
     with pytest.raises(CommandError, match="names nothing"):
         wanted_results((), paths(X, W, DY))
