@@ -39,13 +39,14 @@ async def accounted(
     )
     try:
         with service.admission.call():
-            failure = await _failure_of(call, context, serve)
+            try:
+                failure = await _failure_of(call, context, serve)
+            finally:
+                service.job_ended(call)
             if failure is not None:
                 await _fail(call, context, failure)
     except JobError as refused:
         await _fail(call, context, refused)
-    finally:
-        service.call_ended()
 
 
 async def _failure_of(
@@ -86,6 +87,7 @@ async def _failure_of(
             f"the server failed; its log has the cause as {error_id}",
             metadata={"error_id": error_id},
         )
+    call.complete = True
     _write_line(call, logging.INFO, "OK")
     return None
 
@@ -113,7 +115,11 @@ async def _fail(call: Call, context: Context, error: JobError) -> None:
     )
     status = error.reason.status
     trailer = encode(status, error.message, error.details(call.job_id))
-    await context.abort(status, error.message, trailer)
+    try:
+        await context.abort(status, error.message, trailer)
+    except grpc.aio.InternalError:
+        # The client went before it read the status; gRPC would log that.
+        raise asyncio.CancelledError from None
 
 
 def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:

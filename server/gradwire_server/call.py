@@ -23,7 +23,8 @@ class Counts:
     computing_s: float = 0.0
 
 
-def _for_ever() -> float:
+def owes_nothing() -> float:
+    """Since when a server that runs no job owes nothing: ever since."""
     return 0.0
 
 
@@ -37,13 +38,15 @@ class Call:
     spec: JobSpec | None = None
     plan: Plan | None = None
     admitted: bool = False
+    complete: bool = False
+    """Whether everything was answered."""
     reserved_bytes: int = 0
     started: float = field(default_factory=time.perf_counter)
     queued_s: float = 0.0
     receiving_s: float = 0.0
     sending_s: float = 0.0
     counts: Counts = field(default_factory=Counts)
-    idle_since: Callable[[], float] = _for_ever
+    idle_since: Callable[[], float] = owes_nothing
     """Since when the server has owed the client nothing; event loop's clock."""
 
     @property

@@ -86,6 +86,7 @@ class RunningJob:
             await self._lane.discard(self)
         finally:
             self._computation.close()
+            self._computed = asyncio.Queue()
             self._ring.free()
 
     def owes_nothing_since(self) -> float:

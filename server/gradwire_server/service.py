@@ -8,6 +8,7 @@ idle times, and accounts for it all in the receipt and the log.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import time
@@ -20,7 +21,7 @@ from gradwire.wire.matrices import Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.admission import Admission
 from gradwire_server.backends.base import Array, Backend, DeviceInfo
-from gradwire_server.call import Call
+from gradwire_server.call import Call, owes_nothing
 from gradwire_server.computation import Computation
 from gradwire_server.errors import JobError
 from gradwire_server.job import RunningJob
@@ -111,7 +112,11 @@ class Service:
             RunningJob(spec, plan, self.backend, lane, call.counts) as job,
         ):
             call.idle_since = job.owes_nothing_since
-            yield job
+            try:
+                yield job
+            finally:
+                # The call may outlive the job, and must not hold its memory.
+                call.idle_since = owes_nothing
 
     async def run(
         self, call: Call, message_bytes: int, operands: Mapping[Matrix, memoryview]
@@ -221,8 +226,15 @@ class Service:
         finally:
             call.sending_s += time.perf_counter() - started
 
-    def call_ended(self) -> None:
-        """Has free memory given back when no call has ended for a while."""
+    def job_ended(self, call: Call) -> None:
+        """Has free memory given back when no job has ended for a while.
+
+        An exception and the frames that it went through often refer to each
+        other, and the frames to the job's memory: a job that was cut off has
+        them collected now, lest many of them together outgrow the limit.
+        """
+        if call.admitted and not call.complete:
+            gc.collect()
         loop = asyncio.get_running_loop()
         if self._tidying is not None:
             self._tidying.cancel()

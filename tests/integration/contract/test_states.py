@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from grpc import StatusCode
 
+from gradwire.v1 import job_pb2, matrix_pb2
+from gradwire.wire.limits import SERVICE
 from tests.integration.contract.conftest import assert_untroubled
+from tests.integration.load.observing import wait_until
 from tests.raw import (
+    TIMEOUT_S,
     CallError,
     Outcome,
     Problem,
@@ -21,6 +27,7 @@ from tests.raw import (
     assert_exact,
     block,
     compute_job,
+    end,
     stream_job,
     whole_numbers,
 )
@@ -244,6 +251,64 @@ def test_a_client_that_stops_sending_is_given_up(impatient, messages):
     if messages:
         assert error.metadata["job_id"] == "idle"
     assert_exact(stream_job(channel, SMALL), SMALL)
+
+
+def test_messages_without_elements_are_no_progress(impatient):
+    _, channel = impatient
+    gone = threading.Event()
+
+    def nothing_at_all():
+        while not gone.wait(0.05):
+            yield block("w", 0, b"")
+
+    with Stream(channel) as stream:
+        stream.send(IDLE)
+        stream.send_all(nothing_at_all())
+        error = stream.failure()
+        gone.set()
+    assert (error.status, error.reason) == (StatusCode.ABORTED, "CLIENT_IDLE")
+
+
+def test_a_request_of_compute_that_never_comes_is_given_up(impatient):
+    _, channel = impatient
+    gone = threading.Event()
+
+    def no_request():
+        gone.wait(TIMEOUT_S)
+        yield from ()
+
+    method = channel.stream_stream(f"/{SERVICE}/Compute")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(method(no_request(), timeout=TIMEOUT_S))
+    gone.set()
+    assert CallError(caught.value).reason == "CLIENT_IDLE"
+
+
+def test_a_job_that_nobody_reads_gives_its_memory_back_before_its_status_is_read():
+    count, ring = 6, 3 * 16 * MIB
+    with serving(idle_timeout=0.4, block_bytes=16 * MIB) as (server, channel):
+        assert_exact(stream_job(channel, SMALL), SMALL)
+        process = psutil.Process(server.pid)
+        before = process.memory_info().rss
+        header = job_pb2.Job(
+            m=10**9, n=0, k=1024, dtype=matrix_pb2.DTYPE_FLOAT64, job_id="unread"
+        )
+        for operand in (header.x, header.w):
+            operand.inline.SetInParent()
+        header.y.inline.SetInParent()
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                stream = stack.enter_context(Stream(channel))
+                stream.send(header, end(10**9))
+                assert stream.receive_accepted().accepted.reserved_bytes > ring
+            wait_until(
+                lambda: sum("outcome" in record for record in server.records) > count,
+                "every job has ended",
+            )
+            wait_until(
+                lambda: process.memory_info().rss - before < count * ring / 4,
+                "their memory is back",
+            )
 
 
 def test_a_client_that_never_half_closes_is_told_what_was_expected(impatient):
