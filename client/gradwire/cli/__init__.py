@@ -9,6 +9,7 @@ import importlib.util
 import sys
 
 from gradwire.cli._interrupts import Interrupted, signals_raise
+from gradwire.cli._streams import open_closed
 
 __all__ = ["main"]
 
@@ -23,6 +24,7 @@ def main() -> int:
         failed, 2 when it was called wrongly, 128 and the number of the
         signal when one ended it (130 after Ctrl-C).
     """
+    open_closed()
     if any(importlib.util.find_spec(name) is None for name in _NEEDS):
         sys.stderr.write(
             "gradwire: the command line is not installed; "

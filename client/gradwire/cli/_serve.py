@@ -77,7 +77,11 @@ async def _serve(settings: ServeSettings) -> None:
         await server.start()
     except (ListenError, BackendError) as error:
         raise CommandError(str(error)) from error
-    _say_ready(server.addresses, f"{server.backend_name}: {server.backend_reason}")
+    try:
+        _say_ready(server.addresses, f"{server.backend_name}: {server.backend_reason}")
+    except OSError:
+        await server.stop()
+        raise
     await asked.wait()
     draining = asyncio.create_task(server.drain())
     insisting = asyncio.create_task(insisted.wait())

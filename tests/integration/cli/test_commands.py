@@ -153,6 +153,32 @@ def test_an_output_that_is_full_is_a_sentence(server: ServerProcess) -> None:
     assert done.stderr == "gradwire: No space left on device\n"
 
 
+@pytest.mark.parametrize("command", ["info", "info --json", "health", "--version"])
+def test_an_output_that_is_closed_is_a_sentence(
+    server: ServerProcess, command: str
+) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *command.split()],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment({"GRADWIRE_ADDRESS": server.address}),
+        check=False,
+    )
+    assert done.stderr == "gradwire: Bad file descriptor\n"
+    assert done.returncode == 1
+
+
+def test_standard_error_may_be_closed(server: ServerProcess) -> None:
+    for arguments, status in (("health",), 0), (("serv",), 2):
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, *arguments],
+            stdout=subprocess.PIPE,
+            env=environment({"GRADWIRE_ADDRESS": server.address}),
+            check=False,
+        )
+        assert done.returncode == status
+
+
 def test_a_server_without_the_health_protocol_is_a_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 
 import gradwire as sdk
-from tests.integration.cli.conftest import ended_by, gradwire, sentence, started
+from tests.integration.cli.conftest import (
+    COMMAND,
+    TIMEOUT_S,
+    ended_by,
+    environment,
+    gradwire,
+    sentence,
+    started,
+)
 
 READY = re.compile(r"gradwire (\S+) serves on (.+) \((numpy|cupy): .+\)\n")
 
@@ -83,6 +91,23 @@ def test_the_log_can_be_for_people_and_of_fewer_entries() -> None:
     with started("serve", "--listen=127.0.0.1:0", "--log-level", "warning") as process:
         addresses(process)
         assert ended_by(process, signal.SIGTERM) == ("", "")
+
+
+def test_a_ready_line_that_cannot_be_printed_ends_it_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, "serve", f"--listen=unix:{path}", "--log-level=warning"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=environment(),
+            check=False,
+        )
+    assert done.stderr == "gradwire: No space left on device\n"
+    assert done.returncode == 1
+    assert not path.exists()
 
 
 def test_an_address_that_cannot_be_had_is_a_sentence(tmp_path: Path) -> None:
