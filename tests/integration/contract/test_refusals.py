@@ -139,6 +139,14 @@ HEADERS = [
         "FLOAT16",
         "FLOAT32",
     ),
+    case(
+        "header-too-large",
+        job(required_features=["checksum-crc32c"] * 2000),
+        "OPTION_INVALID",
+        "job",
+        "has 34",
+        "at most 16384",
+    ),
     case("no-result", job(results=()), "RESULTS_MISSING", "job", "job.y", "job.dw"),
     case(
         "needed-operand-absent",
