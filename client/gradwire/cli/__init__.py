@@ -6,6 +6,7 @@ It needs the extra ``cli``, and ``gradwire serve`` the extra ``server`` too.
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 
 from gradwire.cli._interrupts import Interrupted, signals_raise
@@ -24,15 +25,15 @@ def main() -> int:
         failed, 2 when it was called wrongly, 128 and the number of the
         signal when one ended it (130 after Ctrl-C).
     """
-    open_closed()
-    if any(importlib.util.find_spec(name) is None for name in _NEEDS):
-        sys.stderr.write(
-            "gradwire: the command line is not installed; "
-            "install it with: pip install 'gradwire[cli]'\n"
-        )
-        return 1
     try:
+        open_closed()
         with signals_raise():
+            if any(importlib.util.find_spec(name) is None for name in _NEEDS):
+                sys.stderr.write(
+                    "gradwire: the command line is not installed; "
+                    "install it with: pip install 'gradwire[cli]'\n"
+                )
+                return 1
             # Not at the top: the line above must come out where these are missing.
             from gradwire.cli._app import run  # noqa: PLC0415
 
@@ -40,3 +41,6 @@ def main() -> int:
     except Interrupted as interrupted:
         sys.stderr.write(f"gradwire: {interrupted}\n")
         return interrupted.status
+    except KeyboardInterrupt:  # before signals were taken care of
+        sys.stderr.write("gradwire: interrupted\n")
+        return 128 + signal.SIGINT

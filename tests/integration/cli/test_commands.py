@@ -85,6 +85,32 @@ def test_without_an_extra_a_sentence_says_which_to_install(
     assert f"pip install '{extra}'" in sentence(done)
 
 
+@pytest.mark.parametrize("module", ["cyclopts", "rich", "gradwire.cli._app"])
+def test_ctrl_c_while_the_command_is_loaded_ends_it_without_noise(module: str) -> None:
+    program = """if True:
+        import os, signal, sys
+
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name.startswith(sys.argv[1]):
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        from gradwire.cli import main
+        sys.meta_path.insert(0, Finder())
+        sys.exit(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, module],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == "gradwire: interrupted\n"
+    assert done.returncode == 130
+
+
 def test_info_shows_what_the_server_is(server: ServerProcess) -> None:
     done = gradwire("info", "--address", server.address)
     assert done.returncode == 0
