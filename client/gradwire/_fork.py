@@ -8,8 +8,10 @@ across forks, and if no other thread is inside it at that moment. So:
   variable that asks for that set for just that moment. A program that sets
   ``GRPC_ENABLE_FORK_SUPPORT`` itself, or imports grpc before gradwire, keeps
   what it has chosen.
-- Whatever of gradwire enters gRPC does so through `calling`, or stops at
-  `pause_for_fork` before it does. A fork first waits until none is inside.
+- A fork first lets no new call begin and gives those that run a moment to end;
+  most are short, and a gRPC at rest is the surest to survive. Then whatever
+  still runs stops before it enters gRPC (`calling`, `waiting`), and the fork
+  goes on once no thread is inside.
 - Where that cannot be had (on an event loop gRPC has a thread that never
   rests), the child is told so by an exception instead of hanging.
 """
@@ -30,8 +32,13 @@ PATIENCE_S = 5.0
 """How long a fork waits, at most, for threads to leave gRPC. They enter it for
 moments only."""
 
-_SETTLE_S = 0.05
-"""What gRPC's own threads take to come to rest once nothing is asked of them."""
+DRAIN_S = 0.5
+"""How long a fork waits for running calls to end."""
+
+_LOOK_S = 0.01
+"""Between two looks at whether threads rest."""
+
+_WAIT = threading.Condition.wait.__code__
 
 
 class _State:
@@ -40,13 +47,17 @@ class _State:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.forking: set[int] = set()
+        self.paused = False
+        self.calls: dict[object, int] = {}
         self.inside: dict[int, int] = {}
-        self.streams = 0
+        self.waiting: set[int] = set()
         self.aio_used = False
         self.aio_calls = 0
 
 
 _state = _State()
+_before_fork: list[Callable[[], None]] = []
+_after_in_parent: list[Callable[[], None]] = []
 _after_in_child: list[Callable[[], None]] = []
 
 lost: str | None = None
@@ -67,9 +78,15 @@ def import_grpc() -> None:
         del os.environ[VARIABLE]
 
 
-def in_child(callback: Callable[[], None]) -> None:
-    """Have `callback` called in every child that this process forks."""
-    _after_in_child.append(callback)
+def at_fork(
+    before: Callable[[], None],
+    after_in_parent: Callable[[], None],
+    after_in_child: Callable[[], None],
+) -> None:
+    """Have these called around every fork, while no thread is inside gRPC."""
+    _before_fork.append(before)
+    _after_in_parent.append(after_in_parent)
+    _after_in_child.append(after_in_child)
 
 
 @contextlib.contextmanager
@@ -92,33 +109,45 @@ def calling() -> Iterator[None]:
             state.changed.notify_all()
 
 
-def pause_for_fork() -> None:
-    """Wait while a fork is going on."""
-    state = _state
-    if state.forking:
-        with state.changed:
-            state.changed.wait_for(lambda: not state.forking)
-
-
-class Stream:
-    """A stream that runs, whose threads stop at `pause_for_fork`."""
+class Running:
+    """A call that runs, from now until its end."""
 
     def __init__(self) -> None:
-        self._state: _State | None = _state
+        self._state = _state
         with _state.changed:
-            _state.streams += 1
+            _state.calls[id(self)] = threading.get_ident()
 
     def end(self) -> None:
         """It is over; again is no harm."""
-        state, self._state = self._state, None
-        if state is not None and state is _state:
+        state = self._state
+        if state is _state:
             with state.changed:
-                state.streams -= 1
+                state.calls.pop(id(self), None)
+                state.changed.notify_all()
 
     @property
     def inherited(self) -> bool:
         """Whether it is the parent's, and not this process's to touch."""
-        return self._state is not None and self._state is not _state
+        return self._state is not _state
+
+
+def _pause() -> None:
+    state = _state
+    if state.paused:
+        with state.changed:
+            state.changed.wait_for(lambda: not state.paused)
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """While this thread waits for gRPC: forks go on once it rests there."""
+    _pause()
+    waiting, thread = _state.waiting, threading.get_ident()
+    waiting.add(thread)
+    try:
+        yield
+    finally:
+        waiting.discard(thread)
 
 
 @contextlib.contextmanager
@@ -141,17 +170,42 @@ def _others_inside(state: _State) -> bool:
     return any(thread != threading.get_ident() for thread in state.inside)
 
 
+def _all_rest() -> bool:
+    """Whether all threads that wait for gRPC wait outside of it, in Python."""
+    frames = sys._current_frames()
+    return all(
+        frames[thread].f_code is _WAIT
+        for thread in _state.waiting - {threading.get_ident()}
+        if thread in frames
+    )
+
+
 def _before() -> None:
     with _state.changed:
-        _state.forking.add(threading.get_ident())
+        me = threading.get_ident()
+        _state.forking.add(me)
+        _state.changed.wait_for(
+            lambda: all(thread == me for thread in _state.calls.values()), DRAIN_S
+        )
+        _state.paused = True
         _state.changed.wait_for(lambda: not _others_inside(_state), PATIENCE_S)
-    if _state.streams:
-        time.sleep(_SETTLE_S)
+    deadline = time.monotonic() + PATIENCE_S
+    # A thread that is woken between two looks is not at rest.
+    while _state.waiting - {threading.get_ident()} and time.monotonic() < deadline:
+        rested = _all_rest()
+        time.sleep(_LOOK_S)
+        if rested and _all_rest():
+            break
+    for callback in _before_fork:
+        callback()
 
 
-def _after_in_parent() -> None:
+def _after_in_this_process() -> None:
+    for callback in _after_in_parent:
+        callback()
     with _state.changed:
         _state.forking.discard(threading.get_ident())
+        _state.paused = bool(_state.forking)
         _state.changed.notify_all()
 
 
@@ -178,6 +232,6 @@ import_grpc()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before,
-        after_in_parent=_after_in_parent,
+        after_in_parent=_after_in_this_process,
         after_in_child=_after_in_this_child,
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
 from gradwire import _fork
 from gradwire._base import ArrayJob, BaseClient
@@ -432,9 +433,28 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 _inherited: list[Connection] = []
 
 
-def _after_fork() -> None:
+def _channels() -> list[grpc.Channel]:
+    connections = [client._connected for client in list(_clients)]
+    return [connection.channel for connection in connections if connection]
+
+
+# gRPC would cancel the parent's calls in the child, for which it takes locks
+# that a thread of the parent may hold. It is kept from knowing the channels.
+
+
+def _before_fork() -> None:
+    for channel in _channels():
+        cygrpc.fork_unregister_channel(channel)
+
+
+def _after_fork_in_parent() -> None:
+    for channel in _channels():
+        cygrpc.fork_register_channel(channel)
+
+
+def _after_fork_in_child() -> None:
     for client in list(_clients):
         client._after_fork()
 
 
-_fork.in_child(_after_fork)
+_fork.at_fork(_before_fork, _after_fork_in_parent, _after_fork_in_child)

@@ -68,11 +68,15 @@ def call_unary(
         return method(request, **options)
     with _fork.calling():
         future = method.future(request, **options)
+        running = _fork.Running()
     try:
-        return future.result()
+        with _fork.waiting():
+            return future.result()
     except BaseException:
         future.cancel()
         raise
+    finally:
+        running.end()
 
 
 class Call:
@@ -104,7 +108,7 @@ class Call:
                 timeout=options.timeout_s,
                 metadata=options.metadata,
             )
-        self._running = _fork.Stream()
+            self._running = _fork.Running()
         self._feed.attach(self._rpc.cancel)
 
     def __enter__(self) -> Call:
@@ -126,9 +130,9 @@ class Call:
         """
         if self._exchange.accepted is not None:
             self._feed.go()
-        _fork.pause_for_fork()
         try:
-            message: bytes = next(self._rpc)
+            with _fork.waiting():
+                message: bytes = next(self._rpc)
         except StopIteration:
             self._feed.raise_error()
             raise
@@ -141,8 +145,8 @@ class Call:
         """End the call, unless it has ended."""
         if self._running.inherited:
             return
-        self._feed.stop()
         self._running.end()
+        self._feed.stop()
         with _fork.calling():
             self._rpc.cancel()
 
@@ -161,15 +165,15 @@ class _Feed:
 
     def requests(self) -> Iterator[bytes]:
         """The header, then, once the server took the job on, the rest."""
-        yield self._opening
-        # Whatever is yielded is taken into gRPC at once.
+        with _fork.waiting():
+            yield self._opening
         self._settled.wait()
         if self._stopped:
             return
         try:
             for message in self._messages():
-                _fork.pause_for_fork()
-                yield message
+                with _fork.waiting():
+                    yield message
                 if self._stopped:
                     return
         except GeneratorExit:
