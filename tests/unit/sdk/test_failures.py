@@ -105,8 +105,8 @@ def test_every_status_without_a_reason_becomes_an_exception(
             "failed to connect to all addresses; last error: UNAVAILABLE:"
             " ipv4:127.0.0.1:80: recvmsg:Connection reset by peer (104)",
             gradwire.ConnectError,
-            "what listens at gpu-node:50051 closed the connection, so it is no"
-            " gradwire server (recvmsg:Connection reset by peer (104))",
+            "what listens at gpu-node:50051 closed the connection at once, so it is no"
+            " gradwire server, or stops (recvmsg:Connection reset by peer (104))",
         ),
         (
             "errors resolving gpu-node:50051: [field:hostname lookup error:address"
