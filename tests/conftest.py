@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.serving import ServerProcess, running_server
@@ -20,3 +21,8 @@ def server() -> Iterator[ServerProcess]:
 def server_address(server: ServerProcess) -> str:
     """Address of that server."""
     return server.address
+
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
