@@ -64,7 +64,7 @@ async def _failure_of(
         late = _is_late(context)
         _write_line(
             call,
-            logging.WARNING,
+            logging.INFO if call.ends_by_cancelling else logging.WARNING,
             "DEADLINE_EXCEEDED" if late else "CANCELLED",
             reason=Reason.DEADLINE_PASSED if late else Reason.JOB_CANCELLED,
         )

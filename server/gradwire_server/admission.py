@@ -73,8 +73,11 @@ class Admission:
         await self._idle.wait()
 
     @contextmanager
-    def call(self) -> Iterator[None]:
+    def call(self, size_bytes: int = CALL_BYTES) -> Iterator[None]:
         """Holds what an open call takes, whatever it will ask for.
+
+        Args:
+            size_bytes: That, or what the call holds for its client beside it.
 
         Raises:
             JobError: The server drains, or has no memory for one more call.
@@ -83,17 +86,17 @@ class Admission:
             raise _draining()
         largest = max((waiting.size_bytes for waiting in self._queue), default=0)
         if (
-            self.held_bytes + CALL_BYTES > self.memory_limit
-            or self._calls_bytes + CALL_BYTES + largest > self.memory_limit
+            self.held_bytes + size_bytes > self.memory_limit
+            or self._calls_bytes + size_bytes + largest > self.memory_limit
         ):
             raise self._no_memory()
-        self._calls_bytes += CALL_BYTES
-        self.held_bytes += CALL_BYTES
+        self._calls_bytes += size_bytes
+        self.held_bytes += size_bytes
         try:
             yield
         finally:
-            self._calls_bytes -= CALL_BYTES
-            self._give_back(CALL_BYTES)
+            self._calls_bytes -= size_bytes
+            self._give_back(size_bytes)
 
     @asynccontextmanager
     async def job(

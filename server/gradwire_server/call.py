@@ -43,6 +43,8 @@ class Call:
     reserved_bytes: int = 0
     started: float = field(default_factory=time.perf_counter)
     queued_s: float = 0.0
+    ends_by_cancelling: bool = False
+    """Whether its client ends it so, and nothing is wrong then."""
     receiving_s: float = 0.0
     sending_s: float = 0.0
     counts: Counts = field(default_factory=Counts)

@@ -6,8 +6,9 @@ Everything here runs in the thread of the job's lane.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -87,15 +88,27 @@ class Computation:
                 arrays[result] = np.empty(shape, spec.results[result].numpy)
         self.open()
         try:
-            if Matrix.W in arrays:
-                self.take_w(arrays[Matrix.W])
-            for block in self._blocks(arrays, m):
-                self.take_block(block)
+            for piece in self.pieces(arrays, m):
+                piece()
             if Matrix.DW in spec.results:
                 arrays[Matrix.DW] = self.finish()
         finally:
             self.close()
         return {result: arrays[result] for result in spec.results}
+
+    def pieces(
+        self, arrays: Mapping[Matrix, Array], m: int
+    ) -> Iterator[Callable[[], None]]:
+        """The work between `open` and `finish`, each piece at most a row block.
+
+        Args:
+            arrays: Every operand, and room for Y and dX, whole.
+            m: Rows of the job.
+        """
+        if Matrix.W in arrays:
+            yield partial(self.take_w, arrays[Matrix.W])
+        for block in self._blocks(arrays, m):
+            yield partial(self.take_block, block)
 
     def _blocks(self, arrays: Mapping[Matrix, Array], m: int) -> Iterator[RowBlock]:
         for first in range(0, m if self._plan.slot_bytes else 0, self._plan.block_rows):

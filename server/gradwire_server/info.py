@@ -11,7 +11,6 @@ from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse, Limits
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.limits import CONTRACT, MAX_PAYLOAD_BYTES
 from gradwire_server.service import Service, device_message
-from gradwire_server.spec import FEATURES
 
 
 def describe(service: Service, backend_reason: str) -> GetServerInfoResponse:
@@ -26,7 +25,7 @@ def describe(service: Service, backend_reason: str) -> GetServerInfoResponse:
         version=version("gradwire"),
         server_instance=service.instance,
         contract=CONTRACT,
-        features=FEATURES,
+        features=service.features,
         devices=[device_message(device) for device in backend.devices],
         backend_reason=backend_reason,
         dtypes=[dtype.proto_name for dtype in Dtype],

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from gradwire.v1 import job_pb2
+from gradwire.wire.limits import SHARED_MEMORY
 from gradwire.wire.matrices import Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.admission import Admission
@@ -24,13 +25,16 @@ from gradwire_server.backends.base import Array, Backend, DeviceInfo
 from gradwire_server.call import Call, owes_nothing
 from gradwire_server.computation import Computation
 from gradwire_server.errors import JobError
+from gradwire_server.in_place import InPlaceJob
 from gradwire_server.job import RunningJob
 from gradwire_server.lane import Lane
 from gradwire_server.memory import give_back, peak_resident_bytes
 from gradwire_server.patience import patience
+from gradwire_server.placement import check_sizes, read_places
 from gradwire_server.plan import make_plan
+from gradwire_server.regions import Regions
 from gradwire_server.settings import Settings
-from gradwire_server.spec import JobSpec, job_name, read_job
+from gradwire_server.spec import FEATURES, JobSpec, job_name, read_job
 
 _log = logging.getLogger("gradwire_server")
 
@@ -50,6 +54,10 @@ class Service:
         self.settings = settings
         self.backend = backend
         self.admission = admission
+        self.regions = Regions(admission)
+        self.features = FEATURES
+        if settings.allow_shared_memory:
+            self.features += (SHARED_MEMORY,)
         self.instance = secrets.token_hex(8)
         self.lanes = [Lane(device.index) for device in backend.devices]
         self._running: set[asyncio.Task[object]] = set()
@@ -62,7 +70,10 @@ class Service:
             JobError: The header asks for what is wrong, unknown or impossible.
         """
         call.job_id = job_name(header)
-        call.spec = read_job(header, call.job_id, self.backend.max_columns)
+        spec = read_job(header, call.job_id, self.backend.max_columns, self.features)
+        call.spec = read_places(header, spec, self.features)
+        if call.spec.places:
+            call.transport = "shm"
         call.plan = make_plan(call.spec, self.settings.block_bytes)
         return call.spec
 
@@ -117,6 +128,28 @@ class Service:
             finally:
                 # The call may outlive the job, and must not hold its memory.
                 call.idle_since = owes_nothing
+
+    @asynccontextmanager
+    async def in_place(
+        self,
+        call: Call,
+        message_bytes: int,
+        on_wait: Callable[[int], Awaitable[None]],
+    ) -> AsyncIterator[InPlaceJob]:
+        """Admits a job whose matrices all lie in shared memory.
+
+        Args:
+            call: A call whose header was read.
+            message_bytes: What its messages hold.
+            on_wait: Told how many jobs are ahead.
+        """
+        spec, plan = call.header
+        with self.regions.used(spec.regions) as regions:
+            check_sizes(spec, [region.size_bytes for region in regions])
+            async with self.admitted(call, message_bytes, on_wait) as lane:
+                whole = Computation(spec, plan, self.backend, lane.device, call.counts)
+                async with InPlaceJob(spec, whole, lane, call.counts, regions) as job:
+                    yield job
 
     async def run(
         self, call: Call, message_bytes: int, operands: Mapping[Matrix, memoryview]

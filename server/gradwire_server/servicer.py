@@ -10,6 +10,7 @@ and until then nobody would count its bytes, or lose patience with it.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeAlias
 
@@ -17,10 +18,12 @@ import grpc
 
 from gradwire.v1 import gradient_service_pb2 as pb2
 from gradwire.wire import framing
-from gradwire.wire.limits import MAX_MESSAGE_BYTES, SERVICE
+from gradwire.wire.limits import MAX_MESSAGE_BYTES, SERVICE, SHARED_MEMORY
+from gradwire.wire.reasons import Reason
 from gradwire_server import info, unary
 from gradwire_server.accounting import accounted
 from gradwire_server.call import Call
+from gradwire_server.errors import JobError
 from gradwire_server.service import Service
 from gradwire_server.stream import Stream
 
@@ -29,7 +32,7 @@ _Half: TypeAlias = Coroutine[Any, Any, None]
 
 
 class GradientServicer:
-    """The three methods.
+    """The four methods.
 
     Args:
         service: What they call.
@@ -49,6 +52,7 @@ class GradientServicer:
                 for name, method in (
                     ("Compute", self.compute),
                     ("ComputeStream", self.compute_stream),
+                    ("OpenRegion", self.open_region),
                     ("GetServerInfo", self.get_server_info),
                 )
             },
@@ -85,6 +89,9 @@ class GradientServicer:
             stream = Stream(self._service, call, context)
             spec = self._service.read_job(call, await stream.read_header())
             message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_block_bytes)
+            if spec.places:
+                await self._compute_in_place(call, stream, message_bytes)
+                return
             async with self._service.streamed(
                 call, message_bytes, stream.tell_queued
             ) as job:
@@ -95,6 +102,55 @@ class GradientServicer:
                 await stream.write(framing.encode_receipt(self._service.receipt(call)))
 
         await accounted(self._service, "ComputeStream", context, serve)
+
+    async def open_region(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """OpenRegion: memory that is shared for as long as the call is open."""
+
+        async def serve(call: Call) -> None:
+            call.transport = "shm"
+            _require_shared_memory(self._service, context.peer())
+            stream = Stream(self._service, call, context)
+            asked = await stream.read_region_request()
+            async with self._service.regions.open(asked.size_bytes) as region:
+                answer = pb2.OpenRegionResponse(
+                    token=region.token,
+                    pid=os.getpid(),
+                    fd=region.fd,
+                    cookie=region.cookie,
+                    size_bytes=region.size_bytes,
+                )
+                await stream.write(answer.SerializeToString())
+                call.ends_by_cancelling = True
+                await asyncio.get_running_loop().create_future()
+
+        await accounted(self._service, "OpenRegion", context, serve)
+
+    async def _compute_in_place(
+        self, call: Call, stream: Stream, message_bytes: int
+    ) -> None:
+        spec, _ = call.header
+        async with self._service.in_place(
+            call, message_bytes, stream.tell_queued
+        ) as job:
+            await stream.write(framing.encode_accepted(self._service.accepted(call)))
+            await _both(stream.receive_end(spec.m or 0), job.compute())
+            await stream.write(framing.encode_receipt(self._service.receipt(call)))
+
+
+def _require_shared_memory(service: Service, peer: str) -> None:
+    if SHARED_MEMORY not in service.features:
+        raise JobError(
+            Reason.FEATURE_UNKNOWN, "this server does not allow shared memory"
+        )
+    if not peer.startswith(_LOCAL_PEERS):
+        raise JobError(
+            Reason.NOT_ALLOWED,
+            "memory is shared with clients of a loopback address or a unix socket, "
+            f"and this one is {peer}",
+        )
+
+
+_LOCAL_PEERS = ("unix", "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D")
 
 
 async def _both(

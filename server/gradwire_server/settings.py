@@ -53,6 +53,10 @@ class Settings:
     the dtype it decides how many rows a block has, and so a result's last
     bits."""
 
+    allow_shared_memory: bool = False
+    """Whether clients of the same host may have jobs computed in memory that
+    the server shares with them. What they hold counts in memory-limit."""
+
     idle_timeout: float = 60.0
     """Seconds after which a job is ended whose client does not send what the
     server waits for, or does not read what it was sent."""

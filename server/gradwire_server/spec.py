@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire.wire import checksum
@@ -24,6 +24,17 @@ FEATURES: tuple[str, ...] = ("checksum-crc32c",) if checksum.AVAILABLE else ()
 MAX_HEADER_BYTES = 16 * 1024
 """Bytes of a header, which is kept while its job waits and comes back in the
 echo; one with every option set has a few hundred."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a matrix lies in shared memory."""
+
+    region: int
+    """Index of its region in `JobSpec.regions`."""
+    offset: int
+    """Where it begins, in bytes."""
+
 
 _WIDEST = max(dtype.itemsize for dtype in Dtype)
 
@@ -46,6 +57,10 @@ class JobSpec:
     checksum: bool
     max_block_bytes: int
     features: tuple[str, ...]
+    regions: tuple[str, ...] = field(default=(), repr=False)
+    """Tokens of the regions in which all of its matrices lie; secrets."""
+    places: dict[Matrix, Place] = field(default_factory=dict)
+    """Where in them; empty where the matrices travel in messages."""
 
     @property
     def operands(self) -> tuple[Matrix, ...]:
@@ -59,6 +74,11 @@ class JobSpec:
     def dtype_of(self, matrix: Matrix) -> Dtype:
         """Element type of `matrix` on the wire."""
         return self.results.get(matrix, self.dtype)
+
+    def whole_bytes(self, matrix: Matrix) -> int:
+        """Bytes of `matrix`, once m is known."""
+        rows = self.n if matrix in {Matrix.W, Matrix.DW} else self.m or 0
+        return rows * self.row_length(matrix) * self.dtype_of(matrix).itemsize
 
     def echo(self) -> job_pb2.Job:
         """The header with every default filled in.
@@ -83,11 +103,17 @@ class JobSpec:
             max_block_bytes=self.max_block_bytes,
             required_features=self.features,
         )
-        for operand in self.operands:
-            getattr(job, operand.label).inline.SetInParent()
+        job.regions.extend(job_pb2.SharedRegion(token=name) for name in self.regions)
         for result, dtype in self.results.items():
-            getattr(job, result.label).inline.SetInParent()
             getattr(job, result.label).dtype = dtype.value
+        for matrix in (*self.operands, *self.results):
+            message = getattr(job, matrix.label)
+            if self.places:
+                place = self.places[matrix]
+                message.shared.region = place.region
+                message.shared.offset_bytes = place.offset
+            else:
+                message.inline.SetInParent()
         return job
 
 
@@ -110,13 +136,19 @@ def job_name(job: job_pb2.Job) -> str:
     return given
 
 
-def read_job(job: job_pb2.Job, job_id: str, max_columns: int) -> JobSpec:
+def read_job(
+    job: job_pb2.Job,
+    job_id: str,
+    max_columns: int,
+    features: tuple[str, ...] = FEATURES,
+) -> JobSpec:
     """Checks a header, in the order in which its fields depend on each other.
 
     Args:
         job: The header.
         job_id: The id by which the job is known.
         max_columns: Largest n and k that the backend takes.
+        features: What this server offers.
 
     Raises:
         JobError: The header asks for what is wrong, unknown or impossible.
@@ -145,7 +177,7 @@ def read_job(job: job_pb2.Job, job_id: str, max_columns: int) -> JobSpec:
         allow_tf32=numerics.allow_tf32,
         checksum=_read_checksum(job.checksum),
         max_block_bytes=_read_max_block_bytes(job.max_block_bytes),
-        features=_read_features(job),
+        features=_read_features(job, features),
     )
 
 
@@ -279,10 +311,10 @@ def _read_max_block_bytes(given: int) -> int:
     return given or DEFAULT_BLOCK_BYTES
 
 
-def _read_features(job: job_pb2.Job) -> tuple[str, ...]:
+def _read_features(job: job_pb2.Job, features: tuple[str, ...]) -> tuple[str, ...]:
     for position, feature in enumerate(job.required_features):
-        if feature not in FEATURES:
-            offered = ", ".join(FEATURES) or "none"
+        if feature not in features:
+            offered = ", ".join(features) or "none"
             raise JobError(
                 Reason.FEATURE_UNKNOWN,
                 f"job.required_features[{position}] is {feature[:64]!r}: this server "

@@ -43,6 +43,17 @@ class Stream:
             what = pb2.ComputeRequest.DESCRIPTOR.full_name
             raise malformed(f"the request is no {what}") from None
 
+    async def read_region_request(self) -> pb2.OpenRegionRequest:
+        """The one message of OpenRegion."""
+        message = await self._read_bytes("a request")
+        if message is None:
+            await _refuse(None, "a request")
+        try:
+            return pb2.OpenRegionRequest.FromString(message)
+        except DecodeError:
+            what = pb2.OpenRegionRequest.DESCRIPTOR.full_name
+            raise malformed(f"the request is no {what}") from None
+
     async def read_header(self) -> job_pb2.Job:
         """The first message, which is the job's header."""
         message = await self._read("a job")
@@ -69,6 +80,22 @@ class Stream:
                 break
             else:
                 await _refuse(message, "a block or end")
+        message = await self._read("the client's half-close after end")
+        if message is not None:
+            await _refuse(message, "nothing after end")
+
+    async def receive_end(self, m: int) -> None:
+        """Takes End of a job that has no blocks, and the half-close behind it."""
+        self._progressed()
+        message = await self._read("end")
+        if not isinstance(message, job_pb2.End):
+            await _refuse(message, "end, because the job is in shared memory")
+        elif message.m != m:
+            raise JobError(
+                Reason.M_MISMATCH,
+                f"end.m is {message.m}, but job.m is {m}",
+                field="end.m",
+            )
         message = await self._read("the client's half-close after end")
         if message is not None:
             await _refuse(message, "nothing after end")

@@ -10,12 +10,6 @@ from gradwire_server.errors import JobError
 from gradwire_server.spec import JobSpec
 
 
-def whole_bytes(spec: JobSpec, matrix: Matrix) -> int:
-    """Bytes of a matrix of a job whose m is known."""
-    rows = spec.n if matrix in {Matrix.W, Matrix.DW} else spec.m or 0
-    return rows * spec.row_length(matrix) * spec.dtype_of(matrix).itemsize
-
-
 def whole_operands(
     spec: JobSpec, message: pb2.ComputeRequest
 ) -> dict[Matrix, memoryview]:
@@ -26,6 +20,13 @@ def whole_operands(
             "job.m is absent: Compute needs it; ComputeStream does not",
             field="job.m",
         )
+    if spec.places:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            "job.regions is not empty: Compute takes matrices inline; ComputeStream "
+            "takes them in shared memory too",
+            field="job.regions",
+        )
     if spec.checksum:
         raise JobError(
             Reason.OPTION_INVALID,
@@ -33,7 +34,7 @@ def whole_operands(
             field="job.checksum",
         )
     for name, matrices in (("request", spec.operands), ("response", spec.results)):
-        size = sum(whole_bytes(spec, matrix) for matrix in matrices)
+        size = sum(spec.whole_bytes(matrix) for matrix in matrices)
         if size > MAX_COMPUTE_BYTES:
             raise JobError(
                 Reason.STREAM_REQUIRED,
@@ -44,7 +45,7 @@ def whole_operands(
     operands: dict[Matrix, memoryview] = {}
     for operand in OPERANDS:
         data: bytes = getattr(message, operand.label)
-        expected = whole_bytes(spec, operand) if operand in spec.operands else 0
+        expected = spec.whole_bytes(operand) if operand in spec.operands else 0
         if len(data) != expected:
             short = len(data) < expected
             raise JobError(
@@ -59,6 +60,6 @@ def whole_operands(
 
 def message_bytes(spec: JobSpec) -> int:
     """What a call holds: operands and results as matrices, fields and messages."""
-    operands = sum(whole_bytes(spec, operand) for operand in spec.operands)
-    results = sum(whole_bytes(spec, result) for result in spec.results)
+    operands = sum(spec.whole_bytes(operand) for operand in spec.operands)
+    results = sum(spec.whole_bytes(result) for result in spec.results)
     return 2 * operands + 3 * results

@@ -56,6 +56,26 @@ class ComputeStreamResponse(_message.Message):
     queued: _job_pb2.Queued
     def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., block: _Optional[_Union[_matrix_pb2.Block, _Mapping]] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ..., queued: _Optional[_Union[_job_pb2.Queued, _Mapping]] = ...) -> None: ...
 
+class OpenRegionRequest(_message.Message):
+    __slots__ = ("size_bytes",)
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    size_bytes: int
+    def __init__(self, size_bytes: _Optional[int] = ...) -> None: ...
+
+class OpenRegionResponse(_message.Message):
+    __slots__ = ("token", "pid", "fd", "cookie", "size_bytes")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    COOKIE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    pid: int
+    fd: int
+    cookie: bytes
+    size_bytes: int
+    def __init__(self, token: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., cookie: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

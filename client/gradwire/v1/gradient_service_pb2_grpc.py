@@ -45,6 +45,11 @@ class GradientServiceStub(object):
                 request_serializer=gradwire_dot_v1_dot_gradient__service__pb2.ComputeStreamRequest.SerializeToString,
                 response_deserializer=gradwire_dot_v1_dot_gradient__service__pb2.ComputeStreamResponse.FromString,
                 _registered_method=True)
+        self.OpenRegion = channel.unary_stream(
+                '/gradwire.v1.GradientService/OpenRegion',
+                request_serializer=gradwire_dot_v1_dot_gradient__service__pb2.OpenRegionRequest.SerializeToString,
+                response_deserializer=gradwire_dot_v1_dot_gradient__service__pb2.OpenRegionResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/gradwire.v1.GradientService/GetServerInfo',
                 request_serializer=gradwire_dot_v1_dot_gradient__service__pb2.GetServerInfoRequest.SerializeToString,
@@ -72,6 +77,21 @@ class GradientServiceServicer(object):
         The next rows to send belong to the operand of which fewer complete rows
         were sent, X on a tie; neither may lead by more than
         Accepted.window_rows. A client must read while it writes.
+        A job whose matrices lie in shared memory has no Blocks: the client sends
+        Job, with its m, and End; the server sends Accepted and Receipt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenRegion(self, request, context):
+        """Memory that the server shares with a client of the same host, so that
+        jobs of ComputeStream can have their matrices there. The server answers
+        once and leaves the call open: the region lives as long as the call does.
+        A client that needs it no more cancels; one that dies loses its
+        connection; both close the region. A job that uses it then still ends as
+        it would have. Served where GetServerInfoResponse.features has
+        "shared-memory", to clients of a loopback address or a unix socket.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +116,11 @@ def add_GradientServiceServicer_to_server(servicer, server):
                     servicer.ComputeStream,
                     request_deserializer=gradwire_dot_v1_dot_gradient__service__pb2.ComputeStreamRequest.FromString,
                     response_serializer=gradwire_dot_v1_dot_gradient__service__pb2.ComputeStreamResponse.SerializeToString,
+            ),
+            'OpenRegion': grpc.unary_stream_rpc_method_handler(
+                    servicer.OpenRegion,
+                    request_deserializer=gradwire_dot_v1_dot_gradient__service__pb2.OpenRegionRequest.FromString,
+                    response_serializer=gradwire_dot_v1_dot_gradient__service__pb2.OpenRegionResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -158,6 +183,33 @@ class GradientService(object):
             '/gradwire.v1.GradientService/ComputeStream',
             gradwire_dot_v1_dot_gradient__service__pb2.ComputeStreamRequest.SerializeToString,
             gradwire_dot_v1_dot_gradient__service__pb2.ComputeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenRegion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gradwire.v1.GradientService/OpenRegion',
+            gradwire_dot_v1_dot_gradient__service__pb2.OpenRegionRequest.SerializeToString,
+            gradwire_dot_v1_dot_gradient__service__pb2.OpenRegionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_block_bytes", "required_features")
+    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_block_bytes", "required_features", "regions")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class Job(_message.Message):
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     REQUIRED_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     m: int
     n: int
@@ -39,25 +40,52 @@ class Job(_message.Message):
     checksum: _matrix_pb2.Checksum
     max_block_bytes: int
     required_features: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_block_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ...) -> None: ...
+    regions: _containers.RepeatedCompositeFieldContainer[SharedRegion]
+    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_block_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ...) -> None: ...
+
+class SharedRegion(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    def __init__(self, token: _Optional[str] = ...) -> None: ...
 
 class Operand(_message.Message):
-    __slots__ = ("inline",)
+    __slots__ = ("inline", "shared")
     INLINE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     inline: InlineSource
-    def __init__(self, inline: _Optional[_Union[InlineSource, _Mapping]] = ...) -> None: ...
+    shared: SharedSource
+    def __init__(self, inline: _Optional[_Union[InlineSource, _Mapping]] = ..., shared: _Optional[_Union[SharedSource, _Mapping]] = ...) -> None: ...
+
+class SharedSource(_message.Message):
+    __slots__ = ("region", "offset_bytes")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    offset_bytes: int
+    def __init__(self, region: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
 
 class InlineSource(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("dtype", "inline")
+    __slots__ = ("dtype", "inline", "shared")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     dtype: _matrix_pb2.Dtype
     inline: InlineDestination
-    def __init__(self, dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., inline: _Optional[_Union[InlineDestination, _Mapping]] = ...) -> None: ...
+    shared: SharedDestination
+    def __init__(self, dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., inline: _Optional[_Union[InlineDestination, _Mapping]] = ..., shared: _Optional[_Union[SharedDestination, _Mapping]] = ...) -> None: ...
+
+class SharedDestination(_message.Message):
+    __slots__ = ("region", "offset_bytes")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    offset_bytes: int
+    def __init__(self, region: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
 
 class InlineDestination(_message.Message):
     __slots__ = ()

@@ -29,3 +29,9 @@ SERVICE = "gradwire.v1.GradientService"
 
 CONTRACT = "gradwire.v1"
 """The contract's name and version."""
+
+SHARED_MEMORY = "shared-memory"
+"""Name of the feature of servers that share memory with clients."""
+
+SHARED_ALIGNMENT = 64
+"""Bytes of which every offset in shared memory is a multiple: a cache line."""

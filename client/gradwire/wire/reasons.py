@@ -35,6 +35,9 @@ class Reason(enum.StrEnum):
     M_MISMATCH = enum.auto()
     END_MISSING = enum.auto()
     STREAM_REQUIRED = enum.auto()
+    PLACE_INVALID = enum.auto()
+    # FAILED_PRECONDITION
+    REGION_UNKNOWN = enum.auto()
     # UNIMPLEMENTED
     OPTION_UNKNOWN = enum.auto()
     FEATURE_UNKNOWN = enum.auto()
@@ -60,6 +63,7 @@ class Reason(enum.StrEnum):
 
 
 _OTHER_STATUS = {
+    Reason.REGION_UNKNOWN: StatusCode.FAILED_PRECONDITION,
     Reason.OPTION_UNKNOWN: StatusCode.UNIMPLEMENTED,
     Reason.FEATURE_UNKNOWN: StatusCode.UNIMPLEMENTED,
     Reason.CONTRACT_UNKNOWN: StatusCode.UNIMPLEMENTED,

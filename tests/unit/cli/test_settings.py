@@ -56,6 +56,7 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     "max_jobs": ("7", 7, "7"),
     "max_queue": ("0", 0, "0"),
     "block_bytes": ("65536", 65536, "65536"),
+    "allow_shared_memory": ("true", True, "true"),
     "idle_timeout": ("2.5", 2.5, "2.5"),
     "grace": ("0", 0.0, "0"),
     "log_format": ("json", "json", '"json"'),

@@ -1,0 +1,191 @@
+"""Memory that is shared with clients of the same host.
+
+A region is a file without a name (memfd_create(2)) whose size is sealed: a
+client that could shrink it would make the server fault at its next access.
+Its pages are taken from the machine when it is made, so that no later write
+can find none left. Only whoever was told its token can have jobs use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import mmap
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire.wire.limits import MAX_INT64
+from gradwire.wire.reasons import Reason
+from gradwire_server.admission import CALL_BYTES, RETRY_AFTER_S, Admission
+from gradwire_server.errors import JobError
+
+MAX_REGIONS = 256
+"""Most regions at once: each takes two descriptors of the process's, which
+connections need too."""
+
+COOKIE_BYTES = 32
+"""Random bytes by which a client knows that it has opened the right file."""
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Region:
+    """Memory that a client has mapped too.
+
+    Args:
+        size_bytes: Its size, a multiple of the page size.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.token = secrets.token_urlsafe(24)
+        self.cookie = secrets.token_bytes(COOKIE_BYTES)
+        self.fd = os.memfd_create(
+            "gradwire-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        )
+        try:
+            os.ftruncate(self.fd, size_bytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.memory: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    async def take_pages(self) -> None:
+        """Takes the region's memory from the machine, and maps it.
+
+        Raises:
+            OSError: The machine has not so much.
+        """
+        # The thread has a descriptor of its own: this task may be cancelled,
+        # and the region closed, before it is done.
+        fd = os.dup(self.fd)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, _allocate, fd, self.size_bytes)
+        self.memory = np.frombuffer(mmap.mmap(self.fd, self.size_bytes), np.uint8)
+        self.memory[:COOKIE_BYTES] = np.frombuffer(self.cookie, np.uint8)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Keeps the region's memory within this context, though it be closed."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    async def close(self) -> None:
+        """Gives the memory back, when the last job that uses it has ended."""
+        os.close(self.fd)
+        await self._unused.wait()
+        self.memory = self.memory[:0].copy()
+
+
+class Regions:
+    """The open regions of one server.
+
+    Args:
+        admission: In whose memory they count.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._open: dict[str, Region] = {}
+        self._count = 0
+
+    @asynccontextmanager
+    async def open(self, size_bytes: int) -> AsyncIterator[Region]:
+        """A region, as long as this context lasts.
+
+        Raises:
+            JobError: The size is none, larger than this server can ever
+                hold, or more than it has now.
+        """
+        if not 0 < size_bytes < MAX_INT64 - mmap.PAGESIZE:
+            raise JobError(
+                Reason.OPTION_INVALID,
+                f"size_bytes is {size_bytes}: expected at least 1",
+                field="size_bytes",
+            )
+        size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        # Beside it, a job in it is a call of its own.
+        if size_bytes + 2 * CALL_BYTES > self._admission.memory_limit:
+            raise JobError(
+                Reason.JOB_TOO_LARGE,
+                f"the region would hold {size_bytes} bytes: this server has "
+                f"{self._admission.memory_limit}",
+                field="size_bytes",
+            )
+        if self._count >= MAX_REGIONS:
+            raise _busy(f"{self._count} regions are open, of at most {MAX_REGIONS}")
+        with self._admission.call(size_bytes):
+            self._count += 1
+            try:
+                async with self._opened(size_bytes) as region:
+                    yield region
+            finally:
+                self._count -= 1
+
+    @contextmanager
+    def used(self, tokens: Sequence[str]) -> Iterator[list[Region]]:
+        """The regions of these names, whose memory stays within this context.
+
+        Raises:
+            JobError: No open region has that name.
+        """
+        with ExitStack() as stack:
+            found = []
+            for position, token in enumerate(tokens):
+                region = self._open.get(token)
+                if region is None:
+                    raise JobError(
+                        Reason.REGION_UNKNOWN,
+                        f"job.regions[{position}].token names no open region of this "
+                        f"server: it was closed, or it is another server's",
+                        field=f"job.regions[{position}].token",
+                    )
+                stack.enter_context(region.used())
+                found.append(region)
+            yield found
+
+    @asynccontextmanager
+    async def _opened(self, size_bytes: int) -> AsyncIterator[Region]:
+        region = Region(size_bytes)
+        try:
+            try:
+                await region.take_pages()
+            except OSError as error:
+                raise _busy(
+                    f"the machine has no {size_bytes} bytes to share"
+                ) from error
+            self._open[region.token] = region
+            yield region
+        finally:
+            self._open.pop(region.token, None)
+            await region.close()
+
+
+def _allocate(fd: int, size_bytes: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size_bytes)
+    finally:
+        os.close(fd)
+
+
+def _busy(why: str) -> JobError:
+    return JobError(
+        Reason.BUSY,
+        f"the server is busy: {why}; try again in {RETRY_AFTER_S:g} s",
+        retry_after_s=RETRY_AFTER_S,
+    )
