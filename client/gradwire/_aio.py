@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from typing import Any
 
 import grpc
@@ -13,8 +20,7 @@ from gradwire import _fork
 from gradwire._aio_calls import AsyncCall, AsyncConnection
 from gradwire._aio_stream import AsyncGradientStream
 from gradwire._base import ArrayJob, BaseClient
-from gradwire._exceptions import ClientStateError
-from gradwire._exchange import Exchange
+from gradwire._exceptions import ClientStateError, GradwireError
 from gradwire._failures import call_error, connect_error
 from gradwire._options import (
     DtypeLike,
@@ -24,8 +30,18 @@ from gradwire._options import (
     parse_options,
     parse_timeout,
 )
+from gradwire._regions import Room
 from gradwire._rows import RowReader
-from gradwire._types import Backward, Gradients, Receipt, ServerInfo, server_info_of
+from gradwire._shared import SharedJob
+from gradwire._sharing import EmptyArray, may_be_smaller
+from gradwire._types import (
+    Array,
+    Backward,
+    Gradients,
+    Receipt,
+    ServerInfo,
+    server_info_of,
+)
 from gradwire.v1.gradient_service_pb2 import (
     GetServerInfoRequest,
     GetServerInfoResponse,
@@ -46,9 +62,11 @@ class AsyncClient(BaseClient):
         timeout_s: Seconds for every call that names none itself; None: as
             long as it takes.
         metadata: Sent with every call.
+        transport: As for `connect`; "auto" is "tcp" where the client is not
+            entered.
 
     Raises:
-        InputError: The address is none.
+        InputError: The address or the transport is none.
 
     Example:
         >>> async with gradwire.AsyncClient("gpu-node:50051") as client:
@@ -62,8 +80,11 @@ class AsyncClient(BaseClient):
         connect_timeout_s: float | None = 10.0,
         timeout_s: float | None = None,
         metadata: Metadata = (),
+        transport: str = "auto",
     ) -> None:
-        super().__init__(address, timeout_s=timeout_s, metadata=metadata)
+        super().__init__(
+            address, timeout_s=timeout_s, metadata=metadata, transport=transport
+        )
         self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connected: AsyncConnection | None = None
@@ -77,6 +98,8 @@ class AsyncClient(BaseClient):
         try:
             answer = await self._info(self._connect_timeout_s)
             self._require_contract(server_info_of(answer))
+            if self._sharing.demanded:
+                await self._rooms([1])
         except grpc.RpcError as error:
             await self.close()
             seconds = self._connect_timeout_s or 0
@@ -93,6 +116,7 @@ class AsyncClient(BaseClient):
         """Close the connection; calls that still run are cancelled."""
         self._closed = True
         connected, self._connected = self._connected, None
+        self._sharing.pool.close()
         if connected is not None:
             await connected.channel.close()
 
@@ -112,6 +136,28 @@ class AsyncClient(BaseClient):
         except grpc.RpcError as error:
             raise call_error(error, self._address) from None
         return server_info_of(answer)
+
+    async def empty(
+        self, shape: int | Sequence[int], dtype: DtypeLike = "float32"
+    ) -> Array:
+        """An array whose elements need not travel; see `Client.empty`.
+
+        Returns:
+            An array, not initialised.
+
+        Raises:
+            InputError: The shape or the dtype is none.
+            GradwireError: ``transport="shm"``, and the server has no more
+                memory.
+
+        Example:
+            >>> x = await client.empty((4096, 1024))
+        """
+        self._require_open()
+        wanted = EmptyArray(shape, dtype)
+        return wanted.made(
+            await self._rooms(wanted.sizes) if self._sharing.on else None
+        )
 
     async def gradients(
         self,
@@ -297,18 +343,76 @@ class AsyncClient(BaseClient):
         return AsyncGradientStream(self, rows, reader)
 
     async def _run(self, job: ArrayJob) -> Receipt:
+        if self._shares(job):
+            receipt = await self._run_shared(job)
+            if receipt is not None:
+                return self._keep(receipt)
         if job.unary:
             return self._keep(await self._compute(job))
         exchange = job.exchange()
         async with AsyncCall(
             self._connection(),
             exchange,
-            lambda: _messages(job, exchange),
+            lambda: _messages(job.messages(exchange)),
             job.plan.options,
         ) as call:
             async for message in call:
                 exchange.receive(message)
             return self._keep(exchange.finish())
+
+    async def _run_shared(self, job: ArrayJob, *, again: bool = True) -> Receipt | None:
+        """Compute a job in shared memory; None where there is none for it."""
+        shared = self._sharing.place(job)
+        rooms = await self._rooms(shared.sizes)
+        if rooms is None:
+            return None
+        shared.place(rooms)
+        await _beside(shared, shared.copy_in)
+        exchange = shared.exchange()
+        try:
+            async with AsyncCall(
+                self._connection(),
+                exchange,
+                lambda: _messages(exchange.messages()),
+                job.plan.options,
+            ) as call:
+                async for message in call:
+                    exchange.receive(message)
+                receipt = exchange.finish()
+        except BaseException as error:
+            if not shared.worth_another_try(error) or not again:
+                raise
+        else:
+            await _beside(shared, shared.copy_out)
+            return receipt
+        return await self._run_shared(job, again=False)
+
+    async def _rooms(self, sizes: Sequence[int]) -> list[Room] | None:
+        """Room in shared memory; None where there is none.
+
+        Raises:
+            GradwireError: There is none, and it is demanded.
+        """
+        if not sizes:
+            return []
+        connection = self._connection()
+        pool = self._sharing.pool
+        rooms = pool.take(sizes)
+        if rooms is not None:
+            return rooms
+        refusal: GradwireError | None = None
+        for size_bytes in pool.bytes_to_open(sizes):
+            try:
+                region = await connection.open_region(size_bytes, self._metadata)
+            except GradwireError as error:
+                refusal = error
+                if not may_be_smaller(error):
+                    break
+            else:
+                return pool.add(region, sizes)
+        if refusal is not None:
+            self._sharing.refused(refusal)
+        return None
 
     async def _compute(self, job: ArrayJob) -> Receipt:
         options = job.plan.options
@@ -353,6 +457,14 @@ class AsyncClient(BaseClient):
         return self._connected
 
 
-async def _messages(job: ArrayJob, exchange: Exchange) -> AsyncGenerator[bytes]:
-    for message in job.messages(exchange):
+async def _beside(shared: SharedJob, copy: Callable[[], None]) -> None:
+    """Copy where the event loop's others do not notice, if it takes a while."""
+    if shared.copies:
+        await asyncio.to_thread(copy)
+    else:
+        copy()
+
+
+async def _messages(messages: Iterator[bytes]) -> AsyncGenerator[bytes]:
+    for message in messages:
         yield message

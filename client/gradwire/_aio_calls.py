@@ -10,23 +10,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 
 from gradwire import _fork
-from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO
-from gradwire._exceptions import JobCancelledError
-from gradwire._exchange import Exchange
+from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO, OPEN_REGION
+from gradwire._exceptions import ConnectError, JobCancelledError, ProtocolError
+from gradwire._exchange import Conversation
 from gradwire._failures import call_error
-from gradwire._options import Options
+from gradwire._options import MetadataPairs, Options
+from gradwire._regions import Region
+from gradwire._sharing import OPEN_TIMEOUT_S
 from gradwire._target import channel_options
 from gradwire.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
     GetServerInfoRequest,
     GetServerInfoResponse,
+    OpenRegionRequest,
+    OpenRegionResponse,
 )
 
 _StreamCall: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
@@ -37,6 +42,7 @@ class AsyncConnection:
 
     def __init__(self, target: str, address: str) -> None:
         self.address = address
+        self._loop = asyncio.get_running_loop()
         _fork.aio_began()
         self.channel = grpc.aio.insecure_channel(
             target, options=channel_options(address)
@@ -51,10 +57,43 @@ class AsyncConnection:
             request_serializer=GetServerInfoRequest.SerializeToString,
             response_deserializer=GetServerInfoResponse.FromString,
         )
+        self._region = self.channel.unary_stream(
+            OPEN_REGION,
+            request_serializer=OpenRegionRequest.SerializeToString,
+            response_deserializer=OpenRegionResponse.FromString,
+        )
         # Without serializers both sides of the stream are given plain bytes.
         self.stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = (
             self.channel.stream_stream(COMPUTE_STREAM)
         )
+
+    async def open_region(self, size_bytes: int, metadata: MetadataPairs) -> Region:
+        """A region, which lasts until it is closed.
+
+        Raises:
+            GradwireError: The server refuses it, or it cannot be opened here.
+        """
+        rpc = self._region(OpenRegionRequest(size_bytes=size_bytes), metadata=metadata)
+        region: Region | None = None
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                answer = await rpc.read()
+            if isinstance(answer, OpenRegionResponse):
+                region = Region(answer, partial(_cancel, rpc, self._loop))
+        except TimeoutError:
+            rpc.cancel()
+            raise ConnectError(
+                f"the server at {self.address} opened no region in {OPEN_TIMEOUT_S:g} s"
+            ) from None
+        except grpc.RpcError as error:
+            raise call_error(error, self.address) from None
+        except BaseException:
+            rpc.cancel()
+            raise
+        if region is None:
+            raise ProtocolError("the server ended a region at once")
+        rpc.add_done_callback(region.on_end())
+        return region
 
 
 class AsyncCall:
@@ -70,7 +109,7 @@ class AsyncCall:
     def __init__(
         self,
         connection: AsyncConnection,
-        exchange: Exchange,
+        exchange: Conversation,
         messages: Callable[[], AsyncGenerator[bytes]],
         options: Options,
     ) -> None:
@@ -177,6 +216,12 @@ class _Feed:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+
+def _cancel(rpc: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """End a call from whatever thread; a closed loop has ended it already."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(rpc.cancel)
 
 
 async def _write(rpc: _StreamCall, message: bytes) -> bool:

@@ -8,28 +8,39 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+import numpy as np
+
 from gradwire import _fork, _unary
 from gradwire._arrays import Operand
 from gradwire._exceptions import ClientStateError, ContractError
 from gradwire._exchange import Exchange
-from gradwire._options import Metadata, Options, parse_metadata, parse_timeout
+from gradwire._options import (
+    Metadata,
+    Options,
+    parse_metadata,
+    parse_timeout,
+    parse_transport,
+)
 from gradwire._outputs import (
     ArraySink,
     Output,
+    given_outputs,
     handed_back,
     named_outputs,
-    outputs,
+    output_shape,
 )
 from gradwire._plan import Plan, plan_arrays
 from gradwire._rows import RowJob, RowReader
 from gradwire._sending import Sender
+from gradwire._sharing import Sharing
 from gradwire._target import grpc_target
-from gradwire._types import Receipt, ServerInfo
+from gradwire._types import Array, Receipt, ServerInfo
 from gradwire._unary import UnaryExchange
 from gradwire.wire import limits
 from gradwire.wire.matrices import Matrix
 
 COMPUTE = f"/{limits.SERVICE}/Compute"
+OPEN_REGION = f"/{limits.SERVICE}/OpenRegion"
 COMPUTE_STREAM = f"/{limits.SERVICE}/ComputeStream"
 GET_SERVER_INFO = f"/{limits.SERVICE}/GetServerInfo"
 
@@ -52,26 +63,22 @@ class ArrayJob:
         self,
         plan: Plan,
         operands: Mapping[Matrix, Operand],
-        made: Mapping[Matrix, Output],
+        given: Mapping[Matrix, Output],
         *,
         unary: bool,
     ) -> None:
         self.plan = plan
         self.operands = operands
         self.unary = unary
-        self._made = made
-        self._sinks = {
-            matrix: ArraySink(output.array, plan.result_dtype(matrix))
-            for matrix, output in made.items()
-        }
+        self._outputs = dict(given)
 
     def exchange(self) -> Exchange:
         """The conversation, as a stream."""
-        return Exchange(self.plan, Sender(self.plan), self._sinks)
+        return Exchange(self.plan, Sender(self.plan), self._sinks())
 
     def unary_exchange(self) -> UnaryExchange:
         """The conversation, as one message each way."""
-        return UnaryExchange(self.plan, self._sinks)
+        return UnaryExchange(self.plan, self._sinks())
 
     def messages(self, exchange: Exchange) -> Iterator[bytes]:
         """What the stream sends after its header."""
@@ -79,7 +86,29 @@ class ArrayJob:
 
     def results(self, *wanted: Matrix) -> list[Any]:
         """What the caller gets of these, None for those it did not want."""
-        return handed_back(self._made, wanted)
+        return handed_back(self._outputs, wanted)
+
+    def present_outputs(self) -> dict[Matrix, Array]:
+        """The results' arrays that are there already."""
+        return {matrix: output.array for matrix, output in self._outputs.items()}
+
+    def hand_back(self, matrix: Matrix, elements: Array) -> None:
+        """Make a result that has no array yet of these elements."""
+        shape = output_shape(self.plan, self.operands, matrix)
+        array = elements.reshape(shape)
+        self._outputs[matrix] = Output(array, array)
+
+    def _sinks(self) -> dict[Matrix, ArraySink]:
+        """Sinks for all results; arrays are made for those that have none."""
+        for matrix in self.plan.results:
+            if matrix not in self._outputs:
+                shape = output_shape(self.plan, self.operands, matrix)
+                dtype = self.plan.result_dtype(matrix).numpy
+                self.hand_back(matrix, np.empty(shape, dtype))
+        return {
+            matrix: ArraySink(output.array, self.plan.result_dtype(matrix))
+            for matrix, output in self._outputs.items()
+        }
 
 
 class BaseClient:
@@ -91,6 +120,7 @@ class BaseClient:
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
+        transport: str = "auto",
     ) -> None:
         self._target = grpc_target(address)
         self._address = address
@@ -100,6 +130,7 @@ class BaseClient:
         self._pid = os.getpid()
         self._local = threading.local()
         self._tuning = Tuning()
+        self._sharing = Sharing(parse_transport(transport), address)
 
     @property
     def address(self) -> str:
@@ -152,7 +183,7 @@ class BaseClient:
         """A job from the arguments of a method that returns `returns`."""
         plan, operands = plan_arrays(given, self._with_defaults(options))
         plan = replace(plan, chunk_bytes=self._tuning.chunk_bytes)
-        made = outputs(plan, operands, named_outputs(out, returns))
+        made = given_outputs(plan, operands, named_outputs(out, returns))
         unary = self._tuning.unary
         if unary is None:
             unary = _unary.fits(plan)
@@ -172,6 +203,12 @@ class BaseClient:
             metadata=self._metadata + options.metadata,
         )
 
+    def _shares(self, job: ArrayJob) -> bool:
+        """Whether a job shall go through shared memory."""
+        if self._tuning.unary or job.plan.options.checksum:
+            return False
+        return self._sharing.suits(job)
+
     def _require_contract(self, info: ServerInfo) -> ServerInfo:
         if info.contract != limits.CONTRACT:
             raise ContractError(
@@ -179,4 +216,5 @@ class BaseClient:
                 f" {info.contract or 'no contract that it names'}, and this client"
                 f" speaks {limits.CONTRACT}: one of them has to be updated"
             )
+        self._sharing.learn(info)
         return info

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from google.protobuf.message import Message
 
@@ -70,6 +70,16 @@ class Reporter:
                     jobs_ahead=jobs_ahead,
                 )
             )
+
+
+class Conversation(Protocol):
+    """What whoever pumps a stream's requests must know of it."""
+
+    accepted: Accepted | None
+    """What the server said when it took the job on."""
+
+    def opening(self) -> bytes:
+        """The first message; the next ones may go once `accepted` is set."""
 
 
 class Exchange:

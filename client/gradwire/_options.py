@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -21,10 +22,13 @@ from gradwire.wire.matrices import RESULTS, Matrix
 DtypeLike: TypeAlias = Any
 ResultDtypes: TypeAlias = "DtypeLike | Mapping[str, DtypeLike] | None"
 Metadata: TypeAlias = "Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]"
+MetadataPairs: TypeAlias = tuple[tuple[str, "str | bytes"], ...]
 OnProgress: TypeAlias = Callable[[Progress], object]
 
 _LONGEST_TIMEOUT_S = 365 * 86_400.0
 """gRPC cannot count much longer ones, and nobody sits out this one."""
+
+TRANSPORTS = ("auto", "tcp", "shm")
 
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 _COMPUTED = ", ".join(dtype.label for dtype in Dtype)
@@ -119,6 +123,17 @@ def parse_timeout(value: float | None, name: str) -> float | None:
     return min(seconds, _LONGEST_TIMEOUT_S)
 
 
+def parse_transport(value: str) -> str:
+    """How elements shall travel: "auto", "tcp" or "shm".
+
+    Raises:
+        InputError: It is none of them.
+    """
+    if value not in TRANSPORTS:
+        raise InputError(f"transport is {value!r}; it can be {', '.join(TRANSPORTS)}")
+    return value
+
+
 def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
     """Metadata as gRPC takes it: ``{"traceparent": "00-..."}`` or pairs.
 
@@ -152,6 +167,22 @@ def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
             raise InputError(f"the metadata {key!r} is {value!r}: not printable ASCII")
         checked.append((key, value))
     return tuple(checked)
+
+
+def parse_shape(value: Any) -> tuple[int, ...]:
+    """A shape from a number or a sequence of numbers.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        numbers = value if isinstance(value, Iterable) else (value,)
+        shape = tuple(operator.index(number) for number in numbers)
+    except TypeError:
+        raise InputError(f"shape is {value!r}: give whole numbers") from None
+    if any(size < 0 for size in shape):
+        raise InputError(f"shape is {shape}: give sizes of at least 0")
+    return shape
 
 
 def parse_dtype(value: DtypeLike, name: str) -> Dtype:

@@ -1,4 +1,4 @@
-"""Where results go: arrays made here, or the caller's own."""
+"""Where results go: the caller's own arrays, or such as are made for them."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
     return {matrix: value for matrix, value in given.items() if value is not None}
 
 
-def outputs(
+def given_outputs(
     plan: Plan, operands: Mapping[Matrix, Operand], given: Mapping[Matrix, Any]
 ) -> dict[Matrix, Output]:
-    """An array for every wanted result.
+    """The caller's own arrays for results.
 
     Raises:
         InputError: An array that was given cannot take its result, or shares
@@ -80,20 +80,24 @@ def outputs(
     for matrix in given:
         if matrix not in plan.results:
             raise InputError(f"out has {matrix.label}, which results does not name")
-    made = {}
+    checked = {}
     for matrix in plan.results:
-        lead = _lead(matrix, operands)
-        columns = matrix.row_length(plan.n, plan.k)
-        shape = (*(lead if lead is not None else (plan.n,)), columns)
-        dtype = plan.result_dtype(matrix)
         if matrix in given:
+            shape = output_shape(plan, operands, matrix)
+            dtype = plan.result_dtype(matrix)
             array = _checked(given[matrix], matrix.label, shape, dtype)
-            made[matrix] = Output(given[matrix], array)
-        else:
-            array = np.empty(shape, dtype.numpy)
-            made[matrix] = Output(array, array)
-    _check_overlap({matrix: made[matrix].array for matrix in given}, operands)
-    return made
+            checked[matrix] = Output(given[matrix], array)
+    _check_overlap({m: output.array for m, output in checked.items()}, operands)
+    return checked
+
+
+def output_shape(
+    plan: Plan, operands: Mapping[Matrix, Operand], matrix: Matrix
+) -> tuple[int, ...]:
+    """Shape of a result, with the leading dimensions of its operand."""
+    lead = _lead(matrix, operands)
+    columns = matrix.row_length(plan.n, plan.k)
+    return (*(lead if lead is not None else (plan.n,)), columns)
 
 
 class ArraySink:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stub
 
 from gradwire import _fork
 from gradwire._base import ArrayJob, BaseClient
+from gradwire._exceptions import GradwireError
 from gradwire._failures import call_error, connect_error
 from gradwire._options import (
     DtypeLike,
@@ -21,10 +22,19 @@ from gradwire._options import (
     parse_options,
     parse_timeout,
 )
+from gradwire._regions import Pool, Room
 from gradwire._rows import RowReader
+from gradwire._sharing import EmptyArray, may_be_smaller
 from gradwire._sync_calls import Call, Connection, call_unary
 from gradwire._sync_stream import GradientStream
-from gradwire._types import Backward, Gradients, Receipt, ServerInfo, server_info_of
+from gradwire._types import (
+    Array,
+    Backward,
+    Gradients,
+    Receipt,
+    ServerInfo,
+    server_info_of,
+)
 from gradwire.v1.gradient_service_pb2 import (
     GetServerInfoRequest,
     GetServerInfoResponse,
@@ -38,6 +48,7 @@ def connect(
     connect_timeout_s: float | None = 10.0,
     timeout_s: float | None = None,
     metadata: Metadata = (),
+    transport: str = "auto",
 ) -> Client:
     """A client of the server at an address, once it has answered.
 
@@ -47,17 +58,24 @@ def connect(
         timeout_s: Seconds for every call that names none itself; None: as
             long as it takes.
         metadata: Sent with every call: ``{"traceparent": "00-..."}``.
+        transport: How elements travel. "tcp": in messages, over whatever the
+            address names. "shm": through memory that the server shares,
+            which it must allow; see `Client.empty`. "auto": through shared
+            memory where the server allows it and is surely on this host.
 
     Raises:
-        InputError: The address is none.
+        InputError: The address or the transport is none.
         ConnectError: Nobody answers there, or what does is no gradwire
-            server (`ContractError`: none of this version of the contract).
+            server (`ContractError`: none of this version of the contract),
+            or memory that is demanded cannot be shared with it.
 
     Example:
         >>> with gradwire.connect("gpu-node:50051") as client:
         ...     y, dx, dw = client.gradients(x, w, dy)
     """
-    client = Client(address, timeout_s=timeout_s, metadata=metadata)
+    client = Client(
+        address, timeout_s=timeout_s, metadata=metadata, transport=transport
+    )
     try:
         client.handshake(connect_timeout_s)
     except BaseException:
@@ -78,9 +96,10 @@ class Client(BaseClient):
         timeout_s: Seconds for every call that names none itself; None: as
             long as it takes.
         metadata: Sent with every call.
+        transport: As for `connect`; "auto" is "tcp" before a `handshake`.
 
     Raises:
-        InputError: The address is none.
+        InputError: The address or the transport is none.
 
     Example:
         >>> client = gradwire.Client("unix:/run/gradwire.sock", timeout_s=60)
@@ -94,8 +113,11 @@ class Client(BaseClient):
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
+        transport: str = "auto",
     ) -> None:
-        super().__init__(address, timeout_s=timeout_s, metadata=metadata)
+        super().__init__(
+            address, timeout_s=timeout_s, metadata=metadata, transport=transport
+        )
         self._lock = threading.Lock()
         self._connected: Connection | None = None
         _clients.add(self)
@@ -112,6 +134,7 @@ class Client(BaseClient):
         with self._lock:
             self._closed = True
             connected, self._connected = self._connected, None
+        self._sharing.pool.close()
         if connected is not None:
             with _fork.calling():
                 connected.channel.close()
@@ -127,7 +150,10 @@ class Client(BaseClient):
             answer = self._info(seconds)
         except grpc.RpcError as error:
             raise connect_error(error, self._address, seconds or 0) from None
-        return self._require_contract(server_info_of(answer))
+        info = self._require_contract(server_info_of(answer))
+        if self._sharing.demanded:
+            self._rooms([1])
+        return info
 
     def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """What the server is, offers and allows.
@@ -145,6 +171,43 @@ class Client(BaseClient):
         except grpc.RpcError as error:
             raise call_error(error, self._address) from None
         return server_info_of(answer)
+
+    def empty(self, shape: int | Sequence[int], dtype: DtypeLike = "float32") -> Array:
+        """An array whose elements need not travel.
+
+        It lies in memory that the server shares, where that is so, and is an
+        ordinary array otherwise. As an operand or as `out` of `gradients`,
+        `forward` and `backward` it, and every C-contiguous part of it that
+        begins at a multiple of 64 bytes, is used in place; other operands are
+        copied there first. Its memory is used again when its last view has
+        died, and stays valid when the client is closed. A job that reads it
+        must have ended before it is changed.
+
+        After a job failed without a word of the server's (its deadline
+        passed, it was cancelled, the connection broke), arrays that were its
+        `out` may still be written to for as long as a row block takes, and
+        they are ordinary arrays from then on.
+
+        Args:
+            shape: A number or numbers.
+            dtype: One that gradwire computes.
+
+        Returns:
+            An array, not initialised.
+
+        Raises:
+            InputError: The shape or the dtype is none.
+            GradwireError: ``transport="shm"``, and the server has no more
+                memory.
+
+        Example:
+            >>> x = client.empty((4096, 1024))
+            >>> x[:] = rows
+            >>> y = client.forward(x, w)
+        """
+        self._require_open()
+        wanted = EmptyArray(shape, dtype)
+        return wanted.made(self._rooms(wanted.sizes) if self._sharing.on else None)
 
     def gradients(
         self,
@@ -383,6 +446,10 @@ class Client(BaseClient):
         return GradientStream(self, rows, reader)
 
     def _run(self, job: ArrayJob) -> Receipt:
+        if self._shares(job):
+            receipt = self._run_shared(job)
+            if receipt is not None:
+                return self._keep(receipt)
         if job.unary:
             return self._keep(self._compute(job))
         exchange = job.exchange()
@@ -395,6 +462,57 @@ class Client(BaseClient):
             for message in call:
                 exchange.receive(message)
             return self._keep(exchange.finish())
+
+    def _run_shared(self, job: ArrayJob, *, again: bool = True) -> Receipt | None:
+        """Compute a job in shared memory; None where there is none for it."""
+        shared = self._sharing.place(job)
+        rooms = self._rooms(shared.sizes)
+        if rooms is None:
+            return None
+        shared.place(rooms)
+        shared.copy_in()
+        exchange = shared.exchange()
+        try:
+            with Call(
+                self._connection(), exchange, exchange.messages, job.plan.options
+            ) as call:
+                for message in call:
+                    exchange.receive(message)
+                receipt = exchange.finish()
+        except BaseException as error:
+            if not shared.worth_another_try(error) or not again:
+                raise
+        else:
+            shared.copy_out()
+            return receipt
+        return self._run_shared(job, again=False)
+
+    def _rooms(self, sizes: Sequence[int]) -> list[Room] | None:
+        """Room in shared memory; None where there is none.
+
+        Raises:
+            GradwireError: There is none, and it is demanded.
+        """
+        if not sizes:
+            return []
+        connection = self._connection()
+        pool = self._sharing.pool
+        rooms = pool.take(sizes)
+        if rooms is not None:
+            return rooms
+        refusal: GradwireError | None = None
+        for size_bytes in pool.bytes_to_open(sizes):
+            try:
+                region = connection.open_region(size_bytes, self._metadata)
+            except GradwireError as error:
+                refusal = error
+                if not may_be_smaller(error):
+                    break
+            else:
+                return pool.add(region, sizes)
+        if refusal is not None:
+            self._sharing.refused(refusal)
+        return None
 
     def _compute(self, job: ArrayJob) -> Receipt:
         options = job.plan.options
@@ -421,16 +539,15 @@ class Client(BaseClient):
             return self._connected
 
     def _after_fork(self) -> None:
-        # The parent's channel is not this process's to use, nor to close;
-        # and its lock may have been held by a thread that is not here.
-        if self._connected is not None:
-            _inherited.append(self._connected)
+        # The parent's channel and regions are not this process's to use, nor
+        # to close; and their locks may have been held by threads not here.
+        _inherited.append((self._connected, self._sharing.renew()))
         self._connected = None
         self._lock = threading.Lock()
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
-_inherited: list[Connection] = []
+_inherited: list[tuple[Connection | None, Pool]] = []
 
 
 def _channels() -> list[grpc.Channel]:

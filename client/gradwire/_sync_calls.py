@@ -6,6 +6,7 @@ while the caller's thread reads: so both directions go on at once.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -13,16 +14,21 @@ from typing import Any, TypeVar
 import grpc
 
 from gradwire import _fork
-from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO
-from gradwire._exchange import Exchange
+from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO, OPEN_REGION
+from gradwire._exceptions import ProtocolError
+from gradwire._exchange import Conversation
 from gradwire._failures import call_error
-from gradwire._options import Options
+from gradwire._options import MetadataPairs, Options
+from gradwire._regions import Region
+from gradwire._sharing import OPEN_TIMEOUT_S
 from gradwire._target import channel_options
 from gradwire.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
     GetServerInfoRequest,
     GetServerInfoResponse,
+    OpenRegionRequest,
+    OpenRegionResponse,
 )
 
 _Request = TypeVar("_Request")
@@ -45,10 +51,52 @@ class Connection:
             request_serializer=GetServerInfoRequest.SerializeToString,
             response_deserializer=GetServerInfoResponse.FromString,
         )
+        self._region = self.channel.unary_stream(
+            OPEN_REGION,
+            request_serializer=OpenRegionRequest.SerializeToString,
+            response_deserializer=OpenRegionResponse.FromString,
+        )
         # Without serializers both sides of the stream are given plain bytes.
         self.stream: grpc.StreamStreamMultiCallable[bytes, bytes] = (
             self.channel.stream_stream(COMPUTE_STREAM)
         )
+
+    def open_region(self, size_bytes: int, metadata: MetadataPairs) -> Region:
+        """A region, which lasts until it is closed.
+
+        Raises:
+            GradwireError: The server refuses it, or it cannot be opened here.
+        """
+        request = OpenRegionRequest(size_bytes=size_bytes)
+        with _fork.calling():
+            rpc = self._region(request, metadata=metadata)
+        process = os.getpid()
+
+        def end() -> None:
+            if os.getpid() == process:  # else the call is the parent's
+                with _fork.calling():
+                    rpc.cancel()
+
+        too_late = threading.Timer(OPEN_TIMEOUT_S, end)
+        too_late.daemon = True
+        too_late.start()
+        try:
+            with _fork.waiting():
+                answer = next(rpc)
+            region = Region(answer, end)
+        except BaseException as error:
+            end()
+            if isinstance(error, StopIteration):
+                raise ProtocolError("the server ended a region at once") from None
+            if isinstance(error, grpc.RpcError):
+                raise call_error(error, self.address) from None
+            raise
+        finally:
+            too_late.cancel()
+        ended = region.on_end()
+        if not rpc.add_callback(ended):
+            ended()
+        return region
 
 
 def call_unary(
@@ -94,7 +142,7 @@ class Call:
     def __init__(
         self,
         connection: Connection,
-        exchange: Exchange,
+        exchange: Conversation,
         messages: Callable[[], Iterator[bytes]],
         options: Options,
     ) -> None:

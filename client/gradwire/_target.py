@@ -59,6 +59,11 @@ def grpc_target(address: str) -> str:
     return f"dns:///{address}"
 
 
+def is_local(address: str) -> bool:
+    """Whether an address is surely of this host."""
+    return address.startswith((*_LOOPBACK, "unix:"))
+
+
 def channel_options(address: str) -> tuple[tuple[str, Any], ...]:
     """The options of a channel to an address.
 

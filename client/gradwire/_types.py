@@ -121,7 +121,7 @@ class Receipt:
     """Highest resident memory of the server process so far."""
 
     transport: str
-    """How the elements travelled: ``tcp``, ``unix``."""
+    """How the elements travelled: ``tcp``, ``unix``, or ``shm`` (shared memory)."""
 
 
 @dataclass(frozen=True, slots=True)

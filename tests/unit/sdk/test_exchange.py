@@ -15,7 +15,6 @@ from gradwire._arrays import Operand
 from gradwire._base import ArrayJob
 from gradwire._exchange import Exchange
 from gradwire._options import parse_options
-from gradwire._outputs import outputs
 from gradwire._plan import plan_arrays
 from gradwire.v1.gradient_service_pb2 import ComputeResponse, ComputeStreamResponse
 from gradwire.v1.job_pb2 import Accepted, Job, Receipt
@@ -34,7 +33,7 @@ def array_job(
     parsed = parse_options(**{"results": ("y", "dx", "dw")} | options)
     plan, operands = plan_arrays(given, parsed)
     plan = replace(plan, chunk_bytes=chunk_bytes)
-    return ArrayJob(plan, operands, outputs(plan, operands, {}), unary=False)
+    return ArrayJob(plan, operands, {}, unary=False)
 
 
 def small_job(**options: Any) -> ArrayJob:
