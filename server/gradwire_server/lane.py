@@ -37,8 +37,6 @@ class Lane:
 
     def __init__(self, device: int) -> None:
         self.device = device
-        self.pieces_done = 0
-        """Pieces of work done so far, of all jobs."""
         self._queues: OrderedDict[Hashable, deque[_Work]] = OrderedDict()
         self._busy_with: Hashable | None = None
         self._closed = False
@@ -126,7 +124,6 @@ class Lane:
     def _finished(self) -> None:
         with self._changed:
             self._busy_with = None
-            self.pieces_done += 1
             self._changed.notify_all()
 
     @staticmethod

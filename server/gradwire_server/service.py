@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -35,8 +34,6 @@ from gradwire_server.plan import make_plan
 from gradwire_server.regions import Regions
 from gradwire_server.settings import Settings
 from gradwire_server.spec import FEATURES, JobSpec, job_name, read_job
-
-_log = logging.getLogger("gradwire_server")
 
 
 class Service:
