@@ -20,11 +20,15 @@ from gradwire_server.memory import machine_bytes
 from gradwire_server.spec import JobSpec
 
 PARTS = 4
-"""Pieces into which a product is cut by its rows, for threads to share."""
+"""Most pieces into which a product is cut along its longer side, for threads
+to share, unless dW's panels have to be smaller."""
 
-MIN_ROWS = 128
-"""Rows of a piece where a product has enough of them. BLAS packs the other
-operand once for each piece, which should not become what takes the time."""
+PIECE = 512
+"""Rows or columns of a piece where a product has enough of them, and
+SMALL_PIECE where not: BLAS packs the operand that was not cut once for each
+piece, which should not become what takes the time."""
+
+SMALL_PIECE = 128
 
 PANEL_BYTES = 16 * MIB
 """Most of dW's share that a thread computes before it is added, so that no
@@ -68,8 +72,8 @@ class NumpyBackend:
             dw, result = spec.n * spec.k, spec.results[Matrix.DW]
             size += dw * spec.accumulator.itemsize
             size += dw * result.itemsize if result != spec.accumulator else 0
-            rows, columns = _panel_shape(spec)
-            size += self._crew.threads * rows * columns * spec.dtype.sums_in.itemsize
+            panel = _panel_elements(spec)
+            size += self._crew.threads * panel * spec.dtype.sums_in.itemsize
         return size
 
     def open_job(self, spec: JobSpec, block_rows: int, device: int) -> NumpyJob:
@@ -101,7 +105,7 @@ class NumpyJob:
         }
         self._panels: SimpleQueue[Array] = SimpleQueue()
         for _ in range(crew.threads):
-            panel = np.empty(_panel_shape(spec), spec.dtype.sums_in.numpy)
+            panel = np.empty(_panel_elements(spec), spec.dtype.sums_in.numpy)
             self._panels.put(panel)
         self._w: Array | None = None
         self._dw: Array | None = None
@@ -186,18 +190,21 @@ class _Products:
         self._first = first
 
     def multiply(self, a: Array, b: Array, out: _Result) -> None:
-        for rows in _cuts(len(a)):
-            self.pieces.append(partial(_multiply, a[rows], b, out, rows))
+        for rows, columns in _cuts(*out.computed.shape):
+            self.pieces.append(
+                partial(_multiply, a[rows], b[:, columns], out, (rows, columns))
+            )
 
     def multiply_transposed(self, a: Array, b: Array, out: _Result) -> None:
         self.multiply(a, b.T, out)
 
     def accumulate_transposed(self, a: Array, b: Array, out: Array) -> None:
-        if out.size:
-            for rows in _cuts(len(out), out.shape[1] * b.dtype.itemsize):
-                self.pieces.append(
-                    partial(self._accumulate, a[:, rows].T, b, out[rows])
-                )
+        most = PANEL_BYTES // b.dtype.itemsize
+        # The largest pieces go first, so that no thread ends long after another.
+        self.pieces[:0] = [
+            partial(self._accumulate, a[:, rows].T, b[:, columns], out[rows, columns])
+            for rows, columns in _cuts(len(out), out.shape[1], most)
+        ]
 
     def _accumulate(self, a: Array, b: Array, out: Array) -> None:
         if self._first and out.dtype == b.dtype:
@@ -205,7 +212,7 @@ class _Products:
             return
         panel = self._panels.get()
         try:
-            share = panel[: len(out)]
+            share = panel[: out.size].reshape(out.shape)
             np.matmul(a, b, out=share)
             if self._first:
                 np.copyto(out, share)
@@ -215,18 +222,31 @@ class _Products:
             self._panels.put(panel)
 
 
-def _multiply(a: Array, b: Array, out: _Result, rows: slice) -> None:
-    np.matmul(a, b, out=out.computed[rows])
+def _multiply(a: Array, b: Array, out: _Result, part: tuple[slice, slice]) -> None:
+    np.matmul(a, b, out=out.computed[part])
     if out.rounded is not out.computed:
-        np.copyto(out.rounded[rows], out.computed[rows], casting="unsafe")
+        np.copyto(out.rounded[part], out.computed[part], casting="unsafe")
 
 
-def _cuts(rows: int, row_bytes: int = 0) -> list[slice]:
-    """Where a product is cut: into PARTS of its rows, if they are enough."""
-    size = max(-(-rows // PARTS), MIN_ROWS)
-    if row_bytes:
-        size = max(min(size, PANEL_BYTES // row_bytes), 1)
-    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+def _cuts(
+    rows: int, columns: int, most_elements: int | None = None
+) -> list[tuple[slice, slice]]:
+    """The pieces of a product with elements: of its rows, or of its columns.
+
+    Every piece needs one operand whole, which BLAS packs again for each:
+    cutting the longer side makes that the smaller operand.
+    """
+    if not rows or not columns:
+        return []
+    length, other = max(rows, columns), min(rows, columns)
+    size = max(-(-length // PARTS), min(PIECE, -(-length // 2)), SMALL_PIECE)
+    if most_elements is not None:
+        size = max(min(size, most_elements // other), 1)
+    cuts = [slice(at, min(at + size, length)) for at in range(0, length, size)]
+    whole = slice(None)
+    if rows >= columns:
+        return [(cut, whole) for cut in cuts]
+    return [(whole, cut) for cut in cuts]
 
 
 def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]]:
@@ -247,13 +267,16 @@ def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]
     return shapes
 
 
-def _panel_shape(spec: JobSpec) -> tuple[int, int]:
-    """Shape of the room that each thread has for a piece of dW's share."""
+def _panel_elements(spec: JobSpec) -> int:
+    """Elements of the room that each thread has for a piece of dW's share."""
     if Matrix.DW not in spec.results:
-        return (0, 0)
-    row_bytes = spec.k * spec.dtype.sums_in.itemsize
-    largest = max((cut.stop - cut.start for cut in _cuts(spec.n, row_bytes)), default=0)
-    return (largest, spec.k)
+        return 0
+    n, k = spec.n, spec.k
+    cuts = _cuts(n, k, PANEL_BYTES // spec.dtype.sums_in.itemsize)
+    return max(
+        (len(range(n)[rows]) * len(range(k)[columns]) for rows, columns in cuts),
+        default=0,
+    )
 
 
 def _processor() -> str:

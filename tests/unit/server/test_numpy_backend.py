@@ -121,8 +121,9 @@ def test_a_float64_accumulator_sums_blocks_without_rounding_them_to_float32():
 
 
 @pytest.mark.parametrize("dtype", Dtype)
-def test_dw_in_panels_is_dw(monkeypatch, dtype):
-    spec = make_spec(50, 30, 7, dtype)
+@pytest.mark.parametrize(("n", "k"), [(30, 7), (7, 30)])
+def test_dw_in_panels_is_dw(monkeypatch, dtype, n, k):
+    spec = make_spec(50, n, k, dtype)
     x, w, dy = operands(spec, 50)
     whole = run(spec, x, w, dy, block_rows=16)
     monkeypatch.setattr(numpy_backend, "PANEL_BYTES", 4 * 7 * 8)
@@ -163,6 +164,17 @@ def test_a_closed_backend_gives_blas_its_threads_back():
     assert backend.devices[0].threads == 1
     backend.close()
     assert blas_threads() == before
+
+
+@pytest.mark.parametrize("shape", [(700, 20, 30), (20, 700, 300), (20, 300, 700)])
+def test_products_cut_along_either_side_are_whole(shape):
+    m, n, k = shape
+    spec = make_spec(m, n, k)
+    x, w, dy = operands(spec, m)
+    computed = run(spec, x, w, dy, block_rows=512)
+    limits = bounds(spec, x, w, dy, blocks=2)
+    for matrix, reference in exact(x, w, dy).items():
+        assert (np.abs(computed[matrix] - reference) <= limits[matrix]).all(), matrix
 
 
 @pytest.mark.parametrize("shape", list(product((0, 1, 3), repeat=3)))
