@@ -193,6 +193,8 @@ def check_accepted(accepted: Accepted, job: Job) -> None:
             f"the server announced blocks of {accepted.block_rows} rows and a window"
             f" of {accepted.window_rows}"
         )
+    if _with_defaults(job, accepted.effective_job) == accepted.effective_job:
+        return  # as nearly always, and found out far sooner than what differs
     difference = _difference(job, accepted.effective_job)
     if difference is not None:
         path, asked, understood = difference
@@ -213,6 +215,16 @@ def check_receipt(receipt: ReceiptMessage, job: Job, m: int | None) -> None:
             f"the server's receipt is for {receipt.m} rows of job {receipt.job_id!r},"
             f" and job {job.job_id!r} had {m}"
         )
+
+
+def _with_defaults(asked: Job, understood: Job) -> Job:
+    """What was asked, with what `understood` chose where most jobs ask nothing."""
+    if asked.numerics.dw_accumulator:
+        return asked
+    filled = Job()
+    filled.CopyFrom(asked)
+    filled.numerics.dw_accumulator = understood.numerics.dw_accumulator
+    return filled
 
 
 def _difference(

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import grpc
@@ -26,40 +27,74 @@ async def accounted(
     service: Service,
     method: str,
     context: Context,
-    serve: Callable[[Call], Awaitable[None]],
-) -> None:
+    serve: Callable[[Call], Awaitable[bytes | None]],
+) -> bytes | None:
     """Serves a call; whatever it raises becomes a status and a log line.
 
     An error that nobody foresaw is told to the client by an id alone; the log
     has the id and the rest.
+
+    Returns:
+        The answer, if the method has one that gRPC is to send. The call counts
+        until that has left.
     """
+    answer: bytes | None = None
     call = Call(
         method=method,
         transport="unix" if context.peer().startswith("unix") else "tcp",
     )
     try:
-        with service.admission.call():
+        with ExitStack() as held:
+            held.enter_context(service.admission.call())
             try:
-                failure = await _failure_of(call, context, serve)
+                answer, failure = await _outcome(call, context, serve)
             finally:
                 service.job_ended(call)
             if failure is not None:
                 await _fail(call, context, failure)
+            if answer is not None:
+                _hold_until_read(call, held.pop_all(), service.settings.idle_timeout)
     except JobError as refused:
         await _fail(call, context, refused)
+    return answer
 
 
-async def _failure_of(
-    call: Call, context: Context, serve: Callable[[Call], Awaitable[None]]
-) -> JobError | None:
+def _hold_until_read(call: Call, held: ExitStack, idle_s: float) -> None:
+    """Closes `held` when gRPC has sent the answer that the handler returns.
+
+    A client that does not read it for too long does not count any more; gRPC,
+    which cannot be told to drop it, holds this one message for it.
+    """
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("a call runs in a task")
+
+    def give_up() -> None:
+        _log.warning("the answer was not read", extra={"job_id": call.job_id})
+        task.cancel()
+
+    def left(_: object) -> None:
+        too_late.cancel()
+        held.close()
+
+    too_late = asyncio.get_running_loop().call_later(idle_s, give_up)
+    task.add_done_callback(left)
+
+
+async def _outcome(
+    call: Call, context: Context, serve: Callable[[Call], Awaitable[bytes | None]]
+) -> tuple[bytes | None, JobError | None]:
     """Serves a call, and says what became of it in the log.
+
+    Returns:
+        The answer, or why there is none.
 
     A failure is given back rather than raised, and without its traceback: a
     status waits until the client has read what was sent before it, and the
     frames of a traceback would hold the job's memory until then.
     """
     try:
-        await serve(call)
+        answer = await serve(call)
     except asyncio.CancelledError:
         late = _is_late(context)
         _write_line(
@@ -70,9 +105,9 @@ async def _failure_of(
         )
         raise
     except JobError as error:
-        return error.bare()
+        return None, error.bare()
     except MemoryError:
-        return JobError(
+        return None, JobError(
             Reason.DEVICE_OUT_OF_MEMORY,
             f"there are no {call.reserved_bytes} bytes of memory for this job, "
             f"though the server's limit allows it",
@@ -82,14 +117,14 @@ async def _failure_of(
         _log.exception(
             "unforeseen error", extra={"error_id": error_id, "job_id": call.job_id}
         )
-        return JobError(
+        return None, JobError(
             Reason.UNFORESEEN,
             f"the server failed; its log has the cause as {error_id}",
             metadata={"error_id": error_id},
         )
     call.complete = True
     _write_line(call, logging.INFO, "OK")
-    return None
+    return answer, None
 
 
 def _is_late(context: Context) -> bool:

@@ -34,7 +34,8 @@ async def patience(
         else:
             timer = loop.call_at(due, look)
 
-    timer = loop.call_soon(look)
+    # Nearly every wait ends long before this, so it is all that is done at first.
+    timer = loop.call_at(idle_s + (began if idle_since is None else idle_since()), look)
     try:
         async with asyncio.timeout(None) as wait:
             yield

@@ -164,10 +164,14 @@ class Service:
         spec, plan = call.header
         async with self.admitted(call, message_bytes, _not_told) as lane:
             whole = Computation(spec, plan, self.backend, lane.device, call.counts)
-            try:
-                results = await lane.submit(call, partial(whole.run, operands))
-            finally:
-                await lane.discard(call)
+            work = partial(whole.run, operands)
+            tiny = spec.operations < self.backend.at_once_operations
+            results = lane.try_at_once(work) if tiny else None
+            if results is None:
+                try:
+                    results = await lane.submit(call, work)
+                finally:
+                    await lane.discard(call)
         call.counts.m = spec.m or 0
         call.counts.bytes_received = sum(map(len, operands.values()))
         call.counts.bytes_sent = sum(result.nbytes for result in results.values())

@@ -2,9 +2,11 @@
 
 All of them are given and give bytes. A deserializer that raises would end
 the call as UNKNOWN with the exception's text, so messages are parsed here.
-And all of them are handlers of streams, on the wire no other than those of
-single messages: gRPC calls a unary method only when its request is complete,
-and until then nobody would count its bytes, or lose patience with it.
+And all of them take streams, on the wire no other than single messages: gRPC
+calls a method of one request only when that is complete, and until then
+nobody would count its bytes, or lose patience with it. Compute gives one
+message and not a stream of them, because gRPC then sends it and the status
+at once, which is a good part of a small call's time.
 """
 
 from __future__ import annotations
@@ -48,13 +50,15 @@ class GradientServicer:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                name: grpc.stream_stream_rpc_method_handler(method)
-                for name, method in (
-                    ("Compute", self.compute),
-                    ("ComputeStream", self.compute_stream),
-                    ("OpenRegion", self.open_region),
-                    ("GetServerInfo", self.get_server_info),
-                )
+                "Compute": grpc.stream_unary_rpc_method_handler(self.compute),
+                **{
+                    name: grpc.stream_stream_rpc_method_handler(method)
+                    for name, method in (
+                        ("ComputeStream", self.compute_stream),
+                        ("OpenRegion", self.open_region),
+                        ("GetServerInfo", self.get_server_info),
+                    )
+                },
             },
         )
 
@@ -63,10 +67,10 @@ class GradientServicer:
         answer = info.describe(self._service, self._backend_reason)
         await context.write(answer.SerializeToString())
 
-    async def compute(self, _: AsyncIterator[bytes], context: Context) -> None:
+    async def compute(self, _: AsyncIterator[bytes], context: Context) -> bytes | None:
         """Compute: a small job, whole."""
 
-        async def serve(call: Call) -> None:
+        async def serve(call: Call) -> bytes:
             stream = Stream(self._service, call, context)
             request = await stream.read_request()
             spec = self._service.read_job(call, request.job)
@@ -78,9 +82,9 @@ class GradientServicer:
                 receipt=self._service.receipt(call),
                 **{result.label: array.tobytes() for result, array in results.items()},
             )
-            await stream.write(response.SerializeToString())
+            return response.SerializeToString()
 
-        await accounted(self._service, "Compute", context, serve)
+        return await accounted(self._service, "Compute", context, serve)
 
     async def compute_stream(self, _: AsyncIterator[bytes], context: Context) -> None:
         """ComputeStream: a job of any size, block by block."""

@@ -80,6 +80,11 @@ class JobSpec:
         rows = self.n if matrix in {Matrix.W, Matrix.DW} else self.m or 0
         return rows * self.row_length(matrix) * self.dtype_of(matrix).itemsize
 
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the job, once m is known."""
+        return 2 * len(self.results) * (self.m or 0) * self.n * self.k
+
     def echo(self) -> job_pb2.Job:
         """The header with every default filled in.
 

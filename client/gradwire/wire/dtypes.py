@@ -17,20 +17,20 @@ class Dtype(enum.IntEnum):
     FLOAT32 = 3
     FLOAT64 = 4
 
-    @property
-    def numpy(self) -> np.dtype[Any]:
-        """The NumPy dtype, in native (little-endian) byte order."""
-        return _NUMPY[self]
+    numpy: np.dtype[Any]
+    """The NumPy dtype, in native (little-endian) byte order."""
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return _NUMPY[self].itemsize
+    itemsize: int
+    """Bytes of one element."""
 
-    @property
-    def label(self) -> str:
-        """The name that people use: ``float16``, ``bfloat16``, ..."""
-        return self.name.lower()
+    label: str
+    """The name that people use: ``float16``, ``bfloat16``, ..."""
+
+    def __init__(self, _: int) -> None:
+        # Asked for with every message: not worth looking up each time.
+        self.label = self.name.lower()
+        self.numpy = np.dtype(getattr(ml_dtypes, self.label, self.label))
+        self.itemsize = self.numpy.itemsize
 
     @property
     def proto_name(self) -> str:
@@ -61,11 +61,5 @@ class Dtype(enum.IntEnum):
         return _FROM_LABEL[label]
 
 
-_NUMPY: dict[Dtype, np.dtype[Any]] = {
-    Dtype.FLOAT16: np.dtype(np.float16),
-    Dtype.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-    Dtype.FLOAT32: np.dtype(np.float32),
-    Dtype.FLOAT64: np.dtype(np.float64),
-}
-_FROM_NUMPY = {dtype: wire for wire, dtype in _NUMPY.items()}
+_FROM_NUMPY = {wire.numpy: wire for wire in Dtype}
 _FROM_LABEL = {wire.label: wire for wire in Dtype}

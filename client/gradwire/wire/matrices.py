@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Iterable
 
 
@@ -16,10 +17,12 @@ class Matrix(enum.IntEnum):
     DX = 5
     DW = 6
 
-    @property
-    def label(self) -> str:
-        """The name that people and fields use: ``x``, ``w``, ``dy``, ..."""
-        return self.name.lower()
+    label: str
+    """The name that people and fields use: ``x``, ``w``, ``dy``, ..."""
+
+    def __init__(self, _: int) -> None:
+        # Asked for with every message: not worth computing each time.
+        self.label = self.name.lower()
 
     def row_length(self, n: int, k: int) -> int:
         """Columns of the matrix, in elements."""
@@ -47,5 +50,10 @@ NEEDS: dict[Matrix, tuple[Matrix, Matrix]] = {
 
 def operands_for(results: Iterable[Matrix]) -> tuple[Matrix, ...]:
     """The operands that the wanted results need, in the order X, W, dY."""
+    return _operands_for(frozenset(results))
+
+
+@functools.cache
+def _operands_for(results: frozenset[Matrix]) -> tuple[Matrix, ...]:
     needed = {operand for result in results for operand in NEEDS[result]}
     return tuple(operand for operand in OPERANDS if operand in needed)

@@ -1,7 +1,8 @@
 """What a backend is: devices, and jobs that take row blocks.
 
 A backend knows nothing of gRPC, of clients or of other jobs. Everything that
-is declared here on `BackendJob` is called by the one thread of a lane.
+is declared here on `BackendJob` is called by the one thread of a lane, or by
+another one in its place (`Backend.at_once_operations`), never by two at once.
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ class Backend(Protocol):
     name: str
     max_columns: int
     """Largest n and largest k that it takes."""
+
+    at_once_operations: int
+    """Multiplications and additions of a job below which it may run in any
+    thread, because waking the lane's takes as long; 0 where none may."""
 
     devices: tuple[DeviceInfo, ...]
 

@@ -46,8 +46,12 @@ class Crew:
         """Ends the helpers."""
         self._pool.shutdown()
 
-    def run(self, pieces: Sequence[Piece]) -> None:
+    def run(self, pieces: Sequence[Piece], *, alone: bool = False) -> None:
         """Does the pieces, in any order, and returns when all are done.
+
+        Args:
+            pieces: What is to be done.
+            alone: Whether the calling thread does it without the helpers.
 
         Raises:
             Exception: What a piece raised.
@@ -63,7 +67,7 @@ class Crew:
                     return
                 piece()
 
-        helpers = min(self.threads, len(pieces)) - 1
+        helpers = 0 if alone else min(self.threads, len(pieces)) - 1
         done = [self._pool.submit(work) for _ in range(helpers)]
         try:
             work()

@@ -30,6 +30,10 @@ piece, which should not become what takes the time."""
 
 SMALL_PIECE = 128
 
+ALONE_OPERATIONS = 1 << 22
+"""Multiplications and additions of a row block's products below which the
+lane's thread does them alone: waking another takes as long as they do."""
+
 PANEL_BYTES = 16 * MIB
 """Most of dW's share that a thread computes before it is added, so that no
 second n x k matrix is needed."""
@@ -46,6 +50,7 @@ class NumpyBackend:
 
     name = "numpy"
     max_columns = 2**31 - 1
+    at_once_operations = ALONE_OPERATIONS
 
     def __init__(self, threads: int = 0) -> None:
         self._blas = limit_blas() if threads else None
@@ -133,7 +138,9 @@ class NumpyJob:
                 dw=self._dw,
             )
             try:
-                self._crew.run(products.pieces)
+                spec = self._spec
+                operations = 2 * len(spec.results) * block.rows * spec.n * spec.k
+                self._crew.run(products.pieces, alone=operations < ALONE_OPERATIONS)
             finally:
                 # Pieces know their products: a cycle, which would hold the
                 # block's memory until the garbage collector comes by.

@@ -341,6 +341,21 @@ def test_a_client_that_does_not_read_is_given_up(impatient):
     assert_exact(stream_job(channel, SMALL), SMALL)
 
 
+def test_an_answer_of_compute_that_nobody_reads_does_not_count_for_ever(impatient):
+    """It is 3.2 MB, and this client takes 64 KiB that it does not read."""
+    server, channel = impatient
+    narrow = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
+    wide = whole_numbers(800, 1, 1000, results=("y",))
+    request = wide.compute_request(job_id="unread-answer").SerializeToString()
+    with grpc.insecure_channel(server.address, options=narrow) as small_window:
+        unread = small_window.stream_stream(f"/{SERVICE}/Compute")(
+            iter((request,)), timeout=TIMEOUT_S
+        )
+        wait_until(lambda: "the answer was not read" in server.logs, "it is given up")
+        unread.cancel()
+    assert_exact(compute_job(channel, SMALL), SMALL)
+
+
 def test_a_slow_client_that_makes_progress_is_not_given_up(impatient):
     _, channel = impatient
 
