@@ -30,7 +30,7 @@ from gradwire.v1.gradient_service_pb2 import (
     ComputeStreamRequest,
     ComputeStreamResponse,
 )
-from gradwire.v1.job_pb2 import Accepted, End, Job, Queued, Receipt
+from gradwire.v1.job_pb2 import Accepted, End, Job, Join, Joined, Queued, Receipt
 from gradwire.v1.matrix_pb2 import Block as BlockMessage
 
 _TAG_BLOCK = 0x12
@@ -66,7 +66,7 @@ class Block:
     """The payload's checksum, when it came with one."""
 
 
-RequestMessage: TypeAlias = Job | Block | End
+RequestMessage: TypeAlias = Job | Block | End | Join
 ResponseMessage: TypeAlias = Accepted | Queued | Block | Receipt
 
 
@@ -107,6 +107,17 @@ def encode_job(job: Job) -> bytes:
 def encode_end(m: int) -> bytes:
     """The request message that ends a stream of m rows."""
     return ComputeStreamRequest(end=End(m=m)).SerializeToString()
+
+
+def encode_join(token: str, connection: int) -> bytes:
+    """The request message that opens a further connection of a job."""
+    join = Join(token=token, connection=connection)
+    return ComputeStreamRequest(join=join).SerializeToString()
+
+
+def encode_joined() -> bytes:
+    """The response message that says that a connection belongs to a job."""
+    return ComputeStreamResponse(joined=Joined()).SerializeToString()
 
 
 def encode_accepted(accepted: Accepted) -> bytes:
@@ -154,8 +165,10 @@ def decode_request_by_class(message: bytes) -> RequestMessage:
             return _from_class(envelope.block)
         case "end":
             return envelope.end
+        case "join":
+            return envelope.join
         case _:
-            raise FramingError("the message holds neither job, block nor end")
+            raise FramingError("the message holds neither job, block, end nor join")
 
 
 def decode_response_by_class(message: bytes) -> ResponseMessage:

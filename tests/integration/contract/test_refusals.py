@@ -236,7 +236,7 @@ STREAMS = [
         [job(), b""],
         "MESSAGE_MALFORMED",
         None,
-        "neither job, block nor end",
+        "neither job, block, end nor join",
     ),
     case("second-job", [job(), W, job()], "MESSAGE_UNEXPECTED", None, "job", "end"),
     case(
