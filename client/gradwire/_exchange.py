@@ -32,7 +32,9 @@ from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
 from gradwire.wire import framing
 from gradwire.wire.matrices import ROW_OPERANDS, Matrix
 
-_FILLED_IN = frozenset({"job_id", "numerics.dw_accumulator", "max_block_bytes"})
+_FILLED_IN = frozenset(
+    {"job_id", "numerics.dw_accumulator", "max_block_bytes", "connections"}
+)
 """Options that a server chooses where a job leaves them out."""
 
 

@@ -45,7 +45,7 @@ async def accounted(
     )
     try:
         with ExitStack() as held:
-            held.enter_context(service.admission.call())
+            call.refusal = held.enter_context(service.admission.call_that_may_join())
             try:
                 answer, failure = await _outcome(call, context, serve)
             finally:
@@ -160,6 +160,7 @@ async def _fail(call: Call, context: Context, error: JobError) -> None:
 def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
     fields: dict[str, Any] = {
         "job_id": call.job_id,
+        **({} if call.connection is None else {"connection": call.connection}),
         "method": call.method,
         "outcome": outcome,
         **more,
@@ -188,4 +189,5 @@ def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
             "computing_s": round(counts.computing_s, 6),
             "sending_s": round(call.sending_s, 6),
         }
-    _log.log(level, "job", extra=fields)
+    message = "job" if call.connection is None else "connection"
+    _log.log(level, message, extra=fields)

@@ -50,6 +50,8 @@ class Admission:
         self.held_bytes = 0
         """What jobs and open calls hold."""
         self._calls_bytes = 0
+        self._joins = 0
+        self._guests = 0
         self._queue: deque[_Waiting] = deque()
         self._draining = False
         self._idle = asyncio.Event()
@@ -73,6 +75,18 @@ class Admission:
         await self._idle.wait()
 
     @contextmanager
+    def joins(self, count: int) -> Iterator[None]:
+        """Within this context so many calls may come that join a running job.
+
+        The job has reserved what they take.
+        """
+        self._joins += count
+        try:
+            yield
+        finally:
+            self._joins -= count
+
+    @contextmanager
     def call(self, size_bytes: int = CALL_BYTES) -> Iterator[None]:
         """Holds what an open call takes, whatever it will ask for.
 
@@ -82,14 +96,9 @@ class Admission:
         Raises:
             JobError: The server drains, or has no memory for one more call.
         """
-        if self._draining:
-            raise _draining()
-        largest = max((waiting.size_bytes for waiting in self._queue), default=0)
-        if (
-            self.held_bytes + size_bytes > self.memory_limit
-            or self._calls_bytes + size_bytes + largest > self.memory_limit
-        ):
-            raise self._no_memory()
+        refusal = self._refusal(size_bytes)
+        if refusal is not None:
+            raise refusal
         self._calls_bytes += size_bytes
         self.held_bytes += size_bytes
         try:
@@ -97,6 +106,41 @@ class Admission:
         finally:
             self._calls_bytes -= size_bytes
             self._give_back(size_bytes)
+
+    @contextmanager
+    def call_that_may_join(self) -> Iterator[JobError | None]:
+        """As `call`, for one whose first message may say that it joins a job.
+
+        Yields:
+            None, or why there is no place for the call unless it does join
+            one: no more are let in to say so than running jobs expect.
+
+        Raises:
+            JobError: There is no place for the call, and none is expected.
+        """
+        refusal = self._refusal(CALL_BYTES)
+        if refusal is None:
+            with self.call():
+                yield None
+            return
+        if self._guests >= self._joins:
+            raise refusal
+        self._guests += 1
+        try:
+            yield refusal
+        finally:
+            self._guests -= 1
+
+    def _refusal(self, size_bytes: int) -> JobError | None:
+        if self._draining:
+            return _draining()
+        largest = max((waiting.size_bytes for waiting in self._queue), default=0)
+        if (
+            self.held_bytes + size_bytes > self.memory_limit
+            or self._calls_bytes + size_bytes + largest > self.memory_limit
+        ):
+            return self._no_memory()
+        return None
 
     @asynccontextmanager
     async def job(

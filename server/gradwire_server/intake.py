@@ -1,5 +1,8 @@
 """What of a request stream is valid: order, indices and byte counts.
 
+Each connection of a job has its own: it brings a share of the row blocks, in
+order, and the first brings W too.
+
 Pure bookkeeping without I/O and without the elements themselves. It is told
 of each message and answers where its bytes belong.
 """
@@ -37,14 +40,20 @@ class Intake:
     Args:
         spec: The job that the stream announced.
         plan: How it is cut.
+        connection: Which of the job's connections it is.
     """
 
-    def __init__(self, spec: JobSpec, plan: Plan) -> None:
+    def __init__(self, spec: JobSpec, plan: Plan, connection: int = 0) -> None:
         self._spec = spec
         self._plan = plan
-        self._received = dict.fromkeys(spec.operands, 0)
-        self.m: int | None = None
-        """Rows of the job, once the stream is complete."""
+        self._share = plan.share(connection)
+        self._received = {
+            operand: 0
+            for operand in spec.operands
+            if operand is not Matrix.W or not connection
+        }
+        self._rows: int | None = None
+        """Rows that the stream brought, once it is complete."""
 
     @property
     def w_complete(self) -> bool:
@@ -55,28 +64,28 @@ class Intake:
 
     @property
     def blocks_complete(self) -> int:
-        """How many row blocks, from the first, have all of their rows.
+        """How many of the share's row blocks, in order, have all of their rows.
 
         A shorter last block counts when the stream is complete. A stream
         whose rows have no elements has none before that.
         """
-        if self.m is not None:
-            return -(-self.m // self._plan.block_rows)
+        if self._rows is not None:
+            return -(-self._rows // self._plan.block_rows)
         complete = [self._complete_rows(operand) for operand in self._row_operands]
         return min(complete, default=0) // self._plan.block_rows
 
-    def rows_of(self, block: int) -> int:
-        """Rows of a complete block."""
-        if self.m is None:
+    def rows_of(self, number: int) -> int:
+        """Rows of the share's `number`-th block, which is complete."""
+        if self._rows is None:
             return self._plan.block_rows
-        return min(self._plan.block_rows, self.m - block * self._plan.block_rows)
+        return min(self._plan.block_rows, self._rows - number * self._plan.block_rows)
 
     def take(self, block: Block) -> Iterator[Span]:
         """Checks a message and says where its bytes belong, piece by piece.
 
-        A piece counts as received when it is given out: a message may end in
-        a later block than it begins in, and no block is complete before all
-        of its own pieces were placed.
+        A piece counts as received once it is said to be `placed`: a message
+        may end in a later block than it begins in, and no block is complete
+        before all of its own pieces were placed.
 
         Raises:
             JobError: The message does not continue the stream. Nothing of it
@@ -85,7 +94,6 @@ class Intake:
         operand, payload = self._check(block)
         itemsize = self._spec.dtype.itemsize
         if operand is Matrix.W:
-            self._received[operand] += payload.nbytes // itemsize
             yield Span(operand, 0, block.index * itemsize, payload)
             return
         block_elements = self._plan.block_rows * self._spec.row_length(operand)
@@ -94,12 +102,15 @@ class Intake:
             number, first = divmod(at, block_elements)
             piece = payload[: (block_elements - first) * itemsize]
             at += piece.nbytes // itemsize
-            self._received[operand] = at
             yield Span(operand, number, first * itemsize, piece)
             payload = payload[piece.nbytes :]
 
+    def placed(self, span: Span) -> None:
+        """A piece of a message is where it belongs."""
+        self._received[span.matrix] += span.payload.nbytes // self._spec.dtype.itemsize
+
     def end(self, m: int) -> None:
-        """The stream says that it is complete, with m rows.
+        """The stream is complete, of a job that has m rows by its End.
 
         Raises:
             JobError: It is not.
@@ -122,11 +133,18 @@ class Intake:
                 short = received < expected
                 raise JobError(
                     Reason.PAYLOAD_MISSING if short else Reason.M_MISMATCH,
-                    f"end.m is {m}, so {operand.label} has {expected} elements, but "
-                    f"{received} came",
+                    f"end.m is {m}, so {operand.label} has {expected} elements"
+                    f"{self._here}, but {received} came",
                     field="end.m",
                 )
-        self.m = m
+        self._rows = self._share.rows(m)
+
+    @property
+    def _here(self) -> str:
+        """Where, for messages to people; nothing where there is one place."""
+        if self._share.connections == 1:
+            return ""
+        return f" on connection {self._share.connection}"
 
     @property
     def _row_operands(self) -> list[Matrix]:
@@ -141,25 +159,32 @@ class Intake:
         return self._received[operand] // self._spec.row_length(operand)
 
     def _elements(self, operand: Matrix, m: int) -> int:
-        rows = self._spec.n if operand is Matrix.W else m
+        rows = self._spec.n if operand is Matrix.W else self._share.rows(m)
         return rows * self._spec.row_length(operand)
 
     def _check(self, block: Block) -> tuple[Matrix, memoryview]:
         operand = self._operand(block.matrix)
-        expected = self._received[operand]
+        received = self._received[operand]
+        expected = self._next_index(operand)
         if block.index != expected:
             raise JobError(
                 Reason.INDEX_INVALID,
-                f"block.index is {block.index}: the next element of {operand.label} "
-                f"is {expected}",
+                f"block.index is {block.index}: the next element of {operand.label}"
+                f"{self._here} is {expected}",
                 field="block.index",
             )
         payload = self._payload(block)
         count = payload.nbytes // self._spec.dtype.itemsize
         self._check_room(operand, count)
         if operand is not Matrix.W and count:
-            self._check_order(operand, expected + count)
+            self._check_order(operand, received + count)
         return operand, payload
+
+    def _next_index(self, operand: Matrix) -> int:
+        received = self._received[operand]
+        if operand is Matrix.W:
+            return received
+        return self._share.index(received, self._spec.row_length(operand))
 
     def _operand(self, number: int) -> Matrix:
         try:
@@ -171,6 +196,12 @@ class Intake:
             raise JobError(
                 Reason.MATRIX_INVALID,
                 f"block.matrix is {number}: expected one of {names}",
+                field="block.matrix",
+            )
+        if operand is Matrix.W and self._share.connection:
+            raise JobError(
+                Reason.ORDER_INVALID,
+                f"block.matrix is MATRIX_W{self._here}: w travels on the first",
                 field="block.matrix",
             )
         if operand not in self._received:
@@ -220,19 +251,30 @@ class Intake:
     def _check_room(self, operand: Matrix, count: int) -> None:
         if operand is Matrix.W:
             rows: int | None = self._spec.n
-        elif self._spec.row_length(operand):
-            rows = self._spec.m
-        else:
+        elif not self._spec.row_length(operand):
             rows = 0
+        elif self._spec.m is None:
+            rows = None
+        else:
+            rows = self._share.rows(self._spec.m)
+        received = self._received[operand]
+        if operand is not Matrix.W:
+            room = self._share.room(received, self._spec.row_length(operand))
+            if room is not None and count > room:
+                raise JobError(
+                    Reason.PAYLOAD_EXCESS,
+                    f"block.data has {count} elements of {operand.label}: its row "
+                    f"block ends after {room}, and the next one travels elsewhere",
+                    field="block.data",
+                )
         if rows is None:
             return
-        received = self._received[operand]
         expected = rows * self._spec.row_length(operand)
         if received + count > expected:
             raise JobError(
                 Reason.PAYLOAD_EXCESS,
-                f"block.data brings {operand.label} to {received + count} elements: "
-                f"it has {expected}",
+                f"block.data brings {operand.label} to {received + count} elements"
+                f"{self._here}: it has {expected}",
                 field="block.data",
             )
 

@@ -1,7 +1,8 @@
 """A running job: its blocks' way from the intake through a lane to the outlet.
 
-It knows nothing of gRPC. One task feeds it (`take`, `end`), another takes
-its results (`results`); both wait where the other or the lane is behind.
+It knows nothing of gRPC. Of each connection, one task feeds it (`take`, `end`
+or `half_closed`) and another takes its results (`results`); all of them wait
+where others or the lane are behind.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
 
@@ -38,6 +39,10 @@ class Run:
     """Valid until the next run is asked for."""
 
 
+_Computed: TypeAlias = tuple[int, RowBlock, asyncio.Future[None]]
+"""A block's number, its matrices, and when it is computed."""
+
+
 class RunningJob:
     """An admitted job.
 
@@ -56,17 +61,22 @@ class RunningJob:
         self, spec: JobSpec, plan: Plan, backend: Backend, lane: Lane, counts: Counts
     ) -> None:
         self._counts = counts
-        self._spec = spec
+        self.spec = spec
         self._plan = plan
         self._lane = lane
         self._computation = Computation(spec, plan, backend, lane.device, counts)
-        self._intake = Intake(spec, plan)
+        connections = range(plan.connections)
+        self._intakes = [Intake(spec, plan, each) for each in connections]
         self._ring = Ring(spec, plan)
+        self._submitting = asyncio.Lock()
         self._submitted = 0
+        self._heard_at = 0.0
         self._served_at = 0.0
         self._w_taken = Matrix.W not in spec.operands
-        self._computed: asyncio.Queue[tuple[int, RowBlock, asyncio.Future[None]] | None]
-        self._computed = asyncio.Queue()
+        self._computed: list[asyncio.Queue[_Computed | None]]
+        self._computed = [asyncio.Queue() for _ in connections]
+        self._ended = asyncio.Event()
+        self._complete = 0
 
     async def __aenter__(self) -> Self:
         try:
@@ -86,28 +96,34 @@ class RunningJob:
             await self._lane.discard(self)
         finally:
             self._computation.close()
-            self._computed = asyncio.Queue()
+            self._computed = [asyncio.Queue() for _ in self._computed]
             self._ring.free()
 
     def owes_nothing_since(self) -> float:
         """When the last result that could leave has left; event loop's clock.
 
-        Now, while row blocks are complete whose results have not left.
+        Or when the last message came, if that was later: on one connection
+        nothing may be due for long while rows come on another. Now, while row
+        blocks are complete whose results have not left.
         """
         if self._ring.released < self._submitted:
             return asyncio.get_running_loop().time()
-        return self._served_at
+        return max(self._served_at, self._heard_at)
 
-    async def take(self, block: Block) -> None:
+    async def take(self, block: Block, connection: int = 0) -> None:
         """Takes a message's elements; waits while the ring is full.
 
         Raises:
             JobError: The message does not continue the stream.
         """
-        for span in self._intake.take(block):
+        if block.payload:  # messages without elements are no progress
+            self._heard_at = asyncio.get_running_loop().time()
+        intake = self._intakes[connection]
+        for span in intake.take(block):
             if span.matrix is not Matrix.W:
                 await self._ring.wait_for_slot(span.block)
             self._ring.put(span)
+            intake.placed(span)
             self._counts.bytes_received += span.payload.nbytes
             await self._submit_complete()
 
@@ -117,18 +133,31 @@ class RunningJob:
         Raises:
             JobError: It is not.
         """
-        self._intake.end(m)
+        self._intakes[0].end(m)
         self._counts.m = m
-        await self._submit_complete()
-        self._computed.put_nowait(None)
+        self._ended.set()
+        await self._connection_complete()
 
-    async def results(self) -> AsyncGenerator[Run, None]:
-        """The results as they are ready: Y and dX block by block, then dW.
+    async def half_closed(self, connection: int) -> None:
+        """Takes it that a joined connection brings no more.
+
+        Raises:
+            JobError: Something of its share is missing.
+        """
+        await self._ended.wait()
+        self._intakes[connection].end(self._counts.m)
+        await self._connection_complete()
+
+    async def results(self, connection: int = 0) -> AsyncGenerator[Run, None]:
+        """A connection's results as they are ready.
+
+        Y and dX of its row blocks, block by block; then, on the first, dW.
 
         Raises:
             Exception: What the backend raised.
         """
-        while (computed := await self._computed.get()) is not None:
+        queue = self._computed[connection]
+        while (computed := await queue.get()) is not None:
             number, block, done = computed
             await done
             first_row = number * self._plan.block_rows
@@ -136,28 +165,45 @@ class RunningJob:
                 if array is not None:
                     for run in self._runs(matrix, first_row, array):
                         yield run
-            self._ring.release()
+            self._ring.release(number)
             self._served_at = asyncio.get_running_loop().time()
-        if Matrix.DW in self._spec.results:
+        if Matrix.DW in self.spec.results and not connection:
             dw = await self._lane.submit(self, self._computation.finish)
             for run in self._runs(Matrix.DW, 0, dw):
                 yield run
 
+    async def _connection_complete(self) -> None:
+        """A connection has brought its share, and its last block is complete."""
+        await self._submit_complete()
+        self._complete += 1
+        if self._complete == len(self._intakes):
+            for queue in self._computed:
+                queue.put_nowait(None)
+
     async def _submit_complete(self) -> None:
-        """Hands to the lane the blocks that have become complete."""
+        """Hands to the lane, in order, the blocks that have become complete."""
         if not self._plan.slot_bytes:  # rows without elements are done at once
             return
-        while self._submitted < self._intake.blocks_complete:
-            number = self._submitted
-            await self._ring.wait_for_slot(number)
-            block = self._ring.rows(number, self._intake.rows_of(number))
-            done = self._lane.submit(self, partial(self._compute, block))
-            self._computed.put_nowait((number, block, done))
-            self._submitted += 1
+        async with self._submitting:
+            while (rows := self._next_rows()) is not None:
+                number = self._submitted
+                await self._ring.wait_for_slot(number)
+                block = self._ring.rows(number, rows)
+                done = self._lane.submit(self, partial(self._compute, block))
+                queue = self._computed[number % self._plan.connections]
+                queue.put_nowait((number, block, done))
+                self._submitted += 1
+
+    def _next_rows(self) -> int | None:
+        """Rows of the next block in order; None while it is not complete."""
+        number, connection = divmod(self._submitted, self._plan.connections)
+        intake = self._intakes[connection]
+        complete = number < intake.blocks_complete
+        return intake.rows_of(number) if complete else None
 
     def _runs(self, matrix: Matrix, first_row: int, array: Array) -> Iterator[Run]:
         itemsize = array.dtype.itemsize
-        size = max(self._spec.max_block_bytes // itemsize, 1)
+        size = max(self.spec.max_block_bytes // itemsize, 1)
         first = first_row * array.shape[1]
         elements = array.reshape(-1).view(np.uint8).data
         for start in range(0, array.size, size):

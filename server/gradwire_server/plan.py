@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
+from gradwire.wire.shares import Share
 from gradwire_server.spec import JobSpec
 
 MAX_BLOCK_ROWS = 8192
@@ -17,7 +18,8 @@ MAX_BLOCK_ROWS = 8192
 there on, and a block's results should leave soon."""
 
 RING_SLOTS = 3
-"""Row blocks that a job holds: one arrives, one is computed, one leaves."""
+"""Row blocks that a job of one connection holds: one arrives, one is computed,
+one leaves. Each further connection has another that arrives."""
 
 ALIGNMENT = 256
 """Bytes to which every matrix in memory is aligned: what cuBLAS asks for its
@@ -43,19 +45,36 @@ class Plan:
     slot_bytes: int
     """Bytes of one slot, aligned; 0 where rows have no elements at all."""
 
+    connections: int = 1
+    """Over how many connections the row blocks travel."""
+
+    @property
+    def slots(self) -> int:
+        """Row blocks that the job holds.
+
+        Whatever the connections do, the oldest block that is not complete has
+        a slot that waits for it, and so has the next block of its connection.
+        """
+        return RING_SLOTS + self.connections - 1
+
     @property
     def window_rows(self) -> int:
-        """How far one row operand may be ahead of the other.
+        """How far one row operand may be ahead of the other on a connection.
 
-        One slot less than the ring has: the operand that is behind may stand
-        in the middle of a block, and its slot must still be there.
+        In blocks of that connection, and one slot less than the ring has: the
+        operand that is behind may stand in the middle of a block, and its
+        slot must still be there.
         """
-        return (RING_SLOTS - 1) * self.block_rows
+        return (self.slots - 1) // self.connections * self.block_rows
 
     @property
     def region_bytes(self) -> int:
         """Bytes of the region: W, then the slots."""
-        return self.w_bytes + RING_SLOTS * self.slot_bytes
+        return self.w_bytes + self.slots * self.slot_bytes
+
+    def share(self, connection: int) -> Share:
+        """The row blocks of a connection."""
+        return Share(connection, self.connections, self.block_rows)
 
 
 def make_plan(spec: JobSpec, block_bytes: int) -> Plan:
@@ -73,7 +92,7 @@ def make_plan(spec: JobSpec, block_bytes: int) -> Plan:
             offsets[matrix] = slot_bytes
             row_bytes = spec.row_length(matrix) * spec.dtype_of(matrix).itemsize
             slot_bytes += _aligned(slot_rows * row_bytes)
-    return Plan(block_rows, slot_rows, offsets, w_bytes, slot_bytes)
+    return Plan(block_rows, slot_rows, offsets, w_bytes, slot_bytes, spec.connections)
 
 
 def rows_of_a_block(spec: JobSpec, block_bytes: int) -> int:

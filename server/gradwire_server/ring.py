@@ -15,15 +15,16 @@ import numpy.typing as npt
 from gradwire.wire.matrices import OPERANDS, Matrix
 from gradwire_server.backends.base import Array, RowBlock, empty_aligned
 from gradwire_server.intake import Span
-from gradwire_server.plan import ALIGNMENT, RING_SLOTS, Plan
+from gradwire_server.plan import ALIGNMENT, Plan
 from gradwire_server.spec import JobSpec
 
 
 class Ring:
     """Where a job's operands arrive and its row results wait to leave.
 
-    Row block b lies in slot b mod RING_SLOTS. It may be filled when block
-    b - RING_SLOTS has left.
+    Of s slots, row block b lies in slot b mod s. It may be filled when block
+    b - s has left, so that a slot is always kept for the next block in order,
+    however far other connections are ahead.
     """
 
     def __init__(self, spec: JobSpec, plan: Plan) -> None:
@@ -32,6 +33,7 @@ class Ring:
         self._region = empty_aligned(plan.region_bytes, ALIGNMENT)
         self.released = 0
         """How many blocks have left."""
+        self._turn = list(range(plan.slots))
         self._freed = asyncio.Event()
 
     def w(self) -> Array:
@@ -58,21 +60,22 @@ class Ring:
 
     async def wait_for_slot(self, block: int) -> None:
         """Waits until the slot of `block` is free for it."""
-        while block >= self.released + RING_SLOTS:
-            self._freed.clear()
+        while self._turn[block % self._plan.slots] != block:
             await self._freed.wait()
 
-    def release(self) -> None:
-        """The oldest block has left."""
+    def release(self, block: int) -> None:
+        """A block has left."""
+        self._turn[block % self._plan.slots] = block + self._plan.slots
         self.released += 1
         self._freed.set()
+        self._freed = asyncio.Event()
 
     def free(self) -> None:
         """Gives the region up; the ring is of no use any more."""
         self._region = self._region[:0].copy()
 
     def _slot_start(self, block: int) -> int:
-        return self._plan.w_bytes + block % RING_SLOTS * self._plan.slot_bytes
+        return self._plan.w_bytes + block % self._plan.slots * self._plan.slot_bytes
 
     def _matrix(self, matrix: Matrix, start: int, rows: int) -> npt.NDArray[Any]:
         columns = self._spec.row_length(matrix)

@@ -19,10 +19,11 @@ from gradwire.v1 import job_pb2
 from gradwire.wire.limits import SHARED_MEMORY
 from gradwire.wire.matrices import Matrix
 from gradwire.wire.reasons import Reason
-from gradwire_server.admission import Admission
+from gradwire_server.admission import CALL_BYTES, Admission
 from gradwire_server.backends.base import Array, Backend, DeviceInfo
-from gradwire_server.call import Call, owes_nothing
+from gradwire_server.call import Call
 from gradwire_server.computation import Computation
+from gradwire_server.connections import Connections, Joinable
 from gradwire_server.errors import JobError
 from gradwire_server.in_place import InPlaceJob
 from gradwire_server.job import RunningJob
@@ -52,6 +53,7 @@ class Service:
         self.backend = backend
         self.admission = admission
         self.regions = Regions(admission)
+        self.joinable = Joinable()
         self.features = FEATURES
         if settings.allow_shared_memory:
             self.features += (SHARED_MEMORY,)
@@ -105,26 +107,29 @@ class Service:
         call: Call,
         message_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
-    ) -> AsyncIterator[RunningJob]:
+    ) -> AsyncIterator[tuple[RunningJob, Connections]]:
         """Admits a job and runs it while its operands come.
 
         Args:
             call: A call whose header was read.
-            message_bytes: What its messages hold.
+            message_bytes: What the messages of each of its connections hold.
             on_wait: Told how many jobs are ahead.
+
+        Yields:
+            The job, and the connections over which it travels.
         """
         spec, plan = call.header
+        others = spec.connections - 1
         host_bytes = plan.region_bytes + message_bytes
-        async with (
-            self.admitted(call, host_bytes, on_wait) as lane,
-            RunningJob(spec, plan, self.backend, lane, call.counts) as job,
-        ):
-            call.idle_since = job.owes_nothing_since
-            try:
-                yield job
-            finally:
-                # The call may outlive the job, and must not hold its memory.
-                call.idle_since = owes_nothing
+        host_bytes += others * (message_bytes + CALL_BYTES)
+        idle_s = self.settings.idle_timeout
+        with self.joinable.open(spec.job_id, spec.connections, idle_s) as connections:
+            async with (
+                self.admitted(call, host_bytes, on_wait) as lane,
+                RunningJob(spec, plan, self.backend, lane, call.counts) as job,
+            ):
+                with self.admission.joins(others):
+                    yield job, connections
 
     @asynccontextmanager
     async def in_place(
@@ -177,7 +182,7 @@ class Service:
         call.counts.bytes_sent = sum(result.nbytes for result in results.values())
         return results
 
-    def accepted(self, call: Call) -> job_pb2.Accepted:
+    def accepted(self, call: Call, join_token: str = "") -> job_pb2.Accepted:
         """What the client is told before it sends W."""
         spec, plan = call.header
         device = self.backend.devices[self.lanes[0].device]
@@ -194,10 +199,12 @@ class Service:
                 block_rows=plan.block_rows,
             ),
             effective_job=spec.echo(),
+            join_token=join_token,
         )
 
     def receipt(self, call: Call) -> job_pb2.Receipt:
         """What the client is told at the end."""
+        spec, _ = call.header
         counts = call.counts
         return job_pb2.Receipt(
             job_id=call.job_id,
@@ -214,6 +221,7 @@ class Service:
             device=device_message(self.backend.devices[self.lanes[0].device]),
             peak_memory_bytes=peak_resident_bytes(),
             transport=call.transport,
+            connections=spec.connections,
         )
 
     @asynccontextmanager

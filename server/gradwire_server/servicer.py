@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator
+from typing import TypeAlias
 
 import grpc
 
 from gradwire.v1 import gradient_service_pb2 as pb2
+from gradwire.v1 import job_pb2
 from gradwire.wire import framing
 from gradwire.wire.limits import MAX_MESSAGE_BYTES, SERVICE, SHARED_MEMORY
 from gradwire.wire.reasons import Reason
@@ -27,10 +28,9 @@ from gradwire_server.accounting import accounted
 from gradwire_server.call import Call
 from gradwire_server.errors import JobError
 from gradwire_server.service import Service
-from gradwire_server.stream import Stream
+from gradwire_server.stream import Stream, both
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
-_Half: TypeAlias = Coroutine[Any, Any, None]
 
 
 class GradientServicer:
@@ -71,6 +71,7 @@ class GradientServicer:
         """Compute: a small job, whole."""
 
         async def serve(call: Call) -> bytes:
+            call.require_place()
             stream = Stream(self._service, call, context)
             request = await stream.read_request()
             spec = self._service.read_job(call, request.job)
@@ -91,18 +92,25 @@ class GradientServicer:
 
         async def serve(call: Call) -> None:
             stream = Stream(self._service, call, context)
-            spec = self._service.read_job(call, await stream.read_header())
+            header = await stream.read_header()
+            if isinstance(header, job_pb2.Join):
+                connections = self._service.joinable.find(header)
+                call.job_id = connections.job_id
+                call.connection = header.connection
+                await connections.join(header.connection, stream)
+                return
+            call.require_place()
+            spec = self._service.read_job(call, header)
             message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_block_bytes)
             if spec.places:
                 await self._compute_in_place(call, stream, message_bytes)
                 return
             async with self._service.streamed(
                 call, message_bytes, stream.tell_queued
-            ) as job:
-                await stream.write(
-                    framing.encode_accepted(self._service.accepted(call))
-                )
-                await _both(stream.receive(job), stream.send(job, spec))
+            ) as (job, connections):
+                accepted = self._service.accepted(call, connections.token)
+                await stream.write(framing.encode_accepted(accepted))
+                await connections.serve(stream, job)
                 await stream.write(framing.encode_receipt(self._service.receipt(call)))
 
         await accounted(self._service, "ComputeStream", context, serve)
@@ -111,6 +119,7 @@ class GradientServicer:
         """OpenRegion: memory that is shared for as long as the call is open."""
 
         async def serve(call: Call) -> None:
+            call.require_place()
             call.transport = "shm"
             _require_shared_memory(self._service, context.peer())
             stream = Stream(self._service, call, context)
@@ -137,7 +146,7 @@ class GradientServicer:
             call, message_bytes, stream.tell_queued
         ) as job:
             await stream.write(framing.encode_accepted(self._service.accepted(call)))
-            await _both(stream.receive_end(spec.m or 0), job.compute())
+            await both(stream.receive_end(spec.m or 0), job.compute())
             await stream.write(framing.encode_receipt(self._service.receipt(call)))
 
 
@@ -155,16 +164,3 @@ def _require_shared_memory(service: Service, peer: str) -> None:
 
 
 _LOCAL_PEERS = ("unix", "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D")
-
-
-async def _both(
-    one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None]
-) -> None:
-    """Waits for two halves of a job; when one fails, the other is cancelled."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(one)
-            group.create_task(other)
-    except BaseExceptionGroup as failed:
-        # Both may have failed; the first cause is the one to tell.
-        raise failed.exceptions[0] from None

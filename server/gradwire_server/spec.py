@@ -9,7 +9,9 @@ from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire.wire import checksum
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.limits import (
+    CONNECTIONS,
     DEFAULT_BLOCK_BYTES,
+    MAX_CONNECTIONS,
     MAX_INT64,
     MAX_JOB_ID_LENGTH,
     MAX_PAYLOAD_BYTES,
@@ -18,7 +20,10 @@ from gradwire.wire.matrices import OPERANDS, RESULTS, Matrix, operands_for
 from gradwire.wire.reasons import Reason
 from gradwire_server.errors import JobError
 
-FEATURES: tuple[str, ...] = ("checksum-crc32c",) if checksum.AVAILABLE else ()
+FEATURES: tuple[str, ...] = (
+    *(("checksum-crc32c",) if checksum.AVAILABLE else ()),
+    CONNECTIONS,
+)
 """Names that a job may require, beyond what every server of v1 has."""
 
 MAX_HEADER_BYTES = 16 * 1024
@@ -61,6 +66,8 @@ class JobSpec:
     """Tokens of the regions in which all of its matrices lie; secrets."""
     places: dict[Matrix, Place] = field(default_factory=dict)
     """Where in them; empty where the matrices travel in messages."""
+    connections: int = 1
+    """Over how many connections the job travels."""
 
     @property
     def operands(self) -> tuple[Matrix, ...]:
@@ -107,6 +114,7 @@ class JobSpec:
             ),
             max_block_bytes=self.max_block_bytes,
             required_features=self.features,
+            connections=self.connections,
         )
         job.regions.extend(job_pb2.SharedRegion(token=name) for name in self.regions)
         for result, dtype in self.results.items():
@@ -183,6 +191,7 @@ def read_job(
         checksum=_read_checksum(job.checksum),
         max_block_bytes=_read_max_block_bytes(job.max_block_bytes),
         features=_read_features(job, features),
+        connections=_read_connections(job.connections),
     )
 
 
@@ -314,6 +323,16 @@ def _read_max_block_bytes(given: int) -> int:
             field="job.max_block_bytes",
         )
     return given or DEFAULT_BLOCK_BYTES
+
+
+def _read_connections(given: int) -> int:
+    if not 0 <= given <= MAX_CONNECTIONS:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            f"job.connections is {given}: expected 0 to {MAX_CONNECTIONS}",
+            field="job.connections",
+        )
+    return given or 1
 
 
 def _read_features(job: job_pb2.Job, features: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import aclosing
-from typing import NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -14,11 +15,12 @@ from gradwire.v1 import job_pb2
 from gradwire.wire import framing
 from gradwire.wire.checksum import crc32c
 from gradwire.wire.reasons import Reason
-from gradwire_server.call import Call
+from gradwire_server.call import Call, owes_nothing
 from gradwire_server.errors import JobError, malformed
 from gradwire_server.job import RunningJob
-from gradwire_server.service import Service
-from gradwire_server.spec import JobSpec
+
+if TYPE_CHECKING:
+    from gradwire_server.service import Service
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -54,10 +56,10 @@ class Stream:
             what = pb2.OpenRegionRequest.DESCRIPTOR.full_name
             raise malformed(f"the request is no {what}") from None
 
-    async def read_header(self) -> job_pb2.Job:
-        """The first message, which is the job's header."""
+    async def read_header(self) -> job_pb2.Job | job_pb2.Join:
+        """The first message: a job's header, or that the call joins a job."""
         message = await self._read("a job")
-        if not isinstance(message, job_pb2.Job):
+        if not isinstance(message, job_pb2.Job | job_pb2.Join):
             await _refuse(message, "a job first")
         return message
 
@@ -65,16 +67,33 @@ class Stream:
         """Says how many jobs come before this one."""
         await self.write(framing.encode_queued(jobs_ahead))
 
-    async def receive(self, job: RunningJob) -> None:
-        """Takes the operands, up to the half-close behind End."""
+    async def serve(self, job: RunningJob, connection: int = 0) -> None:
+        """Takes the operands and gives the results of one connection."""
+        self._call.idle_since = job.owes_nothing_since
+        try:
+            await both(self._receive(job, connection), self._send(job, connection))
+        finally:
+            # The call may outlive the job, and must not hold its memory.
+            self._call.idle_since = owes_nothing
+
+    def add_times(self, other: Stream) -> None:
+        """Counts another connection's waiting as this one's."""
+        self._call.receiving_s += other._call.receiving_s
+        self._call.sending_s += other._call.sending_s
+
+    async def _receive(self, job: RunningJob, connection: int) -> None:
+        """Takes the operands, up to the half-close; on the first behind End."""
         self._progressed()
         while True:
             message = await self._read("the next block of an operand, or end")
             if isinstance(message, framing.Block):
-                await job.take(message)
+                await job.take(message, connection)
                 if message.payload:  # messages without elements are no progress
                     self._progressed()
-            elif isinstance(message, job_pb2.End):
+            elif message is None and connection:
+                await _half_closed(job, connection)
+                return
+            elif isinstance(message, job_pb2.End) and not connection:
                 await job.end(message.m)
                 self._progressed()
                 break
@@ -100,11 +119,11 @@ class Stream:
         if message is not None:
             await _refuse(message, "nothing after end")
 
-    async def send(self, job: RunningJob, spec: JobSpec) -> None:
+    async def _send(self, job: RunningJob, connection: int) -> None:
         """Gives the results, in the order in which they are ready."""
-        async with aclosing(job.results()) as runs:
+        async with aclosing(job.results(connection)) as runs:
             async for run in runs:
-                checksum = crc32c(run.payload) if spec.checksum else None
+                checksum = crc32c(run.payload) if job.spec.checksum else None
                 await self.write(
                     framing.encode_block(run.matrix, run.index, run.payload, checksum)
                 )
@@ -138,6 +157,32 @@ class Stream:
 
     def _progressed(self) -> None:
         self._progress_at = asyncio.get_running_loop().time()
+
+
+async def _half_closed(job: RunningJob, connection: int) -> None:
+    try:
+        await job.half_closed(connection)
+    except JobError:
+        await asyncio.sleep(_CANCELLATION_S)  # as for `_refuse`
+        raise
+
+
+async def both(
+    one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None]
+) -> None:
+    """Waits for two halves of a job; when one fails, the other is cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(one)
+            group.create_task(other)
+    except BaseExceptionGroup as failed:
+        raise first_cause(failed) from None
+
+
+def first_cause(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What failed first; what failed because of it is not told."""
+    cause = failed.exceptions[0]
+    return first_cause(cause) if isinstance(cause, BaseExceptionGroup) else cause
 
 
 async def _refuse(message: framing.RequestMessage | None, expected: str) -> NoReturn:

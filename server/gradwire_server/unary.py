@@ -33,6 +33,13 @@ def whole_operands(
             "job.checksum is CHECKSUM_CRC32C: Compute has none; ComputeStream does",
             field="job.checksum",
         )
+    if spec.connections > 1:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            f"job.connections is {spec.connections}: Compute has one; ComputeStream "
+            f"has more",
+            field="job.connections",
+        )
     for name, matrices in (("request", spec.operands), ("response", spec.results)):
         size = sum(spec.whole_bytes(matrix) for matrix in matrices)
         if size > MAX_COMPUTE_BYTES:

@@ -47,6 +47,7 @@ class Reason(enum.StrEnum):
     BUSY = enum.auto()
     DEVICE_OUT_OF_MEMORY = enum.auto()
     # the rest, one each
+    JOIN_UNKNOWN = enum.auto()
     DRAINING = enum.auto()
     CLIENT_IDLE = enum.auto()
     JOB_CANCELLED = enum.auto()
@@ -70,6 +71,7 @@ _OTHER_STATUS = {
     Reason.JOB_TOO_LARGE: StatusCode.RESOURCE_EXHAUSTED,
     Reason.BUSY: StatusCode.RESOURCE_EXHAUSTED,
     Reason.DEVICE_OUT_OF_MEMORY: StatusCode.RESOURCE_EXHAUSTED,
+    Reason.JOIN_UNKNOWN: StatusCode.FAILED_PRECONDITION,
     Reason.DRAINING: StatusCode.UNAVAILABLE,
     Reason.CLIENT_IDLE: StatusCode.ABORTED,
     Reason.JOB_CANCELLED: StatusCode.CANCELLED,

@@ -551,6 +551,9 @@ COMPUTES = [
         "checksum", request({"checksum": 1}), "OPTION_INVALID", "job.checksum"
     ),
     compute_case(
+        "connections", request({"connections": 2}), "OPTION_INVALID", "job.connections"
+    ),
+    compute_case(
         "request-over-4-MiB",
         request({"n": 1024, "k": 1024}),
         "STREAM_REQUIRED",
@@ -690,6 +693,7 @@ def test_every_reason_has_a_test():
         "JOB_CANCELLED",
         "DEADLINE_PASSED",
         "DRAINING",  # test_stopping.py
+        "JOIN_UNKNOWN",  # test_connections.py
         "DEVICE_OUT_OF_MEMORY",  # test_faults.py
         "UNFORESEEN",
         "PLACE_INVALID",  # test_shared_memory.py

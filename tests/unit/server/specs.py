@@ -18,6 +18,7 @@ def make_spec(
     result_dtype: Dtype | None = None,
     accumulator: Dtype | None = None,
     max_block_bytes: int = 1 << 20,
+    connections: int = 1,
 ) -> JobSpec:
     return JobSpec(
         job_id="test",
@@ -31,4 +32,5 @@ def make_spec(
         checksum=False,
         max_block_bytes=max_block_bytes,
         features=(),
+        connections=connections,
     )

@@ -23,6 +23,13 @@ def make_intake(m=None, n=3, k=5, results=ALL, block_rows=4):
     return Intake(spec, plan), spec, plan
 
 
+def take(intake, message):
+    """The message's pieces, each placed."""
+    for span in intake.take(message):
+        intake.placed(span)
+        yield span
+
+
 def block(matrix, index, elements):
     return Block(matrix, index, memoryview(bytes(4 * elements)))
 
@@ -49,7 +56,7 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
     def send(matrix, count):
         index = sent[matrix]
         payload = memoryview(operands[matrix])[4 * index : 4 * (index + count)]
-        for span in intake.take(Block(matrix, index, payload)):
+        for span in take(intake, Block(matrix, index, payload)):
             area = 0
             if matrix is not Matrix.W:
                 area = span.block * plan.block_rows * spec.row_length(matrix) * 4
@@ -82,14 +89,14 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
 def test_what_the_window_allows_always_finds_a_slot(data):
     """Otherwise the server would wait for a slot that never becomes free."""
     intake, spec, plan = make_intake()
-    list(intake.take(block(Matrix.W, 0, 15)))
+    list(take(intake, block(Matrix.W, 0, 15)))
     sent = {Matrix.X: 0, Matrix.DY: 0}
     for _ in range(20):
         matrix = data.draw(st.sampled_from((Matrix.X, Matrix.DY)))
         count = data.draw(st.integers(1, 20 * spec.row_length(matrix)))
         complete = intake.blocks_complete
         try:
-            spans = list(intake.take(block(matrix, sent[matrix], count)))
+            spans = list(take(intake, block(matrix, sent[matrix], count)))
         except JobError:
             continue
         sent[matrix] += count
@@ -103,19 +110,19 @@ def test_what_the_window_allows_always_finds_a_slot(data):
 
 def test_the_leading_operand_may_fill_the_window_and_not_one_element_more():
     intake, _, plan = make_intake()
-    list(intake.take(block(Matrix.W, 0, 15)))
+    list(take(intake, block(Matrix.W, 0, 15)))
     window = plan.window_rows
-    list(intake.take(block(Matrix.X, 0, 3 * window)))
-    refused = reason_of(intake.take, block(Matrix.X, 3 * window, 1))
+    list(take(intake, block(Matrix.X, 0, 3 * window)))
+    refused = reason_of(take, intake, block(Matrix.X, 3 * window, 1))
     assert refused is Reason.LEAD_EXCEEDED
-    list(intake.take(block(Matrix.DY, 0, 5)))
-    list(intake.take(block(Matrix.X, 3 * window, 3)))
+    list(take(intake, block(Matrix.DY, 0, 5)))
+    list(take(intake, block(Matrix.X, 3 * window, 3)))
 
 
 def test_a_single_row_operand_has_no_window():
     intake, _, plan = make_intake(results=(Matrix.Y,))
-    list(intake.take(block(Matrix.W, 0, 15)))
-    list(intake.take(block(Matrix.X, 0, 3 * 10 * plan.window_rows)))
+    list(take(intake, block(Matrix.W, 0, 15)))
+    list(take(intake, block(Matrix.X, 0, 3 * 10 * plan.window_rows)))
     assert intake.blocks_complete == 10 * plan.window_rows // plan.block_rows
 
 
@@ -129,7 +136,9 @@ def test_rows_without_elements_are_complete_only_at_the_end():
 
 def test_a_block_is_complete_only_when_all_of_its_own_pieces_were_given_out():
     intake, _, _ = make_intake()
-    list(intake.take(block(Matrix.W, 0, 15)))
-    list(intake.take(block(Matrix.X, 0, 8 * 3)))  # two row blocks of X
-    complete = [intake.blocks_complete for _ in intake.take(block(Matrix.DY, 0, 8 * 5))]
+    list(take(intake, block(Matrix.W, 0, 15)))
+    list(take(intake, block(Matrix.X, 0, 8 * 3)))  # two row blocks of X
+    complete = [
+        intake.blocks_complete for _ in take(intake, block(Matrix.DY, 0, 8 * 5))
+    ]
     assert complete == [1, 2]

@@ -1,0 +1,74 @@
+"""A ring of slots that several connections fill."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from gradwire_server.plan import make_plan
+from gradwire_server.ring import Ring
+from tests.unit.server.specs import make_spec
+
+BLOCKS = 40
+
+
+@pytest.mark.parametrize("connections", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("seed", range(5))
+async def test_connections_that_do_not_keep_step_never_lock_it(connections, seed):
+    """Each sends X as far ahead of dY as it may, and stalls whenever it likes."""
+    chance = random.Random(seed)
+    spec = make_spec(m=None, connections=connections)
+    plan = make_plan(spec, 1)
+    ring = Ring(spec, plan)
+    ahead = plan.window_rows // plan.block_rows
+    complete = [asyncio.Event() for _ in range(BLOCKS)]
+    held, most = set(), 0
+
+    async def stall():
+        for _ in range(chance.choice((0, 0, 1, 50))):
+            await asyncio.sleep(0)
+
+    async def place(block):
+        nonlocal most
+        await ring.wait_for_slot(block)
+        held.add(block)
+        most = max(most, len(held))
+        await stall()
+
+    async def connection(number):
+        own = range(number, BLOCKS, connections)
+        for position in range(len(own) + ahead):
+            if position < len(own):  # X
+                await place(own[position])
+            if position >= ahead:  # dY
+                await place(own[position - ahead])
+                complete[own[position - ahead]].set()
+
+    async def leave():
+        for block in range(BLOCKS):
+            await complete[block].wait()
+            await stall()
+            held.discard(block)
+            ring.release(block)
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        for number in range(connections):
+            group.create_task(connection(number))
+        group.create_task(leave())
+    assert ring.released == BLOCKS
+    assert most <= plan.slots == connections + 2
+
+
+def test_the_slots_of_a_ring_share_no_byte():
+    spec = make_spec(m=None, connections=3)
+    plan = make_plan(spec, 4096)
+    ring = Ring(spec, plan)
+    arrays = [ring.w().view("u1").reshape(-1)]
+    for block in range(plan.slots):
+        rows = ring.rows(block, plan.block_rows)
+        arrays += [each.view("u1") for each in (rows.x, rows.dy, rows.y, rows.dx)]
+    for number, array in enumerate(arrays):
+        array[...] = number
+    assert all((array == number).all() for number, array in enumerate(arrays))
