@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -18,15 +19,19 @@ import grpc
 
 from gradwire import _fork
 from gradwire._aio_calls import AsyncCall, AsyncConnection
+from gradwire._aio_channels import open_calls
 from gradwire._aio_stream import AsyncGradientStream
 from gradwire._base import ArrayJob, BaseClient
 from gradwire._exceptions import ClientStateError, GradwireError
 from gradwire._failures import call_error, connect_error
+from gradwire._joining import NotJoinedError
 from gradwire._options import (
     DtypeLike,
     Metadata,
     OnProgress,
+    Options,
     ResultDtypes,
+    left_of,
     parse_options,
     parse_timeout,
 )
@@ -64,9 +69,10 @@ class AsyncClient(BaseClient):
         metadata: Sent with every call.
         transport: As for `connect`; "auto" is "tcp" where the client is not
             entered.
+        channels: Over how many connections each job travels; see `connect`.
 
     Raises:
-        InputError: The address or the transport is none.
+        InputError: The address, the transport or the number is none.
 
     Example:
         >>> async with gradwire.AsyncClient("gpu-node:50051") as client:
@@ -81,13 +87,18 @@ class AsyncClient(BaseClient):
         timeout_s: float | None = None,
         metadata: Metadata = (),
         transport: str = "auto",
+        channels: int = 1,
     ) -> None:
         super().__init__(
-            address, timeout_s=timeout_s, metadata=metadata, transport=transport
+            address,
+            timeout_s=timeout_s,
+            metadata=metadata,
+            transport=transport,
+            channels=channels,
         )
         self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._connected: AsyncConnection | None = None
+        self._connected: list[AsyncConnection] = []
 
     async def __aenter__(self) -> AsyncClient:
         """Shake hands with the server.
@@ -115,10 +126,10 @@ class AsyncClient(BaseClient):
     async def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
         self._closed = True
-        connected, self._connected = self._connected, None
+        connected, self._connected = self._connected, []
         self._sharing.pool.close()
-        if connected is not None:
-            await connected.channel.close()
+        for connection in connected:
+            await connection.channel.close()
 
     async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """What the server is, offers and allows.
@@ -349,16 +360,26 @@ class AsyncClient(BaseClient):
                 return self._keep(receipt)
         if job.unary:
             return self._keep(await self._compute(job))
-        exchange = job.exchange()
-        async with AsyncCall(
-            self._connection(),
+        begun = time.monotonic()
+        try:
+            return self._keep(await self._stream(job, self._channels, job.plan.options))
+        except NotJoinedError:
+            left = left_of(job.plan.options, begun)
+            return self._keep(await self._stream(job, 1, left))
+
+    async def _stream(
+        self, job: ArrayJob, connections: int, options: Options
+    ) -> Receipt:
+        exchange = job.exchange(connections)
+        async with open_calls(
+            self._channels_to_use(connections),
             exchange,
-            lambda: _messages(job.messages(exchange)),
-            job.plan.options,
+            lambda connection: _messages(job.messages(exchange, connection)),
+            options,
         ) as call:
             async for message in call:
-                exchange.receive(message)
-            return self._keep(exchange.finish())
+                exchange.receive(message, call.connection)
+            return exchange.finish()
 
     async def _run_shared(self, job: ArrayJob, *, again: bool = True) -> Receipt | None:
         """Compute a job in shared memory; None where there is none for it."""
@@ -435,6 +456,9 @@ class AsyncClient(BaseClient):
             )
 
     def _connection(self) -> AsyncConnection:
+        return self._channels_to_use(1)[0]
+
+    def _channels_to_use(self, count: int) -> list[AsyncConnection]:
         self._require_open()
         self._require_calls()
         if _fork.aio_lost is not None:
@@ -452,9 +476,9 @@ class AsyncClient(BaseClient):
                 "this AsyncClient belongs to another event loop, that of its first"
                 " use: make one for each loop"
             )
-        if self._connected is None:
-            self._connected = AsyncConnection(self._target, self._address)
-        return self._connected
+        while len(self._connected) < count:
+            self._connected.append(AsyncConnection(self._target, self._address))
+        return self._connected[:count]
 
 
 async def _beside(shared: SharedJob, copy: Callable[[], None]) -> None:

@@ -106,6 +106,9 @@ class AsyncCall:
         options: The job's.
     """
 
+    connection = 0
+    """Of the job's connections, that on which the last message came."""
+
     def __init__(
         self,
         connection: AsyncConnection,
@@ -116,7 +119,7 @@ class AsyncCall:
         self._address = connection.address
         self._job_id = options.job_id
         self._exchange = exchange
-        self._feed = _Feed(exchange.opening(), messages)
+        self._feed = Feed(exchange.opening(), messages)
         self._rpc = connection.stream(
             timeout=options.timeout_s, metadata=options.metadata
         )
@@ -178,8 +181,8 @@ class AsyncCall:
         self._writer.cancel()
 
 
-class _Feed:
-    """The requests of a call, as its writer draws them."""
+class Feed:
+    """The requests of one call, as its writer draws them."""
 
     def __init__(
         self, opening: bytes, messages: Callable[[], AsyncGenerator[bytes]]

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Iterable,
     Iterator,
+    Mapping,
 )
 from typing import TYPE_CHECKING
 
 from gradwire._aio_calls import AsyncCall
+from gradwire._aio_channels import AsyncCalls, AsyncDealer, open_calls
+from gradwire._arrays import Operand
+from gradwire._joining import NotJoinedError
+from gradwire._options import left_of
 from gradwire._rows import RowJob, RowReader, iterate, require_receipt
 from gradwire._types import Array, Receipt, RowBlock
+from gradwire.wire.matrices import Matrix
 
 if TYPE_CHECKING:
     from gradwire._aio import AsyncClient
@@ -47,7 +54,10 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._rows = _iterate(rows)
         self._reader = reader
         self._job: RowJob | None = None
-        self._call: AsyncCall | None = None
+        self._call: AsyncCall | AsyncCalls | None = None
+        self._connections = client._channels
+        self._first: Mapping[Matrix, Operand] | None = None
+        self._begun = 0.0
         self._over = False
         self._turn = asyncio.Lock()
 
@@ -71,7 +81,10 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         async with self._turn:
             try:
                 while not self._over and not (self._job and self._job.ready):
-                    await self._read(*await self._opened())
+                    try:
+                        await self._read(*await self._opened())
+                    except NotJoinedError:
+                        await self._again()
             except BaseException:
                 await self.aclose()
                 raise
@@ -111,34 +124,49 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         """
         return require_receipt(self._job)
 
-    async def _opened(self) -> tuple[RowJob, AsyncCall]:
+    async def _opened(self) -> tuple[RowJob, AsyncCall | AsyncCalls]:
         if self._job is None or self._call is None:
-            item = await anext(self._rows, _NOTHING)
-            first = None if item is _NOTHING else self._reader.read(item)
-            job = self._client._row_job(self._reader, first)
-            rows, reader = self._rows, self._reader
-            self._call = AsyncCall(
-                self._client._connection(),
+            if not self._begun:
+                item = await anext(self._rows, _NOTHING)
+                self._first = None if item is _NOTHING else self._reader.read(item)
+                self._begun = time.monotonic()
+            job = self._client._row_job(self._reader, self._first, self._connections)
+            dealer = AsyncDealer(
+                _messages(job, self._rows, self._reader),
+                self._connections,
+                lambda: job.block_messages,
+            )
+            self._call = open_calls(
+                self._client._channels_to_use(self._connections),
                 job.exchange,
-                lambda: _messages(job, rows, reader),
-                job.options,
+                dealer.messages,
+                left_of(job.options, self._begun),
             )
             self._job = job
         return self._job, self._call
 
-    async def _read(self, job: RowJob, call: AsyncCall) -> None:
+    async def _again(self) -> None:
+        """Nothing was sent but the header: announce the job for one connection."""
+        if self._call is not None:
+            await self._call.cancel()
+        self._job = self._call = None
+        self._connections = 1
+
+    async def _read(self, job: RowJob, call: AsyncCall | AsyncCalls) -> None:
         try:
             message = await anext(call)
         except StopAsyncIteration:
             self._client._keep(job.finish())
             self._over = True
         else:
-            job.receive(message)
+            job.receive(message, call.connection)
+            if job.exchange.ready:
+                self._first = None
 
 
 async def _messages(
     job: RowJob, rows: AsyncIterator[object], reader: RowReader
-) -> AsyncGenerator[bytes]:
+) -> AsyncGenerator[tuple[int, bytes]]:
     for message in job.opening_messages():
         yield message
     async for item in rows:

@@ -17,6 +17,7 @@ from gradwire._exchange import Exchange
 from gradwire._options import (
     Metadata,
     Options,
+    parse_channels,
     parse_metadata,
     parse_timeout,
     parse_transport,
@@ -72,17 +73,19 @@ class ArrayJob:
         self.unary = unary
         self._outputs = dict(given)
 
-    def exchange(self) -> Exchange:
-        """The conversation, as a stream."""
-        return Exchange(self.plan, Sender(self.plan), self._sinks())
+    def exchange(self, connections: int = 1) -> Exchange:
+        """The conversation, as a stream over so many connections."""
+        sender = Sender(self.plan, connections=connections)
+        sinks = [self._sinks() for _ in range(connections)]
+        return Exchange(self.plan, sender, *sinks)
 
     def unary_exchange(self) -> UnaryExchange:
         """The conversation, as one message each way."""
         return UnaryExchange(self.plan, self._sinks())
 
-    def messages(self, exchange: Exchange) -> Iterator[bytes]:
-        """What the stream sends after its header."""
-        return exchange.array_messages(self.operands)
+    def messages(self, exchange: Exchange, connection: int = 0) -> Iterator[bytes]:
+        """What a connection of the stream sends after its opening."""
+        return exchange.array_messages(self.operands, connection)
 
     def results(self, *wanted: Matrix) -> list[Any]:
         """What the caller gets of these, None for those it did not want."""
@@ -121,7 +124,9 @@ class BaseClient:
         timeout_s: float | None = None,
         metadata: Metadata = (),
         transport: str = "auto",
+        channels: int = 1,
     ) -> None:
+        self._channels = parse_channels(channels)
         self._target = grpc_target(address)
         self._address = address
         self._timeout_s = parse_timeout(timeout_s, "timeout_s")
@@ -190,11 +195,14 @@ class BaseClient:
         return ArrayJob(plan, operands, made, unary=unary)
 
     def _row_job(
-        self, reader: RowReader, first: Mapping[Matrix, Operand] | None
+        self,
+        reader: RowReader,
+        first: Mapping[Matrix, Operand] | None,
+        connections: int,
     ) -> RowJob:
         """A stream's job, now that its first item is known, if it has any."""
         plan = replace(reader.plan(first), chunk_bytes=self._tuning.chunk_bytes)
-        return RowJob(plan, reader.w, first)
+        return RowJob(plan, reader.w, first, connections)
 
     def _with_defaults(self, options: Options) -> Options:
         return replace(
@@ -217,4 +225,6 @@ class BaseClient:
                 f" speaks {limits.CONTRACT}: one of them has to be updated"
             )
         self._sharing.learn(info)
+        if limits.CONNECTIONS not in info.features:
+            self._channels = 1
         return info

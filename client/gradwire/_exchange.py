@@ -1,14 +1,16 @@
 """One job's conversation with the server, without the I/O.
 
-An `Exchange` says what to send and is told what came; whoever drives it only
-pumps. The two directions may run in different threads: sending is a chain of
-generators, receiving is one method, and each looks at the other's counters
-only.
+An `Exchange` says what to send, and on which of the job's connections, and is
+told what came on which; whoever drives it only pumps. The two directions may
+run in different threads: sending is a chain of generators, for each
+connection one, receiving is one method, and each looks at the other's
+counters only.
 
-    exchange = Exchange(plan, sinks)
+    exchange = Exchange(plan, sender, sinks)
     send(exchange.opening())
     ... receive messages until exchange.accepted ...
-    send everything of exchange.array_messages(operands)
+    ... open the other connections, if there are any, and receive theirs ...
+    send everything of exchange.array_messages(operands) once exchange.ready
         while every message that comes goes to exchange.receive(message)
     receipt = exchange.finish()
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
@@ -27,15 +29,18 @@ from gradwire._plan import Plan
 from gradwire._receiving import Receiver, Sink
 from gradwire._sending import Sender
 from gradwire._types import Progress, Receipt, receipt_of
-from gradwire.v1.job_pb2 import Accepted, Job, Queued
+from gradwire.v1.job_pb2 import Accepted, Job, Joined, Queued
 from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
 from gradwire.wire import framing
+from gradwire.wire.limits import CONNECTIONS
 from gradwire.wire.matrices import ROW_OPERANDS, Matrix
 
 _FILLED_IN = frozenset(
     {"job_id", "numerics.dw_accumulator", "max_block_bytes", "connections"}
 )
 """Options that a server chooses where a job leaves them out."""
+
+_Sent = TypeVar("_Sent")
 
 
 class Reporter:
@@ -85,46 +90,86 @@ class Conversation(Protocol):
 
 
 class Exchange:
-    """A stream, as its client sees it.
+    """A job's calls, as its client sees them.
+
+    Args:
+        plan: The job.
+        sender: What is sent.
+        sinks: Where results go, for each connection: its own row blocks, and
+            on the first dW too.
 
     Attributes:
         accepted: What the server said when it took the job on.
+        connections: How many calls there are.
     """
 
-    def __init__(self, plan: Plan, sender: Sender, sinks: Mapping[Matrix, Sink]):
+    def __init__(
+        self, plan: Plan, sender: Sender, *sinks: Mapping[Matrix, Sink]
+    ) -> None:
         self.accepted: Accepted | None = None
+        self.connections = len(sinks)
         self._plan = plan
         self._job = plan.job()
+        if self.connections > 1:
+            self._job.connections = self.connections
+            self._job.required_features.append(CONNECTIONS)
         self._sender = sender
-        self._receiver = Receiver(plan, sinks, sender)
+        self._receivers = [
+            Receiver(plan, those, sender, connection)
+            for connection, those in enumerate(sinks)
+        ]
+        self._joined = {0}
         self._reporter = Reporter(plan)
         self._receipt: ReceiptMessage | None = None
 
-    def opening(self) -> bytes:
-        """The first message; the next ones may go once `accepted` is set."""
+    @property
+    def ready(self) -> bool:
+        """Whether every connection belongs to the job, so that all may send."""
+        return self.accepted is not None and len(self._joined) == self.connections
+
+    def opening(self, connection: int = 0) -> bytes:
+        """A connection's first message.
+
+        The first one's is due at once, those of the others once `accepted` is
+        set; the next messages of all of them once they are `ready`.
+        """
+        if connection and self.accepted is not None:
+            return framing.encode_join(self.accepted.join_token, connection)
         return framing.encode_job(self._job)
 
-    def array_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
-        """Everything after the header, for operands that are all there."""
-        yield from self.weight_messages(operands.get(Matrix.W))
-        yield from self.row_messages(operands)
-        yield from self.end_messages()
+    def array_messages(
+        self, operands: Mapping[Matrix, Operand], connection: int = 0
+    ) -> Iterator[bytes]:
+        """A connection's further messages, for operands that are all there."""
+        rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
+        if not connection:
+            yield from self.weight_messages(operands.get(Matrix.W))
+        yield from self._reported(self._sender.share(rows, connection))
+        if not connection:
+            yield from self._reported(self._sender.end())
 
     def weight_messages(self, w: Operand | None) -> Iterator[bytes]:
-        """The messages that carry W, if the job needs it."""
+        """The messages that carry W, if the job needs it; on the first."""
         if w is not None:
             yield from self._reported(self._sender.weights(w))
 
-    def row_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
-        """The messages that carry the next rows of X and dY."""
+    def row_messages(
+        self, operands: Mapping[Matrix, Operand]
+    ) -> Iterator[tuple[int, bytes]]:
+        """The messages that carry the next rows of X and dY.
+
+        Each with its connection.
+        """
         rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
         yield from self._reported(self._sender.rows(rows))
 
-    def end_messages(self) -> Iterator[bytes]:
-        """The messages that complete the stream."""
-        yield from self._reported(self._sender.end())
+    def end_messages(self) -> Iterator[tuple[int, bytes]]:
+        """The messages that complete the job, each with its connection."""
+        yield from self._reported(self._sender.last_rows())
+        for message in self._reported(self._sender.end()):
+            yield 0, message
 
-    def receive(self, message: bytes) -> None:
+    def receive(self, message: bytes, connection: int = 0) -> None:
         """Take a message from the server.
 
         Raises:
@@ -135,12 +180,15 @@ class Exchange:
             received = framing.decode_response(message)
         except framing.FramingError as error:
             raise ProtocolError(f"the server sent no message: {error}") from error
-        if self._receipt is not None:
+        if self._receipt is not None and not connection:
             raise ProtocolError("the server went on after the job's receipt")
         if isinstance(received, framing.Block):
-            if self.accepted is None:
+            if self.accepted is None or connection not in self._joined:
                 raise ProtocolError("the server sent results before it took the job on")
-            self._receiver.take(received)
+            self._receivers[connection].take(received)
+        elif isinstance(received, Joined) or connection:
+            self._join(received, connection)
+            return
         elif isinstance(received, Queued):
             self._report(jobs_ahead=received.jobs_ahead)
             return
@@ -158,7 +206,8 @@ class Exchange:
         """
         if self._receipt is None or self.accepted is None:
             raise ProtocolError("the server ended the job without a receipt")
-        self._receiver.finish()
+        for receiver in self._receivers:
+            receiver.finish()
         check_receipt(self._receipt, self._job, self._sender.m)
         return receipt_of(self._receipt, self.accepted)
 
@@ -166,10 +215,18 @@ class Exchange:
         if self.accepted is not None:
             raise ProtocolError("the server took the job on twice")
         check_accepted(accepted, self._job)
+        if self.connections > 1 and not accepted.join_token:
+            raise ProtocolError("the server gave the job's connections no token")
         self._sender.accept(accepted.block_rows, accepted.window_rows)
         self.accepted = accepted
 
-    def _reported(self, messages: Iterator[bytes]) -> Iterator[bytes]:
+    def _join(self, received: framing.ResponseMessage, connection: int) -> None:
+        if not isinstance(received, Joined) or connection in self._joined:
+            came = type(received).__name__.lower()
+            raise ProtocolError(f"the server sent {came} on connection {connection}")
+        self._joined.add(connection)
+
+    def _reported(self, messages: Iterator[_Sent]) -> Iterator[_Sent]:
         for message in messages:
             yield message
             self._report()
@@ -177,7 +234,7 @@ class Exchange:
     def _report(self, jobs_ahead: int | None = None) -> None:
         self._reporter.report(
             bytes_sent=self._sender.bytes_sent,
-            bytes_received=self._receiver.bytes_received,
+            bytes_received=sum(each.bytes_received for each in self._receivers),
             rows_sent=self._sender.rows_sent,
             m=self._sender.m,
             jobs_ahead=jobs_ahead,

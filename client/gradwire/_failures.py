@@ -26,6 +26,8 @@ from gradwire.wire import limits, status
 from gradwire.wire.reasons import Reason
 from gradwire.wire.status import ErrorDetails
 
+LATE = "the call was not done within its timeout_s"
+
 _NO_SUCH_NAME = re.compile("DNS resolution failed|Domain name not found|lookup failed")
 _NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server")
 _CONNECT_CAUSE = re.compile("(?:to remote host|connect failed: .* error): ?(.+)")
@@ -78,7 +80,7 @@ def call_error(
         kind = BY_REASON.get(attached.reason, kind)
     message = text
     if code is StatusCode.DEADLINE_EXCEEDED and attached.reason is None:
-        message = "the call was not done within its timeout_s"
+        message = LATE
     error = kind(message, status=code, attached=attached, job_id=job_id, details=text)
     error.args = (f"{message} ({_label(error)})",)
     return error

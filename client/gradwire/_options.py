@@ -6,8 +6,9 @@ import math
 import operator
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,6 +31,7 @@ _LONGEST_TIMEOUT_S = 365 * 86_400.0
 
 TRANSPORTS = ("auto", "tcp", "shm")
 
+_LEAST_TIMEOUT_S = 0.001
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 _COMPUTED = ", ".join(dtype.label for dtype in Dtype)
 
@@ -132,6 +134,30 @@ def parse_transport(value: str) -> str:
     if value not in TRANSPORTS:
         raise InputError(f"transport is {value!r}; it can be {', '.join(TRANSPORTS)}")
     return value
+
+
+def left_of(options: Options, begun: float) -> Options:
+    """The options of a call that is part of one begun at a monotonic time."""
+    if options.timeout_s is None:
+        return options
+    left = options.timeout_s - (time.monotonic() - begun)
+    return replace(options, timeout_s=max(left, _LEAST_TIMEOUT_S))
+
+
+def parse_channels(value: int) -> int:
+    """Over how many connections a job travels.
+
+    Raises:
+        InputError: It is no number of them that a job can have.
+    """
+    if (
+        not isinstance(value, int | np.integer)
+        or not 1 <= value <= limits.MAX_CONNECTIONS
+    ):
+        raise InputError(
+            f"channels is {value!r}: give a number from 1 to {limits.MAX_CONNECTIONS}"
+        )
+    return int(value)
 
 
 def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:

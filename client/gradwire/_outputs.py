@@ -119,6 +119,14 @@ class ArraySink:
             self._rows = np.empty((rows, self._columns), dtype.numpy)
         self._bytes = self._rows.reshape(-1).view(np.uint8).data
 
+    def seek(self, row: int) -> None:
+        """The next elements are those from a row on."""
+        if self._flat:
+            self._filled = row * self._row_bytes
+        else:
+            self.close()
+            self._moved = row
+
     def write(self, payload: memoryview) -> None:
         """Take the next elements, which must not be more than are missing."""
         if self._flat:

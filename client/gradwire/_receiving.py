@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -23,7 +22,10 @@ _BY_NUMBER = {int(matrix): matrix for matrix in RESULTS}
 
 
 class Sink(Protocol):
-    """Takes a result's elements, in their order and without gaps."""
+    """Takes a result's elements in their order, each after the one before."""
+
+    def seek(self, row: int) -> None:
+        """The next elements are those from a row on; it begins a row block."""
 
     def write(self, payload: memoryview) -> None:
         """Take the next elements: whole ones, at least one."""
@@ -37,11 +39,18 @@ class BlockSink:
 
     Attributes:
         columns: Elements of a row.
-        complete: Row blocks that are complete and were not taken yet.
+        complete: Row blocks that are complete and were not taken yet, by
+            their first rows; that of `beside`, where it is given.
     """
 
-    def __init__(self, columns: int, dtype: Dtype, sender: Sender) -> None:
-        self.complete: deque[Array] = deque()
+    def __init__(
+        self,
+        columns: int,
+        dtype: Dtype,
+        sender: Sender,
+        beside: BlockSink | None = None,
+    ) -> None:
+        self.complete: dict[int, Array] = beside.complete if beside else {}
         self.columns = columns
         self._dtype = dtype
         self._sender = sender
@@ -53,6 +62,10 @@ class BlockSink:
     def empty(self, rows: int) -> Array:
         """A new array for some rows."""
         return np.empty((rows, self.columns), self._dtype.numpy)
+
+    def seek(self, row: int) -> None:
+        """The next elements are those of the block that begins with a row."""
+        self._first_row = row
 
     def write(self, payload: memoryview) -> None:
         """Take the next elements."""
@@ -66,7 +79,7 @@ class BlockSink:
             self._filled += len(part)
             payload = payload[len(part) :]
             if self._filled == len(self._bytes):
-                self.complete.append(self._array)
+                self.complete[self._first_row] = self._array
                 self._first_row += self._array.shape[0]
                 self._array = None
 
@@ -82,18 +95,29 @@ class BlockSink:
 
 
 class Receiver:
-    """The results of one job, as they come.
+    """The results that come on one connection of a job.
 
     Attributes:
         bytes_received: Bytes of results that were taken.
     """
 
-    def __init__(self, plan: Plan, sinks: Mapping[Matrix, Sink], sender: Sender):
+    def __init__(
+        self,
+        plan: Plan,
+        sinks: Mapping[Matrix, Sink],
+        sender: Sender,
+        connection: int = 0,
+    ) -> None:
         self.bytes_received = 0
         self._plan = plan
         self._sinks = sinks
         self._sender = sender
-        self._next = dict.fromkeys(plan.results, 0)
+        self._connection = connection
+        self._next = {
+            matrix: 0
+            for matrix in plan.results
+            if matrix is not Matrix.DW or not connection
+        }
 
     def take(self, block: Block) -> None:
         """Use the elements of a message.
@@ -120,11 +144,23 @@ class Receiver:
                 f" elements have {itemsize}"
             )
         at = self._next[matrix]
-        if block.index != at:
+        columns = matrix.row_length(self._plan.n, self._plan.k)
+        share = self._sender.shares[self._connection]
+        index = at if matrix is Matrix.DW else share.index(at, columns)
+        if block.index != index:
             raise ProtocolError(
                 f"the server sent {matrix.label} from element {block.index} on, and"
-                f" element {at} is next"
+                f" element {index} is next"
             )
+        if share.connections > 1 and matrix is not Matrix.DW:
+            within = at % (share.block_rows * columns)
+            if within + count > share.block_rows * columns:
+                raise ProtocolError(
+                    f"the server sent {count} elements of {matrix.label} from element"
+                    f" {index} on, past the end of their row block"
+                )
+            if not within:
+                self._sinks[matrix].seek(index // columns)
         if at + count > self._due(matrix):
             raise ProtocolError(
                 f"the server sent {matrix.label} up to element {at + count}, and the"
@@ -153,8 +189,9 @@ class Receiver:
         sender = self._sender
         if matrix is Matrix.DW:
             return self._plan.n * self._plan.k if sender.ended else 0
-        rows = sender.rows_sent
-        if rows != sender.m:
+        rows = sender.share_rows[self._connection]
+        share = sender.shares[self._connection]
+        if sender.m is None or rows != share.rows(sender.m):
             rows -= rows % sender.block_rows
         return rows * matrix.row_length(self._plan.n, self._plan.k)
 

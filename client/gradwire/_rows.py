@@ -124,51 +124,64 @@ class RowJob:
     """
 
     def __init__(
-        self, plan: Plan, w: Operand | None, first: Mapping[Matrix, Operand] | None
+        self,
+        plan: Plan,
+        w: Operand | None,
+        first: Mapping[Matrix, Operand] | None,
+        connections: int = 1,
     ) -> None:
         self.options = plan.options
+        self._plan = plan
         self.ready: deque[RowBlock] = deque()
         self._w = w if Matrix.W in plan.operands else None
         self._first = first
-        self._sender = Sender(plan)
-        self._blocks = {
-            matrix: BlockSink(
-                plan.shape(matrix, 0)[1], plan.result_dtype(matrix), self._sender
-            )
-            for matrix in ROW_RESULTS
-            if matrix in plan.results
-        }
+        self._sender = Sender(plan, connections=connections)
+        self._blocks = self._block_sinks(plan)
         sinks: dict[Matrix, Sink] = dict(self._blocks)
+        others = [self._block_sinks(plan, self._blocks) for _ in range(1, connections)]
         self.dw: Array | None = None
         if Matrix.DW in plan.results:
             dtype = plan.result_dtype(Matrix.DW)
             self.dw = np.empty((plan.n, plan.k), dtype.numpy)
             sinks[Matrix.DW] = ArraySink(self.dw, dtype)
-        self.exchange = Exchange(plan, self._sender, sinks)
+        self.exchange = Exchange(plan, self._sender, sinks, *others)
         self._next_row = 0
         self.receipt: Receipt | None = None
 
-    def opening_messages(self) -> Iterator[bytes]:
-        """What is sent before the second item: W and the first one."""
-        yield from self.exchange.weight_messages(self._w)
+    @property
+    def block_messages(self) -> int:
+        """Messages that carry the operands of a row block, about."""
+        plan, rows = self._plan, self._sender.block_rows
+        sizes = [plan.size_bytes(each, rows) for each in ROW_OPERANDS]
+        return 2 + sum(size // plan.chunk_bytes for size in sizes)
+
+    def opening_messages(self) -> Iterator[tuple[int, bytes]]:
+        """What is sent before the second item: W and the first one.
+
+        Each message with its connection.
+        """
+        for message in self.exchange.weight_messages(self._w):
+            yield 0, message
         first, self._first = self._first, None
         if first is not None:
             yield from self.exchange.row_messages(first)
 
-    def messages(self, items: Iterable[Mapping[Matrix, Operand]]) -> Iterator[bytes]:
+    def messages(
+        self, items: Iterable[Mapping[Matrix, Operand]]
+    ) -> Iterator[tuple[int, bytes]]:
         """What is sent after the header, for the items after the first."""
         yield from self.opening_messages()
         for operands in items:
             yield from self.exchange.row_messages(operands)
         yield from self.exchange.end_messages()
 
-    def receive(self, message: bytes) -> None:
+    def receive(self, message: bytes, connection: int = 0) -> None:
         """Take a message from the server; see `Exchange.receive`."""
-        self.exchange.receive(message)
+        self.exchange.receive(message, connection)
         # A matrix without columns has no elements, so none of it ever comes.
         filled = [sink for sink in self._blocks.values() if sink.columns]
-        while filled and all(sink.complete for sink in filled):
-            self._hand_out(len(filled[0].complete[0]))
+        while filled and all(self._next_row in sink.complete for sink in filled):
+            self._hand_out(len(filled[0].complete[self._next_row]))
 
     def finish(self) -> Receipt:
         """The server has ended the stream with OK; see `Exchange.finish`."""
@@ -178,9 +191,25 @@ class RowJob:
         self.receipt = receipt
         return receipt
 
+    def _block_sinks(
+        self, plan: Plan, beside: Mapping[Matrix, BlockSink] | None = None
+    ) -> dict[Matrix, BlockSink]:
+        return {
+            matrix: BlockSink(
+                plan.shape(matrix, 0)[1],
+                plan.result_dtype(matrix),
+                self._sender,
+                None if beside is None else beside[matrix],
+            )
+            for matrix in ROW_RESULTS
+            if matrix in plan.results
+        }
+
     def _hand_out(self, rows: int) -> None:
         parts = {
-            matrix: sink.complete.popleft() if sink.columns else sink.empty(rows)
+            matrix: (
+                sink.complete.pop(self._next_row) if sink.columns else sink.empty(rows)
+            )
             for matrix, sink in self._blocks.items()
         }
         self.ready.append(

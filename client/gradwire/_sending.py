@@ -3,7 +3,8 @@
 Rows travel in runs. A run ends at the next row block's boundary, or before
 it: X's rows of the run go first, then dY's, so that neither operand is ever
 ahead by more than a run, and the next rows always belong to the operand with
-fewer complete rows (X on a tie).
+fewer complete rows (X on a tie). A run lies within one row block, so that it
+travels on one connection.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gradwire._types import Array
 from gradwire.wire import checksum, framing
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.matrices import ROW_OPERANDS, Matrix
+from gradwire.wire.shares import Share
 
 STALE_S = 0.1
 """Rows that trickle in are put together to a message for at most so long,
@@ -27,29 +29,53 @@ so that the server sees a slow caller go on."""
 
 
 class Sender:
-    """The requests of one stream, after its header.
+    """The requests of one job, after its header.
 
     Everything is told before it is handed out to be sent: the server's
-    answer may be there before the sender runs again.
+    answer may be there before the sender runs again. Rows that come one after
+    another are dealt to the connections (`rows`); of rows that are all there
+    each connection takes its own (`share`), maybe in a thread of its own.
 
     Attributes:
-        rows_sent: Rows of which elements were, or are being, handed out.
         m: All rows, once that is known.
         block_rows: Rows of a block, once the server has said.
+        shares: The row blocks of each connection, once the server has said.
+        share_rows: Rows of each of which elements were, or are being, handed
+            out.
         ended: Whether End was handed out.
-        bytes_sent: Bytes of operands that were handed out.
     """
 
-    def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rows_sent = 0
+    def __init__(
+        self,
+        plan: Plan,
+        clock: Callable[[], float] = time.monotonic,
+        connections: int = 1,
+    ) -> None:
         self.m = plan.m
         self.ended = False
-        self.bytes_sent = 0
+        self.share_rows = [0] * connections
+        self.shares = [Share(each, connections, 1) for each in range(connections)]
+        self._bytes_sent = [0] * connections
         self._plan = plan
         self._clock = clock
         self._last_sent = 0.0
         self.block_rows = self._run_rows = 1
         self._staging: _Staging | None = None
+
+    @property
+    def connections(self) -> int:
+        """Over how many connections the job travels."""
+        return len(self.shares)
+
+    @property
+    def rows_sent(self) -> int:
+        """Rows of which elements were, or are being, handed out."""
+        return sum(self.share_rows)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of operands that were handed out."""
+        return sum(self._bytes_sent)
 
     def accept(self, block_rows: int, window_rows: int) -> None:
         """Take over the server's grid of row blocks.
@@ -60,13 +86,35 @@ class Sender:
         """
         self.block_rows = block_rows
         self._run_rows = min(block_rows, window_rows)
+        self.shares = [
+            Share(share.connection, self.connections, block_rows)
+            for share in self.shares
+        ]
 
     def weights(self, w: Operand) -> Iterator[bytes]:
-        """The messages that carry W."""
-        yield from self._messages(Matrix.W, w, 0, w.rows, 0)
+        """The messages that carry W; they go on the first connection."""
+        yield from self._messages(Matrix.W, w, 0, w.rows, row=0, connection=0)
 
-    def rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
-        """The messages that carry the next rows.
+    def share(
+        self, operands: Mapping[Matrix, Operand], connection: int
+    ) -> Iterator[bytes]:
+        """The messages that carry one connection's share of all rows.
+
+        Args:
+            operands: All rows of X and of dY, as far as the job needs them.
+            connection: Which connection.
+        """
+        m, step = self.m or 0, self.block_rows * self.connections
+        for block in range(connection * self.block_rows, m, step):
+            last = min(block + self.block_rows, m)
+            for first in range(block, last, self._run_rows):
+                count = min(self._run_rows, last - first)
+                yield from self._run(
+                    operands, first, count, row=first, connection=connection
+                )
+
+    def rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[tuple[int, bytes]]:
+        """The messages that carry the next rows, each with its connection.
 
         A few rows may be held back, copied, to travel with the next.
 
@@ -94,11 +142,11 @@ class Sender:
                     yield from self._flush()
             else:
                 count = min(left, room)
-                yield from self._run(operands, start, count)
+                yield from self._deal(operands, start, count)
             start += count
 
-    def end(self) -> Iterator[bytes]:
-        """The messages that complete the stream.
+    def last_rows(self) -> Iterator[tuple[int, bytes]]:
+        """The messages that carry the rows that were held back.
 
         Raises:
             InputError: The rows are fewer than the job was said to have.
@@ -107,8 +155,11 @@ class Sender:
         if self._plan.m is not None and self.rows_sent != self._plan.m:
             raise InputError(f"rows gave {self.rows_sent} rows, and m is {self.m}")
         self.m = self.rows_sent
+
+    def end(self) -> Iterator[bytes]:
+        """The message that completes the job; it goes on the first connection."""
         self.ended = True
-        yield framing.encode_end(self.m)
+        yield framing.encode_end(self.m or 0)
 
     def _held(self) -> int:
         return 0 if self._staging is None else self._staging.count
@@ -139,33 +190,60 @@ class Sender:
             self._staging = _Staging(operands, rows)
         self._staging.put(operands, start, count)
 
-    def _flush(self) -> Iterator[bytes]:
+    def _flush(self) -> Iterator[tuple[int, bytes]]:
         if self._staging is not None and self._staging.count:
             operands, count = self._staging.operands(), self._staging.count
             self._staging.count = 0
-            yield from self._run(operands, 0, count)
+            yield from self._deal(operands, 0, count)
+
+    def _deal(
+        self, operands: Mapping[Matrix, Operand], start: int, count: int
+    ) -> Iterator[tuple[int, bytes]]:
+        row = self.rows_sent
+        connection = row // self.block_rows % self.connections
+        for message in self._run(
+            operands, start, count, row=row, connection=connection
+        ):
+            yield connection, message
+        self._last_sent = self._clock()
 
     def _run(
-        self, operands: Mapping[Matrix, Operand], start: int, count: int
+        self,
+        operands: Mapping[Matrix, Operand],
+        start: int,
+        count: int,
+        *,
+        row: int,
+        connection: int,
     ) -> Iterator[bytes]:
-        first = self.rows_sent
-        self.rows_sent += count
+        self.share_rows[connection] += count
         for matrix in ROW_OPERANDS:
             if matrix in operands:
                 yield from self._messages(
-                    matrix, operands[matrix], start, start + count, first
+                    matrix,
+                    operands[matrix],
+                    start,
+                    start + count,
+                    row=row,
+                    connection=connection,
                 )
-        self._last_sent = self._clock()
 
     def _messages(
-        self, matrix: Matrix, operand: Operand, first: int, last: int, row: int
+        self,
+        matrix: Matrix,
+        operand: Operand,
+        first: int,
+        last: int,
+        *,
+        row: int,
+        connection: int,
     ) -> Iterator[bytes]:
         """Rows [first, last) of an operand, as rows `row`, ... of the matrix."""
         shift = (row - first) * operand.columns
         elements = self._plan.elements_per_message()
         for index, payload in operand.pieces(first, last, elements):
             crc = checksum.crc32c(payload) if self._plan.options.checksum else None
-            self.bytes_sent += len(payload)
+            self._bytes_sent[connection] += len(payload)
             yield framing.encode_block(matrix, index + shift, payload, crc)
 
 

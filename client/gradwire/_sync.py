@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,11 +16,14 @@ from gradwire import _fork
 from gradwire._base import ArrayJob, BaseClient
 from gradwire._exceptions import GradwireError
 from gradwire._failures import call_error, connect_error
+from gradwire._joining import NotJoinedError
 from gradwire._options import (
     DtypeLike,
     Metadata,
     OnProgress,
+    Options,
     ResultDtypes,
+    left_of,
     parse_options,
     parse_timeout,
 )
@@ -26,6 +31,7 @@ from gradwire._regions import Pool, Room
 from gradwire._rows import RowReader
 from gradwire._sharing import EmptyArray, may_be_smaller
 from gradwire._sync_calls import Call, Connection, call_unary
+from gradwire._sync_channels import open_calls
 from gradwire._sync_stream import GradientStream
 from gradwire._types import (
     Array,
@@ -49,6 +55,7 @@ def connect(
     timeout_s: float | None = None,
     metadata: Metadata = (),
     transport: str = "auto",
+    channels: int = 1,
 ) -> Client:
     """A client of the server at an address, once it has answered.
 
@@ -62,9 +69,13 @@ def connect(
             address names. "shm": through memory that the server shares,
             which it must allow; see `Client.empty`. "auto": through shared
             memory where the server allows it and is surely on this host.
+        channels: Over how many connections each job travels, 1 to 16. It
+            makes no difference to results. Small jobs and jobs in shared
+            memory take one; so do all where the server does not offer more,
+            or a proxy leads the connections to different servers.
 
     Raises:
-        InputError: The address or the transport is none.
+        InputError: The address, the transport or the number is none.
         ConnectError: Nobody answers there, or what does is no gradwire
             server (`ContractError`: none of this version of the contract),
             or memory that is demanded cannot be shared with it.
@@ -74,7 +85,11 @@ def connect(
         ...     y, dx, dw = client.gradients(x, w, dy)
     """
     client = Client(
-        address, timeout_s=timeout_s, metadata=metadata, transport=transport
+        address,
+        timeout_s=timeout_s,
+        metadata=metadata,
+        transport=transport,
+        channels=channels,
     )
     try:
         client.handshake(connect_timeout_s)
@@ -97,9 +112,10 @@ class Client(BaseClient):
             long as it takes.
         metadata: Sent with every call.
         transport: As for `connect`; "auto" is "tcp" before a `handshake`.
+        channels: Over how many connections each job travels; see `connect`.
 
     Raises:
-        InputError: The address or the transport is none.
+        InputError: The address, the transport or the number is none.
 
     Example:
         >>> client = gradwire.Client("unix:/run/gradwire.sock", timeout_s=60)
@@ -114,12 +130,17 @@ class Client(BaseClient):
         timeout_s: float | None = None,
         metadata: Metadata = (),
         transport: str = "auto",
+        channels: int = 1,
     ) -> None:
         super().__init__(
-            address, timeout_s=timeout_s, metadata=metadata, transport=transport
+            address,
+            timeout_s=timeout_s,
+            metadata=metadata,
+            transport=transport,
+            channels=channels,
         )
         self._lock = threading.Lock()
-        self._connected: Connection | None = None
+        self._connected: list[Connection] = []
         _clients.add(self)
 
     def __enter__(self) -> Client:
@@ -133,11 +154,11 @@ class Client(BaseClient):
         """Close the connection; calls that still run are cancelled."""
         with self._lock:
             self._closed = True
-            connected, self._connected = self._connected, None
+            connected, self._connected = self._connected, []
         self._sharing.pool.close()
-        if connected is not None:
+        for connection in connected:
             with _fork.calling():
-                connected.channel.close()
+                connection.channel.close()
 
     def handshake(self, connect_timeout_s: float | None = 10.0) -> ServerInfo:
         """Ask the server what it is, and refuse to go on with a wrong one.
@@ -452,16 +473,24 @@ class Client(BaseClient):
                 return self._keep(receipt)
         if job.unary:
             return self._keep(self._compute(job))
-        exchange = job.exchange()
-        with Call(
-            self._connection(),
+        begun = time.monotonic()
+        try:
+            return self._keep(self._stream(job, self._channels, job.plan.options))
+        except NotJoinedError:
+            left = left_of(job.plan.options, begun)
+            return self._keep(self._stream(job, 1, left))
+
+    def _stream(self, job: ArrayJob, connections: int, options: Options) -> Receipt:
+        exchange = job.exchange(connections)
+        with open_calls(
+            self._channels_to_use(connections),
             exchange,
-            lambda: job.messages(exchange),
-            job.plan.options,
+            partial(job.messages, exchange),
+            options,
         ) as call:
             for message in call:
-                exchange.receive(message)
-            return self._keep(exchange.finish())
+                exchange.receive(message, call.connection)
+            return exchange.finish()
 
     def _run_shared(self, job: ArrayJob, *, again: bool = True) -> Receipt | None:
         """Compute a job in shared memory; None where there is none for it."""
@@ -531,28 +560,31 @@ class Client(BaseClient):
         return call_unary(info, GetServerInfoRequest(), timeout_s, self._metadata)
 
     def _connection(self) -> Connection:
+        return self._channels_to_use(1)[0]
+
+    def _channels_to_use(self, count: int) -> list[Connection]:
         with self._lock, _fork.calling():
             self._require_open()
             self._require_calls()
-            if self._connected is None:
-                self._connected = Connection(self._target, self._address)
-            return self._connected
+            while len(self._connected) < count:
+                self._connected.append(Connection(self._target, self._address))
+            return self._connected[:count]
 
     def _after_fork(self) -> None:
-        # The parent's channel and regions are not this process's to use, nor
+        # The parent's channels and regions are not this process's to use, nor
         # to close; and their locks may have been held by threads not here.
         _inherited.append((self._connected, self._sharing.renew()))
-        self._connected = None
+        self._connected = []
         self._lock = threading.Lock()
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
-_inherited: list[tuple[Connection | None, Pool]] = []
+_inherited: list[tuple[list[Connection], Pool]] = []
 
 
 def _channels() -> list[grpc.Channel]:
-    connections = [client._connected for client in list(_clients)]
-    return [connection.channel for connection in connections if connection]
+    clients = list(_clients)
+    return [each.channel for client in clients for each in client._connected]
 
 
 # gRPC would cancel the parent's calls in the child, for which it takes locks

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
@@ -33,6 +33,8 @@ from gradwire.v1.gradient_service_pb2 import (
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+
+Rpc: TypeAlias = "grpc._CallIterator[bytes]"
 
 
 class Connection:
@@ -139,6 +141,9 @@ class Call:
         options: The job's.
     """
 
+    connection = 0
+    """Of the job's connections, that on which the last message came."""
+
     def __init__(
         self,
         connection: Connection,
@@ -149,7 +154,7 @@ class Call:
         self._address = connection.address
         self._job_id = options.job_id
         self._exchange = exchange
-        self._feed = _Feed(exchange.opening(), messages)
+        self._feed = Feed(exchange.opening(), messages)
         with _fork.calling():
             self._rpc = connection.stream(
                 self._feed.requests(),
@@ -199,8 +204,8 @@ class Call:
             self._rpc.cancel()
 
 
-class _Feed:
-    """The requests of a call, as gRPC's thread draws them."""
+class Feed:
+    """The requests of one call, as gRPC's thread draws them."""
 
     def __init__(self, opening: bytes, messages: Callable[[], Iterator[bytes]]) -> None:
         self._opening = opening

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from gradwire._arrays import Operand
+from gradwire._joining import NotJoinedError
+from gradwire._options import left_of
 from gradwire._rows import RowJob, RowReader, iterate, require_receipt
 from gradwire._sync_calls import Call
+from gradwire._sync_channels import Calls, Dealer, open_calls
 from gradwire._types import Array, Receipt, RowBlock
+from gradwire.wire.matrices import Matrix
 
 if TYPE_CHECKING:
     from gradwire._sync import Client
@@ -37,7 +43,10 @@ class GradientStream(Iterator[RowBlock]):
         self._rows = iterate(rows)
         self._reader = reader
         self._job: RowJob | None = None
-        self._call: Call | None = None
+        self._call: Call | Calls | None = None
+        self._connections = client._channels
+        self._first: Mapping[Matrix, Operand] | None = None
+        self._begun = 0.0
         self._over = False
         self._turn = threading.RLock()
 
@@ -61,7 +70,10 @@ class GradientStream(Iterator[RowBlock]):
         with self._turn:
             try:
                 while not self._over and not (self._job and self._job.ready):
-                    self._read(*self._opened())
+                    try:
+                        self._read(*self._opened())
+                    except NotJoinedError:
+                        self._again()
             except BaseException:
                 self.close()
                 raise
@@ -100,26 +112,41 @@ class GradientStream(Iterator[RowBlock]):
         """
         return require_receipt(self._job)
 
-    def _opened(self) -> tuple[RowJob, Call]:
+    def _opened(self) -> tuple[RowJob, Call | Calls]:
         if self._job is None or self._call is None:
-            item = next(self._rows, _NOTHING)
-            first = None if item is _NOTHING else self._reader.read(item)
-            job = self._client._row_job(self._reader, first)
+            if not self._begun:
+                item = next(self._rows, _NOTHING)
+                self._first = None if item is _NOTHING else self._reader.read(item)
+                self._begun = time.monotonic()
+            job = self._client._row_job(self._reader, self._first, self._connections)
             items = map(self._reader.read, self._rows)
-            self._call = Call(
-                self._client._connection(),
+            dealer = Dealer(
+                job.messages(items), self._connections, lambda: job.block_messages
+            )
+            self._call = open_calls(
+                self._client._channels_to_use(self._connections),
                 job.exchange,
-                lambda: job.messages(items),
-                job.options,
+                dealer.messages,
+                left_of(job.options, self._begun),
+                dealer.close,
             )
             self._job = job
         return self._job, self._call
 
-    def _read(self, job: RowJob, call: Call) -> None:
+    def _again(self) -> None:
+        """Nothing was sent but the header: announce the job for one connection."""
+        if self._call is not None:
+            self._call.cancel()
+        self._job = self._call = None
+        self._connections = 1
+
+    def _read(self, job: RowJob, call: Call | Calls) -> None:
         try:
             message = next(call)
         except StopIteration:
             self._client._keep(job.finish())
             self._over = True
         else:
-            job.receive(message)
+            job.receive(message, call.connection)
+            if job.exchange.ready:
+                self._first = None

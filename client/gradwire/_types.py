@@ -123,6 +123,9 @@ class Receipt:
     transport: str
     """How the elements travelled: ``tcp``, ``unix``, or ``shm`` (shared memory)."""
 
+    connections: int = 1
+    """Over how many connections the elements travelled; 1 in shared memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
@@ -332,6 +335,7 @@ def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
         reserved_bytes=accepted.reserved_bytes,
         peak_memory_bytes=message.peak_memory_bytes,
         transport=message.transport,
+        connections=max(1, message.connections),
     )
 
 

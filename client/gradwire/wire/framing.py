@@ -67,7 +67,7 @@ class Block:
 
 
 RequestMessage: TypeAlias = Job | Block | End | Join
-ResponseMessage: TypeAlias = Accepted | Queued | Block | Receipt
+ResponseMessage: TypeAlias = Accepted | Queued | Block | Receipt | Joined
 
 
 def encode_block(
@@ -183,9 +183,11 @@ def decode_response_by_class(message: bytes) -> ResponseMessage:
             return _from_class(envelope.block)
         case "receipt":
             return envelope.receipt
+        case "joined":
+            return envelope.joined
         case _:
             raise FramingError(
-                "the message holds neither accepted, queued, block nor receipt"
+                "the message holds neither accepted, queued, block, receipt nor joined"
             )
 
 

@@ -11,8 +11,8 @@ from gradwire._base import Tuning
 
 
 class SyncCaller:
-    def __init__(self, address: str) -> None:
-        self.client = gradwire.connect(address, timeout_s=60)
+    def __init__(self, address: str, **options: Any) -> None:
+        self.client = gradwire.connect(address, timeout_s=60, **options)
 
     def tune(self, **tuning: Any) -> None:
         self.client._tuning = Tuning(**tuning)
@@ -40,9 +40,9 @@ class SyncCaller:
 
 
 class AsyncCaller:
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, **options: Any) -> None:
         self._runner = asyncio.Runner()
-        self.client = gradwire.AsyncClient(address, timeout_s=60)
+        self.client = gradwire.AsyncClient(address, timeout_s=60, **options)
         self._runner.run(self.client.__aenter__())
 
     def tune(self, **tuning: Any) -> None:

@@ -72,11 +72,11 @@ FORK = """
     import os, sys, threading
     import numpy as np
     import gradwire
-    address, busy_threads = sys.argv[1], int(sys.argv[2])
+    address, busy_threads, channels = sys.argv[1], *map(int, sys.argv[2:])
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(300, 40)), rng.normal(size=(40, 30))
     small, large = rng.normal(size=(3000, 40)), rng.normal(size=(9000, 40))
-    client = gradwire.connect(address)
+    client = gradwire.connect(address, channels=channels)
     expected = client.forward(x, w)
 
     stop = threading.Event()
@@ -197,11 +197,13 @@ def run_script(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("busy_threads", [0, 4], ids=["idle", "in the middle"])
 def test_a_client_goes_on_in_the_children_of_a_fork(
-    server_address: str, busy_threads: int
+    server_address: str, busy_threads: int, channels: int
 ) -> None:
-    assert run_script(FORK, server_address, str(busy_threads)) == "all is well\n"
+    arguments = (str(busy_threads), str(channels))
+    assert run_script(FORK, server_address, *arguments) == "all is well\n"
 
 
 def test_a_fork_beside_a_call_that_waits_is_no_harm(occupied: ServerProcess) -> None:

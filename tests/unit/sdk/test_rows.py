@@ -26,7 +26,9 @@ def run(items: list[Any], w: Any = W, server: FakeServer | None = None, **option
     first, *others = items or [None]
     begun = None if first is None else read.read(first)
     job = RowJob(read.plan(begun), read.w, begun)
-    messages = job.messages(read.read(item) for item in others)
+    messages = (
+        message for _, message in job.messages(read.read(item) for item in others)
+    )
     blocks = []
     for answer in converse(job.exchange, messages, server or FakeServer()):
         job.receive(answer)

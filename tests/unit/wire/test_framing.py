@@ -164,6 +164,7 @@ def test_the_other_responses_are_read_as_they_were_written():
     assert decode(framing.encode_accepted(accepted)) == accepted
     assert decode(framing.encode_receipt(receipt)) == receipt
     assert decode(framing.encode_queued(2)) == job_pb2.Queued(jobs_ahead=2)
+    assert decode(framing.encode_joined()) == job_pb2.Joined()
 
 
 @pytest.mark.parametrize(("envelope", "decode", "by_class"), ENVELOPES)
