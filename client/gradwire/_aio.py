@@ -128,6 +128,7 @@ class AsyncClient(BaseClient):
         self._closed = True
         connected, self._connected = self._connected, []
         self._sharing.pool.close()
+        self._memory.close()
         for connection in connected:
             await connection.channel.close()
 

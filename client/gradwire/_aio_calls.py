@@ -21,6 +21,7 @@ from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO, OPEN_REGION
 from gradwire._exceptions import ConnectError, JobCancelledError, ProtocolError
 from gradwire._exchange import Conversation
 from gradwire._failures import call_error
+from gradwire._memory import keep_messages
 from gradwire._options import MetadataPairs, Options
 from gradwire._regions import Region
 from gradwire._sharing import OPEN_TIMEOUT_S
@@ -41,6 +42,7 @@ class AsyncConnection:
     """A channel, and the service's calls on it."""
 
     def __init__(self, target: str, address: str) -> None:
+        keep_messages()
         self.address = address
         self._loop = asyncio.get_running_loop()
         _fork.aio_began()

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-import numpy as np
-
 from gradwire import _fork, _unary
 from gradwire._arrays import Operand
 from gradwire._exceptions import ClientStateError, ContractError
 from gradwire._exchange import Exchange
+from gradwire._memory import ResultPool
 from gradwire._options import (
     Metadata,
     Options,
@@ -67,10 +66,12 @@ class ArrayJob:
         given: Mapping[Matrix, Output],
         *,
         unary: bool,
+        memory: ResultPool,
     ) -> None:
         self.plan = plan
         self.operands = operands
         self.unary = unary
+        self._memory = memory
         self._outputs = dict(given)
 
     def exchange(self, connections: int = 1) -> Exchange:
@@ -107,7 +108,7 @@ class ArrayJob:
             if matrix not in self._outputs:
                 shape = output_shape(self.plan, self.operands, matrix)
                 dtype = self.plan.result_dtype(matrix).numpy
-                self.hand_back(matrix, np.empty(shape, dtype))
+                self.hand_back(matrix, self._memory.empty(shape, dtype))
         return {
             matrix: ArraySink(output.array, self.plan.result_dtype(matrix))
             for matrix, output in self._outputs.items()
@@ -127,6 +128,7 @@ class BaseClient:
         channels: int = 1,
     ) -> None:
         self._channels = parse_channels(channels)
+        self._memory = ResultPool()
         self._target = grpc_target(address)
         self._address = address
         self._timeout_s = parse_timeout(timeout_s, "timeout_s")
@@ -192,7 +194,7 @@ class BaseClient:
         unary = self._tuning.unary
         if unary is None:
             unary = _unary.fits(plan)
-        return ArrayJob(plan, operands, made, unary=unary)
+        return ArrayJob(plan, operands, made, unary=unary, memory=self._memory)
 
     def _row_job(
         self,

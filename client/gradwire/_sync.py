@@ -17,6 +17,7 @@ from gradwire._base import ArrayJob, BaseClient
 from gradwire._exceptions import GradwireError
 from gradwire._failures import call_error, connect_error
 from gradwire._joining import NotJoinedError
+from gradwire._memory import ResultPool
 from gradwire._options import (
     DtypeLike,
     Metadata,
@@ -156,6 +157,7 @@ class Client(BaseClient):
             self._closed = True
             connected, self._connected = self._connected, []
         self._sharing.pool.close()
+        self._memory.close()
         for connection in connected:
             with _fork.calling():
                 connection.channel.close()
@@ -575,6 +577,7 @@ class Client(BaseClient):
         # to close; and their locks may have been held by threads not here.
         _inherited.append((self._connected, self._sharing.renew()))
         self._connected = []
+        self._memory = ResultPool()
         self._lock = threading.Lock()
 
 

@@ -18,6 +18,7 @@ from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO, OPEN_REGION
 from gradwire._exceptions import ProtocolError
 from gradwire._exchange import Conversation
 from gradwire._failures import call_error
+from gradwire._memory import keep_messages
 from gradwire._options import MetadataPairs, Options
 from gradwire._regions import Region
 from gradwire._sharing import OPEN_TIMEOUT_S
@@ -41,6 +42,7 @@ class Connection:
     """A channel, and the service's calls on it."""
 
     def __init__(self, target: str, address: str) -> None:
+        keep_messages()
         self.address = address
         self.channel = grpc.insecure_channel(target, options=channel_options(address))
         self.compute = self.channel.unary_unary(

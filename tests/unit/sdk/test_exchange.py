@@ -14,6 +14,7 @@ import gradwire
 from gradwire._arrays import Operand
 from gradwire._base import ArrayJob
 from gradwire._exchange import Exchange
+from gradwire._memory import ResultPool
 from gradwire._options import parse_options
 from gradwire._plan import plan_arrays
 from gradwire.v1.gradient_service_pb2 import ComputeResponse, ComputeStreamResponse
@@ -33,7 +34,7 @@ def array_job(
     parsed = parse_options(**{"results": ("y", "dx", "dw")} | options)
     plan, operands = plan_arrays(given, parsed)
     plan = replace(plan, chunk_bytes=chunk_bytes)
-    return ArrayJob(plan, operands, {}, unary=False)
+    return ArrayJob(plan, operands, {}, unary=False, memory=ResultPool())
 
 
 def small_job(**options: Any) -> ArrayJob:

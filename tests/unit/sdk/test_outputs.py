@@ -7,6 +7,7 @@ import pytest
 
 import gradwire
 from gradwire._base import ArrayJob
+from gradwire._memory import ResultPool
 from gradwire._options import parse_options
 from gradwire._outputs import ArraySink, given_outputs, named_outputs
 from gradwire._plan import plan_arrays
@@ -33,7 +34,7 @@ def test_arrays_are_made_where_none_are_given() -> None:
         {Matrix.X: X, Matrix.W: W, Matrix.DY: DY},
         parse_options(results=("y", "dx", "dw")),
     )
-    job = ArrayJob(plan, operands, {}, unary=False)
+    job = ArrayJob(plan, operands, {}, unary=False, memory=ResultPool())
     job.exchange()
     shapes = [array.shape for array in job.results(*RESULTS)]
     assert shapes == [(3, 6), (3, 4), (4, 6)]
