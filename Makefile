@@ -8,6 +8,8 @@ VENV ?= .venv
 PROTOS_VENV ?= .venv-protos
 # More arguments for pytest: make test PYTEST_ARGS="tests/unit -k framing"
 PYTEST_ARGS ?=
+# More arguments for the bench: make bench BENCH_ARGS=--quick
+BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
@@ -34,8 +36,8 @@ demo: $(VENV)/.ready-demo ## train on handwritten digits through a server; write
 	@$(PY) examples/train_digits.py
 
 .PHONY: bench
-bench: $(VENV)/.ready-dev ## time jobs against plain NumPy and plain gRPC
-	@$(PY) -m bench
+bench: $(VENV)/.ready-bench ## time jobs against NumPy and other transports: 15 minutes
+	@$(PY) -m bench $(BENCH_ARGS)
 
 ##@ Check
 
@@ -122,6 +124,11 @@ $(VENV)/.ready-demo: pyproject.toml $(PY) | $(VENV)/.ready-pip
 $(VENV)/.ready-dev: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what the tests need into $(VENV) ..."
 	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group dev
+	@touch $@
+
+$(VENV)/.ready-bench: pyproject.toml $(PY) | $(VENV)/.ready-pip
+	@echo "Installing what the bench needs into $(VENV) ..."
+	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group bench
 	@touch $@
 
 $(PROTOS_VENV)/.ready: pyproject.toml $(PROTOS_VENV)/bin/python

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
 
-from bench import contenders, machine, report
-from bench.driver import Peak, Turn, run_shape
-from bench.statistics import Figure, figures
-from bench.work import Shape
+from bench import bars, contenders, machine, report
+from bench.driver import run_shape
+from bench.record import Part, Run, Writer
+from bench.statistics import figures
+from bench.work import FORMS, Shape
 
-SHAPES = ("256", "1024", "2048", "16384x1024x1024")
+SHAPES = ("256", "1024", "2048", "4096", "16384x1024x1024", "1000000x64x64")
+QUICK_SHAPES = ("256", "1024", "2048")
+# Products with vectors: hardly any arithmetic, and as many bytes each way.
+TRANSPORT_SHAPES = ("1024x256x1", "16384x1024x1", "65536x1024x1")
 OUT = Path(__file__).parent / "out"
 
 
@@ -26,26 +27,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     when = datetime.now(UTC)
     path: Path = options.out or OUT / f"{when:%Y-%m-%dT%H%M%SZ}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    body: list[tuple[str, ...]] = []
+    names = _installed(options.contenders + [f"oip@{where}" for where in options.oip])
     with path.open("w") as lines:
+        writer = Writer(lines)
         where = machine.describe(options.threads)
-        _write(lines, "run", {"when": when.isoformat(timespec="seconds"), **where})
-        print(report.heading(where), end="\n\n", flush=True)
-        for shape in options.shapes:
-            print(f"{shape} ...", file=sys.stderr, flush=True)
-            turns, peaks = run_shape(
-                options.contenders,
-                shape,
-                threads=options.threads,
-                rounds=options.rounds,
-                seconds=options.seconds,
-            )
-            summary = figures(turns, yardstick=options.contenders[0])
-            _record(lines, shape, turns, peaks, summary)
-            body += report.rows(shape, summary, peaks)
-    print(report.table(body))
+        writer.about({"when": when.isoformat(timespec="seconds"), **where})
+        print(report.heading(where), flush=True)
+        for form in options.forms:
+            body: list[tuple[str, ...]] = []
+            for shape in _shapes(options):
+                body += report.rows(_part(writer, names, shape, form, options))
+            print(f"\nResults in {form} arrays:\n\n{report.table(body)}", flush=True)
+    found = [v for v in bars.verdicts(Run.read(path)) if v.holds is not None]
+    if found:
+        print(f"\n{bars.table(found)}")
     print(f"\nEvery call is in {path}.", file=sys.stderr)
     return 0
+
+
+def _part(
+    writer: Writer,
+    names: Sequence[str],
+    shape: Shape,
+    form: str,
+    options: argparse.Namespace,
+) -> Part:
+    print(f"{shape}, {form} ...", file=sys.stderr, flush=True)
+    seconds, least_rounds = (8, 2) if options.quick else (options.seconds, 3)
+    turns, usages = run_shape(
+        names,
+        shape,
+        form=form,
+        threads=options.threads,
+        rounds=options.rounds,
+        seconds=seconds,
+        least_rounds=least_rounds,
+    )
+    part = Part(shape, form, tuple(figures(turns, names[0])), tuple(usages))
+    writer.part(part, turns)
+    return part
+
+
+def _shapes(options: argparse.Namespace) -> list[Shape]:
+    if options.shapes:
+        return list(options.shapes)
+    if options.transport_only:
+        texts: tuple[str, ...] = TRANSPORT_SHAPES
+    else:
+        texts = QUICK_SHAPES if options.quick else SHAPES
+    return [Shape.parse(text) for text in texts]
+
+
+def _installed(names: Sequence[str]) -> list[str]:
+    """Those of the contenders whose packages are there; says which are not."""
+    found = []
+    for name in names:
+        if package := contenders.missing(name):
+            print(f"{name} is left out: {package} is not installed", file=sys.stderr)
+        else:
+            found.append(name)
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,18 +97,42 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shapes",
         type=lambda text: [Shape.parse(part) for part in text.split(",")],
-        default=[Shape.parse(text) for text in SHAPES],
         help=f"MxNxK or one number for a cube, by commas ({','.join(SHAPES)})",
     )
     parser.add_argument(
+        "--forms",
+        type=lambda text: _known(text, FORMS),
+        default=list(FORMS),
+        help=f"where results go, by commas ({','.join(FORMS)})",
+    )
+    parser.add_argument(
         "--contenders",
-        type=_names,
+        type=lambda text: _known(text, contenders.NAMES),
         default=list(contenders.NAMES),
         help="by commas; the first is the yardstick "
         f"(all: {','.join(contenders.NAMES)})",
     )
     parser.add_argument(
-        "--seconds", type=float, default=50, help="about so long a shape (50)"
+        "--oip",
+        metavar="HOST:PORT[/MODEL]",
+        action="append",
+        default=[],
+        help="a server that speaks the Open Inference Protocol, with a model "
+        "gradients of inputs X, W, DY and outputs Y, DX, DW",
+    )
+    parser.add_argument(
+        "--transport-only",
+        action="store_true",
+        help="shapes with next to no arithmetic: GB/s each way "
+        f"({','.join(TRANSPORT_SHAPES)})",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a few rounds of {','.join(QUICK_SHAPES)}: a look, no measurement",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=45, help="about so long a shape and form (45)"
     )
     parser.add_argument("--rounds", type=int, default=40, help="at most (40)")
     parser.add_argument(
@@ -82,28 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _names(text: str) -> list[str]:
+def _known(text: str, known: Sequence[str]) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in contenders.NAMES:
-            raise argparse.ArgumentTypeError(
-                f"{name} is none of {', '.join(contenders.NAMES)}"
-            )
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
     return names
-
-
-def _record(
-    lines: IO[str],
-    shape: Shape,
-    turns: list[Turn],
-    peaks: list[Peak],
-    summary: list[Figure],
-) -> None:
-    for kind, items in (("turn", turns), ("peak", peaks), ("figure", summary)):
-        for item in items:
-            _write(lines, kind, {"shape": str(shape), **asdict(item)})
-
-
-def _write(lines: IO[str], kind: str, fields: dict[str, Any]) -> None:
-    lines.write(json.dumps({"kind": kind, **fields}) + "\n")
-    lines.flush()

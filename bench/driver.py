@@ -29,31 +29,62 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Peak:
-    """Highest resident memory of a contender's processes, operands included."""
+class Usage:
+    """What a contender's processes used."""
 
     contender: str
-    client_bytes: int
-    server_bytes: int | None
+    calls: int
+    """Calls of all turns."""
+
+    client_cpu_s: float
+    """Processor time of the client during the turns, products included."""
+
+    server_cpu_s: float
+    """That of the server."""
+
+    client_peak_bytes: int
+    """Highest resident memory of the client, operands and results included."""
+
+    server_peak_bytes: int | None
+    """That of the server, where there is one that the bench has started."""
 
 
 class Worker:
-    """A `bench.worker` process as the driver sees it."""
+    """A `bench.worker` process as the driver sees it.
 
-    def __init__(self, contender: str, shape: Shape, threads: int) -> None:
+    Args:
+        contender: Its name.
+        shape: What it computes.
+        form: One of `bench.work.FORMS`.
+        threads: Threads that compute, in each process.
+        before: What runs its command elsewhere: ``ip netns exec NAME``.
+    """
+
+    def __init__(
+        self,
+        contender: str,
+        shape: Shape,
+        form: str,
+        threads: int,
+        before: Sequence[str] = (),
+    ) -> None:
         self.contender = contender
+        command = [sys.executable, "-m", "bench.worker", contender, form, str(shape)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", contender, str(shape)],
+            [*before, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads)),
         )
-        try:
-            self._answer()
-        except BaseException:
-            self.end()
-            raise
+
+    def wait_until_ready(self) -> None:
+        """Wait until it has computed once, and right.
+
+        Raises:
+            RuntimeError: It ended instead.
+        """
+        self._answer()
 
     def take_turn(self, number: int) -> Turn:
         assert self._process.stdin is not None
@@ -61,14 +92,12 @@ class Worker:
         self._process.stdin.flush()
         return Turn(self.contender, number, tuple(self._answer()["calls_s"]))
 
-    def finish(self) -> Peak:
+    def finish(self) -> Usage:
         assert self._process.stdin is not None
         self._process.stdin.close()
         answer = self._answer()
         self._process.wait(ANSWER_TIMEOUT_S)
-        return Peak(
-            self.contender, answer["client_peak_bytes"], answer["server_peak_bytes"]
-        )
+        return Usage(self.contender, **answer)
 
     def end(self) -> None:
         """End the process, whatever it is at; it ends its own server."""
@@ -99,13 +128,20 @@ def rotated(names: Sequence[str], round_number: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def working(names: Sequence[str], shape: Shape, threads: int) -> Iterator[list[Worker]]:
-    """A worker of each contender, all alive at once."""
+def working(
+    names: Sequence[str],
+    shape: Shape,
+    form: str,
+    threads: int,
+    before: Sequence[str] = (),
+) -> Iterator[list[Worker]]:
+    """A worker of each contender, all alive at once, and ready."""
     with contextlib.ExitStack() as stack:
         workers = []
         for name in names:
-            workers.append(Worker(name, shape, threads))
+            workers.append(Worker(name, shape, form, threads, before))
             stack.callback(workers[-1].end)
+            workers[-1].wait_until_ready()
         yield workers
 
 
@@ -113,29 +149,33 @@ def run_shape(
     names: Sequence[str],
     shape: Shape,
     *,
+    form: str,
     threads: int,
     rounds: int,
     seconds: float,
-    least_rounds: int = 5,
+    least_rounds: int = 3,
+    before: Sequence[str] = (),
     on_turn: Callable[[Turn], None] = lambda _: None,
-) -> tuple[list[Turn], list[Peak]]:
+) -> tuple[list[Turn], list[Usage]]:
     """Rounds of turns until their number or the time is used up.
 
     Args:
         names: The contenders.
         shape: What they compute.
+        form: One of `bench.work.FORMS`.
         threads: Threads that compute, in each process.
         rounds: The most rounds.
         seconds: After so long no further round begins, but for the first
             `least_rounds`.
         least_rounds: Rounds that are taken however long they last.
+        before: What runs a client's command elsewhere.
         on_turn: Told of each turn as it ends.
 
     Raises:
         RuntimeError: A worker ended, or was wrong.
     """
     turns: list[Turn] = []
-    with working(names, shape, threads) as workers:
+    with working(names, shape, form, threads, before) as workers:
         by_name = {worker.contender: worker for worker in workers}
         began = time.monotonic()
         for number in range(rounds):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-_PACKAGES = ("gradwire", "grpcio", "numpy", "protobuf")
+_PACKAGES = ("gradwire", "grpcio", "numpy", "protobuf", "pyarrow", "torch")
 
 
 def describe(threads: int) -> dict[str, Any]:
@@ -24,9 +24,16 @@ def describe(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "blas": f"{blas['name']} {blas['version']}",
         "blas_threads": threads,
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: v for name in _PACKAGES if (v := _version(name))},
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _first(path: str, key: str) -> str | None:

@@ -1,15 +1,15 @@
-"""The figures as a table for people (GitHub's Markdown)."""
+"""A run's figures as tables for people (GitHub's Markdown)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.driver import Peak
+from bench.driver import Usage
+from bench.record import Part
 from bench.statistics import Figure
-from bench.work import Shape
 
-_HEAD = (
+HEAD = (
     "shape",
     "contender",
     "median ms",
@@ -17,54 +17,62 @@ _HEAD = (
     "min ms",
     "x numpy",
     "over numpy ms",
+    "GB/s each way",
+    "CPU s/GB",
     "client MiB",
     "server MiB",
     "turns",
 )
 
 
-def rows(
-    shape: Shape, figures: Sequence[Figure], peaks: Sequence[Peak]
-) -> list[tuple[str, ...]]:
-    """The table's rows of one shape."""
-    peak_of = {peak.contender: peak for peak in peaks}
-    made: list[tuple[str, ...]] = []
-    for figure in figures:
-        peak = peak_of[figure.contender]
-        made.append(
-            (
-                shape.label,
-                figure.contender,
-                _ms(figure.median_s),
-                f"{_ms(figure.low_s)} to {_ms(figure.high_s)}",
-                _ms(figure.min_s),
-                f"{figure.times_yardstick:.2f}",
-                _ms(figure.over_yardstick_s) if figure.over_yardstick_s else "",
-                _mib(peak.client_bytes),
-                _mib(peak.server_bytes),
-                str(figure.turns),
-            )
-        )
-    return made
+def rows(part: Part) -> list[tuple[str, ...]]:
+    """A row of each contender."""
+    usage_of = {usage.contender: usage for usage in part.usages}
+    return [_row(part, figure, usage_of[figure.contender]) for figure in part.figures]
 
 
-def table(body: Iterable[tuple[str, ...]]) -> str:
-    """The rows under the head, with the columns lined up."""
-    lines = [_HEAD, *body]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
+def _row(part: Part, figure: Figure, usage: Usage) -> tuple[str, ...]:
+    return (
+        part.shape.label,
+        figure.contender,
+        _ms(figure.median_s),
+        f"{_ms(figure.low_s)} to {_ms(figure.high_s)}",
+        _ms(figure.min_s),
+        f"{figure.times_yardstick:.2f}",
+        _ms(figure.over_yardstick_s) if figure.over_yardstick_s else "",
+        f"{part.shape.bytes_each_way / figure.median_s / 1e9:.2f}",
+        f"{cpu_s_per_gb(part, usage):.2f}",
+        _mib(usage.client_peak_bytes),
+        _mib(usage.server_peak_bytes),
+        str(figure.turns),
+    )
+
+
+def cpu_s_per_gb(part: Part, usage: Usage) -> float:
+    """Processor time of both sides for 10⁹ bytes of operands and results."""
+    moved = 2 * part.shape.bytes_each_way * usage.calls
+    return (usage.client_cpu_s + usage.server_cpu_s) / (moved / 1e9)
+
+
+def table(
+    body: Iterable[tuple[str, ...]], head: Sequence[str] = HEAD, texts: int = 2
+) -> str:
+    """The rows under the head, with the columns lined up, `texts` to the left."""
+    lines = [tuple(head), *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
     def row(cells: Sequence[str]) -> str:
         padded = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < texts else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return f"| {' | '.join(padded)} |"
 
     rule = [
-        "-" * width if i < 2 else "-" * (width - 1) + ":"
+        "-" * width if i < texts else "-" * (width - 1) + ":"
         for i, width in enumerate(widths)
     ]
-    return "\n".join([row(_HEAD), row(rule), *(row(line) for line in lines[1:])])
+    return "\n".join([row(lines[0]), row(rule), *(row(line) for line in lines[1:])])
 
 
 def heading(machine: dict[str, Any]) -> str:

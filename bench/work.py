@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 
+FORMS = ("fresh", "reused")
+"""Whether results are in new arrays, or in those of the call before."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
@@ -59,6 +62,30 @@ def operands(shape: Shape, seed: int = 7) -> tuple[Array, Array, Array]:
         rng.standard_normal((shape.m, shape.n), dtype=np.float32),
         rng.standard_normal((shape.n, shape.k), dtype=np.float32),
         rng.standard_normal((shape.m, shape.k), dtype=np.float32),
+    )
+
+
+def empty_results(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """Arrays for Y, dX and dW, not initialised."""
+    return (
+        np.empty((x.shape[0], w.shape[1]), x.dtype),
+        np.empty(x.shape, x.dtype),
+        np.empty((x.shape[1], dy.shape[1]), x.dtype),
+    )
+
+
+def products(
+    x: Array, w: Array, dy: Array, out: tuple[Array, Array, Array] | None = None
+) -> tuple[Array, Array, Array]:
+    """Y = X W, dX = dY Wᵀ and dW = Xᵀ dY with NumPy, in new arrays or in `out`.
+
+    Every contender without a way of its own computes with this.
+    """
+    y, dx, dw = out or (None, None, None)
+    return (
+        np.matmul(x, w, out=y),
+        np.matmul(dy, w.T, out=dx),
+        np.matmul(x.T, dy, out=dw),
     )
 
 

@@ -1,62 +1,82 @@
-"""The process of one contender and one shape: ``python -m bench.worker``.
+"""The process of one contender, form and shape: ``python -m bench.worker``.
 
 It makes the operands, starts the contender, checks one call's results, and
 says so in a line of JSON. Then, for every line on its standard input, it
-takes a turn and says what it saw. At the end of its input it tells the peak
-memory of both sides and ends. A turn is one call, or as many up to
-`MOST_CALLS` as begin within `TURN_S`: short calls need a few to get warm
-after the others' turns.
+takes a turn and says what it saw. At the end of its input it tells what both
+sides have used and ends. A turn is one call, or as many up to `MOST_CALLS` as
+begin within `TURN_S`: short calls need a few to get warm after the others'
+turns.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import contenders
-from bench.contenders.interface import Contender
-from bench.work import Array, Shape, operands, worst_error
+from bench.contenders.interface import Arrays, Contender
+from bench.work import FORMS, Shape, operands, worst_error
 
 TURN_S = 0.1
 MOST_CALLS = 50
 TOLERANCE = 1e-4
 
 
-def main(name: str, shape: Shape) -> None:
+def main(name: str, form: str, shape: Shape) -> None:
     # Asked to end in the middle of a call, it still ends its server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    given = operands(shape)
     contender = contenders.create(name)
     try:
         contender.start()
-        error = worst_error(given, contender.gradients(*given))
+        call, error = _made_ready(contender, form, shape)
         if not error < TOLERANCE:
             raise RuntimeError(f"{name} is wrong at {shape}: relative error {error}")
         _say({"ready": True, "relative_error": error})
+        before = _cpu_s(contender)
+        calls = 0
         for _ in sys.stdin:
-            _say({"calls_s": [round(s, 7) for s in turn(contender, given)]})
+            calls_s = turn(call)
+            calls += len(calls_s)
+            _say({"calls_s": [round(s, 7) for s in calls_s]})
+        after, server = _cpu_s(contender), contender.server_pid
         _say(
             {
+                "calls": calls,
+                "client_cpu_s": after[0] - before[0],
+                "server_cpu_s": after[1] - before[1],
                 "client_peak_bytes": peak_bytes("self"),
-                "server_peak_bytes": contender.server_pid
-                and peak_bytes(contender.server_pid),
+                "server_peak_bytes": server and peak_bytes(server),
             }
         )
     finally:
         contender.close()
 
 
-def turn(contender: Contender, given: tuple[Array, Array, Array]) -> list[float]:
+def _made_ready(
+    contender: Contender, form: str, shape: Shape
+) -> tuple[Callable[[], Arrays], float]:
+    """The call, made once, and its error.
+
+    Operands that it does not read are not kept.
+    """
+    given = operands(shape)
+    call = contender.call(given, reused=form == "reused")
+    return call, worst_error(given, call())
+
+
+def turn(call: Callable[[], Arrays]) -> list[float]:
     """Seconds of each call of one turn."""
     calls_s: list[float] = []
     until = time.perf_counter() + TURN_S
     while not calls_s or (time.perf_counter() < until and len(calls_s) < MOST_CALLS):
         began = time.perf_counter()
-        results = contender.gradients(*given)
+        results = call()
         calls_s.append(time.perf_counter() - began)
         # Giving memory back is not part of the call, and the next one must
         # not find it still held.
@@ -72,9 +92,24 @@ def peak_bytes(process: int | str) -> int:
     raise RuntimeError(f"no VmHWM for process {process}")
 
 
+def cpu_s(process: int) -> float:
+    """Processor time of a process and all its threads so far, in seconds."""
+    # The name of the command stands in brackets, and may hold any character.
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    user, system = int(fields[11]), int(fields[12])
+    return (user + system) / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_s(contender: Contender) -> tuple[float, float]:
+    server = contender.server_pid
+    return time.process_time(), 0.0 if server is None else cpu_s(server)
+
+
 def _say(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Shape.parse(sys.argv[2]))
+    if sys.argv[2] not in FORMS:
+        sys.exit(f"{sys.argv[2]} is none of {', '.join(FORMS)}")
+    main(sys.argv[1], sys.argv[2], Shape.parse(sys.argv[3]))

@@ -1,24 +1,57 @@
 """Ways to compute the three gradients, behind one interface.
 
-A new contender is a module with a `Contender` in it and a line in `_MODULES`.
-Its module is imported in its own worker process only, so that what one needs
-(and what one does to the process) is nothing to the others.
+A new contender is a module with a `create` in it and a line in `_KNOWN`. Its
+module is imported in its own worker process only, so that what one needs (and
+what one does to the process) is nothing to the others.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from bench.contenders.interface import Contender
 
-_MODULES = {
-    "numpy": "local_numpy",
-    "gradwire-tcp": "gradwire_tcp",
-    "grpcio-unary": "grpcio_unary",
-}
 
-NAMES = tuple(_MODULES)
-"""Every contender, in the order of the table. The first is the yardstick."""
+@dataclass(frozen=True, slots=True)
+class _Known:
+    module: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    """A package that only this one needs."""
+
+
+_KNOWN = {
+    "numpy": _Known("local_numpy"),
+    "gradwire-tcp": _Known("gradwire_sdk"),
+    "gradwire-unix": _Known("gradwire_sdk", {"unix": True}),
+    "gradwire-shm": _Known("gradwire_sdk", {"shared": True}),
+    "grpcio-unary": _Known("grpcio_unary"),
+    "grpcio-stream": _Known("grpcio_stream"),
+    "arrow-flight": _Known("arrow_flight", needs="pyarrow"),
+    "torch-rpc": _Known("torch_rpc", needs="torch"),
+    "raw-tcp": _Known("raw_tcp"),
+    "raw-shm": _Known("raw_shm"),
+}
+_BY_ADDRESS = "oip@"
+
+NAMES = tuple(_KNOWN)
+"""Every contender, in the order of the table. The first is the yardstick.
+
+A server of the Open Inference Protocol is none of them: its name is
+``oip@HOST:PORT`` or ``oip@HOST:PORT/MODEL``.
+"""
+
+
+def missing(name: str) -> str | None:
+    """The package that must be installed before that contender can run."""
+    known = _KNOWN.get(name)
+    if known is None or known.needs is None or importlib.util.find_spec(known.needs):
+        return None
+    return known.needs
 
 
 def create(name: str) -> Contender:
@@ -27,6 +60,10 @@ def create(name: str) -> Contender:
     Raises:
         KeyError: There is none.
     """
-    module = importlib.import_module(f"bench.contenders.{_MODULES[name]}")
-    contender: Contender = module.create()
+    if name.startswith(_BY_ADDRESS):
+        known = _Known("open_inference", {"where": name.removeprefix(_BY_ADDRESS)})
+    else:
+        known = _KNOWN[name]
+    module = importlib.import_module(f"bench.contenders.{known.module}")
+    contender: Contender = module.create(**known.arguments)
     return contender

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import signal
 import subprocess
+import sys
 import threading
+from collections.abc import Sequence
 from typing import Self
 
-_ADDRESS = re.compile(r"127\.0\.0\.1:\d+")
+HOST = os.environ.get("BENCH_SERVER_HOST", "127.0.0.1")
+"""Where servers of contenders over TCP listen."""
+
+_BEFORE = shlex.split(os.environ.get("BENCH_SERVER_COMMAND", ""))
+"""What runs a server's command elsewhere: ``ip netns exec NAME``."""
+
+_ADDRESS = re.compile(r"(?:serves on|ready at) (\S+)")
 
 
 class ServerProcess:
@@ -21,21 +32,35 @@ class ServerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        host, _, port = self.address.rpartition(":")
+        return host, int(port)
+
     @classmethod
-    def start(cls, command: list[str], timeout_s: float = 30.0) -> Self:
+    def of_module(cls, module: str, *arguments: str, keep: Sequence[int] = ()) -> Self:
+        """Run a module as a script; it inherits the descriptors `keep`."""
+        return cls.start([sys.executable, "-m", module, *arguments], keep=keep)
+
+    @classmethod
+    def start(
+        cls, command: list[str], *, keep: Sequence[int] = (), timeout_s: float = 30.0
+    ) -> Self:
         """Run `command` until `stop`; it inherits this process's environment.
 
         Raises:
             RuntimeError: It ended, or named no address within the timeout.
         """
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*_BEFORE, *command], stdout=subprocess.PIPE, text=True, pass_fds=keep
+        )
         too_late = threading.Timer(timeout_s, process.kill)
         too_late.start()
         try:
             assert process.stdout is not None
             for line in process.stdout:
                 if found := _ADDRESS.search(line):
-                    return cls(process, found[0])
+                    return cls(process, found[1])
         finally:
             too_late.cancel()
         raise RuntimeError(f"no address from {command}: exit status {process.wait()}")
@@ -48,3 +73,17 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+def say_ready(address: str) -> None:
+    """What a server says when it can be called."""
+    print(f"ready at {address}", flush=True)
+
+
+def wait_until_stopped() -> None:
+    """Wait for what `ServerProcess.stop` sends; to be called in the main thread."""
+    asked_to_stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
+    asked_to_stop.wait()

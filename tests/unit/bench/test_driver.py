@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import psutil
 import pytest
 
 from bench import contenders
 from bench.command import main
+from bench.contenders.server_process import ServerProcess
 from bench.driver import Worker, rotated, run_shape
-from bench.work import Shape
+from bench.work import FORMS, Shape, operands
 
 
 def test_each_round_begins_with_another_contender():
@@ -23,9 +25,10 @@ def test_each_round_begins_with_another_contender():
 
 def test_contenders_take_turns_in_one_run():
     seen = []
-    turns, peaks = run_shape(
+    turns, usages = run_shape(
         ["numpy", "grpcio-unary"],
         Shape(8, 8, 8),
+        form="fresh",
         threads=1,
         rounds=2,
         seconds=60,
@@ -39,42 +42,107 @@ def test_contenders_take_turns_in_one_run():
     ]
     assert seen == turns
     assert all(seconds > 0 for turn in turns for seconds in turn.calls_s)
-    local, unary = peaks
-    assert local.server_bytes is None
-    assert unary.server_bytes is not None
-    assert unary.server_bytes > 1 << 20
+    local, unary = usages
+    assert local.server_peak_bytes is None
+    assert local.server_cpu_s == 0
+    assert unary.server_peak_bytes is not None
+    assert unary.server_peak_bytes > 1 << 20
+    assert min(local.client_cpu_s, unary.client_cpu_s) > 0
+    calls = {turn.contender: 0 for turn in turns}
+    for turn in turns:
+        calls[turn.contender] += len(turn.calls_s)
+    assert [usage.calls for usage in usages] == list(calls.values())
 
 
 def test_the_time_limit_holds_once_enough_rounds_are_taken():
     turns, _ = run_shape(
-        ["numpy"], Shape(8, 8, 8), threads=1, rounds=50, seconds=0, least_rounds=2
+        ["numpy"],
+        Shape(8, 8, 8),
+        form="fresh",
+        threads=1,
+        rounds=50,
+        seconds=0,
+        least_rounds=2,
     )
     assert len(turns) == 2
 
 
+def require(name):
+    if package := contenders.missing(name):
+        pytest.skip(f"needs {package}")
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", contenders.NAMES)
-def test_every_contender_is_right_and_leaves_no_process_behind(name):
+def test_every_contender_is_right_and_leaves_no_process_behind(name, form):
+    require(name)
     before = set(psutil.Process().children(recursive=True))
-    worker = Worker(name, Shape(20, 10, 30), threads=1)
-    started = set(psutil.Process().children(recursive=True)) - before
-    assert len(started) == (1 if name == "numpy" else 2)
-    worker.end()
+    worker = Worker(name, Shape(64, 32, 16), form, threads=1)
+    try:
+        # It compares a call's results with products of its own.
+        worker.wait_until_ready()
+        started = set(psutil.Process().children(recursive=True)) - before
+        assert len(started) == (1 if name == "numpy" else 2)
+    finally:
+        worker.end()
     _, alive = psutil.wait_procs(list(started), timeout=20)
     assert alive == []
 
 
-def test_a_run_leaves_a_table_and_every_call_in_a_file(tmp_path, capsys):
+@pytest.mark.parametrize("name", contenders.NAMES)
+def test_fresh_results_are_other_arrays_in_every_call(name):
+    if name in {"torch-rpc", "arrow-flight"}:
+        pytest.skip("not imported into this process, which it would change")
+    given = operands(Shape(64, 32, 16))
+    contender = contenders.create(name)
+    try:
+        contender.start()
+        fresh = contender.call(given, reused=False)
+        kept = [result for _ in range(3) for result in fresh()]
+        for i, first in enumerate(kept):
+            assert not any(np.shares_memory(first, other) for other in kept[:i])
+        reused = contender.call(given, reused=True)
+        for first, second in zip(reused(), reused(), strict=True):
+            assert np.shares_memory(first, second)
+    finally:
+        contender.close()
+
+
+def test_a_server_of_the_open_inference_protocol_is_named_by_address(capsys):
+    server = ServerProcess.of_module("bench.contenders.open_inference")
+    try:
+        line = f"--contenders numpy --oip {server.address}/any --shapes 64x32x16"
+        line += " --forms fresh --rounds 1 --threads 1 --out /dev/null"
+        assert main(line.split()) == 0
+    finally:
+        server.stop()
+    assert f"oip@{server.address}/any" in capsys.readouterr().out
+
+
+def test_a_contender_whose_package_is_missing_is_left_out(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(contenders, "missing", {"torch-rpc": "torch"}.get)
+    out = tmp_path / "run.jsonl"
+    line = "--contenders numpy,torch-rpc --shapes 8 --rounds 1 --threads 1"
+    assert main([*line.split(), "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "torch-rpc is left out: torch is not installed\n" in told.err
+    assert "torch-rpc" not in told.out
+
+
+def test_a_run_leaves_tables_and_every_call_in_a_file(tmp_path, capsys):
     out = tmp_path / "run.jsonl"
     line = f"--contenders numpy --shapes 8,16x4x2 --rounds 2 --threads 1 --out {out}"
     assert main(line.split()) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["kind"] for line in lines] == [
         "run",
-        *["turn", "turn", "peak", "figure"] * 2,
+        *["turn", "turn", "usage", "figure"] * 4,
     ]
-    table = capsys.readouterr().out
-    assert "| 8³ " in table
-    assert "| 16x4x2 " in table
+    assert [line["form"] for line in lines[1:]] == ["fresh"] * 8 + ["reused"] * 8
+    printed = capsys.readouterr().out
+    assert printed.count("| 8³ ") == printed.count("| 16x4x2 ") == 2
 
 
 def test_a_contender_that_does_not_exist_is_named(capsys):

@@ -1,45 +1,45 @@
-"""The bench's table can be read."""
+"""The bench's tables can be read."""
 
 from bench import report
-from bench.driver import Peak
-from bench.statistics import Figure
+from bench.record import Part
 from bench.work import Shape
-
-
-def _figure(contender, median_s, **others):
-    values = {
-        "low_s": median_s * 0.9,
-        "high_s": median_s * 1.1,
-        "min_s": median_s * 0.8,
-        "turns": 9,
-        "calls": 12,
-        "times_yardstick": 1.0,
-        "over_yardstick_s": 0.0,
-    }
-    return Figure(contender=contender, median_s=median_s, **(values | others))
+from tests.unit.bench.made_up import figure, usage
 
 
 def test_each_contender_has_a_row_with_its_figures():
-    rows = report.rows(
-        Shape(64, 64, 64),
-        [
-            _figure("numpy", 0.002),
-            _figure("peer", 0.25, times_yardstick=125.0, over_yardstick_s=0.248),
-        ],
-        [Peak("numpy", 30 << 20, None), Peak("peer", 40 << 20, 50 << 20)],
+    shape = Shape(1000, 1000, 500)  # 8 MB each way
+    part = Part(
+        shape,
+        "fresh",
+        (
+            figure("numpy", 0.002),
+            figure("peer", 0.25, times_yardstick=125.0, over_yardstick_s=0.248),
+        ),
+        (
+            usage("numpy", calls=10, client_cpu_s=0.04),
+            usage(
+                "peer",
+                calls=5,
+                client_cpu_s=0.1,
+                server_cpu_s=0.3,
+                client_peak_bytes=40 << 20,
+                server_peak_bytes=50 << 20,
+            ),
+        ),
     )
-    interval = "1.80 to 2.20"
-    assert rows == [
-        ("64³", "numpy", "2.00", interval, "1.60", "1.00", "", "30", "", "9"),
-        ("64³", "peer", "250", "225 to 275", "200", "125.00", "248", "40", "50", "9"),
+    local = "2.00|1.80 to 2.20|1.60|1.00||4.00|0.25|30||9"
+    peer = "250|225 to 275|200|125.00|248|0.03|5.00|40|50|9"
+    assert report.rows(part) == [
+        ("1000x1000x500", "numpy", *local.split("|")),
+        ("1000x1000x500", "peer", *peer.split("|")),
     ]
 
 
 def test_the_tables_columns_line_up():
-    rows = report.rows(
-        Shape(8, 8, 8), [_figure("a-long-name", 1.0)], [Peak("a-long-name", 1, 1)]
+    part = Part(
+        Shape(8, 8, 8), "fresh", (figure("a-long-name", 1.0),), (usage("a-long-name"),)
     )
-    lines = report.table(rows).splitlines()
+    lines = report.table(report.rows(part)).splitlines()
     assert len(lines) == 3
     assert len({len(line) for line in lines}) == 1
     bars = [[i for i, c in enumerate(line) if c == "|"] for line in lines]

@@ -1,0 +1,141 @@
+"""A server that speaks the Open Inference Protocol (Triton, MLServer, ...).
+
+It is named by address, and runs already. Its model takes FP32 inputs X, W and
+DY and gives FP32 outputs Y, DX and DW. One unary ModelInfer a call, with raw
+contents, no limit on the size of a message, and every other option at its
+default. Run as a script, this is a small server with such a model.
+"""
+
+from __future__ import annotations
+
+from concurrent import futures
+from typing import Any
+
+import grpc
+import numpy as np
+
+from bench.contenders.interface import ArrayContender, Arrays
+from bench.contenders.messages import message_classes
+from bench.contenders.server_process import HOST, say_ready, wait_until_stopped
+from bench.work import Array, products
+
+DEFAULT_MODEL = "gradients"
+_SERVICE, _METHOD = "inference.GRPCInferenceService", "ModelInfer"
+_UNLIMITED = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+]
+# Those fields of the protocol that are needed; it nests what stands beside
+# each other here, which is the same on the wire.
+_TENSOR = {
+    "name": ("string", 1),
+    "datatype": ("string", 2),
+    "shape": ("repeated int64", 3),
+}
+_Tensor, _Wanted, _Request, _Reply = message_classes(
+    "inference",
+    {
+        "Tensor": _TENSOR,
+        "Wanted": {"name": ("string", 1)},
+        "ModelInferRequest": {
+            "model_name": ("string", 1),
+            "inputs": ("repeated Tensor", 5),
+            "outputs": ("repeated Wanted", 6),
+            "raw_input_contents": ("repeated bytes", 7),
+        },
+        "ModelInferResponse": {
+            "model_name": ("string", 1),
+            "outputs": ("repeated Tensor", 5),
+            "raw_output_contents": ("repeated bytes", 6),
+        },
+    },
+)
+
+
+def _arrays(tensors: Any, contents: Any) -> dict[str, Array]:
+    return {
+        tensor.name: np.frombuffer(data, np.float32).reshape(tensor.shape)
+        for tensor, data in zip(tensors, contents, strict=True)
+    }
+
+
+def _tensor(name: str, array: Array) -> Any:
+    return _Tensor(name=name, datatype="FP32", shape=array.shape)
+
+
+class OpenInference(ArrayContender):
+    """One client, one connection, one call after the other.
+
+    Args:
+        where: ``HOST:PORT`` or ``HOST:PORT/MODEL``.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._address, _, model = where.partition("/")
+        self._model = model or DEFAULT_MODEL
+        self._channel: grpc.Channel | None = None
+
+    def start(self) -> None:
+        self._channel = grpc.insecure_channel(self._address, options=_UNLIMITED)
+        self._call = self._channel.unary_unary(
+            f"/{_SERVICE}/{_METHOD}",
+            request_serializer=_Request.SerializeToString,
+            response_deserializer=_Reply.FromString,
+        )
+
+    def gradients(self, x: Array, w: Array, dy: Array, out: Arrays | None) -> Arrays:
+        given = {"X": x, "W": w, "DY": dy}
+        reply = self._call(
+            _Request(
+                model_name=self._model,
+                inputs=[_tensor(name, array) for name, array in given.items()],
+                outputs=[_Wanted(name=name) for name in ("Y", "DX", "DW")],
+                raw_input_contents=[array.tobytes() for array in given.values()],
+            )
+        )
+        found = _arrays(reply.outputs, reply.raw_output_contents)
+        results = (found["Y"], found["DX"], found["DW"])
+        if out is None:
+            return results
+        for ours, result in zip(out, results, strict=True):
+            np.copyto(ours, result)
+        return out
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+
+
+create = OpenInference
+
+
+def _compute(request: Any, _: grpc.ServicerContext) -> Any:
+    given = _arrays(request.inputs, request.raw_input_contents)
+    results = products(given["X"], given["W"], given["DY"])
+    named = dict(zip(("Y", "DX", "DW"), results, strict=True))
+    return _Reply(
+        model_name=request.model_name,
+        outputs=[_tensor(name, array) for name, array in named.items()],
+        raw_output_contents=[array.tobytes() for array in named.values()],
+    )
+
+
+def _serve() -> None:
+    server = grpc.server(futures.ThreadPoolExecutor(), options=_UNLIMITED)
+    handler = grpc.unary_unary_rpc_method_handler(
+        _compute,
+        request_deserializer=_Request.FromString,
+        response_serializer=_Reply.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),)
+    )
+    port = server.add_insecure_port(f"{HOST}:0")
+    server.start()
+    say_ready(f"{HOST}:{port}")
+    wait_until_stopped()
+    server.stop(grace=None)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,107 @@
+"""A TCP socket and nothing above it: sizes, operands, results.
+
+The server receives into arrays that it keeps from call to call, computes into
+others that it keeps, and sends each result as soon as it is there. Run as a
+script, this is the server.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import numpy as np
+
+from bench.contenders.interface import ArrayContender, Arrays
+from bench.contenders.server_process import HOST, ServerProcess, say_ready
+from bench.work import Array, empty_results
+
+_SIZES = struct.Struct("<3q")
+_BUFFER_BYTES = 4 << 20
+
+
+def prepare(connection: socket.socket) -> None:
+    """No waiting to fill a packet, and as large buffers as are allowed."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+
+
+def receive(connection: socket.socket, array: Array) -> None:
+    """Fill an array with what arrives.
+
+    Raises:
+        EOFError: The other side closed the connection before.
+    """
+    view = memoryview(array).cast("B")
+    while view:
+        taken = connection.recv_into(view)
+        if not taken:
+            raise EOFError
+        view = view[taken:]
+
+
+def send(connection: socket.socket, array: Array) -> None:
+    """Send an array from where it lies."""
+    connection.sendall(memoryview(array).cast("B"))
+
+
+class RawTcp(ArrayContender):
+    """One client, one connection, one call after the other."""
+
+    def __init__(self) -> None:
+        self._server: ServerProcess | None = None
+        self._connection: socket.socket | None = None
+
+    def start(self) -> None:
+        self._server = ServerProcess.of_module(__name__)
+        self.server_pid = self._server.pid
+        self._connection = socket.create_connection(self._server.host_and_port)
+        prepare(self._connection)
+
+    def gradients(self, x: Array, w: Array, dy: Array, out: Arrays | None) -> Arrays:
+        assert self._connection is not None
+        results = out or empty_results(x, w, dy)
+        self._connection.sendall(_SIZES.pack(*x.shape, w.shape[1]))
+        for operand in (x, w, dy):
+            send(self._connection, operand)
+        for result in results:
+            receive(self._connection, result)
+        return results
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        if self._server is not None:
+            self._server.stop()
+
+
+create = RawTcp
+
+
+def _serve() -> None:
+    with socket.create_server((HOST, 0)) as listener:
+        say_ready(f"{HOST}:{listener.getsockname()[1]}")
+        connection, _ = listener.accept()
+    prepare(connection)
+    sizes, known = np.empty(3, np.int64), None
+    while True:
+        try:
+            receive(connection, sizes)
+        except EOFError:
+            return
+        m, n, k = sizes.tolist()
+        if (m, n, k) != known:
+            known = (m, n, k)
+            shapes = ((m, n), (n, k), (m, k))
+            x, w, dy = (np.empty(shape, np.float32) for shape in shapes)
+            y, dx, dw = empty_results(x, w, dy)
+        for operand in (x, w, dy):
+            receive(connection, operand)
+        send(connection, np.matmul(x, w, out=y))
+        send(connection, np.matmul(dy, w.T, out=dx))
+        send(connection, np.matmul(x.T, dy, out=dw))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,107 @@
+"""A run as lines of JSON: written while it goes on, read for what is made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any, Self
+
+from bench.driver import Turn, Usage
+from bench.statistics import Figure
+from bench.work import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """All contenders at one shape in one form, behind one link."""
+
+    shape: Shape
+    form: str
+    figures: tuple[Figure, ...]
+    usages: tuple[Usage, ...]
+    link_bits_per_s: float | None = None
+    """What the link between client and server carries; None: no limit."""
+
+    def figure(self, contender: str) -> Figure | None:
+        """The figure of a contender that took part."""
+        return next((f for f in self.figures if f.contender == contender), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of the bench saw."""
+
+    about: dict[str, Any]
+    """The machine, the libraries, the time."""
+
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The run of a file that `Writer` wrote."""
+        about: dict[str, Any] = {}
+        found: dict[tuple[Any, ...], tuple[list[Figure], list[Usage]]] = {}
+        for line in path.read_text().splitlines():
+            item = json.loads(line)
+            kind = item.pop("kind")
+            if kind == "run":
+                about = item
+            elif kind in {"figure", "usage"}:
+                of = tuple(
+                    item.get(key) for key in ("shape", "form", "link_bits_per_s")
+                )
+                figures, usages = found.setdefault(of, ([], []))
+                if kind == "figure":
+                    figures.append(_of(Figure, item))
+                else:
+                    usages.append(_of(Usage, item))
+        parts = (
+            Part(Shape.parse(shape), form, tuple(figures), tuple(usages), link)
+            for (shape, form, link), (figures, usages) in found.items()
+        )
+        return cls(about, tuple(parts))
+
+    def part(
+        self, shape: Shape, form: str, link_bits_per_s: float | None = None
+    ) -> Part | None:
+        """The part of that shape, form and link, if the run has it."""
+        wanted = (shape, form, link_bits_per_s)
+        return next(
+            (p for p in self.parts if (p.shape, p.form, p.link_bits_per_s) == wanted),
+            None,
+        )
+
+
+def _of(kind: type[Any], item: dict[str, Any]) -> Any:
+    return kind(**{field.name: item[field.name] for field in fields(kind)})
+
+
+class Writer:
+    """Lines of a run, each there as soon as it is known."""
+
+    def __init__(self, lines: IO[str]) -> None:
+        self._lines = lines
+
+    def about(self, fields: dict[str, Any]) -> None:
+        """The first line."""
+        self._write("run", fields)
+
+    def part(self, part: Part, turns: Sequence[Turn]) -> None:
+        """A part with every call of it."""
+        of: dict[str, Any] = {"shape": str(part.shape), "form": part.form}
+        if part.link_bits_per_s is not None:
+            of["link_bits_per_s"] = part.link_bits_per_s
+        lines: tuple[tuple[str, Iterable[Any]], ...] = (
+            ("turn", turns),
+            ("usage", part.usages),
+            ("figure", part.figures),
+        )
+        for kind, items in lines:
+            for item in items:
+                self._write(kind, of | asdict(item))
+
+    def _write(self, kind: str, fields: dict[str, Any]) -> None:
+        self._lines.write(json.dumps({"kind": kind, **fields}) + "\n")
+        self._lines.flush()
