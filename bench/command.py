@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import bars, contenders, machine, report
+from bench import bars, contenders, figure, machine, report
 from bench.driver import run_shape
 from bench.record import Part, Run, Writer
 from bench.statistics import figures
@@ -33,16 +34,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = machine.describe(options.threads)
         writer.about({"when": when.isoformat(timespec="seconds"), **where})
         print(report.heading(where), flush=True)
+        complete = True
         for form in options.forms:
             body: list[tuple[str, ...]] = []
             for shape in _shapes(options):
-                body += report.rows(_part(writer, names, shape, form, options))
+                try:
+                    body += report.rows(_part(writer, names, shape, form, options))
+                except RuntimeError as error:
+                    # The other shapes have nothing to do with it.
+                    print(f"{shape}, {form}: {error}", file=sys.stderr)
+                    complete = False
             print(f"\nResults in {form} arrays:\n\n{report.table(body)}", flush=True)
-    found = [v for v in bars.verdicts(Run.read(path)) if v.holds is not None]
+    run = Run.read(path)
+    found = [v for v in bars.verdicts(run) if v.holds is not None]
     if found:
         print(f"\n{bars.table(found)}")
+    if figure.cubes(run) and importlib.util.find_spec("matplotlib"):
+        figure.draw(run, path.with_suffix(".svg"))
+        print(f"\nFigure: {path.with_suffix('.svg')}", file=sys.stderr)
     print(f"\nEvery call is in {path}.", file=sys.stderr)
-    return 0
+    return 0 if complete else 1
 
 
 def _part(

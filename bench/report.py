@@ -35,11 +35,11 @@ def _row(part: Part, figure: Figure, usage: Usage) -> tuple[str, ...]:
     return (
         part.shape.label,
         figure.contender,
-        _ms(figure.median_s),
-        f"{_ms(figure.low_s)} to {_ms(figure.high_s)}",
-        _ms(figure.min_s),
+        milliseconds(figure.median_s),
+        f"{milliseconds(figure.low_s)} to {milliseconds(figure.high_s)}",
+        milliseconds(figure.min_s),
         f"{figure.times_yardstick:.2f}",
-        _ms(figure.over_yardstick_s) if figure.over_yardstick_s else "",
+        milliseconds(figure.over_yardstick_s) if figure.over_yardstick_s else "",
         f"{part.shape.bytes_each_way / figure.median_s / 1e9:.2f}",
         f"{cpu_s_per_gb(part, usage):.2f}",
         _mib(usage.client_peak_bytes),
@@ -87,7 +87,8 @@ def heading(machine: dict[str, Any]) -> str:
     )
 
 
-def _ms(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds, with digits where they say something."""
     value = seconds * 1e3
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
 

@@ -108,12 +108,12 @@ def test_fresh_results_are_other_arrays_in_every_call(name):
         contender.close()
 
 
-def test_a_server_of_the_open_inference_protocol_is_named_by_address(capsys):
+def test_a_server_of_the_open_inference_protocol_is_named_by_address(tmp_path, capsys):
     server = ServerProcess.of_module("bench.contenders.open_inference")
     try:
         line = f"--contenders numpy --oip {server.address}/any --shapes 64x32x16"
-        line += " --forms fresh --rounds 1 --threads 1 --out /dev/null"
-        assert main(line.split()) == 0
+        line += " --forms fresh --rounds 1 --threads 1"
+        assert main([*line.split(), "--out", str(tmp_path / "run.jsonl")]) == 0
     finally:
         server.stop()
     assert f"oip@{server.address}/any" in capsys.readouterr().out
@@ -141,6 +141,7 @@ def test_a_run_leaves_tables_and_every_call_in_a_file(tmp_path, capsys):
         *["turn", "turn", "usage", "figure"] * 4,
     ]
     assert [line["form"] for line in lines[1:]] == ["fresh"] * 8 + ["reused"] * 8
+    assert out.with_suffix(".svg").read_text().startswith("<?xml")
     printed = capsys.readouterr().out
     assert printed.count("| 8³ ") == printed.count("| 16x4x2 ") == 2
 
@@ -149,3 +150,17 @@ def test_a_contender_that_does_not_exist_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["--contenders", "numpy,abacus"])
     assert "abacus is none of numpy" in capsys.readouterr().err
+
+
+def test_a_shape_that_fails_costs_the_others_nothing(monkeypatch, tmp_path, capsys):
+    def fails(names, shape, **options):
+        if shape.m == 8:
+            raise RuntimeError("numpy ended with exit status -9")
+        return run_shape(names, shape, **options)
+
+    monkeypatch.setattr("bench.command.run_shape", fails)
+    line = "--contenders numpy --shapes 8,4 --forms fresh --rounds 1 --threads 1"
+    assert main([*line.split(), "--out", str(tmp_path / "run.jsonl")]) == 1
+    told = capsys.readouterr()
+    assert "8x8x8, fresh: numpy ended with exit status -9" in told.err
+    assert "| 4³ " in told.out
