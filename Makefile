@@ -39,6 +39,10 @@ demo: $(VENV)/.ready-demo ## train on handwritten digits through a server; write
 bench: $(VENV)/.ready-bench ## time jobs against NumPy and other transports: 15 minutes
 	@$(PY) -m bench $(BENCH_ARGS)
 
+.PHONY: bench-links
+bench-links: $(VENV)/.ready-bench ## the same behind 1 and 10 Gbit/s; needs root and iproute2
+	@$(PY) -m bench.links $(BENCH_ARGS)
+
 ##@ Check
 
 .PHONY: test

@@ -1,6 +1,6 @@
 """How fast gradwire has to be beside the others, and whether a run shows it.
 
-``python -m bench.bars RUN.jsonl`` prints them. A bar compares medians of one
+``python -m bench.bars RUN.jsonl ...`` prints them. A bar compares medians of one
 run, shape and form; over(c) is the median of c less that of local NumPy. A bar
 whose contenders or shape the run does not have is left open.
 """
@@ -182,8 +182,10 @@ def table(found: Sequence[Verdict]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the bars of a run; 1: one of them does not hold."""
-    found = list(verdicts(Run.read(Path(arguments[0]))))
+    """Print the bars of runs together; 1: one of them does not hold."""
+    runs = [Run.read(Path(argument)) for argument in arguments]
+    parts = tuple(part for run in runs for part in run.parts)
+    found = list(verdicts(Run(runs[0].about, parts)))
     print(table(found))
     return int(any(verdict.holds is False for verdict in found))
 

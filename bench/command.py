@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     when = datetime.now(UTC)
     path: Path = options.out or OUT / f"{when:%Y-%m-%dT%H%M%SZ}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = _installed(options.contenders + [f"oip@{where}" for where in options.oip])
+    names = installed(options.contenders + [f"oip@{where}" for where in options.oip])
     with path.open("w") as lines:
         writer = Writer(lines)
         where = machine.describe(options.threads)
@@ -89,7 +89,7 @@ def _shapes(options: argparse.Namespace) -> list[Shape]:
     return [Shape.parse(text) for text in texts]
 
 
-def _installed(names: Sequence[str]) -> list[str]:
+def installed(names: Sequence[str]) -> list[str]:
     """Those of the contenders whose packages are there; says which are not."""
     found = []
     for name in names:

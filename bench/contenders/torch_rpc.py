@@ -23,12 +23,12 @@ from bench.contenders.interface import ArrayContender, Arrays
 from bench.contenders.server_process import ServerProcess, say_ready
 from bench.work import Array, products
 
-# TensorPipe listens at the address of this interface.
+# Both of its libraries listen at the address of this interface.
 _INTERFACE = os.environ.get("BENCH_INTERFACE", "lo")
 
 
 def _join(name: str, rank: int, meeting_point: str) -> None:
-    os.environ.setdefault("TP_SOCKET_IFNAME", _INTERFACE)
+    os.environ |= dict.fromkeys(("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), _INTERFACE)
     # About which of its own backends meets the other, and, at the end, about
     # the other having gone first.
     warnings.filterwarnings("ignore", module="torch.distributed")

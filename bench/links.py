@@ -1,0 +1,163 @@
+"""The bench behind links of 1 and 10 Gbit/s: ``python -m bench.links``.
+
+Client and server have a network namespace each, joined by a pair of virtual
+Ethernet devices whose sending is limited by a token bucket, at both ends. It
+needs root, iproute2, and a kernel with veth and tbf. The shapes are those for
+which two cores compute about as long as each direction of the link carries:
+there a transport that overlaps takes as long as its longest stage, and one
+that does not as long as all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench import bars, command, machine, report
+from bench.driver import run_shape
+from bench.record import Part, Run, Writer
+from bench.statistics import figures
+from bench.work import FORMS, Shape
+
+SHAPES = {1: Shape(32768, 2048, 2048), 10: Shape(262144, 256, 256)}
+"""By the link's Gbit/s."""
+
+CONTENDERS = (
+    "numpy",
+    "gradwire-tcp",
+    "grpcio-stream",
+    "arrow-flight",
+    "torch-rpc",
+    "raw-tcp",
+)
+_CLIENT, _SERVER = "10.77.0.1", "10.77.0.2"
+_DEVICE = "bench0"
+
+
+class LinkError(Exception):
+    """A link cannot be made here; the text says why."""
+
+
+@contextlib.contextmanager
+def link(bits_per_s: float) -> Iterator[list[str]]:
+    """A link, and what runs a client's command at one end of it.
+
+    A server that the client starts as contenders do is at the other end.
+
+    Raises:
+        LinkError: It cannot be made here.
+    """
+    for tool in ("ip", "tc"):
+        if shutil.which(tool) is None:
+            raise LinkError(f"there is no {tool}: install iproute2")
+    client, server = (f"bench-{end}-{os.getpid()}" for end in ("client", "server"))
+    with contextlib.ExitStack() as stack:
+        for name in (client, server):
+            _do("ip", "netns", "add", name)
+            # The devices inside go with it.
+            stack.callback(_do, "ip", "netns", "delete", name)
+            _do("ip", "-n", name, "link", "set", "lo", "up")
+        pair = ("netns", client, "type", "veth", "peer", "name", _DEVICE)
+        _do("ip", "link", "add", _DEVICE, *pair, "netns", server)
+        for name, address in ((client, _CLIENT), (server, _SERVER)):
+            _do("ip", "-n", name, "address", "add", f"{address}/24", "dev", _DEVICE)
+            _do("ip", "-n", name, "link", "set", _DEVICE, "up")
+            _do("tc", "-n", name, "qdisc", "add", "dev", _DEVICE, *_limit(bits_per_s))
+        yield [
+            *("ip", "netns", "exec", client, "env"),
+            f"BENCH_SERVER_HOST={_SERVER}",
+            f"BENCH_SERVER_COMMAND=ip netns exec {server}",
+            f"BENCH_INTERFACE={_DEVICE}",
+        ]
+
+
+def _limit(bits_per_s: float) -> list[str]:
+    # A millisecond of tokens, but more than the 64 KiB that TCP hands over.
+    burst = max(int(bits_per_s / 8 / 1000), 256 << 10)
+    bucket = ["rate", f"{bits_per_s:.0f}bit", "burst", str(burst), "latency", "50ms"]
+    return ["root", "tbf", *bucket]
+
+
+def _do(*arguments: str) -> None:
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip() or f"exit status {done.returncode}"
+        raise LinkError(f"{' '.join(arguments)}: {said}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    when = datetime.now(UTC)
+    path: Path = options.out or command.OUT / f"{when:%Y-%m-%dT%H%M%SZ}-links.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = command.installed(options.contenders)
+    threads = os.cpu_count() or 1
+    body: list[tuple[str, ...]] = []
+    with path.open("w") as lines:
+        writer = Writer(lines)
+        about = machine.describe(threads)
+        writer.about({"when": when.isoformat(timespec="seconds"), **about})
+        print(report.heading(about), end="\n\n", flush=True)
+        for gbits in options.gbits:
+            shape = options.shape or SHAPES[gbits]
+            print(f"{shape} at {gbits} Gbit/s ...", file=sys.stderr, flush=True)
+            try:
+                with link(gbits * 1e9) as before:
+                    turns, usages = run_shape(
+                        names,
+                        shape,
+                        form=options.form,
+                        threads=threads,
+                        rounds=options.rounds,
+                        seconds=options.seconds,
+                        before=before,
+                    )
+            except LinkError as error:
+                print(error, file=sys.stderr)
+                return 1
+            seen = tuple(figures(turns, names[0]))
+            part = Part(shape, options.form, seen, tuple(usages), gbits * 1e9)
+            writer.part(part, turns)
+            body += [(f"{gbits} Gbit/s", *row) for row in report.rows(part)]
+    print(report.table(body, ("link", *report.HEAD), texts=3))
+    print(f"\n{bars.table([v for v in bars.verdicts(Run.read(path)) if v.ratio])}")
+    print(f"\nEvery call is in {path}.", file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.links",
+        description="The bench behind limited links, between network namespaces.",
+    )
+    parser.add_argument(
+        "--gbits",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=list(SHAPES),
+        help="Gbit/s each way, by commas (1,10)",
+    )
+    parser.add_argument("--shape", type=Shape.parse, help="instead of the balanced one")
+    parser.add_argument(
+        "--contenders",
+        type=lambda text: text.split(","),
+        default=list(CONTENDERS),
+        help=f"by commas, numpy first ({','.join(CONTENDERS)})",
+    )
+    parser.add_argument("--form", choices=FORMS, default="fresh")
+    parser.add_argument(
+        "--seconds", type=float, default=90, help="about so long a link"
+    )
+    parser.add_argument("--rounds", type=int, default=10, help="at most (10)")
+    parser.add_argument("--out", type=Path, help="file of JSON lines")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
