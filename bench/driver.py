@@ -16,6 +16,8 @@ from typing import Any
 from bench.work import Shape
 
 ANSWER_TIMEOUT_S = 120.0
+# gRPC tells of every connection that a server closes when it stops.
+_QUIET = {"GRPC_VERBOSITY": "ERROR"}
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -75,7 +77,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads)),
+            env=_QUIET | os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads)),
         )
 
     def wait_until_ready(self) -> None:

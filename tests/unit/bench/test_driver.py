@@ -89,10 +89,11 @@ def test_every_contender_is_right_and_leaves_no_process_behind(name, form):
     assert alive == []
 
 
-@pytest.mark.parametrize("name", contenders.NAMES)
+# The libraries of the others change a process that imports them.
+@pytest.mark.parametrize(
+    "name", [n for n in contenders.NAMES if n not in {"torch-rpc", "arrow-flight"}]
+)
 def test_fresh_results_are_other_arrays_in_every_call(name):
-    if name in {"torch-rpc", "arrow-flight"}:
-        pytest.skip("not imported into this process, which it would change")
     given = operands(Shape(64, 32, 16))
     contender = contenders.create(name)
     try:
