@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a few rounds of {','.join(QUICK_SHAPES)}: a look, no measurement",
     )
     parser.add_argument(
-        "--seconds", type=float, default=45, help="about so long a shape and form (45)"
+        "--seconds", type=float, default=35, help="about so long a shape and form (35)"
     )
     parser.add_argument("--rounds", type=int, default=40, help="at most (40)")
     parser.add_argument(
