@@ -1,6 +1,6 @@
 """A job on its device, with what it does counted.
 
-Everything here runs in the thread of the job's lane.
+It runs in the thread of its lane, but for jobs too small for that.
 """
 
 from __future__ import annotations

@@ -62,24 +62,6 @@ class Lane:
             self._changed.notify_all()
         return done
 
-    def try_at_once(self, run: Callable[[], T]) -> T | None:
-        """Does `run` in the calling thread, if the lane has nothing to do.
-
-        For work that is over sooner than the lane's thread would be woken.
-
-        Returns:
-            What `run` returns, or None if other work is there, and it was not
-            done.
-        """
-        with self._changed:
-            if self._closed or self._queues or self._busy_with is not None:
-                return None
-            self._busy_with = run
-        try:
-            return run()
-        finally:
-            self._finished()
-
     async def discard(self, job: Hashable) -> None:
         """Drops the job's waiting work and waits for what is being done.
 
@@ -127,9 +109,7 @@ class Lane:
 
     def _next(self) -> _Work | None:
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or (self._queues and self._busy_with is None)
-            )
+            self._changed.wait_for(lambda: self._closed or self._queues)
             if self._closed:
                 return None
             job, queue = next(iter(self._queues.items()))

@@ -169,12 +169,13 @@ class Service:
         spec, plan = call.header
         async with self.admitted(call, message_bytes, _not_told) as lane:
             whole = Computation(spec, plan, self.backend, lane.device, call.counts)
-            work = partial(whole.run, operands)
-            tiny = spec.operations < self.backend.at_once_operations
-            results = lane.try_at_once(work) if tiny else None
-            if results is None:
+            if spec.operations < self.backend.at_once_operations:
+                # It is over sooner than the lane's thread would be woken, and
+                # need not wait there behind a row block of a large job.
+                results = whole.run(operands)
+            else:
                 try:
-                    results = await lane.submit(call, work)
+                    results = await lane.submit(call, partial(whole.run, operands))
                 finally:
                     await lane.discard(call)
         call.counts.m = spec.m or 0

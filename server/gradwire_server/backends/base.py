@@ -1,8 +1,8 @@
 """What a backend is: devices, and jobs that take row blocks.
 
 A backend knows nothing of gRPC, of clients or of other jobs. Everything that
-is declared here on `BackendJob` is called by the one thread of a lane, or by
-another one in its place (`Backend.at_once_operations`), never by two at once.
+is declared here on `BackendJob` is called by the one thread of a lane, but for
+jobs that are too small for that (`Backend.at_once_operations`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Backend(Protocol):
 
     at_once_operations: int
     """Multiplications and additions of a job below which it may run in any
-    thread, because waking the lane's takes as long; 0 where none may."""
+    thread, beside the lane's: waking that takes as long. 0 where none may."""
 
     devices: tuple[DeviceInfo, ...]
 

@@ -75,38 +75,3 @@ async def test_a_discard_that_is_cancelled_still_waits_for_the_lane(lane):
     gate.set()
     with pytest.raises(asyncio.CancelledError):
         await discarded
-
-
-async def test_what_takes_no_time_is_done_at_once_on_an_idle_lane_only(lane):
-    assert lane.try_at_once(lambda: 7) == 7
-    entered, gate = threading.Event(), threading.Event()
-
-    def hold():
-        entered.set()
-        gate.wait()
-
-    held = lane.submit("job", hold)
-    await asyncio.to_thread(entered.wait)
-    assert lane.try_at_once(lambda: 8) is None
-    gate.set()
-    await held
-    with pytest.raises(ZeroDivisionError):
-        lane.try_at_once(lambda: 1 // 0)
-    assert await lane.submit("job", lambda: 9) == 9
-
-
-async def test_the_lane_waits_while_another_thread_does_its_work(lane):
-    entered, gate, order = threading.Event(), threading.Event(), []
-
-    def at_once():
-        entered.set()
-        gate.wait()
-        order.append("at once")
-        return True
-
-    other = asyncio.ensure_future(asyncio.to_thread(lane.try_at_once, at_once))
-    await asyncio.to_thread(entered.wait)
-    submitted = lane.submit("job", lambda: order.append("submitted"))
-    gate.set()
-    await asyncio.gather(other, submitted)
-    assert order == ["at once", "submitted"]
