@@ -50,6 +50,12 @@ class Gradwire(ArrayContender):
         self.server_pid = self._server.pid
         self._client = gradwire.connect(self._server.address, **self._options)
 
+    @property
+    def address(self) -> str:
+        """Where the server listens, once it has started."""
+        assert self._server is not None
+        return self._server.address
+
     def gradients(self, x: Array, w: Array, dy: Array, out: Arrays | None) -> Arrays:
         assert self._client is not None
         y, dx, dw = self._client.gradients(x, w, dy, out=out)

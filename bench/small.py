@@ -1,0 +1,221 @@
+"""Small calls, alone and beside a large job: ``python -m bench.small``.
+
+Three questions, in seconds of a 32³ call through ``client.gradients``:
+
+- How much longer does it take than an empty unary call that carries the same
+  bytes (an asyncio grpcio server that sends back what it gets)? Turn by turn.
+- How many of them a second does the server answer, when `CALLERS` threads of
+  one client ask again as soon as they have an answer?
+- At half that rate, beside another process that computes large jobs without a
+  pause: how long do the small ones take, and the large ones? Calls are begun
+  by the clock, and timed from when they should have begun, so that those
+  which a slow one delays count as slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import multiprocessing
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+import grpc
+
+import gradwire
+from bench.contenders.gradwire_sdk import Gradwire
+from bench.contenders.server_process import HOST, ServerProcess, say_ready
+from bench.work import Shape, operands
+
+SMALL = Shape(32, 32, 32)
+LARGE = Shape(16384, 1024, 1024)
+CALLERS = 4
+WARM_UP = 200
+_ECHO = "/bench.Echo/Call"
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    if options.serve_echo:
+        asyncio.run(_serve_echo())
+        return 0
+    server = Gradwire()
+    echo = ServerProcess.of_module("bench.small", "--serve-echo")
+    try:
+        server.start()
+        with gradwire.connect(server.address, transport="tcp") as client:
+            found = _questions(client, server.address, echo.address, options.seconds)
+    finally:
+        server.close()
+        echo.stop()
+    print(json.dumps({name: round(value, 6) for name, value in found.items()}))
+    for bar, (value, most) in _bars(found).items():
+        print(
+            f"{'reached' if value <= most else 'MISSED '} {bar}: {value:.2f} ({most})"
+        )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.small", description="Seconds of small calls."
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="of each of the parts (10)"
+    )
+    parser.add_argument("--serve-echo", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _questions(
+    client: gradwire.Client, address: str, echo: str, seconds: float
+) -> dict[str, float]:
+    given = operands(SMALL)
+
+    def small() -> None:
+        client.gradients(*given)
+
+    with grpc.insecure_channel(echo) as channel:
+        method = channel.unary_unary(_ECHO)
+        body = b"".join(array.tobytes() for array in given)
+        empty_s, alone_s = _in_turns([lambda: method(body), small], seconds)
+    rate = _saturation(small, seconds)
+    solo_s = _large_jobs(address, lambda: time.sleep(seconds))
+    beside: list[float] = []
+    large_s = _large_jobs(
+        address, lambda: beside.extend(_by_the_clock(small, rate / 2, seconds))
+    )
+    return {
+        "empty_call_s": statistics.median(empty_s),
+        "small_call_s": statistics.median(alone_s),
+        "calls_per_second": rate,
+        "beside_median_s": statistics.median(beside),
+        "beside_p99_s": statistics.quantiles(beside, n=100)[98],
+        "large_alone_s": statistics.median(solo_s),
+        "large_beside_s": statistics.median(large_s),
+    }
+
+
+def _bars(found: dict[str, float]) -> dict[str, tuple[float, float]]:
+    return {
+        "small over empty call": (found["small_call_s"] / found["empty_call_s"], 1.6),
+        "99th percentile beside a large job over median alone": (
+            found["beside_p99_s"] / found["small_call_s"],
+            5,
+        ),
+        "large job beside small calls over alone": (
+            found["large_beside_s"] / found["large_alone_s"],
+            1.5,
+        ),
+    }
+
+
+def _in_turns(calls: list[Callable[[], Any]], seconds: float) -> list[list[float]]:
+    took: list[list[float]] = [[] for _ in calls]
+    until = time.perf_counter() + seconds
+    for number in itertools.count():
+        if number >= WARM_UP and time.perf_counter() > until:
+            return [each[WARM_UP // 2 :] for each in took]
+        for call, times in zip(calls, took, strict=True):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+    raise AssertionError
+
+
+def _saturation(call: Callable[[], None], seconds: float) -> float:
+    """Calls a second when every caller asks again at once."""
+    until = time.perf_counter() + seconds
+
+    def ask(_: int) -> int:
+        for number in itertools.count():
+            if time.perf_counter() > until:
+                return number
+            call()
+        raise AssertionError
+
+    with ThreadPoolExecutor(CALLERS) as callers:
+        return sum(callers.map(ask, range(CALLERS))) / seconds
+
+
+def _by_the_clock(call: Callable[[], None], rate: float, seconds: float) -> list[float]:
+    """Seconds from when each call should have begun to its end."""
+    start = time.perf_counter()
+    due = iter([start + number / rate for number in range(int(rate * seconds))])
+    lock = threading.Lock()
+
+    def ask(_: int) -> list[float]:
+        took = []
+        while True:
+            with lock:
+                begins = next(due, None)
+            if begins is None:
+                return took
+            time.sleep(max(0, begins - time.perf_counter()))
+            call()
+            took.append(time.perf_counter() - begins)
+
+    with ThreadPoolExecutor(CALLERS) as callers:
+        return [s for each in callers.map(ask, range(CALLERS)) for s in each]
+
+
+def _large_jobs(address: str, meanwhile: Callable[[], None]) -> list[float]:
+    """Seconds of each large job that another process had done meanwhile."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_compute_large, args=(address, theirs))
+    process.start()
+    try:
+        ours.recv()  # it is warm
+        meanwhile()
+        ours.send(None)
+        took: list[float] = ours.recv()
+    finally:
+        process.join(30)
+        process.kill()
+    return took
+
+
+def _compute_large(address: str, driver: Connection) -> None:
+    given = operands(LARGE)
+    with gradwire.connect(address, transport="tcp") as client:
+        out = tuple(client.gradients(*given))
+        driver.send(None)
+        driver.send(
+            list(_until_told(driver, lambda: client.gradients(*given, out=out)))
+        )
+
+
+def _until_told(driver: Connection, call: Callable[[], Any]) -> Iterator[float]:
+    while not driver.poll():
+        began = time.perf_counter()
+        call()
+        yield time.perf_counter() - began
+
+
+async def _serve_echo() -> None:
+    async def answer(request: bytes, _: object) -> bytes:
+        return request
+
+    server = grpc.aio.server()
+    _, service, method = _ECHO.split("/")
+    handler = grpc.unary_unary_rpc_method_handler(answer)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {method: handler}),)
+    )
+    port = server.add_insecure_port(f"{HOST}:0")
+    await server.start()
+    say_ready(f"{HOST}:{port}")
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
