@@ -180,6 +180,7 @@ class AsyncClient(BaseClient):
         results: str | Iterable[str] = ("y", "dx", "dw"),
         out: Any = None,
         result_dtype: ResultDtypes = None,
+        wire_dtype: DtypeLike = None,
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
@@ -203,6 +204,7 @@ class AsyncClient(BaseClient):
         options = parse_options(
             results=results,
             result_dtype=result_dtype,
+            wire_dtype=wire_dtype,
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
@@ -224,6 +226,7 @@ class AsyncClient(BaseClient):
         *,
         out: Any = None,
         result_dtype: ResultDtypes = None,
+        wire_dtype: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
         timeout_s: float | None = None,
@@ -246,6 +249,7 @@ class AsyncClient(BaseClient):
         options = parse_options(
             results="y",
             result_dtype=result_dtype,
+            wire_dtype=wire_dtype,
             allow_tf32=allow_tf32,
             checksum=checksum,
             timeout_s=timeout_s,
@@ -266,6 +270,7 @@ class AsyncClient(BaseClient):
         *,
         out: Any = None,
         result_dtype: ResultDtypes = None,
+        wire_dtype: DtypeLike = None,
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
@@ -289,6 +294,7 @@ class AsyncClient(BaseClient):
         options = parse_options(
             results=("dx", "dw"),
             result_dtype=result_dtype,
+            wire_dtype=wire_dtype,
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
@@ -311,6 +317,7 @@ class AsyncClient(BaseClient):
         m: int | None = None,
         results: str | Iterable[str] = ("y", "dx", "dw"),
         result_dtype: ResultDtypes = None,
+        wire_dtype: DtypeLike = None,
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
@@ -342,6 +349,7 @@ class AsyncClient(BaseClient):
         options = parse_options(
             results=results,
             result_dtype=result_dtype,
+            wire_dtype=wire_dtype,
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,

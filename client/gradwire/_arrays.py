@@ -17,10 +17,14 @@ import ml_dtypes
 import numpy as np
 
 from gradwire._exceptions import InputError
+from gradwire._rounding import Rounding
 from gradwire._types import Array
 from gradwire.wire.dtypes import Dtype
 
 _COMPUTES = ", ".join(dtype.label for dtype in Dtype)
+
+_COPIED_ELEMENTS = 1 << 18
+"""Elements that are rounded at once on their way from memory to memory."""
 
 
 class Operand:
@@ -29,16 +33,30 @@ class Operand:
     Attributes:
         array: As it was given: any layout, any byte order, two dimensions or
             more.
-        dtype: Its element type.
+        dtype: The element type in which it travels: the array's, unless
+            `rounding` makes it another.
+        rounding: Rounds a float32 array's elements to `dtype`; None: they
+            have it.
         rows: The product of all dimensions but the last.
         columns: The last dimension.
     """
 
-    __slots__ = ("_flat", "_matrix", "array", "columns", "dtype", "rows")
+    __slots__ = (
+        "_flat",
+        "_matrix",
+        "array",
+        "columns",
+        "dtype",
+        "rounding",
+        "rows",
+    )
 
-    def __init__(self, array: Array, dtype: Dtype) -> None:
+    def __init__(
+        self, array: Array, dtype: Dtype, rounding: Rounding | None = None
+    ) -> None:
         self.array = array
         self.dtype = dtype
+        self.rounding = rounding
         self.rows: int = math.prod(array.shape[:-1])
         self.columns: int = array.shape[-1]
         self._flat = array.flags.c_contiguous and array.dtype.isnative
@@ -54,19 +72,29 @@ class Operand:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all elements."""
+        """Bytes of all elements, as they travel."""
         return self.rows * self.columns * self.dtype.itemsize
 
     def take(self, first: int, last: int) -> Array:
-        """Rows [first, last) in C order and native byte order.
+        """Rows [first, last) as they travel: in C order and native byte order.
 
         A view where the array has that form already.
+
+        Raises:
+            InputError: An element is too large for 16 bits.
         """
+        part = self._read(first, last)
+        if self.rounding is None:
+            return part
+        return self.rounding.rounded(part, first * self.columns)
+
+    def _read(self, first: int, last: int) -> Array:
+        """Rows [first, last) in the array's own dtype, C order, native order."""
         if self._matrix is not None:
             part = self._matrix[first:last]
         else:
             part = self.array[np.unravel_index(np.arange(first, last), self.lead)]
-        return np.ascontiguousarray(part, dtype=self.dtype.numpy)
+        return np.ascontiguousarray(part, dtype=part.dtype.newbyteorder("="))
 
     def pieces(
         self, first: int, last: int, elements: int
@@ -81,20 +109,43 @@ class Operand:
         Yields:
             The index of a piece's first element within the operand, and the
             piece. Its memory may be used again for the next.
+
+        Raises:
+            InputError: An element is too large for 16 bits.
         """
         if first == last or self.columns == 0:
             return
         group = last - first if self._flat else max(1, elements // self.columns)
-        step = elements * self.dtype.itemsize
         for start in range(first, last, group):
-            taken = self.take(start, min(start + group, last))
-            payload = taken.reshape(-1).view(np.uint8).data
-            for at in range(0, len(payload), step):
-                index = start * self.columns + at // self.dtype.itemsize
-                yield index, payload[at : at + step]
+            taken = self._read(start, min(start + group, last)).reshape(-1)
+            for at in range(0, taken.size, elements):
+                index = start * self.columns + at
+                piece = taken[at : at + elements]
+                if self.rounding is not None:
+                    piece = self.rounding.rounded(piece, index)
+                yield index, piece.view(np.uint8).data
+
+    def copy_to(self, room: Array) -> None:
+        """Put all elements, as they travel, into `room`.
+
+        Args:
+            room: Their bytes' place, one-dimensional and contiguous.
+
+        Raises:
+            InputError: An element is too large for 16 bits.
+        """
+        room = room.view(self.dtype.numpy)
+        if self.rounding is None:
+            np.copyto(room.reshape(self.array.shape), self.array)
+            return
+        for index, piece in self.pieces(0, self.rows, _COPIED_ELEMENTS):
+            elements = np.frombuffer(piece, self.dtype.numpy)
+            room[index : index + elements.size] = elements
 
 
-def operand(value: object, name: str) -> Operand:
+def operand(
+    value: object, name: str, wire_dtype: Dtype | None = None, first_row: int = 0
+) -> Operand:
     """An operand from what the caller gave.
 
     Args:
@@ -103,19 +154,29 @@ def operand(value: object, name: str) -> Operand:
             buffer protocol, or nested sequences of Python floats, which are
             float64 as in NumPy.
         name: What to call it in errors.
+        wire_dtype: The 16-bit dtype in which it shall travel, if it shall.
+        first_row: Number of its first row, for errors.
 
     Raises:
         InputError: It is no such thing; the text says what to do.
     """
     array = as_numpy(value, name)
     dtype = _dtype(array, name, value)
+    if wire_dtype is not None and dtype is not Dtype.FLOAT32:
+        raise InputError(
+            f"{name} is {dtype.label}, and wire_dtype is for float32 operands: convert"
+            " them, or leave wire_dtype out"
+        )
     if array.ndim < 2:
         text = f"{name} has shape {array.shape}, and a matrix has two dimensions"
         if array.ndim == 1:
             text += f": make it one row with {name}[None, :] or one column with"
             text += f" {name}[:, None]"
         raise InputError(text)
-    return Operand(array, dtype)
+    if wire_dtype is None:
+        return Operand(array, dtype)
+    rounding = Rounding(wire_dtype, name, array.shape[-1], first_row)
+    return Operand(array, wire_dtype, rounding)
 
 
 def as_numpy(value: object, name: str) -> Array:

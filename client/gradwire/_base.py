@@ -107,7 +107,7 @@ class ArrayJob:
         for matrix in self.plan.results:
             if matrix not in self._outputs:
                 shape = output_shape(self.plan, self.operands, matrix)
-                dtype = self.plan.result_dtype(matrix).numpy
+                dtype = self.plan.array_dtype(matrix).numpy
                 self.hand_back(matrix, self._memory.empty(shape, dtype))
         return {
             matrix: ArraySink(output.array, self.plan.result_dtype(matrix))

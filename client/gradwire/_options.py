@@ -46,6 +46,9 @@ class Options:
     result_dtypes: Mapping[Matrix, Dtype]
     """Of the results that shall not have the operands' dtype."""
 
+    wire_dtype: Dtype | None
+    """In which float32 operands travel, and results not named above."""
+
     dw_accumulator: Dtype | None
     """In which dW is summed; None: as the contract has it."""
 
@@ -72,6 +75,7 @@ def parse_options(
     *,
     results: str | Iterable[str],
     result_dtype: ResultDtypes = None,
+    wire_dtype: DtypeLike = None,
     dw_accumulator: DtypeLike = None,
     allow_tf32: bool = False,
     checksum: bool = False,
@@ -96,6 +100,7 @@ def parse_options(
     return Options(
         results=wanted,
         result_dtypes=_result_dtypes(result_dtype, wanted),
+        wire_dtype=_wire_dtype(wire_dtype),
         dw_accumulator=_accumulator(dw_accumulator),
         allow_tf32=bool(allow_tf32),
         checksum=bool(checksum),
@@ -261,6 +266,15 @@ def _result_dtypes(
         for name, value in spec.items()
         if value is not None
     }
+
+
+def _wire_dtype(value: DtypeLike) -> Dtype | None:
+    if value is None:
+        return None
+    dtype = parse_dtype(value, "wire_dtype")
+    if dtype not in {Dtype.FLOAT16, Dtype.BFLOAT16}:
+        raise InputError(f"wire_dtype is {dtype.label}; it can be float16, bfloat16")
+    return dtype
 
 
 def _accumulator(value: DtypeLike) -> Dtype | None:

@@ -84,7 +84,7 @@ def given_outputs(
     for matrix in plan.results:
         if matrix in given:
             shape = output_shape(plan, operands, matrix)
-            dtype = plan.result_dtype(matrix)
+            dtype = plan.array_dtype(matrix)
             array = _checked(given[matrix], matrix.label, shape, dtype)
             checked[matrix] = Output(given[matrix], array)
     _check_overlap({m: output.array for m, output in checked.items()}, operands)
@@ -101,18 +101,29 @@ def output_shape(
 
 
 class ArraySink:
-    """Takes a result's elements in order and puts them into an array."""
+    """Takes a result's elements in order and puts them into an array.
+
+    Args:
+        array: Of any layout, of the elements' dtype or a wider one.
+        dtype: The elements', as they come.
+    """
 
     def __init__(self, array: Array, dtype: Dtype) -> None:
         self._target = array
+        self._dtype = dtype.numpy
         self._columns = array.shape[-1]
         self._lead = array.shape[:-1]
         self._row_bytes = self._columns * dtype.itemsize
         self._filled = 0
         self._moved = 0
-        self._flat = array.flags.c_contiguous and array.dtype.isnative
+        self._flat = array.flags.c_contiguous and array.dtype == self._dtype
+        # Elements one after the other, which are not as they come.
+        self._line: Array | None = None
         if self._flat:
             self._rows = array
+        elif array.flags.c_contiguous:
+            self._line = array.reshape(-1)
+            return
         else:
             # Rows are put together here, and moved when they are complete.
             rows = max(1, (1 << 20) // max(1, self._row_bytes))
@@ -123,6 +134,8 @@ class ArraySink:
         """The next elements are those from a row on."""
         if self._flat:
             self._filled = row * self._row_bytes
+        elif self._line is not None:
+            self._filled = row * self._columns
         else:
             self.close()
             self._moved = row
@@ -132,6 +145,12 @@ class ArraySink:
         if self._flat:
             end = self._filled + len(payload)
             self._bytes[self._filled : end] = payload
+            self._filled = end
+            return
+        if self._line is not None:
+            elements = np.frombuffer(payload, self._dtype)
+            end = self._filled + elements.size
+            self._line[self._filled : end] = elements
             self._filled = end
             return
         while payload:
@@ -144,7 +163,7 @@ class ArraySink:
 
     def close(self) -> None:
         """Have every element that was taken in its place."""
-        if not self._flat and self._filled:
+        if not self._flat and self._line is None and self._filled:
             self._move()
 
     def _move(self) -> None:

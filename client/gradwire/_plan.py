@@ -37,7 +37,7 @@ class Plan:
     """Columns of W and of dY."""
 
     dtype: Dtype
-    """Element type of the operands."""
+    """Element type of the operands, as they travel."""
 
     options: Options
     """What the caller asked for."""
@@ -56,8 +56,14 @@ class Plan:
         return operands_for(self.options.results)
 
     def result_dtype(self, result: Matrix) -> Dtype:
-        """Element type of a result."""
+        """Element type of a result, as it travels."""
         return self.options.result_dtypes.get(result, self.dtype)
+
+    def array_dtype(self, result: Matrix) -> Dtype:
+        """Element type of the array that the caller gets for a result."""
+        if self.options.wire_dtype is None:
+            return self.result_dtype(result)
+        return self.options.result_dtypes.get(result, Dtype.FLOAT32)
 
     def shape(self, matrix: Matrix, m: int) -> tuple[int, int]:
         """Rows and columns of one of the six matrices, were there m rows."""
@@ -124,7 +130,7 @@ def plan_arrays(
     """
     require(given, options)
     operands = {
-        matrix: operand(value, matrix.label)
+        matrix: operand(value, matrix.label, options.wire_dtype)
         for matrix, value in given.items()
         if value is not None
     }

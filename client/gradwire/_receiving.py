@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from gradwire._exceptions import ChecksumError, ProtocolError
+from gradwire._outputs import ArraySink
 from gradwire._plan import Plan
 from gradwire._sending import Sender
 from gradwire._types import Array
@@ -37,6 +38,12 @@ class Sink(Protocol):
 class BlockSink:
     """Puts a result's elements together to arrays, one for each row block.
 
+    Args:
+        columns: Elements of a row.
+        array_dtype: The arrays' dtype.
+        dtype: The elements', as they come.
+        sender: Knows how many rows a block has.
+
     Attributes:
         columns: Elements of a row.
         complete: Row blocks that are complete and were not taken yet, by
@@ -46,22 +53,24 @@ class BlockSink:
     def __init__(
         self,
         columns: int,
+        array_dtype: Dtype,
         dtype: Dtype,
         sender: Sender,
         beside: BlockSink | None = None,
     ) -> None:
         self.complete: dict[int, Array] = beside.complete if beside else {}
         self.columns = columns
+        self._array_dtype = array_dtype
         self._dtype = dtype
         self._sender = sender
         self._first_row = 0
         self._array: Array | None = None
-        self._bytes = memoryview(b"")
-        self._filled = 0
+        self._sink: ArraySink | None = None
+        self._missing = 0
 
     def empty(self, rows: int) -> Array:
         """A new array for some rows."""
-        return np.empty((rows, self.columns), self._dtype.numpy)
+        return np.empty((rows, self.columns), self._array_dtype.numpy)
 
     def seek(self, row: int) -> None:
         """The next elements are those of the block that begins with a row."""
@@ -70,15 +79,15 @@ class BlockSink:
     def write(self, payload: memoryview) -> None:
         """Take the next elements."""
         while payload:
-            if self._array is None:
+            if self._array is None or self._sink is None:
                 self._array = self.empty(self._rows())
-                self._bytes = self._array.reshape(-1).view(np.uint8).data
-                self._filled = 0
-            part = payload[: len(self._bytes) - self._filled]
-            self._bytes[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
+                self._sink = ArraySink(self._array, self._dtype)
+                self._missing = self._array.size * self._dtype.itemsize
+            part = payload[: self._missing]
+            self._sink.write(part)
+            self._missing -= len(part)
             payload = payload[len(part) :]
-            if self._filled == len(self._bytes):
+            if not self._missing:
                 self.complete[self._first_row] = self._array
                 self._first_row += self._array.shape[0]
                 self._array = None

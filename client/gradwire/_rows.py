@@ -39,9 +39,10 @@ class RowReader:
             matrix for matrix in ROW_OPERANDS if matrix in operands_for(options.results)
         )
         require(dict.fromkeys(self._needed, True) | {Matrix.W: w}, options)
-        self.w = None if w is None else operand(w, "w")
+        self.w = None if w is None else operand(w, "w", options.wire_dtype)
         self._plan: Plan | None = None
         self._count = 0
+        self._rows = 0
 
     def plan(self, first: Mapping[Matrix, Operand] | None) -> Plan:
         """The plan of a job whose first item has these operands, if any.
@@ -81,6 +82,7 @@ class RowReader:
                         f" {wanted}"
                     )
         self._count += 1
+        self._rows += next(iter(operands.values())).rows
         return operands
 
     def _operands(self, item: object) -> dict[Matrix, Operand]:
@@ -99,7 +101,9 @@ class RowReader:
                 raise InputError(
                     f"{matrix.label}'s rows are None, and {wanted} cannot be without"
                 )
-            operands[matrix] = operand(values[matrix], matrix.label)
+            operands[matrix] = operand(
+                values[matrix], matrix.label, self._options.wire_dtype, self._rows
+            )
             if operands[matrix].array.ndim != 2:
                 raise InputError(
                     f"{matrix.label} has shape {operands[matrix].array.shape}: rows"
@@ -141,9 +145,9 @@ class RowJob:
         others = [self._block_sinks(plan, self._blocks) for _ in range(1, connections)]
         self.dw: Array | None = None
         if Matrix.DW in plan.results:
-            dtype = plan.result_dtype(Matrix.DW)
+            dtype = plan.array_dtype(Matrix.DW)
             self.dw = np.empty((plan.n, plan.k), dtype.numpy)
-            sinks[Matrix.DW] = ArraySink(self.dw, dtype)
+            sinks[Matrix.DW] = ArraySink(self.dw, plan.result_dtype(Matrix.DW))
         self.exchange = Exchange(plan, self._sender, sinks, *others)
         self._next_row = 0
         self.receipt: Receipt | None = None
@@ -197,6 +201,7 @@ class RowJob:
         return {
             matrix: BlockSink(
                 plan.shape(matrix, 0)[1],
+                plan.array_dtype(matrix),
                 plan.result_dtype(matrix),
                 self._sender,
                 None if beside is None else beside[matrix],

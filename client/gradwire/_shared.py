@@ -44,13 +44,27 @@ class SharedJob:
         self._pool = pool
         self._places: dict[Matrix, tuple[Region, int]] = {}
         self._room: dict[Matrix, Array] = {}
-        present = {matrix: value.array for matrix, value in job.operands.items()}
-        present |= job.present_outputs()
+        plan = job.plan
+        # What travels in another dtype cannot be used where it lies.
+        self._widened = {
+            matrix
+            for matrix in plan.results
+            if plan.array_dtype(matrix) is not plan.result_dtype(matrix)
+        }
+        present = {
+            matrix: value.array
+            for matrix, value in job.operands.items()
+            if value.rounding is None
+        }
+        present |= {
+            matrix: array
+            for matrix, array in job.present_outputs().items()
+            if matrix not in self._widened
+        }
         for matrix, array in present.items():
             place = pool.find(array)
             if place is not None:
                 self._places[matrix] = place
-        plan = job.plan
         self._missing = [
             matrix
             for matrix in (*plan.operands, *plan.results)
@@ -69,15 +83,19 @@ class SharedJob:
         """Whether elements have to be copied, before or after."""
         given = self._job.present_outputs()
         return any(
-            matrix in self._job.operands or matrix in given for matrix in self._room
+            matrix in self._job.operands or matrix in given or matrix in self._widened
+            for matrix in self._room
         )
 
     def copy_in(self) -> None:
-        """Copy the operands that lie elsewhere."""
+        """Copy the operands that lie elsewhere.
+
+        Raises:
+            InputError: An element is too large for 16 bits.
+        """
         for matrix, operand in self._job.operands.items():
             if matrix in self._room:
-                room = self._room[matrix].view(operand.dtype.numpy)
-                np.copyto(room.reshape(operand.array.shape), operand.array)
+                operand.copy_to(self._room[matrix])
 
     def exchange(self) -> SharedExchange:
         """The conversation."""
@@ -92,6 +110,8 @@ class SharedJob:
             room = self._room[matrix].view(plan.result_dtype(matrix).numpy)
             if matrix in given:
                 np.copyto(given[matrix], room.reshape(given[matrix].shape))
+            elif matrix in self._widened:
+                self._job.hand_back(matrix, room.astype(plan.array_dtype(matrix).numpy))
             else:
                 self._job.hand_back(matrix, room)
 

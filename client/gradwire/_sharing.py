@@ -82,12 +82,16 @@ class Sharing:
             return True
         if not self._possible or not job.plan.m:
             return False
-        arrays = [operand.array for operand in job.operands.values()]
-        inside = [array for array in arrays if self.pool.find(array) is not None]
-        if len(inside) == len(arrays):
+        operands = job.operands.values()
+        inside = [
+            operand
+            for operand in operands
+            if operand.rounding is None and self.pool.find(operand.array) is not None
+        ]
+        if len(inside) == len(operands):
             return True
-        copied = sum(array.nbytes for array in arrays)
-        copied -= sum(array.nbytes for array in inside)
+        copied = sum(operand.size_bytes for operand in operands)
+        copied -= sum(operand.size_bytes for operand in inside)
         return not (job.unary and not inside) and copied <= _MOST_COPIED_BYTES
 
     def place(self, job: ArrayJob) -> SharedJob:

@@ -241,6 +241,7 @@ class Client(BaseClient):
         results: str | Iterable[str] = ("y", "dx", "dw"),
         out: Any = None,
         result_dtype: ResultDtypes = None,
+        wire_dtype: DtypeLike = None,
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
@@ -266,6 +267,13 @@ class Client(BaseClient):
                 dtypes. After a failure their contents are undefined.
             result_dtype: Of the results: one for all, or a mapping such as
                 ``{"dw": "float32"}``. Else they have the operands' dtype.
+            wire_dtype: ``"bfloat16"`` or ``"float16"``, for float32 operands:
+                they are rounded to it as they are sent, and results that
+                `result_dtype` does not name come back in it and are widened
+                to float32, so that half the bytes travel. docs/gradients.md
+                says how much that may lose. A result too large for it is
+                Inf; an operand too large for it, unless it is Inf itself,
+                raises InputError and cancels the job.
             dw_accumulator: ``"float32"`` or ``"float64"``, in which dW is
                 summed over row blocks.
             allow_tf32: Whether float32 products may use TF32.
@@ -295,6 +303,7 @@ class Client(BaseClient):
         options = parse_options(
             results=results,
             result_dtype=result_dtype,
+            wire_dtype=wire_dtype,
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
@@ -316,6 +325,7 @@ class Client(BaseClient):
         *,
         out: Any = None,
         result_dtype: ResultDtypes = None,
+        wire_dtype: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
         timeout_s: float | None = None,
@@ -339,6 +349,7 @@ class Client(BaseClient):
         options = parse_options(
             results="y",
             result_dtype=result_dtype,
+            wire_dtype=wire_dtype,
             allow_tf32=allow_tf32,
             checksum=checksum,
             timeout_s=timeout_s,
@@ -359,6 +370,7 @@ class Client(BaseClient):
         *,
         out: Any = None,
         result_dtype: ResultDtypes = None,
+        wire_dtype: DtypeLike = None,
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
@@ -382,6 +394,7 @@ class Client(BaseClient):
         options = parse_options(
             results=("dx", "dw"),
             result_dtype=result_dtype,
+            wire_dtype=wire_dtype,
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
@@ -404,6 +417,7 @@ class Client(BaseClient):
         m: int | None = None,
         results: str | Iterable[str] = ("y", "dx", "dw"),
         result_dtype: ResultDtypes = None,
+        wire_dtype: DtypeLike = None,
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
@@ -428,6 +442,7 @@ class Client(BaseClient):
             m: Number of all rows, where it is known.
             results: Any of ``"y"``, ``"dx"``, ``"dw"``.
             result_dtype: As for `gradients`.
+            wire_dtype: As for `gradients`.
             dw_accumulator: As for `gradients`.
             allow_tf32: As for `gradients`.
             checksum: As for `gradients`.
@@ -456,6 +471,7 @@ class Client(BaseClient):
         options = parse_options(
             results=results,
             result_dtype=result_dtype,
+            wire_dtype=wire_dtype,
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,

@@ -16,6 +16,7 @@ from gradwire.v1.job_pb2 import Accepted
 from gradwire.v1.job_pb2 import Device as DeviceMessage
 from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
 from gradwire.wire.dtypes import Dtype
+from gradwire.wire.matrices import RESULTS
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -122,6 +123,12 @@ class Receipt:
 
     transport: str
     """How the elements travelled: ``tcp``, ``unix``, or ``shm`` (shared memory)."""
+
+    dtype: str
+    """Element type in which the operands travelled."""
+
+    result_dtypes: Mapping[str, str]
+    """Element types in which the results travelled, by their names."""
 
     connections: int = 1
     """Over how many connections the elements travelled; 1 in shared memory."""
@@ -309,7 +316,7 @@ def device_of(message: DeviceMessage) -> Device:
 
 def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
     """A receipt as the contract writes it, with what Accepted said before."""
-    fingerprint = accepted.fingerprint
+    fingerprint, job = accepted.fingerprint, accepted.effective_job
     return Receipt(
         job_id=message.job_id,
         server_instance=message.server_instance,
@@ -335,6 +342,12 @@ def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
         reserved_bytes=accepted.reserved_bytes,
         peak_memory_bytes=message.peak_memory_bytes,
         transport=message.transport,
+        dtype=Dtype(int(job.dtype)).label,
+        result_dtypes={
+            result.label: Dtype(int(getattr(job, result.label).dtype)).label
+            for result in RESULTS
+            if job.HasField(result.label)
+        },
         connections=max(1, message.connections),
     )
 

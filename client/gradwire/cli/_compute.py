@@ -67,6 +67,7 @@ def compute(
     address: Address = None,
     dtype: Literal["bfloat16"] | None = None,
     result_dtype: Annotated[tuple[str, ...], _LIST, Parameter(metavar="DTYPES")] = (),
+    wire_dtype: Literal["bfloat16", "float16"] | None = None,
     dw_accumulator: Literal["float32", "float64"] | None = None,
     allow_tf32: Annotated[bool, FLAG] = False,
     checksum: Annotated[bool, FLAG] = False,
@@ -89,6 +90,8 @@ def compute(
         dtype: What raw 2-byte elements are, as which NumPy saves bfloat16.
         result_dtype: Dtype of the results, or of some (dw=float32); by
             default the operands'.
+        wire_dtype: Dtype in which float32 operands travel, rounded, and
+            results that --result-dtype does not name: in half the bytes.
         dw_accumulator: Dtype in which dW is summed over row blocks.
         allow_tf32: Let a GPU multiply float32 operands as TF32.
         checksum: Protect all payloads with CRC-32C.
@@ -120,7 +123,8 @@ def compute(
                 operands.w(),
                 results=tuple(specs),
                 m=operands.m,
-                result_dtype={name: spec.dtype.label for name, spec in specs.items()},
+                result_dtype={name: kind.label for name, kind in dtypes.items()},
+                wire_dtype=wire_dtype,
                 dw_accumulator=dw_accumulator,
                 allow_tf32=allow_tf32,
                 checksum=checksum,
@@ -193,10 +197,11 @@ def _summary(
     yield "server", f"{server}, over {receipt.transport}"
     yield "device", f"{receipt.device.backend}: {receipt.device.name}"
     yield "row blocks", f"{receipt.blocks} of {receipt.block_rows} rows"
+    in_dtype = "" if receipt.dtype == operands.dtype.label else f" in {receipt.dtype}"
     moved, seconds = receipt.bytes_received + receipt.bytes_sent, receipt.total_s
     yield (
         "bytes",
-        f"{format_bytes(receipt.bytes_received)} of operands, "
+        f"{format_bytes(receipt.bytes_received)} of operands{in_dtype}, "
         f"{format_bytes(receipt.bytes_sent)} of results"
         + (f", {format_bytes(moved / seconds)}/s" if seconds else ""),
     )

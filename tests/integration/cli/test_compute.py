@@ -157,6 +157,34 @@ def test_results_have_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
     assert dtypes == {"y": "float16", "dx": "float32", "dw": "float64"}
 
 
+def test_float32_may_travel_in_half_the_bytes(tmp_path: Path) -> None:
+    problem = whole_numbers(50, 7, 5, "float32")
+    paths = save(tmp_path, problem)
+    done = gradwire(
+        *("compute", *paths, "--out", tmp_path, "--wire-dtype", "bfloat16"),
+        *("--result-dtype", "dw=float32"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1.24 KiB of operands in bfloat16" in done.stdout
+    # Small whole numbers are bfloat16's own, their sums past 256 are rounded.
+    expected = problem.expected()
+    for name in ("y", "dx"):
+        result = np.load(tmp_path / f"{name}.npy")
+        rounded = expected[name].astype(ml_dtypes.bfloat16).astype(np.float32)
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result, rounded)
+    np.testing.assert_array_equal(np.load(tmp_path / "dw.npy"), expected["dw"])
+
+    np.save(paths[0], problem.x * 1e5)
+    done = gradwire(
+        *("compute", *paths, "--out", tmp_path / "out", "--wire-dtype", "float16")
+    )
+    assert done.returncode != 0
+    assert "float16 ends at 65504" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_operands_are_read_right_in_every_layout(tmp_path: Path) -> None:
     problem = whole_numbers(50_000, 7, 5, "float64")
     paths = [tmp_path / f"{name}.npy" for name in ("x", "w", "dy")]
