@@ -43,6 +43,10 @@ bench: $(VENV)/.ready-bench ## time jobs against NumPy and other transports: 15 
 bench-links: $(VENV)/.ready-bench ## the same behind 1 and 10 Gbit/s; needs root and iproute2
 	@$(PY) -m bench.links $(BENCH_ARGS)
 
+.PHONY: trace
+trace: $(VENV)/.ready-dev ## draw when each row block of a job arrives, is computed and leaves
+	@$(PY) -m bench.trace
+
 ##@ Check
 
 .PHONY: test

@@ -26,6 +26,7 @@ from gradwire_server.lane import Lane
 from gradwire_server.plan import Plan
 from gradwire_server.ring import Ring
 from gradwire_server.spec import JobSpec
+from gradwire_server.timeline import Observe, Stage, unobserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +53,23 @@ class RunningJob:
         backend: What computes it.
         lane: Where.
         counts: Told what was done.
+        observe: Told when it is done.
 
     Use it as an async context manager: when it is left, for whatever cause,
     the lane has let go of its memory.
     """
 
     def __init__(
-        self, spec: JobSpec, plan: Plan, backend: Backend, lane: Lane, counts: Counts
+        self,
+        spec: JobSpec,
+        plan: Plan,
+        backend: Backend,
+        lane: Lane,
+        counts: Counts,
+        *,
+        observe: Observe = unobserved,
     ) -> None:
+        self._observe = partial(observe, spec.job_id)
         self._counts = counts
         self.spec = spec
         self._plan = plan
@@ -122,7 +132,10 @@ class RunningJob:
         for span in intake.take(block):
             if span.matrix is not Matrix.W:
                 await self._ring.wait_for_slot(span.block)
+            block_number = None if span.matrix is Matrix.W else span.block
+            self._observe(Stage.RECEIVING, block_number)
             self._ring.put(span)
+            self._observe(Stage.RECEIVING, block_number)
             intake.placed(span)
             self._counts.bytes_received += span.payload.nbytes
             await self._submit_complete()
@@ -189,7 +202,7 @@ class RunningJob:
                 number = self._submitted
                 await self._ring.wait_for_slot(number)
                 block = self._ring.rows(number, rows)
-                done = self._lane.submit(self, partial(self._compute, block))
+                done = self._lane.submit(self, partial(self._compute, number, block))
                 queue = self._computed[number % self._plan.connections]
                 queue.put_nowait((number, block, done))
                 self._submitted += 1
@@ -206,14 +219,19 @@ class RunningJob:
         size = max(self.spec.max_block_bytes // itemsize, 1)
         first = first_row * array.shape[1]
         elements = array.reshape(-1).view(np.uint8).data
+        number = None if matrix is Matrix.DW else first_row // self._plan.block_rows
         for start in range(0, array.size, size):
             payload = elements[start * itemsize : (start + size) * itemsize]
             self._counts.bytes_sent += payload.nbytes
+            self._observe(Stage.SENDING, number)
             yield Run(matrix, first + start, payload)
+            self._observe(Stage.SENDING, number)
 
-    def _compute(self, block: RowBlock) -> None:
+    def _compute(self, number: int, block: RowBlock) -> None:
         """Runs in the lane's thread."""
         if not self._w_taken:
             self._computation.take_w(self._ring.w())
             self._w_taken = True
+        self._observe(Stage.COMPUTING, number)
         self._computation.take_block(block)
+        self._observe(Stage.COMPUTING, number)

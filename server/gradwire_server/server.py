@@ -17,6 +17,7 @@ from gradwire_server.memory import keep_freed, machine_bytes
 from gradwire_server.service import Service
 from gradwire_server.servicer import GradientServicer
 from gradwire_server.settings import Settings
+from gradwire_server.timeline import Observe, unobserved
 
 _log = logging.getLogger("gradwire_server")
 
@@ -46,13 +47,20 @@ class Server:
     Args:
         settings: What the operator chose.
         backend: What computes; by default what the settings choose.
+        observe: Told when row blocks are received, computed and sent.
 
     Raises:
         BackendError: The backend cannot be used here; the text says why.
     """
 
-    def __init__(self, settings: Settings, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        backend: Backend | None = None,
+        observe: Observe = unobserved,
+    ) -> None:
         self.settings = settings
+        self._observe = observe
         self.addresses: tuple[str, ...] = ()
         """What clients connect to, once the server has started."""
         if backend is None:
@@ -89,7 +97,7 @@ class Server:
             for address in bound:
                 listen.remove(address)
             raise
-        self._service = Service(self.settings, self._backend, admission)
+        self._service = Service(self.settings, self._backend, admission, self._observe)
         servicer = GradientServicer(self._service, self.backend_reason)
         server.add_generic_rpc_handlers((servicer.handler(), OtherContracts()))
         standard.add(server, self._health)

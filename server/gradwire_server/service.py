@@ -35,6 +35,7 @@ from gradwire_server.plan import make_plan
 from gradwire_server.regions import Regions
 from gradwire_server.settings import Settings
 from gradwire_server.spec import FEATURES, JobSpec, job_name, read_job
+from gradwire_server.timeline import Observe, unobserved
 
 
 class Service:
@@ -44,11 +45,17 @@ class Service:
         settings: What the operator chose.
         backend: What computes.
         admission: Who may run.
+        observe: Told when row blocks are received, computed and sent.
     """
 
     def __init__(
-        self, settings: Settings, backend: Backend, admission: Admission
+        self,
+        settings: Settings,
+        backend: Backend,
+        admission: Admission,
+        observe: Observe = unobserved,
     ) -> None:
+        self.observe = observe
         self.settings = settings
         self.backend = backend
         self.admission = admission
@@ -126,7 +133,9 @@ class Service:
         with self.joinable.open(spec.job_id, spec.connections, idle_s) as connections:
             async with (
                 self.admitted(call, host_bytes, on_wait) as lane,
-                RunningJob(spec, plan, self.backend, lane, call.counts) as job,
+                RunningJob(
+                    spec, plan, self.backend, lane, call.counts, observe=self.observe
+                ) as job,
             ):
                 with self.admission.joins(others):
                     yield job, connections

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gradwire
+from bench.link import Link
 from gradwire._base import Tuning
 from tests import oracle
 from tests.serving import ServerProcess, running_server
@@ -152,54 +152,16 @@ def test_half_the_bytes_travel_and_the_receipt_says_so(
     assert wide.receipt.result_dtypes == dict.fromkeys(NAMES, "float32")
 
 
-class CountingProxy:
-    """A relay that counts the bytes of both directions."""
-
-    def __init__(self, address: str) -> None:
-        import socket
-
-        host, _, port = address.rpartition(":")
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.up = self.down = 0
-        self._threads = [threading.Thread(target=self._serve)]
-        self._threads[0].start()
-
-    def _serve(self) -> None:
-        import socket
-
-        client, _ = self._listener.accept()
-        server = socket.create_connection(self._target)
-        back = threading.Thread(target=self._pump, args=(server, client, "down"))
-        back.start()
-        self._pump(client, server, "up")
-        back.join()
-        client.close()
-        server.close()
-
-    def _pump(self, source: Any, sink: Any, counter: str) -> None:
-        import socket
-
-        while data := source.recv(1 << 16):
-            setattr(self, counter, getattr(self, counter) + len(data))
-            sink.sendall(data)
-        sink.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        self._listener.close()
-        self._threads[0].join()
-
-
 def test_the_network_carries_half_the_bytes(small_blocks: ServerProcess) -> None:
     x, w, dy = oracle.operands(20_000, 32, 32)
     counted = {}
     for wire_dtype in (None, "bfloat16"):
-        proxy = CountingProxy(small_blocks.address)
-        with gradwire.connect(proxy.address, timeout_s=60) as client:
+        with (
+            Link(small_blocks.address) as link,
+            gradwire.connect(link.address, timeout_s=60) as client,
+        ):
             client.gradients(x, w, dy, wire_dtype=wire_dtype)
-        proxy.close()
-        counted[wire_dtype] = proxy.up, proxy.down
+            counted[wire_dtype] = link.up_bytes, link.down_bytes
     # What gRPC adds to either is a few percent.
     elements = x.size + dy.size
     for wide, half in zip(counted[None], counted["bfloat16"], strict=True):
