@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         seconds=options.seconds,
                         before=before,
                     )
-            except LinkError as error:
+            except (LinkError, RuntimeError) as error:
                 print(error, file=sys.stderr)
                 return 1
             seen = tuple(figures(turns, names[0]))
@@ -128,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer.part(part, turns)
             body += [(f"{gbits} Gbit/s", *row) for row in report.rows(part)]
     print(report.table(body, ("link", *report.HEAD), texts=3))
-    print(f"\n{bars.table([v for v in bars.verdicts(Run.read(path)) if v.ratio])}")
+    found = [v for v in bars.verdicts(Run.read(path)) if v.holds is not None]
+    if found:
+        print(f"\n{bars.table(found)}")
     print(f"\nEvery call is in {path}.", file=sys.stderr)
     return 0
 
