@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if bytes_per_s is None:
             bytes_per_s = rows * (n + k) * 4 / (1.1 * computing_s)
         with (
-            Child("bench.link", server.address, str(bytes_per_s)) as link,
+            Child("bench.relay", server.address, str(bytes_per_s)) as link,
             gradwire.connect(link.address, transport="tcp") as client,
         ):
             receipt = _run(client, given, options.blocks)

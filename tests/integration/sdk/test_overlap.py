@@ -15,7 +15,7 @@ import pytest
 
 import gradwire
 from bench import trace
-from bench.link import Link
+from bench.relay import Link
 from bench.timeline import Event, Timeline
 from gradwire._base import Tuning
 from gradwire_server import Server, Settings

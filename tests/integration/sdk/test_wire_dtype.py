@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gradwire
-from bench.link import Link
+from bench.relay import Link
 from gradwire._base import Tuning
 from tests import oracle
 from tests.serving import ServerProcess, running_server
