@@ -12,7 +12,7 @@ from gradwire.wire.limits import MIB
 from gradwire.wire.reasons import Reason
 from gradwire_server.errors import JobError
 
-CALL_BYTES = MIB
+CALL_BYTES = 2 * MIB
 """What an open call holds before its job is admitted: what gRPC takes in
 from its client while nobody reads."""
 

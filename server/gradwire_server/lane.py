@@ -28,15 +28,21 @@ class _Work:
     loop: asyncio.AbstractEventLoop
 
 
+def _nothing() -> None:
+    pass
+
+
 class Lane:
     """A thread that does the work of many jobs, one piece of each in turn.
 
     Args:
         device: Number of the device of its backend.
+        enter: What its thread does first.
     """
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, enter: Callable[[], None] = _nothing) -> None:
         self.device = device
+        self._enter = enter
         self._queues: OrderedDict[Hashable, deque[_Work]] = OrderedDict()
         self._busy_with: Hashable | None = None
         self._closed = False
@@ -96,6 +102,7 @@ class Lane:
             self._changed.wait_for(lambda: self._busy_with != job)
 
     def _serve(self) -> None:
+        self._enter()
         while (taken := self._next()) is not None:
             result, error = None, None
             try:

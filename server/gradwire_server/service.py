@@ -65,7 +65,9 @@ class Service:
         if settings.allow_shared_memory:
             self.features += (SHARED_MEMORY,)
         self.instance = secrets.token_hex(8)
-        self.lanes = [Lane(device.index) for device in backend.devices]
+        self.lanes = [
+            Lane(device.index, backend.enter_lane) for device in backend.devices
+        ]
         self._running: set[asyncio.Task[object]] = set()
         self._tidying: asyncio.TimerHandle | None = None
 

@@ -33,6 +33,12 @@ class Settings:
     BLAS is limited in the whole process. Unset: one for each processor. 0:
     one, and BLAS keeps its own threads."""
 
+    cpu_niceness: int = 10
+    """By how much the threads that compute with NumPy are nicer than the rest
+    of the server (nice(1), 0 to 19), so that messages and small calls do not
+    wait until a large product is done. Where threads have none of their own
+    (they do on Linux) it has no effect."""
+
     memory_limit: int | None = None
     """Most bytes that all jobs and open calls may hold together. Unset: half
     of the memory that the machine or the container has."""
@@ -79,6 +85,7 @@ class Settings:
 
 _LEAST: dict[str, float] = {
     "cpu_threads": 0,
+    "cpu_niceness": 0,
     "memory_limit": 16 * MIB,
     "max_jobs": 1,
     "max_queue": 0,

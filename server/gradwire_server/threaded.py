@@ -38,7 +38,11 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
             path = Path(directory) / "socket"
             private = f"unix:{path}" if can_be_a_socket(path) else _LOOPBACK
             settings = Settings(
-                listen=(private,), backend="numpy", cpu_threads=0, keep_memory=False
+                listen=(private,),
+                backend="numpy",
+                cpu_threads=0,
+                cpu_niceness=0,
+                keep_memory=False,
             )
         server = Server(settings)
         loop = asyncio.new_event_loop()

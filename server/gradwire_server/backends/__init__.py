@@ -21,7 +21,7 @@ def choose(settings: Settings) -> tuple[Backend, str]:
         raise BackendError(f"the backend cupy cannot be used: {_NO_CUPY}")
     threads = processors() if settings.cpu_threads is None else settings.cpu_threads
     why = "as asked" if settings.backend == "numpy" else _NO_CUPY
-    return NumpyBackend(threads), why
+    return NumpyBackend(threads, settings.cpu_niceness), why
 
 
 __all__ = ["choose"]

@@ -81,6 +81,9 @@ class Backend(Protocol):
 
     devices: tuple[DeviceInfo, ...]
 
+    def enter_lane(self) -> None:
+        """Called once in the thread of each lane, before any of its jobs."""
+
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
         """Bytes that `open_job` and `finish` will allocate."""
 

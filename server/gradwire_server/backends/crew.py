@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from threading import Lock
 from typing import Protocol, TypeAlias
 
@@ -34,13 +34,25 @@ class Crew:
 
     Args:
         threads: How many work, the calling one counted.
+        niceness: By how much they are nicer than the process, so that those
+            which move bytes and answer small calls need not wait for them.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, niceness: int = 0) -> None:
         self.threads = threads
+        # Threads begin with the niceness of the one that starts them, which may
+        # be the lane's: so all of them are given the same.
+        self._niceness = niceness and min(_own_niceness() + niceness, 19)
         self._pool = ThreadPoolExecutor(
-            max(threads - 1, 1), "gradwire-crew", partial(np.seterr, all="ignore")
+            max(threads - 1, 1), "gradwire-crew", self.enter
         )
+
+    def enter(self) -> None:
+        """Makes the calling thread one that works."""
+        np.seterr(all="ignore")
+        # Linux gives every thread a niceness of its own.
+        if self._niceness and sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, 0, self._niceness)
 
     def close(self) -> None:
         """Ends the helpers."""
@@ -74,6 +86,10 @@ class Crew:
         finally:
             for each in done:
                 each.result()
+
+
+def _own_niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
 
 
 class BlasLimit(Protocol):

@@ -46,15 +46,16 @@ class NumpyBackend:
         threads: How many threads compute. Each then calls BLAS with one
             thread, to which BLAS is limited in the whole process until
             `close`. 0: one thread, and BLAS stays as it is.
+        niceness: By how much they are nicer than the process.
     """
 
     name = "numpy"
     max_columns = 2**31 - 1
     at_once_operations = ALONE_OPERATIONS
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self, threads: int = 0, niceness: int = 0) -> None:
         self._blas = limit_blas() if threads else None
-        self._crew = Crew(threads if self._blas else 1)
+        self._crew = Crew(threads if self._blas else 1, niceness)
         self.devices: tuple[DeviceInfo, ...] = (
             DeviceInfo(
                 backend=self.name,
@@ -65,6 +66,10 @@ class NumpyBackend:
                 threads=1 if self._blas else _blas_threads(),
             ),
         )
+
+    def enter_lane(self) -> None:
+        """Makes the lane's thread one of the crew."""
+        self._crew.enter()
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
         """Bytes of the accumulator, of widened copies and of scratch."""

@@ -51,6 +51,7 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     "listen": ("127.0.0.1:1", ("127.0.0.1:1",), '["127.0.0.1:1"]'),
     "backend": ("numpy", "numpy", '"numpy"'),
     "cpu_threads": ("3", 3, "3"),
+    "cpu_niceness": ("3", 3, "3"),
     "memory_limit": ("3GiB", 3 * 2**30, '"3GiB"'),
     "keep_memory": ("false", False, "false"),
     "max_jobs": ("7", 7, "7"),

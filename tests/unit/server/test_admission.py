@@ -148,17 +148,19 @@ async def test_open_calls_hold_memory_too():
 
 
 async def test_open_calls_leave_room_for_the_job_that_waits():
-    jobs = make_jobs(memory_limit=16 * MIB, max_jobs=9)
-    await jobs.start("a", 10 * MIB)
+    jobs = make_jobs(memory_limit=16 * CALL_BYTES, max_jobs=9)
+    await jobs.start("a", 10 * CALL_BYTES)
     with jobs.admission.call(), jobs.admission.call():
-        await jobs.start("b", 13 * MIB)
+        await jobs.start("b", 13 * CALL_BYTES)
         assert jobs.running == ["a"]
         with jobs.admission.call():
             for _ in range(2):
                 with pytest.raises(JobError) as caught, jobs.admission.call():
                     pass
                 assert caught.value.reason is Reason.BUSY
-            await jobs.start("c", 14 * MIB)  # could not run beside the open calls
+            await jobs.start(
+                "c", 14 * CALL_BYTES
+            )  # could not run beside the open calls
             assert await reason_of(jobs.tasks["c"]) is Reason.BUSY
             await jobs.end("a")
             assert jobs.running == ["b"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 
 import pytest
@@ -39,3 +41,24 @@ def test_pieces_run_side_by_side():
     meeting = threading.Barrier(2, timeout=10)
     crew.run([meeting.wait, meeting.wait])
     crew.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness")
+def test_those_who_work_are_nicer_than_the_process():
+    crew, met = Crew(2, niceness=3), threading.Barrier(2, timeout=10)
+    before, seen = os.getpriority(os.PRIO_PROCESS, 0), set()
+
+    def piece():
+        met.wait()  # so that each thread has one
+        seen.add(os.getpriority(os.PRIO_PROCESS, 0))
+
+    def lane():
+        crew.enter()
+        crew.run([piece, piece])
+
+    thread = threading.Thread(target=lane)
+    thread.start()
+    thread.join()
+    crew.close()
+    assert seen == {min(before + 3, 19)}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
