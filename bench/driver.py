@@ -15,6 +15,10 @@ from typing import Any
 
 from bench.work import Shape
 
+SETTLE_S = 0.15
+"""Before every turn. The threads of a BLAS that is done wait for more work in a
+loop for a while, and would take a core from whoever is next."""
+
 ANSWER_TIMEOUT_S = 120.0
 # gRPC tells of every connection that a server closes when it stops.
 _QUIET = {"GRPC_VERBOSITY": "ERROR"}
@@ -184,6 +188,7 @@ def run_shape(
             if number >= least_rounds and time.monotonic() - began > seconds:
                 break
             for name in rotated(names, number):
+                time.sleep(SETTLE_S)
                 turns.append(by_name[name].take_turn(number))
                 on_turn(turns[-1])
         return turns, [worker.finish() for worker in workers]

@@ -33,7 +33,7 @@ class Settings:
     BLAS is limited in the whole process. Unset: one for each processor. 0:
     one, and BLAS keeps its own threads."""
 
-    cpu_niceness: int = 10
+    cpu_niceness: int = 5
     """By how much the threads that compute with NumPy are nicer than the rest
     of the server (nice(1), 0 to 19), so that messages and small calls do not
     wait until a large product is done. Where threads have none of their own
