@@ -325,9 +325,10 @@ class Service:
             self._running.discard(task)
 
 
-_QUIET_S = 2.0
-"""Memory that is given back has to be had again, which costs time; steps of a
-training loop follow each other sooner than this."""
+_QUIET_S = 15.0
+"""Memory that is given back has to be had again, which costs time. Steps of a
+training loop follow each other sooner than this, with a step of validation or
+a slow batch between them too."""
 
 
 async def _not_told(_: int) -> None:

@@ -45,7 +45,7 @@ class Settings:
 
     keep_memory: bool = True
     """Whether memory that a job frees is kept for the next one, in the whole
-    process, until no job has run for a few seconds. Where the C library is
+    process, until none has run for 15 seconds. Where the C library is
     not glibc it has no effect."""
 
     max_jobs: int = 64
