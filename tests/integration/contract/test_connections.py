@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from gradwire.v1 import job_pb2, matrix_pb2
+from gradwire_server.admission import CALL_BYTES
 from tests.raw import (
     NEEDS,
     Outcome,
@@ -365,7 +366,7 @@ def test_joins_find_a_place_on_a_server_whose_memory_is_taken(stack):
         reserved = Calls(stack, channel, problem, 3).outcome.accepted.reserved_bytes
         stack.close()
     with (
-        running_server(block_bytes=1024, memory_limit=reserved + (1 << 20)) as server,
+        running_server(block_bytes=1024, memory_limit=reserved + CALL_BYTES) as server,
         grpc.insecure_channel(server.address) as channel,
         contextlib.ExitStack() as joined,
     ):
