@@ -73,7 +73,7 @@ class GradientServicer:
         async def serve(call: Call) -> bytes:
             call.require_place()
             stream = Stream(self._service, call, context)
-            request = await stream.read_request()
+            request = await stream.read_request(pb2.ComputeRequest)
             spec = self._service.read_job(call, request.job)
             operands = unary.whole_operands(spec, request)
             size = unary.message_bytes(spec)
@@ -123,7 +123,7 @@ class GradientServicer:
             call.transport = "shm"
             _require_shared_memory(self._service, context.peer())
             stream = Stream(self._service, call, context)
-            asked = await stream.read_region_request()
+            asked = await stream.read_request(pb2.OpenRegionRequest)
             async with self._service.regions.open(asked.size_bytes) as region:
                 answer = pb2.OpenRegionResponse(
                     token=region.token,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gradwire_server.service import Service
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+Request = TypeVar("Request", pb2.ComputeRequest, pb2.OpenRegionRequest)
 
 
 class Stream:
@@ -34,26 +35,15 @@ class Stream:
         self._context = context
         self._progress_at = asyncio.get_running_loop().time()
 
-    async def read_request(self) -> pb2.ComputeRequest:
-        """The one message of Compute."""
+    async def read_request(self, kind: type[Request]) -> Request:
+        """The one message of a method that has one."""
         message = await self._read_bytes("a request")
         if message is None:
             await _refuse(None, "a request")
         try:
-            return pb2.ComputeRequest.FromString(message)
+            return kind.FromString(message)
         except DecodeError:
-            what = pb2.ComputeRequest.DESCRIPTOR.full_name
-            raise malformed(f"the request is no {what}") from None
-
-    async def read_region_request(self) -> pb2.OpenRegionRequest:
-        """The one message of OpenRegion."""
-        message = await self._read_bytes("a request")
-        if message is None:
-            await _refuse(None, "a request")
-        try:
-            return pb2.OpenRegionRequest.FromString(message)
-        except DecodeError:
-            what = pb2.OpenRegionRequest.DESCRIPTOR.full_name
+            what = kind.DESCRIPTOR.full_name
             raise malformed(f"the request is no {what}") from None
 
     async def read_header(self) -> job_pb2.Job | job_pb2.Join:
@@ -99,9 +89,7 @@ class Stream:
                 break
             else:
                 await _refuse(message, "a block or end")
-        message = await self._read("the client's half-close after end")
-        if message is not None:
-            await _refuse(message, "nothing after end")
+        await self._read_half_close()
 
     async def receive_end(self, m: int) -> None:
         """Takes End of a job that has no blocks, and the half-close behind it."""
@@ -115,6 +103,9 @@ class Stream:
                 f"end.m is {message.m}, but job.m is {m}",
                 field="end.m",
             )
+        await self._read_half_close()
+
+    async def _read_half_close(self) -> None:
         message = await self._read("the client's half-close after end")
         if message is not None:
             await _refuse(message, "nothing after end")
