@@ -74,6 +74,15 @@ def empty_results(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
     )
 
 
+def copied(
+    arrays: tuple[Array, Array, Array], into: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    """The elements of three arrays in three others, which are given back."""
+    for theirs, ours in zip(arrays, into, strict=True):
+        np.copyto(ours, theirs)
+    return into
+
+
 def products(
     x: Array, w: Array, dy: Array, out: tuple[Array, Array, Array] | None = None
 ) -> tuple[Array, Array, Array]:

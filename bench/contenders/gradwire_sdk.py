@@ -9,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import gradwire
 from bench.contenders.interface import ArrayContender, Arrays
 from bench.contenders.server_process import HOST, ServerProcess
-from bench.work import Array
+from bench.work import Array, copied
 
 
 class Gradwire(ArrayContender):
@@ -66,8 +64,7 @@ class Gradwire(ArrayContender):
             return super().call(given, reused=reused)
         assert self._client is not None
         x, w, dy = (self._client.empty(array.shape) for array in given)
-        for ours, array in zip((x, w, dy), given, strict=True):
-            np.copyto(ours, array)
+        copied(given, into=(x, w, dy))
         (m, n), k = x.shape, w.shape[1]
         y, dx, dw = (self._client.empty(s) for s in ((m, k), (m, n), (n, k)))
         return lambda: self.gradients(x, w, dy, (y, dx, dw))

@@ -8,20 +8,15 @@ large. Every option is at its default. Run as a script, this is the server.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent import futures
 from typing import Any
 
 import grpc
 import numpy as np
 
+from bench.contenders.grpc_server import serve
 from bench.contenders.interface import ArrayContender, Arrays
 from bench.contenders.messages import message_classes
-from bench.contenders.server_process import (
-    HOST,
-    ServerProcess,
-    say_ready,
-    wait_until_stopped,
-)
+from bench.contenders.server_process import ServerProcess
 from bench.work import Array, empty_results, products
 
 _SERVICE, _METHOD = "bench.stream.Gradients", "Compute"
@@ -104,20 +99,12 @@ def _compute(requests: Iterator[Any], _: grpc.ServicerContext) -> Iterator[Any]:
 
 
 def _serve() -> None:
-    server = grpc.server(futures.ThreadPoolExecutor())
     handler = grpc.stream_stream_rpc_method_handler(
         _compute,
         request_deserializer=_Chunk.FromString,
         response_serializer=_Chunk.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),)
-    )
-    port = server.add_insecure_port(f"{HOST}:0")
-    server.start()
-    say_ready(f"{HOST}:{port}")
-    wait_until_stopped()
-    server.stop(grace=None)
+    serve(_SERVICE, _METHOD, handler)
 
 
 if __name__ == "__main__":

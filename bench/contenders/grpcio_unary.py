@@ -6,27 +6,18 @@ every other option at its default. Run as a script, this is the server.
 
 from __future__ import annotations
 
-from concurrent import futures
 from typing import Any
 
 import grpc
 import numpy as np
 
+from bench.contenders.grpc_server import UNLIMITED, serve
 from bench.contenders.interface import ArrayContender, Arrays
 from bench.contenders.messages import message_classes
-from bench.contenders.server_process import (
-    HOST,
-    ServerProcess,
-    say_ready,
-    wait_until_stopped,
-)
-from bench.work import Array, products
+from bench.contenders.server_process import ServerProcess
+from bench.work import Array, copied, products
 
 _SERVICE, _METHOD = "bench.unary.Gradients", "Compute"
-_UNLIMITED = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-]
 _Request, _Reply = message_classes(
     "bench.unary",
     {
@@ -57,7 +48,7 @@ class GrpcioUnary(ArrayContender):
     def start(self) -> None:
         self._server = ServerProcess.of_module(__name__)
         self.server_pid = self._server.pid
-        self._channel = grpc.insecure_channel(self._server.address, options=_UNLIMITED)
+        self._channel = grpc.insecure_channel(self._server.address, options=UNLIMITED)
         self._call = self._channel.unary_unary(
             f"/{_SERVICE}/{_METHOD}",
             request_serializer=_Request.SerializeToString,
@@ -74,11 +65,7 @@ class GrpcioUnary(ArrayContender):
             _array(reply.dx, m, n),
             _array(reply.dw, n, k),
         )
-        if out is None:
-            return results
-        for ours, result in zip(out, results, strict=True):
-            np.copyto(ours, result)
-        return out
+        return results if out is None else copied(results, out)
 
     def close(self) -> None:
         if self._channel is not None:
@@ -99,20 +86,12 @@ def _compute(request: Any, _: grpc.ServicerContext) -> Any:
 
 
 def _serve() -> None:
-    server = grpc.server(futures.ThreadPoolExecutor(), options=_UNLIMITED)
     handler = grpc.unary_unary_rpc_method_handler(
         _compute,
         request_deserializer=_Request.FromString,
         response_serializer=_Reply.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),)
-    )
-    port = server.add_insecure_port(f"{HOST}:0")
-    server.start()
-    say_ready(f"{HOST}:{port}")
-    wait_until_stopped()
-    server.stop(grace=None)
+    serve(_SERVICE, _METHOD, handler, UNLIMITED)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,18 @@ default. Run as a script, this is a small server with such a model.
 
 from __future__ import annotations
 
-from concurrent import futures
 from typing import Any
 
 import grpc
 import numpy as np
 
+from bench.contenders.grpc_server import UNLIMITED, serve
 from bench.contenders.interface import ArrayContender, Arrays
 from bench.contenders.messages import message_classes
-from bench.contenders.server_process import HOST, say_ready, wait_until_stopped
-from bench.work import Array, products
+from bench.work import Array, copied, products
 
 DEFAULT_MODEL = "gradients"
 _SERVICE, _METHOD = "inference.GRPCInferenceService", "ModelInfer"
-_UNLIMITED = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-]
 # Those fields of the protocol that are needed; it nests what stands beside
 # each other here, which is the same on the wire.
 _TENSOR = {
@@ -76,7 +71,7 @@ class OpenInference(ArrayContender):
         self._channel: grpc.Channel | None = None
 
     def start(self) -> None:
-        self._channel = grpc.insecure_channel(self._address, options=_UNLIMITED)
+        self._channel = grpc.insecure_channel(self._address, options=UNLIMITED)
         self._call = self._channel.unary_unary(
             f"/{_SERVICE}/{_METHOD}",
             request_serializer=_Request.SerializeToString,
@@ -95,11 +90,7 @@ class OpenInference(ArrayContender):
         )
         found = _arrays(reply.outputs, reply.raw_output_contents)
         results = (found["Y"], found["DX"], found["DW"])
-        if out is None:
-            return results
-        for ours, result in zip(out, results, strict=True):
-            np.copyto(ours, result)
-        return out
+        return results if out is None else copied(results, out)
 
     def close(self) -> None:
         if self._channel is not None:
@@ -121,20 +112,12 @@ def _compute(request: Any, _: grpc.ServicerContext) -> Any:
 
 
 def _serve() -> None:
-    server = grpc.server(futures.ThreadPoolExecutor(), options=_UNLIMITED)
     handler = grpc.unary_unary_rpc_method_handler(
         _compute,
         request_deserializer=_Request.FromString,
         response_serializer=_Reply.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),)
-    )
-    port = server.add_insecure_port(f"{HOST}:0")
-    server.start()
-    say_ready(f"{HOST}:{port}")
-    wait_until_stopped()
-    server.stop(grace=None)
+    serve(_SERVICE, _METHOD, handler, UNLIMITED)
 
 
 if __name__ == "__main__":

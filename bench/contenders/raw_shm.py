@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.contenders.interface import Arrays, Contender
 from bench.contenders.server_process import ServerProcess, say_ready
-from bench.work import empty_results, products
+from bench.work import copied, empty_results, products
 
 _SIZES = struct.Struct("<3q")
 _ALIGNMENT = 64
@@ -66,8 +66,7 @@ class RawShm(Contender):
         x, w, _ = given
         sizes = (*x.shape, w.shape[1])
         operands, results = _mapped(self._file, sizes)
-        for ours, array in zip(operands, given, strict=True):
-            np.copyto(ours, array)
+        copied(given, into=operands)
 
         def in_place() -> Arrays:
             assert self._turns is not None
@@ -76,15 +75,11 @@ class RawShm(Contender):
                 raise EOFError("the server is gone")
             return results
 
-        def copied() -> Arrays:
-            for ours, array in zip(operands, given, strict=True):
-                np.copyto(ours, array)
-            fresh = empty_results(*given)
-            for theirs, result in zip(in_place(), fresh, strict=True):
-                np.copyto(result, theirs)
-            return fresh
+        def in_and_out() -> Arrays:
+            copied(given, into=operands)
+            return copied(in_place(), into=empty_results(*given))
 
-        return in_place if reused else copied
+        return in_place if reused else in_and_out
 
     def close(self) -> None:
         if self._turns is not None:

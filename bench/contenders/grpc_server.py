@@ -1,0 +1,34 @@
+"""The grpcio server of those contenders that are one: sync, and as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent import futures
+
+import grpc
+
+from bench.contenders.server_process import HOST, say_ready, wait_until_stopped
+
+UNLIMITED = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+]
+"""Options of a channel or a server whose messages are as large as they are."""
+
+
+def serve(
+    service: str,
+    method: str,
+    handler: grpc.RpcMethodHandler,
+    options: Sequence[tuple[str, int]] = (),
+) -> None:
+    """Serve one method until this process is told to stop."""
+    server = grpc.server(futures.ThreadPoolExecutor(), options=options)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {method: handler}),)
+    )
+    port = server.add_insecure_port(f"{HOST}:0")
+    server.start()
+    say_ready(f"{HOST}:{port}")
+    wait_until_stopped()
+    server.stop(grace=None)
