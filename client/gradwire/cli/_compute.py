@@ -113,11 +113,12 @@ def compute(
         files = stack.enter_context(
             ResultFiles(out, specs, replace=force, keep=paths.values())
         )
-        client, server = stack.enter_context(
-            connected(address, connect_timeout, timeout)
-        )
         show = sys.stderr.isatty() and not quiet
-        with _progress_bar(show=show) as on_progress:
+        # The files get their names after this: who interrupts finds none.
+        with (
+            connected(address, connect_timeout, timeout) as (client, server),
+            _progress_bar(show=show) as on_progress,
+        ):
             stream = client.stream(
                 operands.rows(),
                 operands.w(),

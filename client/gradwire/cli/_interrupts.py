@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _DEAF_S = 2.0
 """Another signal so soon after the first (a second Ctrl-C, a shell that
@@ -36,14 +41,69 @@ def signals_raise() -> Iterator[None]:
         if last - before > _DEAF_S:
             raise Interrupted(signum)
 
+    with _handled_by(on_signal):
+        yield
+
+
+@contextmanager
+def signals_call(stop: Callable[[], object]) -> Iterator[None]:
+    """Within this, signals do not raise: they have `stop` called, in a thread.
+
+    The locks of gRPC's calls are written in Python. An exception that a signal
+    raises there, after a lock was taken and before that was noted, leaves it
+    taken, and closing the channel then waits forever.
+
+    Args:
+        stop: Makes what runs within this end, as closing its client does.
+            Called once; who insists with a later signal ends the process.
+
+    Raises:
+        Interrupted: On leaving, when a signal has come, whatever else went
+            wrong by then.
+    """
+    asked: list[Interrupted] = []
+    listening, telling = os.pipe()
+    os.set_blocking(telling, False)
+
+    def listen() -> None:
+        asked_at = 0.0
+        while signum := os.read(listening, 1)[0]:
+            if signum not in _SIGNALS:
+                continue
+            if not asked:
+                asked.append(Interrupted(signum))
+                asked_at = time.monotonic()
+                stop()
+            elif time.monotonic() - asked_at > _DEAF_S:
+                sys.stderr.write(f"gradwire: {asked[0]}\n")
+                os._exit(asked[0].status)
+
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
+    try:
+        with _handled_by(lambda *_: None):
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(telling, b"\0")
+        listener.join()
+        os.close(listening)
+        os.close(telling)
+        if asked:
+            raise asked[0] from None
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     previous = {
-        signum: signal.signal(signum, on_signal)
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signum: signal.signal(signum, handler)
+        for signum in _SIGNALS
         # One that the parent had ignored (nohup) stays ignored.
         if signal.getsignal(signum) is not signal.SIG_IGN
     }
     try:
         yield
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for signum, earlier in previous.items():
+            signal.signal(signum, earlier)

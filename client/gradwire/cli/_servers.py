@@ -6,9 +6,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import gradwire
 from gradwire import Client
 from gradwire.cli._errors import CommandError
+from gradwire.cli._interrupts import signals_call
 
 
 @contextmanager
@@ -27,11 +27,9 @@ def connected(
     with ExitStack() as stack:
         name = address or "a private server in this process"
         address = address or stack.enter_context(_private_server())
-        client = stack.enter_context(
-            gradwire.connect(
-                address, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s
-            )
-        )
+        client = stack.enter_context(Client(address, timeout_s=timeout_s))
+        stack.enter_context(signals_call(client.close))
+        client.handshake(connect_timeout_s)
         yield client, name
 
 

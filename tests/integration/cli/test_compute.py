@@ -327,6 +327,54 @@ def test_an_interrupted_run_leaves_nothing_behind(
         assert not out.exists()
 
 
+INTERRUPTED_IN_A_LOCK = """
+import signal, sys, threading
+from gradwire.cli import main
+
+wait = threading.Condition.wait
+waits = 0
+
+def signalled(self, timeout=None):
+    global waits
+    if threading.current_thread() is threading.main_thread() and timeout:
+        waits += 1
+        if waits == 3:
+            self._lock.acquire()
+            signal.raise_signal(signal.SIGTERM)
+            self._lock.release()
+    return wait(self, timeout)
+
+threading.Condition.wait = signalled
+sys.exit(main())
+"""
+"""The command line, with a signal just when a lock of gRPC's call was taken and
+its holder does not know yet. It waits in steps of a part of a second."""
+
+
+def test_a_signal_in_the_middle_of_taking_a_lock_ends_the_run(tmp_path: Path) -> None:
+    paths = save(tmp_path, whole_numbers(9000, 7, 5))
+    backend, out = StallingBackend(), tmp_path / "out"
+    with serving_with(backend, block_bytes=4096) as address:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", INTERRUPTED_IN_A_LOCK),
+                *map(str, ("compute", *paths, "--out", out, "--address", address)),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=environment(None),
+            check=False,
+        )
+        backend.go_on.set()
+    assert (done.returncode, done.stdout, done.stderr) == (
+        128 + signal.SIGTERM,
+        "",
+        "gradwire: ended by SIGTERM\n",
+    )
+    assert not out.exists()
+
+
 def test_a_second_ctrl_c_does_not_break_into_the_cleaning_up(tmp_path: Path) -> None:
     paths = save(tmp_path, whole_numbers(9000, 7, 5))
     backend, out = StallingBackend(), tmp_path / "out"
