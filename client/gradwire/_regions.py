@@ -219,12 +219,14 @@ class Pool:
         while self._died:
             region, offset, size = self._died.popleft()
             region.give(offset, size)
+        unused = [region for region in self._regions if region.alive and region.unused]
+        # The largest is kept whatever its size: it is what a loop of large jobs
+        # needs next, and taking its pages again costs more than it computes.
         kept = 0
-        for region in list(self._regions):
-            if region.alive and region.unused:
-                kept += region.size_bytes
-                if kept > max(_MOST_AHEAD_BYTES, region.size_bytes):
-                    region.close()
+        for region in sorted(unused, key=lambda each: each.size_bytes, reverse=True):
+            kept += region.size_bytes
+            if kept > max(_MOST_AHEAD_BYTES, region.size_bytes):
+                region.close()
         self._regions = [region for region in self._regions if region.alive]
 
 
