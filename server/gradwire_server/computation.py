@@ -40,10 +40,15 @@ class Computation:
         self._counts = counts
         self._job: BackendJob | None = None
 
-    def open(self) -> None:
-        """Takes the memory that the job needs on its device."""
+    def open(self, dw: Array | None = None) -> None:
+        """Takes the memory that the job needs on its device.
+
+        Args:
+            dw: Where dW will lie, for a job that has places.
+        """
+        # Backends that have no use for it need not know of it.
         self._job = self._backend.open_job(
-            self._spec, self._plan.slot_rows, self._device
+            self._spec, self._plan.slot_rows, self._device, dw
         )
 
     def close(self) -> None:

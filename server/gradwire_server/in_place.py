@@ -78,7 +78,8 @@ class InPlaceJob:
             Exception: What the backend raised.
         """
         spec, counts, m = self._spec, self._counts, self._spec.m or 0
-        await self._lane.submit(self, self._computation.open)
+        dw = self._arrays.get(Matrix.DW)
+        await self._lane.submit(self, partial(self._computation.open, dw))
         begun: deque[asyncio.Future[None]] = deque()
         for piece in self._computation.pieces(self._arrays, m):
             begun.append(self._lane.submit(self, piece))
@@ -94,7 +95,9 @@ class InPlaceJob:
 
     def _finish(self, arrays: Mapping[Matrix, Array]) -> None:
         """Runs in the lane's thread."""
-        np.copyto(arrays[Matrix.DW], self._computation.finish())
+        dw = self._computation.finish()
+        if dw is not arrays[Matrix.DW]:
+            np.copyto(arrays[Matrix.DW], dw)
 
 
 def _view(spec: JobSpec, matrix: Matrix, regions: list[Region]) -> Array:

@@ -85,10 +85,24 @@ class Backend(Protocol):
         """Called once in the thread of each lane, before any of its jobs."""
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """Bytes that `open_job` and `finish` will allocate."""
+        """Bytes that `open_job` and `finish` will allocate.
 
-    def open_job(self, spec: JobSpec, block_rows: int, device: int) -> BackendJob:
-        """A job on a device; takes the memory that the job needs there."""
+        For a job that has places, with room for dW given to `open_job`.
+        """
+
+    def open_job(
+        self, spec: JobSpec, block_rows: int, device: int, dw: Array | None = None
+    ) -> BackendJob:
+        """A job on a device; takes the memory that the job needs there.
+
+        Args:
+            spec: What was asked.
+            block_rows: Most rows of a block.
+            device: Index of the device.
+            dw: Where dW will lie, shape (n, k), C-contiguous, in its dtype on
+                the wire; for jobs that have places, if they want dW. The
+                backend may sum there, and `finish` then gives it back.
+        """
 
     def close(self) -> None:
         """Gives up what the backend took from the process; no job is open."""

@@ -80,16 +80,19 @@ class NumpyBackend:
         size = scratch * spec.dtype.sums_in.itemsize
         if Matrix.DW in spec.results:
             dw, result = spec.n * spec.k, spec.results[Matrix.DW]
-            size += dw * spec.accumulator.itemsize
+            if not _sums_in_place(spec):
+                size += dw * spec.accumulator.itemsize
             size += dw * result.itemsize if result != spec.accumulator else 0
             panel = _panel_elements(spec)
             size += self._crew.threads * panel * spec.dtype.sums_in.itemsize
         return size
 
-    def open_job(self, spec: JobSpec, block_rows: int, device: int) -> NumpyJob:
+    def open_job(
+        self, spec: JobSpec, block_rows: int, device: int, dw: Array | None = None
+    ) -> NumpyJob:
         """A job; `device` is 0."""
         del device
-        return NumpyJob(spec, block_rows, self._crew)
+        return NumpyJob(spec, block_rows, self._crew, dw)
 
     def close(self) -> None:
         """Ends the threads, and gives BLAS its own back."""
@@ -106,7 +109,9 @@ class NumpyBackend:
 class NumpyJob:
     """A job on the CPU: W, dW's accumulator and scratch."""
 
-    def __init__(self, spec: JobSpec, block_rows: int, crew: Crew) -> None:
+    def __init__(
+        self, spec: JobSpec, block_rows: int, crew: Crew, dw: Array | None
+    ) -> None:
         self._spec = spec
         self._crew = crew
         self._scratch = {
@@ -121,7 +126,9 @@ class NumpyJob:
         self._dw: Array | None = None
         self._dw_begun = False
         if Matrix.DW in spec.results:
-            self._dw = np.empty((spec.n, spec.k), spec.accumulator.numpy)
+            if dw is None or not _sums_in_place(spec):
+                dw = np.empty((spec.n, spec.k), spec.accumulator.numpy)
+            self._dw = dw
 
     def take_w(self, w: Array) -> None:
         """Takes W, shape (n, k)."""
@@ -259,6 +266,11 @@ def _cuts(
     if rows >= columns:
         return [(cut, whole) for cut in cuts]
     return [(whole, cut) for cut in cuts]
+
+
+def _sums_in_place(spec: JobSpec) -> bool:
+    """Whether dW's sum needs no memory but that in which dW will lie."""
+    return bool(spec.places) and spec.results.get(Matrix.DW) == spec.accumulator
 
 
 def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]]:

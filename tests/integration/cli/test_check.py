@@ -15,7 +15,6 @@ from gradwire.cli._checks import CHECKS, Finding, run_checks
 from gradwire.wire.dtypes import Dtype
 from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.numpy import NumpyBackend
-from gradwire_server.spec import JobSpec
 from tests.integration.cli.conftest import gradwire, sentence, serving_with
 from tests.serving import ServerProcess, running_server
 
@@ -32,8 +31,8 @@ class WrongBackend(NumpyBackend):
         super().__init__()
         self._before, self._after, self._finished = before, after, finished
 
-    def open_job(self, spec: JobSpec, block_rows: int, device: int) -> Any:
-        return _WrongJob(self, super().open_job(spec, block_rows, device))
+    def open_job(self, *args: Any) -> Any:
+        return _WrongJob(self, super().open_job(*args))
 
 
 class _WrongJob:

@@ -21,7 +21,6 @@ from gradwire._base import Tuning
 from gradwire_server import Server, Settings
 from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.numpy import NumpyBackend
-from gradwire_server.spec import JobSpec
 from gradwire_server.timeline import Stage
 from tests import oracle
 
@@ -38,8 +37,8 @@ class PacedBackend(NumpyBackend):
     Then what overlaps does not depend on how fast the tests' machine is.
     """
 
-    def open_job(self, spec: JobSpec, block_rows: int, device: int) -> Any:
-        return _PacedJob(super().open_job(spec, block_rows, device))
+    def open_job(self, *args: Any) -> Any:
+        return _PacedJob(super().open_job(*args))
 
 
 class _PacedJob:

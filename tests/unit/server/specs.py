@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.matrices import Matrix
-from gradwire_server.spec import JobSpec
+from gradwire_server.spec import JobSpec, Place
 
 ALL = (Matrix.Y, Matrix.DX, Matrix.DW)
 
@@ -19,6 +19,7 @@ def make_spec(
     accumulator: Dtype | None = None,
     max_block_bytes: int = 1 << 20,
     connections: int = 1,
+    places: dict[Matrix, Place] | None = None,
 ) -> JobSpec:
     return JobSpec(
         job_id="test",
@@ -33,4 +34,5 @@ def make_spec(
         max_block_bytes=max_block_bytes,
         features=(),
         connections=connections,
+        places=places or {},
     )

@@ -16,6 +16,7 @@ from gradwire.wire.matrices import Matrix
 from gradwire_server.backends import numpy as numpy_backend
 from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.numpy import NumpyBackend
+from gradwire_server.spec import Place
 from tests.unit.server.specs import ALL, make_spec
 
 UNIT_ROUNDOFF = {
@@ -235,6 +236,30 @@ def test_a_job_takes_no_more_memory_than_was_said(dtype, result_dtype, accumulat
     assert dw.shape == (600, 700)
     slack = 256 * 1024  # objects, and NumPy's buffers for casting
     assert said - slack <= peak <= said + slack
+
+
+@pytest.mark.parametrize("m", [0, 5, 50])
+@pytest.mark.parametrize("dtype", Dtype)
+def test_dw_is_summed_where_it_will_lie_and_has_the_same_bits(dtype, m):
+    """Only where it lies in the dtype of the sum: others are rounded there."""
+    places = {Matrix.DW: Place(region=0, offset=0)}
+    elsewhere = make_spec(m, 30, 7, dtype, (Matrix.DW,))
+    spec = make_spec(m, 30, 7, dtype, (Matrix.DW,), places=places)
+    x, _, dy = operands(spec, m)
+    backend = NumpyBackend()
+    found = []
+    for place in (None, np.full((30, 7), np.nan, dtype.numpy)):
+        job = backend.open_job(spec, 16, 0, place)
+        for first in range(0, m, 16):
+            part = slice(first, min(first + 16, m))
+            rows = part.stop - first
+            job.take_block(RowBlock(rows=rows, x=x[part], dy=dy[part], y=None, dx=None))
+        found.append(job.finish())
+        in_place = place is not None and dtype is dtype.sums_in
+        assert (found[-1] is place) == in_place
+    assert found[0].tobytes() == found[1].tobytes()
+    saved = backend.job_bytes(elsewhere, 16) - backend.job_bytes(spec, 16)
+    assert saved == (found[0].nbytes if dtype is dtype.sums_in else 0)
 
 
 def test_a_block_is_let_go_of_without_the_garbage_collector():
