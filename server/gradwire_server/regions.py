@@ -13,13 +13,14 @@ import fcntl
 import mmap
 import os
 import secrets
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.wire.limits import MAX_INT64
+from gradwire.wire.limits import MAX_INT64, MIB
 from gradwire.wire.reasons import Reason
 from gradwire_server.admission import CALL_BYTES, RETRY_AFTER_S, Admission
 from gradwire_server.errors import JobError
@@ -30,6 +31,10 @@ connections need too."""
 
 COOKIE_BYTES = 32
 """Random bytes by which a client knows that it has opened the right file."""
+
+_PIECE_BYTES = 64 * MIB
+"""Memory that is taken at a time: the kernel clears it within 0.1 s or so, and
+nobody can stop it."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -65,11 +70,24 @@ class Region:
         Raises:
             OSError: The machine has not so much.
         """
-        # The thread has a descriptor of its own: this task may be cancelled,
-        # and the region closed, before it is done.
-        fd = os.dup(self.fd)
+        given_up = threading.Event()
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, _allocate, fd, self.size_bytes)
+        taking = loop.run_in_executor(
+            None, _allocate, self.fd, self.size_bytes, given_up
+        )
+        # However often this task is cancelled, the region counts, and its
+        # descriptor is open, for as long as the thread takes pages for it.
+        cancelled: asyncio.CancelledError | None = None
+        while not taking.done():
+            try:
+                await asyncio.wait([taking])
+            except asyncio.CancelledError as error:
+                cancelled = error
+                given_up.set()
+        if cancelled is not None:
+            taking.exception()  # so that nobody is told of it
+            raise cancelled
+        taking.result()
         self.memory = np.frombuffer(mmap.mmap(self.fd, self.size_bytes), np.uint8)
         self.memory[:COOKIE_BYTES] = np.frombuffer(self.cookie, np.uint8)
 
@@ -176,11 +194,11 @@ class Regions:
             await region.close()
 
 
-def _allocate(fd: int, size_bytes: int) -> None:
-    try:
-        os.posix_fallocate(fd, 0, size_bytes)
-    finally:
-        os.close(fd)
+def _allocate(fd: int, size_bytes: int, given_up: threading.Event) -> None:
+    for first in range(0, size_bytes, _PIECE_BYTES):
+        if given_up.is_set():
+            return
+        os.posix_fallocate(fd, first, min(_PIECE_BYTES, size_bytes - first))
 
 
 def _busy(why: str) -> JobError:

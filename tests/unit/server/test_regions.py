@@ -1,0 +1,112 @@
+"""What regions hold while they are opened, and after they were given up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gradwire.wire.limits import MIB
+from gradwire_server import regions
+from gradwire_server.admission import Admission
+from gradwire_server.regions import Regions
+
+
+@pytest.fixture
+def admission() -> Admission:
+    return Admission(memory_limit=256 * MIB, max_jobs=1, max_queue=1)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def hold_open(opened: Regions, size_bytes: int) -> None:
+    async with opened.open(size_bytes):
+        await asyncio.Event().wait()
+
+
+@contextmanager
+def occupied_executor() -> Iterator[threading.Event]:
+    """The event loop's threads, that do nothing until the event is set."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        busy.set()
+        go_on.wait(20)
+
+    pool = ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(pool)
+    pool.submit(wait)
+    assert busy.wait(20)
+    try:
+        yield go_on
+    finally:
+        go_on.set()
+
+
+async def test_a_region_given_up_while_it_takes_its_pages_counts_until_it_stops(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taking, go_on = threading.Event(), threading.Event()
+
+    def allocate(*_: object) -> None:
+        taking.set()
+        go_on.wait(20)
+
+    monkeypatch.setattr(regions, "_allocate", allocate)
+    opened = Regions(admission)
+    task = asyncio.create_task(hold_open(opened, 100 * MIB))
+    assert await asyncio.to_thread(taking.wait, 20)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+        assert admission.held_bytes == 100 * MIB
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert admission.held_bytes == 0
+
+
+async def test_regions_that_are_given_up_at_once_leave_no_descriptor(
+    admission: Admission,
+) -> None:
+    opened, before = Regions(admission), open_files()
+    with occupied_executor() as go_on:
+        tasks = [asyncio.create_task(hold_open(opened, MIB)) for _ in range(8)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.wait(tasks)
+    assert open_files() == before
+    assert admission.held_bytes == 0
+
+
+async def test_a_region_that_is_given_up_takes_no_more_pages(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    loop = asyncio.get_running_loop()
+
+    def fallocate(_: int, first: int, __: int) -> None:
+        taken.append(first)
+        # By the time that the next piece is due, the client has gone.
+        asyncio.run_coroutine_threadsafe(give_up(), loop).result(20)
+
+    async def give_up() -> None:
+        task.cancel()
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    task = asyncio.create_task(hold_open(Regions(admission), 200 * MIB))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert taken == [0]
