@@ -115,6 +115,15 @@ class Intake:
         Raises:
             JobError: It is not.
         """
+        self.check_end(m)
+        self._rows = self._share.rows(m)
+
+    def check_end(self, m: int) -> None:
+        """Checks that the stream would be complete, if the job had m rows.
+
+        Raises:
+            JobError: It would not.
+        """
         if m < 0:
             raise JobError(
                 Reason.SHAPE_INVALID,
@@ -137,7 +146,6 @@ class Intake:
                     f"{self._here}, but {received} came",
                     field="end.m",
                 )
-        self._rows = self._share.rows(m)
 
     @property
     def _here(self) -> str:

@@ -151,13 +151,27 @@ class RunningJob:
         self._ended.set()
         await self._connection_complete()
 
-    async def half_closed(self, connection: int) -> None:
-        """Takes it that a joined connection brings no more.
+    def check_half_close(self, connection: int) -> None:
+        """Checks that a joined connection may bring no more, if m is known.
+
+        If it may not, the others would fill the ring, and End never be read.
 
         Raises:
             JobError: Something of its share is missing.
         """
+        if self.spec.m is not None:
+            self._intakes[connection].check_end(self.spec.m)
+
+    async def ended(self) -> None:
+        """Waits until End has come."""
         await self._ended.wait()
+
+    async def half_closed(self, connection: int) -> None:
+        """Takes it that a joined connection brought its share; End has come.
+
+        Raises:
+            JobError: Something of it is missing.
+        """
         self._intakes[connection].end(self._counts.m)
         await self._connection_complete()
 

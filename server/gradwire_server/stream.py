@@ -81,7 +81,7 @@ class Stream:
                 if message.payload:  # messages without elements are no progress
                     self._progressed()
             elif message is None and connection:
-                await _half_closed(job, connection)
+                await self._half_closed(job, connection)
                 return
             elif isinstance(message, job_pb2.End) and not connection:
                 await job.end(message.m)
@@ -90,6 +90,19 @@ class Stream:
             else:
                 await _refuse(message, "a block or end")
         await self._read_half_close()
+
+    async def _half_closed(self, job: RunningJob, connection: int) -> None:
+        try:
+            job.check_half_close(connection)
+            expected = "end, on the first connection"
+            async with self._service.client_sends(
+                self._call, self._progress_at, expected
+            ):
+                await job.ended()
+            await job.half_closed(connection)
+        except JobError:
+            await asyncio.sleep(_CANCELLATION_S)  # as for `_refuse`
+            raise
 
     async def receive_end(self, m: int) -> None:
         """Takes End of a job that has no blocks, and the half-close behind it."""
@@ -148,14 +161,6 @@ class Stream:
 
     def _progressed(self) -> None:
         self._progress_at = asyncio.get_running_loop().time()
-
-
-async def _half_closed(job: RunningJob, connection: int) -> None:
-    try:
-        await job.half_closed(connection)
-    except JobError:
-        await asyncio.sleep(_CANCELLATION_S)  # as for `_refuse`
-        raise
 
 
 async def both(

@@ -281,6 +281,26 @@ def test_rows_that_are_missing_on_one_connection_fail_the_job(channel, stack):
     assert {failure.reason for failure in failures} == {"PAYLOAD_MISSING"}
 
 
+@pytest.mark.parametrize(
+    ("open_m", "reason"), [(False, "PAYLOAD_MISSING"), (True, "CLIENT_IDLE")]
+)
+def test_a_connection_that_half_closes_without_its_rows_does_not_lock_the_job(
+    stack, open_m, reason
+):
+    """The others wait for room, and so nobody comes to read End."""
+    with (
+        running_server(idle_timeout=0.5, block_bytes=1024) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        problem = normal_numbers(640, 13, 11)
+        calls = Calls(stack, channel, problem, 2, open_m=open_m)
+        calls.streams[1].half_close()
+        calls.send(0)
+        failures = [stream.failure() for stream in calls.streams]
+        assert {failure.reason for failure in failures} == {reason}
+        stack.close()
+
+
 @pytest.mark.parametrize("leaver", [0, 1, 2])
 def test_a_connection_that_leaves_ends_the_job_on_all(channel, stack, leaver):
     problem = normal_numbers(640, 13, 11)
