@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
 from gradwire import _fork
 from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO, OPEN_REGION
@@ -207,6 +208,8 @@ class Feed:
             rpc.cancel()
 
     async def _write_all(self, rpc: _StreamCall) -> None:
+        with contextlib.suppress(grpc.RpcError):
+            await rpc.wait_for_connection()
         if not await _write(rpc, self._opening):
             return
         await self.settled.wait()
@@ -214,7 +217,8 @@ class Feed:
             async for message in messages:
                 if not await _write(rpc, message):
                     return
-        await rpc.done_writing()
+        with contextlib.suppress(cygrpc.InternalError):
+            await rpc.done_writing()
 
     def raise_error(self) -> None:
         """Raise what the messages raised, if they did."""
@@ -229,10 +233,17 @@ def _cancel(rpc: Any, loop: asyncio.AbstractEventLoop) -> None:
         loop.call_soon_threadsafe(rpc.cancel)
 
 
-async def _write(rpc: _StreamCall, message: bytes) -> bool:
-    """Whether it could be written; why not is for the reader to say."""
+async def _write(rpc: Any, message: bytes) -> bool:
+    """Whether it could be written; why not is for the reader to say.
+
+    A write that finds the call over must leave it at that. grpc.aio's own gives
+    the call a status that it makes up, for good: what was not read yet, the
+    server's word on what went wrong included, would never be read.
+    """
+    if rpc.done():
+        return False
     try:
-        await rpc.write(message)
-    except (grpc.RpcError, asyncio.InvalidStateError):
+        await rpc._cython_call.send_serialized_message(message)
+    except cygrpc.InternalError:
         return False
     return True

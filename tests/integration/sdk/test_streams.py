@@ -267,6 +267,12 @@ async def test_leaving_an_async_stream_early_cancels_its_job(
         assert ended == "CANCELLED"
 
 
+def test_a_deadline_ends_a_stream_whatever_it_is_doing(caller: Any) -> None:
+    for _ in range(10):
+        with pytest.raises(gradwire.DeadlineError):
+            caller.stream(endless(), W, timeout_s=0.05)
+
+
 class OwnError(Exception):
     pass
 
