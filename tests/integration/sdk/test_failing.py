@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+import json
 import pickle
 import signal
 import subprocess
@@ -12,26 +14,31 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
 
 import gradwire
-from gradwire._base import Tuning
 from tests import oracle
-from tests.serving import ServerProcess, running_server
+from tests.integration.sdk.ways import (
+    COMPUTE,
+    COPIED,
+    IN_STEPS,
+    STREAM,
+    WAYS,
+    Way,
+    over,
+    serving_all,
+)
+from tests.serving import ServerProcess
 
 X, W, DY = oracle.operands(400, 30, 20)
-BOTH_PATHS = pytest.mark.parametrize("unary", [True, False], ids=["compute", "stream"])
 
 
-@BOTH_PATHS
-def test_a_deadline_ends_a_call_that_waits(
-    occupied: ServerProcess, unary: bool
-) -> None:
-    with gradwire.connect(occupied.address) as client:
-        client._tuning = Tuning(unary=unary)
+def test_a_deadline_ends_a_call_that_waits(occupied: ServerProcess, way: Way) -> None:
+    with way.connect(occupied) as client:
         started = time.monotonic()
         with pytest.raises(gradwire.DeadlineError) as late:
             client.gradients(X, W, DY, timeout_s=0.3, request_id="late")
@@ -46,24 +53,23 @@ def test_a_clients_own_deadline_is_for_all_its_calls(occupied: ServerProcess) ->
         client.gradients(X, W, DY)
 
 
-async def test_a_deadline_ends_an_async_call(occupied: ServerProcess) -> None:
-    async with gradwire.AsyncClient(occupied.address) as client:
-        for unary in (True, False):
-            client._tuning = Tuning(unary=unary)
-            with pytest.raises(gradwire.DeadlineError):
-                await client.gradients(X, W, DY, timeout_s=0.3)
+async def test_a_deadline_ends_an_async_call(occupied: ServerProcess, way: Way) -> None:
+    async with way.async_client(occupied) as client:
+        with pytest.raises(gradwire.DeadlineError):
+            await client.gradients(X, W, DY, timeout_s=0.3)
 
 
-def test_a_job_that_waits_is_told_how_many_are_ahead(occupied: ServerProcess) -> None:
+@pytest.mark.parametrize("way", IN_STEPS, ids=str)
+def test_a_job_that_waits_is_told_how_many_are_ahead(
+    occupied: ServerProcess, way: Way
+) -> None:
     ahead = []
 
     def on_progress(progress: gradwire.Progress) -> None:
         ahead.append(progress.jobs_ahead)
 
-    with gradwire.connect(occupied.address) as client:
-        client._tuning = Tuning(unary=False)
-        with pytest.raises(gradwire.DeadlineError):
-            client.gradients(X, W, DY, timeout_s=0.5, on_progress=on_progress)
+    with way.connect(occupied) as client, pytest.raises(gradwire.DeadlineError):
+        client.gradients(X, W, DY, timeout_s=0.5, on_progress=on_progress)
     assert ahead
     assert None not in ahead
 
@@ -74,19 +80,14 @@ def test_a_server_whose_queue_is_full_says_when_to_come_back(
     waits = threading.Event()
 
     def wait_in_the_queue() -> None:
-        with gradwire.connect(occupied.address) as client:
-            client._tuning = Tuning(unary=False)
-            with pytest.raises(gradwire.DeadlineError):
-                client.gradients(
-                    X, W, DY, timeout_s=3, on_progress=lambda _: waits.set()
-                )
+        with STREAM.connect(occupied) as client, pytest.raises(gradwire.DeadlineError):
+            client.gradients(X, W, DY, timeout_s=4, on_progress=lambda _: waits.set())
 
     waiting = threading.Thread(target=wait_in_the_queue)
     waiting.start()
     assert waits.wait(30)
-    with gradwire.connect(occupied.address) as client:
-        for unary in (True, False):
-            client._tuning = Tuning(unary=unary)
+    for way in WAYS:
+        with way.connect(occupied) as client:
             with pytest.raises(gradwire.ServerBusyError) as busy:
                 client.gradients(X, W, DY, request_id="one too many")
             assert busy.value.retry_after_s is not None
@@ -97,67 +98,78 @@ def test_a_server_whose_queue_is_full_says_when_to_come_back(
 
 
 def test_a_job_too_large_for_the_server_is_refused_before_it_is_sent() -> None:
-    with running_server(memory_limit=16 << 20) as server:
-        w = np.zeros((3000, 3000), np.float32)
-        with gradwire.connect(server.address) as client:
-            sent = []
-            with pytest.raises(gradwire.JobTooLargeError) as large:
-                client.forward(
-                    np.zeros((1, 3000), np.float32),
-                    w,
-                    on_progress=lambda p: sent.append(p.bytes_sent),
-                )
-            assert not any(sent)
-            assert large.value.retry_after_s is None
+    w = np.zeros((3000, 3000), np.float32)
+    with serving_all(memory_limit=16 << 20) as server:
+        for way in WAYS:
+            with way.connect(server, channels=1) as client:
+                seen: list[gradwire.Progress] = []
+                with pytest.raises(gradwire.JobTooLargeError) as large:
+                    client.forward(
+                        np.zeros((1, 3000), np.float32), w, on_progress=seen.append
+                    )
+                assert not any(progress.bytes_sent for progress in seen)
+                assert large.value.retry_after_s is None
+        with gradwire.connect(server.address, transport="tcp") as client:
             oracle.assert_right(client.gradients(X, W, DY), X, W, DY, "float32")
 
 
-def test_a_caller_that_sends_too_slowly_is_told_so() -> None:
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[ServerProcess]:
+    with serving_all(idle_timeout=0.3) as server:
+        yield server
+
+
+def test_a_caller_that_sends_too_slowly_is_told_so(
+    impatient: ServerProcess, stream_way: Way
+) -> None:
     go_on = threading.Event()
 
     def rows() -> Iterator[Any]:
         yield X, DY
         go_on.wait(30)
 
-    with (
-        running_server(idle_timeout=0.3) as server,
-        gradwire.connect(server.address) as client,
-    ):
+    with stream_way.connect(impatient) as client:
         stream = client.stream(rows(), W)
         with pytest.raises(gradwire.ClientIdleError, match="CLIENT_IDLE"):
             list(stream)
         go_on.set()
 
 
-def test_a_server_that_dies_in_the_middle_is_a_lost_connection() -> None:
-    with (
-        running_server(block_bytes=4096) as server,
-        gradwire.connect(server.address) as client,
-    ):
+@pytest.mark.parametrize("way", IN_STEPS, ids=str)
+def test_a_server_that_dies_in_the_middle_is_a_lost_connection(way: Way) -> None:
+    x, w, dy = oracle.operands(50_000, 30, 20)
+    with serving_all(block_bytes=4096) as server, way.connect(server) as client:
 
-        def rows() -> Iterator[Any]:
-            yield X, DY
-            yield X, DY
-            server.kill()
-            yield X, DY
+        def on_progress(progress: gradwire.Progress) -> None:
+            if progress.bytes_sent and server.process.poll() is None:
+                server.kill()
 
         with pytest.raises(gradwire.ConnectionLostError) as lost:
-            list(client.stream(rows(), W, request_id="cut off"))
+            client.gradients(x, w, dy, request_id="cut off", on_progress=on_progress)
         assert lost.value.job_id == "cut off"
         # How it is told depends on how far the system has come with it.
         with pytest.raises(ConnectionError):
             client.forward(X, W)
 
 
-def test_a_client_finds_its_server_again_after_a_restart(tmp_path: Any) -> None:
-    address = f"unix:{tmp_path / 'socket'}"
-    with running_server(listen=[address]) as server:
-        client = gradwire.connect(server.address)
-        first = client.gradients(X, W, DY).receipt
-    with running_server(listen=[address]), client:
-        second = client.gradients(X, W, DY).receipt
-    assert first.transport == "unix"
-    assert first.server_instance != second.server_instance
+def test_a_client_finds_its_server_again_after_a_restart(way: Way) -> None:
+    with serving_all() as server:
+        client = way.connect(server)
+        x = client.empty(X.shape, X.dtype) if way.inside else X.copy()
+        x[...] = X
+        first = client.gradients(x, W, DY)
+        addresses = list(server.addresses)
+        server.process.terminate()
+        server.process.wait()
+        with serving_all(listen=addresses), client:
+            second = None
+            while second is None:
+                with contextlib.suppress(gradwire.ConnectError):
+                    second = client.gradients(x, W, DY)
+    way.arrived(second.receipt)
+    assert first.receipt.server_instance != second.receipt.server_instance
+    for one, other in zip(first, second, strict=True):
+        assert oracle.same_bits(one, other)
 
 
 def test_a_server_that_is_about_to_stop_takes_no_new_jobs() -> None:
@@ -168,64 +180,66 @@ def test_a_server_that_is_about_to_stop_takes_no_new_jobs() -> None:
         server.process.send_signal(signal.SIGTERM)
         go_on.wait(30)
 
-    with (
-        running_server(grace=30, block_bytes=4096) as server,
-        gradwire.connect(server.address) as client,
-    ):
-        stream = client.stream(rows(), W)
+    with serving_all(grace=30, block_bytes=4096) as server, ExitStack() as clients:
+        others = [clients.enter_context(way.connect(server)) for way in WAYS]
+        stream = clients.enter_context(over(2).connect(server)).stream(rows(), W)
         next(stream)
-        refused = None
-        while refused is None:
-            try:
-                client.forward(X, W)
-            except gradwire.DrainingError as error:
-                refused = error
-        assert refused.reason == "DRAINING"
+        for client in others:
+            refused = None
+            while refused is None:
+                try:
+                    client.forward(X, W)
+                except gradwire.DrainingError as error:
+                    refused = error
+            assert refused.reason == "DRAINING"
         go_on.set()
         list(stream)
         assert stream.receipt.m == 400
 
 
-async def test_cancelling_a_task_cancels_its_job(one_job: ServerProcess) -> None:
+async def test_cancelling_a_task_cancels_its_job(
+    one_job: ServerProcess, way: Way
+) -> None:
+    job_id = f"running task {way}"
+
     async def rows() -> Any:
         yield X, DY
         accepted.set()
         await asyncio.sleep(60)
 
     accepted = asyncio.Event()
-    async with gradwire.AsyncClient(one_job.address) as client:
+    async with way.async_client(one_job) as client:
 
         async def consume() -> None:
-            async for _ in client.stream(rows(), W, request_id="task"):
+            async for _ in client.stream(rows(), W, request_id=job_id):
                 pass
 
         task = asyncio.create_task(consume())
         await accepted.wait()
-        for unary in (True, False):
-            client._tuning = Tuning(unary=unary)
-            job_id = f"waiting task {unary}"
-            waiting = asyncio.create_task(client.gradients(X, W, DY, request_id=job_id))
-            await asyncio.sleep(0.1)
-            waiting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-            await asyncio.to_thread(one_job.wait_for_log, job_id)
+        waiting_id = f"waiting task {way}"
+        waiting = asyncio.create_task(client.gradients(X, W, DY, request_id=waiting_id))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.to_thread(one_job.wait_for_log, waiting_id)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         record = await asyncio.to_thread(
-            one_job.wait_for_log, lambda r: r.get("job_id") == "task" and "outcome" in r
+            one_job.wait_for_log,
+            lambda r: r.get("job_id") == job_id and r["message"] == "job",
         )
         assert record["outcome"] == "CANCELLED"
-        assert (await client.gradients(X, W, DY)).receipt.m == 400
+        way.arrived((await client.gradients(X, W, DY)).receipt)
 
 
 INTERRUPTED = """
-    import sys, numpy as np, gradwire
+    import json, sys, numpy as np, gradwire
     from gradwire._base import Tuning
-    address, what = sys.argv[1:]
-    client = gradwire.connect(address)
-    client._tuning = Tuning(unary=what == "compute")
+    address, what, job_id, options, unary = sys.argv[1:]
+    client = gradwire.connect(address, **json.loads(options))
+    client._tuning = Tuning(unary=json.loads(unary))
     x = np.ones((10, 10), "f4")
 
     def rows():
@@ -236,11 +250,11 @@ INTERRUPTED = """
 
     try:
         if what == "iterating":
-            for _ in client.stream(rows(), x, request_id=what):
+            for _ in client.stream(rows(), x, request_id=job_id):
                 pass
         else:
             print("ready", flush=True)
-            client.gradients(x, x, x, request_id=what)
+            client.gradients(x, x, x, request_id=job_id)
     except KeyboardInterrupt:
         # The server sees the end although the process goes on.
         print("interrupted", flush=True)
@@ -248,14 +262,26 @@ INTERRUPTED = """
 """
 
 
-@pytest.mark.parametrize("what", ["compute", "waiting", "iterating"])
+@pytest.mark.parametrize(
+    ("what", "way"),
+    [
+        *(("waiting", way) for way in (COMPUTE, STREAM, over(2), COPIED)),
+        *(("iterating", way) for way in (STREAM, over(2))),
+    ],
+    ids=str,
+)
 def test_ctrl_c_ends_the_call_at_once_and_cancels_the_job(
-    request: pytest.FixtureRequest, what: str
+    request: pytest.FixtureRequest, what: str, way: Way
 ) -> None:
     fixture = "one_job" if what == "iterating" else "occupied"
     server: ServerProcess = request.getfixturevalue(fixture)
+    job_id = f"{what} {way}"
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), server.address, what],
+        [
+            *(sys.executable, "-c", textwrap.dedent(INTERRUPTED)),
+            *(way.address(server), what, job_id),
+            *(json.dumps(dict(way.options)), json.dumps(way.tuning().unary)),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -272,7 +298,7 @@ def test_ctrl_c_ends_the_call_at_once_and_cancels_the_job(
         assert process.stdout.readline() == "interrupted\n"
         assert time.monotonic() - interrupted < 3
         record = server.wait_for_log(
-            lambda r: r.get("job_id") == what and "outcome" in r
+            lambda r: r.get("job_id") == job_id and r["message"] == "job"
         )
         assert record["outcome"] == "CANCELLED"
         process.communicate()
@@ -296,12 +322,14 @@ def test_a_closed_client_says_so(server_address: str) -> None:
     assert repr(client) == f"<gradwire.Client of {server_address} closed>"
 
 
-def test_closing_a_client_ends_its_streams(server_address: str) -> None:
+def test_closing_a_client_ends_its_streams(
+    small_blocks: ServerProcess, stream_way: Way
+) -> None:
     def endless() -> Iterator[Any]:
         while True:
             yield X, DY
 
-    with gradwire.connect(server_address) as client:
+    with stream_way.connect(small_blocks) as client:
         stream = client.stream(endless(), W)
         next(stream)
     with pytest.raises(gradwire.JobCancelledError):
@@ -328,9 +356,7 @@ def test_a_client_that_is_pickled_says_what_to_do_instead(cls: Any, how: Any) ->
     )
 
 
-def test_nothing_is_sent_when_an_argument_is_refused(
-    caller: Any, small_blocks: ServerProcess
-) -> None:
+def test_nothing_is_sent_when_an_argument_is_refused(caller: Any) -> None:
     refused: list[tuple[Any, dict[str, Any]]] = [
         ((X, W[:5], DY), {}),
         ((X, W, DY), {"results": ()}),
@@ -340,8 +366,8 @@ def test_nothing_is_sent_when_an_argument_is_refused(
         ((X, W, None), {}),
     ]
     for number, (arguments, options) in enumerate(refused):
-        job_id = f"refused {number} by {type(caller).__name__}"
+        job_id = f"refused {number} by {type(caller).__name__} {caller.way}"
         with pytest.raises(gradwire.InputError):
             caller.gradients(*arguments, request_id=job_id, **options)
-        assert job_id not in small_blocks.logs
+        assert job_id not in caller.server.logs
     assert caller.gradients(X, W, DY).receipt.m == 400

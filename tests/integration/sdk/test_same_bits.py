@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,18 +12,17 @@ import pytest
 
 from gradwire.wire.limits import MIB
 from tests import oracle
-from tests.integration.sdk.callers import SyncCaller
+from tests.integration.sdk import ways
+from tests.integration.sdk.ways import Way
 
 M, N, K = 211, 30, 20
 
 
 @pytest.fixture(scope="module", params=oracle.DTYPES)
-def job(request: pytest.FixtureRequest, sync_caller: SyncCaller) -> Any:
+def job(request: pytest.FixtureRequest, caller_of: Any) -> Any:
     """A job of many row blocks, the last one short, and its results."""
     operands = oracle.operands(M, N, K, request.param)
-    sync_caller.tune(unary=True)
-    result = sync_caller.gradients(*operands)
-    sync_caller.tune()
+    result = caller_of("sync", ways.COMPUTE).gradients(*operands)
     assert result.receipt.blocks > 2
     assert M % result.receipt.block_rows
     return operands, result
@@ -33,31 +33,24 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert oracle.same_bits(one, other), name
 
 
-@pytest.mark.parametrize(
-    "tuning",
-    [
-        {"unary": True},
-        {"unary": False},
-        {"unary": False, "chunk_bytes": 50},
-        {"unary": False, "chunk_bytes": 4095},
-        {"unary": False, "chunk_bytes": 4 * MIB},
-    ],
-    ids=str,
-)
-def test_in_one_message_or_in_many_of_any_size(
-    caller: Any, job: Any, tuning: dict[str, Any]
-) -> None:
+def test_in_every_way(caller: Any, job: Any) -> None:
     operands, expected = job
-    caller.tune(**tuning)
     assert_same(caller.gradients(*operands), expected)
+
+
+@pytest.mark.parametrize("chunk_bytes", [50, 4095, 4 * MIB])
+def test_in_messages_of_any_size(streamer: Any, job: Any, chunk_bytes: int) -> None:
+    operands, expected = job
+    streamer.tune(chunk_bytes=chunk_bytes)
+    assert_same(streamer.gradients(*operands), expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_one_element_at_a_time(caller: Any, dtype: str) -> None:
+def test_one_element_at_a_time(streamer: Any, dtype: str) -> None:
     operands = oracle.operands(101, 7, 5, dtype)
-    expected = caller.gradients(*operands)
-    caller.tune(unary=False, chunk_bytes=1)
-    assert_same(caller.gradients(*operands), expected)
+    expected = streamer.gradients(*operands)
+    streamer.tune(chunk_bytes=1)
+    assert_same(streamer.gradients(*operands), expected)
 
 
 def test_with_checksums(caller: Any, job: Any) -> None:
@@ -81,19 +74,10 @@ def parts(x: Any, dy: Any, sizes: list[int]) -> Iterator[Any]:
         row, number = row + size, number + 1
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known m", "unknown m"])
-@pytest.mark.parametrize(
-    "arrival", [[M], [1], [1, 0, 7, 64], [63]], ids=["whole", "rows", "uneven", "63"]
-)
-@pytest.mark.parametrize("pace", ["fast", "slow"])
-def test_as_a_stream_of_rows_however_they_arrive(
-    caller: Any, job: Any, known: bool, arrival: list[int], pace: str
+def assert_streamed(
+    streamer: Any, rows: Iterator[Any], w: Any, expected: Any, **options: Any
 ) -> None:
-    (x, w, dy), expected = job
-    rows = parts(x, dy, arrival)
-    blocks, dw, receipt = caller.stream(
-        rows if pace == "fast" else slowly(rows), w, m=M if known else None
-    )
+    blocks, dw, receipt = streamer.stream(rows, w, **options)
     assert [block.first_row for block in blocks] == list(
         range(0, M, receipt.block_rows)
     )
@@ -102,27 +86,42 @@ def test_as_a_stream_of_rows_however_they_arrive(
     assert_same((y, dx, dw), expected)
 
 
-def test_beside_eight_other_jobs(small_blocks: Any, job: Any) -> None:
-    import threading
+@pytest.mark.parametrize("known", [True, False], ids=["known m", "unknown m"])
+@pytest.mark.parametrize(
+    "arrival", [[M], [1], [1, 0, 7, 64], [63]], ids=["whole", "rows", "uneven", "63"]
+)
+def test_as_a_stream_of_rows_however_they_arrive(
+    streamer: Any, job: Any, known: bool, arrival: list[int]
+) -> None:
+    (x, w, dy), expected = job
+    rows = parts(x, dy, arrival)
+    assert_streamed(streamer, rows, w, expected, m=M if known else None)
 
-    import gradwire
 
-    operands, expected = job
+def test_as_a_stream_of_rows_that_arrive_slowly(streamer: Any, job: Any) -> None:
+    (x, w, dy), expected = job
+    assert_streamed(streamer, slowly(parts(x, dy, [1, 0, 2])), w, expected)
+
+
+def test_beside_eight_other_jobs(way: Way, caller_of: Any) -> None:
+    """That go the same way, and are of the same client."""
+    one = caller_of("sync", way)
+    operands = oracle.operands(M, N, K)
+    expected = caller_of("sync", ways.COMPUTE).gradients(*operands)
     others = oracle.operands(2000, 50, 40)
     stop = threading.Event()
-    with gradwire.connect(small_blocks.address) as client:
 
-        def keep_busy() -> None:
-            while not stop.is_set():
-                client.gradients(*others)
+    def keep_busy() -> None:
+        while not stop.is_set():
+            one.gradients(*others)
 
-        threads = [threading.Thread(target=keep_busy) for _ in range(8)]
+    threads = [threading.Thread(target=keep_busy) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(5):
+            assert_same(one.gradients(*operands), expected)
+    finally:
+        stop.set()
         for thread in threads:
-            thread.start()
-        try:
-            for _ in range(5):
-                assert_same(client.gradients(*operands), expected)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
+            thread.join()

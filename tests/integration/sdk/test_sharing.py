@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,32 +17,47 @@ import pytest
 
 import gradwire
 from tests import oracle
+from tests.integration.sdk import ways
+from tests.integration.sdk.ways import Way
 from tests.serving import ServerProcess
 
 
-def test_sixteen_threads_share_a_client(client: gradwire.Client) -> None:
+def test_sixteen_threads_share_a_client(
+    small_blocks: ServerProcess, client: gradwire.Client, way: Way
+) -> None:
+    shared = way.connect(small_blocks)
     start = threading.Barrier(16)
 
     def work(number: int) -> None:
         x, w, dy = oracle.operands(100 + number, 20, 30, seed=number)
+        expected = client.gradients(x, w, dy)
         start.wait()
-        for _ in range(4):
-            result = client.gradients(x, w, dy)
-            oracle.assert_right(result, x, w, dy, "float32")
-            assert client.last_receipt is result.receipt
-            blocks = list(client.stream([(x, dy)], w))
+        for turn in range(4):
+            if way.inside and turn % 2:
+                placed = shared.empty(x.shape)
+                placed[...] = x
+                x = placed
+            result = shared.gradients(x, w, dy)
+            for one, other in zip(result, expected, strict=True):
+                assert oracle.same_bits(one, other)
+            assert shared.last_receipt is result.receipt
+            way.arrived(result.receipt)
+            blocks = list(shared.stream([(x, dy)], w))
             assert sum(len(block) for block in blocks) == 100 + number
 
-    with ThreadPoolExecutor(16) as pool:
+    with shared, ThreadPoolExecutor(16) as pool:
         for done in [pool.submit(work, number) for number in range(16)]:
             done.result(60)
 
 
-async def test_many_coroutines_share_a_client(server_address: str) -> None:
-    async with gradwire.AsyncClient(server_address) as client:
+async def test_many_coroutines_share_a_client(
+    small_blocks: ServerProcess, way: Way
+) -> None:
+    async with way.async_client(small_blocks) as client:
         jobs = [oracle.operands(50 + i, 20, 30, seed=i) for i in range(16)]
         results = await asyncio.gather(*(client.gradients(*job) for job in jobs))
     for job, result in zip(jobs, results, strict=True):
+        way.arrived(result.receipt)
         oracle.assert_right(result, *job, "float32")
 
 
@@ -68,15 +85,22 @@ def test_an_async_client_belongs_to_the_loop_of_its_first_use(
         first.run(client.close())
 
 
+@pytest.fixture(scope="module")
+def large_blocks() -> Iterator[ServerProcess]:
+    with ways.serving_all() as server:
+        yield server
+
+
 FORK = """
-    import os, sys, threading
+    import json, os, sys, threading
     import numpy as np
     import gradwire
-    address, busy_threads, channels = sys.argv[1], *map(int, sys.argv[2:])
+    address, options, busy_threads = sys.argv[1:]
+    busy_threads = int(busy_threads)
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(300, 40)), rng.normal(size=(40, 30))
     small, large = rng.normal(size=(3000, 40)), rng.normal(size=(9000, 40))
-    client = gradwire.connect(address, channels=channels)
+    client = gradwire.connect(address, **json.loads(options))
     expected = client.forward(x, w)
 
     stop = threading.Event()
@@ -197,13 +221,22 @@ def run_script(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("busy_threads", [0, 4], ids=["idle", "in the middle"])
+@pytest.mark.parametrize(
+    ("busy_threads", "way"),
+    [
+        pytest.param(0, ways.STREAM, id="idle-tcp"),
+        pytest.param(4, ways.STREAM, id="in the middle-tcp"),
+        pytest.param(4, ways.over(3), id="in the middle-3-channels"),
+        pytest.param(4, ways.UNIX, id="in the middle-unix"),
+        pytest.param(4, ways.COPIED, id="in the middle-shm"),
+    ],
+)
 def test_a_client_goes_on_in_the_children_of_a_fork(
-    server_address: str, busy_threads: int, channels: int
+    large_blocks: ServerProcess, busy_threads: int, way: Way
 ) -> None:
-    arguments = (str(busy_threads), str(channels))
-    assert run_script(FORK, server_address, *arguments) == "all is well\n"
+    arguments = (json.dumps(dict(way.options)), str(busy_threads))
+    printed = run_script(FORK, way.address(large_blocks), *arguments)
+    assert printed == "all is well\n"
 
 
 def test_a_fork_beside_a_call_that_waits_is_no_harm(occupied: ServerProcess) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import resource
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 import gradwire
 from tests import oracle
+from tests.integration.sdk.ways import Way
 from tests.serving import ServerProcess
 
 X, W, DY = oracle.operands(400, 30, 20)
@@ -32,11 +34,16 @@ def endless() -> Iterator[Any]:
 
 def outcome(server: ServerProcess, job_id: str) -> str:
     """How the server says that a job ended, once it says so."""
-    record = server.wait_for_log(lambda r: r.get("job_id") == job_id and "outcome" in r)
+    record = server.wait_for_log(
+        # Beside the job's own line there is one for each further connection.
+        lambda r: r.get("job_id") == job_id and r["message"] == "job"
+    )
     return str(record["outcome"])
 
 
-def test_results_come_while_rows_are_still_missing(client: gradwire.Client) -> None:
+def test_results_come_while_rows_are_still_missing(
+    stream_client: gradwire.Client,
+) -> None:
     first_is_back = threading.Event()
 
     def rows() -> Iterator[Any]:
@@ -45,7 +52,7 @@ def test_results_come_while_rows_are_still_missing(client: gradwire.Client) -> N
         yield X, DY
 
     seen = []
-    with client.stream(rows(), W) as stream:
+    with stream_client.stream(rows(), W) as stream:
         for block in stream:
             first_is_back.set()
             seen.append(block.first_row)
@@ -54,7 +61,7 @@ def test_results_come_while_rows_are_still_missing(client: gradwire.Client) -> N
 
 
 async def test_async_rows_are_awaited_while_results_come(
-    small_blocks: ServerProcess,
+    small_blocks: ServerProcess, stream_way: Way
 ) -> None:
     first_is_back = asyncio.Event()
 
@@ -63,7 +70,7 @@ async def test_async_rows_are_awaited_while_results_come(
         await asyncio.wait_for(first_is_back.wait(), 30)
         yield X, DY
 
-    async with gradwire.AsyncClient(small_blocks.address) as client:
+    async with stream_way.async_client(small_blocks) as client:
         stream = client.stream(rows(), W)
         async for _ in stream:
             first_is_back.set()
@@ -77,7 +84,9 @@ async def test_async_rows_are_awaited_while_results_come(
         )
 
 
-def test_threads_that_share_a_stream_share_its_blocks(client: gradwire.Client) -> None:
+def test_threads_that_share_a_stream_share_its_blocks(
+    stream_client: gradwire.Client,
+) -> None:
     start = threading.Barrier(4)
 
     def take(stream: gradwire.GradientStream) -> list[gradwire.RowBlock]:
@@ -85,7 +94,10 @@ def test_threads_that_share_a_stream_share_its_blocks(client: gradwire.Client) -
         return list(stream)
 
     for _ in range(5):
-        with client.stream(pairs(), W) as stream, ThreadPoolExecutor(4) as pool:
+        with (
+            stream_client.stream(pairs(), W) as stream,
+            ThreadPoolExecutor(4) as pool,
+        ):
             shares = [pool.submit(take, stream) for _ in range(4)]
             blocks = [block for share in shares for block in share.result(60)]
         firsts = sorted(block.first_row for block in blocks)
@@ -93,7 +105,7 @@ def test_threads_that_share_a_stream_share_its_blocks(client: gradwire.Client) -
 
 
 async def test_coroutines_that_share_a_stream_share_its_blocks(
-    small_blocks: ServerProcess,
+    small_blocks: ServerProcess, stream_way: Way
 ) -> None:
     async def rows() -> AsyncIterator[Any]:
         for pair in pairs():
@@ -104,7 +116,7 @@ async def test_coroutines_that_share_a_stream_share_its_blocks(
         return [block async for block in stream]
 
     async with (
-        gradwire.AsyncClient(small_blocks.address) as client,
+        stream_way.async_client(small_blocks) as client,
         client.stream(rows(), W) as stream,
     ):
         shares = await asyncio.gather(*(take(stream) for _ in range(4)))
@@ -113,8 +125,8 @@ async def test_coroutines_that_share_a_stream_share_its_blocks(
 
 
 @pytest.mark.parametrize("results", ["y", "dx", "dw", ("y", "dw")])
-def test_a_stream_of_some_results(caller: Any, results: Any) -> None:
-    blocks, dw, receipt = caller.stream(pairs(), W, results=results)
+def test_a_stream_of_some_results(streamer: Any, results: Any) -> None:
+    blocks, dw, receipt = streamer.stream(pairs(), W, results=results)
     expected = oracle.exact(X, W, DY)
     allowed = oracle.bounds(X, W, DY, "float32")
     for name in ("y", "dx"):
@@ -129,8 +141,8 @@ def test_a_stream_of_some_results(caller: Any, results: Any) -> None:
     assert receipt.m == 400
 
 
-def test_no_rows_at_all(caller: Any) -> None:
-    blocks, dw, receipt = caller.stream([], W)
+def test_no_rows_at_all(streamer: Any) -> None:
+    blocks, dw, receipt = streamer.stream([], W)
     assert blocks == []
     assert dw.shape == W.shape
     assert not dw.any()
@@ -158,8 +170,8 @@ def test_memory_stays_flat_however_many_rows_there_are(server_address: str) -> N
     assert grown_kib < 48 * 1024
 
 
-def test_dw_is_there_only_at_the_end(client: gradwire.Client) -> None:
-    stream = client.stream(pairs(), W)
+def test_dw_is_there_only_at_the_end(stream_client: gradwire.Client) -> None:
+    stream = stream_client.stream(pairs(), W)
     with pytest.raises(gradwire.ClientStateError, match="iterated to its end"):
         _ = stream.dw
     next(stream)
@@ -234,20 +246,78 @@ def by_garbage_collection(client: gradwire.Client, **options: Any) -> None:
     gc.collect()
 
 
+def test_a_stream_that_another_thread_closes_is_over(
+    stream_client: gradwire.Client,
+) -> None:
+    drawn, enough = threading.Event(), threading.Event()
+
+    def rows() -> Iterator[Any]:
+        yield X, DY
+        drawn.set()
+        enough.wait(20)
+
+    stream = stream_client.stream(rows(), W)
+
+    def close() -> None:
+        drawn.wait(20)
+        stream.close()
+        enough.set()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    # Closed between two blocks, or while one is waited for.
+    with contextlib.suppress(gradwire.JobCancelledError):
+        for _ in stream:
+            pass
+    closing.join()
+    with pytest.raises(gradwire.ClientStateError):
+        _ = stream.receipt
+
+
+async def test_a_cancelled_coroutine_cancels_its_job(
+    small_blocks: ServerProcess, stream_way: Way
+) -> None:
+    job_id = f"cancelled {stream_way}"
+    async with stream_way.async_client(small_blocks) as client:
+        stream = client.stream(endless(), W, request_id=job_id)
+
+        async def use() -> None:
+            async with stream:
+                async for _ in stream:
+                    pass
+
+        task = asyncio.create_task(use())
+        await anext(aiter(stream), None)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(outcome, small_blocks, job_id) == "CANCELLED"
+
+
+def test_a_deadline_ends_a_stream_whatever_it_is_doing(streamer: Any) -> None:
+    for _ in range(10):
+        with pytest.raises(gradwire.DeadlineError):
+            streamer.stream(endless(), W, timeout_s=0.05)
+
+
 @pytest.mark.parametrize("leave", LEAVE)
 def test_leaving_a_stream_early_cancels_its_job(
-    client: gradwire.Client, small_blocks: ServerProcess, leave: str
+    small_blocks: ServerProcess,
+    stream_way: Way,
+    stream_client: gradwire.Client,
+    leave: str,
 ) -> None:
-    LEAVE[leave](client, request_id=f"left {leave}")
-    assert outcome(small_blocks, f"left {leave}") == "CANCELLED"
+    job_id = f"left {leave} {stream_way}"
+    LEAVE[leave](stream_client, request_id=job_id)
+    assert outcome(small_blocks, job_id) == "CANCELLED"
 
 
 @pytest.mark.parametrize("leave", ["break", "aclose", "with", "collected"])
 async def test_leaving_an_async_stream_early_cancels_its_job(
-    small_blocks: ServerProcess, leave: str
+    small_blocks: ServerProcess, stream_way: Way, leave: str
 ) -> None:
-    job_id = f"left async {leave}"
-    async with gradwire.AsyncClient(small_blocks.address) as client:
+    job_id = f"left async {leave} {stream_way}"
+    async with stream_way.async_client(small_blocks) as client:
         stream = client.stream(endless(), W, request_id=job_id)
         match leave:
             case "break":
@@ -267,12 +337,6 @@ async def test_leaving_an_async_stream_early_cancels_its_job(
         assert ended == "CANCELLED"
 
 
-def test_a_deadline_ends_a_stream_whatever_it_is_doing(caller: Any) -> None:
-    for _ in range(10):
-        with pytest.raises(gradwire.DeadlineError):
-            caller.stream(endless(), W, timeout_s=0.05)
-
-
 class OwnError(Exception):
     pass
 
@@ -285,25 +349,25 @@ def failing_rows(after: int) -> Iterator[Any]:
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_what_the_callers_iterable_raises_is_raised_unchanged(
-    caller: Any, small_blocks: ServerProcess, after: int
+    streamer: Any, small_blocks: ServerProcess, after: int
 ) -> None:
-    job_id = f"own error {after} {type(caller).__name__}"
+    job_id = f"own error {after} {type(streamer).__name__} {streamer.way}"
     with pytest.raises(OwnError, match="no more"):
-        caller.stream(failing_rows(after), W, request_id=job_id)
+        streamer.stream(failing_rows(after), W, request_id=job_id)
     if after:
         assert outcome(small_blocks, job_id) == "CANCELLED"
     # The client is as good as before.
-    assert caller.stream(pairs(), W)[2].m == 400
+    assert streamer.stream(pairs(), W)[2].m == 400
 
 
 async def test_what_an_async_iterable_raises_is_raised_unchanged(
-    small_blocks: ServerProcess,
+    small_blocks: ServerProcess, stream_way: Way
 ) -> None:
     async def rows() -> AsyncIterator[Any]:
         yield X, DY
         raise OwnError("no more")
 
-    async with gradwire.AsyncClient(small_blocks.address) as client:
+    async with stream_way.async_client(small_blocks) as client:
         with pytest.raises(OwnError, match="no more"):
             async for _ in client.stream(rows(), W):
                 pass
@@ -319,18 +383,18 @@ async def test_what_an_async_iterable_raises_is_raised_unchanged(
     ],
 )
 def test_a_bad_item_ends_the_stream_with_its_number(
-    caller: Any, rows: Any, options: Any, says: str
+    streamer: Any, rows: Any, options: Any, says: str
 ) -> None:
     with pytest.raises(gradwire.InputError, match=says):
-        caller.stream(rows, W, **options)
+        streamer.stream(rows, W, **options)
 
 
-def test_rows_that_cannot_be_iterated_are_refused(caller: Any) -> None:
+def test_rows_that_cannot_be_iterated_are_refused(streamer: Any) -> None:
     with pytest.raises(gradwire.InputError, match="rows is a int, which cannot be"):
-        caller.stream(7, W)
+        streamer.stream(7, W)
 
 
-def test_progress_is_told_in_order_and_one_at_a_time(caller: Any) -> None:
+def test_progress_is_told_in_order_and_one_at_a_time(streamer: Any) -> None:
     seen: list[gradwire.Progress] = []
     busy = threading.Lock()
 
@@ -339,7 +403,7 @@ def test_progress_is_told_in_order_and_one_at_a_time(caller: Any) -> None:
         seen.append(progress)
         busy.release()
 
-    caller.stream(pairs(), W, on_progress=on_progress)
+    streamer.stream(pairs(), W, on_progress=on_progress)
     assert seen[0].m is None
     assert seen[0].bytes_to_send is None
     assert seen[-1] == gradwire.Progress(
@@ -356,10 +420,7 @@ def test_progress_is_told_in_order_and_one_at_a_time(caller: Any) -> None:
         assert values == sorted(values)
 
 
-@pytest.mark.parametrize("unary", [True, False], ids=["compute", "stream"])
-def test_what_on_progress_raises_is_raised_unchanged(caller: Any, unary: bool) -> None:
-    caller.tune(unary=unary)
-
+def test_what_on_progress_raises_is_raised_unchanged(caller: Any) -> None:
     def on_progress(progress: gradwire.Progress) -> None:
         if progress.bytes_sent:
             raise OwnError("enough")

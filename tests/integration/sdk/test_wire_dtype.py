@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import gradwire
 from bench.relay import Link
-from gradwire._base import Tuning
 from tests import oracle
-from tests.serving import ServerProcess, running_server
+from tests.integration.sdk import ways
+from tests.integration.sdk.ways import Way
+from tests.serving import ServerProcess
 
 M, N, K = 211, 30, 20
 NAMES = ("y", "dx", "dw")
@@ -77,7 +78,7 @@ def widened(result: Any) -> list[Any]:
 
 
 @settings(
-    max_examples=40,
+    max_examples=80,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -88,51 +89,51 @@ def widened(result: Any) -> list[Any]:
     wire_dtype=st.sampled_from(NARROW),
     # Down to where float16 has no digits left.
     scale=st.sampled_from([1.0, 30.0, 2.0**-13, 2.0**-22]),
-    unary=st.booleans(),
+    way=st.sampled_from(ways.WAYS),
     full=st.booleans(),
 )
 def test_the_error_is_within_the_stated_bound(
-    client: gradwire.Client,
+    caller_of: Any,
     m: int,
     n: int,
     k: int,
     wire_dtype: str,
     scale: float,
-    unary: bool,
+    way: Way,
     full: bool,
 ) -> None:
     x, w, dy = (np.float32(scale) * a for a in oracle.operands(m, n, k))
-    client._tuning = Tuning(unary=unary)
-    result = client.gradients(
+    result = caller_of("sync", way).gradients(
         x,
         w,
         dy,
         wire_dtype=wire_dtype,
         result_dtype={"dw": "float32"} if full else None,
     )
-    client._tuning = Tuning()
     assert_within_bounds(result, x, w, dy, wire_dtype, ("dw",) if full else ())
 
 
 @pytest.mark.parametrize("wire_dtype", NARROW)
-@pytest.mark.parametrize(
-    ("tuning", "options"),
-    [
-        ({"unary": True}, {}),
-        ({"unary": False}, {"checksum": True}),
-        ({"unary": False, "chunk_bytes": 50}, {}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("checksum", [False, True])
 def test_the_bits_are_those_of_operands_rounded_beforehand(
-    caller: Any, wire_dtype: str, tuning: Any, options: Any
+    caller: Any, wire_dtype: str, checksum: bool
 ) -> None:
     operands = oracle.operands(M, N, K)
     narrow = caller.gradients(*rounded(operands, wire_dtype))
-    caller.tune(**tuning)
-    result = caller.gradients(*operands, wire_dtype=wire_dtype, **options)
+    result = caller.gradients(*operands, wire_dtype=wire_dtype, checksum=checksum)
     assert_same(result, widened(narrow))
     assert result.receipt.blocks > 2
+
+
+@pytest.mark.parametrize("wire_dtype", NARROW)
+def test_the_bits_are_the_same_in_messages_that_split_rows(
+    streamer: Any, wire_dtype: str
+) -> None:
+    operands = oracle.operands(M, N, K)
+    narrow = streamer.gradients(*rounded(operands, wire_dtype))
+    streamer.tune(chunk_bytes=50)
+    result = streamer.gradients(*operands, wire_dtype=wire_dtype)
+    assert_same(result, widened(narrow))
 
 
 @pytest.mark.parametrize("wire_dtype", NARROW)
@@ -158,7 +159,7 @@ def test_the_network_carries_half_the_bytes(small_blocks: ServerProcess) -> None
     for wire_dtype in (None, "bfloat16"):
         with (
             Link(small_blocks.address) as link,
-            gradwire.connect(link.address, timeout_s=60) as client,
+            gradwire.connect(link.address, transport="tcp", timeout_s=60) as client,
         ):
             client.gradients(x, w, dy, wire_dtype=wire_dtype)
             counted[wire_dtype] = link.up_bytes, link.down_bytes
@@ -199,7 +200,7 @@ def test_forward_and_backward_take_it_too(caller: Any) -> None:
 @pytest.mark.parametrize("sizes", [[M], [1], [1, 0, 7, 64], [63]], ids=str)
 @pytest.mark.parametrize("wire_dtype", NARROW)
 def test_streams_of_rows_take_it_too(
-    caller: Any, known: bool, sizes: list[int], wire_dtype: str
+    streamer: Any, known: bool, sizes: list[int], wire_dtype: str
 ) -> None:
     x, w, dy = oracle.operands(M, N, K)
 
@@ -210,12 +211,12 @@ def test_streams_of_rows_take_it_too(
             yield x[row : row + size], dy[row : row + size]
             row, number = row + size, number + 1
 
-    blocks, dw, receipt = caller.stream(
+    blocks, dw, receipt = streamer.stream(
         parts(), w, m=M if known else None, wire_dtype=wire_dtype
     )
     y = np.concatenate([block.y for block in blocks])
     dx = np.concatenate([block.dx for block in blocks])
-    expected = caller.gradients(*rounded((x, w, dy), wire_dtype))
+    expected = streamer.gradients(*rounded((x, w, dy), wire_dtype))
     assert_same((y, dx, dw), widened(expected))
     assert receipt.dtype == wire_dtype
 
@@ -229,11 +230,7 @@ def out_arrays(layout: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layout", ["C", "F", "big-endian"])
-@pytest.mark.parametrize("unary", [True, False], ids=["compute", "stream"])
-def test_results_go_to_the_callers_float32_arrays(
-    caller: Any, layout: str, unary: bool
-) -> None:
-    caller.tune(unary=unary)
+def test_results_go_to_the_callers_float32_arrays(caller: Any, layout: str) -> None:
     operands = oracle.operands(M, N, K)
     expected = widened(caller.gradients(*rounded(operands, "bfloat16")))
     out = out_arrays(layout)
@@ -265,11 +262,7 @@ def torch_tensor(array: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", [fortran, big_endian, nested_rows, torch_tensor])
-@pytest.mark.parametrize("unary", [True, False], ids=["compute", "stream"])
-def test_every_kind_of_array_is_rounded_the_same(
-    caller: Any, kind: Any, unary: bool
-) -> None:
-    caller.tune(unary=unary)
+def test_every_kind_of_array_is_rounded_the_same(caller: Any, kind: Any) -> None:
     operands = oracle.operands(M, N, K)
     expected = caller.gradients(*operands, wire_dtype="bfloat16")
     given = (kind(operand) for operand in operands)
@@ -289,11 +282,7 @@ def test_leading_dimensions_come_back(caller: Any, lead: tuple[int, ...]) -> Non
     assert oracle.same_bits(result.y.reshape(-1, K), flat.y)
 
 
-@pytest.mark.parametrize("unary", [True, False], ids=["compute", "stream"])
-def test_a_finite_operand_that_would_be_inf_is_refused(
-    caller: Any, unary: bool
-) -> None:
-    caller.tune(unary=unary)
+def test_a_finite_operand_that_would_be_inf_is_refused(caller: Any) -> None:
     x, w, dy = oracle.operands(M, N, K)
     x[200, 7] = 65520
     says = "x has 65520 in row 200, column 7, and float16 ends at 65504"
@@ -307,39 +296,13 @@ def test_a_finite_operand_that_would_be_inf_is_refused(
 
 
 @pytest.mark.parametrize("size", [1, 50])
-def test_a_stream_names_the_row_of_the_whole_job(caller: Any, size: int) -> None:
+def test_a_stream_names_the_row_of_the_whole_job(streamer: Any, size: int) -> None:
     x, w, dy = oracle.operands(M, N, K)
     dy[200, 7] = -1e6
     parts = [(x[at : at + size], dy[at : at + size]) for at in range(0, M, size)]
     says = r"dy has -1e\+06 in row 200, column 7, and float16"
     with pytest.raises(gradwire.InputError, match=says):
-        caller.stream(parts, w, wire_dtype="float16")
-
-
-@pytest.mark.parametrize("wire_dtype", NARROW)
-def test_several_connections_give_the_same_bits(
-    small_blocks: ServerProcess, wire_dtype: str
-) -> None:
-    x, w, dy = oracle.operands(2000, N, K)
-    with gradwire.connect(small_blocks.address, transport="tcp") as client:
-        expected = client.gradients(x, w, dy, wire_dtype=wire_dtype)
-    with gradwire.connect(
-        small_blocks.address, transport="tcp", channels=3, timeout_s=60
-    ) as client:
-        client._tuning = Tuning(unary=False, chunk_bytes=1000)
-        for order in ("C", "F"):
-            dx: Any = np.empty(x.shape, np.float32, order=order)
-            result = client.gradients(x, w, dy, wire_dtype=wire_dtype, out={"dx": dx})
-            assert result.receipt.connections == 3
-            assert_same((result.y, np.ascontiguousarray(dx), result.dw), expected)
-        pairs = [(x[at : at + 50], dy[at : at + 50]) for at in range(0, 2000, 50)]
-        with client.stream(pairs, w, wire_dtype=wire_dtype) as stream:
-            y = np.concatenate([block.y for block in stream if block.y is not None])
-        assert_same((y, expected.dx, stream.dw), expected)
-        x[1500, 3] = 1e6
-        if wire_dtype == "float16":
-            with pytest.raises(gradwire.InputError, match=r"1e\+06 in row 1500"):
-                client.gradients(x, w, dy, wire_dtype=wire_dtype)
+        streamer.stream(parts, w, wire_dtype="float16")
 
 
 def test_nan_and_infinity_are_data_and_a_result_too_large_is_inf(caller: Any) -> None:
@@ -361,40 +324,17 @@ def test_operands_of_another_dtype_are_refused(caller: Any) -> None:
         caller.gradients(*operands, wire_dtype="float64")
 
 
-@pytest.fixture(scope="module")
-def sharing() -> Iterator[ServerProcess]:
-    with running_server(allow_shared_memory=True, block_bytes=4096) as server:
-        yield server
-
-
 @pytest.mark.parametrize("wire_dtype", NARROW)
-@pytest.mark.parametrize("transport", ["auto", "shm"])
-@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
 @pytest.mark.parametrize("given", [True, False], ids=["out", "fresh"])
-def test_shared_memory_gives_the_same_bits(
-    sharing: ServerProcess, wire_dtype: str, transport: str, inside: bool, given: bool
+def test_arrays_that_the_client_handed_out_stay_float32(
+    caller: Any, wire_dtype: str, given: bool
 ) -> None:
     operands = oracle.operands(M, N, K)
-    with gradwire.connect(sharing.address, transport="tcp") as client:
-        expected = client.gradients(*operands, wire_dtype=wire_dtype)
-    with gradwire.connect(sharing.address, transport=transport) as client:
-
-        def array(shape: tuple[int, ...]) -> Any:
-            return client.empty(shape) if inside else np.empty(shape, np.float32)
-
-        arrays = [array(operand.shape) for operand in operands]
-        for one, operand in zip(arrays, operands, strict=True):
-            one[...] = operand
-        out = tuple(array(a.shape) for a in expected) if given else None
-        result = client.gradients(*arrays, wire_dtype=wire_dtype, out=out)
-        assert_same(result, expected)
-        if transport == "shm":
-            assert result.receipt.transport == "shm"
-        # The operands are the caller's, and still float32.
-        assert_same(arrays, operands)
-        arrays[0][5, 5] = np.inf
-        arrays[0][6, 6] = 1e5
-        if wire_dtype == "float16":
-            with pytest.raises(gradwire.InputError, match="x has 100000 in row 6"):
-                client.gradients(*arrays, wire_dtype=wire_dtype)
-            assert_same(client.gradients(*operands, wire_dtype=wire_dtype), expected)
+    expected = widened(caller.gradients(*rounded(operands, wire_dtype)))
+    arrays = [caller.empty(operand.shape) for operand in operands]
+    for one, operand in zip(arrays, operands, strict=True):
+        one[...] = operand
+    out = tuple(caller.empty(a.shape) for a in expected) if given else None
+    result = caller.gradients(*arrays, wire_dtype=wire_dtype, out=out)
+    assert_same(result, expected)
+    assert_same(arrays, operands)
