@@ -339,7 +339,7 @@ class Stream:
                 break
             assert message.WhichOneof("message") == "block"
             name = matrix_pb2.Matrix.Name(message.block.matrix)[7:].lower()
-            itemsize = _result_dtype(job, name).itemsize
+            itemsize = result_dtype(job, name).itemsize
             count, rest = divmod(len(message.block.data), itemsize)
             assert rest == 0
             assert count > 0
@@ -353,7 +353,7 @@ class Stream:
         m, n, k = outcome.receipt.m, job.n, job.k
         shapes = {"y": (m, k), "dx": (m, n), "dw": (n, k)}
         for name, data in parts.items():
-            elements = np.frombuffer(b"".join(data), _result_dtype(job, name))
+            elements = np.frombuffer(b"".join(data), result_dtype(job, name))
             outcome.arrays[name] = elements.reshape(shapes[name])
         return outcome
 
@@ -367,7 +367,7 @@ class Stream:
         raise AssertionError("the call ended well")
 
 
-def _result_dtype(job: job_pb2.Job, name: str) -> np.dtype[Any]:
+def result_dtype(job: job_pb2.Job, name: str) -> np.dtype[Any]:
     return DTYPES[matrix_pb2.Dtype.Name(getattr(job, name).dtype)[6:].lower()]
 
 
@@ -417,7 +417,7 @@ def compute_request(
     job = response.accepted.effective_job
     shapes = {"y": (job.m, job.k), "dx": (job.m, job.n), "dw": (job.n, job.k)}
     arrays = {
-        name: np.frombuffer(getattr(response, name), _result_dtype(job, name)).reshape(
+        name: np.frombuffer(getattr(response, name), result_dtype(job, name)).reshape(
             shape
         )
         for name, shape in shapes.items()

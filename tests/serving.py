@@ -92,7 +92,8 @@ def running_server(
         env: Environment variables beside this process's.
         settings: Fields of `Settings`; those left out are the defaults, but
             that it listens on port 0 of 127.0.0.1, computes with NumPy and
-            drains for at most a second.
+            drains for at most a second. And `by_class`: whether it reads every
+            message of a stream by the generated class.
     """
     settings = {
         "listen": ["127.0.0.1:0"],
@@ -153,8 +154,11 @@ class _JsonFormatter(logging.Formatter):
 
 
 async def _serve(settings: dict[str, Any]) -> None:
+    from gradwire.wire import framing
     from gradwire_server import Server, Settings
 
+    if settings.pop("by_class", False):
+        framing.decode_request = framing.decode_request_by_class
     lists_as_tuples = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()
