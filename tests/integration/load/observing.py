@@ -38,7 +38,30 @@ def peak(server: ServerProcess) -> int:
 
 def forget_peak(server: ServerProcess) -> None:
     """Begins to measure the peak afresh: see clear_refs in proc(5)."""
-    Path(f"/proc/{server.pid}/clear_refs").write_text("5")
+    forget_peak_of(server.pid)
+
+
+def forget_peak_of(pid: int) -> None:
+    """The same of any process."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def memory_apart(pid: int) -> int:
+    """Resident set of a process without what it shares, bytes.
+
+    Pages of regions count in the resident set of both sides that touched
+    them, and are the one memory of the job's matrices.
+    """
+    return memory_of(pid, "VmRSS") - memory_of(pid, "RssShmem")
+
+
+def peak_apart(pid: int) -> int:
+    """The highest of that since `forget_peak`, or a little more, bytes.
+
+    While a region lasts, so do its pages: then no more of them were there when
+    the resident set was highest than are now.
+    """
+    return memory_of(pid, "VmHWM") - memory_of(pid, "RssShmem")
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
 from gradwire.v1 import job_pb2
-from tests.integration.load.observing import MIB, forget_peak, peak, resident
+from gradwire.wire.limits import MAX_MESSAGE_BYTES
+from gradwire_server.admission import CALL_BYTES
+from tests.integration.load.observing import (
+    MIB,
+    forget_peak,
+    memory_apart,
+    module,
+    peak,
+    peak_apart,
+    resident,
+)
 from tests.raw import (
     DTYPES,
     Outcome,
@@ -143,6 +155,95 @@ def test_memory_does_not_creep(server, channel):
     for _ in range(60):
         stream_job(channel, problem)
     assert resident(server) <= before + ALLOWANCE // 4
+
+
+TCP: dict[str, Any] = {"transport": "tcp"}
+SHM: dict[str, Any] = {"transport": "shm"}
+STREAMED = {"rows": 32_000, "times": 20}
+HALF = {"wire_dtype": "bfloat16", "result_dtype": {"dw": "float32"}}
+IN_ARRAYS = {"rows": 400_000, "inside": False}
+
+
+@pytest.fixture(scope="module")
+def reached_in_every_way(tmp_path_factory) -> Iterator[ServerProcess]:
+    """A server whose blocks are small beside what its clients move."""
+    unix = tmp_path_factory.mktemp("unix") / "socket"
+    with running_server(
+        listen=["127.0.0.1:0", f"unix:{unix}"],
+        allow_shared_memory=True,
+        block_bytes=MIB,
+    ) as process:
+        yield process
+
+
+@pytest.mark.parametrize(
+    ("transport", "connect", "job"),
+    [
+        pytest.param("tcp", TCP, STREAMED, id="stream-tcp"),
+        pytest.param("tcp", {**TCP, "channels": 2}, STREAMED, id="stream-2-channels"),
+        pytest.param("tcp", {**TCP, "channels": 4}, STREAMED, id="stream-4-channels"),
+        pytest.param("unix", TCP, STREAMED, id="stream-unix"),
+        pytest.param(
+            "tcp",
+            TCP,
+            STREAMED | {"times": 40, "options": HALF},
+            id="stream-wire-dtype",
+        ),
+        pytest.param("tcp", TCP, IN_ARRAYS, id="arrays-tcp"),
+        pytest.param("tcp", {**TCP, "channels": 2}, IN_ARRAYS, id="arrays-2-channels"),
+        pytest.param("tcp", {**TCP, "channels": 4}, IN_ARRAYS, id="arrays-4-channels"),
+        pytest.param("unix", TCP, IN_ARRAYS, id="arrays-unix"),
+        pytest.param(
+            "tcp",
+            TCP,
+            IN_ARRAYS | {"rows": 800_000, "options": HALF},
+            id="arrays-wire-dtype",
+        ),
+        pytest.param("shm", SHM, IN_ARRAYS | {"inside": True}, id="arrays-shm"),
+        pytest.param("shm", SHM, IN_ARRAYS, id="arrays-shm-copied"),
+    ],
+)
+def test_neither_side_takes_more_than_a_job_reserved(
+    reached_in_every_way, transport, connect, job
+):
+    """A client holds no more row blocks and messages than its server does.
+
+    What is shared between the two is neither's: it is the job's matrices.
+    """
+    server = reached_in_every_way
+    address = server.addresses[transport == "unix"]
+    arguments = (address, json.dumps(connect), json.dumps(job))
+    with module("client", *arguments) as process:
+        before = memory_apart(server.pid)
+        forget_peak(server)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        seen = json.loads(process.stdout.readline())
+        took = peak_apart(server.pid) - before
+    assert seen["transport"] == transport
+    assert seen["connections"] == connect.get("channels", 1)
+    allowed = seen["reserved_bytes"] + ALLOWANCE
+    assert seen["took_bytes"] <= allowed
+    assert took <= allowed
+    # Had either kept one side's matrices, it would be over.
+    assert seen["moved_bytes"] > 2 * allowed
+
+
+def test_each_further_connection_reserves_a_row_block_and_its_messages(channel):
+    problem = whole_numbers(1, 64, 64)
+    accepted = []
+    for connections in (1, 2, 4, 16):
+        with Stream(channel) as stream:
+            stream.send(problem.job(m=10**6, connections=connections))
+            accepted.append(stream.receive_accepted().accepted)
+    slot = accepted[0].block_rows * 4 * 64 * 4  # rows of x, dy, y and dx
+    messages = 2 * (MAX_MESSAGE_BYTES + (1 << 20))
+    least = accepted[0].reserved_bytes
+    assert 3 * slot + messages < least < 3 * slot + messages + 8 * MIB
+    for one in accepted[1:]:
+        others = one.effective_job.connections - 1
+        more = others * (slot + messages + CALL_BYTES)
+        assert one.reserved_bytes == least + more
 
 
 @pytest.mark.big
