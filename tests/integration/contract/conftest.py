@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import grpc
 import pytest
@@ -22,16 +26,32 @@ def assert_untroubled(server: ServerProcess) -> None:
     assert not troubles
 
 
+@contextmanager
+def serving_both(**settings: Any) -> Iterator[ServerProcess]:
+    """A server that listens on a port and on a unix socket, in this order."""
+    with TemporaryDirectory(prefix="gradwire-test-") as directory:
+        listen = ["127.0.0.1:0", f"unix:{Path(directory) / 'socket'}"]
+        with running_server(listen=listen, **settings) as process:
+            yield process
+            assert_untroubled(process)
+
+
 @pytest.fixture(scope="session")
 def small_blocks() -> Iterator[ServerProcess]:
     """A server that all tests share which leave it unharmed."""
-    with running_server(block_bytes=BLOCK_BYTES) as process:
+    with serving_both(block_bytes=BLOCK_BYTES) as process:
         yield process
-        assert_untroubled(process)
+
+
+@pytest.fixture(scope="session", params=["tcp", "unix"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """What a receipt calls the way to the server."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")
-def channel(small_blocks: ServerProcess) -> Iterator[grpc.Channel]:
+def channel(small_blocks: ServerProcess, transport: str) -> Iterator[grpc.Channel]:
     """A channel to that server, with no options."""
-    with grpc.insecure_channel(small_blocks.address) as opened:
+    address = small_blocks.addresses[transport == "unix"]
+    with grpc.insecure_channel(address) as opened:
         yield opened

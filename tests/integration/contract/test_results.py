@@ -361,7 +361,7 @@ def test_a_field_of_the_future_is_not_answered(channel):
     assert future not in answered.SerializeToString()
 
 
-def test_the_receipt_counts_what_moved(channel):
+def test_the_receipt_counts_what_moved(channel, transport):
     problem = whole_numbers(50, 10, 6)
     outcome = stream_job(channel, problem, job_id="counted")
     receipt = outcome.receipt
@@ -373,7 +373,7 @@ def test_the_receipt_counts_what_moved(channel):
     assert receipt.bytes_sent == 4 * (50 * 6 + 50 * 10 + 10 * 6)
     assert receipt.device == outcome.accepted.device
     assert receipt.device.backend == "numpy"
-    assert receipt.transport == "tcp"
+    assert receipt.transport == transport
     assert receipt.peak_memory_bytes > 1 << 20
     assert receipt.total_seconds > 0
     for stage in ("queued", "receiving", "computing", "sending"):

@@ -16,7 +16,7 @@ from grpc import StatusCode
 
 from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire.wire.limits import SERVICE
-from tests.integration.contract.conftest import assert_untroubled
+from tests.integration.contract.conftest import assert_untroubled, serving_both
 from tests.integration.load.observing import wait_until
 from tests.raw import (
     TIMEOUT_S,
@@ -227,9 +227,12 @@ IDLE = SMALL.job(job_id="idle")
 
 
 @pytest.fixture(scope="module")
-def impatient() -> Iterator[tuple[ServerProcess, grpc.Channel]]:
-    with serving(idle_timeout=0.4, max_jobs=2) as server_and_channel:
-        yield server_and_channel
+def impatient(transport) -> Iterator[tuple[ServerProcess, grpc.Channel]]:
+    with (
+        serving_both(block_bytes=1024, idle_timeout=0.4, max_jobs=2) as server,
+        grpc.insecure_channel(server.addresses[transport == "unix"]) as channel,
+    ):
+        yield server, channel
 
 
 @pytest.mark.parametrize(
