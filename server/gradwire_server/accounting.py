@@ -167,8 +167,8 @@ def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
         "transport": call.transport,
         "total_s": round(time.perf_counter() - call.started, 6),
     }
-    if call.spec is not None:
-        spec = call.spec
+    if call.read is not None:
+        spec = call.read.spec
         fields |= {
             "m": spec.m,
             "n": spec.n,

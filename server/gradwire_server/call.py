@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gradwire_server.errors import JobError
-from gradwire_server.plan import Plan
-from gradwire_server.spec import JobSpec
+from gradwire_server.headers import Header
 
 
 @dataclass(slots=True)
@@ -36,8 +35,8 @@ class Call:
     method: str
     transport: str
     job_id: str = ""
-    spec: JobSpec | None = None
-    plan: Plan | None = None
+    read: Header | None = None
+    """Its job's header, once it was read."""
     admitted: bool = False
     complete: bool = False
     """Whether everything was answered."""
@@ -66,8 +65,8 @@ class Call:
             raise self.refusal
 
     @property
-    def header(self) -> tuple[JobSpec, Plan]:
-        """What was asked and how it is cut, once that is known."""
-        if self.spec is None or self.plan is None:
+    def header(self) -> Header:
+        """Its job's header, which was read."""
+        if self.read is None:
             raise RuntimeError("the job's header was not read")
-        return self.spec, self.plan
+        return self.read

@@ -90,8 +90,8 @@ class InPlaceJob:
         while begun:
             await begun.popleft()
         counts.m = m
-        counts.bytes_received = sum(map(spec.whole_bytes, spec.operands))
-        counts.bytes_sent = sum(map(spec.whole_bytes, spec.results))
+        counts.bytes_received = spec.operands_bytes
+        counts.bytes_sent = spec.results_bytes
 
     def _finish(self, arrays: Mapping[Matrix, Array]) -> None:
         """Runs in the lane's thread."""

@@ -10,7 +10,8 @@ import grpc
 from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse, Limits
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.limits import CONTRACT, MAX_PAYLOAD_BYTES
-from gradwire_server.service import Service, device_message
+from gradwire_server.headers import device_message
+from gradwire_server.service import Service
 
 
 def describe(service: Service, backend_reason: str) -> GetServerInfoResponse:

@@ -26,7 +26,7 @@ from gradwire_server.lane import Lane
 from gradwire_server.plan import Plan
 from gradwire_server.ring import Ring
 from gradwire_server.spec import JobSpec
-from gradwire_server.timeline import Observe, Stage, unobserved
+from gradwire_server.timeline import ObserveJob, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,9 @@ class RunningJob:
         lane: Lane,
         counts: Counts,
         *,
-        observe: Observe = unobserved,
+        observe: ObserveJob,
     ) -> None:
-        self._observe = partial(observe, spec.job_id)
+        self._observe = observe
         self._counts = counts
         self.spec = spec
         self._plan = plan

@@ -20,21 +20,21 @@ from gradwire.wire.limits import SHARED_MEMORY
 from gradwire.wire.matrices import Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.admission import CALL_BYTES, Admission
-from gradwire_server.backends.base import Array, Backend, DeviceInfo
+from gradwire_server.backends.base import Array, Backend
 from gradwire_server.call import Call
 from gradwire_server.computation import Computation
 from gradwire_server.connections import Connections, Joinable
 from gradwire_server.errors import JobError
+from gradwire_server.headers import Headers
 from gradwire_server.in_place import InPlaceJob
 from gradwire_server.job import RunningJob
 from gradwire_server.lane import Lane
 from gradwire_server.memory import give_back, peak_resident_bytes
 from gradwire_server.patience import patience
-from gradwire_server.placement import check_sizes, read_places
-from gradwire_server.plan import make_plan
+from gradwire_server.placement import check_sizes
 from gradwire_server.regions import Regions
 from gradwire_server.settings import Settings
-from gradwire_server.spec import FEATURES, JobSpec, job_name, read_job
+from gradwire_server.spec import FEATURES, JobSpec, job_name
 from gradwire_server.timeline import Observe, unobserved
 
 
@@ -68,6 +68,13 @@ class Service:
         self.lanes = [
             Lane(device.index, backend.enter_lane) for device in backend.devices
         ]
+        self._headers = Headers(
+            backend,
+            backend.devices[self.lanes[0].device],
+            self.features,
+            settings.block_bytes,
+            self.instance,
+        )
         self._running: set[asyncio.Task[object]] = set()
         self._tidying: asyncio.TimerHandle | None = None
 
@@ -78,12 +85,10 @@ class Service:
             JobError: The header asks for what is wrong, unknown or impossible.
         """
         call.job_id = job_name(header)
-        spec = read_job(header, call.job_id, self.backend.max_columns, self.features)
-        call.spec = read_places(header, spec, self.features)
-        if call.spec.places:
+        call.read = self._headers.read(header)
+        if call.read.spec.places:
             call.transport = "shm"
-        call.plan = make_plan(call.spec, self.settings.block_bytes)
-        return call.spec
+        return call.read.spec
 
     @asynccontextmanager
     async def admitted(
@@ -102,8 +107,7 @@ class Service:
         Yields:
             The lane that the job is to run on.
         """
-        spec, plan = call.header
-        call.reserved_bytes = host_bytes + self.backend.job_bytes(spec, plan.slot_rows)
+        call.reserved_bytes = host_bytes + call.header.backend_bytes
         async with self.admission.job(call.reserved_bytes, on_wait):
             call.queued_s = time.perf_counter() - call.started
             call.admitted = True
@@ -127,16 +131,17 @@ class Service:
         Yields:
             The job, and the connections over which it travels.
         """
-        spec, plan = call.header
+        spec, plan = call.header.spec, call.header.plan
         others = spec.connections - 1
         host_bytes = plan.region_bytes + message_bytes
         host_bytes += others * (message_bytes + CALL_BYTES)
         idle_s = self.settings.idle_timeout
-        with self.joinable.open(spec.job_id, spec.connections, idle_s) as connections:
+        observe = partial(self.observe, call.job_id)
+        with self.joinable.open(call.job_id, spec.connections, idle_s) as connections:
             async with (
                 self.admitted(call, host_bytes, on_wait) as lane,
                 RunningJob(
-                    spec, plan, self.backend, lane, call.counts, observe=self.observe
+                    spec, plan, self.backend, lane, call.counts, observe=observe
                 ) as job,
             ):
                 with self.admission.joins(others):
@@ -156,7 +161,7 @@ class Service:
             message_bytes: What its messages hold.
             on_wait: Told how many jobs are ahead.
         """
-        spec, plan = call.header
+        spec, plan = call.header.spec, call.header.plan
         with self.regions.used(spec.regions) as regions:
             check_sizes(spec, [region.size_bytes for region in regions])
             async with self.admitted(call, message_bytes, on_wait) as lane:
@@ -177,7 +182,7 @@ class Service:
         Returns:
             The wanted results.
         """
-        spec, plan = call.header
+        spec, plan = call.header.spec, call.header.plan
         async with self.admitted(call, message_bytes, _not_told) as lane:
             whole = Computation(spec, plan, self.backend, lane.device, call.counts)
             if spec.operations < self.backend.at_once_operations:
@@ -190,33 +195,21 @@ class Service:
                 finally:
                     await lane.discard(call)
         call.counts.m = spec.m or 0
-        call.counts.bytes_received = sum(map(len, operands.values()))
-        call.counts.bytes_sent = sum(result.nbytes for result in results.values())
+        call.counts.bytes_received = spec.operands_bytes
+        call.counts.bytes_sent = spec.results_bytes
         return results
 
     def accepted(self, call: Call, join_token: str = "") -> job_pb2.Accepted:
         """What the client is told before it sends W."""
-        spec, plan = call.header
-        device = self.backend.devices[self.lanes[0].device]
-        return job_pb2.Accepted(
-            server_instance=self.instance,
-            block_rows=plan.block_rows,
-            window_rows=plan.window_rows,
-            reserved_bytes=call.reserved_bytes,
-            device=device_message(device),
-            fingerprint=job_pb2.NumericsFingerprint(
-                library=device.library,
-                device=device.name,
-                threads=device.threads,
-                block_rows=plan.block_rows,
-            ),
-            effective_job=spec.echo(),
-            join_token=join_token,
-        )
+        accepted = job_pb2.Accepted()
+        accepted.CopyFrom(call.header.announced)
+        accepted.effective_job.job_id = call.job_id
+        accepted.reserved_bytes = call.reserved_bytes
+        accepted.join_token = join_token
+        return accepted
 
     def receipt(self, call: Call) -> job_pb2.Receipt:
         """What the client is told at the end."""
-        spec, _ = call.header
         counts = call.counts
         return job_pb2.Receipt(
             job_id=call.job_id,
@@ -230,10 +223,10 @@ class Service:
             computing_seconds=counts.computing_s,
             sending_seconds=call.sending_s,
             total_seconds=time.perf_counter() - call.started,
-            device=device_message(self.backend.devices[self.lanes[0].device]),
+            device=call.header.announced.device,
             peak_memory_bytes=peak_resident_bytes(),
             transport=call.transport,
-            connections=spec.connections,
+            connections=call.header.spec.connections,
         )
 
     @asynccontextmanager
@@ -336,13 +329,3 @@ async def _not_told(_: int) -> None:
 
 
 _GRACE_IS_OVER = "the grace period is over"
-
-
-def device_message(device: DeviceInfo) -> job_pb2.Device:
-    """A device, as the contract describes it."""
-    return job_pb2.Device(
-        backend=device.backend,
-        index=device.index,
-        name=device.name,
-        memory_bytes=device.memory_bytes,
-    )

@@ -141,7 +141,7 @@ class GradientServicer:
     async def _compute_in_place(
         self, call: Call, stream: Stream, message_bytes: int
     ) -> None:
-        spec, _ = call.header
+        spec = call.header.spec
         async with self._service.in_place(
             call, message_bytes, stream.tell_queued
         ) as job:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire.wire import checksum
@@ -44,11 +45,10 @@ class Place:
 _WIDEST = max(dtype.itemsize for dtype in Dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class JobSpec:
-    """A job as this server understood it."""
+    """What a job's header asks for, as this server understood it."""
 
-    job_id: str
     m: int | None
     """Rows of X and dY; None while it is open."""
     n: int
@@ -69,7 +69,7 @@ class JobSpec:
     connections: int = 1
     """Over how many connections the job travels."""
 
-    @property
+    @cached_property
     def operands(self) -> tuple[Matrix, ...]:
         """The operands that the client sends, in the order X, W, dY."""
         return operands_for(self.results)
@@ -84,22 +84,39 @@ class JobSpec:
 
     def whole_bytes(self, matrix: Matrix) -> int:
         """Bytes of `matrix`, once m is known."""
-        rows = self.n if matrix in {Matrix.W, Matrix.DW} else self.m or 0
-        return rows * self.row_length(matrix) * self.dtype_of(matrix).itemsize
+        return self._whole_bytes[matrix]
 
-    @property
+    @cached_property
+    def operands_bytes(self) -> int:
+        """Bytes of all operands, once m is known."""
+        return sum(map(self.whole_bytes, self.operands))
+
+    @cached_property
+    def results_bytes(self) -> int:
+        """Bytes of all results, once m is known."""
+        return sum(map(self.whole_bytes, self.results))
+
+    @cached_property
+    def _whole_bytes(self) -> dict[Matrix, int]:
+        sizes = {}
+        for matrix in Matrix:
+            rows = self.n if matrix in {Matrix.W, Matrix.DW} else self.m or 0
+            itemsize = self.dtype_of(matrix).itemsize
+            sizes[matrix] = rows * self.row_length(matrix) * itemsize
+        return sizes
+
+    @cached_property
     def operations(self) -> int:
         """Multiplications and additions of the job, once m is known."""
         return 2 * len(self.results) * (self.m or 0) * self.n * self.k
 
     def echo(self) -> job_pb2.Job:
-        """The header with every default filled in.
+        """The header with every default filled in, without the job's id.
 
         It is built from what was understood, not copied from what came: an
         option of a newer contract must not come back as if it were in effect.
         """
         job = job_pb2.Job(
-            job_id=self.job_id,
             m=self.m,
             n=self.n,
             k=self.k,
@@ -149,22 +166,11 @@ def job_name(job: job_pb2.Job) -> str:
     return given
 
 
-def read_job(
-    job: job_pb2.Job,
-    job_id: str,
-    max_columns: int,
-    features: tuple[str, ...] = FEATURES,
-) -> JobSpec:
-    """Checks a header, in the order in which its fields depend on each other.
-
-    Args:
-        job: The header.
-        job_id: The id by which the job is known.
-        max_columns: Largest n and k that the backend takes.
-        features: What this server offers.
+def check_size(job: job_pb2.Job) -> None:
+    """Checks that a header is none that fills memory.
 
     Raises:
-        JobError: The header asks for what is wrong, unknown or impossible.
+        JobError: It is.
     """
     size = job.ByteSize()
     if size > MAX_HEADER_BYTES:
@@ -173,6 +179,23 @@ def read_job(
             f"job has {size} bytes: a header has at most {MAX_HEADER_BYTES}",
             field="job",
         )
+
+
+def read_job(
+    job: job_pb2.Job,
+    max_columns: int,
+    features: tuple[str, ...] = FEATURES,
+) -> JobSpec:
+    """Checks a header, in the order in which its fields depend on each other.
+
+    Args:
+        job: The header.
+        max_columns: Largest n and k that the backend takes.
+        features: What this server offers.
+
+    Raises:
+        JobError: The header asks for what is wrong, unknown or impossible.
+    """
     m = job.m if job.HasField("m") else None
     _check_shape(m, job.n, job.k, max_columns)
     dtype = _dtype(job.dtype, "job.dtype")
@@ -180,7 +203,6 @@ def read_job(
     _check_operands(job, results)
     numerics = job.numerics
     return JobSpec(
-        job_id=job_id,
         m=m,
         n=job.n,
         k=job.k,

@@ -35,5 +35,9 @@ the lanes' threads, and must be quick.
 """
 
 
+ObserveJob: TypeAlias = Callable[[Stage, int | None], object]
+"""The same for one job, whose id it knows."""
+
+
 def unobserved(job_id: str, stage: Stage, block: int | None) -> None:
     """Nobody looks."""

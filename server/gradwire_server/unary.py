@@ -40,8 +40,10 @@ def whole_operands(
             f"has more",
             field="job.connections",
         )
-    for name, matrices in (("request", spec.operands), ("response", spec.results)):
-        size = sum(spec.whole_bytes(matrix) for matrix in matrices)
+    for name, size in (
+        ("request", spec.operands_bytes),
+        ("response", spec.results_bytes),
+    ):
         if size > MAX_COMPUTE_BYTES:
             raise JobError(
                 Reason.STREAM_REQUIRED,
@@ -67,6 +69,4 @@ def whole_operands(
 
 def message_bytes(spec: JobSpec) -> int:
     """What a call holds: operands and results as matrices, fields and messages."""
-    operands = sum(spec.whole_bytes(operand) for operand in spec.operands)
-    results = sum(spec.whole_bytes(result) for result in spec.results)
-    return 2 * operands + 3 * results
+    return 2 * spec.operands_bytes + 3 * spec.results_bytes

@@ -22,7 +22,6 @@ def make_spec(
     places: dict[Matrix, Place] | None = None,
 ) -> JobSpec:
     return JobSpec(
-        job_id="test",
         m=m,
         n=n,
         k=k,
