@@ -68,6 +68,10 @@ class Crew:
         Raises:
             Exception: What a piece raised.
         """
+        if alone:
+            for piece in pieces:
+                piece()
+            return
         left = iter(pieces)
         lock = Lock()
 
@@ -79,7 +83,7 @@ class Crew:
                     return
                 piece()
 
-        helpers = 0 if alone else min(self.threads, len(pieces)) - 1
+        helpers = min(self.threads, len(pieces)) - 1
         done = [self._pool.submit(work) for _ in range(helpers)]
         try:
             work()

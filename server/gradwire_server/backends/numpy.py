@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,9 +121,9 @@ class NumpyJob:
             for purpose, shape in _scratch_shapes(spec, block_rows).items()
         }
         self._panels: SimpleQueue[Array] = SimpleQueue()
+        panel_elements = _panel_elements(spec)
         for _ in range(crew.threads):
-            panel = np.empty(_panel_elements(spec), spec.dtype.sums_in.numpy)
-            self._panels.put(panel)
+            self._panels.put(np.empty(panel_elements, spec.dtype.sums_in.numpy))
         self._w: Array | None = None
         self._dw: Array | None = None
         self._dw_begun = False
@@ -247,16 +249,18 @@ def _multiply(a: Array, b: Array, out: _Result, part: tuple[slice, slice]) -> No
         np.copyto(out.rounded[part], out.computed[part], casting="unsafe")
 
 
+@functools.lru_cache(512)
 def _cuts(
     rows: int, columns: int, most_elements: int | None = None
-) -> list[tuple[slice, slice]]:
+) -> Sequence[tuple[slice, slice]]:
     """The pieces of a product with elements: of its rows, or of its columns.
 
     Every piece needs one operand whole, which BLAS packs again for each:
-    cutting the longer side makes that the smaller operand.
+    cutting the longer side makes that the smaller operand. The first piece is
+    as large as any.
     """
     if not rows or not columns:
-        return []
+        return ()
     length, other = max(rows, columns), min(rows, columns)
     size = max(-(-length // PARTS), min(PIECE, -(-length // 2)), SMALL_PIECE)
     if most_elements is not None:
@@ -264,8 +268,8 @@ def _cuts(
     cuts = [slice(at, min(at + size, length)) for at in range(0, length, size)]
     whole = slice(None)
     if rows >= columns:
-        return [(cut, whole) for cut in cuts]
-    return [(whole, cut) for cut in cuts]
+        return tuple((cut, whole) for cut in cuts)
+    return tuple((whole, cut) for cut in cuts)
 
 
 def _sums_in_place(spec: JobSpec) -> bool:
@@ -297,10 +301,10 @@ def _panel_elements(spec: JobSpec) -> int:
         return 0
     n, k = spec.n, spec.k
     cuts = _cuts(n, k, PANEL_BYTES // spec.dtype.sums_in.itemsize)
-    return max(
-        (len(range(n)[rows]) * len(range(k)[columns]) for rows, columns in cuts),
-        default=0,
-    )
+    if not cuts:
+        return 0
+    rows, columns = cuts[0]
+    return len(range(n)[rows]) * len(range(k)[columns])
 
 
 def _processor() -> str:
