@@ -158,6 +158,8 @@ async def _fail(call: Call, context: Context, error: JobError) -> None:
 
 
 def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
+    if not _log.isEnabledFor(level):
+        return
     fields: dict[str, Any] = {
         "job_id": call.job_id,
         **({} if call.connection is None else {"connection": call.connection}),
