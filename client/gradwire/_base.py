@@ -82,7 +82,7 @@ class ArrayJob:
 
     def unary_exchange(self) -> UnaryExchange:
         """The conversation, as one message each way."""
-        return UnaryExchange(self.plan, self._sinks())
+        return UnaryExchange(self.plan, self._made_outputs())
 
     def messages(self, exchange: Exchange, connection: int = 0) -> Iterator[bytes]:
         """What a connection of the stream sends after its opening."""
@@ -103,16 +103,20 @@ class ArrayJob:
         self._outputs[matrix] = Output(array, array)
 
     def _sinks(self) -> dict[Matrix, ArraySink]:
-        """Sinks for all results; arrays are made for those that have none."""
+        return {
+            matrix: ArraySink(array, self.plan.result_dtype(matrix))
+            for matrix, array in self._made_outputs().items()
+        }
+
+    def _made_outputs(self) -> dict[Matrix, Array]:
+        """All results' arrays; they are made for those that have none."""
         for matrix in self.plan.results:
             if matrix not in self._outputs:
                 shape = output_shape(self.plan, self.operands, matrix)
                 dtype = self.plan.array_dtype(matrix).numpy
-                self.hand_back(matrix, self._memory.empty(shape, dtype))
-        return {
-            matrix: ArraySink(output.array, self.plan.result_dtype(matrix))
-            for matrix, output in self._outputs.items()
-        }
+                array = self._memory.empty(shape, dtype)
+                self._outputs[matrix] = Output(array, array)
+        return self.present_outputs()
 
 
 class BaseClient:
@@ -189,7 +193,8 @@ class BaseClient:
     ) -> ArrayJob:
         """A job from the arguments of a method that returns `returns`."""
         plan, operands = plan_arrays(given, self._with_defaults(options))
-        plan = replace(plan, chunk_bytes=self._tuning.chunk_bytes)
+        if plan.chunk_bytes != self._tuning.chunk_bytes:
+            plan = replace(plan, chunk_bytes=self._tuning.chunk_bytes)
         made = given_outputs(plan, operands, named_outputs(out, returns))
         unary = self._tuning.unary
         if unary is None:
@@ -207,6 +212,8 @@ class BaseClient:
         return RowJob(plan, reader.w, first, connections)
 
     def _with_defaults(self, options: Options) -> Options:
+        if self._timeout_s is None and not self._metadata:
+            return options
         return replace(
             options,
             timeout_s=options.timeout_s or self._timeout_s,

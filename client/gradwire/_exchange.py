@@ -278,11 +278,12 @@ def check_receipt(receipt: ReceiptMessage, job: Job, m: int | None) -> None:
 
 def _with_defaults(asked: Job, understood: Job) -> Job:
     """What was asked, with what `understood` chose where most jobs ask nothing."""
-    if asked.numerics.dw_accumulator:
-        return asked
     filled = Job()
     filled.CopyFrom(asked)
-    filled.numerics.dw_accumulator = understood.numerics.dw_accumulator
+    if not asked.numerics.dw_accumulator:
+        filled.numerics.dw_accumulator = understood.numerics.dw_accumulator
+    if not asked.connections:
+        filled.connections = understood.connections
     return filled
 
 

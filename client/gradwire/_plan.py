@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,28 +92,51 @@ class Plan:
     def job(self) -> Job:
         """The header, with every option that matters written out."""
         options = self.options
-        job = Job(
-            job_id=options.job_id,
-            m=self.m,
-            n=self.n,
-            k=self.k,
-            dtype=_wire(self.dtype),
-            numerics=Numerics(
-                dw_accumulator=_wire(options.dw_accumulator),
+        job = Job()
+        job.CopyFrom(
+            _header(
+                (self.m, self.n, self.k),
+                self.dtype,
+                tuple((result, self.result_dtype(result)) for result in self.results),
+                options.dw_accumulator,
+                self.chunk_bytes,
                 allow_tf32=options.allow_tf32,
-            ),
-            checksum=CHECKSUM_CRC32C if options.checksum else CHECKSUM_UNSPECIFIED,
-            max_block_bytes=self.chunk_bytes,
-        )
-        for matrix in self.operands:
-            source = OperandMessage(inline=InlineSource())
-            getattr(job, matrix.label).CopyFrom(source)
-        for matrix in self.results:
-            destination = ResultMessage(
-                dtype=_wire(self.result_dtype(matrix)), inline=InlineDestination()
+                checksum=options.checksum,
             )
-            getattr(job, matrix.label).CopyFrom(destination)
+        )
+        job.job_id = options.job_id
         return job
+
+
+@functools.lru_cache(256)
+def _header(
+    shape: tuple[int | None, int, int],
+    dtype: Dtype,
+    results: tuple[tuple[Matrix, Dtype], ...],
+    dw_accumulator: Dtype | None,
+    chunk_bytes: int,
+    *,
+    allow_tf32: bool,
+    checksum: bool,
+) -> Job:
+    """What many jobs have in common: their header, without an id."""
+    m, n, k = shape
+    job = Job(
+        m=m,
+        n=n,
+        k=k,
+        dtype=_wire(dtype),
+        numerics=Numerics(dw_accumulator=_wire(dw_accumulator), allow_tf32=allow_tf32),
+        checksum=CHECKSUM_CRC32C if checksum else CHECKSUM_UNSPECIFIED,
+        max_block_bytes=chunk_bytes,
+    )
+    for matrix in operands_for(result for result, _ in results):
+        source = OperandMessage(inline=InlineSource())
+        getattr(job, matrix.label).CopyFrom(source)
+    for matrix, its_dtype in results:
+        destination = ResultMessage(dtype=_wire(its_dtype), inline=InlineDestination())
+        getattr(job, matrix.label).CopyFrom(destination)
+    return job
 
 
 def plan_arrays(

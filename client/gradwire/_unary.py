@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from gradwire._arrays import Operand
 from gradwire._exceptions import ProtocolError
 from gradwire._exchange import Reporter, check_accepted, check_receipt
 from gradwire._plan import Plan
-from gradwire._receiving import Sink
-from gradwire._types import Receipt, receipt_of
+from gradwire._types import Array, Receipt, receipt_of
 from gradwire.v1.gradient_service_pb2 import ComputeRequest, ComputeResponse
-from gradwire.wire.matrices import Matrix
+from gradwire.wire.matrices import RESULTS, Matrix
 
 MAX_BYTES = 1 << 20
 """Jobs with more bytes than this in either direction are streamed."""
@@ -28,12 +29,17 @@ def fits(plan: Plan) -> bool:
 
 
 class UnaryExchange:
-    """A call of Compute, as its client sees it."""
+    """A call of Compute, as its client sees it.
 
-    def __init__(self, plan: Plan, sinks: Mapping[Matrix, Sink]) -> None:
+    Args:
+        plan: The job.
+        outputs: Where its results go: arrays of any layout.
+    """
+
+    def __init__(self, plan: Plan, outputs: Mapping[Matrix, Array]) -> None:
         self._plan = plan
         self._job = plan.job()
-        self._sinks = sinks
+        self._outputs = outputs
         self._reporter = Reporter(plan)
 
     def request(self, operands: Mapping[Matrix, Operand]) -> ComputeRequest:
@@ -54,20 +60,18 @@ class UnaryExchange:
         check_accepted(response.accepted, self._job)
         m = self._job.m
         received = 0
-        for matrix in Matrix:
-            if matrix.label not in response.DESCRIPTOR.fields_by_name:
-                continue
-            payload = memoryview(getattr(response, matrix.label))
-            wanted = matrix in self._sinks
-            size = self._plan.size_bytes(matrix, m) if wanted else 0
+        for result in RESULTS:
+            payload: bytes = getattr(response, result.label)
+            output = self._outputs.get(result)
+            size = 0 if output is None else self._plan.size_bytes(result, m)
             if len(payload) != size:
                 raise ProtocolError(
-                    f"the server sent {len(payload)} bytes of {matrix.label}, which"
+                    f"the server sent {len(payload)} bytes of {result.label}, which"
                     f" has {size}"
                 )
-            if wanted:
-                self._sinks[matrix].write(payload)
-                self._sinks[matrix].close()
+            if output is not None:
+                elements = np.frombuffer(payload, self._plan.result_dtype(result).numpy)
+                output[...] = elements.reshape(output.shape)
             received += size
         check_receipt(response.receipt, self._job, m)
         self._report(sent=True, received=received)

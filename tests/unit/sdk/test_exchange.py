@@ -16,6 +16,7 @@ from gradwire._base import ArrayJob
 from gradwire._exchange import Exchange
 from gradwire._memory import ResultPool
 from gradwire._options import parse_options
+from gradwire._outputs import Output
 from gradwire._plan import plan_arrays
 from gradwire.v1.gradient_service_pb2 import ComputeResponse, ComputeStreamResponse
 from gradwire.v1.job_pb2 import Accepted, Job, Receipt
@@ -310,6 +311,28 @@ def test_a_message_that_does_not_answer_is_refused(
     change(response)
     with pytest.raises(gradwire.ProtocolError, match=says):
         small_job(request_id="me").unary_exchange().receive(response)
+
+
+def test_results_in_one_message_reach_arrays_of_any_layout() -> None:
+    job = small_job(request_id="me")
+    response = unary_response(job)
+    x, w, dy = oracle.operands(M, N, K, "float64")
+    response.y, response.dx, response.dw = (
+        x.tobytes()[: 8 * M * K],
+        x.tobytes(),
+        w.tobytes(),
+    )
+    given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
+    options = parse_options(results=("y", "dx", "dw"), request_id="me")
+    plan, operands = plan_arrays(given, options)
+    y, dx, dw = np.empty((2, M, K))[0], np.empty((N, M)).T, np.empty((2 * N, K))[::2]
+    out = {Matrix.Y: y, Matrix.DX: dx, Matrix.DW: dw}
+    outputs = {matrix: Output(array, array) for matrix, array in out.items()}
+    whole = ArrayJob(plan, operands, outputs, unary=True, memory=ResultPool())
+    whole.unary_exchange().receive(response)
+    assert dx.tobytes() == x.tobytes()
+    assert dw.tobytes() == w.tobytes()
+    assert y.tobytes() == response.y
 
 
 def test_a_message_may_not_hold_a_result_that_was_not_wanted() -> None:
