@@ -188,7 +188,7 @@ def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
             "bytes_received": counts.bytes_received,
             "bytes_sent": counts.bytes_sent,
             "receiving_s": round(call.receiving_s, 6),
-            "computing_s": round(counts.computing_s, 6),
+            "computing_s": round(counts.times.computing_s, 6),
             "sending_s": round(call.sending_s, 6),
         }
     message = "job" if call.connection is None else "connection"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from gradwire_server.backends.base import Times
 from gradwire_server.errors import JobError
 from gradwire_server.headers import Header
 
@@ -20,7 +21,7 @@ class Counts:
     """Row blocks computed."""
     bytes_received: int = 0
     bytes_sent: int = 0
-    computing_s: float = 0.0
+    times: Times = field(default_factory=Times)
 
 
 def owes_nothing() -> float:

@@ -5,15 +5,13 @@ It runs in the thread of its lane, but for jobs too small for that.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 
 from gradwire.wire.matrices import Matrix
-from gradwire_server.backends.base import Array, Backend, BackendJob, RowBlock
+from gradwire_server.backends.base import Array, Backend, BackendJob, RowBlock, Wait
 from gradwire_server.call import Counts
 from gradwire_server.plan import Plan
 from gradwire_server.spec import JobSpec
@@ -46,30 +44,37 @@ class Computation:
         Args:
             dw: Where dW will lie, for a job that has places.
         """
-        # Backends that have no use for it need not know of it.
         self._job = self._backend.open_job(
-            self._spec, self._plan.slot_rows, self._device, dw
+            self._spec,
+            self._plan.slot_rows,
+            self._device,
+            times=self._counts.times,
+            dw=dw,
         )
 
     def close(self) -> None:
         """Gives it back."""
-        self._job = None
+        job, self._job = self._job, None
+        if job is not None:
+            job.close()
 
     def take_w(self, w: Array) -> None:
         """Takes W, before any row block."""
-        with self._timed() as job:
-            job.take_w(w)
+        self._opened.take_w(w)
 
-    def take_block(self, block: RowBlock) -> None:
-        """Computes the block's Y and dX, and adds its share to dW."""
-        with self._timed() as job:
-            job.take_block(block)
+    def take_block(self, block: RowBlock) -> Wait | None:
+        """Computes the block's Y and dX, and adds its share to dW.
+
+        Returns:
+            What to wait for until that is done; None: it is.
+        """
+        wait = self._opened.take_block(block)
         self._counts.blocks += 1
+        return wait
 
     def finish(self) -> Array:
         """dW, in its dtype on the wire."""
-        with self._timed() as job:
-            return job.finish()
+        return self._opened.finish()
 
     def run(self, operands: Mapping[Matrix, memoryview]) -> dict[Matrix, Array]:
         """Computes a whole job whose operands are all there.
@@ -94,7 +99,9 @@ class Computation:
         self.open()
         try:
             for piece in self.pieces(arrays, m):
-                piece()
+                wait = piece()
+                if wait is not None:
+                    wait()
             if Matrix.DW in spec.results:
                 arrays[Matrix.DW] = self.finish()
         finally:
@@ -103,7 +110,7 @@ class Computation:
 
     def pieces(
         self, arrays: Mapping[Matrix, Array], m: int
-    ) -> Iterator[Callable[[], None]]:
+    ) -> Iterator[Callable[[], Wait | None]]:
         """The work between `open` and `finish`, each piece at most a row block.
 
         Args:
@@ -124,12 +131,8 @@ class Computation:
             }
             yield RowBlock(rows=rows.stop - rows.start, **parts)
 
-    @contextmanager
-    def _timed(self) -> Iterator[BackendJob]:
+    @property
+    def _opened(self) -> BackendJob:
         if self._job is None:
             raise RuntimeError("the job is not open")
-        started = time.perf_counter()
-        try:
-            yield self._job
-        finally:
-            self._counts.computing_s += time.perf_counter() - started
+        return self._job

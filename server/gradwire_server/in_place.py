@@ -82,7 +82,7 @@ class InPlaceJob:
         await self._lane.submit(self, partial(self._computation.open, dw))
         begun: deque[asyncio.Future[None]] = deque()
         for piece in self._computation.pieces(self._arrays, m):
-            begun.append(self._lane.submit(self, piece))
+            begun.append(self._lane.begin(self, piece))
             if len(begun) > _AHEAD:
                 await begun.popleft()
         if Matrix.DW in spec.results:

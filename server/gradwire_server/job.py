@@ -18,7 +18,7 @@ import numpy as np
 
 from gradwire.wire.framing import Block
 from gradwire.wire.matrices import ROW_RESULTS, Matrix
-from gradwire_server.backends.base import Array, Backend, RowBlock
+from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
 from gradwire_server.call import Counts
 from gradwire_server.computation import Computation
 from gradwire_server.intake import Intake
@@ -77,7 +77,8 @@ class RunningJob:
         self._computation = Computation(spec, plan, backend, lane.device, counts)
         connections = range(plan.connections)
         self._intakes = [Intake(spec, plan, each) for each in connections]
-        self._ring = Ring(spec, plan)
+        self._backend = backend
+        self._ring: Ring
         self._submitting = asyncio.Lock()
         self._submitted = 0
         self._heard_at = 0.0
@@ -90,9 +91,10 @@ class RunningJob:
 
     async def __aenter__(self) -> Self:
         try:
-            await self._lane.submit(self, self._computation.open)
+            self._ring = await self._lane.submit(self, self._open)
         except BaseException:
             await self._lane.discard(self)
+            self._computation.close()
             raise
         return self
 
@@ -216,7 +218,7 @@ class RunningJob:
                 number = self._submitted
                 await self._ring.wait_for_slot(number)
                 block = self._ring.rows(number, rows)
-                done = self._lane.submit(self, partial(self._compute, number, block))
+                done = self._lane.begin(self, partial(self._compute, number, block))
                 queue = self._computed[number % self._plan.connections]
                 queue.put_nowait((number, block, done))
                 self._submitted += 1
@@ -241,11 +243,24 @@ class RunningJob:
             yield Run(matrix, first + start, payload)
             self._observe(Stage.SENDING, number)
 
-    def _compute(self, number: int, block: RowBlock) -> None:
+    def _open(self) -> Ring:
+        """Runs in the lane's thread."""
+        region = self._backend.empty(self._plan.region_bytes)
+        self._computation.open()
+        return Ring(self.spec, self._plan, region)
+
+    def _compute(self, number: int, block: RowBlock) -> Wait | None:
         """Runs in the lane's thread."""
         if not self._w_taken:
             self._computation.take_w(self._ring.w())
             self._w_taken = True
         self._observe(Stage.COMPUTING, number)
-        self._computation.take_block(block)
+        wait = self._computation.take_block(block)
+        if wait is None:
+            self._observe(Stage.COMPUTING, number)
+            return None
+        return partial(self._computed_after, wait, number)
+
+    def _computed_after(self, wait: Wait, number: int) -> None:
+        wait()
         self._observe(Stage.COMPUTING, number)

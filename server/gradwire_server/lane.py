@@ -4,6 +4,10 @@ The unit of scheduling is a row block, not a job: a lane takes one piece of
 work from each job that has some, in turn, so that a small job never waits
 for a large one to end. It never waits for bytes or for a reader: only work
 whose operands are complete is handed to it.
+
+A device that works beside the lane's thread is given more row blocks while
+it has some: the lane waits for the first of them when there is nothing more
+to begin, or when the device has enough.
 """
 
 from __future__ import annotations
@@ -16,16 +20,21 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from gradwire_server.backends.base import Wait
+
 T = TypeVar("T")
 
 _log = logging.getLogger("gradwire_server")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Work:
+    job: Hashable
     run: Callable[[], Any]
     done: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
+    begins: bool
+    """Whether `run` says what to wait for."""
 
 
 def _nothing() -> None:
@@ -38,13 +47,21 @@ class Lane:
     Args:
         device: Number of the device of its backend.
         enter: What its thread does first.
+        most_begun: Most pieces that have begun and were not waited for.
     """
 
-    def __init__(self, device: int, enter: Callable[[], None] = _nothing) -> None:
+    def __init__(
+        self,
+        device: int,
+        enter: Callable[[], None] = _nothing,
+        most_begun: int = 1,
+    ) -> None:
         self.device = device
         self._enter = enter
+        self._most_begun = most_begun
         self._queues: OrderedDict[Hashable, deque[_Work]] = OrderedDict()
-        self._busy_with: Hashable | None = None
+        self._doing: list[Hashable] = []
+        """Jobs of the piece that is being done, and of those that have begun."""
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(
@@ -55,30 +72,36 @@ class Lane:
     def submit(self, job: Hashable, run: Callable[[], T]) -> asyncio.Future[T]:
         """Does `run` when it is the job's turn, after the job's earlier work.
 
+        What that has begun need not be done by then.
+
         Returns:
             A future of the calling event loop with what `run` returns or
             raises.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the lane is closed")
-            self._queues.setdefault(job, deque()).append(_Work(run, done, loop))
-            self._changed.notify_all()
-        return done
+        return self._put(job, run, begins=False)
+
+    def begin(
+        self, job: Hashable, run: Callable[[], Wait | None]
+    ) -> asyncio.Future[None]:
+        """As `submit`, for work that may only have begun when `run` returns.
+
+        Returns:
+            A future of the calling event loop, done when the work is, with
+            what `run` or the wait that it returns raises.
+        """
+        return self._put(job, run, begins=True)
 
     async def discard(self, job: Hashable) -> None:
         """Drops the job's waiting work and waits for what is being done.
 
-        When this returns, the lane touches nothing of the job any more. It
-        takes at most as long as one piece of work, and finishes even if the
-        caller is cancelled meanwhile.
+        When this returns, the lane and its device touch nothing of the job
+        any more. It takes at most as long as the pieces that have begun, and
+        finishes even if the caller is cancelled meanwhile.
         """
         with self._changed:
             for work in self._queues.pop(job, ()):
                 work.done.cancel()
-            if self._busy_with != job:
+            if job not in self._doing:
                 return
         idle = asyncio.get_running_loop().run_in_executor(None, self._wait_idle, job)
         cancelled: asyncio.CancelledError | None = None
@@ -91,33 +114,54 @@ class Lane:
             raise cancelled
 
     def close(self) -> None:
-        """Ends the thread after the piece of work that it is doing."""
+        """Ends the thread after the work that it is doing."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
 
+    def _put(
+        self, job: Hashable, run: Callable[[], Any], *, begins: bool
+    ) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        work = _Work(job, run, loop.create_future(), loop, begins)
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the lane is closed")
+            self._queues.setdefault(job, deque()).append(work)
+            self._changed.notify_all()
+        return work.done
+
     def _wait_idle(self, job: Hashable) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._busy_with != job)
+            self._changed.wait_for(lambda: job not in self._doing)
 
     def _serve(self) -> None:
         self._enter()
-        while (taken := self._next()) is not None:
-            result, error = None, None
-            try:
-                result = taken.run()
-            except Exception as raised:  # noqa: BLE001 - the job handles it
-                error = raised
-            finally:
-                self._finished()
-            self._hand_over(taken, result, error)
-            del taken, result, error  # they would hold a job's memory until the next
+        begun: deque[tuple[_Work, Wait]] = deque()
+        while self._begin_next(begun) or begun:
+            if begun and (len(begun) == self._most_begun or not self._queues):
+                self._end(*begun.popleft())
 
-    def _next(self) -> _Work | None:
+    def _begin_next(self, begun: deque[tuple[_Work, Wait]]) -> bool:
+        """Does the next piece, or begins it; whether there was one.
+
+        Nothing here keeps the piece, which would hold a job's memory.
+        """
+        work = self._next(at_once=bool(begun))
+        if work is None:
+            return False
+        wait = self._do(work)
+        if wait is not None:
+            begun.append((work, wait))
+        return True
+
+    def _next(self, *, at_once: bool) -> _Work | None:
+        """The next piece; None: there is none now, or there will be none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._queues)
-            if self._closed:
+            if not at_once:
+                self._changed.wait_for(lambda: self._closed or self._queues)
+            if self._closed or not self._queues:
                 return None
             job, queue = next(iter(self._queues.items()))
             work = queue.popleft()
@@ -125,16 +169,40 @@ class Lane:
                 self._queues.move_to_end(job)
             else:
                 del self._queues[job]
-            self._busy_with = job
+            self._doing.append(job)
             return work
 
-    def _finished(self) -> None:
+    def _do(self, work: _Work) -> Wait | None:
+        """Does a piece.
+
+        Returns:
+            What is to be waited for; None: nothing is, and who waits for the
+            piece was told.
+        """
+        try:
+            result = work.run()
+        except Exception as error:  # noqa: BLE001 - the job handles it
+            self._settle(work, None, error)
+            return None
+        if work.begins and result is not None:
+            wait: Wait = result
+            return wait
+        self._settle(work, result, None)
+        return None
+
+    def _end(self, work: _Work, wait: Wait) -> None:
+        try:
+            wait()
+        except Exception as error:  # noqa: BLE001 - the job handles it
+            self._settle(work, None, error)
+        else:
+            self._settle(work, None, None)
+
+    def _settle(self, work: _Work, result: object, error: Exception | None) -> None:
         with self._changed:
-            self._busy_with = None
+            self._doing.remove(work.job)
             self._changed.notify_all()
 
-    @staticmethod
-    def _hand_over(work: _Work, result: object, error: Exception | None) -> None:
         def settle() -> None:
             if work.done.done():
                 return

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwire.wire.matrices import OPERANDS, Matrix
-from gradwire_server.backends.base import Array, RowBlock, empty_aligned
+from gradwire_server.backends.base import Array, RowBlock
 from gradwire_server.intake import Span
-from gradwire_server.plan import ALIGNMENT, Plan
+from gradwire_server.plan import Plan
 from gradwire_server.spec import JobSpec
 
 
@@ -25,12 +25,19 @@ class Ring:
     Of s slots, row block b lies in slot b mod s. It may be filled when block
     b - s has left, so that a slot is always kept for the next block in order,
     however far other connections are ahead.
+
+    Args:
+        spec: What was asked.
+        plan: How it is cut.
+        region: The memory, of `plan.region_bytes`.
     """
 
-    def __init__(self, spec: JobSpec, plan: Plan) -> None:
+    def __init__(
+        self, spec: JobSpec, plan: Plan, region: npt.NDArray[np.uint8]
+    ) -> None:
         self._spec = spec
         self._plan = plan
-        self._region = empty_aligned(plan.region_bytes, ALIGNMENT)
+        self._region = region
         self.released = 0
         """How many blocks have left."""
         self._turn = list(range(plan.slots))

@@ -66,7 +66,12 @@ class Service:
             self.features += (SHARED_MEMORY,)
         self.instance = secrets.token_hex(8)
         self.lanes = [
-            Lane(device.index, backend.enter_lane) for device in backend.devices
+            Lane(
+                device.index,
+                partial(backend.enter_lane, device.index),
+                most_begun=backend.blocks_begun,
+            )
+            for device in backend.devices
         ]
         self._headers = Headers(
             backend,
@@ -220,7 +225,9 @@ class Service:
             bytes_sent=counts.bytes_sent,
             queued_seconds=call.queued_s,
             receiving_seconds=call.receiving_s,
-            computing_seconds=counts.computing_s,
+            copy_to_device_seconds=counts.times.to_device_s,
+            computing_seconds=counts.times.computing_s,
+            copy_from_device_seconds=counts.times.from_device_s,
             sending_seconds=call.sending_s,
             total_seconds=time.perf_counter() - call.started,
             device=call.header.announced.device,

@@ -3,19 +3,56 @@
 A backend knows nothing of gRPC, of clients or of other jobs. Everything that
 is declared here on `BackendJob` is called by the one thread of a lane, but for
 jobs that are too small for that (`Backend.at_once_operations`).
+
+A device may work beside the thread that talks to it. Work that such a device
+has only begun is a `Wait`: the lane begins more before it waits, so that bytes
+go to the device, and come from it, while it computes.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from gradwire_server.plan import ALIGNMENT
 from gradwire_server.spec import JobSpec
 
 Array = npt.NDArray[Any]
+
+Wait: TypeAlias = Callable[[], None]
+"""Returns when work that has begun is done, or raises why it failed. It is
+called once, in the thread that began the work, and in the order of beginning."""
+
+
+class DeviceLostError(Exception):
+    """A device that this process cannot use any more, whatever the job."""
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds of a job's stages on its device. Stages may overlap."""
+
+    to_device_s: float = 0.0
+    """Copies from host memory; 0 where the device computes in that."""
+    computing_s: float = 0.0
+    """The products and the sum of dW."""
+    from_device_s: float = 0.0
+    """Copies to host memory."""
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Counts what is done within this context as computing."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.computing_s += time.perf_counter() - started
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +86,37 @@ class RowBlock:
 
 
 class BackendJob(Protocol):
-    """One job on one device."""
+    """One job on one device.
+
+    Its methods raise `MemoryError` where the device has no memory left, and
+    `DeviceLostError` where the device is of no use any more. After either, or
+    any other error, only `close` is called.
+    """
 
     def take_w(self, w: Array) -> None:
-        """Takes W, shape (n, k), before any row block. `w` stays as it is."""
+        """Takes W, shape (n, k), before any row block.
 
-    def take_block(self, block: RowBlock) -> None:
+        `w` stays as it is until the job is closed.
+        """
+
+    def take_block(self, block: RowBlock) -> Wait | None:
         """Computes the block's Y and dX, and adds its share to dW.
 
-        Blocks come in order. When this returns, y and dx hold the results
-        and x and dy are no longer needed.
+        Blocks come in order. None: y and dx hold the results. Otherwise they
+        do after the wait, and until then the block's arrays are in use.
         """
 
     def finish(self) -> Array:
         """dW, shape (n, k), C-contiguous, in its dtype on the wire.
 
         Only where dW is wanted, once, after the last block.
+        """
+
+    def close(self) -> None:
+        """Gives the job's memory on the device back.
+
+        Nothing of the job is being done any more: whatever has begun was
+        waited for. It may be called in any thread, and more than once.
         """
 
 
@@ -79,19 +131,49 @@ class Backend(Protocol):
     """Multiplications and additions of a job below which it may run in any
     thread, beside the lane's: waking that takes as long. 0 where none may."""
 
+    blocks_begun: int
+    """Most row blocks that a device has begun before the first is waited for;
+    1 where it does one after the other."""
+
     devices: tuple[DeviceInfo, ...]
 
-    def enter_lane(self) -> None:
-        """Called once in the thread of each lane, before any of its jobs."""
+    def enter_lane(self, device: int) -> None:
+        """Called once in the thread of each lane, before any of its jobs.
+
+        Args:
+            device: Index of the lane's device.
+        """
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """Bytes that `open_job` and `finish` will allocate.
+        """Bytes of host memory that `open_job` and `finish` will allocate.
 
         For a job that has places, with room for dW given to `open_job`.
         """
 
+    def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
+        """Bytes that `open_job` will allocate on the job's device.
+
+        0 where the device has no memory of its own.
+        """
+
+    def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
+        """Uninitialised host memory for what goes to a device and comes back.
+
+        It begins at a multiple of `ALIGNMENT`, and is given back when the last
+        array that refers to it is gone. Called in the thread of a lane.
+
+        Raises:
+            MemoryError: There is not so much.
+        """
+
     def open_job(
-        self, spec: JobSpec, block_rows: int, device: int, dw: Array | None = None
+        self,
+        spec: JobSpec,
+        block_rows: int,
+        device: int,
+        *,
+        times: Times,
+        dw: Array | None = None,
     ) -> BackendJob:
         """A job on a device; takes the memory that the job needs there.
 
@@ -99,9 +181,13 @@ class Backend(Protocol):
             spec: What was asked.
             block_rows: Most rows of a block.
             device: Index of the device.
+            times: Told how long the job's stages took.
             dw: Where dW will lie, shape (n, k), C-contiguous, in its dtype on
                 the wire; for jobs that have places, if they want dW. The
                 backend may sum there, and `finish` then gives it back.
+
+        Raises:
+            MemoryError: The device has not so much left.
         """
 
     def close(self) -> None:
@@ -111,8 +197,8 @@ class Backend(Protocol):
         """Versions of the libraries that compute, by name."""
 
 
-def empty_aligned(size_bytes: int, alignment: int) -> npt.NDArray[np.uint8]:
-    """Uninitialised memory that begins at a multiple of `alignment`."""
-    memory = np.empty(size_bytes + alignment, np.uint8)
-    start = -memory.ctypes.data % alignment
+def empty_aligned(size_bytes: int) -> npt.NDArray[np.uint8]:
+    """Uninitialised memory that begins at a multiple of `ALIGNMENT`."""
+    memory = np.empty(size_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size_bytes]

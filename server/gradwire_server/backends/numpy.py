@@ -12,11 +12,18 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
+import numpy.typing as npt
 
 from gradwire.wire.limits import MIB
 from gradwire.wire.matrices import ROW_RESULTS, Matrix
 from gradwire_server.backends import algebra
-from gradwire_server.backends.base import Array, DeviceInfo, RowBlock
+from gradwire_server.backends.base import (
+    Array,
+    DeviceInfo,
+    RowBlock,
+    Times,
+    empty_aligned,
+)
 from gradwire_server.backends.crew import Crew, Piece, limit_blas, processors
 from gradwire_server.memory import machine_bytes
 from gradwire_server.spec import JobSpec
@@ -54,6 +61,7 @@ class NumpyBackend:
     name = "numpy"
     max_columns = 2**31 - 1
     at_once_operations = ALONE_OPERATIONS
+    blocks_begun = 1
 
     def __init__(self, threads: int = 0, niceness: int = 0) -> None:
         self._blas = limit_blas() if threads else None
@@ -69,8 +77,9 @@ class NumpyBackend:
             ),
         )
 
-    def enter_lane(self) -> None:
+    def enter_lane(self, device: int) -> None:
         """Makes the lane's thread one of the crew."""
+        del device
         self._crew.enter()
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
@@ -89,12 +98,27 @@ class NumpyBackend:
             size += self._crew.threads * panel * spec.dtype.sums_in.itemsize
         return size
 
+    def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
+        """0: everything is host memory."""
+        del spec, block_rows
+        return 0
+
+    def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
+        """Memory like any other, but for where it begins."""
+        return empty_aligned(size_bytes)
+
     def open_job(
-        self, spec: JobSpec, block_rows: int, device: int, dw: Array | None = None
+        self,
+        spec: JobSpec,
+        block_rows: int,
+        device: int,
+        *,
+        times: Times,
+        dw: Array | None = None,
     ) -> NumpyJob:
         """A job; `device` is 0."""
         del device
-        return NumpyJob(spec, block_rows, self._crew, dw)
+        return NumpyJob(spec, block_rows, self._crew, times, dw)
 
     def close(self) -> None:
         """Ends the threads, and gives BLAS its own back."""
@@ -112,9 +136,15 @@ class NumpyJob:
     """A job on the CPU: W, dW's accumulator and scratch."""
 
     def __init__(
-        self, spec: JobSpec, block_rows: int, crew: Crew, dw: Array | None
+        self,
+        spec: JobSpec,
+        block_rows: int,
+        crew: Crew,
+        times: Times,
+        dw: Array | None,
     ) -> None:
         self._spec = spec
+        self._times = times
         self._crew = crew
         self._scratch = {
             purpose: np.empty(shape, spec.dtype.sums_in.numpy)
@@ -134,13 +164,13 @@ class NumpyJob:
 
     def take_w(self, w: Array) -> None:
         """Takes W, shape (n, k)."""
-        with np.errstate(all="ignore"):
+        with self._times.computing(), np.errstate(all="ignore"):
             self._w = self._widened("w", w)
 
     def take_block(self, block: RowBlock) -> None:
         """Computes y and dx of the block and adds its share to dW."""
         # NaN, Inf and overflow are data here, not events to warn of.
-        with np.errstate(all="ignore"):
+        with self._times.computing(), np.errstate(all="ignore"):
             products = _Products(self._panels, first=not self._dw_begun)
             algebra.take_block(
                 products,
@@ -165,10 +195,13 @@ class NumpyJob:
         """dW, shape (n, k), rounded once from the accumulator."""
         if self._dw is None:
             raise RuntimeError("the job does not want dW")
-        if not self._dw_begun:
-            self._dw.fill(0)
-        with np.errstate(all="ignore"):
+        with self._times.computing(), np.errstate(all="ignore"):
+            if not self._dw_begun:
+                self._dw.fill(0)
             return self._dw.astype(self._spec.results[Matrix.DW].numpy, copy=False)
+
+    def close(self) -> None:
+        """Its memory goes with it."""
 
     def _widened(self, purpose: str, given: Array | None) -> Array | None:
         """`given` in the dtype of the sums: itself, or a copy kept here.

@@ -31,8 +31,8 @@ class WrongBackend(NumpyBackend):
         super().__init__()
         self._before, self._after, self._finished = before, after, finished
 
-    def open_job(self, *args: Any) -> Any:
-        return _WrongJob(self, super().open_job(*args))
+    def open_job(self, *args: Any, **kwargs: Any) -> Any:
+        return _WrongJob(self, super().open_job(*args, **kwargs))
 
 
 class _WrongJob:
@@ -52,6 +52,9 @@ class _WrongJob:
 
     def finish(self) -> Any:
         return self._backend._finished(self._job.finish())
+
+    def close(self) -> None:
+        self._job.close()
 
 
 def wrong_transpose_of_w(block: RowBlock, w: Any, number: int) -> None:

@@ -37,14 +37,15 @@ class PacedBackend(NumpyBackend):
     Then what overlaps does not depend on how fast the tests' machine is.
     """
 
-    def open_job(self, *args: Any) -> Any:
-        return _PacedJob(super().open_job(*args))
+    def open_job(self, *args: Any, **kwargs: Any) -> Any:
+        return _PacedJob(super().open_job(*args, **kwargs))
 
 
 class _PacedJob:
     def __init__(self, job: Any) -> None:
         self._job = job
         self.take_w, self.finish = job.take_w, job.finish
+        self.close = job.close
 
     def take_block(self, block: RowBlock) -> None:
         until = time.monotonic() + COMPUTING_S

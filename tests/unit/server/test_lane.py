@@ -4,10 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import pytest
 
+from gradwire_server.backends.base import Wait
 from gradwire_server.lane import Lane
+
+
+class Device:
+    """Does what has begun when the test lets it, in the order of beginning."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.ended: list[str] = []
+        self.gates: dict[str, threading.Event] = {}
+        self._changed = threading.Condition()
+
+    def piece(self, name: str, error: Exception | None = None) -> Callable[[], Wait]:
+        self.gates[name] = threading.Event()
+
+        def begin() -> Wait:
+            with self._changed:
+                self.begun.append(name)
+                self._changed.notify_all()
+            return wait
+
+        def wait() -> None:
+            assert self.gates[name].wait(10)
+            self.ended.append(name)
+            if error is not None:
+                raise error
+
+        return begin
+
+    async def has_begun(self, count: int) -> None:
+        def wait() -> None:
+            with self._changed:
+                assert self._changed.wait_for(lambda: len(self.begun) >= count, 10)
+
+        await asyncio.to_thread(wait)
+
+
+@pytest.fixture
+def wide_lane():
+    lane = Lane(0, most_begun=2)
+    yield lane
+    lane.close()
 
 
 @pytest.fixture
@@ -75,3 +118,60 @@ async def test_a_discard_that_is_cancelled_still_waits_for_the_lane(lane):
     gate.set()
     with pytest.raises(asyncio.CancelledError):
         await discarded
+
+
+async def test_a_device_is_given_more_before_it_is_done_but_not_too_much(wide_lane):
+    device = Device()
+    names = ["a0", "b0", "a1", "b1"]
+    done = [wide_lane.begin(name[0], device.piece(name)) for name in names]
+    await device.has_begun(2)
+    await asyncio.sleep(0.05)  # for a third, which must not begin
+    assert device.begun == ["a0", "b0"]
+    device.gates["a0"].set()
+    await done[0]
+    await device.has_begun(3)
+    assert device.begun == ["a0", "b0", "a1"]
+    for gate in device.gates.values():
+        gate.set()
+    await asyncio.gather(*done)
+    assert device.begun == device.ended == names
+
+
+async def test_what_fails_after_it_has_begun_reaches_who_waits(wide_lane):
+    device = Device()
+    failing = wide_lane.begin("a", device.piece("a0", ZeroDivisionError()))
+    fine = wide_lane.begin("b", device.piece("b0"))
+    for gate in device.gates.values():
+        gate.set()
+    with pytest.raises(ZeroDivisionError):
+        await failing
+    assert await fine is None
+
+
+async def test_work_may_be_done_where_it_might_only_have_begun(wide_lane):
+    assert await wide_lane.begin("a", lambda: None) is None
+    with pytest.raises(ZeroDivisionError):
+        await wide_lane.begin("a", lambda: 1 // 0)
+
+
+async def test_a_discarded_job_is_waited_for_on_the_device(wide_lane):
+    device = Device()
+    done = wide_lane.begin("a", device.piece("a0"))
+    await device.has_begun(1)
+    discarded = asyncio.ensure_future(wide_lane.discard("a"))
+    await asyncio.sleep(0.02)
+    assert not discarded.done()
+    device.gates["a0"].set()
+    await discarded
+    assert device.ended == ["a0"]
+    await done
+
+
+async def test_a_lane_closes_when_what_has_begun_is_done(wide_lane):
+    device = Device()
+    done = wide_lane.begin("a", device.piece("a0"))
+    await device.has_begun(1)
+    device.gates["a0"].set()
+    await asyncio.to_thread(wide_lane.close)
+    assert device.ended == ["a0"]
+    await done

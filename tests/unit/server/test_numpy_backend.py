@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_info
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.matrices import Matrix
 from gradwire_server.backends import numpy as numpy_backend
-from gradwire_server.backends.base import RowBlock
+from gradwire_server.backends.base import RowBlock, Times
 from gradwire_server.backends.numpy import NumpyBackend
 from gradwire_server.spec import Place
 from tests.unit.server.specs import ALL, make_spec
@@ -29,7 +29,7 @@ UNIT_ROUNDOFF = {
 
 def run(spec, x, w, dy, block_rows, backend=None):
     """The three results, computed block by block."""
-    job = (backend or NumpyBackend()).open_job(spec, block_rows, 0)
+    job = (backend or NumpyBackend()).open_job(spec, block_rows, 0, times=Times())
     m = len(x)
     results = {
         matrix: np.empty((m, spec.row_length(matrix)), dtype.numpy)
@@ -225,7 +225,7 @@ def test_a_job_takes_no_more_memory_than_was_said(dtype, result_dtype, accumulat
     )
     tracemalloc.start()
     try:
-        job = NumpyBackend().open_job(spec, 128, 0)
+        job = NumpyBackend().open_job(spec, 128, 0, times=Times())
         job.take_w(w)
         job.take_block(blocks)
         dw = job.finish()
@@ -249,7 +249,7 @@ def test_dw_is_summed_where_it_will_lie_and_has_the_same_bits(dtype, m):
     backend = NumpyBackend()
     found = []
     for place in (None, np.full((30, 7), np.nan, dtype.numpy)):
-        job = backend.open_job(spec, 16, 0, place)
+        job = backend.open_job(spec, 16, 0, times=Times(), dw=place)
         for first in range(0, m, 16):
             part = slice(first, min(first + 16, m))
             rows = part.stop - first
@@ -265,7 +265,7 @@ def test_dw_is_summed_where_it_will_lie_and_has_the_same_bits(dtype, m):
 def test_a_block_is_let_go_of_without_the_garbage_collector():
     spec = make_spec(n=6, k=5, dtype=Dtype.FLOAT32, results=ALL)
     x, w, dy = operands(spec, 8)
-    job = NumpyBackend().open_job(spec, 8, 0)
+    job = NumpyBackend().open_job(spec, 8, 0, times=Times())
     job.take_w(w)
     seen = weakref.ref(x)
     gc.disable()

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from gradwire_server.backends.base import empty_aligned
 from gradwire_server.plan import make_plan
 from gradwire_server.ring import Ring
 from tests.unit.server.specs import make_spec
@@ -21,7 +22,7 @@ async def test_connections_that_do_not_keep_step_never_lock_it(connections, seed
     chance = random.Random(seed)
     spec = make_spec(m=None, connections=connections)
     plan = make_plan(spec, 1)
-    ring = Ring(spec, plan)
+    ring = Ring(spec, plan, empty_aligned(plan.region_bytes))
     ahead = plan.window_rows // plan.block_rows
     complete = [asyncio.Event() for _ in range(BLOCKS)]
     held, most = set(), 0
@@ -64,7 +65,7 @@ async def test_connections_that_do_not_keep_step_never_lock_it(connections, seed
 def test_the_slots_of_a_ring_share_no_byte():
     spec = make_spec(m=None, connections=3)
     plan = make_plan(spec, 4096)
-    ring = Ring(spec, plan)
+    ring = Ring(spec, plan, empty_aligned(plan.region_bytes))
     arrays = [ring.w().view("u1").reshape(-1)]
     for block in range(plan.slots):
         rows = ring.rows(block, plan.block_rows)
