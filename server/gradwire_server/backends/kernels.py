@@ -1,0 +1,114 @@
+"""CUDA kernels that write sums in another dtype, or add them to wider ones.
+
+They need no headers, only NVRTC itself. Conversions are PTX instructions and
+arithmetic on bits, so that no compiler's option (CuPy's own kernels take
+denormals for zero) has a say in them. Every one rounds once, to nearest, ties
+to even; a float64 is never rounded to float32 on its way to 16 bits.
+"""
+
+from __future__ import annotations
+
+from gradwire.wire.dtypes import Dtype
+
+THREADS = 256
+"""Threads of a block of the grid."""
+
+_MOST_BLOCKS = 1 << 16
+"""Blocks of the grid; each thread goes on with what is left."""
+
+SOURCE = r"""
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+__device__ __forceinline__ double to_float64(float value) {
+    double wide;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(wide) : "f"(value));
+    return wide;
+}
+
+__device__ __forceinline__ float to_float32(double value) {
+    float narrow;
+    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(narrow) : "d"(value));
+    return narrow;
+}
+
+__device__ __forceinline__ u16 to_float16(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+__device__ __forceinline__ u16 to_float16(double value) {
+    u16 bits;
+    asm("cvt.rn.f16.f64 %0, %1;" : "=h"(bits) : "d"(value));
+    return bits;
+}
+
+/* The upper half of a float32 is a bfloat16. */
+__device__ __forceinline__ u16 upper_half(u32 bits) {
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return (u16)((bits >> 16) | 0x0040u); /* NaN, and stays one */
+    return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+__device__ __forceinline__ u16 to_bfloat16(float value) {
+    return upper_half(__float_as_uint(value));
+}
+
+/* Cut to float32 with the last bit set if anything was cut off, it has enough
+   bits left to be rounded as if it never had been cut. */
+__device__ __forceinline__ u16 to_bfloat16(double value) {
+    float cut;
+    asm("cvt.rz.f32.f64 %0, %1;" : "=f"(cut) : "d"(value));
+    u32 bits = __float_as_uint(cut);
+    if (value == value && to_float64(cut) != value)
+        bits |= 1u;
+    return upper_half(bits);
+}
+
+#define FOR_EACH(index, size) \
+    for (u64 index = blockIdx.x * (u64)blockDim.x + threadIdx.x; index < size; \
+         index += gridDim.x * (u64)blockDim.x)
+
+#define CONVERT(from, source_type, to, target_type) \
+    extern "C" __global__ void from##_to_##to( \
+        const source_type *source, target_type *target, u64 size) { \
+        FOR_EACH(index, size) target[index] = to_##to(source[index]); \
+    }
+
+CONVERT(float32, float, float16, u16)
+CONVERT(float32, float, bfloat16, u16)
+CONVERT(float32, float, float64, double)
+CONVERT(float64, double, float16, u16)
+CONVERT(float64, double, bfloat16, u16)
+CONVERT(float64, double, float32, float)
+
+extern "C" __global__ void float32_added_to_float64(
+    const float *source, double *target, u64 size) {
+    FOR_EACH(index, size) target[index] += to_float64(source[index]);
+}
+"""
+"""Every kernel takes where to read, where to write, and how many elements."""
+
+
+def kernel_name(source: Dtype, to: Dtype, *, add: bool) -> str:
+    """The kernel that writes `source` in the dtype `to`, or adds it there.
+
+    Raises:
+        KeyError: There is none.
+    """
+    return _NAMES[source, to, add]
+
+
+def grid(size: int) -> int:
+    """Blocks of the grid for that many elements, more than none."""
+    return min(-(-size // THREADS), _MOST_BLOCKS)
+
+
+_NAMES = {
+    (source, to, False): f"{source.label}_to_{to.label}"
+    for source in (Dtype.FLOAT32, Dtype.FLOAT64)
+    for to in Dtype
+    if source is not to
+} | {(Dtype.FLOAT32, Dtype.FLOAT64, True): "float32_added_to_float64"}
