@@ -15,6 +15,7 @@
           │    └── DeviceOutOfMemoryError      the device ran out in spite of all
           ├── UnavailableError               UNAVAILABLE
           │    ├── DrainingError               the server is about to stop
+          │    ├── DeviceLostError             its device failed, and it stops
           │    └── ConnectionLostError (ConnectionError)
           ├── AbortedError                   ABORTED
           │    └── ClientIdleError             this side sent or read too slowly
@@ -150,6 +151,10 @@ class DrainingError(UnavailableError):
     """The server takes no new jobs because it is about to stop."""
 
 
+class DeviceLostError(UnavailableError):
+    """A device of the server failed for good: it ends, and may be restarted."""
+
+
 class ConnectionLostError(UnavailableError, ConnectionError):
     """The connection broke before the job was done."""
 
@@ -215,6 +220,7 @@ BY_REASON: dict[Reason, type[CallError]] = {
     Reason.BUSY: ServerBusyError,
     Reason.DEVICE_OUT_OF_MEMORY: DeviceOutOfMemoryError,
     Reason.DRAINING: DrainingError,
+    Reason.DEVICE_LOST: DeviceLostError,
     Reason.CLIENT_IDLE: ClientIdleError,
     Reason.CHECKSUM_MISMATCH: ChecksumError,
 }

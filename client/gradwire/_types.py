@@ -37,6 +37,13 @@ class Device:
     memory_bytes: int
     """Its memory."""
 
+    compute_capability: str = ""
+    """What it can do, by CUDA's number for it: ``9.0``; empty for CPUs."""
+
+    memory_limit_bytes: int = 0
+    """Most of its own memory that the jobs on it may hold together; 0 where it
+    computes in the host's memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class NumericsFingerprint:
@@ -116,7 +123,7 @@ class Receipt:
     """What the results' last bits depend on."""
 
     reserved_bytes: int
-    """Memory that the server held for the job."""
+    """The host's memory that the server held for the job."""
 
     peak_memory_bytes: int
     """Highest resident memory of the server process so far."""
@@ -133,13 +140,17 @@ class Receipt:
     connections: int = 1
     """Over how many connections the elements travelled; 1 in shared memory."""
 
+    device_bytes: int = 0
+    """The device's own memory that the server held for the job, beside
+    `reserved_bytes`; 0 where it computed in the host's memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
     """What one server allows."""
 
     memory_bytes: int
-    """Most bytes that all its jobs together may reserve."""
+    """Most bytes of the host's memory that all its jobs together may reserve."""
 
     max_jobs: int
     """Most jobs that run at once."""
@@ -311,7 +322,14 @@ class Backward(_TwoResults):
 
 def device_of(message: DeviceMessage) -> Device:
     """A device as the contract writes it."""
-    return Device(message.backend, message.index, message.name, message.memory_bytes)
+    return Device(
+        message.backend,
+        message.index,
+        message.name,
+        message.memory_bytes,
+        message.compute_capability,
+        message.memory_limit_bytes,
+    )
 
 
 def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
@@ -349,6 +367,7 @@ def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
             if job.HasField(result.label)
         },
         connections=max(1, message.connections),
+        device_bytes=accepted.device_bytes,
     )
 
 

@@ -109,8 +109,7 @@ async def _outcome(
     except MemoryError:
         return None, JobError(
             Reason.DEVICE_OUT_OF_MEMORY,
-            f"there are no {call.reserved_bytes} bytes of memory for this job, "
-            f"though the server's limit allows it",
+            "there is no memory for this call, though the server's limit allows it",
         )
     except Exception:  # noqa: BLE001 - logged, and told by its id
         error_id = f"error-{secrets.token_hex(6)}"
@@ -187,6 +186,7 @@ def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
             "blocks": counts.blocks,
             "bytes_received": counts.bytes_received,
             "bytes_sent": counts.bytes_sent,
+            "device": call.accepted.device.index,
             "receiving_s": round(call.receiving_s, 6),
             "computing_s": round(counts.times.computing_s, 6),
             "sending_s": round(call.sending_s, 6),

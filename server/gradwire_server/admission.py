@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from gradwire.wire.limits import MIB
 from gradwire.wire.reasons import Reason
 from gradwire_server.errors import JobError
+from gradwire_server.lanes import Lanes, Load
 
 CALL_BYTES = 2 * MIB
 """What an open call holds before its job is admitted: what gRPC takes in
@@ -23,8 +24,10 @@ RETRY_AFTER_S = 1.0
 @dataclass(eq=False, slots=True)
 class _Waiting:
     size_bytes: int
+    load: Load
     moved: asyncio.Event = field(default_factory=asyncio.Event)
-    admitted: bool = False
+    lane: int | None = None
+    """Position of the lane that the job was given; None before it may run."""
     refused: JobError | None = None
 
 
@@ -40,9 +43,13 @@ class Admission:
         memory_limit: Most bytes that jobs and open calls may hold.
         max_jobs: Most jobs that run at once.
         max_queue: Most jobs that wait.
+        lanes: Where they run.
     """
 
-    def __init__(self, memory_limit: int, max_jobs: int, max_queue: int) -> None:
+    def __init__(
+        self, memory_limit: int, max_jobs: int, max_queue: int, lanes: Lanes
+    ) -> None:
+        self.lanes = lanes
         self.memory_limit = memory_limit
         self.max_jobs = max_jobs
         self.max_queue = max_queue
@@ -144,30 +151,34 @@ class Admission:
 
     @asynccontextmanager
     async def job(
-        self, size_bytes: int, on_wait: Callable[[int], Awaitable[None]]
-    ) -> AsyncIterator[None]:
+        self, size_bytes: int, load: Load, on_wait: Callable[[int], Awaitable[None]]
+    ) -> AsyncIterator[int]:
         """Waits for a job's turn and holds its memory while it runs.
 
+        Its turn has come when it is first in the queue, and there are memory,
+        a place, and a lane whose device has memory for it.
+
         Args:
-            size_bytes: What the job reserves.
+            size_bytes: What the job reserves of the host's memory.
+            load: What it is for the lane that it will run on.
             on_wait: Told how many jobs are ahead, first and at each change.
+
+        Yields:
+            The position of its lane.
 
         Raises:
             JobError: The job is larger than this server can ever hold, the
                 queue is full, or the server drains.
         """
-        await self._admit(size_bytes, on_wait)
+        lane = await self._admit(size_bytes, load, on_wait)
         try:
-            yield
+            yield lane
         finally:
-            self.running -= 1
-            if not self.running:
-                self._idle.set()
-            self._give_back(size_bytes)
+            self._leave(size_bytes, load, lane)
 
     async def _admit(
-        self, size_bytes: int, on_wait: Callable[[int], Awaitable[None]]
-    ) -> None:
+        self, size_bytes: int, load: Load, on_wait: Callable[[int], Awaitable[None]]
+    ) -> int:
         if size_bytes + CALL_BYTES > self.memory_limit:
             raise JobError(
                 Reason.JOB_TOO_LARGE,
@@ -175,13 +186,22 @@ class Admission:
                 f"{self.memory_limit}",
                 field="job",
             )
+        most = self.lanes.most_bytes
+        if most is not None and load.device_bytes > most:
+            raise JobError(
+                Reason.JOB_TOO_LARGE,
+                f"the job would hold {load.device_bytes} bytes of a device's memory: "
+                f"this server has a device that allows {most}, and none that allows "
+                f"more",
+                field="job",
+            )
         if self._draining:
             raise _draining()
-        waiting = _Waiting(size_bytes)
+        waiting = _Waiting(size_bytes, load)
         self._queue.append(waiting)
         self._admit_waiting()
-        if waiting.admitted:
-            return
+        if waiting.lane is not None:
+            return waiting.lane
         if self._calls_bytes + size_bytes > self.memory_limit:
             self._queue.remove(waiting)
             raise self._no_memory()
@@ -192,16 +212,16 @@ class Admission:
                 f"{self.max_queue}"
             )
         try:
-            await self._wait_turn(waiting, on_wait)
+            return await self._wait_turn(waiting, on_wait)
         except BaseException:
             self._withdraw(waiting)
             raise
 
     async def _wait_turn(
         self, waiting: _Waiting, on_wait: Callable[[int], Awaitable[None]]
-    ) -> None:
+    ) -> int:
         told = -1
-        while not waiting.admitted:
+        while waiting.lane is None:
             if waiting.refused is not None:
                 raise waiting.refused
             waiting.moved.clear()
@@ -211,17 +231,22 @@ class Admission:
                 await on_wait(ahead)
             else:
                 await waiting.moved.wait()
+        return waiting.lane
 
     def _withdraw(self, waiting: _Waiting) -> None:
         """Takes a job that will not run out of the queue, or out of its place."""
-        if waiting.admitted:
-            self.running -= 1
-            if not self.running:
-                self._idle.set()
-            self._give_back(waiting.size_bytes)
+        if waiting.lane is not None:
+            self._leave(waiting.size_bytes, waiting.load, waiting.lane)
         elif waiting in self._queue:
             self._queue.remove(waiting)
             self._admit_waiting()
+
+    def _leave(self, size_bytes: int, load: Load, lane: int) -> None:
+        self.lanes.take_away(load, lane)
+        self.running -= 1
+        if not self.running:
+            self._idle.set()
+        self._give_back(size_bytes)
 
     def _give_back(self, size_bytes: int) -> None:
         self.held_bytes -= size_bytes
@@ -229,11 +254,14 @@ class Admission:
 
     def _admit_waiting(self) -> None:
         while self._queue and self._fits(self._queue[0].size_bytes):
-            first = self._queue.popleft()
+            first = self._queue[0]
+            first.lane = self.lanes.put(first.load)
+            if first.lane is None:
+                break
+            self._queue.popleft()
             self.held_bytes += first.size_bytes
             self.running += 1
             self._idle.clear()
-            first.admitted = True
             first.moved.set()
         for waiting in self._queue:
             waiting.moved.set()

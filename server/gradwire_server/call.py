@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from gradwire.v1 import job_pb2
 from gradwire_server.backends.base import Times
 from gradwire_server.errors import JobError
 from gradwire_server.headers import Header
@@ -17,6 +18,10 @@ class Counts:
 
     m: int = 0
     """Rows of the job, once they are all there."""
+    ended: bool = False
+    """Whether they are, in a stream."""
+    blocks_received: int = 0
+    """Row blocks of a stream whose operands have come."""
     blocks: int = 0
     """Row blocks computed."""
     bytes_received: int = 0
@@ -42,6 +47,8 @@ class Call:
     complete: bool = False
     """Whether everything was answered."""
     reserved_bytes: int = 0
+    announced: job_pb2.Accepted | None = None
+    """What is said of its job where that runs, once it was admitted."""
     started: float = field(default_factory=time.perf_counter)
     queued_s: float = 0.0
     ends_by_cancelling: bool = False
@@ -64,6 +71,13 @@ class Call:
         """
         if self.refusal is not None:
             raise self.refusal
+
+    @property
+    def accepted(self) -> job_pb2.Accepted:
+        """What is said of its job, which was admitted."""
+        if self.announced is None:
+            raise RuntimeError("the job was not admitted")
+        return self.announced
 
     @property
     def header(self) -> Header:

@@ -69,8 +69,10 @@ class Computation:
             What to wait for until that is done; None: it is.
         """
         wait = self._opened.take_block(block)
-        self._counts.blocks += 1
-        return wait
+        if wait is None:
+            self._counts.blocks += 1
+            return None
+        return partial(self._block_computed, wait)
 
     def finish(self) -> Array:
         """dW, in its dtype on the wire."""
@@ -121,6 +123,10 @@ class Computation:
             yield partial(self.take_w, arrays[Matrix.W])
         for block in self._blocks(arrays, m):
             yield partial(self.take_block, block)
+
+    def _block_computed(self, wait: Wait) -> None:
+        wait()
+        self._counts.blocks += 1
 
     def _blocks(self, arrays: Mapping[Matrix, Array], m: int) -> Iterator[RowBlock]:
         for first in range(0, m if self._plan.slot_bytes else 0, self._plan.block_rows):

@@ -10,7 +10,8 @@ import functools
 from dataclasses import dataclass
 
 from gradwire.v1 import job_pb2
-from gradwire_server.backends.base import Backend, DeviceInfo
+from gradwire_server.backends.base import Backend
+from gradwire_server.devices import device_message
 from gradwire_server.placement import read_places
 from gradwire_server.plan import Plan, make_plan
 from gradwire_server.spec import JobSpec, check_size, read_job
@@ -25,9 +26,11 @@ class Header:
     plan: Plan
     """How it is cut."""
     backend_bytes: int
-    """What its backend takes for it."""
-    announced: job_pb2.Accepted
-    """What is said of every job with this header."""
+    """What its backend takes for it of the host's memory."""
+    device_bytes: int
+    """What it takes of a device's memory."""
+    announced: tuple[job_pb2.Accepted, ...]
+    """What is said of every job with this header, on each device."""
 
 
 class Headers:
@@ -35,7 +38,7 @@ class Headers:
 
     Args:
         backend: What computes.
-        device: On which of its devices.
+        device_limit: What the operator allows jobs of a device's memory.
         features: What this server offers.
         block_bytes: Bytes of a row block's operands.
         instance: The server's name.
@@ -44,13 +47,13 @@ class Headers:
     def __init__(
         self,
         backend: Backend,
-        device: DeviceInfo,
+        device_limit: int | None,
         features: tuple[str, ...],
         block_bytes: int,
         instance: str,
     ) -> None:
         self._backend = backend
-        self._device = device
+        self._device_limit = device_limit
         self._features = features
         self._block_bytes = block_bytes
         self._instance = instance
@@ -77,23 +80,29 @@ class Headers:
         spec = read_job(job, self._backend.max_columns, self._features)
         spec = read_places(job, spec, self._features)
         plan = make_plan(spec, self._block_bytes)
-        device = self._device
+        device_bytes = self._backend.device_bytes(spec, plan.slot_rows)
+        echo = spec.echo()
         return Header(
             spec=spec,
             plan=plan,
             backend_bytes=self._backend.job_bytes(spec, plan.slot_rows),
-            announced=job_pb2.Accepted(
-                server_instance=self._instance,
-                block_rows=plan.block_rows,
-                window_rows=plan.window_rows,
-                device=device_message(device),
-                fingerprint=job_pb2.NumericsFingerprint(
-                    library=device.library,
-                    device=device.name,
-                    threads=device.threads,
+            device_bytes=device_bytes,
+            announced=tuple(
+                job_pb2.Accepted(
+                    server_instance=self._instance,
                     block_rows=plan.block_rows,
-                ),
-                effective_job=spec.echo(),
+                    window_rows=plan.window_rows,
+                    device_bytes=device_bytes,
+                    device=device_message(device, self._device_limit),
+                    fingerprint=job_pb2.NumericsFingerprint(
+                        library=device.library,
+                        device=device.name,
+                        threads=device.threads,
+                        block_rows=plan.block_rows,
+                    ),
+                    effective_job=echo,
+                )
+                for device in self._backend.devices
             ),
         )
 
@@ -103,13 +112,3 @@ _REMEMBERED = 256
 _SHORT = 512
 """Bytes of a header that is remembered, beyond all that the SDK sends: those of
 strangers should not fill memory that is not counted."""
-
-
-def device_message(device: DeviceInfo) -> job_pb2.Device:
-    """A device, as the contract describes it."""
-    return job_pb2.Device(
-        backend=device.backend,
-        index=device.index,
-        name=device.name,
-        memory_bytes=device.memory_bytes,
-    )

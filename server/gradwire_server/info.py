@@ -10,7 +10,7 @@ import grpc
 from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse, Limits
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.limits import CONTRACT, MAX_PAYLOAD_BYTES
-from gradwire_server.headers import device_message
+from gradwire_server.devices import device_message
 from gradwire_server.service import Service
 
 
@@ -27,7 +27,10 @@ def describe(service: Service, backend_reason: str) -> GetServerInfoResponse:
         server_instance=service.instance,
         contract=CONTRACT,
         features=service.features,
-        devices=[device_message(device) for device in backend.devices],
+        devices=[
+            device_message(device, service.settings.device_memory_limit)
+            for device in backend.devices
+        ],
         backend_reason=backend_reason,
         dtypes=[dtype.proto_name for dtype in Dtype],
         limits=Limits(

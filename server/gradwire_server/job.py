@@ -150,6 +150,7 @@ class RunningJob:
         """
         self._intakes[0].end(m)
         self._counts.m = m
+        self._counts.ended = True
         self._ended.set()
         await self._connection_complete()
 
@@ -222,6 +223,7 @@ class RunningJob:
                 queue = self._computed[number % self._plan.connections]
                 queue.put_nowait((number, block, done))
                 self._submitted += 1
+                self._counts.blocks_received = self._submitted
 
     def _next_rows(self) -> int | None:
         """Rows of the next block in order; None while it is not complete."""

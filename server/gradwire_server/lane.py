@@ -17,6 +17,7 @@ import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -63,11 +64,20 @@ class Lane:
         self._doing: list[Hashable] = []
         """Jobs of the piece that is being done, and of those that have begun."""
         self._closed = False
+        self._entered: Future[None] = Future()
         self._changed = threading.Condition()
         self._thread = threading.Thread(
             target=self._serve, name=f"gradwire-lane-{device}", daemon=True
         )
         self._thread.start()
+
+    async def entered(self) -> None:
+        """Waits until the thread has begun.
+
+        Raises:
+            Exception: What `enter` raised; then the lane does no work.
+        """
+        await asyncio.wrap_future(self._entered)
 
     def submit(self, job: Hashable, run: Callable[[], T]) -> asyncio.Future[T]:
         """Does `run` when it is the job's turn, after the job's earlier work.
@@ -137,7 +147,12 @@ class Lane:
             self._changed.wait_for(lambda: job not in self._doing)
 
     def _serve(self) -> None:
-        self._enter()
+        try:
+            self._enter()
+        except Exception as error:  # noqa: BLE001 - told to who waits for it
+            self._entered.set_exception(error)
+            return
+        self._entered.set_result(None)
         begun: deque[tuple[_Work, Wait]] = deque()
         while self._begin_next(begun) or begun:
             if begun and (len(begun) == self._most_begun or not self._queues):

@@ -11,8 +11,11 @@ import grpc
 from gradwire.wire.limits import MAX_MESSAGE_BYTES
 from gradwire_server import backends, listen, standard
 from gradwire_server.admission import CALL_BYTES, Admission
-from gradwire_server.backends.base import Backend
+from gradwire_server.backends.base import Backend, DeviceInfo, DeviceLostError
 from gradwire_server.contracts import OtherContracts
+from gradwire_server.devices import label, memory_limit
+from gradwire_server.errors import BackendError
+from gradwire_server.lanes import Lanes
 from gradwire_server.memory import keep_freed, machine_bytes
 from gradwire_server.service import Service
 from gradwire_server.servicer import GradientServicer
@@ -71,6 +74,10 @@ class Server:
         self._backend = backend
         self._service: Service | None = None
         self._health = standard.Health()
+        self._lost = asyncio.Event()
+        self.lost: str | None = None
+        """Which device has failed for good, and why; None while none has. Then
+        the process is of no use any more, and should end."""
         self._grpc: grpc.aio.Server | None = None
 
     async def start(self) -> None:
@@ -78,6 +85,7 @@ class Server:
 
         Raises:
             ListenError: An address cannot be listened on; none is then.
+            BackendError: A device cannot be used.
         """
         if self.settings.keep_memory:
             keep_freed()
@@ -86,19 +94,26 @@ class Server:
             memory_limit=machine_bytes() // 2 if limit is None else limit,
             max_jobs=self.settings.max_jobs,
             max_queue=self.settings.max_queue,
+            lanes=Lanes(
+                [
+                    memory_limit(device, self.settings.device_memory_limit)
+                    for device in self._backend.devices
+                ]
+            ),
         )
         server = grpc.aio.server(options=_CHANNEL_OPTIONS)
         bound: list[str] = []
         try:
             for address in self.settings.listen:
                 bound.append(listen.bind(server, address))  # noqa: PERF401 - undone below
-        except OSError:
+            service = await self._started(admission)
+        except (OSError, BackendError):
             await server.stop(None)
             for address in bound:
                 listen.remove(address)
             raise
-        self._service = Service(self.settings, self._backend, admission, self._observe)
-        servicer = GradientServicer(self._service, self.backend_reason)
+        self._service = service
+        servicer = GradientServicer(service, self.backend_reason)
         server.add_generic_rpc_handlers((servicer.handler(), OtherContracts()))
         standard.add(server, self._health)
         await server.start()
@@ -111,9 +126,17 @@ class Server:
                 "addresses": " ".join(self.addresses),
                 "backend": self.backend_name,
                 "memory_limit": admission.memory_limit,
-                "server_instance": self._service.instance,
+                "server_instance": service.instance,
             },
         )
+
+    async def wait_lost(self) -> None:
+        """Waits until a device has failed for good, see `lost`.
+
+        Health says NOT_SERVING then, new jobs are refused and running ones are
+        ended.
+        """
+        await self._lost.wait()
 
     async def drain(self) -> None:
         """Stops in good order.
@@ -150,6 +173,26 @@ class Server:
         for address in self.addresses:
             listen.remove(address)
         _log.info("stopped")
+
+    async def _started(self, admission: Admission) -> Service:
+        service = Service(
+            self.settings, self._backend, admission, self._device_lost, self._observe
+        )
+        try:
+            await service.ready()
+        except BackendError:
+            service.close()
+            raise
+        return service
+
+    async def _device_lost(self, device: DeviceInfo, error: DeviceLostError) -> None:
+        self.lost = f"{device.backend}'s {label(device)} failed for good: {error}"
+        await self._health.not_serving()
+        _log.critical(
+            "a device is lost, and the server of no use any more",
+            extra={"device": label(device), "error": str(error)},
+        )
+        self._lost.set()
 
     async def __aenter__(self) -> Any:
         await self.start()

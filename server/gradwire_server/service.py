@@ -9,33 +9,48 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TypeAlias
 
 from gradwire.v1 import job_pb2
 from gradwire.wire.limits import SHARED_MEMORY
 from gradwire.wire.matrices import Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.admission import CALL_BYTES, Admission
-from gradwire_server.backends.base import Array, Backend
+from gradwire_server.backends.base import (
+    Array,
+    Backend,
+    DeviceInfo,
+    DeviceLostError,
+)
 from gradwire_server.call import Call
 from gradwire_server.computation import Computation
 from gradwire_server.connections import Connections, Joinable
-from gradwire_server.errors import JobError
+from gradwire_server.devices import label
+from gradwire_server.errors import BackendError, JobError
 from gradwire_server.headers import Headers
 from gradwire_server.in_place import InPlaceJob
 from gradwire_server.job import RunningJob
 from gradwire_server.lane import Lane
+from gradwire_server.lanes import load_of
 from gradwire_server.memory import give_back, peak_resident_bytes
 from gradwire_server.patience import patience
 from gradwire_server.placement import check_sizes
 from gradwire_server.regions import Regions
+from gradwire_server.running import Running
 from gradwire_server.settings import Settings
 from gradwire_server.spec import FEATURES, JobSpec, job_name
 from gradwire_server.timeline import Observe, unobserved
+
+_log = logging.getLogger("gradwire_server")
+
+OnLost: TypeAlias = Callable[[DeviceInfo, DeviceLostError], Awaitable[None]]
+"""Told which device is lost, and why."""
 
 
 class Service:
@@ -45,6 +60,7 @@ class Service:
         settings: What the operator chose.
         backend: What computes.
         admission: Who may run.
+        on_lost: Told when a device is lost; jobs are ended after it.
         observe: Told when row blocks are received, computed and sent.
     """
 
@@ -53,8 +69,11 @@ class Service:
         settings: Settings,
         backend: Backend,
         admission: Admission,
+        on_lost: OnLost,
         observe: Observe = unobserved,
     ) -> None:
+        self._on_lost = on_lost
+        self._lost = False
         self.observe = observe
         self.settings = settings
         self.backend = backend
@@ -75,13 +94,27 @@ class Service:
         ]
         self._headers = Headers(
             backend,
-            backend.devices[self.lanes[0].device],
+            settings.device_memory_limit,
             self.features,
             settings.block_bytes,
             self.instance,
         )
-        self._running: set[asyncio.Task[object]] = set()
+        self._running = Running()
         self._tidying: asyncio.TimerHandle | None = None
+
+    async def ready(self) -> None:
+        """Waits until every device can be used.
+
+        Raises:
+            BackendError: One of them cannot.
+        """
+        for lane, device in zip(self.lanes, self.backend.devices, strict=True):
+            try:
+                await lane.entered()
+            except Exception as error:
+                raise BackendError(
+                    f"{label(device)} cannot be used: {error}"
+                ) from error
 
     def read_job(self, call: Call, header: job_pb2.Job) -> JobSpec:
         """Checks a header and cuts its job into blocks.
@@ -106,18 +139,27 @@ class Service:
 
         Args:
             call: A call whose header was read.
-            host_bytes: What the job holds beside what its backend takes.
+            host_bytes: What the job holds of the host's memory beside what its
+                backend takes.
             on_wait: Told how many jobs are ahead.
 
         Yields:
             The lane that the job is to run on.
         """
-        call.reserved_bytes = host_bytes + call.header.backend_bytes
-        async with self.admission.job(call.reserved_bytes, on_wait):
+        header = call.header
+        call.reserved_bytes = host_bytes + header.backend_bytes
+        load = load_of(header.spec, header.plan, header.device_bytes, call.counts)
+        async with self.admission.job(call.reserved_bytes, load, on_wait) as position:
             call.queued_s = time.perf_counter() - call.started
+            call.announced = header.announced[position]
             call.admitted = True
-            async with self._ended_by_drain():
-                yield self.lanes[0]
+            async with self._running.job():
+                try:
+                    yield self.lanes[position]
+                except MemoryError:
+                    raise self._out_of_memory(call, position) from None
+                except DeviceLostError as error:
+                    raise await self._device_lost(position, error) from None
 
     @asynccontextmanager
     async def streamed(
@@ -207,7 +249,7 @@ class Service:
     def accepted(self, call: Call, join_token: str = "") -> job_pb2.Accepted:
         """What the client is told before it sends W."""
         accepted = job_pb2.Accepted()
-        accepted.CopyFrom(call.header.announced)
+        accepted.CopyFrom(call.accepted)
         accepted.effective_job.job_id = call.job_id
         accepted.reserved_bytes = call.reserved_bytes
         accepted.join_token = join_token
@@ -230,7 +272,7 @@ class Service:
             copy_from_device_seconds=counts.times.from_device_s,
             sending_seconds=call.sending_s,
             total_seconds=time.perf_counter() - call.started,
-            device=call.header.announced.device,
+            device=call.accepted.device,
             peak_memory_bytes=peak_resident_bytes(),
             transport=call.transport,
             connections=call.header.spec.connections,
@@ -296,33 +338,55 @@ class Service:
 
     def end_running_jobs(self) -> None:
         """Ends the jobs that the grace period did not suffice for."""
-        for task in self._running:
-            task.cancel(_GRACE_IS_OVER)
+        self._running.end(
+            JobError(
+                Reason.DRAINING,
+                "the server stops, and its grace period is over: the job was ended",
+            )
+        )
 
     def close(self) -> None:
         """Ends the lanes' threads and the backend."""
         for lane in self.lanes:
             lane.close()
-        self.backend.close()
-
-    @asynccontextmanager
-    async def _ended_by_drain(self) -> AsyncIterator[None]:
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a job runs in a task")
-        self._running.add(task)
         try:
-            yield
-        except asyncio.CancelledError as cancelled:
-            if cancelled.args == (_GRACE_IS_OVER,):
-                task.uncancel()
-                raise JobError(
-                    Reason.DRAINING,
-                    "the server stops, and its grace period is over: the job was ended",
-                ) from None
-            raise
-        finally:
-            self._running.discard(task)
+            self.backend.close()
+        except Exception as error:
+            if not self._lost:
+                raise
+            # What was on a device that is lost cannot be given back to it.
+            _log.debug("the backend did not close: %s", error)
+
+    def _out_of_memory(self, call: Call, position: int) -> JobError:
+        of_device = call.header.device_bytes
+        size = f"{call.reserved_bytes} bytes of memory"
+        if of_device:
+            size += f", or {of_device} of the device's,"
+        return JobError(
+            Reason.DEVICE_OUT_OF_MEMORY,
+            f"there are no {size} for this job on "
+            f"{label(self.backend.devices[position])}, though the server's limits "
+            f"allow it",
+        )
+
+    async def _device_lost(self, position: int, error: DeviceLostError) -> JobError:
+        """Ends what runs, on whatever device; the process is of no use any more.
+
+        Returns:
+            What the job ends with that has found out.
+        """
+        device = self.backend.devices[position]
+        lost = JobError(
+            Reason.DEVICE_LOST,
+            "a device of this server failed for good: the job was ended, and the "
+            "server stops",
+        )
+        if not self._lost:
+            self._lost = True
+            self.admission.drain()
+            await self._on_lost(device, error)
+            self._running.end(lost)
+        return lost
 
 
 _QUIET_S = 15.0
@@ -333,6 +397,3 @@ a slow batch between them too."""
 
 async def _not_told(_: int) -> None:
     """A unary call cannot say that it waits."""
-
-
-_GRACE_IS_OVER = "the grace period is over"

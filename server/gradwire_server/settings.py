@@ -28,6 +28,15 @@ class Settings:
     """What computes: numpy (the CPU), cupy (CUDA devices), or auto, which
     takes cupy where a device answers and numpy otherwise."""
 
+    devices: tuple[int, ...] = ()
+    """Numbers of the devices that compute, as 0,2. Unset: all that answer.
+    numpy has one, 0."""
+
+    device_memory_limit: int | None = None
+    """Most bytes of each device's own memory that the jobs on it may hold
+    together. Unset: nine tenths of what it has. Where the device is the CPU it
+    has no effect."""
+
     cpu_threads: int | None = None
     """Threads that compute with NumPy, each with one thread of BLAS, to which
     BLAS is limited in the whole process. Unset: one for each processor. 0:
@@ -77,6 +86,11 @@ class Settings:
             raise ValueError(
                 f"backend is {self.backend!r}: expected auto, numpy or cupy"
             )
+        for number in self.devices:
+            if number < 0:
+                raise ValueError(f"devices names {number}: expected at least 0")
+            if self.devices.count(number) > 1:
+                raise ValueError(f"devices names {number} twice")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -87,6 +101,7 @@ _LEAST: dict[str, float] = {
     "cpu_threads": 0,
     "cpu_niceness": 0,
     "memory_limit": 16 * MIB,
+    "device_memory_limit": 16 * MIB,
     "max_jobs": 1,
     "max_queue": 0,
     "block_bytes": 1,

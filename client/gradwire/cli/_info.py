@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 import gradwire
-from gradwire import ServerInfo
+from gradwire import Device, ServerInfo
 from gradwire.cli._options import DEFAULT_ADDRESS, FLAG, Address, Seconds
 from gradwire.cli._tables import console, properties
 from gradwire.cli._units import format_bytes
@@ -43,17 +43,25 @@ def info(
         console().print(properties(_rows(address, answer)))
 
 
+def _device(device: Device) -> str:
+    parts = [
+        f"{device.backend} {device.index}: {device.name}",
+        format_bytes(device.memory_bytes),
+    ]
+    if device.memory_limit_bytes:
+        parts.append(f"{format_bytes(device.memory_limit_bytes)} of it for jobs")
+    if device.compute_capability:
+        parts.append(f"compute capability {device.compute_capability}")
+    return ", ".join(parts)
+
+
 def _rows(address: str, info: ServerInfo) -> Iterator[tuple[str, str]]:
     limits = info.limits
     yield "server", f"{address} (instance {info.server_instance})"
     yield "version", f"gradwire {info.version}, contract {info.contract}"
     yield "state", "drains, takes no new jobs" if info.draining else "takes jobs"
     for device in info.devices:
-        yield (
-            "device",
-            f"{device.backend} {device.index}: {device.name}, "
-            f"{format_bytes(device.memory_bytes)}",
-        )
+        yield "device", _device(device)
     yield "chosen because", info.backend_reason
     yield "dtypes", ", ".join(info.dtypes)
     yield "memory for jobs", format_bytes(limits.memory_bytes)

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from gradwire.cli._errors import CommandError
+from gradwire.cli._errors import CommandError, ExitStatus
 from gradwire.cli._logs import LogSettings
 from gradwire.cli._settings import SOURCES, ServeSettings
 
@@ -82,7 +84,10 @@ async def _serve(settings: ServeSettings) -> None:
     except OSError:
         await server.stop()
         raise
-    await asked.wait()
+    waits = [asyncio.create_task(each) for each in (asked.wait(), server.wait_lost())]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    if server.lost is not None:
+        _end_by_force_after(_LOST_S)
     draining = asyncio.create_task(server.drain())
     insisting = asyncio.create_task(insisted.wait())
     await asyncio.wait({draining, insisting}, return_when=asyncio.FIRST_COMPLETED)
@@ -90,6 +95,30 @@ async def _serve(settings: ServeSettings) -> None:
     draining.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await draining
+    for wait in waits:
+        wait.cancel()
+    if server.lost is not None:
+        raise CommandError(server.lost)
+
+
+def _end_by_force_after(seconds: float) -> None:
+    """Ends the process if it has not ended by then.
+
+    What waits for a device that is lost may wait for ever, in a thread that
+    nobody can stop, and whoever is to start the server again waits for its end.
+    """
+
+    def end() -> None:
+        _log.critical("the process does not end, and is ended")
+        os._exit(ExitStatus.FAILED)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+_LOST_S = 5.0
+"""Seconds for jobs to tell their clients, and threads to end."""
 
 
 def _say_ready(addresses: tuple[str, ...], backend: str) -> None:

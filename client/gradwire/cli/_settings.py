@@ -20,6 +20,17 @@ def _to_bytes(_: object, tokens: Sequence[Token]) -> int:
     return parse_bytes(tokens[0].value)
 
 
+def _to_numbers(_: object, tokens: Sequence[Token]) -> tuple[int, ...]:
+    texts = [text for token in tokens for text in token.value.split(",")]
+    try:
+        return tuple(int(text) for text in texts)
+    except ValueError:
+        given = ",".join(texts)
+        raise CommandError(
+            f"devices is {given!r}: expected numbers like 0,2", ExitStatus.USAGE
+        ) from None
+
+
 _SIZE = Parameter(
     converter=_to_bytes,
     metavar="SIZE",
@@ -39,6 +50,13 @@ class ServeSettings(Settings):
         tuple[str, ...],
         Parameter(metavar="ADDRESS", negative=(), show_default=" ".join),
     ] = Settings.listen
+    devices: Annotated[
+        tuple[int, ...],
+        Parameter(
+            converter=_to_numbers, metavar="NUMBERS", negative=(), show_default=False
+        ),
+    ] = Settings.devices
+    device_memory_limit: Annotated[int | None, _SIZE] = Settings.device_memory_limit
     memory_limit: Annotated[int | None, _SIZE] = Settings.memory_limit
     block_bytes: Annotated[int, _SIZE, Parameter(show_default=format_bytes)] = (
         Settings.block_bytes

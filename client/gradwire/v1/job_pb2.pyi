@@ -126,7 +126,7 @@ class Queued(_message.Message):
     def __init__(self, jobs_ahead: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("server_instance", "block_rows", "window_rows", "reserved_bytes", "device", "fingerprint", "effective_job", "join_token")
+    __slots__ = ("server_instance", "block_rows", "window_rows", "reserved_bytes", "device", "fingerprint", "effective_job", "join_token", "device_bytes")
     SERVER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,7 @@ class Accepted(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     EFFECTIVE_JOB_FIELD_NUMBER: _ClassVar[int]
     JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     server_instance: str
     block_rows: int
     window_rows: int
@@ -143,19 +144,24 @@ class Accepted(_message.Message):
     fingerprint: NumericsFingerprint
     effective_job: Job
     join_token: str
-    def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ..., join_token: _Optional[str] = ...) -> None: ...
+    device_bytes: int
+    def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ..., join_token: _Optional[str] = ..., device_bytes: _Optional[int] = ...) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("backend", "index", "name", "memory_bytes")
+    __slots__ = ("backend", "index", "name", "memory_bytes", "compute_capability", "memory_limit_bytes")
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     backend: str
     index: int
     name: str
     memory_bytes: int
-    def __init__(self, backend: _Optional[str] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    compute_capability: str
+    memory_limit_bytes: int
+    def __init__(self, backend: _Optional[str] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., compute_capability: _Optional[str] = ..., memory_limit_bytes: _Optional[int] = ...) -> None: ...
 
 class NumericsFingerprint(_message.Message):
     __slots__ = ("library", "device", "threads", "block_rows")

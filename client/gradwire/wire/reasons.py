@@ -49,6 +49,7 @@ class Reason(enum.StrEnum):
     # the rest, one each
     JOIN_UNKNOWN = enum.auto()
     DRAINING = enum.auto()
+    DEVICE_LOST = enum.auto()
     CLIENT_IDLE = enum.auto()
     JOB_CANCELLED = enum.auto()
     DEADLINE_PASSED = enum.auto()
@@ -73,6 +74,7 @@ _OTHER_STATUS = {
     Reason.DEVICE_OUT_OF_MEMORY: StatusCode.RESOURCE_EXHAUSTED,
     Reason.JOIN_UNKNOWN: StatusCode.FAILED_PRECONDITION,
     Reason.DRAINING: StatusCode.UNAVAILABLE,
+    Reason.DEVICE_LOST: StatusCode.UNAVAILABLE,
     Reason.CLIENT_IDLE: StatusCode.ABORTED,
     Reason.JOB_CANCELLED: StatusCode.CANCELLED,
     Reason.DEADLINE_PASSED: StatusCode.DEADLINE_EXCEEDED,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gradwire_server.backends.base import Backend
 from gradwire_server.backends.crew import processors
 from gradwire_server.backends.numpy import NumpyBackend
+from gradwire_server.devices import check_asked
 from gradwire_server.errors import BackendError
 from gradwire_server.settings import Settings
 
@@ -19,6 +20,7 @@ def choose(settings: Settings) -> tuple[Backend, str]:
     """
     if settings.backend == "cupy":
         raise BackendError(f"the backend cupy cannot be used: {_NO_CUPY}")
+    check_asked("numpy", settings.devices, (0,))
     threads = processors() if settings.cpu_threads is None else settings.cpu_threads
     why = "as asked" if settings.backend == "numpy" else _NO_CUPY
     return NumpyBackend(threads, settings.cpu_niceness), why

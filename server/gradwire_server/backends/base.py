@@ -67,6 +67,11 @@ class DeviceInfo:
     """Library that computes the products, with its version."""
     threads: int
     """Threads that share one product."""
+    compute_capability: str = ""
+    """CUDA's number for what the device can do, as "9.0"; empty where there is
+    none."""
+    in_host_memory: bool = False
+    """Whether it computes in the host's memory, and has none of its own."""
 
 
 @dataclass(frozen=True, slots=True)

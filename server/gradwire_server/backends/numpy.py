@@ -74,6 +74,7 @@ class NumpyBackend:
                 memory_bytes=machine_bytes(),
                 library=", ".join(" ".join(item) for item in self.libraries().items()),
                 threads=1 if self._blas else _blas_threads(),
+                in_host_memory=True,
             ),
         )
 

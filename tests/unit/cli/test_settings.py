@@ -50,6 +50,8 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     # field: as a flag and a variable, as a value, in TOML
     "listen": ("127.0.0.1:1", ("127.0.0.1:1",), '["127.0.0.1:1"]'),
     "backend": ("numpy", "numpy", '"numpy"'),
+    "devices": ("0,2", (0, 2), "[0, 2]"),
+    "device_memory_limit": ("3GiB", 3 * 2**30, '"3GiB"'),
     "cpu_threads": ("3", 3, "3"),
     "cpu_niceness": ("3", 3, "3"),
     "memory_limit": ("3GiB", 3 * 2**30, '"3GiB"'),
@@ -136,6 +138,9 @@ def test_mistakes_are_one_sentence_that_says_where(
     assert "--max-jobs" in refusal(capsys, "--max-jobs", "many")
     assert "max_jobs is 0: expected at least 1" in refusal(capsys, "--max-jobs", "0")
     assert "expected one like 4GiB" in refusal(capsys, "--memory-limit", "4G")
+    assert "devices is '0,x': expected" in refusal(capsys, "--devices", "0,x")
+    assert "devices names -1: expected at least 0" in refusal(capsys, "--devices=-1")
+    assert "devices names 2 twice" in refusal(capsys, "--devices", "2,0,2")
     assert '"auto", "numpy", "cupy"' in refusal(capsys, "--backend", "torch")
 
     def config(text: str) -> str:

@@ -9,7 +9,9 @@ import pytest
 from gradwire.wire.limits import MIB
 from gradwire.wire.reasons import Reason
 from gradwire_server.admission import CALL_BYTES, Admission
+from gradwire_server.call import Counts
 from gradwire_server.errors import JobError
+from gradwire_server.lanes import Lanes, Load
 
 
 class Jobs:
@@ -19,13 +21,16 @@ class Jobs:
         self.admission = admission
         self.told = {}
         self.running = []
+        self.lanes = {}
         self.ends = {}
         self.tasks = {}
 
-    async def start(self, name, size_bytes=MIB):
+    async def start(self, name, size_bytes=MIB, device_bytes=0):
         self.told[name] = []
         self.ends[name] = asyncio.Event()
-        self.tasks[name] = asyncio.ensure_future(self._run(name, size_bytes))
+        self.tasks[name] = asyncio.ensure_future(
+            self._run(name, size_bytes, device_bytes)
+        )
         await self.settle()
 
     async def end(self, name):
@@ -37,18 +42,20 @@ class Jobs:
         for _ in range(10):
             await asyncio.sleep(0)
 
-    async def _run(self, name, size_bytes):
+    async def _run(self, name, size_bytes, device_bytes):
         async def on_wait(ahead):
             self.told[name].append(ahead)
 
-        async with self.admission.job(size_bytes, on_wait):
+        load = Load(1, 1, 1, device_bytes, Counts())
+        async with self.admission.job(size_bytes, load, on_wait) as lane:
             self.running.append(name)
+            self.lanes[name] = lane
             await self.ends[name].wait()
             self.running.remove(name)
 
 
-def make_jobs(memory_limit=16 * MIB, max_jobs=2, max_queue=2):
-    return Jobs(Admission(memory_limit, max_jobs, max_queue))
+def make_jobs(memory_limit=16 * MIB, max_jobs=2, max_queue=2, lanes=None):
+    return Jobs(Admission(memory_limit, max_jobs, max_queue, lanes or Lanes()))
 
 
 async def reason_of(task):
@@ -137,10 +144,10 @@ async def test_a_drain_refuses_who_waits_and_lets_who_runs_finish():
 
 
 async def test_open_calls_hold_memory_too():
-    admission = Admission(16 * MIB, 2, 2)
+    admission = Admission(16 * MIB, 2, 2, Lanes())
     with admission.call(), admission.call():
         assert admission.held_bytes == 2 * CALL_BYTES
-    full = Admission(CALL_BYTES, 2, 2)
+    full = Admission(CALL_BYTES, 2, 2, Lanes())
     with full.call(), pytest.raises(JobError) as caught, full.call():
         pass
     assert caught.value.reason is Reason.BUSY
@@ -169,7 +176,7 @@ async def test_open_calls_leave_room_for_the_job_that_waits():
 
 
 def test_calls_that_jobs_expect_are_let_in_where_no_other_call_is():
-    admission = Admission(memory_limit=16 * MIB, max_jobs=1, max_queue=1)
+    admission = Admission(16 * MIB, max_jobs=1, max_queue=1, lanes=Lanes())
     with admission.call(16 * MIB - CALL_BYTES), admission.joins(2):
         with admission.call_that_may_join() as refusal:
             assert refusal is None  # there is a place for one more of any kind
@@ -198,6 +205,45 @@ def test_calls_that_jobs_expect_are_let_in_where_no_other_call_is():
 
 
 def test_room_that_a_client_asks_for_is_never_that_of_calls_that_join():
-    admission = Admission(memory_limit=16 * MIB, max_jobs=1, max_queue=1)
+    admission = Admission(16 * MIB, max_jobs=1, max_queue=1, lanes=Lanes())
     with admission.joins(4), pytest.raises(JobError), admission.call(17 * MIB):
         pass
+
+
+async def test_a_job_waits_for_a_devices_memory_and_is_not_overtaken():
+    jobs = make_jobs(max_jobs=9, max_queue=9, lanes=Lanes((6, 8)))
+    await jobs.start("a", device_bytes=4)
+    await jobs.start("b", device_bytes=4)
+    await jobs.start("large", device_bytes=7)
+    await jobs.start("small", device_bytes=1)
+    assert jobs.lanes == {"a": 0, "b": 1}
+    assert jobs.told["large"] == [2]
+    await jobs.end("a")
+    assert jobs.running == ["b"]
+    await jobs.end("b")
+    assert jobs.lanes["large"] == 1
+    assert jobs.lanes["small"] == 0
+    for name in ("large", "small"):
+        await jobs.end(name)
+    assert [jobs.admission.lanes.held_bytes(lane) for lane in (0, 1)] == [0, 0]
+
+
+async def test_a_job_that_no_device_can_ever_hold_is_refused_for_good():
+    jobs = make_jobs(lanes=Lanes((6, 8)))
+    await jobs.start("vast", device_bytes=9)
+    with pytest.raises(JobError, match=r"9 bytes of a device's memory.* 8") as caught:
+        await jobs.tasks["vast"]
+    assert caught.value.reason is Reason.JOB_TOO_LARGE
+
+
+async def test_a_job_that_gives_up_waiting_for_a_device_makes_way():
+    jobs = make_jobs(max_jobs=9, lanes=Lanes((8,)))
+    await jobs.start("a", device_bytes=5)
+    await jobs.start("large", device_bytes=7)
+    await jobs.start("small", device_bytes=1)
+    jobs.tasks["large"].cancel()
+    await jobs.settle()
+    assert jobs.running == ["a", "small"]
+    await jobs.end("a")
+    await jobs.end("small")
+    assert jobs.admission.lanes.held_bytes(0) == 0

@@ -15,12 +15,13 @@ import pytest
 from gradwire.wire.limits import MIB
 from gradwire_server import regions
 from gradwire_server.admission import Admission
+from gradwire_server.lanes import Lanes
 from gradwire_server.regions import Regions
 
 
 @pytest.fixture
 def admission() -> Admission:
-    return Admission(memory_limit=256 * MIB, max_jobs=1, max_queue=1)
+    return Admission(memory_limit=256 * MIB, max_jobs=1, max_queue=1, lanes=Lanes())
 
 
 def open_files() -> int:
