@@ -29,7 +29,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-START_TIMEOUT_S = 30.0
+BACKEND = os.environ.get("GRADWIRE_TEST_BACKEND", "numpy")
+"""What servers compute with here: numpy, or cupy to run the suite on a GPU.
+
+Tests that are about the NumPy backend, or that put a backend of their own in
+its place, give their server one instead."""
+
+if BACKEND not in {"numpy", "cupy"}:
+    raise ValueError(f"GRADWIRE_TEST_BACKEND is {BACKEND!r}: expected numpy or cupy")
+
+# CUDA loads its libraries and makes a context: seconds, on a busy host many.
+START_TIMEOUT_S = 30.0 if BACKEND == "numpy" else 90.0
 STOP_TIMEOUT_S = 20.0
 
 
@@ -91,13 +101,13 @@ def running_server(
     Args:
         env: Environment variables beside this process's.
         settings: Fields of `Settings`; those left out are the defaults, but
-            that it listens on port 0 of 127.0.0.1, computes with NumPy and
+            that it listens on port 0 of 127.0.0.1, computes with `BACKEND` and
             drains for at most a second. And `by_class`: whether it reads every
             message of a stream by the generated class.
     """
     settings = {
         "listen": ["127.0.0.1:0"],
-        "backend": "numpy",
+        "backend": BACKEND,
         "grace": 1.0,
     } | settings
     with tempfile.TemporaryDirectory(prefix="gradwire-test-") as scratch:

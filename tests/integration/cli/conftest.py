@@ -17,16 +17,17 @@ import pytest
 from gradwire.cli._app import run
 from gradwire_server import Server, Settings
 from gradwire_server.backends.base import Backend
+from tests.serving import BACKEND
 
 TIMEOUT_S = 60.0
 COMMAND = (sys.executable, "-m", "gradwire.cli")
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's variables without gradwire's own."""
+    """This process's variables without gradwire's own, but for the backend."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("GRADWIRE_")}
     kept.pop("COLUMNS", None)
-    return kept | (extra or {})
+    return kept | {"GRADWIRE_BACKEND": BACKEND} | (extra or {})
 
 
 def gradwire(

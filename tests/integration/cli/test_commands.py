@@ -22,7 +22,7 @@ from tests.integration.cli.conftest import (
     refusal_here,
     sentence,
 )
-from tests.serving import ServerProcess
+from tests.serving import BACKEND, ServerProcess
 
 COMMANDS = ("serve", "compute", "check", "info", "health")
 
@@ -115,7 +115,7 @@ def test_info_shows_what_the_server_is(server: ServerProcess) -> None:
     done = gradwire("info", "--address", server.address)
     assert done.returncode == 0
     assert done.stderr == ""
-    for text in (server.address, version("gradwire"), "numpy", "float16, bfloat16"):
+    for text in (server.address, version("gradwire"), BACKEND, "float16, bfloat16"):
         assert text in done.stdout
 
 
@@ -125,7 +125,7 @@ def test_info_is_json_for_programs(server: ServerProcess) -> None:
     assert answer["address"] == server.address
     assert answer["contract"] == "gradwire.v1"
     assert answer["draining"] is False
-    assert answer["devices"][0]["backend"] == "numpy"
+    assert answer["devices"][0]["backend"] == BACKEND
     assert answer["limits"]["max_jobs"] == 64
 
 

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import gradient_service_pb2_grpc
 from tests.raw import SERVICE, assert_exact, compute_job, stream_job, whole_numbers
-from tests.serving import running_server
+from tests.serving import BACKEND, running_server
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,9 @@ def test_server_info_lists_what_jobs_may_ask_for(info):
 
 def test_server_info_describes_the_device_on_which_jobs_run(info, channel):
     outcome = stream_job(channel, whole_numbers(3, 2, 2))
-    assert list(info.devices) == [outcome.accepted.device]
-    assert info.devices[0].backend == "numpy"
+    assert outcome.accepted.device in info.devices
+    assert len(info.devices) == 1 or BACKEND == "cupy"
+    assert info.devices[0].backend == BACKEND
     assert info.devices[0].name
     assert info.devices[0].memory_bytes > 1 << 28
     assert info.backend_reason

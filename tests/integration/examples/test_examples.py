@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import gradwire
+from tests.serving import BACKEND
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -20,6 +22,7 @@ def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=100,
+        env=os.environ | {"GRADWIRE_BACKEND": BACKEND},
         check=False,
     )
 

@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.serving import ServerProcess
+from tests.serving import BACKEND, ServerProcess
 
 MIB = 1 << 20
+CUDA_BYTES = 0 if BACKEND == "numpy" else 1024 * MIB
+"""What CUDA's libraries and its context may have in a process beside the jobs."""
+
 HEALTH_P99_S = 0.25
 ROOT = Path(__file__).parents[3]
 

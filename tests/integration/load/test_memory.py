@@ -14,6 +14,7 @@ from gradwire.v1 import job_pb2
 from gradwire.wire.limits import MAX_MESSAGE_BYTES
 from gradwire_server.admission import CALL_BYTES
 from tests.integration.load.observing import (
+    CUDA_BYTES,
     MIB,
     forget_peak,
     memory_apart,
@@ -114,7 +115,9 @@ def test_the_first_job_of_a_server_does_too():
         before = resident(server)
         forget_peak(server)
         outcome = stream_job(channel, problem, timeout_s=60)
-        assert peak(server) - before <= outcome.accepted.reserved_bytes + ALLOWANCE
+        # CUDA loads what computes in a dtype when it first does.
+        allowed = outcome.accepted.reserved_bytes + ALLOWANCE + CUDA_BYTES
+        assert peak(server) - before <= allowed
 
 
 def test_two_million_rows_take_no_more_memory_than_their_first_ones(server, channel):

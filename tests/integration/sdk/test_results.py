@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests import oracle
 from tests.integration.sdk import ways
 from tests.integration.sdk.callers import CALLERS
 from tests.integration.sdk.ways import Way
+from tests.serving import BACKEND, ServerProcess
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -241,7 +243,7 @@ def test_the_receipt_says_what_became_of_the_job(caller: Any) -> None:
     assert receipt.bytes_sent == sum(array.nbytes for array in result)
     assert receipt.server_instance == caller.server_info().server_instance
     assert receipt.fingerprint.block_rows == receipt.block_rows
-    assert receipt.device.backend == "numpy"
+    assert receipt.device.backend == BACKEND
     assert 0 < receipt.computing_s <= receipt.total_s
 
 
@@ -312,5 +314,22 @@ def test_jax_arrays_are_operands(caller: Any) -> None:
             assert oracle.same_bits(one, other)
 
 
-def test_no_array_library_was_imported_for_it() -> None:
-    assert "cupy" not in sys.modules
+def test_no_array_library_is_imported_for_it(small_blocks: ServerProcess) -> None:
+    program = """if True:
+        import sys
+        import numpy as np
+        import gradwire
+
+        with gradwire.connect(sys.argv[1], timeout_s=30) as client:
+            ones = np.ones((3, 3))
+            assert client.gradients(ones, ones, ones).dw.sum() == 27
+        print({"cupy", "torch", "jax"} & set(sys.modules))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, small_blocks.address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "set()\n", done.stderr
