@@ -46,6 +46,7 @@ def inspect(index: int) -> DeviceInfo:
         # Beside cuBLAS's version and the kind of GPU it is the number of these
         # that bits depend on.
         threads=properties["multiProcessorCount"],
+        compute_capability=f"{properties['major']}.{properties['minor']}",
     )
 
 

@@ -92,6 +92,18 @@ def test_no_extra_brings_a_deep_learning_framework(pyproject: dict[str, Any]) ->
     assert not names & {"torch", "jax", "jaxlib", "tensorflow", "cupy"}
 
 
+def test_each_cuda_is_an_extra_of_its_own_with_its_libraries(
+    pyproject: dict[str, Any],
+) -> None:
+    """The two builds of CuPy are one package to Python: they exclude each other."""
+    extras = pyproject["project"]["optional-dependencies"]
+    for extra, package in (("cuda12", "cupy-cuda12x"), ("cuda13", "cupy-cuda13x")):
+        (requirement,) = map(Requirement, extras[extra])
+        assert (requirement.name, requirement.extras) == (package, {"ctk"})
+    others = [Requirement(r) for name in ("cli", "server") for r in extras[name]]
+    assert not [r for r in others if r.name.startswith(("cupy", "gradwire"))]
+
+
 def test_the_installed_version_is_the_one_that_the_project_states(
     pyproject: dict[str, Any],
 ) -> None:
