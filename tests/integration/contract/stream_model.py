@@ -91,9 +91,16 @@ class StreamModel:
             self._block(request.block)
 
     def close(self) -> None:
-        """The client half-closes; a joined connection has no End of its own."""
-        if not self.wrong and self.m is None and not self.connection:
+        """The client half-closes; a joined connection has no End of its own.
+
+        Its share is known before End comes if the header says m.
+        """
+        if self.wrong or self.m is not None:
+            return
+        if not self.connection:
             self.wrong.add("END_MISSING")
+        elif self.job.HasField("m"):
+            self.end(self.job.m)
 
     def _rows(self, name: str) -> int | None:
         if name == "w":
