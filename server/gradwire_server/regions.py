@@ -14,8 +14,9 @@ import mmap
 import os
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,8 @@ _PIECE_BYTES = 64 * MIB
 """Memory that is taken at a time: the kernel clears it within 0.1 s or so, and
 nobody can stop it."""
 
+Adopt: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -44,10 +47,12 @@ class Region:
 
     Args:
         size_bytes: Its size, a multiple of the page size.
+        adopt: What a backend does to such memory (`Backend.adopt`).
     """
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, adopt: Adopt) -> None:
         self.size_bytes = size_bytes
+        self._adopt = adopt
         self.token = secrets.token_urlsafe(24)
         self.cookie = secrets.token_bytes(COOKIE_BYTES)
         self.fd = os.memfd_create(
@@ -72,9 +77,7 @@ class Region:
         """
         given_up = threading.Event()
         loop = asyncio.get_running_loop()
-        taking = loop.run_in_executor(
-            None, _allocate, self.fd, self.size_bytes, given_up
-        )
+        taking = loop.run_in_executor(None, self._take_pages, given_up)
         # However often this task is cancelled, the region counts, and its
         # descriptor is open, for as long as the thread takes pages for it.
         cancelled: asyncio.CancelledError | None = None
@@ -88,8 +91,15 @@ class Region:
             taking.exception()  # so that nobody is told of it
             raise cancelled
         taking.result()
-        self.memory = np.frombuffer(mmap.mmap(self.fd, self.size_bytes), np.uint8)
-        self.memory[:COOKIE_BYTES] = np.frombuffer(self.cookie, np.uint8)
+
+    def _take_pages(self, given_up: threading.Event) -> None:
+        """Runs in a thread of its own."""
+        _allocate(self.fd, self.size_bytes, given_up)
+        if given_up.is_set():
+            return
+        memory = np.frombuffer(mmap.mmap(self.fd, self.size_bytes), np.uint8)
+        memory[:COOKIE_BYTES] = np.frombuffer(self.cookie, np.uint8)
+        self.memory = self._adopt(memory)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -107,7 +117,10 @@ class Region:
         """Gives the memory back, when the last job that uses it has ended."""
         os.close(self.fd)
         await self._unused.wait()
-        self.memory = self.memory[:0].copy()
+        last, self.memory = [self.memory], np.empty(0, np.uint8)
+        # In a thread, and there however often this task is cancelled: the
+        # kernel takes as long as for taking them.
+        await asyncio.get_running_loop().run_in_executor(None, last.clear)
 
 
 class Regions:
@@ -115,10 +128,13 @@ class Regions:
 
     Args:
         admission: In whose memory they count.
+        adopt: What a backend does to memory that others share
+            (`Backend.adopt`).
     """
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, adopt: Adopt) -> None:
         self._admission = admission
+        self._adopt = adopt
         self._open: dict[str, Region] = {}
         self._count = 0
 
@@ -179,7 +195,7 @@ class Regions:
 
     @asynccontextmanager
     async def _opened(self, size_bytes: int) -> AsyncIterator[Region]:
-        region = Region(size_bytes)
+        region = Region(size_bytes, self._adopt)
         try:
             try:
                 await region.take_pages()

@@ -78,7 +78,7 @@ class Service:
         self.settings = settings
         self.backend = backend
         self.admission = admission
-        self.regions = Regions(admission)
+        self.regions = Regions(admission, backend.adopt)
         self.joinable = Joinable()
         self.features = FEATURES
         if settings.allow_shared_memory:

@@ -171,6 +171,16 @@ class Backend(Protocol):
             MemoryError: There is not so much.
         """
 
+    def adopt(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Host memory that others share, made fast to copy to and from.
+
+        Where that cannot be, it stays as it is. Called in any thread.
+
+        Returns:
+            The same bytes; what was done ends with the last array that refers
+            to it, before `memory` can go.
+        """
+
     def open_job(
         self,
         spec: JobSpec,

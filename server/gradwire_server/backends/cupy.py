@@ -104,6 +104,10 @@ class CupyBackend:
         """
         return empty_pinned(self._pinned, size_bytes)
 
+    def adopt(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Pins it, as long as an array refers to it."""
+        return self._host.register(memory, self.devices[0].index)
+
     def open_job(
         self,
         spec: JobSpec,

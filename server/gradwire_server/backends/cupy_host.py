@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import cupy
+import numpy as np
+import numpy.typing as npt
 from cupy.cuda import Device as CudaDevice
-from cupy.cuda import Memory, PinnedMemory, cublas, runtime
+from cupy.cuda import Memory, PinnedMemory, cublas, get_cublas_handle, runtime
 
 from gradwire_server.backends.base import DeviceInfo
 from gradwire_server.backends.cupy_device import CupyDevice
 from gradwire_server.backends.cupy_errors import MEMORY, translated
 
 T = TypeVar("T")
+
+_log = logging.getLogger("gradwire_server")
 
 
 def all_devices() -> tuple[int, ...]:
@@ -37,12 +44,13 @@ def inspect(index: int) -> DeviceInfo:
     with translated(_nothing, _nothing):
         with_device(index, runtime.memGetInfo)
         properties = runtime.getDeviceProperties(index)
+        version = with_device(index, _cublas_version)
     return DeviceInfo(
         backend="cupy",
         index=index,
         name=properties["name"].decode(),
         memory_bytes=properties["totalGlobalMem"],
-        library=f"cublas {_cublas_version()}",
+        library=f"cublas {version}",
         # Beside cuBLAS's version and the kind of GPU it is the number of these
         # that bits depend on.
         threads=properties["multiProcessorCount"],
@@ -78,6 +86,43 @@ def allocate_pinned(size_bytes: int) -> Any:
     return _or_memory_error(lambda: PinnedMemory(size_bytes, runtime.hostAllocPortable))
 
 
+def register(memory: npt.NDArray[np.uint8], index: int) -> npt.NDArray[np.uint8]:
+    """Pins memory that was taken elsewhere, for every GPU.
+
+    Args:
+        memory: Whole pages.
+        index: A GPU in whose name that is done.
+
+    Returns:
+        The same bytes, pinned until the last array that refers to it is gone;
+        `memory` itself where they cannot be.
+    """
+    address = memory.ctypes.data
+    flags = runtime.hostAllocPortable  # cudaHostRegisterPortable is the same
+    try:
+        with_device(index, lambda: runtime.hostRegister(address, memory.nbytes, flags))
+    except runtime.CUDARuntimeError as error:
+        _log.warning("shared memory stays unpinned, copies are slower: %s", error)
+        return memory
+    return np.asarray(_Registered(memory, index))
+
+
+class _Registered:
+    """What an array over pinned memory refers to."""
+
+    def __init__(self, memory: npt.NDArray[np.uint8], index: int) -> None:
+        self._memory = memory
+        self._index = index
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        address = self._memory.ctypes.data
+        # What is left to be done about a lost device, or while the interpreter
+        # ends, is done by the end of the process.
+        with suppress(RuntimeError):
+            with_device(self._index, lambda: runtime.hostUnregister(address))
+
+
 def with_device(index: int, act: Callable[[], T]) -> T:
     """Does it in a thread of its own, in which that GPU is the current one.
 
@@ -102,9 +147,13 @@ def _or_memory_error(take: Callable[[], T]) -> T:
         raise
 
 
+@functools.cache
 def _cublas_version() -> str:
-    # No handle, which would take memory: it is the library that is asked.
-    version: int = cublas.getVersion(0)
+    try:
+        # No handle, which would take memory: it is the library that is asked.
+        version: int = cublas.getVersion(0)
+    except cublas.CUBLASError:  # an older one wants a handle all the same
+        version = cublas.getVersion(get_cublas_handle())
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
@@ -123,5 +172,6 @@ __all__ = [
     "allocate_pinned",
     "inspect",
     "libraries",
+    "register",
     "with_device",
 ]

@@ -108,6 +108,10 @@ class NumpyBackend:
         """Memory like any other, but for where it begins."""
         return empty_aligned(size_bytes)
 
+    def adopt(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The memory itself: all of it is the device's own."""
+        return memory
+
     def open_job(
         self,
         spec: JobSpec,

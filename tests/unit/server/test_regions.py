@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from gradwire.wire.limits import MIB
@@ -22,6 +24,10 @@ from gradwire_server.regions import Regions
 @pytest.fixture
 def admission() -> Admission:
     return Admission(memory_limit=256 * MIB, max_jobs=1, max_queue=1, lanes=Lanes())
+
+
+def as_it_is(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return memory
 
 
 def open_files() -> int:
@@ -62,7 +68,7 @@ async def test_a_region_given_up_while_it_takes_its_pages_counts_until_it_stops(
         go_on.wait(20)
 
     monkeypatch.setattr(regions, "_allocate", allocate)
-    opened = Regions(admission)
+    opened = Regions(admission, as_it_is)
     task = asyncio.create_task(hold_open(opened, 100 * MIB))
     assert await asyncio.to_thread(taking.wait, 20)
     for _ in range(3):
@@ -78,7 +84,7 @@ async def test_a_region_given_up_while_it_takes_its_pages_counts_until_it_stops(
 async def test_regions_that_are_given_up_at_once_leave_no_descriptor(
     admission: Admission,
 ) -> None:
-    opened, before = Regions(admission), open_files()
+    opened, before = Regions(admission, as_it_is), open_files()
     with occupied_executor() as go_on:
         tasks = [asyncio.create_task(hold_open(opened, MIB)) for _ in range(8)]
         await asyncio.sleep(0)
@@ -107,7 +113,47 @@ async def test_a_region_that_is_given_up_takes_no_more_pages(
         await asyncio.sleep(0)
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
-    task = asyncio.create_task(hold_open(Regions(admission), 200 * MIB))
+    task = asyncio.create_task(hold_open(Regions(admission, as_it_is), 200 * MIB))
     with pytest.raises(asyncio.CancelledError):
         await task
     assert taken == [0]
+
+
+async def test_what_a_backend_did_to_a_region_ends_before_its_memory_goes(
+    admission: Admission,
+) -> None:
+    """Also if the task is cancelled once more while the region is closed."""
+    ended = threading.Event()
+
+    class Owner:
+        """Of an array over memory that the backend knows."""
+
+        def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
+            self._memory = memory
+            self.__array_interface__ = memory.__array_interface__
+
+        def __del__(self) -> None:
+            assert self._memory[0] == 7  # it is still mapped
+            ended.set()
+
+    def adopt(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return np.asarray(Owner(memory))
+
+    async def use() -> None:
+        async with Regions(admission, adopt).open(MIB) as region:
+            region.memory[0] = 7
+            opened.set()
+            await asyncio.Event().wait()
+
+    opened = asyncio.Event()
+    task = asyncio.create_task(use())
+    await opened.wait()
+    assert not ended.is_set()
+    with occupied_executor() as go_on:
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        assert await asyncio.to_thread(ended.wait, 20)
