@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 from gradwire._exceptions import InputError
+from gradwire._version import VERSION
 from gradwire.wire import limits
 
 _MAX_SOCKET_PATH_BYTES = 107
@@ -72,9 +72,8 @@ def channel_options(address: str) -> tuple[tuple[str, Any], ...]:
     while a long job computes. gRPC's own retries are off: they would hold
     every message of a job back in memory, and cover only small calls.
     """
-    version = importlib.metadata.version("gradwire")
     return (
-        ("grpc.primary_user_agent", f"gradwire/{version}"),
+        ("grpc.primary_user_agent", f"gradwire/{VERSION}"),
         ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
         ("grpc.use_local_subchannel_pool", 1),

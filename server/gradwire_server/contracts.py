@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from importlib.metadata import version
 
 import grpc
 
+from gradwire._version import VERSION
 from gradwire.wire.limits import CONTRACT, SERVICE
 from gradwire.wire.reasons import Reason
 from gradwire.wire.status import ErrorDetails, encode
@@ -32,7 +32,7 @@ class OtherContracts(grpc.GenericRpcHandler):
             reason = Reason.CONTRACT_UNKNOWN
             message = (
                 f"{method[:_SHOWN]} is not served here: this is gradwire "
-                f"{version('gradwire')}, which speaks {SERVICE}"
+                f"{VERSION}, which speaks {SERVICE}"
             )
             details = ErrorDetails(reason, metadata={"served": CONTRACT})
             trailer = encode(reason.status, message, details)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
 import grpc
 
+from gradwire._version import VERSION
 from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse, Limits
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.limits import CONTRACT, MAX_PAYLOAD_BYTES
@@ -23,7 +23,7 @@ def describe(service: Service, backend_reason: str) -> GetServerInfoResponse:
     """
     backend, admission = service.backend, service.admission
     return GetServerInfoResponse(
-        version=version("gradwire"),
+        version=VERSION,
         server_instance=service.instance,
         contract=CONTRACT,
         features=service.features,

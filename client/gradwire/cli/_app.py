@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -11,12 +10,13 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 from gradwire import GradwireError
+from gradwire._version import VERSION
 from gradwire.cli import _check, _compute, _health, _info, _serve
 from gradwire.cli._errors import CommandError, ExitStatus
 
 app = App(
     name="gradwire",
-    version=lambda: f"gradwire {importlib.metadata.version('gradwire')}",
+    version=f"gradwire {VERSION}",
     help="""
     The gradients of a matrix product, computed on another machine.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from gradwire._version import VERSION
 from gradwire.cli._errors import CommandError, ExitStatus
 from gradwire.cli._logs import LogSettings
 from gradwire.cli._settings import SOURCES, ServeSettings
@@ -122,6 +122,6 @@ _LOST_S = 5.0
 
 
 def _say_ready(addresses: tuple[str, ...], backend: str) -> None:
-    version, where = importlib.metadata.version("gradwire"), ", ".join(addresses)
-    sys.stdout.write(f"gradwire {version} serves on {where} ({backend})\n")
+    where = ", ".join(addresses)
+    sys.stdout.write(f"gradwire {VERSION} serves on {where} ({backend})\n")
     sys.stdout.flush()
