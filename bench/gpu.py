@@ -1,0 +1,133 @@
+"""What a GPU host makes of gradwire: ``python -m bench.gpu``.
+
+Four questions, each by itself, so that one that cannot be answered costs the
+others nothing:
+
+a. **device**: the three products on the device alone, by the backend's code
+   and by PyTorch's (CuPy's where there is no PyTorch), turn by turn.
+b. **lane**: from host memory to host memory through a lane, without gRPC,
+   against the longest of upload, compute and download, each measured alone.
+c. **transports**: whole jobs over TCP, a unix socket, shared memory, and
+   several connections, with the share of each stage, from the receipts.
+d. **numpy**: from what size on the GPU is faster than this host's processor.
+
+It needs CuPy, grpcio, protobuf, googleapis-common-protos, numpy and ml-dtypes,
+and the sources (``PYTHONPATH=client:server``); one file of JSON and a table are
+what it leaves. With ``--backend numpy`` all but the first run on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench import gpu_device, gpu_jobs, gpu_lane, machine, report
+from bench.gpu_parts import Answer, Bound, Options, verdict
+from gradwire_server import Settings, backends
+
+OUT = Path(__file__).parent / "out"
+
+PARTS: dict[str, Callable[[Options], Answer]] = {
+    "device": gpu_device.measure,
+    "lane": gpu_lane.measure,
+    "transports": gpu_jobs.measure_transports,
+    "numpy": gpu_jobs.measure_sizes,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Answer what is asked; 1: something could not be answered."""
+    given = _parser().parse_args(arguments)
+    when = datetime.now(UTC)
+    path: Path = given.out or OUT / f"gpu-{when:%Y-%m-%dT%H%M%SZ}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    backend, why = backends.choose(Settings(backend=given.backend))
+    about = {
+        "when": when.isoformat(timespec="seconds"),
+        **machine.describe(os.cpu_count() or 1),
+        "backend": f"{backend.name} ({why})",
+        "devices": [asdict(device) for device in backend.devices],
+        "libraries": backend.libraries(),
+    }
+    backend.close()
+    print(_heading(about), flush=True)
+    options = Options(backend=backend.name, quick=given.quick, scale=given.scale)
+    answers: dict[str, Any] = {}
+    bounds: list[Bound] = []
+    for name in given.parts:
+        began = time.perf_counter()
+        answer = _answered(name, options)
+        answers[name] = answer.as_json() | {"took_s": time.perf_counter() - began}
+        bounds += answer.bounds(answers)
+        print(f"\n{answer.table()}", flush=True)
+        # After each, so that what was found outlasts what fails later.
+        found = {"about": about, "parts": answers, "bars": [asdict(b) for b in bounds]}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    if bounds:
+        head = ("bar", "seen", "bound", "")
+        print(f"\n{report.table(map(verdict, bounds), head, texts=1)}")
+    print(f"\nEverything is in {path}.", file=sys.stderr)
+    return int(any("error" in answer for answer in answers.values()))
+
+
+def _answered(name: str, options: Options) -> Answer:
+    try:
+        return PARTS[name](options)
+    except Exception as error:  # noqa: BLE001 - the other parts go on
+        traceback.print_exc()
+        return Answer(name, error=f"{type(error).__name__}: {error}")
+
+
+def _heading(about: dict[str, Any]) -> str:
+    devices = ", ".join(
+        f"{d['name']} with {d['memory_bytes'] / 2**30:.0f} GiB"
+        for d in about["devices"]
+    )
+    libraries = ", ".join(f"{k} {v}" for k, v in about["libraries"].items())
+    return f"{about['backend']}: {devices}; {libraries}\n{report.heading(about)}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description="What a GPU host makes of gradwire."
+    )
+    parser.add_argument("--backend", choices=("cupy", "numpy"), default="cupy")
+    parser.add_argument(
+        "--parts",
+        type=_parts,
+        default=list(PARTS),
+        help=f"which questions, by commas ({','.join(PARTS)})",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="in two minutes instead of eight"
+    )
+    parser.add_argument(
+        "--scale",
+        type=int,
+        default=1,
+        help="divides every size: for a look on a small machine (1)",
+    )
+    parser.add_argument("--out", type=Path, help="file (bench/out/gpu-TIME.json)")
+    return parser
+
+
+def _parts(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(unknown)}: expected some of {', '.join(PARTS)}"
+        )
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

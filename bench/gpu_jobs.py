@@ -1,0 +1,167 @@
+"""Whole jobs of one client, with the server in a process of its own."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradwire
+from bench import gpu_lane
+from bench.contenders.server_process import ServerProcess
+from bench.gpu_parts import Answer, Bound, Options, median
+from bench.work import Array, Shape, copied, empty_results, operands, products
+
+CHANNELS = (1, 2, 4, 8)
+
+TRANSPORT_ONLY = Shape(65536, 4096, 1)
+"""X goes, dX comes back; next to nothing is computed."""
+
+SIDES = (256, 512, 1024, 2048, 4096, 8192)
+
+LEAST_OF_LANE = 0.7
+"""Of the lane's rate, what shared memory has to reach."""
+
+LEAST_OF_TRANSPORT = 0.8
+"""Of what four connections carry, what a job over them has to reach."""
+
+Job = Callable[[], gradwire.Receipt]
+
+
+def measure_transports(options: Options) -> Answer:
+    """GB/s each way of each way to send a job, and where its time goes."""
+    shape = gpu_lane.scaled(gpu_lane.END_TO_END[0], options)
+    empty = gpu_lane.scaled(TRANSPORT_ONLY, options)
+    rows = []
+    with _server(options) as (tcp, unix):
+        ways: dict[str, tuple[str, dict[str, Any]]] = {
+            "shm": (unix, {"transport": "shm"}),
+            "unix": (unix, {"transport": "tcp"}),
+        }
+        for channels in CHANNELS:
+            options_of = {"transport": "tcp", "channels": channels}
+            ways[f"tcp, {channels} channels"] = (tcp, options_of)
+        for name, (address, settings) in ways.items():
+            with gradwire.connect(address, **settings) as client:
+                rows.append(_measured(name, "job", client, shape, options))
+                if name != "shm":
+                    rows.append(_measured(name, "transport", client, empty, options))
+    return Answer("transports", rows, judge=_bars)
+
+
+def measure_sizes(options: Options) -> Answer:
+    """Cubes here and on the device: from what size on that one is faster."""
+    rows = []
+    with (
+        _server(options) as (tcp, unix),
+        gradwire.connect(unix, transport="shm") as shared,
+        gradwire.connect(tcp, transport="tcp") as remote,
+    ):
+        for side in sorted(set(map(options.scaled, SIDES))):
+            shape = Shape(side, side, side)
+            x, w, dy = operands(shape)
+            out = empty_results(x, w, dy)
+
+            def here(
+                given: tuple[Array, Array, Array] = (x, w, dy),
+                results: tuple[Array, Array, Array] = out,
+            ) -> None:
+                products(*given, results)
+
+            calls: dict[str, Callable[[], Any]] = {
+                "NumPy ms": here,
+                "shm ms": _job(shared, shape),
+                "tcp ms": _job(remote, shape),
+            }
+            took = _in_turns(calls, options.seconds)
+            rows.append(
+                {
+                    "side": side,
+                    "faster": min(took, key=lambda name: took[name])[:-3],
+                    **{name: s * 1e3 for name, s in took.items()},
+                }
+            )
+    return Answer("numpy", rows)
+
+
+def _bars(rows: Sequence[dict[str, Any]], answers: dict[str, Any]) -> Iterable[Bound]:
+    rate = {(row["way"], row["what"]): row["GB/s each way"] for row in rows}
+    four = "tcp, 4 channels"
+    yield Bound(
+        "job over 4 channels over what they carry",
+        rate[four, "job"] / rate[four, "transport"],
+        LEAST_OF_TRANSPORT,
+        at_least=True,
+    )
+    shape = next(row["shape"] for row in rows if row["what"] == "job")
+    dtype = gpu_lane.END_TO_END[1].label
+    lane = answers.get("lane", {}).get("rows")
+    if lane:
+        through = gpu_lane.of_shape(lane, shape, dtype)["GB/s each way"]
+        name = "shared memory over the lane without gRPC"
+        yield Bound(name, rate["shm", "job"] / through, LEAST_OF_LANE, at_least=True)
+
+
+def _measured(
+    way: str, what: str, client: gradwire.Client, shape: Shape, options: Options
+) -> dict[str, Any]:
+    job = _job(client, shape)
+    job()
+    took: list[float] = []
+    receipts: list[gradwire.Receipt] = []
+    until = time.perf_counter() + options.seconds
+    while len(took) < 3 or time.perf_counter() < until:
+        began = time.perf_counter()
+        receipts.append(job())
+        took.append(time.perf_counter() - began)
+    total_s = median(took)
+    stages = ("receiving", "copy_to_device", "computing", "copy_from_device", "sending")
+    return {
+        "way": way,
+        "what": what,
+        "shape": str(shape),
+        "ms": total_s * 1e3,
+        "GB/s each way": shape.bytes_each_way / total_s / 1e9,
+        **{
+            f"{stage} share": median([getattr(r, f"{stage}_s") for r in receipts])
+            / total_s
+            for stage in stages
+        },
+    }
+
+
+def _job(client: gradwire.Client, shape: Shape) -> Job:
+    """A job whose arrays are used again, and lie where its way has them."""
+    sizes = (shape.m, shape.n), (shape.n, shape.k), (shape.m, shape.k)
+    x, w, dy = (client.empty(size) for size in sizes)
+    copied(operands(shape), into=(x, w, dy))
+    y, dx, dw = (client.empty(size) for size in (sizes[2], sizes[0], sizes[1]))
+    return lambda: client.gradients(x, w, dy, out=(y, dx, dw)).receipt
+
+
+def _in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    until = time.perf_counter() + seconds
+    while len(took[next(iter(took))]) < 3 or time.perf_counter() < until:
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            took[name].append(time.perf_counter() - began)
+    return {name: median(samples) for name, samples in took.items()}
+
+
+@contextmanager
+def _server(options: Options) -> Iterator[tuple[str, str]]:
+    """The addresses of a server: a port of this host, and a unix socket."""
+    with tempfile.TemporaryDirectory(prefix="gradwire-bench-") as folder:
+        path = Path(folder, "socket")
+        server = ServerProcess.of_module("bench.gpu_server", options.backend, str(path))
+        try:
+            yield server.address, f"unix:{path}"
+        finally:
+            server.stop()

@@ -1,0 +1,185 @@
+"""From host memory to host memory through a lane, without gRPC.
+
+The row blocks of a job lie in the slots of its ring, as if their bytes had
+come, and begin as soon as their slot is free. The same job is done a second
+way, each block only when the one before is done: its stages then do not
+overlap, and each shows how long it takes alone. The longest of them is what
+the first way cannot beat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bench.gpu_parts import Answer, Bound, Options, median
+from bench.work import Shape
+from gradwire.v1 import job_pb2
+from gradwire.wire.dtypes import Dtype
+from gradwire_server import Settings, backends
+from gradwire_server.backends.base import Backend
+from gradwire_server.call import Counts
+from gradwire_server.computation import Computation
+from gradwire_server.lane import Lane
+from gradwire_server.plan import make_plan
+from gradwire_server.ring import Ring
+from gradwire_server.spec import read_job
+
+JOBS = (
+    (Shape(65536, 1024, 1024), Dtype.FLOAT32),  # copies take longest
+    (Shape(65536, 2048, 2048), Dtype.FLOAT32),
+    (Shape(32768, 4096, 4096), Dtype.FLOAT32),  # products do
+    (Shape(65536, 8192, 8192), Dtype.BFLOAT16),
+)
+
+MOST = 1.15
+"""Times the longest stage that a job may take."""
+
+END_TO_END = JOBS[1]
+"""The job that whole calls are compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """One job: the whole, and its stages by the device's own clock."""
+
+    total_s: float
+    to_device_s: float
+    computing_s: float
+    from_device_s: float
+
+
+def measure(options: Options) -> Answer:
+    """Seconds of jobs, and of the longest of their stages."""
+    settings = Settings(backend=options.backend)  # type: ignore[arg-type]
+    backend, _ = backends.choose(settings)
+    lane = Lane(
+        backend.devices[0].index,
+        partial(backend.enter_lane, backend.devices[0].index),
+        most_begun=backend.blocks_begun,
+    )
+    try:
+        return Answer(
+            "lane",
+            [_row(backend, lane, options, *job) for job in JOBS],
+            judge=_bars,
+        )
+    finally:
+        lane.close()
+        backend.close()
+
+
+def of_shape(rows: Sequence[dict[str, Any]], shape: str, dtype: str) -> dict[str, Any]:
+    """The row of a job."""
+    (row,) = (r for r in rows if (r["shape"], r["dtype"]) == (shape, dtype))
+    return row
+
+
+def scaled(shape: Shape, options: Options) -> Shape:
+    """A shape, as it was asked for; in a hurry, of fewer rows."""
+    m = shape.m // 4 if options.quick else shape.m
+    return Shape(*(options.scaled(size) for size in (m, shape.n, shape.k)))
+
+
+def _row(
+    backend: Backend, lane: Lane, options: Options, whole: Shape, dtype: Dtype
+) -> dict[str, Any]:
+    shape = scaled(whole, options)
+    overlapped: list[Took] = []
+    alone: list[Took] = []
+    until = time.perf_counter() + options.seconds
+    while len(overlapped) < 2 or time.perf_counter() < until:
+        overlapped.append(asyncio.run(_job(backend, lane, shape, dtype)))
+        alone.append(asyncio.run(_job(backend, lane, shape, dtype, ahead=1)))
+    total_s = median([each.total_s for each in overlapped[1:]])
+    stages = {
+        name: median([getattr(each, f"{name}_s") for each in alone[1:]])
+        for name in ("to_device", "computing", "from_device")
+    }
+    longest_s = max(stages.values())
+    moved = dtype.itemsize * (shape.bytes_each_way // 4)
+    return {
+        "shape": str(shape),
+        "dtype": dtype.label,
+        "ms": total_s * 1e3,
+        **{f"{name} alone ms": s * 1e3 for name, s in stages.items()},
+        "ratio": total_s / longest_s if longest_s else float("nan"),
+        "GB/s each way": moved / total_s / 1e9,
+    }
+
+
+def _bars(rows: Sequence[dict[str, Any]], _: dict[str, Any]) -> Iterable[Bound]:
+    for row in rows:
+        name = f"lane, {row['shape']} {row['dtype']}, over its longest stage"
+        yield Bound(name, row["ratio"], MOST, at_least=False)
+
+
+async def _job(
+    backend: Backend,
+    lane: Lane,
+    shape: Shape,
+    dtype: Dtype,
+    ahead: int | None = None,
+) -> Took:
+    """One job.
+
+    Args:
+        backend: What computes.
+        lane: Where.
+        shape: Of the operands.
+        dtype: Of all matrices.
+        ahead: Most row blocks that have begun; None: as many as it has slots.
+    """
+    spec = read_job(_header(shape, dtype), backend.max_columns)
+    plan = make_plan(spec, Settings().block_bytes)
+    counts = Counts()
+    computation = Computation(spec, plan, backend, lane.device, counts)
+    job = object()
+    region = await lane.submit(job, partial(backend.empty, plan.region_bytes))
+    ring = Ring(spec, plan, region)
+    _fill(ring.w(), dtype)
+    for slot in range(plan.slots):
+        block = ring.rows(slot, plan.slot_rows)
+        for operand in (block.x, block.dy):
+            assert operand is not None
+            _fill(operand, dtype)
+    begun: deque[asyncio.Future[None]] = deque()
+    await lane.submit(job, computation.open)
+    try:
+        started = time.perf_counter()
+        await lane.submit(job, partial(computation.take_w, ring.w()))
+        for number in range(-(-shape.m // plan.block_rows)):
+            if len(begun) == (ahead or plan.slots):
+                await begun.popleft()
+            rows = min(plan.block_rows, shape.m - number * plan.block_rows)
+            piece = partial(computation.take_block, ring.rows(number, rows))
+            begun.append(lane.begin(job, piece))
+        while begun:
+            await begun.popleft()
+        await lane.submit(job, computation.finish)
+        total_s = time.perf_counter() - started
+    finally:
+        await lane.discard(job)
+        computation.close()
+    times = counts.times
+    return Took(total_s, times.to_device_s, times.computing_s, times.from_device_s)
+
+
+def _header(shape: Shape, dtype: Dtype) -> job_pb2.Job:
+    job = job_pb2.Job(m=shape.m, n=shape.n, k=shape.k, dtype=dtype.proto_name)
+    for operand in (job.x, job.w, job.dy, job.y, job.dx, job.dw):
+        operand.inline.SetInParent()
+    return job
+
+
+def _fill(array: np.ndarray[Any, Any], dtype: Dtype) -> None:
+    """Normal numbers, a million of them again and again."""
+    some = np.random.default_rng(5).standard_normal(1 << 20, np.float32)
+    array[...] = np.resize(some.astype(dtype.numpy), array.shape)

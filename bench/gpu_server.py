@@ -1,0 +1,31 @@
+"""A server for the GPU bench, in a process of its own, that needs no extra.
+
+``python -m bench.gpu_server cupy PATH`` serves on a port of this host and on a
+unix socket at that path, with shared memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+from bench.contenders.server_process import HOST, say_ready
+from gradwire_server import Server, Settings
+
+
+async def serve(backend: str, path: str) -> None:
+    settings = Settings(
+        listen=(f"{HOST}:0", f"unix:{path}"),
+        backend=backend,  # type: ignore[arg-type]
+        allow_shared_memory=True,
+    )
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    async with Server(settings) as server:
+        say_ready(server.addresses[0])
+        await stopped.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(*sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""The GPU bench: its arithmetic, and all of it that needs no GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import gpu, gpu_jobs, gpu_lane
+from bench.gpu_parts import Answer, Bound, Options, verdict
+
+
+@pytest.mark.parametrize(
+    ("seen", "bound", "at_least", "holds"),
+    [
+        (0.95, 0.95, True, True),
+        (0.94, 0.95, True, False),
+        (1.15, 1.15, False, True),
+        (1.16, 1.15, False, False),
+    ],
+)
+def test_a_bar_holds_up_to_its_bound(seen, bound, at_least, holds):
+    bar = Bound("name", seen, bound, at_least=at_least)
+    assert bar.holds is holds
+    assert verdict(bar)[-1] == ("holds" if holds else "FAILS")
+
+
+def test_shared_memory_is_compared_with_the_lane_at_the_same_shape():
+    row = {"shape": "8x4x4", "dtype": "float32"}
+    other = {"shape": "9x4x4", "dtype": "float32"}
+    lane = [row | {"GB/s each way": 20.0}, other | {"GB/s each way": 1.0}]
+    rows = [
+        {"way": way, "what": what, "shape": "8x4x4", "GB/s each way": rate}
+        for way, what, rate in (
+            ("shm", "job", 15.0),
+            ("tcp, 4 channels", "job", 3.0),
+            ("tcp, 4 channels", "transport", 4.0),
+        )
+    ]
+    bars = {
+        bar.name: bar.seen for bar in gpu_jobs._bars(rows, {"lane": {"rows": lane}})
+    }
+    assert bars["shared memory over the lane without gRPC"] == 0.75
+    assert bars["job over 4 channels over what they carry"] == 0.75
+    assert len(list(gpu_jobs._bars(rows, {}))) == 1  # the lane was not measured
+
+
+def test_a_hurry_means_fewer_rows_and_a_scale_smaller_sizes():
+    shape = gpu_lane.JOBS[0][0]
+    hurried = gpu_lane.scaled(shape, Options("numpy", quick=True, scale=16))
+    assert hurried.m == shape.m // 4 // 16
+    assert (hurried.n, hurried.k) == (shape.n // 16, shape.k // 16)
+
+
+def test_a_part_that_fails_costs_the_others_nothing(monkeypatch, tmp_path, capsys):
+    def fails(_: Options) -> Answer:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(gpu, "PARTS", gpu.PARTS | {"lane": fails})
+    path = tmp_path / "found.json"
+    asked = ["--backend", "numpy", "--parts", "lane,device", "--out", str(path)]
+    assert gpu.main(asked) == 1
+    found = json.loads(path.read_text())["parts"]
+    assert found["lane"]["error"] == "RuntimeError: out of order"
+    assert found["device"]["skipped"]
+    assert "lane: failed: RuntimeError: out of order" in capsys.readouterr().out
+
+
+def test_everything_but_the_device_runs_on_a_processor(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Options, "seconds", 0.0)
+    path = tmp_path / "found.json"
+    asked = ["--backend", "numpy", "--quick", "--scale", "64", "--out", str(path)]
+    assert gpu.main(asked) == 0
+    found = json.loads(path.read_text())
+    assert found["about"]["devices"][0]["backend"] == "numpy"
+    assert [*found["parts"]] == [*gpu.PARTS]
+    ways = {row["way"] for row in found["parts"]["transports"]["rows"]}
+    assert {"shm", "unix", "tcp, 1 channels", "tcp, 8 channels"} <= ways
+    assert all(row["faster"] for row in found["parts"]["numpy"]["rows"])
+    assert len(found["bars"]) == len(gpu_lane.JOBS) + 2
+    assert "Everything is in" in capsys.readouterr().err
