@@ -8,6 +8,8 @@ VENV ?= .venv
 PROTOS_VENV ?= .venv-protos
 # More arguments for pytest: make test PYTEST_ARGS="tests/unit -k framing"
 PYTEST_ARGS ?=
+# Which CUDA a GPU host's driver is for: 13, or 12 where it is older than 580.
+CUDA ?= 13
 # More arguments for the bench: make bench BENCH_ARGS=--quick
 BENCH_ARGS ?=
 
@@ -43,6 +45,10 @@ bench: $(VENV)/.ready-bench ## time jobs against NumPy and other transports: 15 
 bench-links: $(VENV)/.ready-bench ## the same behind 1 and 10 Gbit/s; needs root and iproute2
 	@$(PY) -m bench.links $(BENCH_ARGS)
 
+.PHONY: bench-gpu
+bench-gpu: $(VENV)/.ready-gpu ## what a GPU host makes of it: 8 minutes; needs a CUDA device
+	@$(PY) -m bench.gpu $(BENCH_ARGS)
+
 .PHONY: trace
 trace: $(VENV)/.ready-dev ## draw when each row block of a job arrives, is computed and leaves
 	@$(PY) -m bench.trace
@@ -56,6 +62,11 @@ test: lint ## lint, then every test, with coverage
 .PHONY: test-big
 test-big: $(VENV)/.ready-dev ## the tests that need gigabytes or minutes
 	$(PY) -m pytest -m big --timeout=1800 $(PYTEST_ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/.ready-gpu ## the tests of GPUs, and all others with servers on one; needs a CUDA device
+	GRADWIRE_TEST_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu $(PYTEST_ARGS)
+	GRADWIRE_TEST_BACKEND=cupy $(PY) -m pytest tests/integration $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.ready-dev check-protos ## style, types, contract, container file, scripts
@@ -132,6 +143,11 @@ $(VENV)/.ready-demo: pyproject.toml $(PY) | $(VENV)/.ready-pip
 $(VENV)/.ready-dev: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what the tests need into $(VENV) ..."
 	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group dev
+	@touch $@
+
+$(VENV)/.ready-gpu: pyproject.toml $(PY) | $(VENV)/.ready-pip
+	@echo "Installing what tests and bench need on a GPU into $(VENV) ..."
+	@$(PY) $(PIP_INSTALL) --editable '.[cli,server,cuda$(CUDA)]' --group gpu
 	@touch $@
 
 $(VENV)/.ready-bench: pyproject.toml $(PY) | $(VENV)/.ready-pip
