@@ -18,6 +18,7 @@ from gradwire.wire.limits import MAX_PAYLOAD_BYTES
 from gradwire.wire.matrices import OPERANDS, Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.errors import JobError
+from gradwire_server.extent import Extent
 from gradwire_server.plan import Plan
 from gradwire_server.spec import JobSpec
 
@@ -41,10 +42,18 @@ class Intake:
         spec: The job that the stream announced.
         plan: How it is cut.
         connection: Which of the job's connections it is.
+        extent: Of the job, for all of its connections.
     """
 
-    def __init__(self, spec: JobSpec, plan: Plan, connection: int = 0) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        plan: Plan,
+        connection: int = 0,
+        extent: Extent | None = None,
+    ) -> None:
         self._spec = spec
+        self._extent = extent or Extent()
         self._plan = plan
         self._share = plan.share(connection)
         self._received = {
@@ -96,8 +105,12 @@ class Intake:
         if operand is Matrix.W:
             yield Span(operand, 0, block.index * itemsize, payload)
             return
-        block_elements = self._plan.block_rows * self._spec.row_length(operand)
+        row_length = self._spec.row_length(operand)
+        block_elements = self._plan.block_rows * row_length
         at = block.index
+        if payload.nbytes:
+            end = at + payload.nbytes // itemsize
+            self._extent.reaches(-(-end // row_length))
         while payload.nbytes:
             number, first = divmod(at, block_elements)
             piece = payload[: (block_elements - first) * itemsize]
@@ -115,15 +128,40 @@ class Intake:
         Raises:
             JobError: It is not.
         """
-        self.check_end(m)
+        self._check_end(m)
+        self._extent.ends(m, Reason.M_MISMATCH, f"end.m is {m}")
         self._rows = self._share.rows(m)
 
-    def check_end(self, m: int) -> None:
-        """Checks that the stream would be complete, if the job had m rows.
+    def half_close(self) -> None:
+        """A joined stream brings no more; perhaps End has not come yet.
 
         Raises:
-            JobError: It would not.
+            JobError: Something is missing, however many rows the job has.
         """
+        if self._spec.m is not None:
+            self._check_end(self._spec.m)
+            return
+        came = {each: self._complete_rows(each) for each in self._row_operands}
+        if not came:
+            return
+        rows = min(came.values())
+        for operand in came:
+            received = self._received[operand]
+            if received != rows * self._spec.row_length(operand):
+                raise JobError(
+                    Reason.PAYLOAD_MISSING,
+                    f"the client closed the stream{self._here} after {received} "
+                    f"elements of {operand.label}, which is not {rows} rows",
+                    field="block.data",
+                )
+        missing = self._share.index(rows, 1)
+        self._extent.ends(
+            missing,
+            Reason.PAYLOAD_MISSING,
+            f"the client closed the stream{self._here} before row {missing}",
+        )
+
+    def _check_end(self, m: int) -> None:
         if m < 0:
             raise JobError(
                 Reason.SHAPE_INVALID,

@@ -1,7 +1,7 @@
 """A running job: its blocks' way from the intake through a lane to the outlet.
 
 It knows nothing of gRPC. Of each connection, one task feeds it (`take`, `end`
-or `half_closed`) and another takes its results (`results`); all of them wait
+or `half_close`) and another takes its results (`results`); all of them wait
 where others or the lane are behind.
 """
 
@@ -21,6 +21,7 @@ from gradwire.wire.matrices import ROW_RESULTS, Matrix
 from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
 from gradwire_server.call import Counts
 from gradwire_server.computation import Computation
+from gradwire_server.extent import Extent
 from gradwire_server.intake import Intake
 from gradwire_server.lane import Lane
 from gradwire_server.plan import Plan
@@ -76,7 +77,8 @@ class RunningJob:
         self._lane = lane
         self._computation = Computation(spec, plan, backend, lane.device, counts)
         connections = range(plan.connections)
-        self._intakes = [Intake(spec, plan, each) for each in connections]
+        extent = Extent()
+        self._intakes = [Intake(spec, plan, each, extent) for each in connections]
         self._backend = backend
         self._ring: Ring
         self._submitting = asyncio.Lock()
@@ -154,22 +156,22 @@ class RunningJob:
         self._ended.set()
         await self._connection_complete()
 
-    def check_half_close(self, connection: int) -> None:
-        """Checks that a joined connection may bring no more, if m is known.
+    def half_close(self, connection: int) -> None:
+        """Takes it that a joined connection brings no more; End may come later.
 
-        If it may not, the others would fill the ring, and End never be read.
+        If something is missing the others would fill the ring, and End never
+        be read.
 
         Raises:
             JobError: Something of its share is missing.
         """
-        if self.spec.m is not None:
-            self._intakes[connection].check_end(self.spec.m)
+        self._intakes[connection].half_close()
 
     async def ended(self) -> None:
         """Waits until End has come."""
         await self._ended.wait()
 
-    async def half_closed(self, connection: int) -> None:
+    async def share_complete(self, connection: int) -> None:
         """Takes it that a joined connection brought its share; End has come.
 
         Raises:

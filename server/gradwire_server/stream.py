@@ -93,13 +93,13 @@ class Stream:
 
     async def _half_closed(self, job: RunningJob, connection: int) -> None:
         try:
-            job.check_half_close(connection)
+            job.half_close(connection)
             expected = "end, on the first connection"
             async with self._service.client_sends(
                 self._call, self._progress_at, expected
             ):
                 await job.ended()
-            await job.half_closed(connection)
+            await job.share_complete(connection)
         except JobError:
             await asyncio.sleep(_CANCELLATION_S)  # as for `_refuse`
             raise

@@ -43,6 +43,7 @@ class StreamModel:
         self.wrong: set[str] = set()
         """Reasons for which the stream may be refused; empty while valid."""
         self.m: int | None = None
+        self.closed = False
 
     def count(self, name: str) -> int:
         """Elements of an operand that came."""
@@ -97,10 +98,47 @@ class StreamModel:
         """
         if self.wrong or self.m is not None:
             return
+        self.closed = True
         if not self.connection:
             self.wrong.add("END_MISSING")
         elif self.job.HasField("m"):
             self.end(self.job.m)
+        elif any(
+            self.count(each) != self._rows_complete * self.columns[each]
+            for each in self._rows_came
+        ):
+            self.wrong.add("PAYLOAD_MISSING")
+
+    @property
+    def _rows_came(self) -> list[str]:
+        """Operands whose elements say how many rows came."""
+        return [each for each in self.received if each != "w" and self.columns[each]]
+
+    @property
+    def _rows_complete(self) -> int:
+        return min(
+            (self.count(each) // self.columns[each] for each in self._rows_came),
+            default=0,
+        )
+
+    @property
+    def least_m(self) -> int:
+        """Rows that the job has at least, by the elements that came."""
+        return max(
+            (
+                self.row((self.count(each) - 1) // self.columns[each]) + 1
+                for each in self._rows_came
+                if self.count(each)
+            ),
+            default=0,
+        )
+
+    @property
+    def most_m(self) -> int | None:
+        """Rows that the job has at most, because the stream brought no more."""
+        if not (self.closed and self.connection and self._rows_came):
+            return None
+        return self.row(self._rows_complete)
 
     def _rows(self, name: str) -> int | None:
         if name == "w":
@@ -193,7 +231,16 @@ class JobModel:
     @property
     def wrong(self) -> set[str]:
         """Reasons for which the job may be refused; empty while it is valid."""
-        return set[str]().union(*(stream.wrong for stream in self.streams))
+        wrong = set[str]().union(*(stream.wrong for stream in self.streams))
+        least = max(stream.least_m for stream in self.streams)
+        if self.m is not None and least > self.m:
+            wrong.add("M_MISMATCH")
+        if any(
+            stream.most_m is not None and least > stream.most_m
+            for stream in self.streams
+        ):
+            wrong.add("PAYLOAD_MISSING")
+        return wrong
 
     @property
     def m(self) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -284,23 +285,54 @@ def test_rows_that_are_missing_on_one_connection_fail_the_job(channel, stack):
     assert {failure.reason for failure in failures} == {"PAYLOAD_MISSING"}
 
 
-@pytest.mark.parametrize(
-    ("open_m", "reason"), [(False, "PAYLOAD_MISSING"), (True, "CLIENT_IDLE")]
-)
+@pytest.mark.parametrize("open_m", [False, True])
+@pytest.mark.parametrize("closes_first", [True, False])
+@pytest.mark.parametrize("blocks", [0, 2])
 def test_a_connection_that_half_closes_without_its_rows_does_not_lock_the_job(
-    stack, open_m, reason
+    stack, open_m, closes_first, blocks
 ):
     """The others wait for room, and so nobody comes to read End."""
     with (
-        running_server(idle_timeout=0.5, block_bytes=1024) as server,
+        running_server(block_bytes=1024) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         problem = normal_numbers(640, 13, 11)
         calls = Calls(stack, channel, problem, 2, open_m=open_m)
-        calls.streams[1].half_close()
+        calls.streams[1].send(*list(calls.share(1))[: 2 * blocks])
+        if closes_first:
+            calls.streams[1].half_close()
         calls.send(0)
+        if not closes_first:
+            time.sleep(0.2)  # so that the first is waiting for room
+            calls.streams[1].half_close()
         failures = [stream.failure() for stream in calls.streams]
-        assert {failure.reason for failure in failures} == {reason}
+        assert {failure.reason for failure in failures} == {"PAYLOAD_MISSING"}
+        stack.close()
+
+
+@pytest.mark.parametrize("ends_first", [True, False])
+def test_rows_past_the_end_do_not_lock_the_job(stack, ends_first):
+    """They wait for room that the first connection's rows never make."""
+    with (
+        running_server(block_bytes=1024) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        problem = normal_numbers(640, 13, 11)
+        calls = Calls(stack, channel, problem, 2, open_m=True)
+        first, second = calls.streams
+        if ends_first:
+            first.send_all(problem.blocks("w", 0, 13))
+            first.send(Request(end=job_pb2.End(m=0)))
+            first.half_close()
+            time.sleep(0.2)
+        second.send_all(calls.share(1))
+        if not ends_first:
+            time.sleep(0.2)  # so that the second is waiting for room
+            first.send_all(problem.blocks("w", 0, 13))
+            first.send(Request(end=job_pb2.End(m=0)))
+            first.half_close()
+        failures = [stream.failure() for stream in calls.streams]
+        assert {failure.reason for failure in failures} == {"M_MISMATCH"}
         stack.close()
 
 
