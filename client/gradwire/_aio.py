@@ -363,18 +363,21 @@ class AsyncClient(BaseClient):
         return AsyncGradientStream(self, rows, reader)
 
     async def _run(self, job: ArrayJob) -> Receipt:
+        return self._keep(job.delivered(await self._computed(job)))
+
+    async def _computed(self, job: ArrayJob) -> Receipt:
         if self._shares(job):
             receipt = await self._run_shared(job)
             if receipt is not None:
-                return self._keep(receipt)
+                return receipt
         if job.unary:
-            return self._keep(await self._compute(job))
+            return await self._compute(job)
         begun = time.monotonic()
         try:
-            return self._keep(await self._stream(job, self._channels, job.plan.options))
+            return await self._stream(job, self._channels, job.plan.options)
         except NotJoinedError:
             left = left_of(job.plan.options, begun)
-            return self._keep(await self._stream(job, 1, left))
+            return await self._stream(job, 1, left)
 
     async def _stream(
         self, job: ArrayJob, connections: int, options: Options

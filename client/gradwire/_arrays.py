@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gradwire._devices import HostCopies, is_on_device, is_torch_tensor, to_host
 from gradwire._exceptions import InputError
 from gradwire._rounding import Rounding
 from gradwire._types import Array
@@ -144,7 +145,11 @@ class Operand:
 
 
 def operand(
-    value: object, name: str, wire_dtype: Dtype | None = None, first_row: int = 0
+    value: object,
+    name: str,
+    wire_dtype: Dtype | None = None,
+    first_row: int = 0,
+    copies: HostCopies | None = None,
 ) -> Operand:
     """An operand from what the caller gave.
 
@@ -152,15 +157,19 @@ def operand(
         value: An array with at least two dimensions of a supported dtype: a
             NumPy array, anything with ``__array__``, ``__dlpack__`` or the
             buffer protocol, or nested sequences of Python floats, which are
-            float64 as in NumPy.
+            float64 as in NumPy. What lies in a GPU's memory is copied.
         name: What to call it in errors.
         wire_dtype: The 16-bit dtype in which it shall travel, if it shall.
         first_row: Number of its first row, for errors.
+        copies: Told of a copy from a GPU's memory.
 
     Raises:
         InputError: It is no such thing; the text says what to do.
     """
-    array = as_numpy(value, name)
+    if is_on_device(value):
+        array = _from_device(value, name, HostCopies() if copies is None else copies)
+    else:
+        array = as_numpy(value, name)
     dtype = _dtype(array, name, value)
     if wire_dtype is not None and dtype is not Dtype.FLOAT32:
         raise InputError(
@@ -200,30 +209,44 @@ def as_numpy(value: object, name: str) -> Array:
         if hasattr(value, "__array__") or isinstance(value, Sequence):
             return np.asarray(value)
         if hasattr(value, "__dlpack__"):
-            return _from_dlpack(value, name)
+            return np.from_dlpack(value)
         return np.asarray(memoryview(value))  # type: ignore[arg-type]
     except InputError:
         raise
     except Exception as error:
         # A foreign type's conversion may raise anything at all.
         if hasattr(value, "__cuda_array_interface__"):
-            raise _on_device(value, name, f"{name}.get()") from error
+            raise _no_copy(value, name, error) from error
         raise _no_array(value, name, error) from error
 
 
-def is_torch_tensor(value: object) -> bool:
-    """Whether it is a PyTorch tensor, found out without importing PyTorch."""
-    torch = sys.modules.get("torch")
-    tensor = getattr(torch, "Tensor", None)
-    return tensor is not None and isinstance(value, tensor)
+def _from_device(value: Any, name: str, copies: HostCopies) -> Array:
+    """A copy in host memory of an array on a GPU.
+
+    Raises:
+        InputError: Its library makes none.
+    """
+    try:
+        with copies.copying():
+            copied = to_host(value)
+    except Exception as error:
+        # A foreign type's conversion may raise anything at all.
+        raise _no_copy(value, name, error) from error
+    array = as_numpy(copied, name)
+    copies.size_bytes += array.nbytes
+    return array
 
 
 def _from_torch(tensor: Any, name: str) -> Array:
     torch = sys.modules["torch"]
     if tensor.layout is not torch.strided:
         raise InputError(f"{name} is a sparse tensor: pass {name}.to_dense()")
-    if tensor.device.type != "cpu":
-        raise _on_device(tensor, name, f"{name}.cpu()")
+    label = str(tensor.dtype).removeprefix("torch.")
+    if label.startswith("float8"):  # which NumPy does not have
+        raise InputError(
+            f"{name} is {label}; gradwire computes {_COMPUTES}: convert with"
+            f" {name}.to(torch.float32)"
+        )
     tensor = tensor.detach().resolve_neg()
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
@@ -235,18 +258,11 @@ def _from_torch(tensor: Any, name: str) -> Array:
     return array
 
 
-def _from_dlpack(value: Any, name: str) -> Array:
-    kind = value.__dlpack_device__()[0]
-    if kind != 1:  # kDLCPU
-        raise _on_device(value, name, "a copy of it in host memory")
-    return np.from_dlpack(value)
-
-
-def _on_device(value: object, name: str, instead: str) -> InputError:
+def _no_copy(value: object, name: str, cause: BaseException) -> InputError:
     where = getattr(value, "device", "a device")
     return InputError(
         f"{name} is a {type(value).__module__}.{type(value).__qualname__} on {where},"
-        f" and gradwire reads host memory: pass {instead}"
+        f" which gives no copy of itself in host memory ({cause}): pass such a copy"
     )
 
 

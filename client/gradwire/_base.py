@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from gradwire import _fork, _unary
 from gradwire._arrays import Operand
+from gradwire._devices import HostCopies, is_on_device, to_device
 from gradwire._exceptions import ClientStateError, ContractError
 from gradwire._exchange import Exchange
 from gradwire._memory import ResultPool
@@ -67,7 +68,9 @@ class ArrayJob:
         *,
         unary: bool,
         memory: ResultPool,
+        copies: HostCopies,
     ) -> None:
+        self._copies = copies
         self.plan = plan
         self.operands = operands
         self.unary = unary
@@ -87,6 +90,18 @@ class ArrayJob:
     def messages(self, exchange: Exchange, connection: int = 0) -> Iterator[bytes]:
         """What a connection of the stream sends after its opening."""
         return exchange.array_messages(self.operands, connection)
+
+    def delivered(self, receipt: Receipt) -> Receipt:
+        """Results are where the caller wants them; what became of the job.
+
+        Those for which `out` has an array in a GPU's memory are copied there.
+        """
+        for output in self._outputs.values():
+            if is_on_device(output.handed_back):
+                with self._copies.copying():
+                    to_device(output.array, output.handed_back)
+                self._copies.size_bytes += output.array.nbytes
+        return self._copies.told(receipt)
 
     def results(self, *wanted: Matrix) -> list[Any]:
         """What the caller gets of these, None for those it did not want."""
@@ -192,14 +207,17 @@ class BaseClient:
         options: Options,
     ) -> ArrayJob:
         """A job from the arguments of a method that returns `returns`."""
-        plan, operands = plan_arrays(given, self._with_defaults(options))
+        copies = HostCopies()
+        plan, operands = plan_arrays(given, self._with_defaults(options), copies)
         if plan.chunk_bytes != self._tuning.chunk_bytes:
             plan = replace(plan, chunk_bytes=self._tuning.chunk_bytes)
         made = given_outputs(plan, operands, named_outputs(out, returns))
         unary = self._tuning.unary
         if unary is None:
             unary = _unary.fits(plan)
-        return ArrayJob(plan, operands, made, unary=unary, memory=self._memory)
+        return ArrayJob(
+            plan, operands, made, unary=unary, memory=self._memory, copies=copies
+        )
 
     def _row_job(
         self,
@@ -209,7 +227,7 @@ class BaseClient:
     ) -> RowJob:
         """A stream's job, now that its first item is known, if it has any."""
         plan = replace(reader.plan(first), chunk_bytes=self._tuning.chunk_bytes)
-        return RowJob(plan, reader.w, first, connections)
+        return RowJob(plan, reader.w, first, connections, reader.copies)
 
     def _with_defaults(self, options: Options) -> Options:
         if self._timeout_s is None and not self._metadata:

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from gradwire._arrays import Operand, as_numpy, is_torch_tensor
+from gradwire._arrays import Operand, as_numpy
+from gradwire._devices import (
+    dtype_name,
+    is_cupy_array,
+    is_on_device,
+    is_torch_tensor,
+)
 from gradwire._exceptions import InputError
 from gradwire._plan import Plan
 from gradwire._types import Array
@@ -27,7 +33,7 @@ class Output:
     """What the caller gets: its own object, where it gave one."""
 
     array: Array
-    """The memory that is written: leading dimensions like the operands'."""
+    """The host's memory that is written: leading dimensions like the operands'."""
 
 
 def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
@@ -80,12 +86,17 @@ def given_outputs(
     for matrix in given:
         if matrix not in plan.results:
             raise InputError(f"out has {matrix.label}, which results does not name")
-    checked = {}
+    checked: dict[Matrix, Output] = {}
     for matrix in plan.results:
         if matrix in given:
             shape = output_shape(plan, operands, matrix)
             dtype = plan.array_dtype(matrix)
             array = _checked(given[matrix], matrix.label, shape, dtype)
+            for other, output in checked.items():
+                if output.handed_back is given[matrix]:
+                    raise InputError(
+                        f"out's {matrix.label} shares memory with out's {other.label}"
+                    )
             checked[matrix] = Output(given[matrix], array)
     _check_overlap({m: output.array for m, output in checked.items()}, operands)
     return checked
@@ -189,14 +200,17 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Arr
             f"out's {name} requires grad, and a result is written past autograd: pass"
             " its .detach()"
         )
-    if not isinstance(value, np.ndarray) and not is_torch_tensor(value):
+    if not (
+        isinstance(value, np.ndarray) or is_torch_tensor(value) or is_cupy_array(value)
+    ):
         raise InputError(
-            f"out's {name} is a {type(value).__qualname__}: give a NumPy array or a"
-            " PyTorch tensor in host memory"
+            f"out's {name} is a {type(value).__qualname__}: give a NumPy array, a"
+            " PyTorch tensor or a CuPy array"
         )
+    if is_on_device(value):
+        return _room_for_device(value, name, shape, dtype)
     array = as_numpy(value, f"out's {name}")
-    if array.shape != shape:
-        raise InputError(f"out's {name} has shape {array.shape}, and {name} {shape}")
+    _check_shape(array, name, shape)
     if not np.can_cast(dtype.numpy, array.dtype, "equiv"):
         raise InputError(
             f"out's {name} is {array.dtype}, and {name} is {dtype.label}:"
@@ -209,6 +223,25 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Arr
             f"out's {name} overlaps itself: not every element has memory of its own"
         )
     return array
+
+
+def _room_for_device(
+    value: Any, name: str, shape: tuple[int, ...], dtype: Dtype
+) -> Array:
+    """Host memory in which a result arrives that goes on to a GPU."""
+    _check_shape(value, name, shape)
+    if dtype_name(value) != dtype.label:
+        raise InputError(
+            f"out's {name} is {dtype_name(value)}, and {name} is {dtype.label}:"
+            f' result_dtype={{"{name}": ...}} asks for another'
+        )
+    return np.empty(shape, dtype.numpy)
+
+
+def _check_shape(value: Any, name: str, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        given = tuple(value.shape)
+        raise InputError(f"out's {name} has shape {given}, and {name} {shape}")
 
 
 def _overlaps_itself(array: Array) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradwire._arrays import Operand, operand
+from gradwire._devices import HostCopies
 from gradwire._exceptions import InputError
 from gradwire._options import Options
 from gradwire.v1.job_pb2 import (
@@ -140,7 +141,9 @@ def _header(
 
 
 def plan_arrays(
-    given: Mapping[Matrix, object], options: Options
+    given: Mapping[Matrix, object],
+    options: Options,
+    copies: HostCopies | None = None,
 ) -> tuple[Plan, dict[Matrix, Operand]]:
     """The plan of a job whose operands are all there, and the needed ones.
 
@@ -148,13 +151,14 @@ def plan_arrays(
         given: What the caller gave for X, W and dY; None where it gave none.
             One that is not needed is checked too, but not sent.
         options: What the caller asked for.
+        copies: Told of copies from a GPU's memory.
 
     Raises:
         InputError: An operand is missing or is none, or two do not fit.
     """
     require(given, options)
     operands = {
-        matrix: operand(value, matrix.label, options.wire_dtype)
+        matrix: operand(value, matrix.label, options.wire_dtype, copies=copies)
         for matrix, value in given.items()
         if value is not None
     }

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from gradwire._arrays import Operand, operand
+from gradwire._devices import HostCopies
 from gradwire._exceptions import ClientStateError, InputError
 from gradwire._exchange import Exchange
 from gradwire._options import Options
@@ -39,7 +40,13 @@ class RowReader:
             matrix for matrix in ROW_OPERANDS if matrix in operands_for(options.results)
         )
         require(dict.fromkeys(self._needed, True) | {Matrix.W: w}, options)
-        self.w = None if w is None else operand(w, "w", options.wire_dtype)
+        self.copies = HostCopies()
+        """What was copied from a GPU's memory so far."""
+        self.w = (
+            None
+            if w is None
+            else operand(w, "w", options.wire_dtype, copies=self.copies)
+        )
         self._plan: Plan | None = None
         self._count = 0
         self._rows = 0
@@ -102,7 +109,11 @@ class RowReader:
                     f"{matrix.label}'s rows are None, and {wanted} cannot be without"
                 )
             operands[matrix] = operand(
-                values[matrix], matrix.label, self._options.wire_dtype, self._rows
+                values[matrix],
+                matrix.label,
+                self._options.wire_dtype,
+                self._rows,
+                self.copies,
             )
             if operands[matrix].array.ndim != 2:
                 raise InputError(
@@ -133,8 +144,10 @@ class RowJob:
         w: Operand | None,
         first: Mapping[Matrix, Operand] | None,
         connections: int = 1,
+        copies: HostCopies | None = None,
     ) -> None:
         self.options = plan.options
+        self._copies = copies or HostCopies()
         self._plan = plan
         self.ready: deque[RowBlock] = deque()
         self._w = w if Matrix.W in plan.operands else None
@@ -189,7 +202,7 @@ class RowJob:
 
     def finish(self) -> Receipt:
         """The server has ended the stream with OK; see `Exchange.finish`."""
-        receipt = self.exchange.finish()
+        receipt = self._copies.told(self.exchange.finish())
         while self._blocks and self._next_row < receipt.m:
             self._hand_out(min(receipt.block_rows, receipt.m - self._next_row))
         self.receipt = receipt

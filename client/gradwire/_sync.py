@@ -258,13 +258,16 @@ class Client(BaseClient):
             dy: dY = dL/dY, shape (..., k), with leading dimensions like X's.
                 All operands have one dtype: float16, bfloat16, float32 or
                 float64. Nested lists of Python floats are float64. Anything
-                that NumPy can read in host memory is taken, in any layout.
+                that NumPy can read is taken, in any layout; CuPy arrays,
+                PyTorch's CUDA tensors and what else DLPack can copy to host
+                memory are copied, as `Receipt.host_copy_bytes` says.
                 What the wanted results do not need may be None.
             results: Any of ``"y"``, ``"dx"``, ``"dw"``.
             out: Where results go: a mapping such as ``{"dw": array}``, or a
-                tuple (y, dx, dw) with None for those to be made. NumPy arrays
-                or PyTorch tensors in host memory, of the results' shapes and
-                dtypes. After a failure their contents are undefined.
+                tuple (y, dx, dw) with None for those to be made. NumPy or
+                CuPy arrays or PyTorch tensors, on any device, of the results'
+                shapes and dtypes. After a failure their contents are
+                undefined.
             result_dtype: Of the results: one for all, or a mapping such as
                 ``{"dw": "float32"}``. Else they have the operands' dtype.
             wire_dtype: ``"bfloat16"`` or ``"float16"``, for float32 operands:
@@ -485,18 +488,21 @@ class Client(BaseClient):
         return GradientStream(self, rows, reader)
 
     def _run(self, job: ArrayJob) -> Receipt:
+        return self._keep(job.delivered(self._computed(job)))
+
+    def _computed(self, job: ArrayJob) -> Receipt:
         if self._shares(job):
             receipt = self._run_shared(job)
             if receipt is not None:
-                return self._keep(receipt)
+                return receipt
         if job.unary:
-            return self._keep(self._compute(job))
+            return self._compute(job)
         begun = time.monotonic()
         try:
-            return self._keep(self._stream(job, self._channels, job.plan.options))
+            return self._stream(job, self._channels, job.plan.options)
         except NotJoinedError:
             left = left_of(job.plan.options, begun)
-            return self._keep(self._stream(job, 1, left))
+            return self._stream(job, 1, left)
 
     def _stream(self, job: ArrayJob, connections: int, options: Options) -> Receipt:
         exchange = job.exchange(connections)

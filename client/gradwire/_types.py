@@ -144,6 +144,13 @@ class Receipt:
     """The device's own memory that the server held for the job, beside
     `reserved_bytes`; 0 where it computed in the host's memory."""
 
+    host_copy_bytes: int = 0
+    """Bytes that this client copied between a GPU's memory and the host's: of
+    operands that lay there, and of results that `out` wanted there."""
+
+    host_copy_s: float = 0.0
+    """How long those copies took, beside everything else."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:

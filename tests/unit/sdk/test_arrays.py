@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import gradwire
 from gradwire._arrays import operand
+from gradwire._devices import HostCopies
 from gradwire.wire.dtypes import Dtype
 
 MATRIX = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -113,10 +114,31 @@ class OnTheCard:
 
 
 class DlpackOnTheCard(Dlpackish):
+    """As the array API says: what lies elsewhere is copied only when asked for."""
+
     device = "cuda:0"
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, 0)
+
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: Any = None,
+        dl_device: Any = None,
+        copy: Any = None,
+    ) -> Any:
+        if dl_device != (1, 0) or copy is False or stream is not None:
+            raise BufferError("not without a copy")
+        return MATRIX.copy().__dlpack__(max_version=max_version)
+
+
+class DlpackForTheCardOnly(DlpackOnTheCard):
+    """As libraries did before DLPack could ask for another device."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        raise AssertionError("unreachable")
 
 
 @pytest.mark.parametrize(
@@ -125,6 +147,7 @@ class DlpackOnTheCard(Dlpackish):
         MATRIX,
         Arrayish(),
         Dlpackish(),
+        DlpackOnTheCard(),
         memoryview(MATRIX),
         list(MATRIX),
         MATRIX.view(np.memmap),
@@ -203,13 +226,16 @@ COMPUTES = "gradwire computes float16, bfloat16, float32, float64: "
         ),
         (
             OnTheCard(),
-            "x is a tests.unit.sdk.test_arrays.OnTheCard on <CUDA Device 0>, and"
-            " gradwire reads host memory: pass x.get()",
+            "x is a tests.unit.sdk.test_arrays.OnTheCard on <CUDA Device 0>, which"
+            " gives no copy of itself in host memory (Implicit conversion to a NumPy"
+            " array is not allowed.): pass such a copy",
         ),
         (
-            DlpackOnTheCard(),
-            "x is a tests.unit.sdk.test_arrays.DlpackOnTheCard on cuda:0, and"
-            " gradwire reads host memory: pass a copy of it in host memory",
+            DlpackForTheCardOnly(),
+            "x is a tests.unit.sdk.test_arrays.DlpackForTheCardOnly on cuda:0, which"
+            " gives no copy of itself in host memory"
+            " (DlpackForTheCardOnly.__dlpack__() got an unexpected keyword argument"
+            " 'dl_device'): pass such a copy",
         ),
         (
             None,
@@ -251,13 +277,15 @@ def test_a_ragged_list_is_refused() -> None:
 class FakeTensor:
     """As much of a PyTorch tensor as is looked at."""
 
-    layout = "strided"
-    dtype = "float32"
     requires_grad = True
+    shape = MATRIX.shape
 
-    def __init__(self, device: str, layout: str = "strided") -> None:
+    def __init__(
+        self, device: str, layout: str = "strided", dtype: str = "torch.float32"
+    ) -> None:
         self.device = types.SimpleNamespace(type=device)
         self.layout = layout
+        self.dtype = dtype
 
     def detach(self) -> Any:
         return self
@@ -265,7 +293,12 @@ class FakeTensor:
     def resolve_neg(self) -> Any:
         return self
 
+    def cpu(self) -> Any:
+        return FakeTensor("cpu", self.layout, self.dtype)
+
     def numpy(self) -> Any:
+        if self.device.type != "cpu":
+            raise TypeError("can't convert cuda:0 device type tensor to numpy.")
         return MATRIX
 
 
@@ -280,19 +313,46 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("torch")
-def test_a_tensor_that_requires_grad_is_taken() -> None:
-    assert sent(FakeTensor("cpu")) == MATRIX.tobytes()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_tensor_that_requires_grad_is_taken(device: str) -> None:
+    assert sent(FakeTensor(device)) == MATRIX.tobytes()
 
 
 @pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    ("tensor", "says"),
+    ("layout", "dtype", "says"),
     [
-        (FakeTensor("cuda"), "gradwire reads host memory: pass x.cpu()"),
-        (FakeTensor("cpu", "sparse_coo"), "x is a sparse tensor: pass x.to_dense()"),
+        ("sparse_coo", "torch.float32", "x is a sparse tensor: pass x.to_dense()"),
+        (
+            "strided",
+            "torch.float8_e4m3fn",
+            "x is float8_e4m3fn; gradwire computes float16, bfloat16, float32, float64:"
+            " convert with x.to(torch.float32)",
+        ),
+        (
+            "strided",
+            "torch.float8_e5m2",
+            "x is float8_e5m2; gradwire computes float16, bfloat16, float32, float64:"
+            " convert with x.to(torch.float32)",
+        ),
     ],
 )
-def test_a_tensor_out_of_reach_is_refused(tensor: Any, says: str) -> None:
+def test_a_tensor_that_cannot_be_sent_is_refused(
+    device: str, layout: str, dtype: str, says: str
+) -> None:
     with pytest.raises(gradwire.InputError) as refused:
-        operand(tensor, "x")
+        operand(FakeTensor(device, layout, dtype), "x")
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [DlpackOnTheCard(), MATRIX], ids=["device", "host"])
+def test_copies_from_a_device_are_counted(value: Any) -> None:
+    copies = HostCopies()
+    taken = operand(value, "x", copies=copies)
+    if value is MATRIX:
+        assert (copies.size_bytes, copies.seconds) == (0, 0)
+    else:
+        assert copies.size_bytes == MATRIX.nbytes
+        assert copies.seconds > 0
+        assert not np.shares_memory(taken.array, MATRIX)

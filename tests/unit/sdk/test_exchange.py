@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import gradwire
 from gradwire._arrays import Operand
 from gradwire._base import ArrayJob
+from gradwire._devices import HostCopies
 from gradwire._exchange import Exchange
 from gradwire._memory import ResultPool
 from gradwire._options import parse_options
@@ -35,7 +36,9 @@ def array_job(
     parsed = parse_options(**{"results": ("y", "dx", "dw")} | options)
     plan, operands = plan_arrays(given, parsed)
     plan = replace(plan, chunk_bytes=chunk_bytes)
-    return ArrayJob(plan, operands, {}, unary=False, memory=ResultPool())
+    return ArrayJob(
+        plan, operands, {}, unary=False, memory=ResultPool(), copies=HostCopies()
+    )
 
 
 def small_job(**options: Any) -> ArrayJob:
@@ -328,7 +331,9 @@ def test_results_in_one_message_reach_arrays_of_any_layout() -> None:
     y, dx, dw = np.empty((2, M, K))[0], np.empty((N, M)).T, np.empty((2 * N, K))[::2]
     out = {Matrix.Y: y, Matrix.DX: dx, Matrix.DW: dw}
     outputs = {matrix: Output(array, array) for matrix, array in out.items()}
-    whole = ArrayJob(plan, operands, outputs, unary=True, memory=ResultPool())
+    whole = ArrayJob(
+        plan, operands, outputs, unary=True, memory=ResultPool(), copies=HostCopies()
+    )
     whole.unary_exchange().receive(response)
     assert dx.tobytes() == x.tobytes()
     assert dw.tobytes() == w.tobytes()

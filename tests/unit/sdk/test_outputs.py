@@ -7,6 +7,7 @@ import pytest
 
 import gradwire
 from gradwire._base import ArrayJob
+from gradwire._devices import HostCopies
 from gradwire._memory import ResultPool
 from gradwire._options import parse_options
 from gradwire._outputs import ArraySink, given_outputs, named_outputs
@@ -34,7 +35,9 @@ def test_arrays_are_made_where_none_are_given() -> None:
         {Matrix.X: X, Matrix.W: W, Matrix.DY: DY},
         parse_options(results=("y", "dx", "dw")),
     )
-    job = ArrayJob(plan, operands, {}, unary=False, memory=ResultPool())
+    job = ArrayJob(
+        plan, operands, {}, unary=False, memory=ResultPool(), copies=HostCopies()
+    )
     job.exchange()
     shapes = [array.shape for array in job.results(*RESULTS)]
     assert shapes == [(3, 6), (3, 4), (4, 6)]
@@ -82,7 +85,7 @@ def strided(*strides: int) -> Any:
         (
             {"y": [[0.0] * 6] * 3},
             {},
-            "out's y is a list: give a NumPy array or a PyTorch tensor in host memory",
+            "out's y is a list: give a NumPy array, a PyTorch tensor or a CuPy array",
         ),
         ({"y": np.broadcast_to(empty(1, 6), (3, 6))}, {}, "out's y is read-only"),
         (
