@@ -9,7 +9,8 @@ Three questions, in seconds of a 32³ call through ``client.gradients``:
 - At half that rate, beside another process that computes large jobs without a
   pause: how long do the small ones take, and the large ones? Calls are begun
   by the clock, and timed from when they should have begun, so that those
-  which a slow one delays count as slow.
+  which a slow one delays count as slow. How many processors each of the three
+  processes kept busy meanwhile says whether there were enough of them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import asyncio
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,6 +37,7 @@ import gradwire
 from bench.contenders.gradwire_sdk import Gradwire
 from bench.contenders.server_process import HOST, ServerProcess, say_ready
 from bench.work import Shape, operands
+from bench.worker import cpu_s
 
 SMALL = Shape(32, 32, 32)
 LARGE = Shape(16384, 1024, 1024)
@@ -52,7 +56,7 @@ def main() -> int:
     try:
         server.start()
         with gradwire.connect(server.address, transport="tcp") as client:
-            found = _questions(client, server.address, echo.address, options.seconds)
+            found = _questions(client, server, echo.address, options.seconds)
     finally:
         server.close()
         echo.stop()
@@ -76,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _questions(
-    client: gradwire.Client, address: str, echo: str, seconds: float
+    client: gradwire.Client, server: Gradwire, echo: str, seconds: float
 ) -> dict[str, float]:
     given = operands(SMALL)
 
@@ -88,11 +92,18 @@ def _questions(
         body = b"".join(array.tobytes() for array in given)
         empty_s, alone_s = _in_turns([lambda: method(body), small], seconds)
     rate = _saturation(small, seconds)
-    solo_s = _large_jobs(address, lambda: time.sleep(seconds))
+    solo_s = _large_jobs(server.address, lambda _: time.sleep(seconds))
+    busy: dict[str, float] = {}
+    ours = {"server": server.server_pid, "small_client": os.getpid()}
+    with _processors_busy(busy, "half_rate_alone", ours):
+        _by_the_clock(small, rate / 2, seconds)
     beside: list[float] = []
-    large_s = _large_jobs(
-        address, lambda: beside.extend(_by_the_clock(small, rate / 2, seconds))
-    )
+
+    def beside_large(pid: int) -> None:
+        with _processors_busy(busy, "beside", ours | {"large_client": pid}):
+            beside.extend(_by_the_clock(small, rate / 2, seconds))
+
+    large_s = _large_jobs(server.address, beside_large)
     return {
         "empty_call_s": statistics.median(empty_s),
         "small_call_s": statistics.median(alone_s),
@@ -101,7 +112,20 @@ def _questions(
         "beside_p99_s": statistics.quantiles(beside, n=100)[98],
         "large_alone_s": statistics.median(solo_s),
         "large_beside_s": statistics.median(large_s),
-    }
+    } | busy
+
+
+@contextmanager
+def _processors_busy(
+    found: dict[str, float], when: str, pids: dict[str, int]
+) -> Iterator[None]:
+    """Finds how many processors each process keeps busy within."""
+    before = {name: cpu_s(pid) for name, pid in pids.items()}
+    began = time.perf_counter()
+    yield
+    took = time.perf_counter() - began
+    for name, pid in pids.items():
+        found[f"{when}_{name}_processors"] = (cpu_s(pid) - before[name]) / took
 
 
 def _bars(found: dict[str, float]) -> dict[str, tuple[float, float]]:
@@ -167,15 +191,21 @@ def _by_the_clock(call: Callable[[], None], rate: float, seconds: float) -> list
         return [s for each in callers.map(ask, range(CALLERS)) for s in each]
 
 
-def _large_jobs(address: str, meanwhile: Callable[[], None]) -> list[float]:
-    """Seconds of each large job that another process had done meanwhile."""
+def _large_jobs(address: str, meanwhile: Callable[[int], None]) -> list[float]:
+    """Seconds of each large job that another process had done meanwhile.
+
+    Args:
+        address: The server's.
+        meanwhile: Gets the other process's number.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_compute_large, args=(address, theirs))
     process.start()
     try:
         ours.recv()  # it is warm
-        meanwhile()
+        assert process.pid is not None
+        meanwhile(process.pid)
         ours.send(None)
         took: list[float] = ours.recv()
     finally:
