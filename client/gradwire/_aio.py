@@ -374,8 +374,9 @@ class AsyncClient(BaseClient):
             return await self._compute(job)
         begun = time.monotonic()
         try:
-            return await self._stream(job, self._channels, job.plan.options)
-        except NotJoinedError:
+            return await self._stream(job, self._connections_now(), job.plan.options)
+        except NotJoinedError as error:
+            self._not_joined(error)
             left = left_of(job.plan.options, begun)
             return await self._stream(job, 1, left)
 

@@ -55,7 +55,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._reader = reader
         self._job: RowJob | None = None
         self._call: AsyncCall | AsyncCalls | None = None
-        self._connections = client._channels
+        self._connections = client._connections_now()
         self._first: Mapping[Matrix, Operand] | None = None
         self._begun = 0.0
         self._over = False
@@ -83,7 +83,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                 while not self._over and not (self._job and self._job.ready):
                     try:
                         await self._read(*await self._opened())
-                    except NotJoinedError:
+                    except NotJoinedError as error:
+                        self._client._not_joined(error)
                         await self._again()
             except BaseException:
                 await self.aclose()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from gradwire._arrays import Operand
 from gradwire._devices import HostCopies, is_on_device, to_device
 from gradwire._exceptions import ClientStateError, ContractError
 from gradwire._exchange import Exchange
+from gradwire._joining import NotJoinedError
 from gradwire._memory import ResultPool
 from gradwire._options import (
     Metadata,
@@ -44,6 +46,10 @@ COMPUTE = f"/{limits.SERVICE}/Compute"
 OPEN_REGION = f"/{limits.SERVICE}/OpenRegion"
 COMPUTE_STREAM = f"/{limits.SERVICE}/ComputeStream"
 GET_SERVER_INFO = f"/{limits.SERVICE}/GetServerInfo"
+
+_NOT_JOINED_S = 60.0
+"""How long jobs go over one connection after one could not have more: finding
+it out anew costs each job a round trip, or the server's patience."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +153,7 @@ class BaseClient:
         channels: int = 1,
     ) -> None:
         self._channels = parse_channels(channels)
+        self._one_until = 0.0
         self._memory = ResultPool()
         self._target = grpc_target(address)
         self._address = address
@@ -237,6 +244,15 @@ class BaseClient:
             timeout_s=options.timeout_s or self._timeout_s,
             metadata=self._metadata + options.metadata,
         )
+
+    def _connections_now(self) -> int:
+        """Over how many connections the next job shall travel."""
+        return 1 if time.monotonic() < self._one_until else self._channels
+
+    def _not_joined(self, error: NotJoinedError) -> None:
+        """A job goes over one connection; those that follow need not try."""
+        if error.lasts:
+            self._one_until = time.monotonic() + _NOT_JOINED_S
 
     def _shares(self, job: ArrayJob) -> bool:
         """Whether a job shall go through shared memory."""

@@ -29,7 +29,16 @@ _CAUSE_S = 1.0
 
 
 class NotJoinedError(Exception):
-    """The job's connections could not be had; nothing was sent but its header."""
+    """The job's connections could not be had; nothing was sent but its header.
+
+    Args:
+        cause: Why not.
+    """
+
+    def __init__(self, cause: GradwireError) -> None:
+        super().__init__(str(cause))
+        self.lasts = cause.status is not grpc.StatusCode.RESOURCE_EXHAUSTED
+        """Whether the next job would find the same: not if they were taken."""
 
 
 class Ends:
@@ -84,7 +93,7 @@ class Ends:
         if outcome is None:
             return
         if not self._exchange.ready and _cannot_join(outcome, connection):
-            raise NotJoinedError(str(outcome))
+            raise NotJoinedError(outcome)
         if self._error is None:
             self._cause_due = time.monotonic() + _CAUSE_S
         if self._error is None or not _is_echo(outcome):

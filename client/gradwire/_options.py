@@ -7,7 +7,7 @@ import operator
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -33,7 +33,6 @@ TRANSPORTS = ("auto", "tcp", "shm")
 
 _LEAST_TIMEOUT_S = 0.001
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
-_COMPUTED = ", ".join(dtype.label for dtype in Dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,7 @@ def parse_transport(value: str) -> str:
     Raises:
         InputError: It is none of them.
     """
-    if value not in TRANSPORTS:
+    if not isinstance(value, str) or value not in TRANSPORTS:
         raise InputError(f"transport is {value!r}; it can be {', '.join(TRANSPORTS)}")
     return value
 
@@ -156,7 +155,8 @@ def parse_channels(value: int) -> int:
         InputError: It is no number of them that a job can have.
     """
     if (
-        not isinstance(value, int | np.integer)
+        isinstance(value, bool)
+        or not isinstance(value, int | np.integer)
         or not 1 <= value <= limits.MAX_CONNECTIONS
     ):
         raise InputError(
@@ -216,18 +216,32 @@ def parse_shape(value: Any) -> tuple[int, ...]:
     return shape
 
 
-def parse_dtype(value: DtypeLike, name: str) -> Dtype:
+def parse_dtype(
+    value: DtypeLike, name: str, among: Collection[Dtype] = tuple(Dtype)
+) -> Dtype:
     """The element type that a name, a NumPy dtype or a scalar type means.
 
+    Args:
+        value: What the caller gave.
+        name: What to call it in errors.
+        among: What it can be.
+
     Raises:
-        InputError: It is none that gradwire computes.
+        InputError: It is none of these.
     """
+    given = repr(value)
     try:
         if isinstance(value, str):
-            return Dtype.named(value)
-        return Dtype.of(np.dtype(value))
+            dtype = Dtype.named(value)
+        else:
+            dtype = Dtype.of(np.dtype(value))
+        if dtype in among:
+            return dtype
+        given = dtype.label
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{name} is {value!r}; it can be {_COMPUTED}") from None
+        pass
+    can_be = ", ".join(each.label for each in among)
+    raise InputError(f"{name} is {given}; it can be {can_be}")
 
 
 def _results(results: str | Iterable[str]) -> tuple[Matrix, ...]:
@@ -271,19 +285,13 @@ def _result_dtypes(
 def _wire_dtype(value: DtypeLike) -> Dtype | None:
     if value is None:
         return None
-    dtype = parse_dtype(value, "wire_dtype")
-    if dtype not in {Dtype.FLOAT16, Dtype.BFLOAT16}:
-        raise InputError(f"wire_dtype is {dtype.label}; it can be float16, bfloat16")
-    return dtype
+    return parse_dtype(value, "wire_dtype", (Dtype.FLOAT16, Dtype.BFLOAT16))
 
 
 def _accumulator(value: DtypeLike) -> Dtype | None:
     if value is None:
         return None
-    dtype = parse_dtype(value, "dw_accumulator")
-    if dtype not in {Dtype.FLOAT32, Dtype.FLOAT64}:
-        raise InputError(f"dw_accumulator is {dtype.label}; it can be float32, float64")
-    return dtype
+    return parse_dtype(value, "dw_accumulator", (Dtype.FLOAT32, Dtype.FLOAT64))
 
 
 def _job_id(request_id: str | None) -> str:

@@ -499,8 +499,9 @@ class Client(BaseClient):
             return self._compute(job)
         begun = time.monotonic()
         try:
-            return self._stream(job, self._channels, job.plan.options)
-        except NotJoinedError:
+            return self._stream(job, self._connections_now(), job.plan.options)
+        except NotJoinedError as error:
+            self._not_joined(error)
             left = left_of(job.plan.options, begun)
             return self._stream(job, 1, left)
 

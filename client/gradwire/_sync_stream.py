@@ -44,7 +44,7 @@ class GradientStream(Iterator[RowBlock]):
         self._reader = reader
         self._job: RowJob | None = None
         self._call: Call | Calls | None = None
-        self._connections = client._channels
+        self._connections = client._connections_now()
         self._first: Mapping[Matrix, Operand] | None = None
         self._begun = 0.0
         self._over = False
@@ -72,7 +72,8 @@ class GradientStream(Iterator[RowBlock]):
                 while not self._over and not (self._job and self._job.ready):
                     try:
                         self._read(*self._opened())
-                    except NotJoinedError:
+                    except NotJoinedError as error:
+                        self._client._not_joined(error)
                         self._again()
             except BaseException:
                 self.close()

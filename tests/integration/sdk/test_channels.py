@@ -58,7 +58,7 @@ def test_a_job_in_shared_memory_takes_one_connection_and_a_stream_many(
     assert np.concatenate([b.y for b in blocks]).tobytes() == shared.y.tobytes()
 
 
-@pytest.mark.parametrize("channels", [0, 17, -1, 1.5, "2"])
+@pytest.mark.parametrize("channels", [True, 0, 17, -1, 1.5, "2"])
 def test_channels_that_cannot_be_are_refused(channels: Any) -> None:
     with pytest.raises(gradwire.InputError, match="channels is"):
         gradwire.Client("localhost:1", channels=channels)
@@ -118,6 +118,8 @@ def test_connections_that_reach_another_replica_leave_the_job_on_one(
         assert np.concatenate([b.y for b in blocks]).tobytes() == actual.y.tobytes()
         assert dw.tobytes() == actual.dw.tobytes()
         other.wait_for_log("JOIN_UNKNOWN")
+        # What the first found out, the second did not try again.
+        assert other.logs.count("JOIN_UNKNOWN") == 1
 
 
 @pytest.mark.parametrize("kind", CALLERS)

@@ -96,6 +96,24 @@ def test_connections_that_cannot_be_had_are_told_apart(
 
 
 @pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        (failure(StatusCode.FAILED_PRECONDITION, Reason.JOIN_UNKNOWN), True),
+        (LOST, True),
+        (failure(StatusCode.RESOURCE_EXHAUSTED, Reason.BUSY), False),
+    ],
+)
+def test_jobs_that_follow_try_again_only_where_connections_were_taken(
+    error: CallError, lasts: bool
+) -> None:
+    with pytest.raises(NotJoinedError) as caught:
+        make_ends(ready=False).add(1, error)
+    client = gradwire.Client("localhost:1", channels=4)
+    client._not_joined(caught.value)
+    assert client._connections_now() == (1 if lasts else 4)
+
+
+@pytest.mark.parametrize(
     ("connection", "error"),
     [
         (0, failure(StatusCode.RESOURCE_EXHAUSTED, Reason.BUSY)),
