@@ -73,6 +73,16 @@ class Stream:
 
     async def _receive(self, job: RunningJob, connection: int) -> None:
         """Takes the operands, up to the half-close; on the first behind End."""
+        try:
+            await self._take_all(job, connection)
+        except JobError:
+            if job.spec.connections > 1:
+                # As for `_refuse`: where the client has cancelled all calls,
+                # it may be another one of them that read as half-closed.
+                await asyncio.sleep(_CANCELLATION_S)
+            raise
+
+    async def _take_all(self, job: RunningJob, connection: int) -> None:
         self._progressed()
         while True:
             message = await self._read("the next block of an operand, or end")
@@ -92,17 +102,11 @@ class Stream:
         await self._read_half_close()
 
     async def _half_closed(self, job: RunningJob, connection: int) -> None:
-        try:
-            job.half_close(connection)
-            expected = "end, on the first connection"
-            async with self._service.client_sends(
-                self._call, self._progress_at, expected
-            ):
-                await job.ended()
-            await job.share_complete(connection)
-        except JobError:
-            await asyncio.sleep(_CANCELLATION_S)  # as for `_refuse`
-            raise
+        job.half_close(connection)
+        expected = "end, on the first connection"
+        async with self._service.client_sends(self._call, self._progress_at, expected):
+            await job.ended()
+        await job.share_complete(connection)
 
     async def receive_end(self, m: int) -> None:
         """Takes End of a job that has no blocks, and the half-close behind it."""

@@ -276,16 +276,21 @@ def test_ctrl_c_ends_the_call_at_once_and_cancels_the_job(
     fixture = "one_job" if what == "iterating" else "occupied"
     server: ServerProcess = request.getfixturevalue(fixture)
     job_id = f"{what} {way}"
-    with subprocess.Popen(
-        [
-            *(sys.executable, "-c", textwrap.dedent(INTERRUPTED)),
-            *(way.address(server), what, job_id),
-            *(json.dumps(dict(way.options)), json.dumps(way.tuning().unary)),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with (
+        subprocess.Popen(
+            [
+                *(sys.executable, "-c", textwrap.dedent(INTERRUPTED)),
+                *(way.address(server), what, job_id),
+                *(json.dumps(dict(way.options)), json.dumps(way.tuning().unary)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+        ExitStack() as leaving,
+    ):
+        # Lest a child that hangs is waited for without end.
+        leaving.callback(process.kill)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         if what == "iterating":
