@@ -79,7 +79,7 @@ class Headers:
         job = job_pb2.Job.FromString(encoded)
         spec = read_job(job, self._backend.max_columns, self._features)
         spec = read_places(job, spec, self._features)
-        plan = make_plan(spec, self._block_bytes)
+        plan = make_plan(spec, self._block_bytes, self._backend.blocks_begun)
         device_bytes = self._backend.device_bytes(spec, plan.slot_rows)
         echo = spec.echo()
         return Header(

@@ -19,10 +19,6 @@ from gradwire_server.lane import Lane
 from gradwire_server.regions import Region
 from gradwire_server.spec import JobSpec
 
-_AHEAD = 2
-"""Row blocks that are handed to the lane before the first of them is done, so
-that it never waits for the event loop; few, for the lane holds them all."""
-
 
 class InPlaceJob:
     """An admitted job in shared memory.
@@ -83,7 +79,9 @@ class InPlaceJob:
         begun: deque[asyncio.Future[None]] = deque()
         for piece in self._computation.pieces(self._arrays, m):
             begun.append(self._lane.begin(self, piece))
-            if len(begun) > _AHEAD:
+            # Enough that the lane never waits for the event loop; few, for it
+            # holds them all.
+            if len(begun) > self._lane.most_begun + 1:
                 await begun.popleft()
         if Matrix.DW in spec.results:
             begun.append(self._lane.submit(self, partial(self._finish, self._arrays)))

@@ -49,6 +49,10 @@ class Lane:
         device: Number of the device of its backend.
         enter: What its thread does first.
         most_begun: Most pieces that have begun and were not waited for.
+
+    Attributes:
+        device: See there.
+        most_begun: See there.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Lane:
     ) -> None:
         self.device = device
         self._enter = enter
-        self._most_begun = most_begun
+        self.most_begun = most_begun
         self._queues: OrderedDict[Hashable, deque[_Work]] = OrderedDict()
         self._doing: list[Hashable] = []
         """Jobs of the piece that is being done, and of those that have begun."""
@@ -155,7 +159,7 @@ class Lane:
         self._entered.set_result(None)
         begun: deque[tuple[_Work, Wait]] = deque()
         while self._begin_next(begun) or begun:
-            if begun and (len(begun) == self._most_begun or not self._queues):
+            if begun and (len(begun) == self.most_begun or not self._queues):
                 self._end(*begun.popleft())
 
     def _begin_next(self, begun: deque[tuple[_Work, Wait]]) -> bool:

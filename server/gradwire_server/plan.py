@@ -17,9 +17,10 @@ MAX_BLOCK_ROWS = 8192
 """Rows of a block where rows are short. A product does not get faster from
 there on, and a block's results should leave soon."""
 
-RING_SLOTS = 3
-"""Row blocks that a job of one connection holds: one arrives, one is computed,
-one leaves. Each further connection has another that arrives."""
+RING_ENDS = 2
+"""Row blocks that a job of one connection holds beside those that its device has
+begun: one arrives, one leaves. Each further connection has another that
+arrives."""
 
 ALIGNMENT = 256
 """Bytes to which every matrix in memory is aligned: what cuBLAS asks for its
@@ -48,6 +49,9 @@ class Plan:
     connections: int = 1
     """Over how many connections the row blocks travel."""
 
+    blocks_begun: int = 1
+    """Most row blocks that the job's device has begun and not done."""
+
     @property
     def slots(self) -> int:
         """Row blocks that the job holds.
@@ -55,7 +59,7 @@ class Plan:
         Whatever the connections do, the oldest block that is not complete has
         a slot that waits for it, and so has the next block of its connection.
         """
-        return RING_SLOTS + self.connections - 1
+        return self.blocks_begun + RING_ENDS + self.connections - 1
 
     @property
     def window_rows(self) -> int:
@@ -77,8 +81,14 @@ class Plan:
         return Share(connection, self.connections, self.block_rows)
 
 
-def make_plan(spec: JobSpec, block_bytes: int) -> Plan:
-    """The plan of a job on a server that aims at blocks of `block_bytes`."""
+def make_plan(spec: JobSpec, block_bytes: int, blocks_begun: int) -> Plan:
+    """The plan of a job.
+
+    Args:
+        spec: What was asked.
+        block_bytes: Bytes of a block's operands at which the server aims.
+        blocks_begun: Most row blocks that its device has begun and not done.
+    """
     block_rows = rows_of_a_block(spec, block_bytes)
     slot_rows = block_rows if spec.m is None else min(block_rows, spec.m)
     offsets: dict[Matrix, int] = {}
@@ -92,7 +102,15 @@ def make_plan(spec: JobSpec, block_bytes: int) -> Plan:
             offsets[matrix] = slot_bytes
             row_bytes = spec.row_length(matrix) * spec.dtype_of(matrix).itemsize
             slot_bytes += _aligned(slot_rows * row_bytes)
-    return Plan(block_rows, slot_rows, offsets, w_bytes, slot_bytes, spec.connections)
+    return Plan(
+        block_rows,
+        slot_rows,
+        offsets,
+        w_bytes,
+        slot_bytes,
+        spec.connections,
+        blocks_begun,
+    )
 
 
 def rows_of_a_block(spec: JobSpec, block_bytes: int) -> int:

@@ -12,13 +12,13 @@ from gradwire.wire.matrices import Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.errors import JobError
 from gradwire_server.intake import Intake
-from gradwire_server.plan import RING_SLOTS, make_plan
+from gradwire_server.plan import make_plan
 from tests.unit.server.specs import ALL, make_spec
 
 
 def make_intake(m=None, n=3, k=5, results=ALL, block_rows=4):
     spec = make_spec(m, n, k, results=results)
-    plan = make_plan(spec, block_rows * (n + k) * 4)
+    plan = make_plan(spec, block_rows * (n + k) * 4, 1)
     assert plan.block_rows == block_rows
     return Intake(spec, plan), spec, plan
 
@@ -105,7 +105,7 @@ def test_what_the_window_allows_always_finds_a_slot(data):
         for span in spans:
             other = Matrix.DY if matrix is Matrix.X else Matrix.X
             oldest = sent[other] // spec.row_length(other) // plan.block_rows
-            assert span.block < max(oldest, complete) + RING_SLOTS
+            assert span.block < max(oldest, complete) + plan.slots
 
 
 def test_the_leading_operand_may_fill_the_window_and_not_one_element_more():

@@ -80,7 +80,7 @@ def test_a_job_of_unknown_length_counts_what_has_come_and_one_block():
 
 def test_the_operations_of_a_job_are_those_of_its_products():
     spec = make_spec(m=10, n=3, k=4)
-    job = load_of(spec, make_plan(spec, 1 << 20), 0, Counts())
+    job = load_of(spec, make_plan(spec, 1 << 20, 1), 0, Counts())
     assert job.to_do == spec.operations
     assert job.done == 0
     job.counts.blocks = 1  # the only one, and larger than the job

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.matrices import Matrix
-from gradwire_server.plan import ALIGNMENT, MAX_BLOCK_ROWS, RING_SLOTS, make_plan
+from gradwire_server.plan import ALIGNMENT, MAX_BLOCK_ROWS, make_plan
 from tests.unit.server.specs import ALL, make_spec
 
 SOME_RESULTS = [subset for size in (1, 2, 3) for subset in combinations(ALL, size)]
@@ -22,9 +22,11 @@ def test_rows_of_a_block_depend_on_nothing_but_shape_dtype_and_configuration(
     n, k, dtype, block_bytes
 ):
     rows = {
-        make_plan(make_spec(m, n, k, dtype, results), block_bytes).block_rows
+        make_plan(spec, block_bytes, begun).block_rows
         for m in (None, 0, 1, 10**9)
         for results in SOME_RESULTS
+        for spec in (make_spec(m, n, k, dtype, results),)
+        for begun in (1, 3)
     }
     assert len(rows) == 1
     (block_rows,) = rows
@@ -42,10 +44,11 @@ def test_rows_of_a_block_depend_on_nothing_but_shape_dtype_and_configuration(
     st.sampled_from(Dtype),
     st.sampled_from(SOME_RESULTS),
     st.sampled_from(Dtype),
+    st.sampled_from((1, 3)),
 )
-def test_matrices_lie_aligned_and_apart(m, n, k, dtype, results, result_dtype):
+def test_matrices_lie_aligned_and_apart(m, n, k, dtype, results, result_dtype, begun):
     spec = make_spec(m, n, k, dtype, results, result_dtype)
-    plan = make_plan(spec, 1 << 20)
+    plan = make_plan(spec, 1 << 20, begun)
     ends = []
     for matrix, offset in plan.offsets.items():
         assert offset % ALIGNMENT == 0
@@ -57,14 +60,14 @@ def test_matrices_lie_aligned_and_apart(m, n, k, dtype, results, result_dtype):
             ends.append((offset, offset + size))
     assert all(end <= start for (_, end), (start, _) in pairwise(sorted(ends)))
     assert plan.w_bytes % ALIGNMENT == plan.slot_bytes % ALIGNMENT == 0
-    assert plan.region_bytes == plan.w_bytes + RING_SLOTS * plan.slot_bytes
+    assert plan.region_bytes == plan.w_bytes + (begun + 2) * plan.slot_bytes
 
 
 def test_memory_does_not_grow_with_the_rows():
-    plans = [make_plan(make_spec(m, 64, 64), 1 << 20) for m in (10**5, 10**12, None)]
+    plans = [make_plan(make_spec(m, 64, 64), 1 << 20, 1) for m in (10**5, 10**12, None)]
     assert len({plan.region_bytes for plan in plans}) == 1
 
 
 @pytest.mark.parametrize("m", [0, 1, 7])
 def test_a_job_of_few_rows_takes_the_memory_of_few_rows(m):
-    assert make_plan(make_spec(m, 64, 64), 1 << 24).slot_rows == m
+    assert make_plan(make_spec(m, 64, 64), 1 << 24, 1).slot_rows == m
