@@ -44,11 +44,13 @@ from gradwire._exceptions import (
     RequestError,
     ServerBusyError,
     ServerError,
+    TlsError,
     UnavailableError,
     UnsupportedError,
 )
 from gradwire._sync import Client, connect
 from gradwire._sync_stream import GradientStream
+from gradwire._tls import Tls
 from gradwire._types import (
     Backward,
     Device,
@@ -101,6 +103,8 @@ __all__ = [
     "ServerError",
     "ServerInfo",
     "ServerLimits",
+    "Tls",
+    "TlsError",
     "UnavailableError",
     "UnsupportedError",
     "connect",

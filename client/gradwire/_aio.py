@@ -39,6 +39,7 @@ from gradwire._regions import Room
 from gradwire._rows import RowReader
 from gradwire._shared import SharedJob
 from gradwire._sharing import EmptyArray, may_be_smaller
+from gradwire._tls import Tls
 from gradwire._types import (
     Array,
     Backward,
@@ -70,9 +71,11 @@ class AsyncClient(BaseClient):
         transport: As for `connect`; "auto" is "tcp" where the client is not
             entered.
         channels: Over how many connections each job travels; see `connect`.
+        tls: Whether and how the server proves who it is; see `connect`.
 
     Raises:
-        InputError: The address, the transport or the number is none.
+        InputError: The address, the transport or the number is none, or a
+            file of `tls` cannot be used.
 
     Example:
         >>> async with gradwire.AsyncClient("gpu-node:50051") as client:
@@ -88,6 +91,7 @@ class AsyncClient(BaseClient):
         metadata: Metadata = (),
         transport: str = "auto",
         channels: int = 1,
+        tls: Tls | bool | None = None,
     ) -> None:
         super().__init__(
             address,
@@ -95,6 +99,7 @@ class AsyncClient(BaseClient):
             metadata=metadata,
             transport=transport,
             channels=channels,
+            tls=tls,
         )
         self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -114,7 +119,7 @@ class AsyncClient(BaseClient):
         except grpc.RpcError as error:
             await self.close()
             seconds = self._connect_timeout_s or 0
-            raise connect_error(error, self._address, seconds) from None
+            raise connect_error(error, self._endpoint, seconds) from None
         except BaseException:
             await self.close()
             raise
@@ -146,7 +151,7 @@ class AsyncClient(BaseClient):
         try:
             answer = await self._info(seconds)
         except grpc.RpcError as error:
-            raise call_error(error, self._address) from None
+            raise call_error(error, self._endpoint) from None
         return server_info_of(answer)
 
     async def empty(
@@ -458,7 +463,7 @@ class AsyncClient(BaseClient):
                     request, timeout=options.timeout_s, metadata=options.metadata
                 )
         except grpc.RpcError as error:
-            raise call_error(error, self._address, options.job_id) from None
+            raise call_error(error, self._endpoint, options.job_id) from None
         return exchange.receive(response)
 
     async def _info(self, timeout_s: float | None) -> GetServerInfoResponse:
@@ -490,7 +495,7 @@ class AsyncClient(BaseClient):
                 " use: make one for each loop"
             )
         while len(self._connected) < count:
-            self._connected.append(AsyncConnection(self._target, self._address))
+            self._connected.append(AsyncConnection(self._endpoint))
         return self._connected[:count]
 
 

@@ -19,6 +19,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stub
 
 from gradwire import _fork
 from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO, OPEN_REGION
+from gradwire._endpoint import Endpoint
 from gradwire._exceptions import ConnectError, JobCancelledError, ProtocolError
 from gradwire._exchange import Conversation
 from gradwire._failures import call_error
@@ -26,7 +27,6 @@ from gradwire._memory import keep_messages
 from gradwire._options import MetadataPairs, Options
 from gradwire._regions import Region
 from gradwire._sharing import OPEN_TIMEOUT_S
-from gradwire._target import channel_options
 from gradwire.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
@@ -42,14 +42,12 @@ _StreamCall: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
 class AsyncConnection:
     """A channel, and the service's calls on it."""
 
-    def __init__(self, target: str, address: str) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         keep_messages()
-        self.address = address
+        self.endpoint = endpoint
         self._loop = asyncio.get_running_loop()
         _fork.aio_began()
-        self.channel = grpc.aio.insecure_channel(
-            target, options=channel_options(address)
-        )
+        self.channel = endpoint.aio_channel()
         self.compute = self.channel.unary_unary(
             COMPUTE,
             request_serializer=ComputeRequest.SerializeToString,
@@ -86,10 +84,11 @@ class AsyncConnection:
         except TimeoutError:
             rpc.cancel()
             raise ConnectError(
-                f"the server at {self.address} opened no region in {OPEN_TIMEOUT_S:g} s"
+                f"the server at {self.endpoint} opened no region in"
+                f" {OPEN_TIMEOUT_S:g} s"
             ) from None
         except grpc.RpcError as error:
-            raise call_error(error, self.address) from None
+            raise call_error(error, self.endpoint) from None
         except BaseException:
             rpc.cancel()
             raise
@@ -119,7 +118,7 @@ class AsyncCall:
         messages: Callable[[], AsyncGenerator[bytes]],
         options: Options,
     ) -> None:
-        self._address = connection.address
+        self._endpoint = connection.endpoint
         self._job_id = options.job_id
         self._exchange = exchange
         self._feed = Feed(exchange.opening(), messages)
@@ -163,7 +162,7 @@ class AsyncCall:
             raise
         except grpc.RpcError as error:
             self._feed.raise_error()
-            raise call_error(error, self._address, self._job_id) from None
+            raise call_error(error, self._endpoint, self._job_id) from None
         if isinstance(message, bytes):
             return message
         self._feed.raise_error()

@@ -54,7 +54,7 @@ class AsyncCalls:
         self._rpcs: list[Rpc] = []
         self._tasks: list[asyncio.Task[None]] = []
         self.connection = 0
-        self._ends = Ends(exchange, connections[0].address, options)
+        self._ends = Ends(exchange, connections[0].endpoint, options)
         self._inbox: asyncio.Queue[tuple[int, Answer]] = asyncio.Queue(
             ANSWERS_WAITING * len(connections)
         )

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from gradwire import _fork, _unary
 from gradwire._arrays import Operand
 from gradwire._devices import HostCopies, is_on_device, to_device
+from gradwire._endpoint import Endpoint
 from gradwire._exceptions import ClientStateError, ContractError
 from gradwire._exchange import Exchange
 from gradwire._joining import NotJoinedError
@@ -36,7 +37,7 @@ from gradwire._plan import Plan, plan_arrays
 from gradwire._rows import RowJob, RowReader
 from gradwire._sending import Sender
 from gradwire._sharing import Sharing
-from gradwire._target import grpc_target
+from gradwire._tls import Tls
 from gradwire._types import Array, Receipt, ServerInfo
 from gradwire._unary import UnaryExchange
 from gradwire.wire import limits
@@ -151,14 +152,16 @@ class BaseClient:
         metadata: Metadata = (),
         transport: str = "auto",
         channels: int = 1,
+        tls: Tls | bool | None = None,
     ) -> None:
         self._channels = parse_channels(channels)
         self._one_until = 0.0
         self._memory = ResultPool()
-        self._target = grpc_target(address)
+        self._endpoint = Endpoint(address, tls)
         self._address = address
         self._timeout_s = parse_timeout(timeout_s, "timeout_s")
         self._metadata = parse_metadata(metadata)
+        self._endpoint.require_private(self._metadata)
         self._closed = False
         self._pid = os.getpid()
         self._local = threading.local()
@@ -237,6 +240,7 @@ class BaseClient:
         return RowJob(plan, reader.w, first, connections, reader.copies)
 
     def _with_defaults(self, options: Options) -> Options:
+        self._endpoint.require_private(options.metadata)
         if self._timeout_s is None and not self._metadata:
             return options
         return replace(

@@ -4,6 +4,7 @@
      ├── InputError (ValueError)           an argument is refused; nothing was sent
      ├── ClientStateError (RuntimeError)   the client is closed, or of another loop
      ├── ConnectError (ConnectionError)    no gradwire server answers at the address
+     │    ├── TlsError                     TLS could not be agreed on with it
      │    └── ContractError                a server answers, of another contract
      ├── ProtocolError                     the server broke the contract
      └── CallError                         a call ended with a status but OK:
@@ -105,6 +106,14 @@ class ClientStateError(GradwireError, RuntimeError):
 
 class ConnectError(GradwireError, ConnectionError):
     """No gradwire server answers at the address; the text says what does."""
+
+
+class TlsError(ConnectError):
+    """The TLS handshake failed; the text says whom the other side is not, or why.
+
+    What a server finds wrong with the client's certificate it does not tell:
+    it closes the connection, which is a `ConnectError`.
+    """
 
 
 class ContractError(ConnectError):

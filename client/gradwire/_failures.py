@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from grpc import StatusCode
 
+from gradwire._endpoint import Endpoint
 from gradwire._exceptions import (
     BY_REASON,
     BY_STATUS,
@@ -20,6 +21,7 @@ from gradwire._exceptions import (
     ContractError,
     GradwireError,
     ProtocolError,
+    TlsError,
     UnavailableError,
 )
 from gradwire.wire import limits, status
@@ -29,8 +31,11 @@ from gradwire.wire.status import ErrorDetails
 LATE = "the call was not done within its timeout_s"
 
 _NO_SUCH_NAME = re.compile("DNS resolution failed|Domain name not found|lookup failed")
-_NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server")
+_NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server|selected ALPN")
 _CONNECT_CAUSE = re.compile("(?:to remote host|connect failed: .* error): ?(.+)")
+_DISTRUSTED = re.compile("CERTIFICATE_VERIFY_FAILED: (.+?)(?:: OK)?$")
+_NO_TLS = re.compile("WRONG_VERSION_NUMBER|HTTP_REQUEST|HTTPS_PROXY_REQUEST")
+_HANDSHAKE = re.compile("(?:Tls handshake failed|security handshaker)(.*)")
 _NOBODY = re.compile("refused|No such file")
 
 
@@ -48,17 +53,17 @@ class Outcome(Protocol):
 
 
 def call_error(
-    outcome: Outcome, address: str, job_id: str | None = None
+    outcome: Outcome, endpoint: Endpoint, job_id: str | None = None
 ) -> GradwireError:
     """The exception for a call that ended with a status other than OK."""
     code, text = outcome.code(), outcome.details() or ""
     attached = _attached(outcome)
     if attached.reason is None:
         if code is StatusCode.UNAVAILABLE:
-            return _unavailable(address, text, job_id)
+            return _unavailable(endpoint, text, job_id)
         if code is StatusCode.UNIMPLEMENTED:
             return ContractError(
-                f"the gRPC server at {address} does not offer {limits.SERVICE}"
+                f"the gRPC server at {endpoint} does not offer {limits.SERVICE}"
                 f" ({text})",
                 status=code,
                 job_id=job_id,
@@ -66,7 +71,7 @@ def call_error(
             )
     if attached.reason is Reason.CONTRACT_UNKNOWN:
         return ContractError(
-            f"the server at {address} does not speak {limits.CONTRACT}: {text}",
+            f"the server at {endpoint} does not speak {limits.CONTRACT}: {text}",
             status=code,
             attached=attached,
             details=text,
@@ -87,19 +92,19 @@ def call_error(
 
 
 def connect_error(
-    outcome: Outcome, address: str, connect_timeout_s: float
+    outcome: Outcome, endpoint: Endpoint, connect_timeout_s: float
 ) -> GradwireError:
     """The exception for a handshake that ended with a status other than OK."""
-    error = call_error(outcome, address)
+    error = call_error(outcome, endpoint)
     if outcome.code() is StatusCode.DEADLINE_EXCEEDED:
         return ConnectError(
-            f"no gradwire server answered at {address} within {connect_timeout_s:g} s",
+            f"no gradwire server answered at {endpoint} within {connect_timeout_s:g} s",
             status=error.status,
             details=error.details,
         )
     if isinstance(error, ConnectionLostError):
         return ConnectError(
-            f"what listens at {address} is no gradwire server: it closed the"
+            f"what listens at {endpoint} is no gradwire server: it closed the"
             f" connection ({error.details})",
             status=error.status,
             details=error.details,
@@ -114,29 +119,68 @@ def _attached(outcome: Outcome) -> ErrorDetails:
     return ErrorDetails()
 
 
-def _unavailable(address: str, text: str, job_id: str | None) -> GradwireError:
+def _unavailable(endpoint: Endpoint, text: str, job_id: str | None) -> GradwireError:
     kind: type[GradwireError] = ConnectError
     cause = _CONNECT_CAUSE.search(text)
-    if _NO_SUCH_NAME.search(text):
-        message = f"the name in {address} has no address that could be found"
+    if sentence := _handshake(endpoint, text):
+        kind, message = TlsError, sentence
+    elif _NO_SUCH_NAME.search(text):
+        message = f"the name in {endpoint} has no address that could be found"
     elif _NO_HTTP2.search(text):
-        message = f"what listens at {address} does not speak HTTP/2, so it is no"
+        message = f"what listens at {endpoint} does not speak HTTP/2, so it is no"
         message += " gradwire server"
     elif cause is not None and _NOBODY.search(cause[1]):
-        message = f"nothing listens at {address} ({cause[1]})"
+        message = f"nothing listens at {endpoint} ({cause[1]})"
     elif cause is not None:
-        message = f"{address} cannot be reached ({cause[1]})"
+        message = f"{endpoint} cannot be reached ({cause[1]})"
     elif text.startswith("failed to connect to all addresses"):
-        message = f"what listens at {address} closed the connection at once, so it"
-        message += f" is no gradwire server, or stops ({text.rpartition(': ')[2]})"
+        message = f"what listens at {endpoint} closed the connection at once:"
+        message += f" {_refusal(endpoint)}, or stops ({text.rpartition(': ')[2]})"
     elif "http2 header with status" in text:
         kind = UnavailableError
-        message = f"what stands before {address} has no server for it ({text})"
+        message = f"what stands before {endpoint} has no server for it ({text})"
     else:
         kind = ConnectionLostError
-        message = f"the connection to {address} broke before the call was done"
+        message = f"the connection to {endpoint} broke before the call was done"
         message += f" ({text})"
     return kind(message, status=StatusCode.UNAVAILABLE, job_id=job_id, details=text)
+
+
+def _handshake(endpoint: Endpoint, text: str) -> str | None:
+    """The sentence for a server that TLS could not be agreed on with."""
+    if endpoint.tls is None:
+        return None
+    if distrusted := _DISTRUSTED.search(text):
+        if distrusted[1] == "certificate has expired":
+            return f"the certificate of the server at {endpoint} has expired"
+        signers = "the system trusts" if endpoint.tls.ca is None else "of tls.ca"
+        return (
+            f"the certificate of the server at {endpoint} is not trusted: no authority"
+            f" {signers} vouches for it ({distrusted[1]})"
+        )
+    if "Hostname Verification Check failed" in text:
+        name = endpoint.tls.server_name
+        return (
+            f"the certificate of the server at {endpoint} is for another name than"
+            f" {name or 'the host there'}; tls.server_name names the one to expect"
+        )
+    if _NO_TLS.search(text):
+        return (
+            f"what listens at {endpoint} does not speak TLS: it is no gradwire server,"
+            " or one that was started without tls-cert"
+        )
+    if reason := _HANDSHAKE.search(text):
+        return f"no TLS could be agreed on with the server at {endpoint} ({reason[1]})"
+    return None
+
+
+def _refusal(endpoint: Endpoint) -> str:
+    """Why a server may close a connection at once, as far as this side knows."""
+    if endpoint.tls is None:
+        return "it expects TLS (tls=...), is no gradwire server"
+    if endpoint.tls.cert is None:
+        return "it wants a client's certificate (tls.cert), is no gradwire server"
+    return "it does not trust tls.cert, is no gradwire server"
 
 
 def _label(error: GradwireError) -> str:

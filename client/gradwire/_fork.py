@@ -7,7 +7,7 @@ across forks, and if no other thread is inside it at that moment. So:
 - gRPC is imported here, before anything else of gradwire imports it, with the
   variable that asks for that set for just that moment. A program that sets
   ``GRPC_ENABLE_FORK_SUPPORT`` itself, or imports grpc before gradwire, keeps
-  what it has chosen.
+  what it has chosen. (So it is with ``GRPC_VERBOSITY``.)
 - A fork first lets no new call begin and gives those that run a moment to end;
   most are short, and a gRPC at rest is the surest to survive. Then whatever
   still runs stops before it enters gRPC (`calling`, `waiting`), and the fork
@@ -27,6 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 
 VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
+
+_VERBOSITY = "GRPC_VERBOSITY"
 
 PATIENCE_S = 5.0
 """How long a fork waits, at most, for threads to leave gRPC. They enter it for
@@ -68,14 +70,22 @@ aio_lost: str | None = None
 
 
 def import_grpc() -> None:
-    """Import grpc with fork support, unless either was settled elsewhere."""
-    if "grpc" in sys.modules or VARIABLE in os.environ:
+    """Import grpc with fork support, unless either was settled elsewhere.
+
+    And without its lines on standard error for handshakes that fail: who
+    called is told by an exception, and whoever looks for open ports would fill
+    a server's log.
+    """
+    if "grpc" in sys.modules:
         return
-    os.environ[VARIABLE] = "1"
+    chosen = {VARIABLE: "1", _VERBOSITY: "ERROR"}
+    chosen = {name: value for name, value in chosen.items() if name not in os.environ}
+    os.environ.update(chosen)
     try:
         importlib.import_module("grpc")
     finally:
-        del os.environ[VARIABLE]
+        for name in chosen:
+            del os.environ[name]
 
 
 def at_fork(

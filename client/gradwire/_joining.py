@@ -10,6 +10,7 @@ import time
 
 import grpc
 
+from gradwire._endpoint import Endpoint
 from gradwire._exceptions import (
     ConnectionLostError,
     DeadlineError,
@@ -46,13 +47,15 @@ class Ends:
 
     Args:
         exchange: What is said on them.
-        address: Of the server.
+        endpoint: Of the server.
         options: The job's.
     """
 
-    def __init__(self, exchange: Exchange, address: str, options: Options) -> None:
+    def __init__(
+        self, exchange: Exchange, endpoint: Endpoint, options: Options
+    ) -> None:
         self._exchange = exchange
-        self._address = address
+        self._endpoint = endpoint
         self._job_id = options.job_id
         timeout_s = options.timeout_s
         self._due = None if timeout_s is None else time.monotonic() + timeout_s
@@ -89,7 +92,7 @@ class Ends:
         """
         self._count += 1
         if isinstance(outcome, grpc.RpcError):
-            outcome = call_error(outcome, self._address, self._job_id)
+            outcome = call_error(outcome, self._endpoint, self._job_id)
         if outcome is None:
             return
         if not self._exchange.ready and _cannot_join(outcome, connection):
@@ -116,7 +119,7 @@ class Ends:
                 details=error.details,
             )
         raise ConnectionLostError(
-            f"a connection to {self._address} broke before the job was done"
+            f"a connection to {self._endpoint} broke before the job was done"
             f" ({error.details})",
             status=grpc.StatusCode.UNAVAILABLE,
             job_id=self._job_id,

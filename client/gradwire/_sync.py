@@ -34,6 +34,7 @@ from gradwire._sharing import EmptyArray, may_be_smaller
 from gradwire._sync_calls import Call, Connection, call_unary
 from gradwire._sync_channels import open_calls
 from gradwire._sync_stream import GradientStream
+from gradwire._tls import Tls
 from gradwire._types import (
     Array,
     Backward,
@@ -57,6 +58,7 @@ def connect(
     metadata: Metadata = (),
     transport: str = "auto",
     channels: int = 1,
+    tls: Tls | bool | None = None,
 ) -> Client:
     """A client of the server at an address, once it has answered.
 
@@ -74,12 +76,19 @@ def connect(
             makes no difference to results. Small jobs and jobs in shared
             memory take one; so do all where the server does not offer more,
             or a proxy leads the connections to different servers.
+        tls: None: everything goes in plaintext, which is for this host and
+            networks that you trust; an ``authorization`` in the metadata is
+            refused on others. True: over TLS, to a server whose certificate
+            an authority that the system trusts has signed. A `Tls` names
+            other authorities, and the client's own certificate.
 
     Raises:
-        InputError: The address, the transport or the number is none.
+        InputError: The address, the transport or the number is none, or a
+            file of `tls` cannot be used.
         ConnectError: Nobody answers there, or what does is no gradwire
             server (`ContractError`: none of this version of the contract),
-            or memory that is demanded cannot be shared with it.
+            or none to be trusted (`TlsError`), or memory that is demanded
+            cannot be shared with it.
 
     Example:
         >>> with gradwire.connect("gpu-node:50051") as client:
@@ -91,6 +100,7 @@ def connect(
         metadata=metadata,
         transport=transport,
         channels=channels,
+        tls=tls,
     )
     try:
         client.handshake(connect_timeout_s)
@@ -114,9 +124,11 @@ class Client(BaseClient):
         metadata: Sent with every call.
         transport: As for `connect`; "auto" is "tcp" before a `handshake`.
         channels: Over how many connections each job travels; see `connect`.
+        tls: Whether and how the server proves who it is; see `connect`.
 
     Raises:
-        InputError: The address, the transport or the number is none.
+        InputError: The address, the transport or the number is none, or a
+            file of `tls` cannot be used.
 
     Example:
         >>> client = gradwire.Client("unix:/run/gradwire.sock", timeout_s=60)
@@ -132,6 +144,7 @@ class Client(BaseClient):
         metadata: Metadata = (),
         transport: str = "auto",
         channels: int = 1,
+        tls: Tls | bool | None = None,
     ) -> None:
         super().__init__(
             address,
@@ -139,6 +152,7 @@ class Client(BaseClient):
             metadata=metadata,
             transport=transport,
             channels=channels,
+            tls=tls,
         )
         self._lock = threading.Lock()
         self._connected: list[Connection] = []
@@ -172,7 +186,7 @@ class Client(BaseClient):
         try:
             answer = self._info(seconds)
         except grpc.RpcError as error:
-            raise connect_error(error, self._address, seconds or 0) from None
+            raise connect_error(error, self._endpoint, seconds or 0) from None
         info = self._require_contract(server_info_of(answer))
         if self._sharing.demanded:
             self._rooms([1])
@@ -192,7 +206,7 @@ class Client(BaseClient):
         try:
             answer = self._info(seconds)
         except grpc.RpcError as error:
-            raise call_error(error, self._address) from None
+            raise call_error(error, self._endpoint) from None
         return server_info_of(answer)
 
     def empty(self, shape: int | Sequence[int], dtype: DtypeLike = "float32") -> Array:
@@ -577,7 +591,7 @@ class Client(BaseClient):
                 connection.compute, request, options.timeout_s, options.metadata
             )
         except grpc.RpcError as error:
-            raise call_error(error, self._address, options.job_id) from None
+            raise call_error(error, self._endpoint, options.job_id) from None
         return exchange.receive(response)
 
     def _info(self, timeout_s: float | None) -> GetServerInfoResponse:
@@ -592,7 +606,7 @@ class Client(BaseClient):
             self._require_open()
             self._require_calls()
             while len(self._connected) < count:
-                self._connected.append(Connection(self._target, self._address))
+                self._connected.append(Connection(self._endpoint))
             return self._connected[:count]
 
     def _after_fork(self) -> None:

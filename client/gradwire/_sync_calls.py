@@ -15,6 +15,7 @@ import grpc
 
 from gradwire import _fork
 from gradwire._base import COMPUTE, COMPUTE_STREAM, GET_SERVER_INFO, OPEN_REGION
+from gradwire._endpoint import Endpoint
 from gradwire._exceptions import ProtocolError
 from gradwire._exchange import Conversation
 from gradwire._failures import call_error
@@ -22,7 +23,6 @@ from gradwire._memory import keep_messages
 from gradwire._options import MetadataPairs, Options
 from gradwire._regions import Region
 from gradwire._sharing import OPEN_TIMEOUT_S
-from gradwire._target import channel_options
 from gradwire.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
@@ -41,10 +41,10 @@ Rpc: TypeAlias = "grpc._CallIterator[bytes]"
 class Connection:
     """A channel, and the service's calls on it."""
 
-    def __init__(self, target: str, address: str) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         keep_messages()
-        self.address = address
-        self.channel = grpc.insecure_channel(target, options=channel_options(address))
+        self.endpoint = endpoint
+        self.channel = endpoint.channel()
         self.compute = self.channel.unary_unary(
             COMPUTE,
             request_serializer=ComputeRequest.SerializeToString,
@@ -93,7 +93,7 @@ class Connection:
             if isinstance(error, StopIteration):
                 raise ProtocolError("the server ended a region at once") from None
             if isinstance(error, grpc.RpcError):
-                raise call_error(error, self.address) from None
+                raise call_error(error, self.endpoint) from None
             raise
         finally:
             too_late.cancel()
@@ -153,7 +153,7 @@ class Call:
         messages: Callable[[], Iterator[bytes]],
         options: Options,
     ) -> None:
-        self._address = connection.address
+        self._endpoint = connection.endpoint
         self._job_id = options.job_id
         self._exchange = exchange
         self._feed = Feed(exchange.opening(), messages)
@@ -193,7 +193,7 @@ class Call:
             raise
         except grpc.RpcError as error:
             self._feed.raise_error()
-            raise call_error(error, self._address, self._job_id) from None
+            raise call_error(error, self._endpoint, self._job_id) from None
         return message
 
     def cancel(self) -> None:

@@ -57,7 +57,7 @@ class Calls:
         self._feeds: list[Feed] = []
         self._rpcs: list[Rpc] = []
         self.connection = 0
-        self._ends = Ends(exchange, connections[0].address, options)
+        self._ends = Ends(exchange, connections[0].endpoint, options)
         capacity = ANSWERS_WAITING * len(connections)
         self._inbox: Mailbox[tuple[int, Answer]] = Mailbox(lambda: capacity)
         self._running = _fork.Running()

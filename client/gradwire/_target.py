@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Any
 
 from gradwire._exceptions import InputError
@@ -15,8 +16,6 @@ _MAX_BACKOFF_MS = 500
 """Between two attempts to connect. Until the next one, every call fails with
 what the last one found, so this is how long a server that came back can look
 as if it had not."""
-
-_LOOPBACK = ("localhost", "127.", "[::1]")
 
 
 def grpc_target(address: str) -> str:
@@ -60,8 +59,21 @@ def grpc_target(address: str) -> str:
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is surely of this host."""
-    return address.startswith((*_LOOPBACK, "unix:"))
+    """Whether an address is surely of this host.
+
+    A name other than localhost is not: who answers for it can change.
+    """
+    return address.startswith("unix:") or _is_loopback(address)
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0]
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def channel_options(address: str) -> tuple[tuple[str, Any], ...]:
@@ -83,5 +95,5 @@ def channel_options(address: str) -> tuple[tuple[str, Any], ...]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", _MAX_BACKOFF_MS),
-        ("grpc.enable_http_proxy", 0 if address.startswith(_LOOPBACK) else 1),
+        ("grpc.enable_http_proxy", 0 if _is_loopback(address) else 1),
     )

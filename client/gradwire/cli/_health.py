@@ -8,9 +8,10 @@ import grpc
 from cyclopts import App
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from gradwire._endpoint import Endpoint
 from gradwire._failures import connect_error
 from gradwire._options import parse_timeout
-from gradwire._target import channel_options, grpc_target
+from gradwire._tls import Tls
 from gradwire.cli._errors import CommandError, ExitStatus
 from gradwire.cli._options import DEFAULT_ADDRESS, Address, Seconds
 
@@ -42,14 +43,14 @@ def health(*, address: Address = DEFAULT_ADDRESS, timeout: Seconds = 5.0) -> Exi
     return ExitStatus.OK
 
 
-def ask(address: str, timeout_s: float) -> str:
+def ask(address: str, timeout_s: float, tls: Tls | bool | None = None) -> str:
     """The name of the server's health status (``SERVING``, ``NOT_SERVING``).
 
     Raises:
         ConnectError: It did not answer.
     """
-    target, options = grpc_target(address), channel_options(address)
-    with grpc.insecure_channel(target, options) as channel:
+    endpoint = Endpoint(address, tls)
+    with endpoint.channel() as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(),
@@ -61,5 +62,5 @@ def ask(address: str, timeout_s: float) -> str:
                     f"the server at {address} does not speak the health protocol; "
                     "a gradwire server does where gradwire[server] is installed"
                 ) from error
-            raise connect_error(error, address, timeout_s) from error
+            raise connect_error(error, endpoint, timeout_s) from error
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

@@ -6,13 +6,14 @@ import grpc
 import pytest
 
 import gradwire
+from gradwire._endpoint import Endpoint
 from gradwire._exceptions import BY_REASON, BY_STATUS
 from gradwire._failures import call_error, connect_error
 from gradwire.wire import status
 from gradwire.wire.reasons import Reason
 from gradwire.wire.status import ErrorDetails
 
-ADDRESS = "gpu-node:50051"
+ADDRESS = Endpoint("gpu-node:50051")
 
 
 class Outcome:
@@ -105,8 +106,9 @@ def test_every_status_without_a_reason_becomes_an_exception(
             "failed to connect to all addresses; last error: UNAVAILABLE:"
             " ipv4:127.0.0.1:80: recvmsg:Connection reset by peer (104)",
             gradwire.ConnectError,
-            "what listens at gpu-node:50051 closed the connection at once, so it is no"
-            " gradwire server, or stops (recvmsg:Connection reset by peer (104))",
+            "what listens at gpu-node:50051 closed the connection at once: it expects"
+            " TLS (tls=...), is no gradwire server, or stops (recvmsg:Connection reset"
+            " by peer (104))",
         ),
         (
             "errors resolving gpu-node:50051: [field:hostname lookup error:address"

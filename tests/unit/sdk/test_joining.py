@@ -9,6 +9,7 @@ import pytest
 from grpc import StatusCode
 
 import gradwire
+from gradwire._endpoint import Endpoint
 from gradwire._exceptions import CallError
 from gradwire._joining import Ends, NotJoinedError
 from gradwire._options import parse_options
@@ -18,7 +19,7 @@ from gradwire.wire.status import ErrorDetails
 
 def make_ends(*, ready: bool = True, connections: int = 3, **options: Any) -> Ends:
     exchange: Any = SimpleNamespace(ready=ready, connections=connections)
-    return Ends(exchange, "there:1", parse_options(results="y", **options))
+    return Ends(exchange, Endpoint("there:1"), parse_options(results="y", **options))
 
 
 def failure(status: StatusCode, reason: Reason | None = None) -> CallError:
