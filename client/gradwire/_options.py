@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -66,8 +66,8 @@ class Options:
     job_id: str
     """The caller's id for the job, or one made up here."""
 
-    metadata: tuple[tuple[str, str | bytes], ...]
-    """Sent with the call."""
+    metadata: tuple[tuple[str, str | bytes], ...] = field(repr=False)
+    """Sent with the call. What it says may be a secret."""
 
 
 def parse_options(
@@ -189,13 +189,14 @@ def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
         if key.startswith("grpc-"):
             raise InputError(f"the metadata key {key!r} is gRPC's own")
         binary = key.endswith("-bin")
+        # A value may be a secret, and is not repeated.
         if not isinstance(value, bytes if binary else str):
             raise InputError(
-                f"the metadata {key!r} is {value!r}: a value is a string, or bytes"
-                " where the key ends in -bin"
+                f"the metadata {key!r} is a {type(value).__name__}: a value is a"
+                " string, or bytes where the key ends in -bin"
             )
         if isinstance(value, str) and not (value.isascii() and value.isprintable()):
-            raise InputError(f"the metadata {key!r} is {value!r}: not printable ASCII")
+            raise InputError(f"the metadata {key!r} is not printable ASCII")
         checked.append((key, value))
     return tuple(checked)
 

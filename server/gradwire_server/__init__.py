@@ -4,9 +4,16 @@
 program that has none; ``gradwire serve`` is the command.
 """
 
-from gradwire_server.errors import BackendError, ListenError
+from gradwire_server.errors import BackendError, CredentialsError, ListenError
 from gradwire_server.server import Server
 from gradwire_server.settings import Settings
 from gradwire_server.threaded import start_in_thread
 
-__all__ = ["BackendError", "ListenError", "Server", "Settings", "start_in_thread"]
+__all__ = [
+    "BackendError",
+    "CredentialsError",
+    "ListenError",
+    "Server",
+    "Settings",
+    "start_in_thread",
+]

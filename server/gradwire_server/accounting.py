@@ -14,6 +14,7 @@ import grpc
 
 from gradwire.wire.reasons import Reason
 from gradwire.wire.status import encode
+from gradwire_server import tenants
 from gradwire_server.call import Call
 from gradwire_server.errors import JobError
 from gradwire_server.service import Service
@@ -42,6 +43,7 @@ async def accounted(
     call = Call(
         method=method,
         transport="unix" if context.peer().startswith("unix") else "tcp",
+        tenant=tenants.current.get(),
     )
     try:
         with ExitStack() as held:
@@ -161,6 +163,7 @@ def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
         return
     fields: dict[str, Any] = {
         "job_id": call.job_id,
+        **({"tenant": call.tenant} if call.tenant else {}),
         **({} if call.connection is None else {"connection": call.connection}),
         "method": call.method,
         "outcome": outcome,

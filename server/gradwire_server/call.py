@@ -40,6 +40,8 @@ class Call:
 
     method: str
     transport: str
+    tenant: str = ""
+    """On whose behalf; empty where nobody is asked."""
     job_id: str = ""
     read: Header | None = None
     """Its job's header, once it was read."""

@@ -41,10 +41,14 @@ class Connections:
         job_id: The job's name.
         count: How many it has, the first one included.
         idle_s: Seconds that the others have to join.
+        tenant: Whose the job is.
     """
 
-    def __init__(self, job_id: str, count: int, idle_s: float) -> None:
+    def __init__(
+        self, job_id: str, count: int, idle_s: float, tenant: str = ""
+    ) -> None:
         self.job_id = job_id
+        self.tenant = tenant
         self.count = count
         self.token = secrets.token_urlsafe(24) if count > 1 else ""
         """What a call that joins has to know; empty where none can."""
@@ -151,9 +155,11 @@ class Joinable:
         self._jobs: list[Connections] = []
 
     @contextmanager
-    def open(self, job_id: str, count: int, idle_s: float) -> Iterator[Connections]:
+    def open(
+        self, job_id: str, count: int, idle_s: float, tenant: str = ""
+    ) -> Iterator[Connections]:
         """A job's connections, see there; within this context they can join."""
-        connections = Connections(job_id, count, idle_s)
+        connections = Connections(job_id, count, idle_s, tenant)
         if connections.token:
             self._jobs.append(connections)
         try:
@@ -167,16 +173,23 @@ class Joinable:
             if connections.token:
                 self._jobs.remove(connections)
 
-    def find(self, join: job_pb2.Join) -> Connections:
+    def find(self, join: job_pb2.Join, tenant: str = "") -> Connections:
         """The connections of the job whose token that is.
 
         Raises:
-            JobError: There is no such job here.
+            JobError: There is no such job here, or it is another tenant's.
         """
         token = join.token.encode()
         for connections in self._jobs:
             # How long a wrong one takes must not tell how much of it is right.
             if hmac.compare_digest(connections.token.encode(), token):
+                if connections.tenant != tenant:
+                    raise JobError(
+                        Reason.NOT_ALLOWED,
+                        "join.token is of a job of another tenant: all connections "
+                        "of a job are of one",
+                        field="join.token",
+                    )
                 return connections
         raise JobError(
             Reason.JOIN_UNKNOWN,

@@ -16,6 +16,10 @@ class BackendError(RuntimeError):
     """A backend cannot be used here; the text says what is missing."""
 
 
+class CredentialsError(ValueError):
+    """Callers cannot be told apart as was asked; the text says what is wrong."""
+
+
 class JobError(Exception):
     """A job that fails for a reason that its caller is told.
 

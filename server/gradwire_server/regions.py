@@ -48,10 +48,12 @@ class Region:
     Args:
         size_bytes: Its size, a multiple of the page size.
         adopt: What a backend does to such memory (`Backend.adopt`).
+        tenant: Whose it is.
     """
 
-    def __init__(self, size_bytes: int, adopt: Adopt) -> None:
+    def __init__(self, size_bytes: int, adopt: Adopt, tenant: str = "") -> None:
         self.size_bytes = size_bytes
+        self.tenant = tenant
         self._adopt = adopt
         self.token = secrets.token_urlsafe(24)
         self.cookie = secrets.token_bytes(COOKIE_BYTES)
@@ -139,8 +141,8 @@ class Regions:
         self._count = 0
 
     @asynccontextmanager
-    async def open(self, size_bytes: int) -> AsyncIterator[Region]:
-        """A region, as long as this context lasts.
+    async def open(self, size_bytes: int, tenant: str = "") -> AsyncIterator[Region]:
+        """A region of a tenant's, as long as this context lasts.
 
         Raises:
             JobError: The size is none, larger than this server can ever
@@ -166,17 +168,17 @@ class Regions:
         with self._admission.call(size_bytes):
             self._count += 1
             try:
-                async with self._opened(size_bytes) as region:
+                async with self._opened(size_bytes, tenant) as region:
                     yield region
             finally:
                 self._count -= 1
 
     @contextmanager
-    def used(self, tokens: Sequence[str]) -> Iterator[list[Region]]:
+    def used(self, tokens: Sequence[str], tenant: str = "") -> Iterator[list[Region]]:
         """The regions of these names, whose memory stays within this context.
 
         Raises:
-            JobError: No open region has that name.
+            JobError: No open region has that name, or another tenant's has it.
         """
         with ExitStack() as stack:
             found = []
@@ -189,13 +191,20 @@ class Regions:
                         f"server: it was closed, or it is another server's",
                         field=f"job.regions[{position}].token",
                     )
+                if region.tenant != tenant:
+                    raise JobError(
+                        Reason.NOT_ALLOWED,
+                        f"job.regions[{position}].token names a region of another "
+                        f"tenant",
+                        field=f"job.regions[{position}].token",
+                    )
                 stack.enter_context(region.used())
                 found.append(region)
             yield found
 
     @asynccontextmanager
-    async def _opened(self, size_bytes: int) -> AsyncIterator[Region]:
-        region = Region(size_bytes, self._adopt)
+    async def _opened(self, size_bytes: int, tenant: str) -> AsyncIterator[Region]:
+        region = Region(size_bytes, self._adopt, tenant)
         try:
             try:
                 await region.take_pages()

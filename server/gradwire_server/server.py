@@ -11,6 +11,7 @@ import grpc
 from gradwire.wire.limits import MAX_MESSAGE_BYTES
 from gradwire_server import backends, listen, standard
 from gradwire_server.admission import CALL_BYTES, Admission
+from gradwire_server.auth import gate_of
 from gradwire_server.backends.base import Backend, DeviceInfo, DeviceLostError
 from gradwire_server.contracts import OtherContracts
 from gradwire_server.devices import label, memory_limit
@@ -54,6 +55,7 @@ class Server:
 
     Raises:
         BackendError: The backend cannot be used here; the text says why.
+        CredentialsError: A file that says who may call cannot be used.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Server:
     ) -> None:
         self.settings = settings
         self._observe = observe
+        self._gate = gate_of(settings)
         self.addresses: tuple[str, ...] = ()
         """What clients connect to, once the server has started."""
         if backend is None:
@@ -101,7 +104,10 @@ class Server:
                 ]
             ),
         )
-        server = grpc.aio.server(options=_CHANNEL_OPTIONS)
+        server = grpc.aio.server(
+            interceptors=() if self._gate is None else (self._gate,),
+            options=_CHANNEL_OPTIONS,
+        )
         bound: list[str] = []
         try:
             for address in self.settings.listen:
@@ -126,6 +132,7 @@ class Server:
                 "addresses": " ".join(self.addresses),
                 "backend": self.backend_name,
                 "memory_limit": admission.memory_limit,
+                "authentication": self._gate is not None,
                 "server_instance": service.instance,
             },
         )

@@ -184,7 +184,9 @@ class Service:
         host_bytes += others * (message_bytes + CALL_BYTES)
         idle_s = self.settings.idle_timeout
         observe = partial(self.observe, call.job_id)
-        with self.joinable.open(call.job_id, spec.connections, idle_s) as connections:
+        with self.joinable.open(
+            call.job_id, spec.connections, idle_s, call.tenant
+        ) as connections:
             async with (
                 self.admitted(call, host_bytes, on_wait) as lane,
                 RunningJob(
@@ -209,7 +211,7 @@ class Service:
             on_wait: Told how many jobs are ahead.
         """
         spec, plan = call.header.spec, call.header.plan
-        with self.regions.used(spec.regions) as regions:
+        with self.regions.used(spec.regions, call.tenant) as regions:
             check_sizes(spec, [region.size_bytes for region in regions])
             async with self.admitted(call, message_bytes, on_wait) as lane:
                 whole = Computation(spec, plan, self.backend, lane.device, call.counts)

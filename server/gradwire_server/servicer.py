@@ -94,7 +94,7 @@ class GradientServicer:
             stream = Stream(self._service, call, context)
             header = await stream.read_header()
             if isinstance(header, job_pb2.Join):
-                connections = self._service.joinable.find(header)
+                connections = self._service.joinable.find(header, call.tenant)
                 call.job_id = connections.job_id
                 call.connection = header.connection
                 await connections.join(header.connection, stream)
@@ -124,7 +124,8 @@ class GradientServicer:
             _require_shared_memory(self._service, context.peer())
             stream = Stream(self._service, call, context)
             asked = await stream.read_request(pb2.OpenRegionRequest)
-            async with self._service.regions.open(asked.size_bytes) as region:
+            regions = self._service.regions
+            async with regions.open(asked.size_bytes, call.tenant) as region:
                 answer = pb2.OpenRegionResponse(
                     token=region.token,
                     pid=os.getpid(),

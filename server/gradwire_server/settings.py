@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from gradwire.wire.limits import MIB
@@ -71,6 +72,28 @@ class Settings:
     allow_shared_memory: bool = False
     """Whether clients of the same host may have jobs computed in memory that
     the server shares with them. What they hold counts in memory-limit."""
+
+    auth_tokens: Path | None = None
+    """File of hashed tokens with the tenant of each, see gradwire token. Where
+    it or auth-jwks is given, every call needs a token."""
+
+    auth_jwks: Path | None = None
+    """JSON Web Key Set with the public keys of an issuer whose JWTs are taken
+    as tokens."""
+
+    auth_jwt_audience: str | None = None
+    """Audience (aud) that JWTs must name: an issuer's tokens may be for others.
+    Needed with auth-jwks."""
+
+    auth_jwt_issuer: str | None = None
+    """Issuer (iss) that JWTs must name; needed with auth-jwks."""
+
+    auth_jwt_claim: str = "sub"
+    """Claim of a JWT that names the tenant."""
+
+    auth_health: bool = False
+    """Whether asking for the server's health needs a token too. Probes of
+    containers and load balancers have none."""
 
     idle_timeout: float = 60.0
     """Seconds after which a job is ended whose client does not send what the

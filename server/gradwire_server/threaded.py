@@ -32,6 +32,7 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
     Raises:
         ListenError: An address cannot be listened on.
         BackendError: The backend cannot be used here.
+        CredentialsError: A file that says who may call cannot be used.
     """
     with TemporaryDirectory(prefix="gradwire-") as directory:
         if settings is None:

@@ -1,4 +1,4 @@
-"""The command line: ``gradwire serve``, ``compute``, ``check``, ``info``, ``health``.
+"""The command line: ``gradwire serve``, ``compute``, ``check`` and others.
 
 It needs the extra ``cli``, and ``gradwire serve`` the extra ``server`` too.
 """

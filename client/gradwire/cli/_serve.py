@@ -60,7 +60,12 @@ def serve(
 
 async def _serve(settings: ServeSettings) -> None:
     # Not at the top: --help and usage errors need none of it.
-    from gradwire_server import BackendError, ListenError, Server  # noqa: PLC0415
+    from gradwire_server import (  # noqa: PLC0415
+        BackendError,
+        CredentialsError,
+        ListenError,
+        Server,
+    )
 
     asked, insisted = asyncio.Event(), asyncio.Event()
 
@@ -77,7 +82,7 @@ async def _serve(settings: ServeSettings) -> None:
     try:
         server = Server(settings)
         await server.start()
-    except (ListenError, BackendError) as error:
+    except (ListenError, BackendError, CredentialsError) as error:
         raise CommandError(str(error)) from error
     try:
         _say_ready(server.addresses, f"{server.backend_name}: {server.backend_reason}")

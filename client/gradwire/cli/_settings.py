@@ -36,6 +36,8 @@ _SIZE = Parameter(
     metavar="SIZE",
 )
 _SECONDS = Parameter(metavar="SECONDS")
+_FILE = Parameter(metavar="FILE")
+_NAME = Parameter(metavar="NAME")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class ServeSettings(Settings):
     block_bytes: Annotated[int, _SIZE, Parameter(show_default=format_bytes)] = (
         Settings.block_bytes
     )
+    auth_tokens: Annotated[Path | None, _FILE] = Settings.auth_tokens
+    auth_jwks: Annotated[Path | None, _FILE] = Settings.auth_jwks
+    auth_jwt_audience: Annotated[str | None, _NAME] = Settings.auth_jwt_audience
+    auth_jwt_issuer: Annotated[str | None, _NAME] = Settings.auth_jwt_issuer
+    auth_jwt_claim: Annotated[str, _NAME] = Settings.auth_jwt_claim
     idle_timeout: Annotated[float, _SECONDS] = Settings.idle_timeout
     grace: Annotated[float, _SECONDS] = Settings.grace
 

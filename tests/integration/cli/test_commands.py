@@ -24,7 +24,7 @@ from tests.integration.cli.conftest import (
 )
 from tests.serving import BACKEND, ServerProcess
 
-COMMANDS = ("serve", "compute", "check", "info", "health")
+COMMANDS = ("serve", "compute", "check", "info", "health", "token")
 
 
 def test_version_is_the_distributions() -> None:

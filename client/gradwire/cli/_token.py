@@ -1,0 +1,141 @@
+"""``gradwire token``."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+from rich.table import Table
+
+from gradwire.cli._errors import CommandError, ExitStatus
+from gradwire.cli._tables import console
+
+if TYPE_CHECKING:
+    from gradwire_server.auth.tokens import Tokens
+
+File = Annotated[Path, Parameter(metavar="FILE", env_var="GRADWIRE_AUTH_TOKENS")]
+
+app = App(
+    name="token",
+    help="""
+    Make, list and revoke the tokens of a server's --auth-tokens FILE.
+
+    The file holds hashes, so a token is seen when it is made and never again.
+    A running server takes up what changes in the file.
+    """,
+)
+
+
+@app.command
+def new(
+    tenant: str,
+    *,
+    file: Annotated[
+        Path | None, Parameter(metavar="FILE", env_var="GRADWIRE_AUTH_TOKENS")
+    ] = None,
+) -> None:
+    """Make a token, and print it: this once.
+
+    Standard output has the token and nothing else.
+
+    Args:
+        tenant: Whose it is: the name in the server's log.
+        file: The tokens file that its hash is added to; made when it is
+            missing. Without it, the lines to add are printed on standard
+            error.
+    """
+    # Not at the top: the server's package may be missing where commands are.
+    from gradwire_server.auth.tokens import new_token  # noqa: PLC0415
+
+    try:
+        token, entry = new_token(tenant, datetime.datetime.now(datetime.UTC).date())
+    except ValueError as error:
+        raise CommandError(str(error), ExitStatus.USAGE) from None
+    if file is None:
+        sys.stderr.write(f"add this to the file of --auth-tokens:\n\n{entry.toml()}\n")
+    else:
+        text = _text(file) if file.exists() else ""
+        _parsed(file, text)
+        gap = "\n" if text and not text.endswith("\n\n") else ""
+        _replace(file, f"{text}{gap}{entry.toml()}")
+        sys.stderr.write(f"{entry.id} of {entry.tenant} was added to {file}\n")
+    sys.stdout.write(f"{token}\n")
+
+
+@app.command(name="list")
+def list_(*, file: File) -> None:
+    """List whose tokens a file has, by their ids.
+
+    Args:
+        file: The tokens file.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("id", "tenant", "created"):
+        table.add_column(title, no_wrap=True)
+    for entry in _parsed(file, _text(file)):
+        table.add_row(entry.id, entry.tenant, str(entry.created or ""))
+    console().print(table)
+
+
+@app.command
+def revoke(token_id: Annotated[str, Parameter(name="ID")], *, file: File) -> None:
+    """Take a token out of a file, so that it is good no more.
+
+    Args:
+        token_id: Its id, as `gradwire token list` shows it.
+        file: The tokens file.
+    """
+    from gradwire_server.auth.tokens import without  # noqa: PLC0415 - as above
+
+    text = _text(file)
+    _parsed(file, text)
+    try:
+        _replace(file, without(text, token_id))
+    except ValueError as error:
+        raise CommandError(f"{file} stays as it was: {error}") from None
+    sys.stdout.write(f"{token_id} was taken out of {file}\n")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{file} cannot be read: {_cause(error)}") from None
+
+
+def _parsed(file: Path, text: str) -> Tokens:
+    from gradwire_server.auth.tokens import parse_tokens  # noqa: PLC0415 - as above
+
+    try:
+        return parse_tokens(text.encode())
+    except ValueError as error:
+        raise CommandError(f"{file} is no tokens file: {error}") from None
+
+
+def _replace(file: Path, text: str) -> None:
+    """Gives the file another content at once: a server may read it just now."""
+    file = file.resolve()
+    try:
+        mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o600
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        try:
+            with os.fdopen(handle, "w") as written:
+                written.write(text)
+                os.fchmod(written.fileno(), mode)
+            Path(name).replace(file)
+        except BaseException:
+            Path(name).unlink()
+            raise
+    except OSError as error:
+        raise CommandError(f"{file} cannot be written: {_cause(error)}") from None
+
+
+def _cause(error: OSError | UnicodeDecodeError) -> str:
+    text = error.strerror if isinstance(error, OSError) else error.reason
+    return text or str(error)

@@ -1,0 +1,156 @@
+"""Where every call passes, whatever its service, before anything of it is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+
+from gradwire.wire.reasons import Reason
+from gradwire.wire.status import ErrorDetails, encode
+from gradwire_server import tenants
+from gradwire_server.auth.jwts import Expected, parse_keys
+from gradwire_server.auth.refused import RefusedError
+from gradwire_server.auth.tokens import parse_tokens
+from gradwire_server.auth.watched import Watched
+from gradwire_server.errors import CredentialsError
+from gradwire_server.settings import Settings
+
+_log = logging.getLogger("gradwire_server")
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Continuation: TypeAlias = Callable[
+    [grpc.HandlerCallDetails], Awaitable["Handler | None"]
+]
+
+HEADER = "authorization"
+_HEALTH = "/grpc.health.v1.Health/"
+
+
+class Register(Protocol):
+    """What knows tenants by their tokens."""
+
+    def tenant_of(self, token: str) -> str | None:
+        """Whose a token is; None where it is not in this register."""
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Lets calls in whose credentials prove a tenant.
+
+    A call that is not let in is answered without a message of it being read,
+    or any memory being counted for it.
+
+    Args:
+        registers: Where tokens are looked up, one after another.
+        health_open: Whether anybody may ask for the server's health.
+    """
+
+    def __init__(self, registers: Sequence[Watched[Any]], *, health_open: bool) -> None:
+        self._registers = registers
+        self._health_open = health_open
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """The method's handler, or one that says why the call is not let in."""
+        method = _text(handler_call_details.method)
+        if self._health_open and method.startswith(_HEALTH):
+            return await continuation(handler_call_details)
+        try:
+            name = self._tenant_of(handler_call_details.invocation_metadata or ())
+        except RefusedError as refused:
+            return _refusing(method, refused)
+        tenants.current.set(name)
+        return await continuation(handler_call_details)
+
+    def _tenant_of(self, metadata: Sequence[tuple[str, str | bytes]]) -> str:
+        given = [value for key, value in metadata if key == HEADER]
+        if not given:
+            raise RefusedError(
+                "this server asks for credentials: send the metadata authorization: "
+                "Bearer TOKEN",
+                why="no credentials",
+            )
+        scheme, _, token = _text(given[0]).partition(" ")
+        if len(given) > 1 or scheme.lower() != "bearer" or not token.strip():
+            raise RefusedError(
+                "the metadata authorization is not one Bearer TOKEN",
+                why="authorization is not one Bearer TOKEN",
+            )
+        for register in self._registers:
+            known: Register = register.value
+            name = known.tenant_of(token.strip())
+            if name is not None:
+                return name
+        raise RefusedError(why="an unknown token")
+
+
+def gate_of(settings: Settings) -> Gate | None:
+    """The gate that the settings ask for; None where nobody is asked.
+
+    Raises:
+        CredentialsError: A file that they name cannot be used.
+    """
+    registers: list[Watched[Any]] = []
+    if settings.auth_tokens is not None:
+        registers.append(Watched(settings.auth_tokens, "the tokens file", parse_tokens))
+    expected = _expected(settings)
+    if settings.auth_jwks is not None and expected is not None:
+        parse = partial(parse_keys, expected=expected)
+        registers.append(Watched(settings.auth_jwks, "the key set", parse))
+    if not registers:
+        return None
+    return Gate(registers, health_open=not settings.auth_health)
+
+
+def _expected(settings: Settings) -> Expected | None:
+    """What JWTs have to say; None where there are none."""
+    audience, issuer = settings.auth_jwt_audience, settings.auth_jwt_issuer
+    claim = settings.auth_jwt_claim
+    if settings.auth_jwks is None:
+        if audience or issuer:
+            raise CredentialsError(
+                "auth_jwt_audience and auth_jwt_issuer are for JWTs, and there is no "
+                "auth_jwks"
+            )
+        return None
+    if not audience or not issuer or not claim:
+        raise CredentialsError(
+            "auth_jwks needs auth_jwt_audience, auth_jwt_issuer and auth_jwt_claim: "
+            "an issuer's tokens may be for others"
+        )
+    return Expected(audience, issuer, claim)
+
+
+def _refusing(method: str, refused: RefusedError) -> Handler:
+    async def refuse(
+        _: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
+        reason = Reason.CREDENTIALS_INVALID
+        _log.warning(
+            "refused",
+            extra={
+                "method": method[:_SHOWN],
+                "outcome": reason.status.name,
+                "reason": reason,
+                "error": refused.why,
+                "peer": context.peer(),
+            },
+        )
+        trailer = encode(reason.status, refused.told, ErrorDetails(reason))
+        await context.abort(reason.status, refused.told, trailer)
+
+    # As a stream, however the method is: gRPC reads the message of a method
+    # that has one before it calls anybody.
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode(errors="replace")
+
+
+_SHOWN = 128
+"""Characters of a method's name that are logged: strangers choose it."""

@@ -1,0 +1,181 @@
+"""Tokens, and the file that says whose they are.
+
+    [[tokens]]
+    tenant = "alice"
+    sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    created = 2026-11-26
+
+The file holds a token's SHA-256 alone, so whoever reads it can call nobody. A
+slow, salted hash as for passwords would add nothing: those are slow because
+passwords can be guessed, and 256 random bits cannot, however fast one tries.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import re
+import secrets
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gradwire_server.tenants import MAX_NAME_LENGTH, is_name
+
+PREFIX = "gw_"
+"""How every token begins, so that scanners find one that has leaked: tokens
+match ``gw_[A-Za-z0-9_-]{43}``."""
+
+_SECRET_BYTES = 32
+_SHA256 = re.compile("[0-9a-f]{64}")
+_ID_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the file says of a token."""
+
+    tenant: str
+    """Whose it is."""
+    sha256: str
+    """Of the token's characters, in hex."""
+    created: datetime.date | None = None
+
+    @property
+    def id(self) -> str:
+        """By which people and the file's index name it; it is no secret."""
+        return self.sha256[:_ID_LENGTH]
+
+    def toml(self) -> str:
+        """The lines of the file that say it."""
+        lines = [
+            "[[tokens]]",
+            f"tenant = {_quoted(self.tenant)}",
+            f'sha256 = "{self.sha256}"',
+        ]
+        if self.created is not None:
+            lines.append(f"created = {self.created.isoformat()}")
+        return "\n".join(lines) + "\n"
+
+
+class Tokens:
+    """The tokens of a file.
+
+    Args:
+        entries: What it says of them.
+
+    Raises:
+        ValueError: It names one twice.
+    """
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self._by_id = {entry.id: entry for entry in entries}
+        if len(self._by_id) < len(entries):
+            raise ValueError("a sha256 stands there twice")
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._by_id.values())
+
+    def tenant_of(self, token: str) -> str | None:
+        """Whose a token is; None where it is nobody's."""
+        # The index is looked up by a part of the hash, which may well take as
+        # long as it takes: who does not know the token cannot choose its hash,
+        # and what he learns of one leads to no token.
+        digest = sha256_of(token)
+        entry = self._by_id.get(digest[:_ID_LENGTH])
+        if entry is None or not hmac.compare_digest(entry.sha256, digest):
+            return None
+        return entry.tenant
+
+
+def new_token(tenant: str, today: datetime.date) -> tuple[str, Entry]:
+    """A token that nobody has, and what the file is to say of it.
+
+    Raises:
+        ValueError: The tenant's name is none.
+    """
+    if not is_name(tenant):
+        raise ValueError(_NO_NAME.format(what="the tenant"))
+    token = PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+    return token, Entry(tenant, sha256_of(token), today)
+
+
+def sha256_of(token: str) -> str:
+    """What the file has of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def parse_tokens(content: bytes) -> Tokens:
+    """What a file says.
+
+    Raises:
+        ValueError: It is none; the text names what is wrong, and repeats
+            nothing that could be a token.
+    """
+    try:
+        document = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"it is no TOML file: {error}") from None
+    _require_keys(document, {"tokens"}, "the file")
+    entries = document.get("tokens", [])
+    if not isinstance(entries, list):
+        raise ValueError(_NO_SECTIONS)  # noqa: TRY004 - a file is wrong, no argument
+    return Tokens([_entry(entry, at) for at, entry in enumerate(entries, 1)])
+
+
+def without(text: str, token_id: str) -> str:
+    """The file's text without a token, and otherwise as it was.
+
+    Raises:
+        ValueError: It has no section for that token.
+    """
+    sections = re.split(r"^(?=[ \t]*\[)", text, flags=re.MULTILINE)
+    kept = [section for section in sections if not _is_of(section, token_id)]
+    if len(kept) == len(sections):
+        raise ValueError(f"it has no section [[tokens]] for the token {token_id}")
+    return "".join(kept)
+
+
+def _is_of(section: str, token_id: str) -> bool:
+    if not section.lstrip().startswith("[[tokens]]"):
+        return False
+    return any(entry.id == token_id for entry in parse_tokens(section.encode()))
+
+
+def _entry(fields: object, at: int) -> Entry:
+    where = f"the {at}. of [[tokens]]"
+    if not isinstance(fields, dict):
+        raise ValueError(_NO_SECTIONS)  # noqa: TRY004 - a file is wrong, no argument
+    _require_keys(fields, {"tenant", "sha256", "created"}, where)
+    tenant, sha256 = fields.get("tenant"), fields.get("sha256")
+    created = fields.get("created")
+    if not isinstance(tenant, str) or not is_name(tenant):
+        raise ValueError(_NO_NAME.format(what=f"{where} has a tenant that"))
+    # What stands there is not repeated: it may be a token that was pasted.
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise ValueError(f"{where} has a sha256 that is not 64 hex digits (0-9, a-f)")
+    if created is not None and not isinstance(created, datetime.date):
+        raise ValueError(f"{where} has a created that is no date like 2026-11-26")
+    return Entry(tenant, sha256, created)
+
+
+def _require_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(table.keys() - known)
+    if unknown:
+        expected = ", ".join(sorted(known))
+        raise ValueError(f"{where} has a key that is none of {expected}")
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+_NO_SECTIONS = "tokens is no list of sections [[tokens]]"
+_NO_NAME = (
+    "{what} is no name: expected 1 to "
+    + str(MAX_NAME_LENGTH)
+    + " printable ASCII characters"
+)

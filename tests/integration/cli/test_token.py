@@ -1,0 +1,84 @@
+"""`gradwire token`: tokens that a server takes, and a file that has none."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from gradwire.cli._app import run
+from gradwire_server.auth.tokens import parse_tokens
+from tests.integration.cli.conftest import refusal_here
+
+
+def out_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert run(["token", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_token_is_printed_once_and_its_hash_is_added_to_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokens.toml"
+    made = {}
+    for tenant in ("alice", "bob"):
+        token = out_of(capsys, "new", tenant, "--file", file).removesuffix("\n")
+        assert re.fullmatch("gw_[A-Za-z0-9_-]{43}", token)
+        made[tenant] = token
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    known = parse_tokens(file.read_bytes())
+    assert {tenant: known.tenant_of(made[tenant]) for tenant in made} == {
+        "alice": "alice",
+        "bob": "bob",
+    }
+    listed = out_of(capsys, "list", "--file", file)
+    for entry in known:
+        assert re.search(rf"{entry.id} +{entry.tenant} +{entry.created}", listed)
+    assert not any(token in listed + file.read_text() for token in made.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.toml"]
+
+
+def test_a_token_that_is_revoked_is_good_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokens.toml"
+    file.touch(0o640)
+    alice, bob = (
+        out_of(capsys, "new", tenant, "--file", file).strip()
+        for tenant in ("alice", "bob")
+    )
+    (entry, _) = parse_tokens(file.read_bytes())
+    out_of(capsys, "revoke", entry.id, "--file", file)
+    known = parse_tokens(file.read_bytes())
+    assert (known.tenant_of(alice), known.tenant_of(bob)) == (None, "bob")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def test_without_a_file_the_lines_to_add_are_printed_beside_the_token(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["token", "new", "alice"]) == 0
+    out, err = capsys.readouterr()
+    known = parse_tokens(err[err.index("[[tokens]]") :].encode())
+    assert known.tenant_of(out.strip()) == "alice"
+
+
+def test_what_cannot_be_done_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokens.toml"
+    assert "No such file" in refusal_here(capsys, "token", "list", "--file", file)
+    assert "is no name" in refusal_here(capsys, "token", "new", "", "--file", file)
+    nowhere = tmp_path / "nowhere" / "tokens.toml"
+    refused = refusal_here(capsys, "token", "new", "alice", "--file", nowhere)
+    assert f"{nowhere} cannot be written" in refused
+    file.write_text("")
+    refused = refusal_here(capsys, "token", "revoke", "abc", "--file", file)
+    assert "no section [[tokens]] for the token abc" in refused
+    file.write_text("tokens = 1")
+    for command in (["new", "alice"], ["list"], ["revoke", "abc"]):
+        refused = refusal_here(capsys, "token", *command, "--file", file)
+        assert "is no tokens file: tokens is no list" in refused
+    assert file.read_text() == "tokens = 1"
