@@ -1,19 +1,20 @@
 """What a GPU host makes of gradwire: ``python -m bench.gpu``.
 
-Four questions, each by itself, so that one that cannot be answered costs the
+Five questions, each by itself, so that one that cannot be answered costs the
 others nothing:
 
 a. **device**: the three products on the device alone, by the backend's code
    and by PyTorch's (CuPy's where there is no PyTorch), turn by turn.
-b. **lane**: from host memory to host memory through a lane, without gRPC,
+b. **copies**: how fast the bus is, one way alone and both at once.
+c. **lane**: from host memory to host memory through a lane, without gRPC,
    against the longest of upload, compute and download, each measured alone.
-c. **transports**: whole jobs over TCP, a unix socket, shared memory, and
+d. **transports**: whole jobs over TCP, a unix socket, shared memory, and
    several connections, with the share of each stage, from the receipts.
-d. **numpy**: from what size on the GPU is faster than this host's processor.
+e. **numpy**: from what size on the GPU is faster than this host's processor.
 
 It needs CuPy, grpcio, protobuf, googleapis-common-protos, numpy and ml-dtypes,
 and the sources (``PYTHONPATH=client:server``); one file of JSON and a table are
-what it leaves. With ``--backend numpy`` all but the first run on a CPU.
+what it leaves. With ``--backend numpy`` all but the first two run on a CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_device, gpu_jobs, gpu_lane, machine, report
+from bench import gpu_copies, gpu_device, gpu_jobs, gpu_lane, machine, report
 from bench.gpu_parts import Answer, Bound, Options, verdict
 from gradwire_server import Settings, backends
 
@@ -38,6 +39,7 @@ OUT = Path(__file__).parent / "out"
 
 PARTS: dict[str, Callable[[Options], Answer]] = {
     "device": gpu_device.measure,
+    "copies": gpu_copies.measure,
     "lane": gpu_lane.measure,
     "transports": gpu_jobs.measure_transports,
     "numpy": gpu_jobs.measure_sizes,

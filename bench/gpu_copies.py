@@ -1,0 +1,67 @@
+"""Copies between host and device: one way alone, and both at once.
+
+What a lane cannot beat where copies take longest: rows go up while results
+come down, and the bus carries less of each then than of one alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.gpu_parts import Answer, Options, median
+from gradwire_server.backends.device import Stream
+
+SIZE = 64 << 20
+_TIMES = 16
+_ROUNDS = 5
+
+
+def measure(options: Options) -> Answer:
+    """GB/s of each direction, through the backend's own streams."""
+    if options.backend != "cupy":
+        return Answer("copies", skipped="there is no device beside the processor")
+    from gradwire_server.backends.cupy import CupyBackend  # noqa: PLC0415
+    from gradwire_server.backends.cupy_host import CupyDevice, allocate  # noqa: PLC0415
+    from gradwire_server.backends.memory_pool import Pool  # noqa: PLC0415
+
+    backend = CupyBackend((0,))
+    pool: Pool[Any] = Pool(allocate, kept_bytes=0)
+    device = CupyDevice(0, pool)
+    memories = [device.take_memory(SIZE) for _ in range(2)]
+    arrays = [backend.empty(SIZE) for _ in range(2)]
+
+    def rate(*, up: bool, down: bool) -> dict[str, float]:
+        marks = device.marks()
+        device.record(Stream.UP, marks.upload_begun)
+        device.record(Stream.DOWN, marks.download_begun)
+        for _ in range(_TIMES):
+            if up:
+                device.upload(arrays[0], memories[0].address)
+            if down:
+                device.download(memories[1].address, arrays[1])
+        device.record(Stream.UP, marks.uploaded)
+        device.record(Stream.DOWN, marks.done)
+        device.settle()
+        took = {
+            "up GB/s": device.elapsed_s(marks.upload_begun, marks.uploaded),
+            "down GB/s": device.elapsed_s(marks.download_begun, marks.done),
+        }
+        moved = {"up GB/s": up, "down GB/s": down}
+        device.give_marks_back(marks)
+        return {
+            name: SIZE * _TIMES / seconds / 1e9 if moved[name] else 0.0
+            for name, seconds in took.items()
+        }
+
+    ways = {"up alone": (True, False), "down alone": (False, True)}
+    ways["both at once"] = (True, True)
+    rows = []
+    for name, (up, down) in ways.items():
+        rate(up=up, down=down)
+        seen = [rate(up=up, down=down) for _ in range(_ROUNDS)]
+        rows.append(
+            {"copies": name, "MiB each": SIZE >> 20}
+            | {key: median([each[key] for each in seen]) for key in seen[0]}
+        )
+    backend.close()
+    return Answer("copies", rows)
