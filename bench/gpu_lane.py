@@ -138,7 +138,7 @@ async def _job(
         ahead: Most row blocks that have begun; None: as many as it has slots.
     """
     spec = read_job(_header(shape, dtype), backend.max_columns)
-    plan = make_plan(spec, Settings().block_bytes, backend.blocks_begun)
+    plan = make_plan(spec, backend.block_bytes, backend.blocks_begun)
     counts = Counts()
     computation = Computation(spec, plan, backend, lane.device, counts)
     job = object()

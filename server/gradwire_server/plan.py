@@ -50,7 +50,7 @@ class Plan:
     """Over how many connections the row blocks travel."""
 
     blocks_begun: int = 1
-    """Most row blocks that the job's device has begun and not done."""
+    """Most row blocks of the job that its device has begun and not done."""
 
     @property
     def slots(self) -> int:
@@ -90,6 +90,8 @@ def make_plan(spec: JobSpec, block_bytes: int, blocks_begun: int) -> Plan:
         blocks_begun: Most row blocks that its device has begun and not done.
     """
     block_rows = rows_of_a_block(spec, block_bytes)
+    if spec.m is not None:
+        blocks_begun = min(blocks_begun, max(-(-spec.m // block_rows), 1))
     slot_rows = block_rows if spec.m is None else min(block_rows, spec.m)
     offsets: dict[Matrix, int] = {}
     w_bytes = 0

@@ -96,7 +96,7 @@ class Service:
             backend,
             settings.device_memory_limit,
             self.features,
-            settings.block_bytes,
+            settings.block_bytes or backend.block_bytes,
             self.instance,
         )
         self._running = Running()

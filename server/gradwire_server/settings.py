@@ -64,10 +64,10 @@ class Settings:
     max_queue: int = 256
     """Most jobs that wait for their turn; one more is refused as BUSY."""
 
-    block_bytes: int = 16 * MIB
+    block_bytes: int | None = None
     """Bytes of the operands' rows that are computed together. With n, k and
     the dtype it decides how many rows a block has, and so a result's last
-    bits."""
+    bits. Unset: 16 MiB with numpy, 32 MiB with cupy."""
 
     allow_shared_memory: bool = False
     """Whether clients of the same host may have jobs computed in memory that

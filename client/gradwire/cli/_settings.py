@@ -12,7 +12,7 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token
 from cyclopts.config import Env, Toml
 
 from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._units import format_bytes, parse_bytes
+from gradwire.cli._units import parse_bytes
 from gradwire_server.settings import Settings
 
 
@@ -60,9 +60,7 @@ class ServeSettings(Settings):
     ] = Settings.devices
     device_memory_limit: Annotated[int | None, _SIZE] = Settings.device_memory_limit
     memory_limit: Annotated[int | None, _SIZE] = Settings.memory_limit
-    block_bytes: Annotated[int, _SIZE, Parameter(show_default=format_bytes)] = (
-        Settings.block_bytes
-    )
+    block_bytes: Annotated[int | None, _SIZE] = Settings.block_bytes
     auth_tokens: Annotated[Path | None, _FILE] = Settings.auth_tokens
     auth_jwks: Annotated[Path | None, _FILE] = Settings.auth_jwks
     auth_jwt_audience: Annotated[str | None, _NAME] = Settings.auth_jwt_audience

@@ -136,6 +136,9 @@ class Backend(Protocol):
     """Multiplications and additions of a job below which it may run in any
     thread, beside the lane's: waking that takes as long. 0 where none may."""
 
+    block_bytes: int
+    """Bytes of a row block's operands with which it computes fast."""
+
     blocks_begun: int
     """Most row blocks that a device has begun before the first is waited for;
     1 where it does one after the other."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from gradwire.wire.limits import MIB
 from gradwire.wire.matrices import Matrix
 from gradwire_server.backends.base import Array, DeviceInfo, Times
 from gradwire_server.backends.cublas import MAX_SIZE
@@ -24,8 +25,14 @@ from gradwire_server.spec import JobSpec
 if TYPE_CHECKING:
     from gradwire_server.backends.cupy_device import CupyDevice
 
-BLOCKS_BEGUN = 3
-"""Row blocks that a device has begun: one arrives, one is computed, one leaves."""
+BLOCK_BYTES = 32 * MIB
+"""On an H200 the products of 16 MiB take a tenth longer, those of 64 MiB are
+hardly faster; and beginning a block takes the lane's thread 0.2 ms, whatever its
+size."""
+
+BLOCKS_BEGUN = 4
+"""Row blocks that a device has begun: one arrives, one is computed, one leaves,
+and one is next, so that copies go on while the thread begins another."""
 
 PINNED_KEPT = 16
 """Of the machine's memory, one part in so many is kept pinned at most while no
@@ -56,6 +63,7 @@ class CupyBackend:
     name = "cupy"
     max_columns = MAX_SIZE
     at_once_operations = 0
+    block_bytes = BLOCK_BYTES
     blocks_begun = BLOCKS_BEGUN
 
     def __init__(

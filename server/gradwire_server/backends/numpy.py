@@ -61,6 +61,7 @@ class NumpyBackend:
     name = "numpy"
     max_columns = 2**31 - 1
     at_once_operations = ALONE_OPERATIONS
+    block_bytes = 16 * MIB
     blocks_begun = 1
 
     def __init__(self, threads: int = 0, niceness: int = 0) -> None:

@@ -178,7 +178,7 @@ def test_jobs_wait_for_memory():
         with Stream(channel) as first, Stream(channel) as second:
             first.send(half.job())
             outcome = first.receive_accepted()
-            assert outcome.accepted.reserved_bytes > 40 * MIB
+            assert outcome.accepted.reserved_bytes > 32 * MIB
             others = []
             while True:
                 others.append(Stream(channel))
@@ -293,7 +293,9 @@ def test_a_request_of_compute_that_never_comes_is_given_up(impatient):
 
 def test_a_job_that_nobody_reads_gives_its_memory_back_before_its_status_is_read():
     count, ring = 6, 3 * 16 * MIB
-    with serving(idle_timeout=0.4, block_bytes=16 * MIB) as (server, channel):
+    # Memory that is pinned for a GPU is kept for other jobs.
+    options = {"idle_timeout": 0.4, "block_bytes": 16 * MIB}
+    with serving(backend="numpy", **options) as (server, channel):
         assert_exact(stream_job(channel, SMALL), SMALL)
         process = psutil.Process(server.pid)
         before = process.memory_info().rss

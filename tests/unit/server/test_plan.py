@@ -60,7 +60,16 @@ def test_matrices_lie_aligned_and_apart(m, n, k, dtype, results, result_dtype, b
             ends.append((offset, offset + size))
     assert all(end <= start for (_, end), (start, _) in pairwise(sorted(ends)))
     assert plan.w_bytes % ALIGNMENT == plan.slot_bytes % ALIGNMENT == 0
-    assert plan.region_bytes == plan.w_bytes + (begun + 2) * plan.slot_bytes
+    assert plan.region_bytes == plan.w_bytes + plan.slots * plan.slot_bytes
+
+
+@pytest.mark.parametrize(
+    ("m", "slots"), [(None, 6), (10**9, 6), (129, 4), (128, 3), (1, 3), (0, 3)]
+)
+def test_a_job_holds_what_its_device_has_begun_and_one_block_at_each_end(m, slots):
+    plan = make_plan(make_spec(m, 64, 64), 1 << 16, 4)
+    assert plan.block_rows == 128
+    assert plan.slots == slots
 
 
 def test_memory_does_not_grow_with_the_rows():
