@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import tokenize
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
@@ -155,7 +156,10 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
     try:
         version = np.lib.format.read_magic(file)
         reader = _READERS.get(version)
-        header = _Header(*reader(file)) if reader else None
+        with warnings.catch_warnings():
+            # That Python 2 wrote the file is nothing that its user can change.
+            warnings.simplefilter("ignore")
+            header = _Header(*reader(file)) if reader else None
     except _NO_HEADER:
         raise CommandError(
             f"{path} is not a .npy file, or a damaged one; write one with numpy.save"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +79,7 @@ class _SettingsFile(Toml):
     def _load_config(self, path: Path) -> dict[str, Any]:
         try:
             return super()._load_config(path)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CycloptsError(msg=f"{path} is no TOML file: {error}") from error
         except OSError as error:
             raise CycloptsError(msg=_unreadable(path, error)) from error
@@ -99,6 +98,9 @@ def _from_file(
         file(app, commands, arguments)
     except FileNotFoundError as error:
         raise CycloptsError(msg=_unreadable(path, error)) from error
+    except (ValueError, RecursionError) as error:
+        # Legal TOML, of thousands of digits or of tables within each other.
+        raise CycloptsError(msg=f"{path} holds no settings: {error}") from error
 
 
 def _unreadable(path: Path, error: OSError) -> str:

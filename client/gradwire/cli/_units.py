@@ -40,9 +40,11 @@ def parse_bytes(text: str) -> int:
             f"{text!r} is no number of bytes: expected one like 4GiB, 512MiB, "
             "2GB or 1000000"
         )
-    return (
-        int(match[1]) * factor if "." not in match[1] else int(float(match[1]) * factor)
-    )
+    try:
+        number = float(match[1]) if "." in match[1] else int(match[1])
+        return int(number * factor)
+    except (OverflowError, ValueError):  # int has a limit of its own
+        raise ValueError("a number of so many digits is no number of bytes") from None
 
 
 def format_bytes(size: float) -> str:

@@ -84,6 +84,15 @@ def test_raw_two_byte_elements_are_bfloat16_when_they_are_said_to_be(
     assert "say --dtype bfloat16" in refusal(path)
 
 
+def test_a_file_of_python_2_is_read_without_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1L, 2L), }\n"
+    path.write_bytes(with_header(text) + bytes(8))
+    matrix = open_npy(path)
+    assert matrix.shape == (1, 2)
+    matrix.close()
+
+
 def test_a_file_of_another_dtype_is_not_called_bfloat16(tmp_path: Path) -> None:
     path = written(tmp_path / "x.npy", MATRIX)
     assert "holds float32" in refusal(path, raw_as_bfloat16=True)
