@@ -10,6 +10,8 @@ PROTOS_VENV ?= .venv-protos
 PYTEST_ARGS ?=
 # Which CUDA a GPU host's driver is for: 13, or 12 where it is older than 580.
 CUDA ?= 13
+# How long `make fuzz` looks for inputs that go wrong.
+FUZZ_SECONDS ?= 60
 # More arguments for the bench: make bench BENCH_ARGS=--quick
 BENCH_ARGS ?=
 
@@ -63,6 +65,10 @@ test: lint ## lint, then every test, with coverage
 test-big: $(VENV)/.ready-dev ## the tests that need gigabytes or minutes
 	$(PY) -m pytest -m big --timeout=1800 $(PYTEST_ARGS)
 
+.PHONY: fuzz
+fuzz: $(VENV)/.ready-fuzz ## look for inputs that parsers or a live server take badly: FUZZ_SECONDS
+	$(PY) -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
 .PHONY: test-gpu
 test-gpu: $(VENV)/.ready-gpu ## the tests of GPUs, and all others with servers on one; needs a CUDA device
 	GRADWIRE_TEST_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu $(PYTEST_ARGS)
@@ -103,7 +109,7 @@ format: $(VENV)/.ready-dev ## format the code and the contract
 
 .PHONY: clean
 clean: ## remove environments and everything that was built
-	rm -rf $(VENV) $(PROTOS_VENV) dist build demo-output bench/out htmlcov \
+	rm -rf $(VENV) $(PROTOS_VENV) dist build demo-output bench/out htmlcov .fuzz \
 	  .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # Environments. A stamp is older than pyproject.toml, or than the interpreter
@@ -143,6 +149,11 @@ $(VENV)/.ready-demo: pyproject.toml $(PY) | $(VENV)/.ready-pip
 $(VENV)/.ready-dev: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what the tests need into $(VENV) ..."
 	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group dev
+	@touch $@
+
+$(VENV)/.ready-fuzz: pyproject.toml $(PY) | $(VENV)/.ready-pip
+	@echo "Installing what fuzzing needs into $(VENV) ..."
+	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group fuzz
 	@touch $@
 
 $(VENV)/.ready-gpu: pyproject.toml $(PY) | $(VENV)/.ready-pip

@@ -1,0 +1,117 @@
+"""Writes the inputs that fuzzing begins with: `python -m tests.fuzz.seeds`.
+
+Good ones of every kind, from which mutations lead everywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+
+import google_crc32c
+import ml_dtypes
+import numpy as np
+from grpc import StatusCode
+
+from gradwire.v1 import gradient_service_pb2 as service_pb2
+from gradwire.wire import framing, status
+from gradwire.wire.reasons import Reason
+from tests.fuzz.answers import conversation
+from tests.fuzz.containers import Ending, Method, container
+from tests.fuzz.targets import CORPUS
+from tests.raw import DTYPES, NEEDS, Problem, Request, whole_numbers
+
+Seeds = Iterator[tuple[str, bytes]]
+
+
+def streams() -> Seeds:
+    for dtype in DTYPES:
+        yield dtype, container(stream(whole_numbers(20, 4, 3, dtype)))
+    for result in NEEDS:
+        yield result, container(stream(whole_numbers(20, 4, 3, results=(result,))))
+    some = whole_numbers(12, 3, 2)
+    for name, shape in (("no-rows", (0, 3, 2)), ("no-columns", (5, 0, 2))):
+        yield name, container(stream(whole_numbers(*shape)))
+    yield "open-m", container(stream(some, open_m=True))
+    yield "checksums", container(stream(some, checksum=1))
+    yield "small-results", container(stream(some, max_block_bytes=16))
+    yield "connections", container(stream(some, connections=2))
+    yield "silence", container(stream(some)[:4], ending=Ending.SILENCE)
+    yield "cancel", container(stream(some)[:4], ending=Ending.CANCEL)
+    yield "nothing", container([])
+    join = Request()
+    join.join.token, join.join.connection = "token", 1
+    yield "join", container([join.SerializeToString()])
+    compute = some.compute_request().SerializeToString()
+    yield "compute", container([compute], Method.COMPUTE)
+    region = service_pb2.OpenRegionRequest(size_bytes=4096).SerializeToString()
+    yield "region", container([region], Method.REGION)
+
+
+def stream(problem: Problem, **options: object) -> list[bytes]:
+    """The messages of a job, in small blocks."""
+    messages = [Request(job=problem.job(**options)), *problem.body(4, 64)]
+    for message in messages:
+        if options.get("checksum") and message.HasField("block"):
+            message.block.crc32c = google_crc32c.value(message.block.data)
+    return [message.SerializeToString() for message in messages]
+
+
+def answers() -> Seeds:
+    yield "good", container(conversation())
+
+
+def framings() -> Seeds:
+    for name, payload in (("empty", b""), ("short", b"payload"), ("long", bytes(200))):
+        yield name, framing.encode_block(3, 300, payload, 0x01020304)
+    yield "end", framing.encode_end(7)
+    yield "job", framing.encode_job(whole_numbers(1, 2, 3).job())
+    for number, message in enumerate(conversation()):
+        yield f"answer-{number}", message
+
+
+def error_details() -> Seeds:
+    details = status.ErrorDetails(Reason.BUSY, {"job.m": "is -1"}, {"job_id": "j"}, 1.5)
+    for name, part in (
+        ("all", details),
+        ("none", status.ErrorDetails()),
+        ("reason", dataclasses.replace(details, fields={}, retry_after_s=None)),
+    ):
+        ((_, trailer),) = status.encode(StatusCode.RESOURCE_EXHAUSTED, "busy", part)
+        yield name, trailer
+
+
+def npy_files() -> Seeds:
+    matrix = np.arange(6).reshape(2, 3)
+    for version in ((1, 0), (2, 0), (3, 0)):
+        for dtype in ("<f2", ">f4", "<f8", ml_dtypes.bfloat16):
+            file = io.BytesIO()
+            array = np.asfortranarray(matrix.astype(dtype))
+            np.lib.format.write_array(file, array, version=version)
+            yield f"{version[0]}-{array.dtype.name}", file.getvalue()
+
+
+def settings_files() -> Seeds:
+    yield "sizes", b'memory-limit = "3GiB"\nblock_bytes = "1.5 MiB"\nmax-jobs = 7\n'
+    yield "lists", b'listen = ["127.0.0.1:1", "unix:x"]\ndevices = [0, 2]\n'
+    yield "numbers", b"grace = 0\nidle-timeout = 2.5\nallow-shared-memory = true\n"
+    yield "table", b'[server]\nlog_format = "json"\n'
+
+
+def main() -> None:
+    for name, seeds in (
+        ("streams", streams()),
+        ("answers", answers()),
+        ("framing", framings()),
+        ("error-details", error_details()),
+        ("npy", npy_files()),
+        ("settings", settings_files()),
+    ):
+        (CORPUS / name).mkdir(parents=True, exist_ok=True)
+        for seed, data in seeds:
+            (CORPUS / name / seed).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
