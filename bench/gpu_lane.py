@@ -27,7 +27,7 @@ from gradwire_server import Settings, backends
 from gradwire_server.backends.base import Backend
 from gradwire_server.call import Counts
 from gradwire_server.computation import Computation
-from gradwire_server.lane import Lane
+from gradwire_server.lane import Lane, TenantLane
 from gradwire_server.plan import make_plan
 from gradwire_server.ring import Ring
 from gradwire_server.spec import read_job
@@ -68,7 +68,7 @@ def measure(options: Options) -> Answer:
     try:
         return Answer(
             "lane",
-            [_row(backend, lane, options, *job) for job in JOBS],
+            [_row(backend, lane.of(""), options, *job) for job in JOBS],
             judge=_bars,
         )
     finally:
@@ -89,7 +89,7 @@ def scaled(shape: Shape, options: Options) -> Shape:
 
 
 def _row(
-    backend: Backend, lane: Lane, options: Options, whole: Shape, dtype: Dtype
+    backend: Backend, lane: TenantLane, options: Options, whole: Shape, dtype: Dtype
 ) -> dict[str, Any]:
     shape = scaled(whole, options)
     overlapped: list[Took] = []
@@ -123,7 +123,7 @@ def _bars(rows: Sequence[dict[str, Any]], _: dict[str, Any]) -> Iterable[Bound]:
 
 async def _job(
     backend: Backend,
-    lane: Lane,
+    lane: TenantLane,
     shape: Shape,
     dtype: Dtype,
     ahead: int | None = None,

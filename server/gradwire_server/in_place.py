@@ -15,7 +15,7 @@ from gradwire.wire.matrices import Matrix
 from gradwire_server.backends.base import Array
 from gradwire_server.call import Counts
 from gradwire_server.computation import Computation
-from gradwire_server.lane import Lane
+from gradwire_server.lane import TenantLane
 from gradwire_server.regions import Region
 from gradwire_server.spec import JobSpec
 
@@ -42,7 +42,7 @@ class InPlaceJob:
         self,
         spec: JobSpec,
         computation: Computation,
-        lane: Lane,
+        lane: TenantLane,
         counts: Counts,
         regions: list[Region],
     ) -> None:

@@ -23,7 +23,7 @@ from gradwire_server.call import Counts
 from gradwire_server.computation import Computation
 from gradwire_server.extent import Extent
 from gradwire_server.intake import Intake
-from gradwire_server.lane import Lane
+from gradwire_server.lane import TenantLane
 from gradwire_server.plan import Plan
 from gradwire_server.ring import Ring
 from gradwire_server.spec import JobSpec
@@ -65,7 +65,7 @@ class RunningJob:
         spec: JobSpec,
         plan: Plan,
         backend: Backend,
-        lane: Lane,
+        lane: TenantLane,
         counts: Counts,
         *,
         observe: ObserveJob,

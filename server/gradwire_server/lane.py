@@ -1,9 +1,10 @@
 """A lane: one device, the one thread that talks to it, and fair turns.
 
 The unit of scheduling is a row block, not a job: a lane takes one piece of
-work from each job that has some, in turn, so that a small job never waits
-for a large one to end. It never waits for bytes or for a reader: only work
-whose operands are complete is handed to it.
+work from each tenant that has some, in turn, and from each of its jobs in
+turn, so that a small job never waits for a large one to end, nor a tenant
+with one job for another's thousand. It never waits for bytes or for a reader:
+only work whose operands are complete is handed to it.
 
 A device that works beside the lane's thread is given more row blocks while
 it has some: the lane waits for the first of them when there is nothing more
@@ -15,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from gradwire_server.backends.base import Wait
+from gradwire_server.turns import Turns
 
 T = TypeVar("T")
 
@@ -64,7 +66,7 @@ class Lane:
         self.device = device
         self._enter = enter
         self.most_begun = most_begun
-        self._queues: OrderedDict[Hashable, deque[_Work]] = OrderedDict()
+        self._turns: Turns[_Work] = Turns()
         self._doing: list[Hashable] = []
         """Jobs of the piece that is being done, and of those that have begun."""
         self._closed = False
@@ -83,37 +85,13 @@ class Lane:
         """
         await asyncio.wrap_future(self._entered)
 
-    def submit(self, job: Hashable, run: Callable[[], T]) -> asyncio.Future[T]:
-        """Does `run` when it is the job's turn, after the job's earlier work.
+    def of(self, tenant: str) -> TenantLane:
+        """The lane as the jobs of a tenant see it."""
+        return TenantLane(self, tenant)
 
-        What that has begun need not be done by then.
-
-        Returns:
-            A future of the calling event loop with what `run` returns or
-            raises.
-        """
-        return self._put(job, run, begins=False)
-
-    def begin(
-        self, job: Hashable, run: Callable[[], Wait | None]
-    ) -> asyncio.Future[None]:
-        """As `submit`, for work that may only have begun when `run` returns.
-
-        Returns:
-            A future of the calling event loop, done when the work is, with
-            what `run` or the wait that it returns raises.
-        """
-        return self._put(job, run, begins=True)
-
-    async def discard(self, job: Hashable) -> None:
-        """Drops the job's waiting work and waits for what is being done.
-
-        When this returns, the lane and its device touch nothing of the job
-        any more. It takes at most as long as the pieces that have begun, and
-        finishes even if the caller is cancelled meanwhile.
-        """
+    async def _discard(self, tenant: str, job: Hashable) -> None:
         with self._changed:
-            for work in self._queues.pop(job, ()):
+            for work in self._turns.drop(tenant, job):
                 work.done.cancel()
             if job not in self._doing:
                 return
@@ -135,14 +113,14 @@ class Lane:
         self._thread.join()
 
     def _put(
-        self, job: Hashable, run: Callable[[], Any], *, begins: bool
+        self, tenant: str, job: Hashable, run: Callable[[], Any], *, begins: bool
     ) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
         work = _Work(job, run, loop.create_future(), loop, begins)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the lane is closed")
-            self._queues.setdefault(job, deque()).append(work)
+            self._turns.put(tenant, job, work)
             self._changed.notify_all()
         return work.done
 
@@ -159,7 +137,7 @@ class Lane:
         self._entered.set_result(None)
         begun: deque[tuple[_Work, Wait]] = deque()
         while self._begin_next(begun) or begun:
-            if begun and (len(begun) == self.most_begun or not self._queues):
+            if begun and (len(begun) == self.most_begun or not self._turns):
                 self._end(*begun.popleft())
 
     def _begin_next(self, begun: deque[tuple[_Work, Wait]]) -> bool:
@@ -179,16 +157,11 @@ class Lane:
         """The next piece; None: there is none now, or there will be none."""
         with self._changed:
             if not at_once:
-                self._changed.wait_for(lambda: self._closed or self._queues)
-            if self._closed or not self._queues:
+                self._changed.wait_for(lambda: self._closed or self._turns)
+            if self._closed or not self._turns:
                 return None
-            job, queue = next(iter(self._queues.items()))
-            work = queue.popleft()
-            if queue:
-                self._queues.move_to_end(job)
-            else:
-                del self._queues[job]
-            self._doing.append(job)
+            work = self._turns.take()
+            self._doing.append(work.job)
             return work
 
     def _do(self, work: _Work) -> Wait | None:
@@ -237,3 +210,49 @@ class Lane:
             work.loop.call_soon_threadsafe(settle)
         except RuntimeError:
             _log.debug("a result came after its event loop was closed")
+
+
+class TenantLane:
+    """A lane as the jobs of one tenant see it.
+
+    Args:
+        lane: The lane.
+        tenant: Whose turn it is when its work is done.
+    """
+
+    def __init__(self, lane: Lane, tenant: str) -> None:
+        self.device = lane.device
+        self.most_begun = lane.most_begun
+        self._lane = lane
+        self._tenant = tenant
+
+    def submit(self, job: Hashable, run: Callable[[], T]) -> asyncio.Future[T]:
+        """Does `run` when it is the job's turn, after the job's earlier work.
+
+        What that has begun need not be done by then.
+
+        Returns:
+            A future of the calling event loop with what `run` returns or
+            raises.
+        """
+        return self._lane._put(self._tenant, job, run, begins=False)
+
+    def begin(
+        self, job: Hashable, run: Callable[[], Wait | None]
+    ) -> asyncio.Future[None]:
+        """As `submit`, for work that may only have begun when `run` returns.
+
+        Returns:
+            A future of the calling event loop, done when the work is, with
+            what `run` or the wait that it returns raises.
+        """
+        return self._lane._put(self._tenant, job, run, begins=True)
+
+    async def discard(self, job: Hashable) -> None:
+        """Drops the job's waiting work and waits for what is being done.
+
+        When this returns, the lane and its device touch nothing of the job
+        any more. It takes at most as long as the pieces that have begun, and
+        finishes even if the caller is cancelled meanwhile.
+        """
+        await self._lane._discard(self._tenant, job)

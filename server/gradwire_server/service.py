@@ -36,7 +36,7 @@ from gradwire_server.errors import BackendError, JobError
 from gradwire_server.headers import Headers
 from gradwire_server.in_place import InPlaceJob
 from gradwire_server.job import RunningJob
-from gradwire_server.lane import Lane
+from gradwire_server.lane import Lane, TenantLane
 from gradwire_server.lanes import load_of
 from gradwire_server.memory import give_back, peak_resident_bytes
 from gradwire_server.patience import patience
@@ -134,7 +134,7 @@ class Service:
         call: Call,
         host_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
-    ) -> AsyncIterator[Lane]:
+    ) -> AsyncIterator[TenantLane]:
         """Waits for the job's turn, and holds its memory within this context.
 
         Args:
@@ -155,7 +155,7 @@ class Service:
             call.admitted = True
             async with self._running.job():
                 try:
-                    yield self.lanes[position]
+                    yield self.lanes[position].of(call.tenant)
                 except MemoryError:
                     raise self._out_of_memory(call, position) from None
                 except DeviceLostError as error:

@@ -47,17 +47,27 @@ class Device:
 
 
 @pytest.fixture
-def wide_lane():
+def whole_wide_lane():
     lane = Lane(0, most_begun=2)
     yield lane
     lane.close()
 
 
 @pytest.fixture
-def lane():
+def wide_lane(whole_wide_lane):
+    return whole_wide_lane.of("")
+
+
+@pytest.fixture
+def whole_lane():
     lane = Lane(0)
     yield lane
     lane.close()
+
+
+@pytest.fixture
+def lane(whole_lane):
+    return whole_lane.of("")
 
 
 async def test_jobs_take_turns_piece_by_piece(lane):
@@ -70,6 +80,45 @@ async def test_jobs_take_turns_piece_by_piece(lane):
     gate.set()
     await asyncio.gather(held, *work)
     assert order == ["large0", "small", "large1", "large2"]
+
+
+async def test_tenants_take_turns_and_then_each_ones_jobs(whole_lane):
+    order = []
+
+    def submit(tenant, job, pieces):
+        lane = whole_lane.of(tenant)
+        return [
+            lane.submit(job, lambda i=i: order.append(f"{job}{i}"))
+            for i in range(pieces)
+        ]
+
+    gate = threading.Event()
+    work = [whole_lane.of("").submit("gate", gate.wait)]
+    for job in range(100):
+        work += submit("many", f"many{job}.", 2)
+    work += submit("one", "one", 3)
+    work += submit("two", "two", 2)
+    gate.set()
+    await asyncio.gather(*work)
+    # At most as many turns as there are tenants lie between two of one's.
+    assert order[:9] == [
+        *("many0.0", "one0", "two0"),
+        *("many1.0", "one1", "two1"),
+        *("many2.0", "one2", "many3.0"),
+    ]
+    assert len(order) == 205
+
+
+async def test_a_job_that_is_dropped_leaves_its_tenants_turns_to_others(whole_lane):
+    lane, gate, done = whole_lane.of("tenant"), threading.Event(), []
+    held = lane.submit("gate", gate.wait)
+    dropped = [lane.submit("a", lambda: done.append("a")) for _ in range(3)]
+    kept = lane.submit("b", lambda: done.append("b"))
+    await lane.discard("a")
+    gate.set()
+    await asyncio.gather(held, kept)
+    assert done == ["b"]
+    assert all(piece.cancelled() for piece in dropped)
 
 
 async def test_results_and_errors_reach_who_waits(lane):
@@ -167,11 +216,11 @@ async def test_a_discarded_job_is_waited_for_on_the_device(wide_lane):
     await done
 
 
-async def test_a_lane_closes_when_what_has_begun_is_done(wide_lane):
+async def test_a_lane_closes_when_what_has_begun_is_done(whole_wide_lane, wide_lane):
     device = Device()
     done = wide_lane.begin("a", device.piece("a0"))
     await device.has_begun(1)
     device.gates["a0"].set()
-    await asyncio.to_thread(wide_lane.close)
+    await asyncio.to_thread(whole_wide_lane.close)
     assert device.ended == ["a0"]
     await done
