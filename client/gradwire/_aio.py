@@ -40,6 +40,7 @@ from gradwire._rows import RowReader
 from gradwire._shared import SharedJob
 from gradwire._sharing import EmptyArray, may_be_smaller
 from gradwire._tls import Tls
+from gradwire._token import TokenLike
 from gradwire._types import (
     Array,
     Backward,
@@ -72,10 +73,12 @@ class AsyncClient(BaseClient):
             entered.
         channels: Over how many connections each job travels; see `connect`.
         tls: Whether and how the server proves who it is; see `connect`.
+        token: Sent with every call; see `connect`. What returns one is called
+            on the event loop, which it must not keep.
 
     Raises:
         InputError: The address, the transport or the number is none, or a
-            file of `tls` cannot be used.
+            file of `tls` or the token cannot be used.
 
     Example:
         >>> async with gradwire.AsyncClient("gpu-node:50051") as client:
@@ -92,6 +95,7 @@ class AsyncClient(BaseClient):
         transport: str = "auto",
         channels: int = 1,
         tls: Tls | bool | None = None,
+        token: TokenLike | None = None,
     ) -> None:
         super().__init__(
             address,
@@ -100,6 +104,7 @@ class AsyncClient(BaseClient):
             transport=transport,
             channels=channels,
             tls=tls,
+            token=token,
         )
         self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -38,6 +38,7 @@ from gradwire._rows import RowJob, RowReader
 from gradwire._sending import Sender
 from gradwire._sharing import Sharing
 from gradwire._tls import Tls
+from gradwire._token import TokenLike
 from gradwire._types import Array, Receipt, ServerInfo
 from gradwire._unary import UnaryExchange
 from gradwire.wire import limits
@@ -153,11 +154,12 @@ class BaseClient:
         transport: str = "auto",
         channels: int = 1,
         tls: Tls | bool | None = None,
+        token: TokenLike | None = None,
     ) -> None:
         self._channels = parse_channels(channels)
         self._one_until = 0.0
         self._memory = ResultPool()
-        self._endpoint = Endpoint(address, tls)
+        self._endpoint = Endpoint(address, tls, token)
         self._address = address
         self._timeout_s = parse_timeout(timeout_s, "timeout_s")
         self._metadata = parse_metadata(metadata)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -11,9 +11,9 @@ from gradwire._exceptions import InputError
 from gradwire._options import MetadataPairs
 from gradwire._target import channel_options, grpc_target, is_local
 from gradwire._tls import Tls, parse_tls
+from gradwire._token import HEADER, Authorized, Token, TokenLike
 
-_SECRET = "authorization"  # noqa: S105 - the name of it
-"""Metadata whose reader could call in the sender's name."""
+Method = TypeVar("Method")
 
 
 class Endpoint:
@@ -22,20 +22,34 @@ class Endpoint:
     Args:
         address: ``HOST:PORT`` or ``unix:PATH``.
         tls: As for `connect`.
+        token: As for `connect`.
 
     Raises:
-        InputError: The address or a field of `tls` cannot be.
+        InputError: The address or a field of `tls` cannot be, or the token
+            would go to another host in plaintext.
 
     Attributes:
         address: As it was given.
         tls: What is wanted of TLS; None where everything goes in plaintext.
     """
 
-    def __init__(self, address: str, tls: Tls | bool | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        tls: Tls | bool | None = None,
+        token: TokenLike | None = None,
+    ) -> None:
         self._target = grpc_target(address)
         self._credentials = parse_tls(tls, address)
         self.address = address
         self.tls = None if self._credentials is None else self._credentials.tls
+        self._token = None if token is None else Token(token)
+        if token is not None and not self.private:
+            raise InputError(
+                f"the token would go to {address} in plaintext, and everybody on the"
+                " way could use it: give tls, or an address of this host (127.0.0.1,"
+                " [::1], localhost or unix:PATH) where a tunnel begins"
+            )
 
     def __str__(self) -> str:
         return self.address
@@ -55,11 +69,17 @@ class Endpoint:
         Raises:
             InputError: It does.
         """
-        if not self.private and any(key == _SECRET for key, _ in metadata):
+        if not self.private and any(key == HEADER for key, _ in metadata):
             raise InputError(
-                f"metadata holds {_SECRET}, which would go to {self.address} in"
+                f"metadata holds {HEADER}, which would go to {self.address} in"
                 " plaintext: give tls, or everybody on the way can read it"
             )
+
+    def authorized(self, method: Method) -> Method:
+        """A method of the service, called with the token, if there is one."""
+        if self._token is None:
+            return method
+        return cast("Method", Authorized(method, self._token))
 
     def channel(self) -> grpc.Channel:
         """A channel for programs that wait."""

@@ -35,6 +35,7 @@ from gradwire._sync_calls import Call, Connection, call_unary
 from gradwire._sync_channels import open_calls
 from gradwire._sync_stream import GradientStream
 from gradwire._tls import Tls
+from gradwire._token import TokenLike
 from gradwire._types import (
     Array,
     Backward,
@@ -59,6 +60,7 @@ def connect(
     transport: str = "auto",
     channels: int = 1,
     tls: Tls | bool | None = None,
+    token: TokenLike | None = None,
 ) -> Client:
     """A client of the server at an address, once it has answered.
 
@@ -81,10 +83,14 @@ def connect(
             refused on others. True: over TLS, to a server whose certificate
             an authority that the system trusts has signed. A `Tls` names
             other authorities, and the client's own certificate.
+        token: Sent with every call to a server that asks for one: a string,
+            or what returns one, which is asked at each call, so that it may
+            be renewed. What it raises is raised by the call. It is refused
+            where it would go to another host in plaintext.
 
     Raises:
         InputError: The address, the transport or the number is none, or a
-            file of `tls` cannot be used.
+            file of `tls` or the token cannot be used.
         ConnectError: Nobody answers there, or what does is no gradwire
             server (`ContractError`: none of this version of the contract),
             or none to be trusted (`TlsError`), or memory that is demanded
@@ -101,6 +107,7 @@ def connect(
         transport=transport,
         channels=channels,
         tls=tls,
+        token=token,
     )
     try:
         client.handshake(connect_timeout_s)
@@ -125,10 +132,11 @@ class Client(BaseClient):
         transport: As for `connect`; "auto" is "tcp" before a `handshake`.
         channels: Over how many connections each job travels; see `connect`.
         tls: Whether and how the server proves who it is; see `connect`.
+        token: Sent with every call; see `connect`.
 
     Raises:
         InputError: The address, the transport or the number is none, or a
-            file of `tls` cannot be used.
+            file of `tls` or the token cannot be used.
 
     Example:
         >>> client = gradwire.Client("unix:/run/gradwire.sock", timeout_s=60)
@@ -145,6 +153,7 @@ class Client(BaseClient):
         transport: str = "auto",
         channels: int = 1,
         tls: Tls | bool | None = None,
+        token: TokenLike | None = None,
     ) -> None:
         super().__init__(
             address,
@@ -153,6 +162,7 @@ class Client(BaseClient):
             transport=transport,
             channels=channels,
             tls=tls,
+            token=token,
         )
         self._lock = threading.Lock()
         self._connected: list[Connection] = []

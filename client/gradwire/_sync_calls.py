@@ -45,23 +45,30 @@ class Connection:
         keep_messages()
         self.endpoint = endpoint
         self.channel = endpoint.channel()
-        self.compute = self.channel.unary_unary(
-            COMPUTE,
-            request_serializer=ComputeRequest.SerializeToString,
-            response_deserializer=ComputeResponse.FromString,
+        authorized = endpoint.authorized
+        self.compute = authorized(
+            self.channel.unary_unary(
+                COMPUTE,
+                request_serializer=ComputeRequest.SerializeToString,
+                response_deserializer=ComputeResponse.FromString,
+            )
         )
-        self.info = self.channel.unary_unary(
-            GET_SERVER_INFO,
-            request_serializer=GetServerInfoRequest.SerializeToString,
-            response_deserializer=GetServerInfoResponse.FromString,
+        self.info = authorized(
+            self.channel.unary_unary(
+                GET_SERVER_INFO,
+                request_serializer=GetServerInfoRequest.SerializeToString,
+                response_deserializer=GetServerInfoResponse.FromString,
+            )
         )
-        self._region = self.channel.unary_stream(
-            OPEN_REGION,
-            request_serializer=OpenRegionRequest.SerializeToString,
-            response_deserializer=OpenRegionResponse.FromString,
+        self._region = authorized(
+            self.channel.unary_stream(
+                OPEN_REGION,
+                request_serializer=OpenRegionRequest.SerializeToString,
+                response_deserializer=OpenRegionResponse.FromString,
+            )
         )
         # Without serializers both sides of the stream are given plain bytes.
-        self.stream: grpc.StreamStreamMultiCallable[bytes, bytes] = (
+        self.stream: grpc.StreamStreamMultiCallable[bytes, bytes] = authorized(
             self.channel.stream_stream(COMPUTE_STREAM)
         )
 

@@ -60,8 +60,9 @@ class Calls:
         self._ends = Ends(exchange, connections[0].endpoint, options)
         capacity = ANSWERS_WAITING * len(connections)
         self._inbox: Mailbox[tuple[int, Answer]] = Mailbox(lambda: capacity)
-        self._running = _fork.Running()
-        self._open(0)
+        with _fork.calling():
+            self._open(0)
+            self._running = _fork.Running()
 
     def __enter__(self) -> Calls:
         return self
