@@ -7,17 +7,21 @@ first.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
 import grpc
 
 from gradwire_server.errors import ListenError
+
+_log = logging.getLogger("gradwire_server")
 
 _MAX_SOCKET_PATH = 107
 """Bytes of a unix socket's path (sun_path of unix(7), without its final 0)."""
@@ -26,12 +30,20 @@ _URI_SIGNS = frozenset("%?#")
 """gRPC reads the path as part of a URI, where these stand for something else."""
 
 
-def bind(server: grpc.aio.Server, address: str) -> str:
+def bind(
+    server: grpc.aio.Server,
+    address: str,
+    credentials: grpc.ServerCredentials | None = None,
+    *,
+    insecure: bool = False,
+) -> str:
     """Lets `server` listen on `address`.
 
     Args:
         server: A server that has not been started.
         address: HOST:PORT or unix:PATH; port 0 takes a free one.
+        credentials: For TLS, on TCP; None: in plaintext.
+        insecure: Whether plaintext may be spoken where others can listen in.
 
     Returns:
         The address that clients connect to.
@@ -41,7 +53,7 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     """
     if address.startswith("unix:"):
         return _bind_unix(server, address)
-    return _bind_tcp(server, address)
+    return _bind_tcp(server, address, credentials, insecure=insecure)
 
 
 def can_be_a_socket(path: Path) -> bool:
@@ -56,7 +68,13 @@ def remove(address: str) -> None:
         Path(address.removeprefix("unix:")).unlink(missing_ok=True)
 
 
-def _bind_tcp(server: grpc.aio.Server, address: str) -> str:
+def _bind_tcp(
+    server: grpc.aio.Server,
+    address: str,
+    credentials: grpc.ServerCredentials | None,
+    *,
+    insecure: bool,
+) -> str:
     host, colon, port = address.rpartition(":")
     number = int(port) if re.fullmatch("[0-9]{1,5}", port) else -1
     if not colon or not host or not 0 <= number < 65536:
@@ -70,18 +88,23 @@ def _bind_tcp(server: grpc.aio.Server, address: str) -> str:
             type=socket.SOCK_STREAM,
             flags=socket.AI_PASSIVE,
         )
+        exposed = not all(_is_loopback(str(each[4][0])) for each in found)
+        if exposed and credentials is None:
+            _allow_plaintext(address, insecure=insecure)
         for family, kind, protocol, _, where in found:
             with socket.socket(family, kind, protocol) as trial:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 trial.bind(where)
                 trial.listen()
+    except ListenError:
+        raise
     except OSError as error:
         raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
     except UnicodeError:
         raise ListenError(
             f"cannot listen on {address}: no host has this name"
         ) from None
-    return f"{host}:{_add(server, address)}"
+    return f"{host}:{_add(server, address, credentials)}"
 
 
 def _bind_unix(server: grpc.aio.Server, address: str) -> str:
@@ -125,8 +148,34 @@ def _check_free(path: Path) -> None:
     raise FileExistsError("another server listens there")
 
 
-def _add(server: grpc.aio.Server, address: str) -> int:
+def _is_loopback(host: str) -> bool:
+    found = ip_address(host.partition("%")[0])
+    if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
+        found = found.ipv4_mapped
+    return found.is_loopback
+
+
+def _allow_plaintext(address: str, *, insecure: bool) -> None:
+    if not insecure:
+        raise ListenError(
+            f"cannot listen on {address} in plaintext, which others than this host "
+            "can read: give --tls-cert and --tls-key, or --insecure to have it so "
+            "all the same"
+        )
+    _log.warning(
+        "in plaintext: who is on the way may read along, and use the server",
+        extra={"address": address},
+    )
+
+
+def _add(
+    server: grpc.aio.Server,
+    address: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
     try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise ListenError(f"cannot listen on {address}: {error}") from None

@@ -22,6 +22,7 @@ from gradwire_server.service import Service
 from gradwire_server.servicer import GradientServicer
 from gradwire_server.settings import Settings
 from gradwire_server.timeline import Observe, unobserved
+from gradwire_server.tls import Certificates
 
 _log = logging.getLogger("gradwire_server")
 
@@ -104,6 +105,7 @@ class Server:
                 ]
             ),
         )
+        tls = None if self.settings.tls_cert is None else Certificates(self.settings)
         server = grpc.aio.server(
             interceptors=() if self._gate is None else (self._gate,),
             options=_CHANNEL_OPTIONS,
@@ -111,7 +113,7 @@ class Server:
         bound: list[str] = []
         try:
             for address in self.settings.listen:
-                bound.append(listen.bind(server, address))  # noqa: PERF401 - undone below
+                bound.append(self._bind(server, address, tls))  # noqa: PERF401 - undone below
             service = await self._started(admission)
         except (OSError, BackendError):
             await server.stop(None)
@@ -130,6 +132,7 @@ class Server:
             "serving",
             extra={
                 "addresses": " ".join(self.addresses),
+                "tls": "none" if tls is None else "mutual" if tls.mutual else "server",
                 "backend": self.backend_name,
                 "memory_limit": admission.memory_limit,
                 "authentication": self._gate is not None,
@@ -180,6 +183,13 @@ class Server:
         for address in self.addresses:
             listen.remove(address)
         _log.info("stopped")
+
+    def _bind(
+        self, server: grpc.aio.Server, address: str, tls: Certificates | None
+    ) -> str:
+        credentials = None if tls is None else tls.credentials()
+        insecure = self.settings.insecure
+        return listen.bind(server, address, credentials, insecure=insecure)
 
     async def _started(self, admission: Admission) -> Service:
         service = Service(

@@ -25,6 +25,22 @@ class Settings:
     """Address to listen on, HOST:PORT or unix:PATH; may be given repeatedly.
     Port 0 takes a free one."""
 
+    tls_cert: Path | None = None
+    """PEM file with the certificate that the server shows, and what leads from
+    it to its authority. With it all TCP addresses speak TLS; unix sockets
+    never do. It and the two below are read anew when they change."""
+
+    tls_key: Path | None = None
+    """PEM file with the private key of tls-cert, not encrypted."""
+
+    tls_client_ca: Path | None = None
+    """PEM file with the authorities that sign clients' certificates: who has
+    none of theirs cannot connect. Unset: anybody can."""
+
+    insecure: bool = False
+    """Whether addresses other than loopback and unix sockets may do without
+    TLS. Then everybody on that network may read along."""
+
     backend: Literal["auto", "numpy", "cupy"] = "auto"
     """What computes: numpy (the CPU), cupy (CUDA devices), or auto, which
     takes cupy where a device answers and numpy otherwise."""
@@ -109,6 +125,7 @@ class Settings:
             raise ValueError(
                 f"backend is {self.backend!r}: expected auto, numpy or cupy"
             )
+        self._check_tls()
         for number in self.devices:
             if number < 0:
                 raise ValueError(f"devices names {number}: expected at least 0")
@@ -118,6 +135,23 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {value}: expected at least {least}")
+
+    def _check_tls(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = "tls_cert", "tls_key"
+            if self.tls_cert is None:
+                given, missing = missing, given
+            raise ValueError(f"{given} is set without {missing}: they go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError(
+                "tls_client_ca is set without tls_cert: who asks for certificates "
+                "has to show one"
+            )
+        if self.insecure and self.tls_cert is not None:
+            raise ValueError(
+                "insecure is set beside tls_cert, with which nothing goes over TCP "
+                "in plaintext: leave one of them out"
+            )
 
 
 _LEAST: dict[str, float] = {

@@ -11,7 +11,7 @@ from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliToke
 
 from gradwire import GradwireError
 from gradwire._version import VERSION
-from gradwire.cli import _check, _compute, _health, _info, _serve, _token
+from gradwire.cli import _certs, _check, _compute, _health, _info, _serve, _token
 from gradwire.cli._errors import CommandError, ExitStatus
 
 app = App(
@@ -27,7 +27,9 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 # By name, so that a command loads what it needs and nothing else.
-for order, command in enumerate((_serve, _compute, _check, _info, _health, _token)):
+for order, command in enumerate(
+    (_serve, _compute, _check, _info, _health, _token, _certs)
+):
     command.app.sort_key = order
     app.command(command.app)
 

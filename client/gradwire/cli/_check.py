@@ -18,7 +18,13 @@ from rich.table import Table
 from gradwire import GradwireError
 from gradwire.cli._checks import Finding, run_checks
 from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._options import FLAG, Address, Seconds
+from gradwire.cli._options import (
+    FLAG,
+    PLAINTEXT,
+    Address,
+    Seconds,
+    SecurityOptions,
+)
 from gradwire.cli._servers import connected
 from gradwire.cli._tables import console
 from gradwire.wire.dtypes import Dtype
@@ -44,6 +50,7 @@ app = App(
 def check(
     *,
     address: Address = None,
+    security: SecurityOptions = PLAINTEXT,
     seed: int = 0,
     as_json: Annotated[bool, FLAG, Parameter(name="--json")] = False,
     connect_timeout: Seconds = 10.0,
@@ -53,16 +60,17 @@ def check(
 
     Args:
         address: The server: HOST:PORT or unix:PATH.
+        security: Whether and how it is asked for TLS.
         seed: Of the random operands; with the same seed, the same operands.
         as_json: Print one JSON object instead of a table.
         connect_timeout: How long to wait for the server to answer at all.
         timeout: How long one job may take.
     """
-    began = time.perf_counter()
+    tls, began = security.wanted, time.perf_counter()
     findings: list[Finding] = []
     try:
         with (
-            connected(address, connect_timeout, timeout) as (client, name),
+            connected(address, tls, connect_timeout, timeout) as (client, name),
             console(sys.stderr).status(f"checking {name}") as status,
         ):
             offered = {Dtype.named(label) for label in client.server_info().dtypes}

@@ -19,7 +19,13 @@ from gradwire.cli._operands import (
     result_dtypes,
     wanted_results,
 )
-from gradwire.cli._options import FLAG, Address, Seconds
+from gradwire.cli._options import (
+    FLAG,
+    PLAINTEXT,
+    Address,
+    Seconds,
+    SecurityOptions,
+)
 from gradwire.cli._results import ResultFiles, ResultSpec
 from gradwire.cli._servers import connected
 from gradwire.cli._tables import console, properties
@@ -65,6 +71,7 @@ def compute(
         tuple[str, ...] | None, _LIST, Parameter(metavar="NAMES")
     ] = None,
     address: Address = None,
+    security: SecurityOptions = PLAINTEXT,
     dtype: Literal["bfloat16"] | None = None,
     result_dtype: Annotated[tuple[str, ...], _LIST, Parameter(metavar="DTYPES")] = (),
     wire_dtype: Literal["bfloat16", "float16"] | None = None,
@@ -87,6 +94,7 @@ def compute(
         results: Wanted results: some of y,dx,dw. By default all that the
             given files suffice for.
         address: The server: HOST:PORT or unix:PATH.
+        security: Whether and how it is asked for TLS.
         dtype: What raw 2-byte elements are, as which NumPy saves bfloat16.
         result_dtype: Dtype of the results, or of some (dw=float32); by
             default the operands'.
@@ -104,7 +112,7 @@ def compute(
     given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
     paths = {operand: path for operand, path in given.items() if path is not None}
     wanted = wanted_results(results, paths)
-    dtypes = result_dtypes(result_dtype, wanted)
+    dtypes, tls = result_dtypes(result_dtype, wanted), security.wanted
     with ExitStack() as stack:
         operands = open_operands(
             paths, wanted, stack, raw_as_bfloat16=dtype == "bfloat16"
@@ -116,7 +124,7 @@ def compute(
         show = sys.stderr.isatty() and not quiet
         # The files get their names after this: who interrupts finds none.
         with (
-            connected(address, connect_timeout, timeout) as (client, server),
+            connected(address, tls, connect_timeout, timeout) as (client, server),
             _progress_bar(show=show) as on_progress,
         ):
             stream = client.stream(

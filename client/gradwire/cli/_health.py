@@ -13,7 +13,13 @@ from gradwire._failures import connect_error
 from gradwire._options import parse_timeout
 from gradwire._tls import Tls
 from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._options import DEFAULT_ADDRESS, Address, Seconds
+from gradwire.cli._options import (
+    DEFAULT_ADDRESS,
+    PLAINTEXT,
+    Address,
+    Seconds,
+    SecurityOptions,
+)
 
 app = App(
     name="health",
@@ -28,22 +34,28 @@ app = App(
 
 
 @app.default
-def health(*, address: Address = DEFAULT_ADDRESS, timeout: Seconds = 5.0) -> ExitStatus:
+def health(
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    security: SecurityOptions = PLAINTEXT,
+    timeout: Seconds = 5.0,
+) -> ExitStatus:
     """Ask a server whether it takes jobs.
 
     Args:
         address: The server: HOST:PORT or unix:PATH.
+        security: Whether and how it is asked for TLS.
         timeout: How long to wait for an answer.
     """
     address = address or DEFAULT_ADDRESS
-    status = ask(address, timeout)
+    status = ask(address, timeout, security.wanted)
     if status != "SERVING":
         raise CommandError(f"the server at {address} takes no jobs: it is {status}")
     sys.stdout.write(f"the server at {address} takes jobs: it is SERVING\n")
     return ExitStatus.OK
 
 
-def ask(address: str, timeout_s: float, tls: Tls | bool | None = None) -> str:
+def ask(address: str, timeout_s: float, tls: Tls | None) -> str:
     """The name of the server's health status (``SERVING``, ``NOT_SERVING``).
 
     Raises:

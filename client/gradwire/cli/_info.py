@@ -12,7 +12,14 @@ from cyclopts import App, Parameter
 
 import gradwire
 from gradwire import Device, ServerInfo
-from gradwire.cli._options import DEFAULT_ADDRESS, FLAG, Address, Seconds
+from gradwire.cli._options import (
+    DEFAULT_ADDRESS,
+    FLAG,
+    PLAINTEXT,
+    Address,
+    Seconds,
+    SecurityOptions,
+)
 from gradwire.cli._tables import console, properties
 from gradwire.cli._units import format_bytes
 
@@ -23,6 +30,7 @@ app = App(name="info", help="Show what a server is, offers and allows.")
 def info(
     *,
     address: Address = DEFAULT_ADDRESS,
+    security: SecurityOptions = PLAINTEXT,
     as_json: Annotated[bool, FLAG, Parameter(name="--json")] = False,
     timeout: Seconds = 10.0,
 ) -> None:
@@ -30,11 +38,14 @@ def info(
 
     Args:
         address: The server: HOST:PORT or unix:PATH.
+        security: Whether and how it is asked for TLS.
         as_json: Print one JSON object instead of a table.
         timeout: How long to wait for an answer.
     """
     address = address or DEFAULT_ADDRESS
-    with gradwire.connect(address, connect_timeout_s=timeout) as client:
+    with gradwire.connect(
+        address, connect_timeout_s=timeout, tls=security.wanted
+    ) as client:
         answer = client.server_info()
     if as_json:
         json.dump({"address": address, **dataclasses.asdict(answer)}, sys.stdout)

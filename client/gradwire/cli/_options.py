@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 from cyclopts import Parameter
+
+from gradwire import Tls
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Where ``gradwire serve`` listens unless it is told otherwise."""
@@ -24,3 +28,48 @@ FLAG = Parameter(negative=(), show_default=False)
 
 Seconds: TypeAlias = Annotated[float, Parameter(metavar="SECONDS")]
 """A time."""
+
+
+def _tls_file(variable: str) -> Parameter:
+    return Parameter(metavar="FILE", env_var=variable)
+
+
+@dataclass(frozen=True)
+class Security:
+    """How the server at ``--address`` proves who it is, and the command itself.
+
+    The variables have names of their own: ``GRADWIRE_TLS_CERT`` is the
+    certificate of a server that may run beside this command.
+    """
+
+    tls: Annotated[bool, FLAG, Parameter(env_var="GRADWIRE_CONNECT_TLS")] = False
+    """Connect over TLS, to a server that an authority of the system vouches
+    for. Each of the four below implies it."""
+
+    tls_ca: Annotated[Path | None, _tls_file("GRADWIRE_CONNECT_TLS_CA")] = None
+    """PEM file with the authorities that may vouch for the server instead."""
+
+    tls_cert: Annotated[Path | None, _tls_file("GRADWIRE_CONNECT_TLS_CERT")] = None
+    """PEM file with a certificate to show a server that asks for one."""
+
+    tls_key: Annotated[Path | None, _tls_file("GRADWIRE_CONNECT_TLS_KEY")] = None
+    """PEM file with its private key."""
+
+    tls_server_name: Annotated[
+        str | None,
+        Parameter(metavar="NAME", env_var="GRADWIRE_CONNECT_TLS_SERVER_NAME"),
+    ] = None
+    """The name that the server's certificate is for, where that is not the
+    host in the address."""
+
+    @property
+    def wanted(self) -> Tls | None:
+        """What `gradwire.connect` takes; None: in plaintext."""
+        tls = Tls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name)
+        return tls if self.tls or tls != Tls() else None
+
+
+PLAINTEXT = Security()
+
+SecurityOptions: TypeAlias = Annotated[Security, Parameter(name="*")]
+"""``--tls`` and those that begin so."""

@@ -6,16 +6,25 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from gradwire import Client
+from gradwire import Client, Tls
 from gradwire.cli._errors import CommandError
 from gradwire.cli._interrupts import signals_call
 
 
 @contextmanager
 def connected(
-    address: str | None, connect_timeout_s: float, timeout_s: float | None
+    address: str | None,
+    tls: Tls | None,
+    connect_timeout_s: float,
+    timeout_s: float | None,
 ) -> Iterator[tuple[Client, str]]:
     """A client of the server at `address`, or of a private one in this process.
+
+    Args:
+        address: Of the server; None: of a private one.
+        tls: What the one at the address is asked for.
+        connect_timeout_s: Seconds that it has to answer.
+        timeout_s: Seconds for each job.
 
     Yields:
         The client, and what to call its server.
@@ -26,8 +35,9 @@ def connected(
     """
     with ExitStack() as stack:
         name = address or "a private server in this process"
-        address = address or stack.enter_context(_private_server())
-        client = stack.enter_context(Client(address, timeout_s=timeout_s))
+        if address is None:
+            address, tls = stack.enter_context(_private_server()), None
+        client = stack.enter_context(Client(address, timeout_s=timeout_s, tls=tls))
         stack.enter_context(signals_call(client.close))
         client.handshake(connect_timeout_s)
         yield client, name

@@ -134,6 +134,21 @@ def test_an_address_that_cannot_be_had_is_a_sentence(tmp_path: Path) -> None:
         assert text in sentence(done)
 
 
+def test_plaintext_beyond_this_host_has_to_be_asked_for() -> None:
+    done = gradwire("serve", "--listen", "0.0.0.0:0")
+    assert done.returncode == 1
+    assert "cannot listen on 0.0.0.0:0 in plaintext" in sentence(done)
+    assert "--tls-cert and --tls-key, or --insecure" in sentence(done)
+    with started("serve", "--listen", "0.0.0.0:0", "--insecure") as process:
+        (address,) = addresses(process)
+        port = address.rpartition(":")[2]
+        with sdk.connect(f"127.0.0.1:{port}") as client:
+            assert client.forward(np.ones((2, 3)), np.ones((3, 1))).sum() == 6
+        _, err = ended_by(process, signal.SIGTERM)
+    warnings = [e for e in map(json.loads, err.splitlines()) if e["level"] == "warning"]
+    assert [entry["address"] for entry in warnings] == ["0.0.0.0:0"]
+
+
 def test_a_backend_that_is_not_there_is_a_sentence() -> None:
     done = gradwire(
         *("serve", "--backend", "cupy", "--listen", "127.0.0.1:0"),

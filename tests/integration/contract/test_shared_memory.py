@@ -458,7 +458,9 @@ def test_it_is_for_clients_of_the_same_host():
             pytest.skip("this machine has no address but loopback's")
         host = probe.getsockname()[0]
     with (
-        running_server(allow_shared_memory=True, listen=["0.0.0.0:0"]) as server,
+        running_server(
+            allow_shared_memory=True, listen=["0.0.0.0:0"], insecure=True
+        ) as server,
         grpc.insecure_channel(f"{host}:{server.address.rpartition(':')[2]}") as channel,
     ):
         with pytest.raises(CallError) as refused:

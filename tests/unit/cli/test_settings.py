@@ -49,6 +49,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     # field: as a flag and a variable, as a value, in TOML
     "listen": ("127.0.0.1:1", ("127.0.0.1:1",), '["127.0.0.1:1"]'),
+    "tls_cert": ("a.pem", Path("a.pem"), '"a.pem"'),
+    "tls_key": ("b.pem", Path("b.pem"), '"b.pem"'),
+    "tls_client_ca": ("c.pem", Path("c.pem"), '"c.pem"'),
+    "insecure": ("true", True, "true"),
     "backend": ("numpy", "numpy", '"numpy"'),
     "devices": ("0,2", (0, 2), "[0, 2]"),
     "device_memory_limit": ("3GiB", 3 * 2**30, '"3GiB"'),
@@ -73,8 +77,16 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
 }
 
 
+BESIDE = {
+    # field: flags without which it is refused
+    "tls_cert": ("--tls-key=k.pem",),
+    "tls_key": ("--tls-cert=c.pem",),
+    "tls_client_ca": ("--tls-cert=c.pem", "--tls-key=k.pem"),
+}
+
+
 def value_of(field: str, *flags: str) -> Any:
-    settings, log = parsed(*flags)
+    settings, log = parsed(*flags, *BESIDE.get(field, ()))
     return getattr(log if field.startswith("log_") else settings, field)
 
 
@@ -147,6 +159,7 @@ def test_mistakes_are_one_sentence_that_says_where(
     assert "devices is '0,x': expected" in refusal(capsys, "--devices", "0,x")
     assert "devices names -1: expected at least 0" in refusal(capsys, "--devices=-1")
     assert "devices names 2 twice" in refusal(capsys, "--devices", "2,0,2")
+    assert "tls_key is set without tls_cert" in refusal(capsys, "--tls-key", "k.pem")
     assert '"auto", "numpy", "cupy"' in refusal(capsys, "--backend", "torch")
 
     def config(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import stat
 from pathlib import Path
@@ -39,6 +40,29 @@ async def test_port_0_takes_a_free_port_and_says_which(server):
 )
 async def test_what_is_no_address_is_refused_with_the_form_of_one(server, address):
     assert "expected HOST:PORT or unix:PATH" in await refusal(server, address)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+async def test_plaintext_where_others_can_listen_in_has_to_be_asked_for(
+    server, host, caplog
+):
+    assert await refusal(server, f"{host}:0") == (
+        f"cannot listen on {host}:0 in plaintext, which others than this host can "
+        "read: give --tls-cert and --tls-key, or --insecure to have it so all the "
+        "same"
+    )
+    with caplog.at_level(logging.WARNING, logger="gradwire_server"):
+        listen.bind(server, f"{host}:0", insecure=True)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.address == f"{host}:0"
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3"])
+async def test_this_host_alone_may_be_served_in_plaintext(server, host, caplog):
+    with caplog.at_level(logging.WARNING, logger="gradwire_server"):
+        listen.bind(server, f"{host}:0")
+    assert not caplog.records
 
 
 async def test_a_taken_port_is_a_sentence(server):

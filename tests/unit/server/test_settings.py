@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gradwire_server import Settings
+
+PAIR = {"tls_cert": Path("c"), "tls_key": Path("k")}
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,10 @@ from gradwire_server import Settings
         ({"max_queue": -1}, "max_queue is -1: expected at least 0"),
         ({"block_bytes": 0}, "block_bytes is 0: expected at least 1"),
         ({"idle_timeout": 0.0}, "idle_timeout is 0.0: expected at least 0.01"),
+        ({"tls_cert": Path("c")}, "tls_cert is set without tls_key"),
+        ({"tls_key": Path("k")}, "tls_key is set without tls_cert"),
+        ({"tls_client_ca": Path("a")}, "tls_client_ca is set without tls_cert"),
+        ({"insecure": True} | PAIR, "insecure is set beside tls_cert"),
         ({"grace": float("nan")}, "grace is nan: expected at least 0"),
     ],
 )
