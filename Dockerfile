@@ -1,12 +1,17 @@
 # gradwire as a container: a server that computes with NumPy, or on NVIDIA GPUs.
 #
 #   docker build -t gradwire .
-#   docker run --rm -p 127.0.0.1:50051:50051 --stop-timeout 40 gradwire
+#   docker run --rm -p 127.0.0.1:50051:50051 --stop-timeout 40 gradwire serve --insecure
 #
 #   docker build -t gradwire-gpu --target gpu .
-#   docker run --rm --gpus all -p 127.0.0.1:50051:50051 --stop-timeout 40 gradwire-gpu
+#   docker run --rm --gpus all -p 127.0.0.1:50051:50051 --stop-timeout 40 gradwire-gpu \
+#     serve --insecure
 #
-# The second has CUDA's libraries from their Python packages; the host needs its
+# In its own network a container listens on every address, and the server asks
+# whether it may do so in plaintext. It may where the port is published on loopback
+# alone, as here; for more, give it certificates: "TLS" in docs/operating.md.
+#
+# The second image has CUDA's libraries from their Python packages; the host needs its
 # driver and the NVIDIA container toolkit, nothing else of CUDA.
 #
 # Every option of `gradwire serve` is also a variable GRADWIRE_...; every other
