@@ -48,6 +48,7 @@ from gradwire._exceptions import (
     UnavailableError,
     UnsupportedError,
 )
+from gradwire._retrying import RetryPolicy
 from gradwire._sync import Client, connect
 from gradwire._sync_stream import GradientStream
 from gradwire._tls import Tls
@@ -98,6 +99,7 @@ __all__ = [
     "Reason",
     "Receipt",
     "RequestError",
+    "RetryPolicy",
     "RowBlock",
     "ServerBusyError",
     "ServerError",

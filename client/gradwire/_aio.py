@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
+    Awaitable,
     Callable,
     Iterable,
     Iterator,
     Sequence,
 )
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 
@@ -36,6 +39,7 @@ from gradwire._options import (
     parse_timeout,
 )
 from gradwire._regions import Room
+from gradwire._retrying import Attempts, RetriesLike
 from gradwire._rows import RowReader
 from gradwire._shared import SharedJob
 from gradwire._sharing import EmptyArray, may_be_smaller
@@ -54,6 +58,8 @@ from gradwire.v1.gradient_service_pb2 import (
     GetServerInfoResponse,
 )
 from gradwire.wire.matrices import RESULTS, Matrix
+
+_Result = TypeVar("_Result")
 
 
 class AsyncClient(BaseClient):
@@ -75,6 +81,7 @@ class AsyncClient(BaseClient):
         tls: Whether and how the server proves who it is; see `connect`.
         token: Sent with every call; see `connect`. What returns one is called
             on the event loop, which it must not keep.
+        retries: When a call that failed is made again; see `connect`.
 
     Raises:
         InputError: The address, the transport or the number is none, or a
@@ -96,6 +103,7 @@ class AsyncClient(BaseClient):
         channels: int = 1,
         tls: Tls | bool | None = None,
         token: TokenLike | None = None,
+        retries: RetriesLike = True,
     ) -> None:
         super().__init__(
             address,
@@ -105,7 +113,9 @@ class AsyncClient(BaseClient):
             channels=channels,
             tls=tls,
             token=token,
+            retries=retries,
         )
+        self._closing = asyncio.Event()
         self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connected: list[AsyncConnection] = []
@@ -136,6 +146,7 @@ class AsyncClient(BaseClient):
     async def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
         self._closed = True
+        self._closing.set()
         connected, self._connected = self._connected, []
         self._sharing.pool.close()
         self._memory.close()
@@ -153,11 +164,15 @@ class AsyncClient(BaseClient):
             64
         """
         seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
-        try:
-            answer = await self._info(seconds)
-        except grpc.RpcError as error:
-            raise call_error(error, self._endpoint) from None
-        return server_info_of(answer)
+        attempts = Attempts(self._retries, seconds)
+
+        async def attempt() -> ServerInfo:
+            try:
+                return server_info_of(await self._info(attempts.left_s))
+            except grpc.RpcError as error:
+                raise call_error(error, self._endpoint) from None
+
+        return await self._retried(attempts, attempt)
 
     async def empty(
         self, shape: int | Sequence[int], dtype: DtypeLike = "float32"
@@ -373,22 +388,48 @@ class AsyncClient(BaseClient):
         return AsyncGradientStream(self, rows, reader)
 
     async def _run(self, job: ArrayJob) -> Receipt:
-        return self._keep(job.delivered(await self._computed(job)))
+        attempts = self._attempts(job.plan.options)
+        attempt = partial(self._computed, job, attempts)
+        receipt = await self._retried(attempts, attempt)
+        return self._keep(job.delivered(attempts.told(receipt)))
 
-    async def _computed(self, job: ArrayJob) -> Receipt:
+    async def _retried(
+        self, attempts: Attempts, attempt: Callable[[], Awaitable[_Result]]
+    ) -> _Result:
+        """What the first attempt gives that does not fail, or is the last."""
+        while True:
+            try:
+                result = await attempt()
+            except GradwireError as error:
+                delay_s = attempts.after(error)
+                if delay_s is None:
+                    raise
+            else:
+                attempts.succeeded()
+                return result
+            await self._rest(delay_s)
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait, unless the client is closed meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+
+    async def _computed(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+        """Compute a job, once."""
+        options = attempts.options(job.plan.options)
         if self._shares(job):
-            receipt = await self._run_shared(job)
+            receipt = await self._run_shared(job, attempts)
             if receipt is not None:
                 return receipt
         if job.unary:
-            return await self._compute(job)
+            return await self._compute(job, options)
         begun = time.monotonic()
         try:
-            return await self._stream(job, self._connections_now(), job.plan.options)
+            return await self._stream(job, self._connections_now(), options)
         except NotJoinedError as error:
             self._not_joined(error)
-            left = left_of(job.plan.options, begun)
-            return await self._stream(job, 1, left)
+            return await self._stream(job, 1, left_of(options, begun))
 
     async def _stream(
         self, job: ArrayJob, connections: int, options: Options
@@ -404,7 +445,9 @@ class AsyncClient(BaseClient):
                 exchange.receive(message, call.connection)
             return exchange.finish()
 
-    async def _run_shared(self, job: ArrayJob, *, again: bool = True) -> Receipt | None:
+    async def _run_shared(
+        self, job: ArrayJob, attempts: Attempts, *, again: bool = True
+    ) -> Receipt | None:
         """Compute a job in shared memory; None where there is none for it."""
         shared = self._sharing.place(job)
         rooms = await self._rooms(shared.sizes)
@@ -413,23 +456,26 @@ class AsyncClient(BaseClient):
         shared.place(rooms)
         await _beside(shared, shared.copy_in)
         exchange = shared.exchange()
+        options = attempts.options(job.plan.options)
         try:
             async with AsyncCall(
                 self._connection(),
                 exchange,
                 lambda: _messages(exchange.messages()),
-                job.plan.options,
+                options,
             ) as call:
                 async for message in call:
                     exchange.receive(message)
                 receipt = exchange.finish()
         except BaseException as error:
             if not shared.worth_another_try(error) or not again:
+                if shared.at_risk:
+                    attempts.forbid()
                 raise
         else:
             await _beside(shared, shared.copy_out)
             return receipt
-        return await self._run_shared(job, again=False)
+        return await self._run_shared(job, attempts, again=False)
 
     async def _rooms(self, sizes: Sequence[int]) -> list[Room] | None:
         """Room in shared memory; None where there is none.
@@ -458,8 +504,7 @@ class AsyncClient(BaseClient):
             self._sharing.refused(refusal)
         return None
 
-    async def _compute(self, job: ArrayJob) -> Receipt:
-        options = job.plan.options
+    async def _compute(self, job: ArrayJob, options: Options) -> Receipt:
         exchange = job.unary_exchange()
         try:
             connection, request = self._connection(), exchange.request(job.operands)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING
 from gradwire._aio_calls import AsyncCall
 from gradwire._aio_channels import AsyncCalls, AsyncDealer, open_calls
 from gradwire._arrays import Operand
+from gradwire._exceptions import GradwireError
 from gradwire._joining import NotJoinedError
-from gradwire._options import left_of
+from gradwire._retrying import Attempts
 from gradwire._rows import RowJob, RowReader, iterate, require_receipt
 from gradwire._types import Array, Receipt, RowBlock
 from gradwire.wire.matrices import Matrix
@@ -57,7 +57,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._call: AsyncCall | AsyncCalls | None = None
         self._connections = client._connections_now()
         self._first: Mapping[Matrix, Operand] | None = None
-        self._begun = 0.0
+        self._attempts: Attempts | None = None
         self._over = False
         self._turn = asyncio.Lock()
 
@@ -85,7 +85,13 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                         await self._read(*await self._opened())
                     except NotJoinedError as error:
                         self._client._not_joined(error)
-                        await self._again()
+                        await self._again(connections=1)
+                    except GradwireError as error:
+                        delay_s = self._delay_s(error)
+                        if delay_s is None:
+                            raise
+                        await self._client._rest(delay_s)
+                        await self._again(self._connections)
             except BaseException:
                 await self.aclose()
                 raise
@@ -127,10 +133,10 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
 
     async def _opened(self) -> tuple[RowJob, AsyncCall | AsyncCalls]:
         if self._job is None or self._call is None:
-            if not self._begun:
+            if self._attempts is None:
                 item = await anext(self._rows, _NOTHING)
                 self._first = None if item is _NOTHING else self._reader.read(item)
-                self._begun = time.monotonic()
+                self._attempts = self._client._attempts(self._reader.options)
             job = self._client._row_job(self._reader, self._first, self._connections)
             dealer = AsyncDealer(
                 _messages(job, self._rows, self._reader),
@@ -141,23 +147,31 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                 self._client._channels_to_use(self._connections),
                 job.exchange,
                 dealer.messages,
-                left_of(job.options, self._begun),
+                self._attempts.options(job.options),
             )
             self._job = job
         return self._job, self._call
 
-    async def _again(self) -> None:
-        """Nothing was sent but the header: announce the job for one connection."""
+    async def _again(self, connections: int) -> None:
+        """Nothing was sent but the header: announce the job anew."""
         if self._call is not None:
             await self._call.cancel()
         self._job = self._call = None
-        self._connections = 1
+        self._connections = connections
+
+    def _delay_s(self, error: GradwireError) -> float | None:
+        """When the job is announced anew after it failed; None: never."""
+        if self._attempts is None or (self._job and self._job.exchange.ready):
+            return None
+        return self._attempts.after(error)
 
     async def _read(self, job: RowJob, call: AsyncCall | AsyncCalls) -> None:
         try:
             message = await anext(call)
         except StopAsyncIteration:
-            self._client._keep(job.finish())
+            if self._attempts is not None:
+                self._attempts.succeeded()
+                self._client._keep(job.finish(self._attempts))
             self._over = True
         else:
             job.receive(message, call.connection)

@@ -34,6 +34,7 @@ from gradwire._outputs import (
     output_shape,
 )
 from gradwire._plan import Plan, plan_arrays
+from gradwire._retrying import Attempts, Retries, RetriesLike, parse_retries
 from gradwire._rows import RowJob, RowReader
 from gradwire._sending import Sender
 from gradwire._sharing import Sharing
@@ -155,7 +156,9 @@ class BaseClient:
         channels: int = 1,
         tls: Tls | bool | None = None,
         token: TokenLike | None = None,
+        retries: RetriesLike = True,
     ) -> None:
+        self._retries = Retries(parse_retries(retries))
         self._channels = parse_channels(channels)
         self._one_until = 0.0
         self._memory = ResultPool()
@@ -240,6 +243,10 @@ class BaseClient:
         """A stream's job, now that its first item is known, if it has any."""
         plan = replace(reader.plan(first), chunk_bytes=self._tuning.chunk_bytes)
         return RowJob(plan, reader.w, first, connections, reader.copies)
+
+    def _attempts(self, options: Options) -> Attempts:
+        """Those of a job that begins now."""
+        return Attempts(self._retries, options.timeout_s, options.job_id)
 
     def _with_defaults(self, options: Options) -> Options:
         self._endpoint.require_private(options.metadata)

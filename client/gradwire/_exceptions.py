@@ -77,6 +77,9 @@ class GradwireError(Exception):
     details: str
     """The server's or gRPC's own text; empty where there was none."""
 
+    attempts: int
+    """How often the call was tried; see `RetryPolicy`."""
+
     def __init__(
         self,
         message: str,
@@ -94,6 +97,7 @@ class GradwireError(Exception):
         self.retry_after_s = attached.retry_after_s
         self.job_id = job_id or attached.metadata.get("job_id")
         self.details = details
+        self.attempts = 1
 
 
 class InputError(GradwireError, ValueError):

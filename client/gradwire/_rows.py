@@ -15,6 +15,7 @@ from gradwire._options import Options
 from gradwire._outputs import ArraySink
 from gradwire._plan import Plan, check, require, with_rows
 from gradwire._receiving import BlockSink, Sink
+from gradwire._retrying import Attempts
 from gradwire._sending import Sender
 from gradwire._types import Array, Receipt, RowBlock
 from gradwire.wire import limits
@@ -35,7 +36,7 @@ class RowReader:
         if m is not None and m > limits.MAX_INT64:
             raise InputError(f"m is {m}; it can be up to {limits.MAX_INT64}")
         self._m = None if m is None else int(m)
-        self._options = options
+        self.options = options
         self._needed = tuple(
             matrix for matrix in ROW_OPERANDS if matrix in operands_for(options.results)
         )
@@ -104,14 +105,14 @@ class RowReader:
         operands = {}
         for matrix in self._needed:
             if values[matrix] is None:
-                wanted = " and ".join(result.label for result in self._options.results)
+                wanted = " and ".join(result.label for result in self.options.results)
                 raise InputError(
                     f"{matrix.label}'s rows are None, and {wanted} cannot be without"
                 )
             operands[matrix] = operand(
                 values[matrix],
                 matrix.label,
-                self._options.wire_dtype,
+                self.options.wire_dtype,
                 self._rows,
                 self.copies,
             )
@@ -124,7 +125,7 @@ class RowReader:
 
     def _check(self, operands: Mapping[Matrix, Operand]) -> Plan:
         weights = {} if self.w is None else {Matrix.W: self.w}
-        return check({**operands, **weights}, self._options)
+        return check({**operands, **weights}, self.options)
 
 
 class RowJob:
@@ -200,9 +201,11 @@ class RowJob:
         while filled and all(self._next_row in sink.complete for sink in filled):
             self._hand_out(len(filled[0].complete[self._next_row]))
 
-    def finish(self) -> Receipt:
+    def finish(self, attempts: Attempts | None = None) -> Receipt:
         """The server has ended the stream with OK; see `Exchange.finish`."""
         receipt = self._copies.told(self.exchange.finish())
+        if attempts is not None:
+            receipt = attempts.told(receipt)
         while self._blocks and self._next_row < receipt.m:
             self._hand_out(min(receipt.block_rows, receipt.m - self._next_row))
         self.receipt = receipt

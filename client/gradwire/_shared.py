@@ -37,9 +37,12 @@ class SharedJob:
 
     Attributes:
         sizes: Bytes of the room that is needed, by matrix.
+        at_risk: Whether the server may still write to arrays that the caller
+            gave as `out`, so that no other attempt may.
     """
 
     def __init__(self, job: ArrayJob, pool: Pool) -> None:
+        self.at_risk = False
         self._job = job
         self._pool = pool
         self._places: dict[Matrix, tuple[Region, int]] = {}
@@ -129,6 +132,7 @@ class SharedJob:
         if reason is None:
             results = self._job.plan.results
             self._pool.retire({self._places[matrix][0] for matrix in results})
+            self.at_risk = any(matrix not in self._room for matrix in results)
         return False
 
 

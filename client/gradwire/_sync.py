@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
@@ -29,6 +29,7 @@ from gradwire._options import (
     parse_timeout,
 )
 from gradwire._regions import Pool, Room
+from gradwire._retrying import Attempts, RetriesLike
 from gradwire._rows import RowReader
 from gradwire._sharing import EmptyArray, may_be_smaller
 from gradwire._sync_calls import Call, Connection, call_unary
@@ -50,6 +51,8 @@ from gradwire.v1.gradient_service_pb2 import (
 )
 from gradwire.wire.matrices import RESULTS, Matrix
 
+_Result = TypeVar("_Result")
+
 
 def connect(
     address: str,
@@ -61,6 +64,7 @@ def connect(
     channels: int = 1,
     tls: Tls | bool | None = None,
     token: TokenLike | None = None,
+    retries: RetriesLike = True,
 ) -> Client:
     """A client of the server at an address, once it has answered.
 
@@ -87,6 +91,8 @@ def connect(
             or what returns one, which is asked at each call, so that it may
             be renewed. What it raises is raised by the call. It is refused
             where it would go to another host in plaintext.
+        retries: When a call that failed is made again: by default as
+            `RetryPolicy` has it; False: never.
 
     Raises:
         InputError: The address, the transport or the number is none, or a
@@ -108,6 +114,7 @@ def connect(
         channels=channels,
         tls=tls,
         token=token,
+        retries=retries,
     )
     try:
         client.handshake(connect_timeout_s)
@@ -133,6 +140,7 @@ class Client(BaseClient):
         channels: Over how many connections each job travels; see `connect`.
         tls: Whether and how the server proves who it is; see `connect`.
         token: Sent with every call; see `connect`.
+        retries: When a call that failed is made again; see `connect`.
 
     Raises:
         InputError: The address, the transport or the number is none, or a
@@ -154,6 +162,7 @@ class Client(BaseClient):
         channels: int = 1,
         tls: Tls | bool | None = None,
         token: TokenLike | None = None,
+        retries: RetriesLike = True,
     ) -> None:
         super().__init__(
             address,
@@ -163,8 +172,10 @@ class Client(BaseClient):
             channels=channels,
             tls=tls,
             token=token,
+            retries=retries,
         )
         self._lock = threading.Lock()
+        self._closing = threading.Event()
         self._connected: list[Connection] = []
         _clients.add(self)
 
@@ -179,6 +190,7 @@ class Client(BaseClient):
         """Close the connection; calls that still run are cancelled."""
         with self._lock:
             self._closed = True
+            self._closing.set()
             connected, self._connected = self._connected, []
         self._sharing.pool.close()
         self._memory.close()
@@ -213,11 +225,15 @@ class Client(BaseClient):
             64
         """
         seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
-        try:
-            answer = self._info(seconds)
-        except grpc.RpcError as error:
-            raise call_error(error, self._endpoint) from None
-        return server_info_of(answer)
+        attempts = Attempts(self._retries, seconds)
+
+        def attempt() -> ServerInfo:
+            try:
+                return server_info_of(self._info(attempts.left_s))
+            except grpc.RpcError as error:
+                raise call_error(error, self._endpoint) from None
+
+        return self._retried(attempts, attempt)
 
     def empty(self, shape: int | Sequence[int], dtype: DtypeLike = "float32") -> Array:
         """An array whose elements need not travel.
@@ -233,7 +249,7 @@ class Client(BaseClient):
         After a job failed without a word of the server's (its deadline
         passed, it was cancelled, the connection broke), arrays that were its
         `out` may still be written to for as long as a row block takes, and
-        they are ordinary arrays from then on.
+        they are ordinary arrays from then on; so such a job is not tried again.
 
         Args:
             shape: A number or numbers.
@@ -512,22 +528,43 @@ class Client(BaseClient):
         return GradientStream(self, rows, reader)
 
     def _run(self, job: ArrayJob) -> Receipt:
-        return self._keep(job.delivered(self._computed(job)))
+        attempts = self._attempts(job.plan.options)
+        receipt = self._retried(attempts, partial(self._computed, job, attempts))
+        return self._keep(job.delivered(attempts.told(receipt)))
 
-    def _computed(self, job: ArrayJob) -> Receipt:
+    def _retried(self, attempts: Attempts, attempt: Callable[[], _Result]) -> _Result:
+        """What the first attempt gives that does not fail, or is the last."""
+        while True:
+            try:
+                result = attempt()
+            except GradwireError as error:
+                delay_s = attempts.after(error)
+                if delay_s is None:
+                    raise
+            else:
+                attempts.succeeded()
+                return result
+            self._rest(delay_s)
+
+    def _rest(self, seconds: float) -> None:
+        """Wait, unless the client is closed meanwhile."""
+        self._closing.wait(seconds)
+
+    def _computed(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+        """Compute a job, once."""
+        options = attempts.options(job.plan.options)
         if self._shares(job):
-            receipt = self._run_shared(job)
+            receipt = self._run_shared(job, attempts)
             if receipt is not None:
                 return receipt
         if job.unary:
-            return self._compute(job)
+            return self._compute(job, options)
         begun = time.monotonic()
         try:
-            return self._stream(job, self._connections_now(), job.plan.options)
+            return self._stream(job, self._connections_now(), options)
         except NotJoinedError as error:
             self._not_joined(error)
-            left = left_of(job.plan.options, begun)
-            return self._stream(job, 1, left)
+            return self._stream(job, 1, left_of(options, begun))
 
     def _stream(self, job: ArrayJob, connections: int, options: Options) -> Receipt:
         exchange = job.exchange(connections)
@@ -541,7 +578,9 @@ class Client(BaseClient):
                 exchange.receive(message, call.connection)
             return exchange.finish()
 
-    def _run_shared(self, job: ArrayJob, *, again: bool = True) -> Receipt | None:
+    def _run_shared(
+        self, job: ArrayJob, attempts: Attempts, *, again: bool = True
+    ) -> Receipt | None:
         """Compute a job in shared memory; None where there is none for it."""
         shared = self._sharing.place(job)
         rooms = self._rooms(shared.sizes)
@@ -550,20 +589,21 @@ class Client(BaseClient):
         shared.place(rooms)
         shared.copy_in()
         exchange = shared.exchange()
+        options = attempts.options(job.plan.options)
         try:
-            with Call(
-                self._connection(), exchange, exchange.messages, job.plan.options
-            ) as call:
+            with Call(self._connection(), exchange, exchange.messages, options) as call:
                 for message in call:
                     exchange.receive(message)
                 receipt = exchange.finish()
         except BaseException as error:
             if not shared.worth_another_try(error) or not again:
+                if shared.at_risk:
+                    attempts.forbid()
                 raise
         else:
             shared.copy_out()
             return receipt
-        return self._run_shared(job, again=False)
+        return self._run_shared(job, attempts, again=False)
 
     def _rooms(self, sizes: Sequence[int]) -> list[Room] | None:
         """Room in shared memory; None where there is none.
@@ -592,8 +632,7 @@ class Client(BaseClient):
             self._sharing.refused(refusal)
         return None
 
-    def _compute(self, job: ArrayJob) -> Receipt:
-        options = job.plan.options
+    def _compute(self, job: ArrayJob, options: Options) -> Receipt:
         exchange = job.unary_exchange()
         try:
             connection, request = self._connection(), exchange.request(job.operands)
@@ -626,6 +665,10 @@ class Client(BaseClient):
         self._connected = []
         self._memory = ResultPool()
         self._lock = threading.Lock()
+        self._closing = threading.Event()
+        if self._closed:
+            self._closing.set()
+        self._retries.renew()
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from gradwire._arrays import Operand
+from gradwire._exceptions import GradwireError
 from gradwire._joining import NotJoinedError
-from gradwire._options import left_of
+from gradwire._retrying import Attempts
 from gradwire._rows import RowJob, RowReader, iterate, require_receipt
 from gradwire._sync_calls import Call
 from gradwire._sync_channels import Calls, Dealer, open_calls
@@ -46,7 +46,7 @@ class GradientStream(Iterator[RowBlock]):
         self._call: Call | Calls | None = None
         self._connections = client._connections_now()
         self._first: Mapping[Matrix, Operand] | None = None
-        self._begun = 0.0
+        self._attempts: Attempts | None = None
         self._over = False
         self._turn = threading.RLock()
 
@@ -74,7 +74,13 @@ class GradientStream(Iterator[RowBlock]):
                         self._read(*self._opened())
                     except NotJoinedError as error:
                         self._client._not_joined(error)
-                        self._again()
+                        self._again(connections=1)
+                    except GradwireError as error:
+                        delay_s = self._delay_s(error)
+                        if delay_s is None:
+                            raise
+                        self._client._rest(delay_s)
+                        self._again(self._connections)
             except BaseException:
                 self.close()
                 raise
@@ -115,10 +121,10 @@ class GradientStream(Iterator[RowBlock]):
 
     def _opened(self) -> tuple[RowJob, Call | Calls]:
         if self._job is None or self._call is None:
-            if not self._begun:
+            if self._attempts is None:
                 item = next(self._rows, _NOTHING)
                 self._first = None if item is _NOTHING else self._reader.read(item)
-                self._begun = time.monotonic()
+                self._attempts = self._client._attempts(self._reader.options)
             job = self._client._row_job(self._reader, self._first, self._connections)
             items = map(self._reader.read, self._rows)
             dealer = Dealer(
@@ -128,24 +134,32 @@ class GradientStream(Iterator[RowBlock]):
                 self._client._channels_to_use(self._connections),
                 job.exchange,
                 dealer.messages,
-                left_of(job.options, self._begun),
+                self._attempts.options(job.options),
                 dealer.close,
             )
             self._job = job
         return self._job, self._call
 
-    def _again(self) -> None:
-        """Nothing was sent but the header: announce the job for one connection."""
+    def _again(self, connections: int) -> None:
+        """Nothing was sent but the header: announce the job anew."""
         if self._call is not None:
             self._call.cancel()
         self._job = self._call = None
-        self._connections = 1
+        self._connections = connections
+
+    def _delay_s(self, error: GradwireError) -> float | None:
+        """When the job is announced anew after it failed; None: never."""
+        if self._attempts is None or (self._job and self._job.exchange.ready):
+            return None
+        return self._attempts.after(error)
 
     def _read(self, job: RowJob, call: Call | Calls) -> None:
         try:
             message = next(call)
         except StopIteration:
-            self._client._keep(job.finish())
+            if self._attempts is not None:
+                self._attempts.succeeded()
+                self._client._keep(job.finish(self._attempts))
             self._over = True
         else:
             job.receive(message, call.connection)

@@ -151,6 +151,13 @@ class Receipt:
     host_copy_s: float = 0.0
     """How long those copies took, beside everything else."""
 
+    attempts: int = 1
+    """How often the job was tried; all else here is of the last attempt."""
+
+    retried: tuple[str, ...] = ()
+    """Why each attempt before it failed: a reason such as ``DRAINING``, or else
+    a status such as ``UNAVAILABLE``."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
@@ -219,6 +226,8 @@ class ServerInfo:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a job has come, as ``on_progress`` is told.
+
+    When a job is tried again, it steps back to where the new attempt begins.
 
     Example:
         >>> def show(progress):

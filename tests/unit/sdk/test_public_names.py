@@ -10,14 +10,18 @@ from gradwire import (
     _aio,
     _aio_stream,
     _exceptions,
+    _retrying,
     _sync,
     _sync_stream,
     _types,
 )
 
-MODULES = (_aio, _aio_stream, _exceptions, _sync, _sync_stream, _types)
-# Functions that the SDK uses among its own modules.
-INTERNAL = {"device_of", "receipt_of", "server_info_of"}
+MODULES = (_aio, _aio_stream, _exceptions, _retrying, _sync, _sync_stream, _types)
+# What the SDK uses among its own modules.
+INTERNAL = {
+    *("device_of", "receipt_of", "server_info_of"),
+    *("Attempts", "Retries", "is_passing", "parse_retries"),
+}
 CLASSES = [
     getattr(gradwire, name)
     for name in gradwire.__all__
