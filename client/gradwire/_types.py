@@ -161,7 +161,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What one server allows."""
+    """What one server allows, and where it asks for a token, its tenant of it."""
 
     memory_bytes: int
     """Most bytes of the host's memory that all its jobs together may reserve."""

@@ -47,7 +47,8 @@ async def accounted(
     )
     try:
         with ExitStack() as held:
-            call.refusal = held.enter_context(service.admission.call_that_may_join())
+            place = service.admission.call_that_may_join(call.tenant)
+            call.refusal = held.enter_context(place)
             try:
                 answer, failure = await _outcome(call, context, serve)
             finally:

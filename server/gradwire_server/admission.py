@@ -1,231 +1,307 @@
-"""Who may run: jobs by the bytes that they reserve, in the order they came."""
+"""Who may run: jobs by the bytes that they reserve, tenants in turn."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 
-from gradwire.wire.limits import MIB
 from gradwire.wire.reasons import Reason
+from gradwire_server.accounts import (
+    CALL_BYTES,
+    RETRY_AFTER_S,
+    Account,
+    Waiting,
+    busy,
+    draining,
+)
 from gradwire_server.errors import JobError
 from gradwire_server.lanes import Lanes, Load
+from gradwire_server.queueing import Queue
+from gradwire_server.tenants import Limits
 
-CALL_BYTES = 2 * MIB
-"""What an open call holds before its job is admitted: what gRPC takes in
-from its client while nobody reads."""
+__all__ = ["CALL_BYTES", "RETRY_AFTER_S", "Admission"]
 
-RETRY_AFTER_S = 1.0
-"""When a refused caller may try again: jobs come and go within seconds."""
+_KEPT_SHARE = 16
+"""Which part of the memory is kept for the first open call of each tenant: what
+others hold must not keep a tenant from asking for its turn."""
 
-
-@dataclass(eq=False, slots=True)
-class _Waiting:
-    size_bytes: int
-    load: Load
-    moved: asyncio.Event = field(default_factory=asyncio.Event)
-    lane: int | None = None
-    """Position of the lane that the job was given; None before it may run."""
-    refused: JobError | None = None
+_CALLS_SHARE = 2
+"""Which part of the memory the open calls of one tenant may hold: those that do
+nothing must not keep the jobs of others from running."""
 
 
 class Admission:
     """The memory and the turns of one server.
 
-    Jobs are admitted first come, first served: a large job that waits for
-    memory is not overtaken for ever by small ones that would fit. Open calls
-    never hold so much that a waiting job could not run when all running ones
-    have ended: those who wait would wait for each other.
+    A tenant's jobs are admitted first come, first served, and tenants in turn.
+    A large job whose turn has come and that waits for memory is not overtaken
+    for ever by small ones that would fit; one that waits because its tenant
+    has all that it may have lets other tenants by.
 
     Args:
         memory_limit: Most bytes that jobs and open calls may hold.
         max_jobs: Most jobs that run at once.
         max_queue: Most jobs that wait.
         lanes: Where they run.
+        limits_of: What a tenant may have of all this; None where all callers
+            are one tenant, who may have it all.
     """
 
     def __init__(
-        self, memory_limit: int, max_jobs: int, max_queue: int, lanes: Lanes
+        self,
+        memory_limit: int,
+        max_jobs: int,
+        max_queue: int,
+        lanes: Lanes,
+        limits_of: Callable[[str], Limits] | None = None,
     ) -> None:
         self.lanes = lanes
         self.memory_limit = memory_limit
-        self.max_jobs = max_jobs
-        self.max_queue = max_queue
-        self.running = 0
-        self.held_bytes = 0
-        """What jobs and open calls hold."""
-        self._calls_bytes = 0
-        self._joins = 0
-        self._guests = 0
-        self._queue: deque[_Waiting] = deque()
+        kept = 0 if limits_of is None else memory_limit // _KEPT_SHARE
+        self._all = Account(Limits(max_jobs, memory_limit - kept, max_queue))
+        """What all hold, beside what is kept for tenants' first calls."""
+        self._kept_bytes = kept
+        self._calls_limit = (memory_limit - kept) // _CALLS_SHARE
+        self._limits_of = limits_of
+        self._accounts: dict[str, Account] = {}
+        self._queue = Queue(self._all)
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def running(self) -> int:
+        """Jobs that run."""
+        return self._all.running
+
+    @property
+    def held_bytes(self) -> int:
+        """What jobs and open calls hold."""
+        first = sum(account.first_call for account in self._accounts.values())
+        return self._all.held_bytes + first * CALL_BYTES
 
     @property
     def draining(self) -> bool:
         """Whether new jobs are refused for good."""
         return self._draining
 
+    def limits(self, tenant: str = "") -> Limits:
+        """The most that a tenant can have of this server."""
+        own = Limits() if self._limits_of is None else self._limits_of(tenant)
+        return self._all.limits.within(own)
+
+    def most_of_calls(self, tenant: str = "") -> int:
+        """The most bytes that a tenant's open calls can hold."""
+        most = self.limits(tenant).memory_limit or 0
+        return most if self._limits_of is None else min(most, self._calls_limit)
+
     def drain(self) -> None:
         """Refuses every job that is not running, now and from now on."""
         self._draining = True
-        while self._queue:
-            waiting = self._queue.popleft()
-            waiting.refused = _draining()
-            waiting.moved.set()
+        for waiting in self._queue:
+            self._refuse(waiting, draining())
 
     async def wait_idle(self) -> None:
         """Waits until no job runs."""
         await self._idle.wait()
 
     @contextmanager
-    def joins(self, count: int) -> Iterator[None]:
+    def joins(self, count: int, tenant: str = "") -> Iterator[None]:
         """Within this context so many calls may come that join a running job.
 
         The job has reserved what they take.
         """
-        self._joins += count
-        try:
-            yield
-        finally:
-            self._joins -= count
+        with self._account(tenant) as account:
+            account.joins += count
+            try:
+                yield
+            finally:
+                account.joins -= count
 
     @contextmanager
-    def call(self, size_bytes: int = CALL_BYTES) -> Iterator[None]:
+    def call(self, size_bytes: int = CALL_BYTES, tenant: str = "") -> Iterator[None]:
         """Holds what an open call takes, whatever it will ask for.
 
         Args:
             size_bytes: That, or what the call holds for its client beside it.
+            tenant: Whose it is.
 
         Raises:
             JobError: The server drains, or has no memory for one more call.
         """
-        refusal = self._refusal(size_bytes)
-        if refusal is not None:
-            raise refusal
-        self._calls_bytes += size_bytes
-        self.held_bytes += size_bytes
-        try:
-            yield
-        finally:
-            self._calls_bytes -= size_bytes
-            self._give_back(size_bytes)
+        with self._account(tenant) as account:
+            refusal = self._refusal_of_call(size_bytes, account)
+            if refusal is not None:
+                raise refusal
+            with self._held(size_bytes, account):
+                yield
 
     @contextmanager
-    def call_that_may_join(self) -> Iterator[JobError | None]:
+    def call_that_may_join(self, tenant: str = "") -> Iterator[JobError | None]:
         """As `call`, for one whose first message may say that it joins a job.
 
         Yields:
             None, or why there is no place for the call unless it does join
-            one: no more are let in to say so than running jobs expect.
+            one: no more are let in to say so than running jobs of the tenant
+            expect.
 
         Raises:
             JobError: There is no place for the call, and none is expected.
         """
-        refusal = self._refusal(CALL_BYTES)
-        if refusal is None:
-            with self.call():
-                yield None
-            return
-        if self._guests >= self._joins:
-            raise refusal
-        self._guests += 1
-        try:
-            yield refusal
-        finally:
-            self._guests -= 1
-
-    def _refusal(self, size_bytes: int) -> JobError | None:
-        if self._draining:
-            return _draining()
-        largest = max((waiting.size_bytes for waiting in self._queue), default=0)
-        if (
-            self.held_bytes + size_bytes > self.memory_limit
-            or self._calls_bytes + size_bytes + largest > self.memory_limit
-        ):
-            return self._no_memory()
-        return None
+        with self._account(tenant) as account:
+            refusal = self._refusal_of_call(CALL_BYTES, account)
+            if refusal is None:
+                with self._held(CALL_BYTES, account):
+                    yield None
+                return
+            if account.guests >= account.joins:
+                raise refusal
+            account.guests += 1
+            try:
+                yield refusal
+            finally:
+                account.guests -= 1
 
     @asynccontextmanager
     async def job(
-        self, size_bytes: int, load: Load, on_wait: Callable[[int], Awaitable[None]]
+        self,
+        size_bytes: int,
+        load: Load,
+        on_wait: Callable[[int], Awaitable[None]],
+        tenant: str = "",
     ) -> AsyncIterator[int]:
         """Waits for a job's turn and holds its memory while it runs.
 
-        Its turn has come when it is first in the queue, and there are memory,
-        a place, and a lane whose device has memory for it.
+        Its turn has come when it is the first of its tenant, it is the
+        tenant's turn, and there are memory, a place, and a lane whose device
+        has memory for it.
 
         Args:
             size_bytes: What the job reserves of the host's memory.
             load: What it is for the lane that it will run on.
             on_wait: Told how many jobs are ahead, first and at each change.
+            tenant: Whose it is.
 
         Yields:
             The position of its lane.
 
         Raises:
-            JobError: The job is larger than this server can ever hold, the
-                queue is full, or the server drains.
+            JobError: The job is larger than this server or its tenant can
+                ever hold, the queue is full, or the server drains.
         """
-        lane = await self._admit(size_bytes, load, on_wait)
+        with self._account(tenant) as account:
+            waiting = Waiting(account, size_bytes, load)
+            lane = await self._admit(waiting, on_wait)
+            try:
+                yield lane
+            finally:
+                self._leave(waiting, lane)
+
+    @contextmanager
+    def _account(self, tenant: str) -> Iterator[Account]:
+        """A tenant's account, which is kept while there is something in it."""
+        account = self._accounts.get(tenant)
+        if account is None:
+            account = self._accounts[tenant] = Account(Limits(), "tenant_")
+        if self._limits_of is not None:
+            account.limits = self._limits_of(tenant)
         try:
-            yield lane
+            yield account
         finally:
-            self._leave(size_bytes, load, lane)
+            if account.idle and self._accounts.get(tenant) is account:
+                del self._accounts[tenant]
+
+    def _refusal_of_call(self, size_bytes: int, account: Account) -> JobError | None:
+        if self._draining:
+            return draining()
+        refusal = account.refusal_of_call(size_bytes)
+        if refusal is None and not self._has_kept(size_bytes, account):
+            refusal = self._all.refusal_of_call(size_bytes)
+            if self._limits_of is not None and (
+                account.calls_bytes + size_bytes > self._calls_limit
+            ):
+                refusal = busy(
+                    f"open calls of your tenant hold {account.calls_bytes} bytes, of "
+                    f"at most {self._calls_limit}, a part of the memory",
+                    "memory_limit",
+                )
+        return refusal
+
+    def _has_kept(self, size_bytes: int, account: Account) -> bool:
+        """Whether a call can have the place that is kept for its tenant."""
+        if account.first_call or size_bytes != CALL_BYTES:
+            return False
+        taken = sum(each.first_call for each in self._accounts.values())
+        return (taken + 1) * CALL_BYTES <= self._kept_bytes
+
+    @contextmanager
+    def _held(self, size_bytes: int, account: Account) -> Iterator[None]:
+        accounts = [account, self._all]
+        kept = self._has_kept(size_bytes, account)
+        if kept:
+            account.first_call = True
+            accounts.remove(self._all)
+        for each in accounts:
+            each.calls_bytes += size_bytes
+            each.held_bytes += size_bytes
+        try:
+            yield
+        finally:
+            for each in accounts:
+                each.calls_bytes -= size_bytes
+                each.held_bytes -= size_bytes
+            if kept:
+                account.first_call = False
+            self._admit_waiting()
 
     async def _admit(
-        self, size_bytes: int, load: Load, on_wait: Callable[[int], Awaitable[None]]
+        self, waiting: Waiting, on_wait: Callable[[int], Awaitable[None]]
     ) -> int:
-        if size_bytes + CALL_BYTES > self.memory_limit:
-            raise JobError(
-                Reason.JOB_TOO_LARGE,
-                f"the job would hold {size_bytes} bytes: this server has "
-                f"{self.memory_limit}",
-                field="job",
-            )
-        most = self.lanes.most_bytes
-        if most is not None and load.device_bytes > most:
-            raise JobError(
-                Reason.JOB_TOO_LARGE,
-                f"the job would hold {load.device_bytes} bytes of a device's memory: "
-                f"this server has a device that allows {most}, and none that allows "
-                f"more",
-                field="job",
-            )
+        account = waiting.account
+        for each in (self._all, account):
+            each.require_possible(waiting.size_bytes)
+        self._require_device(waiting.load.device_bytes)
         if self._draining:
-            raise _draining()
-        waiting = _Waiting(size_bytes, load)
-        self._queue.append(waiting)
+            raise draining()
+        self._queue.add(waiting)
         self._admit_waiting()
         if waiting.lane is not None:
             return waiting.lane
-        if self._calls_bytes + size_bytes > self.memory_limit:
-            self._queue.remove(waiting)
-            raise self._no_memory()
-        if len(self._queue) > self.max_queue:
-            self._queue.remove(waiting)
-            raise _busy(
-                f"{self.running} jobs run and {len(self._queue)} wait, of at most "
-                f"{self.max_queue}"
-            )
+        for each in (account, self._all):
+            refusal = each.refusal_of_wait(waiting.size_bytes)
+            if refusal is not None:
+                self._queue.remove(waiting)
+                raise refusal
+        if account.overfull:
+            self._refuse(waiting, account.no_place())
+        elif self._all.overfull:
+            self._refuse(self._queue.one_too_many(), self._all.no_place())
         try:
             return await self._wait_turn(waiting, on_wait)
         except BaseException:
             self._withdraw(waiting)
             raise
 
+    def _require_device(self, size_bytes: int) -> None:
+        most = self.lanes.most_bytes
+        if most is not None and size_bytes > most:
+            raise JobError(
+                Reason.JOB_TOO_LARGE,
+                f"the job would hold {size_bytes} bytes of a device's memory: this "
+                f"server has a device that allows {most}, and none that allows more",
+                field="job",
+            )
+
     async def _wait_turn(
-        self, waiting: _Waiting, on_wait: Callable[[int], Awaitable[None]]
+        self, waiting: Waiting, on_wait: Callable[[int], Awaitable[None]]
     ) -> int:
         told = -1
         while waiting.lane is None:
             if waiting.refused is not None:
                 raise waiting.refused
             waiting.moved.clear()
-            ahead = self.running + self._queue.index(waiting)
+            ahead = self.running + self._queue.ahead_of(waiting)
             if ahead != told:
                 told = ahead
                 await on_wait(ahead)
@@ -233,61 +309,50 @@ class Admission:
                 await waiting.moved.wait()
         return waiting.lane
 
-    def _withdraw(self, waiting: _Waiting) -> None:
+    def _refuse(self, waiting: Waiting, refusal: JobError) -> None:
+        self._queue.remove(waiting)
+        waiting.refused = refusal
+        waiting.moved.set()
+
+    def _withdraw(self, waiting: Waiting) -> None:
         """Takes a job that will not run out of the queue, or out of its place."""
         if waiting.lane is not None:
-            self._leave(waiting.size_bytes, waiting.load, waiting.lane)
+            self._leave(waiting, waiting.lane)
         elif waiting in self._queue:
             self._queue.remove(waiting)
             self._admit_waiting()
 
-    def _leave(self, size_bytes: int, load: Load, lane: int) -> None:
-        self.lanes.take_away(load, lane)
-        self.running -= 1
+    def _leave(self, waiting: Waiting, lane: int) -> None:
+        self.lanes.take_away(waiting.load, lane)
+        for each in (waiting.account, self._all):
+            each.running -= 1
+            each.held_bytes -= waiting.size_bytes
         if not self.running:
             self._idle.set()
-        self._give_back(size_bytes)
-
-    def _give_back(self, size_bytes: int) -> None:
-        self.held_bytes -= size_bytes
         self._admit_waiting()
 
     def _admit_waiting(self) -> None:
-        while self._queue and self._fits(self._queue[0].size_bytes):
-            first = self._queue[0]
-            first.lane = self.lanes.put(first.load)
-            if first.lane is None:
-                break
-            self._queue.popleft()
-            self.held_bytes += first.size_bytes
-            self.running += 1
-            self._idle.clear()
-            first.moved.set()
+        while self._admit_next():
+            pass
         for waiting in self._queue:
             waiting.moved.set()
 
-    def _no_memory(self) -> JobError:
-        return _busy(
-            f"open calls and running jobs hold {self.held_bytes} of "
-            f"{self.memory_limit} bytes, and {len(self._queue)} jobs wait"
-        )
-
-    def _fits(self, size_bytes: int) -> bool:
-        return (
-            self.running < self.max_jobs
-            and self.held_bytes + size_bytes <= self.memory_limit
-        )
-
-
-def _busy(why: str) -> JobError:
-    return JobError(
-        Reason.BUSY,
-        f"the server is busy: {why}; try again in {RETRY_AFTER_S:g} s",
-        retry_after_s=RETRY_AFTER_S,
-    )
-
-
-def _draining() -> JobError:
-    return JobError(
-        Reason.DRAINING, "the server is about to stop and takes no new jobs"
-    )
+    def _admit_next(self) -> bool:
+        """Lets the job whose turn it is run; whether there is one that can."""
+        for first in self._queue.firsts():
+            account = first.account
+            if not account.has_room(first.size_bytes):
+                continue  # nobody but its own tenant stands in its way
+            if not self._all.has_room(first.size_bytes):
+                return False
+            first.lane = self.lanes.put(first.load)
+            if first.lane is None:
+                return False
+            self._queue.take_turn(first)
+            for each in (account, self._all):
+                each.held_bytes += first.size_bytes
+                each.running += 1
+            self._idle.clear()
+            first.moved.set()
+            return True
+        return False

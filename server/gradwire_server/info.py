@@ -10,6 +10,7 @@ from gradwire._version import VERSION
 from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse, Limits
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.limits import CONTRACT, MAX_PAYLOAD_BYTES
+from gradwire_server import tenants
 from gradwire_server.devices import device_message
 from gradwire_server.service import Service
 
@@ -22,6 +23,7 @@ def describe(service: Service, backend_reason: str) -> GetServerInfoResponse:
         backend_reason: Why its backend was chosen.
     """
     backend, admission = service.backend, service.admission
+    limits = admission.limits(tenants.current.get())
     return GetServerInfoResponse(
         version=VERSION,
         server_instance=service.instance,
@@ -34,9 +36,9 @@ def describe(service: Service, backend_reason: str) -> GetServerInfoResponse:
         backend_reason=backend_reason,
         dtypes=[dtype.proto_name for dtype in Dtype],
         limits=Limits(
-            memory_bytes=admission.memory_limit,
-            max_jobs=admission.max_jobs,
-            max_queue=admission.max_queue,
+            memory_bytes=limits.memory_limit or 0,
+            max_jobs=limits.max_jobs or 0,
+            max_queue=limits.max_queue or 0,
             max_columns=backend.max_columns,
             max_message_bytes=MAX_PAYLOAD_BYTES,
             idle_timeout_seconds=service.settings.idle_timeout,

@@ -14,6 +14,7 @@ import mmap
 import os
 import secrets
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TypeAlias
@@ -23,12 +24,16 @@ import numpy.typing as npt
 
 from gradwire.wire.limits import MAX_INT64, MIB
 from gradwire.wire.reasons import Reason
-from gradwire_server.admission import CALL_BYTES, RETRY_AFTER_S, Admission
+from gradwire_server.accounts import CALL_BYTES, busy
+from gradwire_server.admission import Admission
 from gradwire_server.errors import JobError
 
 MAX_REGIONS = 256
 """Most regions at once: each takes two descriptors of the process's, which
 connections need too."""
+
+_MAX_OF_TENANT = MAX_REGIONS // 4
+"""Most regions of one tenant, where there may be several."""
 
 COOKIE_BYTES = 32
 """Random bytes by which a client knows that it has opened the right file."""
@@ -138,7 +143,8 @@ class Regions:
         self._admission = admission
         self._adopt = adopt
         self._open: dict[str, Region] = {}
-        self._count = 0
+        self._counts: Counter[str] = Counter()
+        """How many each tenant has, those included that are being made."""
 
     @asynccontextmanager
     async def open(self, size_bytes: int, tenant: str = "") -> AsyncIterator[Region]:
@@ -156,22 +162,22 @@ class Regions:
             )
         size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         # Beside it, a job in it is a call of its own.
-        if size_bytes + 2 * CALL_BYTES > self._admission.memory_limit:
+        most = self._admission.most_of_calls(tenant)
+        if size_bytes + 2 * CALL_BYTES > most:
             raise JobError(
                 Reason.JOB_TOO_LARGE,
-                f"the region would hold {size_bytes} bytes: this server has "
-                f"{self._admission.memory_limit}",
+                f"the region would hold {size_bytes} bytes: this server has {most}",
                 field="size_bytes",
             )
-        if self._count >= MAX_REGIONS:
-            raise _busy(f"{self._count} regions are open, of at most {MAX_REGIONS}")
-        with self._admission.call(size_bytes):
-            self._count += 1
+        self._require_descriptors(tenant)
+        with self._admission.call(size_bytes, tenant):
+            self._counts[tenant] += 1
             try:
                 async with self._opened(size_bytes, tenant) as region:
                     yield region
             finally:
-                self._count -= 1
+                self._counts[tenant] -= 1
+                self._counts += Counter()  # forgets tenants that have none
 
     @contextmanager
     def used(self, tokens: Sequence[str], tenant: str = "") -> Iterator[list[Region]]:
@@ -202,6 +208,17 @@ class Regions:
                 found.append(region)
             yield found
 
+    def _require_descriptors(self, tenant: str) -> None:
+        count = self._counts.total()
+        if count >= MAX_REGIONS:
+            raise busy(f"{count} regions are open, of at most {MAX_REGIONS}", "regions")
+        own = self._counts[tenant]
+        if tenant and own >= _MAX_OF_TENANT:
+            raise busy(
+                f"{own} regions of your tenant are open, of at most {_MAX_OF_TENANT}",
+                "regions",
+            )
+
     @asynccontextmanager
     async def _opened(self, size_bytes: int, tenant: str) -> AsyncIterator[Region]:
         region = Region(size_bytes, self._adopt, tenant)
@@ -209,8 +226,8 @@ class Regions:
             try:
                 await region.take_pages()
             except OSError as error:
-                raise _busy(
-                    f"the machine has no {size_bytes} bytes to share"
+                raise busy(
+                    f"the machine has no {size_bytes} bytes to share", "memory"
                 ) from error
             self._open[region.token] = region
             yield region
@@ -224,11 +241,3 @@ def _allocate(fd: int, size_bytes: int, given_up: threading.Event) -> None:
         if given_up.is_set():
             return
         os.posix_fallocate(fd, first, min(_PIECE_BYTES, size_bytes - first))
-
-
-def _busy(why: str) -> JobError:
-    return JobError(
-        Reason.BUSY,
-        f"the server is busy: {why}; try again in {RETRY_AFTER_S:g} s",
-        retry_after_s=RETRY_AFTER_S,
-    )

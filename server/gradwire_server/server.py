@@ -98,6 +98,7 @@ class Server:
             memory_limit=machine_bytes() // 2 if limit is None else limit,
             max_jobs=self.settings.max_jobs,
             max_queue=self.settings.max_queue,
+            limits_of=None if self._gate is None else self._gate.limits_of,
             lanes=Lanes(
                 [
                     memory_limit(device, self.settings.device_memory_limit)

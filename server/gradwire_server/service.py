@@ -149,7 +149,9 @@ class Service:
         header = call.header
         call.reserved_bytes = host_bytes + header.backend_bytes
         load = load_of(header.spec, header.plan, header.device_bytes, call.counts)
-        async with self.admission.job(call.reserved_bytes, load, on_wait) as position:
+        async with self.admission.job(
+            call.reserved_bytes, load, on_wait, call.tenant
+        ) as position:
             call.queued_s = time.perf_counter() - call.started
             call.announced = header.announced[position]
             call.admitted = True
@@ -193,7 +195,7 @@ class Service:
                     spec, plan, self.backend, lane, call.counts, observe=observe
                 ) as job,
             ):
-                with self.admission.joins(others):
+                with self.admission.joins(others, call.tenant):
                     yield job, connections
 
     @asynccontextmanager

@@ -111,6 +111,17 @@ class Settings:
     """Whether asking for the server's health needs a token too. Probes of
     containers and load balancers have none."""
 
+    tenant_max_jobs: int | None = None
+    """Most jobs of one tenant that run at once. Unset: as many as of all
+    together. So it is with the other limits of a tenant, for all of which the
+    file of auth-tokens may have others for some."""
+
+    tenant_memory_limit: int | None = None
+    """Most bytes that the jobs and open calls of one tenant may hold."""
+
+    tenant_max_queue: int | None = None
+    """Most jobs of one tenant that wait for their turn."""
+
     idle_timeout: float = 60.0
     """Seconds after which a job is ended whose client does not send what the
     server waits for, or does not read what it was sent."""
@@ -161,6 +172,9 @@ _LEAST: dict[str, float] = {
     "device_memory_limit": 16 * MIB,
     "max_jobs": 1,
     "max_queue": 0,
+    "tenant_max_jobs": 1,
+    "tenant_memory_limit": 4 * MIB,
+    "tenant_max_queue": 0,
     "block_bytes": 1,
     "idle_timeout": 0.01,
     "grace": 0,

@@ -7,6 +7,7 @@ authentication all callers are one tenant, which has none.
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 MAX_NAME_LENGTH = 128
 """Characters of a tenant's name: it stands in every line of the log."""
@@ -19,6 +20,26 @@ there holds for the whole call and for no other.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What may be had at once; None where there is no limit."""
+
+    max_jobs: int | None = None
+    """Jobs that run."""
+    memory_limit: int | None = None
+    """Bytes that jobs and open calls hold."""
+    max_queue: int | None = None
+    """Jobs that wait."""
+
+    def within(self, other: Limits) -> Limits:
+        """The smaller one of each."""
+        return Limits(
+            _least(self.max_jobs, other.max_jobs),
+            _least(self.memory_limit, other.memory_limit),
+            _least(self.max_queue, other.max_queue),
+        )
+
+
 def is_name(text: object) -> bool:
     """Whether a tenant can be called so: printable ASCII, and not too long."""
     return (
@@ -27,3 +48,7 @@ def is_name(text: object) -> bool:
         and text.isascii()
         and text.isprintable()
     )
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)

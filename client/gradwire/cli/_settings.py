@@ -65,6 +65,7 @@ class ServeSettings(Settings):
     auth_jwt_audience: Annotated[str | None, _NAME] = Settings.auth_jwt_audience
     auth_jwt_issuer: Annotated[str | None, _NAME] = Settings.auth_jwt_issuer
     auth_jwt_claim: Annotated[str, _NAME] = Settings.auth_jwt_claim
+    tenant_memory_limit: Annotated[int | None, _SIZE] = Settings.tenant_memory_limit
     idle_timeout: Annotated[float, _SECONDS] = Settings.idle_timeout
     grace: Annotated[float, _SECONDS] = Settings.grace
 

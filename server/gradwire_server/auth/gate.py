@@ -14,10 +14,11 @@ from gradwire.wire.status import ErrorDetails, encode
 from gradwire_server import tenants
 from gradwire_server.auth.jwts import Expected, parse_keys
 from gradwire_server.auth.refused import RefusedError
-from gradwire_server.auth.tokens import parse_tokens
+from gradwire_server.auth.tokens import Tokens, parse_tokens
 from gradwire_server.auth.watched import Watched
 from gradwire_server.errors import CredentialsError
 from gradwire_server.settings import Settings
+from gradwire_server.tenants import Limits
 
 _log = logging.getLogger("gradwire_server")
 
@@ -45,11 +46,23 @@ class Gate(grpc.aio.ServerInterceptor):
 
     Args:
         registers: Where tokens are looked up, one after another.
+        limits: What a tenant may have of the server, unless the file of
+            tokens says otherwise.
+        tokens: That file.
         health_open: Whether anybody may ask for the server's health.
     """
 
-    def __init__(self, registers: Sequence[Watched[Any]], *, health_open: bool) -> None:
+    def __init__(
+        self,
+        registers: Sequence[Watched[Any]],
+        limits: Limits,
+        tokens: Watched[Tokens] | None,
+        *,
+        health_open: bool,
+    ) -> None:
         self._registers = registers
+        self._limits = limits
+        self._tokens = tokens
         self._health_open = health_open
 
     async def intercept_service(
@@ -65,6 +78,12 @@ class Gate(grpc.aio.ServerInterceptor):
             return _refusing(method, refused)
         tenants.current.set(name)
         return await continuation(handler_call_details)
+
+    def limits_of(self, tenant: str) -> Limits:
+        """What a tenant may have of the server."""
+        if self._tokens is None:
+            return self._limits
+        return self._tokens.value.limits_of(tenant, self._limits)
 
     def _tenant_of(self, metadata: Sequence[tuple[str, str | bytes]]) -> str:
         given = [value for key, value in metadata if key == HEADER]
@@ -95,15 +114,27 @@ def gate_of(settings: Settings) -> Gate | None:
         CredentialsError: A file that they name cannot be used.
     """
     registers: list[Watched[Any]] = []
+    tokens: Watched[Tokens] | None = None
     if settings.auth_tokens is not None:
-        registers.append(Watched(settings.auth_tokens, "the tokens file", parse_tokens))
+        tokens = Watched(settings.auth_tokens, "the tokens file", parse_tokens)
+        registers.append(tokens)
     expected = _expected(settings)
     if settings.auth_jwks is not None and expected is not None:
         parse = partial(parse_keys, expected=expected)
         registers.append(Watched(settings.auth_jwks, "the key set", parse))
-    if not registers:
-        return None
-    return Gate(registers, health_open=not settings.auth_health)
+    limits = Limits(
+        settings.tenant_max_jobs,
+        settings.tenant_memory_limit,
+        settings.tenant_max_queue,
+    )
+    if registers:
+        return Gate(registers, limits, tokens, health_open=not settings.auth_health)
+    if limits != Limits():
+        raise CredentialsError(
+            "a limit of tenants is given, and nobody is asked who they are: give "
+            "auth_tokens or auth_jwks"
+        )
+    return None
 
 
 def _expected(settings: Settings) -> Expected | None:

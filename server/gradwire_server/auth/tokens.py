@@ -5,6 +5,12 @@
     sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     created = 2026-11-26
 
+    [tenants.alice]
+    max-jobs = 4
+
+A section of a tenant has limits that are its own, instead of the server's
+settings tenant-max-jobs, tenant-memory-limit (in bytes) and tenant-max-queue.
+
 The file holds a token's SHA-256 alone, so whoever reads it can call nobody. A
 slow, salted hash as for passwords would add nothing: those are slow because
 passwords can be guessed, and 256 random bits cannot, however fast one tries.
@@ -19,10 +25,11 @@ import re
 import secrets
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from gradwire_server.tenants import MAX_NAME_LENGTH, is_name
+from gradwire.wire.limits import MIB
+from gradwire_server.tenants import MAX_NAME_LENGTH, Limits, is_name
 
 PREFIX = "gw_"
 """How every token begins, so that scanners find one that has leaked: tokens
@@ -65,12 +72,17 @@ class Tokens:
 
     Args:
         entries: What it says of them.
+        limits: Of the tenants that have limits of their own, these, by the
+            names of `Limits`.
 
     Raises:
-        ValueError: It names one twice.
+        ValueError: It names a token twice.
     """
 
-    def __init__(self, entries: list[Entry]) -> None:
+    def __init__(
+        self, entries: list[Entry], limits: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        self._limits = limits
         self._by_id = {entry.id: entry for entry in entries}
         if len(self._by_id) < len(entries):
             raise ValueError("a sha256 stands there twice")
@@ -88,6 +100,15 @@ class Tokens:
         if entry is None or not hmac.compare_digest(entry.sha256, digest):
             return None
         return entry.tenant
+
+    def limits_of(self, tenant: str, others: Limits) -> Limits:
+        """A tenant's limits.
+
+        Args:
+            tenant: Its name.
+            others: Those of tenants that have none of their own.
+        """
+        return replace(others, **self._limits.get(tenant, {}))
 
 
 def new_token(tenant: str, today: datetime.date) -> tuple[str, Entry]:
@@ -118,11 +139,17 @@ def parse_tokens(content: bytes) -> Tokens:
         document = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"it is no TOML file: {error}") from None
-    _require_keys(document, {"tokens"}, "the file")
+    _require_keys(document, {"tokens", "tenants"}, "the file")
     entries = document.get("tokens", [])
     if not isinstance(entries, list):
         raise ValueError(_NO_SECTIONS)  # noqa: TRY004 - a file is wrong, no argument
-    return Tokens([_entry(entry, at) for at, entry in enumerate(entries, 1)])
+    tenants = document.get("tenants", {})
+    if not isinstance(tenants, dict):
+        raise ValueError(_NO_TENANTS)  # noqa: TRY004 - a file is wrong, no argument
+    return Tokens(
+        [_entry(entry, at) for at, entry in enumerate(entries, 1)],
+        {tenant: _limits(fields, tenant) for tenant, fields in tenants.items()},
+    )
 
 
 def without(text: str, token_id: str) -> str:
@@ -161,6 +188,23 @@ def _entry(fields: object, at: int) -> Entry:
     return Entry(tenant, sha256, created)
 
 
+def _limits(fields: object, tenant: str) -> dict[str, int]:
+    if not is_name(tenant):
+        raise ValueError(_NO_NAME.format(what="a section [tenants.NAME] whose name"))
+    where = f"[tenants.{tenant}]"
+    if not isinstance(fields, dict):
+        raise ValueError(_NO_TENANTS)  # noqa: TRY004 - a file is wrong, no argument
+    _require_keys(fields, set(_LEAST), where)
+    for key, value in fields.items():
+        # In Python, true is a number too.
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < _LEAST[key]:
+            raise ValueError(
+                f"{where} has a {key} that is no whole number of at least {_LEAST[key]}"
+            )
+    return {key.replace("-", "_"): value for key, value in fields.items()}
+
+
 def _require_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
     unknown = sorted(table.keys() - known)
     if unknown:
@@ -173,6 +217,8 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
+_LEAST = {"max-jobs": 1, "memory-limit": 4 * MIB, "max-queue": 0}
+_NO_TENANTS = "tenants is no table of sections [tenants.NAME]"
 _NO_SECTIONS = "tokens is no list of sections [[tokens]]"
 _NO_NAME = (
     "{what} is no name: expected 1 to "

@@ -25,11 +25,11 @@ class Jobs:
         self.ends = {}
         self.tasks = {}
 
-    async def start(self, name, size_bytes=MIB, device_bytes=0):
+    async def start(self, name, size_bytes=MIB, device_bytes=0, tenant=""):
         self.told[name] = []
         self.ends[name] = asyncio.Event()
         self.tasks[name] = asyncio.ensure_future(
-            self._run(name, size_bytes, device_bytes)
+            self._run(name, size_bytes, device_bytes, tenant)
         )
         await self.settle()
 
@@ -42,12 +42,12 @@ class Jobs:
         for _ in range(10):
             await asyncio.sleep(0)
 
-    async def _run(self, name, size_bytes, device_bytes):
+    async def _run(self, name, size_bytes, device_bytes, tenant):
         async def on_wait(ahead):
             self.told[name].append(ahead)
 
         load = Load(1, 1, 1, device_bytes, Counts())
-        async with self.admission.job(size_bytes, load, on_wait) as lane:
+        async with self.admission.job(size_bytes, load, on_wait, tenant) as lane:
             self.running.append(name)
             self.lanes[name] = lane
             await self.ends[name].wait()

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from gradwire_server.auth.tokens import new_token, parse_tokens, sha256_of, without
+from gradwire_server.tenants import Limits
 from tests.credentials import make_tokens
 
 TODAY = datetime.date(2026, 11, 26)
@@ -92,3 +93,31 @@ def test_a_token_that_was_pasted_into_the_file_is_not_repeated(line):
 def test_a_token_is_made_for_a_name_only():
     with pytest.raises(ValueError, match="the tenant is no name"):
         new_token("", TODAY)
+
+
+def test_a_tenant_may_have_limits_of_its_own():
+    text = (
+        "[tenants.alice]\nmax-jobs = 4\n[tenants.'svc:x']\nmemory-limit = 8_000_000\n"
+    )
+    known = parse_tokens(text.encode())
+    others = Limits(2, None, 9)
+    assert known.limits_of("alice", others) == Limits(4, None, 9)
+    assert known.limits_of("svc:x", others) == Limits(2, 8_000_000, 9)
+    assert known.limits_of("bob", others) == others
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tenants = 3", "tenants is no table of sections"),
+        ("[tenants]\nalice = 3", "tenants is no table of sections"),
+        ("[tenants.alice]\nmax-job = 4", "alice. has a key that is none of max-jobs"),
+        ("[tenants.alice]\nmax-jobs = 0", "max-jobs that is no whole number of at"),
+        ("[tenants.alice]\nmax-jobs = true", "no whole number of at least 1"),
+        ("[tenants.alice]\nmemory-limit = '2GiB'", "of at least 4194304"),
+        ("[tenants.'é']\nmax-jobs = 1", "a section .* whose name is no name"),
+    ],
+)
+def test_limits_that_are_wrong_say_where(text, says):
+    with pytest.raises(ValueError, match=says):
+        parse_tokens(text.encode())
