@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -22,6 +23,10 @@ def server_address(server: ServerProcess) -> str:
     """Address of that server."""
     return server.address
 
+
+# Where there is a GPU, JAX takes three quarters of its memory otherwise, and the
+# tests' servers are there too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)

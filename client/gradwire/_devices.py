@@ -82,8 +82,14 @@ def to_host(value: Any) -> Any:
         return value.detach().cpu()
     if is_cupy_array(value):
         return value.get()
-    # What the array API standard says: ask for a copy on the CPU.
-    return np.from_dlpack(value, device="cpu", copy=True)
+    try:
+        # What the array API standard says: ask for a copy on the CPU.
+        return np.from_dlpack(value, device="cpu", copy=True)
+    except BufferError:
+        # NumPy takes no bfloat16 that way; JAX's arrays give a copy all the same.
+        if not hasattr(value, "__array__"):
+            raise
+        return np.asarray(value)
 
 
 def dtype_name(value: Any) -> str:

@@ -40,6 +40,14 @@ class OnDevice:
         return self._array.copy().__dlpack__(max_version=max_version)
 
 
+class ReadableOnDevice(OnDevice):
+    """As JAX has it: whoever asks for a NumPy array is given a copy, too."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        assert dtype is None
+        return self._array.copy()
+
+
 @pytest.fixture
 def torch() -> Any:
     return pytest.importorskip("torch")
@@ -75,6 +83,19 @@ def test_operands_are_copied_and_the_receipt_says_so(caller: Any, dtype: str) ->
     mixed = caller.gradients(OnDevice(operands[0]), *operands[1:])
     assert oracle.same_bits(mixed.dw, expected.dw)
     assert mixed.receipt.host_copy_bytes == operands[0].nbytes
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_what_dlpack_cannot_carry_is_copied_as_numpy_arrays_are(
+    caller: Any, dtype: str
+) -> None:
+    """NumPy takes no bfloat16 from others."""
+    operands = oracle.operands(150, 40, 30, dtype)
+    expected = caller.gradients(*operands)
+    result = caller.gradients(*map(ReadableOnDevice, operands))
+    for name in NAMES:
+        assert oracle.same_bits(getattr(result, name), getattr(expected, name))
+    assert result.receipt.host_copy_bytes == size_bytes(*operands)
 
 
 def test_float32_on_a_device_travels_in_half_the_bytes(streamer: Any) -> None:
