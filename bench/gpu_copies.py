@@ -6,6 +6,7 @@ come down, and the bus carries less of each then than of one alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bench.gpu_parts import Answer, Options, median
@@ -14,6 +15,16 @@ from gradwire_server.backends.device import Stream
 SIZE = 64 << 20
 _TIMES = 16
 _ROUNDS = 5
+
+
+def slowdown(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """By how much each direction is slower while the other one is used."""
+    rates = {row["copies"]: row for row in rows}
+    both = rates["both at once"]
+    return {
+        "up GB/s": rates["up alone"]["up GB/s"] / both["up GB/s"],
+        "down GB/s": rates["down alone"]["down GB/s"] / both["down GB/s"],
+    }
 
 
 def measure(options: Options) -> Answer:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu_copies import slowdown
 from bench.gpu_parts import Answer, Bound, Options, median
 from bench.work import Shape
 from gradwire.v1 import job_pb2
@@ -115,10 +116,23 @@ def _row(
     }
 
 
-def _bars(rows: Sequence[dict[str, Any]], _: dict[str, Any]) -> Iterable[Bound]:
+def _bars(rows: Sequence[dict[str, Any]], answers: dict[str, Any]) -> Iterable[Bound]:
     for row in rows:
         name = f"lane, {row['shape']} {row['dtype']}, over its longest stage"
         yield Bound(name, row["ratio"], MOST, at_least=False)
+        shared = answers.get("copies", {}).get("rows")
+        if shared:
+            ratio = row["ms"] / _longest_ms(row, slowdown(shared))
+            yield Bound(f"{name}, on a shared bus", ratio, MOST, at_least=False)
+
+
+def _longest_ms(row: dict[str, Any], slower: dict[str, float]) -> float:
+    """The longest stage, where copies go both ways at once."""
+    return max(
+        row["to_device alone ms"] * slower["up GB/s"],
+        row["computing alone ms"],
+        row["from_device alone ms"] * slower["down GB/s"],
+    )
 
 
 async def _job(

@@ -45,6 +45,27 @@ def test_shared_memory_is_compared_with_the_lane_at_the_same_shape():
     assert len(list(gpu_jobs._bars(rows, {}))) == 1  # the lane was not measured
 
 
+def test_what_a_lane_is_held_to_knows_that_copies_share_a_bus():
+    row = {
+        "shape": "8x4x4",
+        "dtype": "float32",
+        "ms": 12.0,
+        "to_device alone ms": 10.0,
+        "computing alone ms": 9.0,
+        "from_device alone ms": 8.0,
+        "ratio": 1.2,
+    }
+    copies = [
+        {"copies": "up alone", "up GB/s": 50.0, "down GB/s": 0.0},
+        {"copies": "down alone", "up GB/s": 0.0, "down GB/s": 60.0},
+        {"copies": "both at once", "up GB/s": 40.0, "down GB/s": 40.0},
+    ]
+    alone, shared = gpu_lane._bars([row], {"copies": {"rows": copies}})
+    assert (alone.seen, alone.holds) == (1.2, False)
+    assert (shared.seen, shared.holds) == (12 / 12.5, True)
+    assert len(list(gpu_lane._bars([row], {}))) == 1  # copies were not measured
+
+
 def test_a_hurry_means_fewer_rows_and_a_scale_smaller_sizes():
     shape = gpu_lane.JOBS[0][0]
     hurried = gpu_lane.scaled(shape, Options("numpy", quick=True, scale=16))
