@@ -34,6 +34,7 @@ _NO_SUCH_NAME = re.compile("DNS resolution failed|Domain name not found|lookup f
 _NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server|selected ALPN")
 _CONNECT_CAUSE = re.compile("(?:to remote host|connect failed: .* error): ?(.+)")
 _DISTRUSTED = re.compile("CERTIFICATE_VERIFY_FAILED: (.+?)(?:: OK)?$")
+_WRONG_NAME = re.compile("Hostname Verification Check failed|is not in peer certif")
 _NO_TLS = re.compile("WRONG_VERSION_NUMBER|HTTP_REQUEST|HTTPS_PROXY_REQUEST")
 _HANDSHAKE = re.compile("(?:Tls handshake failed|security handshaker)(.*)")
 _NOBODY = re.compile("refused|No such file")
@@ -158,7 +159,7 @@ def _handshake(endpoint: Endpoint, text: str) -> str | None:
             f"the certificate of the server at {endpoint} is not trusted: no authority"
             f" {signers} vouches for it ({distrusted[1]})"
         )
-    if "Hostname Verification Check failed" in text:
+    if _WRONG_NAME.search(text):
         name = endpoint.tls.server_name
         return (
             f"the certificate of the server at {endpoint} is for another name than"

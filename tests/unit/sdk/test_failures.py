@@ -138,6 +138,29 @@ def test_an_unavailable_server_is_told_apart_in_a_sentence(
     assert str(error) == sentence
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Custom verification check failed with error: UNAUTHENTICATED: Hostname"
+        " Verification Check failed.",
+        "Peer name gpu-node is not in peer certificate",  # grpcio 1.76
+    ],
+)
+def test_a_certificate_for_another_name_is_no_matter_of_grpcs_version(
+    text: str,
+) -> None:
+    text = (
+        f"failed to connect to all addresses; last error: UNKNOWN: ipv4:::1:1: {text}"
+    )
+    outcome = Outcome(grpc.StatusCode.UNAVAILABLE, text)
+    error = call_error(outcome, Endpoint("gpu-node:50051", tls=True))
+    assert type(error) is gradwire.TlsError
+    assert str(error) == (
+        "the certificate of the server at gpu-node:50051 is for another name than the"
+        " host there; tls.server_name names the one to expect"
+    )
+
+
 def test_a_server_of_another_kind_is_named_as_such() -> None:
     error = call_error(
         Outcome(grpc.StatusCode.UNIMPLEMENTED, "Method not found!"), ADDRESS
