@@ -91,7 +91,8 @@ class Settings:
 
     auth_tokens: Path | None = None
     """File of hashed tokens with the tenant of each, see gradwire token. Where
-    it or auth-jwks is given, every call needs a token."""
+    this, auth-jwks or auth-certificates is given, every call has to prove its
+    tenant."""
 
     auth_jwks: Path | None = None
     """JSON Web Key Set with the public keys of an issuer whose JWTs are taken
@@ -106,6 +107,11 @@ class Settings:
 
     auth_jwt_claim: str = "sub"
     """Claim of a JWT that names the tenant."""
+
+    auth_certificates: bool = False
+    """Whether a client that sends no token is the tenant that its certificate
+    names: by its common name, or else by its one alternative name. Needs
+    tls-client-ca."""
 
     auth_health: bool = False
     """Whether asking for the server's health needs a token too. Probes of

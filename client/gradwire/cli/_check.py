@@ -60,17 +60,17 @@ def check(
 
     Args:
         address: The server: HOST:PORT or unix:PATH.
-        security: Whether and how it is asked for TLS.
+        security: How it and the caller prove who they are.
         seed: Of the random operands; with the same seed, the same operands.
         as_json: Print one JSON object instead of a table.
         connect_timeout: How long to wait for the server to answer at all.
         timeout: How long one job may take.
     """
-    tls, began = security.wanted, time.perf_counter()
+    began = time.perf_counter()
     findings: list[Finding] = []
     try:
         with (
-            connected(address, tls, connect_timeout, timeout) as (client, name),
+            connected(address, security, connect_timeout, timeout) as (client, name),
             console(sys.stderr).status(f"checking {name}") as status,
         ):
             offered = {Dtype.named(label) for label in client.server_info().dtypes}

@@ -94,7 +94,7 @@ def compute(
         results: Wanted results: some of y,dx,dw. By default all that the
             given files suffice for.
         address: The server: HOST:PORT or unix:PATH.
-        security: Whether and how it is asked for TLS.
+        security: How it and the caller prove who they are.
         dtype: What raw 2-byte elements are, as which NumPy saves bfloat16.
         result_dtype: Dtype of the results, or of some (dw=float32); by
             default the operands'.
@@ -112,7 +112,7 @@ def compute(
     given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
     paths = {operand: path for operand, path in given.items() if path is not None}
     wanted = wanted_results(results, paths)
-    dtypes, tls = result_dtypes(result_dtype, wanted), security.wanted
+    dtypes = result_dtypes(result_dtype, wanted)
     with ExitStack() as stack:
         operands = open_operands(
             paths, wanted, stack, raw_as_bfloat16=dtype == "bfloat16"
@@ -124,7 +124,7 @@ def compute(
         show = sys.stderr.isatty() and not quiet
         # The files get their names after this: who interrupts finds none.
         with (
-            connected(address, tls, connect_timeout, timeout) as (client, server),
+            connected(address, security, connect_timeout, timeout) as (client, server),
             _progress_bar(show=show) as on_progress,
         ):
             stream = client.stream(

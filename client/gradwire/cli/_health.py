@@ -11,7 +11,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gradwire._endpoint import Endpoint
 from gradwire._failures import connect_error
 from gradwire._options import parse_timeout
-from gradwire._tls import Tls
 from gradwire.cli._errors import CommandError, ExitStatus
 from gradwire.cli._options import (
     DEFAULT_ADDRESS,
@@ -44,34 +43,34 @@ def health(
 
     Args:
         address: The server: HOST:PORT or unix:PATH.
-        security: Whether and how it is asked for TLS.
+        security: How it and the caller prove who they are.
         timeout: How long to wait for an answer.
     """
     address = address or DEFAULT_ADDRESS
-    status = ask(address, timeout, security.wanted)
+    status = ask(Endpoint(address, security.wanted, security.token), timeout)
     if status != "SERVING":
         raise CommandError(f"the server at {address} takes no jobs: it is {status}")
     sys.stdout.write(f"the server at {address} takes jobs: it is SERVING\n")
     return ExitStatus.OK
 
 
-def ask(address: str, timeout_s: float, tls: Tls | None) -> str:
+def ask(endpoint: Endpoint, timeout_s: float) -> str:
     """The name of the server's health status (``SERVING``, ``NOT_SERVING``).
 
     Raises:
         ConnectError: It did not answer.
     """
-    endpoint = Endpoint(address, tls)
     with endpoint.channel() as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
+            check = endpoint.authorized(health_pb2_grpc.HealthStub(channel).Check)
+            answer = check(
                 health_pb2.HealthCheckRequest(),
                 timeout=parse_timeout(timeout_s, "the timeout"),
             )
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 raise CommandError(
-                    f"the server at {address} does not speak the health protocol; "
+                    f"the server at {endpoint} does not speak the health protocol; "
                     "a gradwire server does where gradwire[server] is installed"
                 ) from error
             raise connect_error(error, endpoint, timeout_s) from error

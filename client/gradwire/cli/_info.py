@@ -38,13 +38,16 @@ def info(
 
     Args:
         address: The server: HOST:PORT or unix:PATH.
-        security: Whether and how it is asked for TLS.
+        security: How it and the caller prove who they are.
         as_json: Print one JSON object instead of a table.
         timeout: How long to wait for an answer.
     """
     address = address or DEFAULT_ADDRESS
     with gradwire.connect(
-        address, connect_timeout_s=timeout, tls=security.wanted
+        address,
+        connect_timeout_s=timeout,
+        tls=security.wanted,
+        token=security.token,
     ) as client:
         answer = client.server_info()
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -9,6 +10,7 @@ from typing import Annotated, TypeAlias
 from cyclopts import Parameter
 
 from gradwire import Tls
+from gradwire.cli._errors import CommandError
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Where ``gradwire serve`` listens unless it is told otherwise."""
@@ -36,7 +38,7 @@ def _tls_file(variable: str) -> Parameter:
 
 @dataclass(frozen=True)
 class Security:
-    """How the server at ``--address`` proves who it is, and the command itself.
+    """How the server at ``--address`` proves who it is, and how the caller does.
 
     The variables have names of their own: ``GRADWIRE_TLS_CERT`` is the
     certificate of a server that may run beside this command.
@@ -62,6 +64,30 @@ class Security:
     """The name that the server's certificate is for, where that is not the
     host in the address."""
 
+    token_file: Annotated[
+        Path | None, Parameter(metavar="FILE", env_var="GRADWIRE_TOKEN_FILE")
+    ] = None
+    """File with the token to send to a server that asks for one. The variable
+    GRADWIRE_TOKEN may hold the token itself. No flag does: everybody on this
+    host sees the arguments of every command, and shells keep them."""
+
+    @property
+    def token(self) -> str | None:
+        """The token, if one is to be sent.
+
+        Raises:
+            CommandError: The file cannot be read.
+        """
+        if self.token_file is None:
+            return os.environ.get("GRADWIRE_TOKEN", "").strip() or None
+        try:
+            return self.token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            cause = getattr(error, "strerror", None) or "it is no text"
+            raise CommandError(
+                f"the token file {self.token_file} cannot be read: {cause}"
+            ) from None
+
     @property
     def wanted(self) -> Tls | None:
         """What `gradwire.connect` takes; None: in plaintext."""
@@ -72,4 +98,4 @@ class Security:
 PLAINTEXT = Security()
 
 SecurityOptions: TypeAlias = Annotated[Security, Parameter(name="*")]
-"""``--tls`` and those that begin so."""
+"""``--tls``, those that begin so, and ``--token-file``."""

@@ -6,15 +6,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from gradwire import Client, Tls
+from gradwire import Client
 from gradwire.cli._errors import CommandError
 from gradwire.cli._interrupts import signals_call
+from gradwire.cli._options import Security
 
 
 @contextmanager
 def connected(
     address: str | None,
-    tls: Tls | None,
+    security: Security,
     connect_timeout_s: float,
     timeout_s: float | None,
 ) -> Iterator[tuple[Client, str]]:
@@ -22,7 +23,7 @@ def connected(
 
     Args:
         address: Of the server; None: of a private one.
-        tls: What the one at the address is asked for.
+        security: How the one at the address and its caller prove who they are.
         connect_timeout_s: Seconds that it has to answer.
         timeout_s: Seconds for each job.
 
@@ -36,8 +37,12 @@ def connected(
     with ExitStack() as stack:
         name = address or "a private server in this process"
         if address is None:
-            address, tls = stack.enter_context(_private_server()), None
-        client = stack.enter_context(Client(address, timeout_s=timeout_s, tls=tls))
+            address, tls, token = stack.enter_context(_private_server()), None, None
+        else:
+            tls, token = security.wanted, security.token
+        client = stack.enter_context(
+            Client(address, timeout_s=timeout_s, tls=tls, token=token)
+        )
         stack.enter_context(signals_call(client.close))
         client.handshake(connect_timeout_s)
         yield client, name

@@ -12,6 +12,8 @@ import grpc
 from gradwire.wire.reasons import Reason
 from gradwire.wire.status import ErrorDetails, encode
 from gradwire_server import tenants
+from gradwire_server.auth import certificates
+from gradwire_server.auth.certificates import Context, Handler
 from gradwire_server.auth.jwts import Expected, parse_keys
 from gradwire_server.auth.refused import RefusedError
 from gradwire_server.auth.tokens import Tokens, parse_tokens
@@ -22,7 +24,6 @@ from gradwire_server.tenants import Limits
 
 _log = logging.getLogger("gradwire_server")
 
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Continuation: TypeAlias = Callable[
     [grpc.HandlerCallDetails], Awaitable["Handler | None"]
 ]
@@ -49,6 +50,8 @@ class Gate(grpc.aio.ServerInterceptor):
         limits: What a tenant may have of the server, unless the file of
             tokens says otherwise.
         tokens: That file.
+        certificates: Whether who sends no token is the tenant that the client's
+            certificate names.
         health_open: Whether anybody may ask for the server's health.
     """
 
@@ -58,8 +61,10 @@ class Gate(grpc.aio.ServerInterceptor):
         limits: Limits,
         tokens: Watched[Tokens] | None,
         *,
+        certificates: bool,
         health_open: bool,
     ) -> None:
+        self._certificates = certificates
         self._registers = registers
         self._limits = limits
         self._tokens = tokens
@@ -72,11 +77,20 @@ class Gate(grpc.aio.ServerInterceptor):
         method = _text(handler_call_details.method)
         if self._health_open and method.startswith(_HEALTH):
             return await continuation(handler_call_details)
+        metadata = handler_call_details.invocation_metadata or ()
+        given = [_text(value) for key, value in metadata if key == HEADER]
+        if not given and self._certificates:
+            handler = await continuation(handler_call_details)
+            let_in = partial(_let_in_by_certificate, method)
+            return None if handler is None else certificates.after(let_in, handler)
         try:
-            name = self._tenant_of(handler_call_details.invocation_metadata or ())
+            tenants.current.set(self._tenant_of(given))
         except RefusedError as refused:
-            return _refusing(method, refused)
-        tenants.current.set(name)
+            # As a stream, however the method is: gRPC reads the message of a
+            # method that has one before it calls anybody.
+            return grpc.stream_stream_rpc_method_handler(
+                partial(_refuse_unread, method, refused)
+            )
         return await continuation(handler_call_details)
 
     def limits_of(self, tenant: str) -> Limits:
@@ -85,15 +99,10 @@ class Gate(grpc.aio.ServerInterceptor):
             return self._limits
         return self._tokens.value.limits_of(tenant, self._limits)
 
-    def _tenant_of(self, metadata: Sequence[tuple[str, str | bytes]]) -> str:
-        given = [value for key, value in metadata if key == HEADER]
+    def _tenant_of(self, given: Sequence[str]) -> str:
         if not given:
-            raise RefusedError(
-                "this server asks for credentials: send the metadata authorization: "
-                "Bearer TOKEN",
-                why="no credentials",
-            )
-        scheme, _, token = _text(given[0]).partition(" ")
+            raise _none_given()
+        scheme, _, token = given[0].partition(" ")
         if len(given) > 1 or scheme.lower() != "bearer" or not token.strip():
             raise RefusedError(
                 "the metadata authorization is not one Bearer TOKEN",
@@ -127,12 +136,23 @@ def gate_of(settings: Settings) -> Gate | None:
         settings.tenant_memory_limit,
         settings.tenant_max_queue,
     )
-    if registers:
-        return Gate(registers, limits, tokens, health_open=not settings.auth_health)
+    if settings.auth_certificates and settings.tls_client_ca is None:
+        raise CredentialsError(
+            "auth_certificates is set without tls_client_ca: clients show no "
+            "certificates then"
+        )
+    if registers or settings.auth_certificates:
+        return Gate(
+            registers,
+            limits,
+            tokens,
+            certificates=settings.auth_certificates,
+            health_open=not settings.auth_health,
+        )
     if limits != Limits():
         raise CredentialsError(
             "a limit of tenants is given, and nobody is asked who they are: give "
-            "auth_tokens or auth_jwks"
+            "auth_tokens, auth_jwks or auth_certificates"
         )
     return None
 
@@ -156,27 +176,46 @@ def _expected(settings: Settings) -> Expected | None:
     return Expected(audience, issuer, claim)
 
 
-def _refusing(method: str, refused: RefusedError) -> Handler:
-    async def refuse(
-        _: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> None:
-        reason = Reason.CREDENTIALS_INVALID
-        _log.warning(
-            "refused",
-            extra={
-                "method": method[:_SHOWN],
-                "outcome": reason.status.name,
-                "reason": reason,
-                "error": refused.why,
-                "peer": context.peer(),
-            },
-        )
-        trailer = encode(reason.status, refused.told, ErrorDetails(reason))
-        await context.abort(reason.status, refused.told, trailer)
+async def _let_in_by_certificate(method: str, context: Context) -> None:
+    try:
+        name = certificates.tenant_of(context)
+        if name is None:
+            raise _none_given()
+    except RefusedError as refused:
+        await _refuse(method, refused, context)
+    else:
+        tenants.current.set(name)
 
-    # As a stream, however the method is: gRPC reads the message of a method
-    # that has one before it calls anybody.
-    return grpc.stream_stream_rpc_method_handler(refuse)
+
+async def _refuse_unread(
+    method: str, refused: RefusedError, _: AsyncIterator[bytes], context: Context
+) -> None:
+    await _refuse(method, refused, context)
+
+
+async def _refuse(method: str, refused: RefusedError, context: Context) -> None:
+    """Ends a call, and says so in the log."""
+    reason = Reason.CREDENTIALS_INVALID
+    _log.warning(
+        "refused",
+        extra={
+            "method": method[:_SHOWN],
+            "outcome": reason.status.name,
+            "reason": reason,
+            "error": refused.why,
+            "peer": context.peer(),
+        },
+    )
+    trailer = encode(reason.status, refused.told, ErrorDetails(reason))
+    await context.abort(reason.status, refused.told, trailer)
+
+
+def _none_given() -> RefusedError:
+    return RefusedError(
+        "this server asks for credentials: send the metadata authorization: "
+        "Bearer TOKEN",
+        why="no credentials",
+    )
 
 
 def _text(value: str | bytes) -> str:

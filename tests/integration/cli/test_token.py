@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gradwire.cli._app import run
+from gradwire_server import Settings, start_in_thread
 from gradwire_server.auth.tokens import parse_tokens
 from tests.integration.cli.conftest import refusal_here
 
@@ -82,3 +85,44 @@ def test_what_cannot_be_done_is_a_sentence(
         refused = refusal_here(capsys, "token", *command, "--file", file)
         assert "is no tokens file: tokens is no list" in refused
     assert file.read_text() == "tokens = 1"
+
+
+def test_commands_send_the_token_of_a_file_or_of_the_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("GRADWIRE_")]:
+        monkeypatch.delenv(name)
+    tokens = tmp_path / "tokens.toml"
+    mine = tmp_path / "mine"
+    mine.write_text(out_of(capsys, "new", "alice", "--file", tokens))
+    x, w = tmp_path / "x.npy", tmp_path / "w.npy"
+    np.save(x, np.ones((3, 2)))
+    np.save(w, np.ones((2, 4)))
+    settings = Settings(
+        listen=("127.0.0.1:0",), backend="numpy", auth_tokens=tokens, auth_health=True
+    )
+    with start_in_thread(settings) as server:
+        (address,) = server.addresses
+        commands = (
+            ["info"],
+            ["health"],
+            ["compute", "--x", x, "--w", w, "--out", tmp_path / "out", "--force"],
+        )
+        for command in commands:
+            asked = [*map(str, command), "--address", address]
+            assert "asks for credentials" in refusal_here(capsys, *asked)
+            assert run([*asked, "--token-file", str(mine)]) == 0
+            monkeypatch.setenv("GRADWIRE_TOKEN", mine.read_text())
+            assert run(asked) == 0
+            monkeypatch.delenv("GRADWIRE_TOKEN")
+            capsys.readouterr()
+        nothing = str(tmp_path / "nothing")
+        refused = refusal_here(
+            capsys, "info", "--address", address, "--token-file", nothing
+        )
+        assert f"the token file {nothing} cannot be read: No such file" in refused
+    refused = refusal_here(
+        capsys, "info", "--address", "gpu-node:1", "--token-file", mine
+    )
+    assert "would go to gpu-node:1 in plaintext" in refused
+    assert mine.read_text().strip() not in refused

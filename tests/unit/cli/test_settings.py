@@ -69,6 +69,7 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     "auth_jwt_audience": ("gradwire", "gradwire", '"gradwire"'),
     "auth_jwt_issuer": ("https://a.test", "https://a.test", '"https://a.test"'),
     "auth_jwt_claim": ("team", "team", '"team"'),
+    "auth_certificates": ("true", True, "true"),
     "auth_health": ("true", True, "true"),
     "tenant_max_jobs": ("3", 3, "3"),
     "tenant_memory_limit": ("3GiB", 3 * 2**30, '"3GiB"'),

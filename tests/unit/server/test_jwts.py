@@ -138,8 +138,10 @@ def test_without_the_package_it_is_said_what_to_install(monkeypatch):
     [
         ({"auth_jwks": "k"}, "auth_jwks needs auth_jwt_audience, auth_jwt_issuer and"),
         ({"auth_jwt_issuer": ISSUER}, "are for JWTs, and there is no auth_jwks"),
+        ({"auth_certificates": True}, "auth_certificates is set without tls_client_ca"),
+        ({"tenant_max_jobs": 1}, "a limit of tenants is given, and nobody is asked"),
     ],
 )
-def test_settings_of_jwts_go_together(given, says):
+def test_settings_that_need_others_say_which(given, says):
     with pytest.raises(CredentialsError, match=says):
         gate_of(Settings(**given))
