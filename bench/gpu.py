@@ -31,8 +31,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_copies, gpu_device, gpu_jobs, gpu_lane, machine, report
-from bench.gpu_parts import Answer, Bound, Options, verdict
+from bench import bound, gpu_copies, gpu_device, gpu_jobs, gpu_lane, machine, report
+from bench.bound import Bound
+from bench.gpu_parts import Answer, Options
 from gradwire_server import Settings, backends
 
 OUT = Path(__file__).parent / "out"
@@ -75,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {"about": about, "parts": answers, "bars": [asdict(b) for b in bounds]}
         path.write_text(json.dumps(found, indent=1) + "\n")
     if bounds:
-        head = ("bar", "seen", "bound", "")
-        print(f"\n{report.table(map(verdict, bounds), head, texts=1)}")
+        print(f"\n{bound.table(bounds)}")
     print(f"\nEverything is in {path}.", file=sys.stderr)
     return int(any("error" in answer for answer in answers.values()))
 

@@ -11,7 +11,8 @@ import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.gpu_parts import Answer, Bound, Options, median
+from bench.bound import Bound
+from bench.gpu_parts import Answer, Options, median
 from gradwire.wire.dtypes import Dtype
 from gradwire_server.backends import cublas
 from gradwire_server.backends.cublas import Compute, DeviceMatrix

@@ -11,8 +11,9 @@ from typing import Any
 
 import gradwire
 from bench import gpu_lane
+from bench.bound import Bound
 from bench.contenders.server_process import ServerProcess
-from bench.gpu_parts import Answer, Bound, Options, median
+from bench.gpu_parts import Answer, Options, median
 from bench.work import Array, Shape, copied, empty_results, operands, products
 
 CHANNELS = (1, 2, 4, 8)

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.bound import Bound
 from bench.gpu_copies import slowdown
-from bench.gpu_parts import Answer, Bound, Options, median
+from bench.gpu_parts import Answer, Options, median
 from bench.work import Shape
 from gradwire.v1 import job_pb2
 from gradwire.wire.dtypes import Dtype

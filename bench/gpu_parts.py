@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench import report
+from bench.bound import Bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,33 +28,6 @@ class Options:
     def scaled(self, size: int) -> int:
         """A size, as it was asked for."""
         return max(size // self.scale, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """A figure, and how small or large it has to be."""
-
-    name: str
-    seen: float
-    bound: float
-    at_least: bool
-    """Whether more is better."""
-
-    @property
-    def holds(self) -> bool:
-        """Whether the figure is within its bound."""
-        return self.seen >= self.bound if self.at_least else self.seen <= self.bound
-
-
-def verdict(bound: Bound) -> tuple[str, ...]:
-    """A row of the table of bars."""
-    word = "at least" if bound.at_least else "at most"
-    return (
-        bound.name,
-        f"{bound.seen:.3f}",
-        f"{word} {bound.bound:.2f}",
-        "holds" if bound.holds else "FAILS",
-    )
 
 
 def _no_bounds(_: Sequence[dict[str, Any]], __: dict[str, Any]) -> list[Bound]:

@@ -34,6 +34,8 @@ from typing import Any
 import grpc
 
 import gradwire
+from bench import bound
+from bench.bound import Bound
 from bench.contenders.gradwire_sdk import Gradwire
 from bench.contenders.server_process import HOST, ServerProcess, say_ready
 from bench.work import Shape, operands
@@ -61,10 +63,7 @@ def main() -> int:
         server.close()
         echo.stop()
     print(json.dumps({name: round(value, 6) for name, value in found.items()}))
-    for bar, (value, most) in _bars(found).items():
-        print(
-            f"{'reached' if value <= most else 'MISSED '} {bar}: {value:.2f} ({most})"
-        )
+    print(bound.table(bars(found)))
     return 0
 
 
@@ -128,18 +127,25 @@ def _processors_busy(
         found[f"{when}_{name}_processors"] = (cpu_s(pid) - before[name]) / took
 
 
-def _bars(found: dict[str, float]) -> dict[str, tuple[float, float]]:
-    return {
-        "small over empty call": (found["small_call_s"] / found["empty_call_s"], 1.6),
-        "99th percentile beside a large job over median alone": (
-            found["beside_p99_s"] / found["small_call_s"],
-            5,
+def bars(found: dict[str, float]) -> list[Bound]:
+    """How long the calls may take, over what they take otherwise."""
+    return [
+        Bound(
+            "small call over empty one",
+            found["small_call_s"] / found["empty_call_s"],
+            1.6,
         ),
-        "large job beside small calls over alone": (
+        Bound(
+            "small call's 99th percentile beside a large job over its median alone",
+            found["beside_p99_s"] / found["small_call_s"],
+            5.0,
+        ),
+        Bound(
+            "large job beside small calls over alone",
             found["large_beside_s"] / found["large_alone_s"],
             1.5,
         ),
-    }
+    ]
 
 
 def _in_turns(calls: list[Callable[[], Any]], seconds: float) -> list[list[float]]:

@@ -1,0 +1,38 @@
+"""Figures that have to be so small, or so large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bench import report
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A figure, and how small or large it has to be."""
+
+    name: str
+    seen: float
+    bound: float
+    at_least: bool = False
+    """Whether more is better."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the figure is within its bound."""
+        return self.seen >= self.bound if self.at_least else self.seen <= self.bound
+
+
+def table(bounds: Iterable[Bound]) -> str:
+    """The figures, and what holds."""
+    body = [
+        (
+            bound.name,
+            f"{bound.seen:.3f}",
+            f"{'at least' if bound.at_least else 'at most'} {bound.bound:.2f}",
+            "holds" if bound.holds else "FAILS",
+        )
+        for bound in bounds
+    ]
+    return report.table(body, ("bar", "seen", "bound", ""), texts=1)
