@@ -69,7 +69,7 @@ class Endpoint:
         Raises:
             InputError: It does.
         """
-        if not self.private and any(key == HEADER for key, _ in metadata):
+        if any(key == HEADER for key, _ in metadata) and not self.private:
             raise InputError(
                 f"metadata holds {HEADER}, which would go to {self.address} in"
                 " plaintext: give tls, or everybody on the way can read it"

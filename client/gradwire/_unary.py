@@ -78,6 +78,8 @@ class UnaryExchange:
         return receipt_of(response.receipt, response.accepted)
 
     def _report(self, *, sent: bool, received: int) -> None:
+        if self._plan.options.on_progress is None:
+            return  # what it would be told takes longer than saying nothing
         m = self._job.m
         self._reporter.report(
             bytes_sent=self._plan.upload_bytes(m) if sent else 0,
