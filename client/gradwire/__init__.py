@@ -47,6 +47,7 @@ from gradwire._exceptions import (
     TlsError,
     UnavailableError,
     UnsupportedError,
+    VerificationError,
 )
 from gradwire._retrying import RetryPolicy
 from gradwire._sync import Client, connect
@@ -63,6 +64,7 @@ from gradwire._types import (
     ServerInfo,
     ServerLimits,
 )
+from gradwire._verify import Verify
 from gradwire.wire.reasons import Reason
 
 __all__ = [
@@ -109,5 +111,7 @@ __all__ = [
     "TlsError",
     "UnavailableError",
     "UnsupportedError",
+    "VerificationError",
+    "Verify",
     "connect",
 ]

@@ -53,6 +53,7 @@ from gradwire._types import (
     ServerInfo,
     server_info_of,
 )
+from gradwire._verify import VerifyLike
 from gradwire.v1.gradient_service_pb2 import (
     GetServerInfoRequest,
     GetServerInfoResponse,
@@ -82,6 +83,7 @@ class AsyncClient(BaseClient):
         token: Sent with every call; see `connect`. What returns one is called
             on the event loop, which it must not keep.
         retries: When a call that failed is made again; see `connect`.
+        verify: How results are checked here; see `connect`.
 
     Raises:
         InputError: The address, the transport or the number is none, or a
@@ -104,6 +106,7 @@ class AsyncClient(BaseClient):
         tls: Tls | bool | None = None,
         token: TokenLike | None = None,
         retries: RetriesLike = True,
+        verify: VerifyLike = None,
     ) -> None:
         super().__init__(
             address,
@@ -114,6 +117,7 @@ class AsyncClient(BaseClient):
             tls=tls,
             token=token,
             retries=retries,
+            verify=verify,
         )
         self._closing = asyncio.Event()
         self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
@@ -209,6 +213,7 @@ class AsyncClient(BaseClient):
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
+        verify: VerifyLike = None,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
@@ -233,6 +238,7 @@ class AsyncClient(BaseClient):
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
+            verify=verify,
             timeout_s=timeout_s,
             on_progress=on_progress,
             request_id=request_id,
@@ -254,6 +260,7 @@ class AsyncClient(BaseClient):
         wire_dtype: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
+        verify: VerifyLike = None,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
@@ -277,6 +284,7 @@ class AsyncClient(BaseClient):
             wire_dtype=wire_dtype,
             allow_tf32=allow_tf32,
             checksum=checksum,
+            verify=verify,
             timeout_s=timeout_s,
             on_progress=on_progress,
             request_id=request_id,
@@ -299,6 +307,7 @@ class AsyncClient(BaseClient):
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
+        verify: VerifyLike = None,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
@@ -323,6 +332,7 @@ class AsyncClient(BaseClient):
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
+            verify=verify,
             timeout_s=timeout_s,
             on_progress=on_progress,
             request_id=request_id,
@@ -346,6 +356,7 @@ class AsyncClient(BaseClient):
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
+        verify: VerifyLike = None,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
@@ -378,6 +389,7 @@ class AsyncClient(BaseClient):
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
+            verify=verify,
             timeout_s=timeout_s,
             on_progress=on_progress,
             request_id=request_id,
@@ -390,8 +402,10 @@ class AsyncClient(BaseClient):
     async def _run(self, job: ArrayJob) -> Receipt:
         attempts = self._attempts(job.plan.options)
         attempt = partial(self._computed, job, attempts)
-        receipt = await self._retried(attempts, attempt)
-        return self._keep(job.delivered(attempts.told(receipt)))
+        receipt = attempts.told(await self._retried(attempts, attempt))
+        if job.to_verify:
+            receipt = await asyncio.to_thread(job.verified, receipt, self._address)
+        return self._keep(job.delivered(receipt))
 
     async def _retried(
         self, attempts: Attempts, attempt: Callable[[], Awaitable[_Result]]

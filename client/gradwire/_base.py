@@ -42,6 +42,8 @@ from gradwire._tls import Tls
 from gradwire._token import TokenLike
 from gradwire._types import Array, Receipt, ServerInfo
 from gradwire._unary import UnaryExchange
+from gradwire._verify import VerifyLike, parse_verify
+from gradwire._verifying import Computed, Verifier
 from gradwire.wire import limits
 from gradwire.wire.matrices import Matrix
 
@@ -100,6 +102,25 @@ class ArrayJob:
         """What a connection of the stream sends after its opening."""
         return exchange.array_messages(self.operands, connection)
 
+    @property
+    def to_verify(self) -> bool:
+        """Whether results shall be checked before they are handed back."""
+        return bool(self.plan.options.verify)
+
+    def verified(self, receipt: Receipt, address: str) -> Receipt:
+        """Results are right, as far as the caller wants that checked.
+
+        Raises:
+            VerificationError: One is wrong.
+        """
+        if not self.plan.options.verify:
+            return receipt
+        w = self.operands.get(Matrix.W)
+        verifier = Verifier(self.plan, w, self.plan.options.verify)
+        by = Computed.of(receipt, address)
+        verifier.check_arrays(self.operands, self.present_outputs(), receipt.m, by)
+        return replace(receipt, verifying_s=verifier.seconds)
+
     def delivered(self, receipt: Receipt) -> Receipt:
         """Results are where the caller wants them; what became of the job.
 
@@ -157,8 +178,10 @@ class BaseClient:
         tls: Tls | bool | None = None,
         token: TokenLike | None = None,
         retries: RetriesLike = True,
+        verify: VerifyLike = None,
     ) -> None:
         self._retries = Retries(parse_retries(retries))
+        self._verify = parse_verify(verify)
         self._channels = parse_channels(channels)
         self._one_until = 0.0
         self._memory = ResultPool()
@@ -242,7 +265,15 @@ class BaseClient:
     ) -> RowJob:
         """A stream's job, now that its first item is known, if it has any."""
         plan = replace(reader.plan(first), chunk_bytes=self._tuning.chunk_bytes)
-        return RowJob(plan, reader.w, first, connections, reader.copies)
+        return RowJob(
+            plan,
+            reader.w,
+            first,
+            connections,
+            reader.copies,
+            check=reader.check,
+            address=self._address,
+        )
 
     def _attempts(self, options: Options) -> Attempts:
         """Those of a job that begins now."""
@@ -250,10 +281,11 @@ class BaseClient:
 
     def _with_defaults(self, options: Options) -> Options:
         self._endpoint.require_private(options.metadata)
-        if self._timeout_s is None and not self._metadata:
+        if self._timeout_s is None and not self._metadata and self._verify is None:
             return options
         return replace(
             options,
+            verify=self._verify if options.verify is None else options.verify,
             timeout_s=options.timeout_s or self._timeout_s,
             metadata=self._metadata + options.metadata,
         )

@@ -7,6 +7,7 @@
      │    ├── TlsError                     TLS could not be agreed on with it
      │    └── ContractError                a server answers, of another contract
      ├── ProtocolError                     the server broke the contract
+     ├── VerificationError                 a result is wrong, as `verify` found
      └── CallError                         a call ended with a status but OK:
           ├── RequestError                   INVALID_ARGUMENT and its kind
           ├── UnsupportedError               UNIMPLEMENTED
@@ -126,6 +127,33 @@ class ContractError(ConnectError):
 
 class ProtocolError(GradwireError):
     """The server sent what the contract does not allow; the job was given up."""
+
+
+class VerificationError(GradwireError):
+    """A result is not the product that it should be, as `verify` has found.
+
+    The text names the server's address and the device; another may compute
+    right. What was handed out of a stream before has been checked.
+    """
+
+    result: str = ""
+    """Which: ``"y"``, ``"dx"`` or ``"dw"``."""
+
+    row: int = 0
+    """A row of it that is wrong, leading dimensions flattened."""
+
+    column: int | None = None
+    """A column in which it is; None where only sums of the row are known."""
+
+    error: float | None = None
+    """How far off it is; None where that is no number. Of sums: in multiples of
+    what rounding can explain."""
+
+    bound: float | None = None
+    """How far off rounding could have brought it. Of sums: 1."""
+
+    server_instance: str = ""
+    """The server process that computed it: the name in its receipts."""
 
 
 class CallError(GradwireError):

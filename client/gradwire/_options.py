@@ -15,6 +15,7 @@ import numpy as np
 
 from gradwire._exceptions import InputError
 from gradwire._types import Progress
+from gradwire._verify import Verify, VerifyLike, parse_verify
 from gradwire.wire import checksum as checksums
 from gradwire.wire import limits
 from gradwire.wire.dtypes import Dtype
@@ -57,6 +58,9 @@ class Options:
     checksum: bool
     """Whether every payload carries a CRC-32C."""
 
+    verify: Verify | None
+    """How results are checked here; None: as the client has it."""
+
     timeout_s: float | None
     """Seconds for the whole call; None: as long as it takes."""
 
@@ -78,6 +82,7 @@ def parse_options(
     dw_accumulator: DtypeLike = None,
     allow_tf32: bool = False,
     checksum: bool = False,
+    verify: VerifyLike = None,
     timeout_s: float | None = None,
     on_progress: OnProgress | None = None,
     request_id: str | None = None,
@@ -103,6 +108,7 @@ def parse_options(
         dw_accumulator=_accumulator(dw_accumulator),
         allow_tf32=bool(allow_tf32),
         checksum=bool(checksum),
+        verify=parse_verify(verify),
         timeout_s=parse_timeout(timeout_s, "timeout_s"),
         on_progress=on_progress,
         job_id=_job_id(request_id),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from gradwire._arrays import Operand, operand
+from gradwire._checking import RowCheck
 from gradwire._devices import HostCopies
 from gradwire._exceptions import ClientStateError, InputError
 from gradwire._exchange import Exchange
@@ -18,8 +20,11 @@ from gradwire._receiving import BlockSink, Sink
 from gradwire._retrying import Attempts
 from gradwire._sending import Sender
 from gradwire._types import Array, Receipt, RowBlock
+from gradwire._verifying import Computed
 from gradwire.wire import limits
 from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix, operands_for
+
+_NOTHING = object()
 
 
 class RowReader:
@@ -48,6 +53,8 @@ class RowReader:
             if w is None
             else operand(w, "w", options.wire_dtype, copies=self.copies)
         )
+        self.check: RowCheck | None = None
+        """What checks the results, where that is wanted."""
         self._plan: Plan | None = None
         self._count = 0
         self._rows = 0
@@ -64,6 +71,7 @@ class RowReader:
                 " unknown: give at least one pair, of no rows if need be"
             )
         self._plan = with_rows(self._check(first or {}), self._m)
+        self._begin_check(self._plan)
         return self._plan
 
     def read(self, item: object) -> dict[Matrix, Operand]:
@@ -89,9 +97,32 @@ class RowReader:
                         f"item {self._count} of rows has {size}, and item 0 had"
                         f" {wanted}"
                     )
+        if (check := self._begin_check(plan)) is not None:
+            check.took(self._rows, operands)
         self._count += 1
         self._rows += next(iter(operands.values())).rows
         return operands
+
+    def settle(self) -> None:
+        """The next item is about to be asked for."""
+        if self.check is not None:
+            self.check.settle()
+
+    def items(self, rows: Iterator[object]) -> Iterator[dict[Matrix, Operand]]:
+        """The operands in each of the items that are left."""
+        while True:
+            self.settle()
+            item = next(rows, _NOTHING)
+            if item is _NOTHING:
+                return
+            yield self.read(item)
+
+    def _begin_check(self, plan: Plan) -> RowCheck | None:
+        verify = self.options.verify
+        if verify and self.check is None:
+            w = self.w if Matrix.W in plan.operands else None
+            self.check = RowCheck(with_rows(plan, self._m), w, verify)
+        return self.check
 
     def _operands(self, item: object) -> dict[Matrix, Operand]:
         if isinstance(item, tuple) and len(item) == 2:
@@ -137,6 +168,7 @@ class RowJob:
         ready: Row blocks that are complete and were not handed out yet.
         dw: dW; None where it is not wanted.
         receipt: What became of the job, once it is done.
+        check: What checks the results before they are handed out, if anything.
     """
 
     def __init__(
@@ -146,8 +178,13 @@ class RowJob:
         first: Mapping[Matrix, Operand] | None,
         connections: int = 1,
         copies: HostCopies | None = None,
+        *,
+        check: RowCheck | None = None,
+        address: str = "",
     ) -> None:
         self.options = plan.options
+        self.check = check
+        self._address = address
         self._copies = copies or HostCopies()
         self._plan = plan
         self.ready: deque[RowBlock] = deque()
@@ -194,7 +231,11 @@ class RowJob:
         yield from self.exchange.end_messages()
 
     def receive(self, message: bytes, connection: int = 0) -> None:
-        """Take a message from the server; see `Exchange.receive`."""
+        """Take a message from the server; see `Exchange.receive`.
+
+        Raises:
+            VerificationError: It completes a block that is wrong.
+        """
         self.exchange.receive(message, connection)
         # A matrix without columns has no elements, so none of it ever comes.
         filled = [sink for sink in self._blocks.values() if sink.columns]
@@ -202,12 +243,19 @@ class RowJob:
             self._hand_out(len(filled[0].complete[self._next_row]))
 
     def finish(self, attempts: Attempts | None = None) -> Receipt:
-        """The server has ended the stream with OK; see `Exchange.finish`."""
+        """The server has ended the stream with OK; see `Exchange.finish`.
+
+        Raises:
+            VerificationError: The last block or dW is wrong.
+        """
         receipt = self._copies.told(self.exchange.finish())
         if attempts is not None:
             receipt = attempts.told(receipt)
         while self._blocks and self._next_row < receipt.m:
             self._hand_out(min(receipt.block_rows, receipt.m - self._next_row))
+        if self.check is not None:
+            self.check.finish(self.dw, receipt.m, Computed.of(receipt, self._address))
+            receipt = replace(receipt, verifying_s=self.check.seconds)
         self.receipt = receipt
         return receipt
 
@@ -233,9 +281,11 @@ class RowJob:
             )
             for matrix, sink in self._blocks.items()
         }
-        self.ready.append(
-            RowBlock(self._next_row, parts.get(Matrix.Y), parts.get(Matrix.DX))
-        )
+        block = RowBlock(self._next_row, parts.get(Matrix.Y), parts.get(Matrix.DX))
+        if self.check is not None and self.exchange.accepted is not None:
+            accepted = self.exchange.accepted
+            self.check.check(block, Computed.as_accepted(accepted, self._address))
+        self.ready.append(block)
         self._next_row += rows
 
 

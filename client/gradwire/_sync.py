@@ -45,6 +45,7 @@ from gradwire._types import (
     ServerInfo,
     server_info_of,
 )
+from gradwire._verify import VerifyLike
 from gradwire.v1.gradient_service_pb2 import (
     GetServerInfoRequest,
     GetServerInfoResponse,
@@ -65,6 +66,7 @@ def connect(
     tls: Tls | bool | None = None,
     token: TokenLike | None = None,
     retries: RetriesLike = True,
+    verify: VerifyLike = None,
 ) -> Client:
     """A client of the server at an address, once it has answered.
 
@@ -93,6 +95,8 @@ def connect(
             where it would go to another host in plaintext.
         retries: When a call that failed is made again: by default as
             `RetryPolicy` has it; False: never.
+        verify: Whether results are checked on this side, for every call that
+            does not say itself; see `Client.gradients`.
 
     Raises:
         InputError: The address, the transport or the number is none, or a
@@ -115,6 +119,7 @@ def connect(
         tls=tls,
         token=token,
         retries=retries,
+        verify=verify,
     )
     try:
         client.handshake(connect_timeout_s)
@@ -141,6 +146,7 @@ class Client(BaseClient):
         tls: Whether and how the server proves who it is; see `connect`.
         token: Sent with every call; see `connect`.
         retries: When a call that failed is made again; see `connect`.
+        verify: How results are checked here; see `connect`.
 
     Raises:
         InputError: The address, the transport or the number is none, or a
@@ -163,6 +169,7 @@ class Client(BaseClient):
         tls: Tls | bool | None = None,
         token: TokenLike | None = None,
         retries: RetriesLike = True,
+        verify: VerifyLike = None,
     ) -> None:
         super().__init__(
             address,
@@ -173,6 +180,7 @@ class Client(BaseClient):
             tls=tls,
             token=token,
             retries=retries,
+            verify=verify,
         )
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -285,6 +293,7 @@ class Client(BaseClient):
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
+        verify: VerifyLike = None,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
@@ -321,6 +330,10 @@ class Client(BaseClient):
                 summed over row blocks.
             allow_tf32: Whether float32 products may use TF32.
             checksum: Whether every payload is protected by a CRC-32C.
+            verify: Whether results are checked on this side, by random sums
+                that cost O(m n + n k + m k): True, a number of rounds, or a
+                `Verify`; None: as the client has it. docs/gradients.md says
+                what it finds.
             timeout_s: Seconds for the whole call.
             on_progress: Called with a `Progress` now and then, never twice
                 at a time, maybe from another thread. What it raises cancels
@@ -337,6 +350,7 @@ class Client(BaseClient):
         Raises:
             InputError: An argument is refused; nothing was sent.
             GradwireError: The job failed; see the tree.
+            VerificationError: A result is wrong, as `verify` has found.
 
         Example:
             >>> y, dx, dw = client.gradients(x, w, dy)
@@ -350,6 +364,7 @@ class Client(BaseClient):
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
+            verify=verify,
             timeout_s=timeout_s,
             on_progress=on_progress,
             request_id=request_id,
@@ -371,6 +386,7 @@ class Client(BaseClient):
         wire_dtype: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
+        verify: VerifyLike = None,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
@@ -395,6 +411,7 @@ class Client(BaseClient):
             wire_dtype=wire_dtype,
             allow_tf32=allow_tf32,
             checksum=checksum,
+            verify=verify,
             timeout_s=timeout_s,
             on_progress=on_progress,
             request_id=request_id,
@@ -417,6 +434,7 @@ class Client(BaseClient):
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
+        verify: VerifyLike = None,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
@@ -441,6 +459,7 @@ class Client(BaseClient):
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
+            verify=verify,
             timeout_s=timeout_s,
             on_progress=on_progress,
             request_id=request_id,
@@ -464,6 +483,7 @@ class Client(BaseClient):
         dw_accumulator: DtypeLike = None,
         allow_tf32: bool = False,
         checksum: bool = False,
+        verify: VerifyLike = None,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
@@ -489,6 +509,8 @@ class Client(BaseClient):
             dw_accumulator: As for `gradients`.
             allow_tf32: As for `gradients`.
             checksum: As for `gradients`.
+            verify: As for `gradients`. A block is checked before it is handed
+                out, and dW at the end.
             timeout_s: Seconds for the whole stream.
             on_progress: As for `gradients`.
             request_id: As for `gradients`.
@@ -518,6 +540,7 @@ class Client(BaseClient):
             dw_accumulator=dw_accumulator,
             allow_tf32=allow_tf32,
             checksum=checksum,
+            verify=verify,
             timeout_s=timeout_s,
             on_progress=on_progress,
             request_id=request_id,
@@ -530,7 +553,8 @@ class Client(BaseClient):
     def _run(self, job: ArrayJob) -> Receipt:
         attempts = self._attempts(job.plan.options)
         receipt = self._retried(attempts, partial(self._computed, job, attempts))
-        return self._keep(job.delivered(attempts.told(receipt)))
+        receipt = job.verified(attempts.told(receipt), self._address)
+        return self._keep(job.delivered(receipt))
 
     def _retried(self, attempts: Attempts, attempt: Callable[[], _Result]) -> _Result:
         """What the first attempt gives that does not fail, or is the last."""

@@ -126,7 +126,7 @@ class GradientStream(Iterator[RowBlock]):
                 self._first = None if item is _NOTHING else self._reader.read(item)
                 self._attempts = self._client._attempts(self._reader.options)
             job = self._client._row_job(self._reader, self._first, self._connections)
-            items = map(self._reader.read, self._rows)
+            items = self._reader.items(self._rows)
             dealer = Dealer(
                 job.messages(items), self._connections, lambda: job.block_messages
             )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse
@@ -19,6 +20,7 @@ from gradwire.wire.dtypes import Dtype
 from gradwire.wire.matrices import RESULTS
 
 Array: TypeAlias = npt.NDArray[Any]
+Doubles: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,9 @@ class Receipt:
     retried: tuple[str, ...] = ()
     """Why each attempt before it failed: a reason such as ``DRAINING``, or else
     a status such as ``UNAVAILABLE``."""
+
+    verifying_s: float = 0.0
+    """How long this client took to check the results; 0 where it did not."""
 
 
 @dataclass(frozen=True, slots=True)

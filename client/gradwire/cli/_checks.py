@@ -15,7 +15,8 @@ from typing import TypeAlias
 import numpy as np
 
 from gradwire import CallError, Client, ProtocolError, Receipt, UnavailableError
-from gradwire.cli._bounds import gamma, unit_roundoff, worst
+from gradwire._bounds import gamma, unit_roundoff
+from gradwire.cli._bounds import worst
 from gradwire.cli._reference import (
     RESULTS,
     Array,

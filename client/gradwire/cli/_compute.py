@@ -78,6 +78,7 @@ def compute(
     dw_accumulator: Literal["float32", "float64"] | None = None,
     allow_tf32: Annotated[bool, FLAG] = False,
     checksum: Annotated[bool, FLAG] = False,
+    verify: Annotated[bool, FLAG] = False,
     force: Annotated[bool, FLAG] = False,
     quiet: Annotated[bool, FLAG] = False,
     request_id: Annotated[str | None, Parameter(metavar="NAME")] = None,
@@ -103,6 +104,7 @@ def compute(
         dw_accumulator: Dtype in which dW is summed over row blocks.
         allow_tf32: Let a GPU multiply float32 operands as TF32.
         checksum: Protect all payloads with CRC-32C.
+        verify: Check the results here by random sums, block by block.
         force: Replace result files that exist.
         quiet: Show no progress and no table.
         request_id: Name of the job in the server's log.
@@ -137,6 +139,7 @@ def compute(
                 dw_accumulator=dw_accumulator,
                 allow_tf32=allow_tf32,
                 checksum=checksum,
+                verify=verify,
                 request_id=request_id,
                 on_progress=on_progress,
             )
@@ -216,6 +219,8 @@ def _summary(
     )
     m, n, k = operands.m, operands.n, operands.k
     flops = 2 * m * n * k * len(specs)
+    if receipt.verifying_s:
+        yield "verified", f"in {format_seconds(receipt.verifying_s)}"
     yield (
         "seconds",
         f"{format_seconds(seconds)}: "

@@ -151,6 +151,7 @@ def test_results_have_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
         *("compute", *save(tmp_path, problem), "--out", tmp_path),
         *("--result-dtype", "y=float16,dw=float64", "--dw-accumulator=float64"),
         "--checksum",
+        "--verify",
     )
     assert (done.returncode, done.stderr) == (0, "")
     dtypes = {name: np.load(tmp_path / f"{name}.npy").dtype.name for name in RESULTS}

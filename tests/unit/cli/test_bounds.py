@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwire.cli._bounds import gamma, product_bound, unit_roundoff, worst
+from gradwire._bounds import gamma, unit_roundoff
+from gradwire.cli._bounds import product_bound, worst
 from gradwire.cli._reference import (
     Products,
     count_different,
