@@ -5,8 +5,11 @@ Good ones of every kind, from which mutations lead everywhere else.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import datetime
 import io
+import json
 from collections.abc import Iterator
 
 import google_crc32c
@@ -17,6 +20,8 @@ from grpc import StatusCode
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.wire import framing, status
 from gradwire.wire.reasons import Reason
+from gradwire_server.auth.tokens import Entry, sha256_of
+from tests.fuzz import credentials
 from tests.fuzz.answers import conversation
 from tests.fuzz.containers import Ending, Method, container
 from tests.fuzz.targets import CORPUS
@@ -99,6 +104,28 @@ def settings_files() -> Seeds:
     yield "table", b'[server]\nlog_format = "json"\n'
 
 
+def token_files() -> Seeds:
+    today = datetime.date(2026, 11, 26)
+    entries = [Entry(name, sha256_of(name), today) for name in ("alice", "bob")]
+    yield "two", "".join(entry.toml() for entry in entries).encode()
+    yield "none", b"tokens = []\n"
+
+
+def key_files() -> Seeds:
+    for kind, key in credentials.PUBLIC_KEYS.items():
+        yield kind, json.dumps({"keys": [key]}).encode()
+
+
+def jwts() -> Seeds:
+    for name, header, claims in (
+        ("good", {"alg": "EdDSA", "kid": "ed"}, {"aud": "a", "iss": "i", "sub": "x"}),
+        ("hmac", {"alg": "HS256", "kid": "ed"}, {"aud": "a", "iss": "i", "sub": "x"}),
+        ("none", {"alg": "none"}, {}),
+    ):
+        parts = (json.dumps(header), json.dumps(claims), "x" * 64)
+        yield name, b".".join(base64.urlsafe_b64encode(p.encode()) for p in parts)
+
+
 def main() -> None:
     for name, seeds in (
         ("streams", streams()),
@@ -107,6 +134,9 @@ def main() -> None:
         ("error-details", error_details()),
         ("npy", npy_files()),
         ("settings", settings_files()),
+        ("tokens", token_files()),
+        ("keys", key_files()),
+        ("jwts", jwts()),
     ):
         (CORPUS / name).mkdir(parents=True, exist_ok=True)
         for seed, data in seeds:

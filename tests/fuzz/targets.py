@@ -10,7 +10,7 @@ from pathlib import Path
 from google.protobuf.message import Message
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
-from tests.fuzz import answers, parsers, streams
+from tests.fuzz import answers, credentials, parsers, streams
 from tests.fuzz.containers import Method
 from tests.fuzz.parsers import Check
 
@@ -38,6 +38,9 @@ TARGETS = {
     "error-details": Target(parsers.error_details, 1),
     "npy": Target(parsers.npy_files, 1),
     "settings": Target(parsers.settings_files, 1),
+    "tokens": Target(credentials.token_files, 1),
+    "keys": Target(credentials.key_files, 1),
+    "jwts": Target(credentials.jwts, 1),
     "answers": Target(
         answers.any_answers, 2, {Method.STREAM: service_pb2.ComputeStreamResponse}
     ),

@@ -111,7 +111,7 @@ def parse_keys(content: bytes, expected: Expected) -> Keys:
         raise ValueError(_MISSING) from None
     try:
         document = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON: {error}") from None
     if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
         raise ValueError(_NO_SET)  # noqa: TRY004 - a file is wrong, not an argument

@@ -137,7 +137,7 @@ def parse_tokens(content: bytes) -> Tokens:
     """
     try:
         document = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no TOML file: {error}") from None
     _require_keys(document, {"tokens", "tenants"}, "the file")
     entries = document.get("tokens", [])
