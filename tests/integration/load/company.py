@@ -39,6 +39,13 @@ async def be_idle(channel: grpc.aio.Channel, stands: Callable[[], None]) -> None
     await call.read()
 
 
+async def be_connected(channel: grpc.aio.Channel, stands: Callable[[], None]) -> None:
+    """Connects, and makes no call."""
+    await channel.channel_ready()
+    stands()
+    await asyncio.Event().wait()
+
+
 async def push(channel: grpc.aio.Channel, stands: Callable[[], None]) -> None:
     """Sends W and rows without waiting to be accepted, as fast as they are taken."""
     call = open_call(channel)
@@ -64,6 +71,18 @@ async def read_slowly(channel: grpc.aio.Channel, stands: Callable[[], None]) -> 
     message = None
     while message is not grpc.aio.EOF:
         message = await call.read()
+        await asyncio.sleep(1)
+
+
+async def write_slowly(channel: grpc.aio.Channel, stands: Callable[[], None]) -> None:
+    """Sends an element of W a second."""
+    call = open_call(channel)
+    header = make_job(m=64, n=1024, k=1024, results=("y",))
+    await call.write(Request(job=header).SerializeToString())
+    await call.read()
+    stands()
+    for index in range(1024 * 1024):
+        await call.write(block("w", index, bytes(4)).SerializeToString())
         await asyncio.sleep(1)
 
 
@@ -95,7 +114,10 @@ async def stop_half_way(channel: grpc.aio.Channel, stands: Callable[[], None]) -
 
 KINDS: dict[str, Callable[..., Awaitable[None]]] = {
     each.__name__: each
-    for each in (be_idle, push, read_slowly, write_without_reading, stop_half_way)
+    for each in (
+        *(be_idle, be_connected, push, read_slowly, write_slowly),
+        *(write_without_reading, stop_half_way),
+    )
 }
 
 

@@ -67,6 +67,11 @@ def peak_apart(pid: int) -> int:
     return memory_of(pid, "VmHWM") - memory_of(pid, "RssShmem")
 
 
+def descriptors(pid: int) -> int:
+    """How many file descriptors a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

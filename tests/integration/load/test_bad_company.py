@@ -96,7 +96,9 @@ def most_is_free(channel: grpc.Channel) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("be_idle", 200), ("read_slowly", 24)], ids=str
+    ("kind", "count"),
+    [("be_idle", 200), ("read_slowly", 24), ("write_slowly", 24)],
+    ids=str,
 )
 def test_slow_clients_slow_only_themselves(server, channel, kind, count):
     before = resident(server)
