@@ -81,7 +81,11 @@ class Keys:
             raise RefusedError("the token has expired") from None
         except (jwt.InvalidAudienceError, jwt.InvalidIssuerError):
             raise RefusedError("the token is for another audience or issuer") from None
-        except jwt.PyJWTError as error:
+        except RefusedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a stranger's token brings
+            # about in the library (nested a thousand deep: RecursionError), it
+            # lets nobody in.
             raise RefusedError(why=type(error).__name__) from None
         name = claims[expected.claim]
         if not isinstance(name, str) or not is_name(name):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradwire_server.auth import gate_of
 from gradwire_server.auth.jwts import Expected, parse_keys
@@ -84,10 +87,14 @@ def test_a_token_of_no_known_key_is_refused(issuer):
     assert refused.why == "no key has the token's kid"
 
 
+def encoded(part: bytes) -> str:
+    return base64.urlsafe_b64encode(part).rstrip(b"=").decode()
+
+
 def unsigned(header: dict[str, str], claims: dict[str, object]) -> str:
-    parts = (json.dumps(part).encode() for part in (header, claims))
-    encoded = (base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
-    return ".".join(encoded) + "."
+    return (
+        ".".join(encoded(json.dumps(part).encode()) for part in (header, claims)) + "."
+    )
 
 
 def test_a_token_that_says_how_it_is_to_be_verified_is_not_believed(issuer, keys):
@@ -108,6 +115,29 @@ def test_a_token_that_says_how_it_is_to_be_verified_is_not_believed(issuer, keys
     for token in forged:
         refused = refusal(keys, token)
         assert refused.told == "the credentials are not valid here"
+
+
+ODD_HEADERS = (
+    b"[" * 5000,
+    b'{"a":' * 1500,
+    b'{"alg":"ES256","kid":[1]}',
+    b'{"alg":"ES256","kid":"ES256","crit":["x"]}',
+)
+
+
+@given(
+    st.one_of(
+        st.text(),
+        st.from_regex(r"[A-Za-z0-9_=-]*\.[A-Za-z0-9_=-]*\.[A-Za-z0-9_=-]*"),
+        st.binary().map(lambda part: f"{encoded(part)}.{encoded(part)}.e30"),
+        st.sampled_from(
+            [b"[" * 5000, b'{"a":' * 1500, b'{"alg":"ES256","kid":[1]}']
+        ).map(lambda part: f"{encoded(part)}.e30.e30"),
+    )
+)
+def test_whatever_a_stranger_sends_lets_nobody_in(keys, token):
+    with contextlib.suppress(RefusedError):
+        assert keys.tenant_of(token) is None
 
 
 @pytest.mark.parametrize(
