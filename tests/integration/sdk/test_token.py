@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import gradwire
+from tests.certificates import Authority
 from tests.credentials import make_tokens
 from tests.integration.sdk import ways
 from tests.integration.sdk.callers import CALLERS
 from tests.integration.sdk.ways import Way
-from tests.serving import ServerProcess
+from tests.serving import ServerProcess, running_server
 
 WRONG = "gw_wrong-wrong-wrong-wrong-wrong-wrong-wrong-wr"
 X, W, DY = (np.ones(shape, np.float32) for shape in ((300, 20), (20, 10), (300, 10)))
@@ -98,6 +99,23 @@ def test_a_token_may_be_renewed_and_fail_to_be(guarded: ServerProcess) -> None:
             client.forward(X, W)
         now.append(TOKENS["alice"])
         client.forward(X, W)
+
+
+def test_over_tls_a_token_goes_to_wherever_the_certificate_is_good(
+    tmp_path: Path,
+) -> None:
+    authority = Authority()
+    cert, key = authority.issue("localhost", "127.0.0.1").write(tmp_path, "server")
+    (tmp_path / "tokens.toml").write_text(TEXT)
+    with running_server(
+        tls_cert=cert, tls_key=key, auth_tokens=str(tmp_path / "tokens.toml")
+    ) as server:
+        tls = gradwire.Tls(ca=authority.cert)
+        with gradwire.connect(
+            server.address, tls=tls, token=TOKENS["alice"], channels=2
+        ) as client:
+            assert client.forward(X, W)[0, 0] == 20
+            assert TOKENS["alice"] not in repr(client)
 
 
 def test_no_secret_shows_in_the_log(guarded: ServerProcess) -> None:

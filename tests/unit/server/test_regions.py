@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,10 @@ import numpy.typing as npt
 import pytest
 
 from gradwire.wire.limits import MIB
+from gradwire.wire.reasons import Reason
 from gradwire_server import regions
 from gradwire_server.admission import Admission
+from gradwire_server.errors import JobError
 from gradwire_server.lanes import Lanes
 from gradwire_server.regions import Regions
 
@@ -157,3 +159,23 @@ async def test_what_a_backend_did_to_a_region_ends_before_its_memory_goes(
             await task
         go_on.set()
         assert await asyncio.to_thread(ended.wait, 20)
+
+
+async def test_a_tenants_regions_leave_descriptors_to_others(
+    admission: Admission,
+) -> None:
+    opened = Regions(admission, as_it_is)
+    async with AsyncExitStack() as stack:
+        for _ in range(64):
+            await stack.enter_async_context(opened.open(1, "alice"))
+        with pytest.raises(JobError, match="64 regions of your tenant are open"):
+            await stack.enter_async_context(opened.open(1, "alice"))
+        bobs = await stack.enter_async_context(opened.open(1, "bob"))
+        with pytest.raises(JobError) as caught, opened.used([bobs.token], "alice"):
+            pass
+        assert caught.value.reason is Reason.NOT_ALLOWED
+        with opened.used([bobs.token], "bob") as found:
+            assert found == [bobs]
+    async with opened.open(1, "alice"):
+        pass
+    assert admission.held_bytes == 0
