@@ -42,9 +42,11 @@ class Account:
     Args:
         limits: How much that is.
         whose: What its limits are called in front: "tenant_", or nothing.
+        tenant: The tenant's name.
     """
 
-    def __init__(self, limits: Limits, whose: str = "") -> None:
+    def __init__(self, limits: Limits, whose: str = "", tenant: str = "") -> None:
+        self.tenant = tenant
         self.limits = limits
         self.whose = whose
         self.running = 0
@@ -91,8 +93,12 @@ class Account:
     def refusal_of_call(self, size_bytes: int) -> JobError | None:
         """Why there is no place for one more open call; None where there is."""
         limit = self.limits.memory_limit
-        largest = max((waiting.size_bytes for waiting in self.waiting), default=0)
-        if limit is not None and (
+        if limit is None:
+            return None
+        largest = 0
+        if self.waiting:
+            largest = max(waiting.size_bytes for waiting in self.waiting)
+        if (
             self.held_bytes + size_bytes > limit
             or self.calls_bytes + size_bytes + largest > limit
         ):

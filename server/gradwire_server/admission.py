@@ -12,23 +12,15 @@ from gradwire_server.accounts import (
     RETRY_AFTER_S,
     Account,
     Waiting,
-    busy,
     draining,
 )
 from gradwire_server.errors import JobError
 from gradwire_server.lanes import Lanes, Load
+from gradwire_server.ledger import Ledger
 from gradwire_server.queueing import Queue
 from gradwire_server.tenants import Limits
 
 __all__ = ["CALL_BYTES", "RETRY_AFTER_S", "Admission"]
-
-_KEPT_SHARE = 16
-"""Which part of the memory is kept for the first open call of each tenant: what
-others hold must not keep a tenant from asking for its turn."""
-
-_CALLS_SHARE = 2
-"""Which part of the memory the open calls of one tenant may hold: those that do
-nothing must not keep the jobs of others from running."""
 
 
 class Admission:
@@ -58,13 +50,10 @@ class Admission:
     ) -> None:
         self.lanes = lanes
         self.memory_limit = memory_limit
-        kept = 0 if limits_of is None else memory_limit // _KEPT_SHARE
-        self._all = Account(Limits(max_jobs, memory_limit - kept, max_queue))
-        """What all hold, beside what is kept for tenants' first calls."""
-        self._kept_bytes = kept
-        self._calls_limit = (memory_limit - kept) // _CALLS_SHARE
-        self._limits_of = limits_of
-        self._accounts: dict[str, Account] = {}
+        self._ledger = Ledger(
+            Limits(max_jobs, None, max_queue), memory_limit, limits_of
+        )
+        self._all = self._ledger.everybody
         self._queue = Queue(self._all)
         self._draining = False
         self._idle = asyncio.Event()
@@ -78,8 +67,7 @@ class Admission:
     @property
     def held_bytes(self) -> int:
         """What jobs and open calls hold."""
-        first = sum(account.first_call for account in self._accounts.values())
-        return self._all.held_bytes + first * CALL_BYTES
+        return self._ledger.held_bytes
 
     @property
     def draining(self) -> bool:
@@ -88,13 +76,11 @@ class Admission:
 
     def limits(self, tenant: str = "") -> Limits:
         """The most that a tenant can have of this server."""
-        own = Limits() if self._limits_of is None else self._limits_of(tenant)
-        return self._all.limits.within(own)
+        return self._ledger.limits(tenant)
 
     def most_of_calls(self, tenant: str = "") -> int:
         """The most bytes that a tenant's open calls can hold."""
-        most = self.limits(tenant).memory_limit or 0
-        return most if self._limits_of is None else min(most, self._calls_limit)
+        return self._ledger.most_of_calls(tenant)
 
     def drain(self) -> None:
         """Refuses every job that is not running, now and from now on."""
@@ -112,12 +98,13 @@ class Admission:
 
         The job has reserved what they take.
         """
-        with self._account(tenant) as account:
-            account.joins += count
-            try:
-                yield
-            finally:
-                account.joins -= count
+        account = self._ledger.open(tenant)
+        account.joins += count
+        try:
+            yield
+        finally:
+            account.joins -= count
+            self._ledger.close(account)
 
     @contextmanager
     def call(self, size_bytes: int = CALL_BYTES, tenant: str = "") -> Iterator[None]:
@@ -130,12 +117,16 @@ class Admission:
         Raises:
             JobError: The server drains, or has no memory for one more call.
         """
-        with self._account(tenant) as account:
-            refusal = self._refusal_of_call(size_bytes, account)
-            if refusal is not None:
-                raise refusal
-            with self._held(size_bytes, account):
-                yield
+        account = self._ledger.open(tenant)
+        refusal = self._refusal_of_call(size_bytes, account)
+        if refusal is not None:
+            self._ledger.close(account)
+            raise refusal
+        holders = self._ledger.hold_call(size_bytes, account)
+        try:
+            yield
+        finally:
+            self._release_call(size_bytes, account, holders)
 
     @contextmanager
     def call_that_may_join(self, tenant: str = "") -> Iterator[JobError | None]:
@@ -149,19 +140,24 @@ class Admission:
         Raises:
             JobError: There is no place for the call, and none is expected.
         """
-        with self._account(tenant) as account:
-            refusal = self._refusal_of_call(CALL_BYTES, account)
-            if refusal is None:
-                with self._held(CALL_BYTES, account):
-                    yield None
-                return
-            if account.guests >= account.joins:
-                raise refusal
-            account.guests += 1
+        account = self._ledger.open(tenant)
+        refusal = self._refusal_of_call(CALL_BYTES, account)
+        if refusal is None:
+            holders = self._ledger.hold_call(CALL_BYTES, account)
             try:
-                yield refusal
+                yield None
             finally:
-                account.guests -= 1
+                self._release_call(CALL_BYTES, account, holders)
+            return
+        if account.guests >= account.joins:
+            self._ledger.close(account)
+            raise refusal
+        account.guests += 1
+        try:
+            yield refusal
+        finally:
+            account.guests -= 1
+            self._ledger.close(account)
 
     @asynccontextmanager
     async def job(
@@ -190,70 +186,26 @@ class Admission:
             JobError: The job is larger than this server or its tenant can
                 ever hold, the queue is full, or the server drains.
         """
-        with self._account(tenant) as account:
-            waiting = Waiting(account, size_bytes, load)
+        waiting = Waiting(self._ledger.open(tenant), size_bytes, load)
+        try:
             lane = await self._admit(waiting, on_wait)
             try:
                 yield lane
             finally:
                 self._leave(waiting, lane)
-
-    @contextmanager
-    def _account(self, tenant: str) -> Iterator[Account]:
-        """A tenant's account, which is kept while there is something in it."""
-        account = self._accounts.get(tenant)
-        if account is None:
-            account = self._accounts[tenant] = Account(Limits(), "tenant_")
-        if self._limits_of is not None:
-            account.limits = self._limits_of(tenant)
-        try:
-            yield account
         finally:
-            if account.idle and self._accounts.get(tenant) is account:
-                del self._accounts[tenant]
+            self._ledger.close(waiting.account)
 
     def _refusal_of_call(self, size_bytes: int, account: Account) -> JobError | None:
         if self._draining:
             return draining()
-        refusal = account.refusal_of_call(size_bytes)
-        if refusal is None and not self._has_kept(size_bytes, account):
-            refusal = self._all.refusal_of_call(size_bytes)
-            if self._limits_of is not None and (
-                account.calls_bytes + size_bytes > self._calls_limit
-            ):
-                refusal = busy(
-                    f"open calls of your tenant hold {account.calls_bytes} bytes, of "
-                    f"at most {self._calls_limit}, a part of the memory",
-                    "memory_limit",
-                )
-        return refusal
+        return self._ledger.refusal_of_call(size_bytes, account)
 
-    def _has_kept(self, size_bytes: int, account: Account) -> bool:
-        """Whether a call can have the place that is kept for its tenant."""
-        if account.first_call or size_bytes != CALL_BYTES:
-            return False
-        taken = sum(each.first_call for each in self._accounts.values())
-        return (taken + 1) * CALL_BYTES <= self._kept_bytes
-
-    @contextmanager
-    def _held(self, size_bytes: int, account: Account) -> Iterator[None]:
-        accounts = [account, self._all]
-        kept = self._has_kept(size_bytes, account)
-        if kept:
-            account.first_call = True
-            accounts.remove(self._all)
-        for each in accounts:
-            each.calls_bytes += size_bytes
-            each.held_bytes += size_bytes
-        try:
-            yield
-        finally:
-            for each in accounts:
-                each.calls_bytes -= size_bytes
-                each.held_bytes -= size_bytes
-            if kept:
-                account.first_call = False
-            self._admit_waiting()
+    def _release_call(
+        self, size_bytes: int, account: Account, holders: tuple[Account, ...]
+    ) -> None:
+        self._ledger.release_call(size_bytes, account, holders)
+        self._admit_waiting()
 
     async def _admit(
         self, waiting: Waiting, on_wait: Callable[[int], Awaitable[None]]
@@ -332,6 +284,8 @@ class Admission:
         self._admit_waiting()
 
     def _admit_waiting(self) -> None:
+        if not self._queue:
+            return
         while self._admit_next():
             pass
         for waiting in self._queue:

@@ -20,6 +20,9 @@ class Queue:
         self._turns: OrderedDict[Account, None] = OrderedDict()
         """Accounts of tenants whose jobs wait, in the order of their turns."""
 
+    def __bool__(self) -> bool:
+        return bool(self._turns)
+
     def __iter__(self) -> Iterator[Waiting]:
         """All of them, in the order in which they came."""
         return iter(list(self._all.waiting))
@@ -28,8 +31,11 @@ class Queue:
         return waiting in self._all.waiting
 
     def firsts(self) -> Iterator[Waiting]:
-        """The first of each tenant, in the order of their turns."""
-        for account in list(self._turns):
+        """The first of each tenant, in the order of their turns.
+
+        Who takes one out must not ask for the next.
+        """
+        for account in self._turns:
             yield account.waiting[0]
 
     def add(self, waiting: Waiting) -> None:
