@@ -179,4 +179,4 @@ def _is_pem(given: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    return "<PEM>" if _is_pem(value) else repr(value)
+    return "<PEM>" if _is_pem(value) or "\n" in str(value) else repr(value)

@@ -95,7 +95,9 @@ def test_no_key_is_ever_shown(identity: Identity) -> None:
     assert repr(text) == "Tls(cert='me.pem', key=<PEM>)"
     secret = identity.key.decode().splitlines()[1]
     for key in (identity.key[30:], identity.key[30:].decode()):
-        assert secret not in refusal(gradwire.Tls(cert=identity.cert, key=key))
+        damaged = gradwire.Tls(cert=identity.cert, key=key)
+        assert secret not in refusal(damaged)
+        assert secret not in repr(damaged)
 
 
 @pytest.mark.parametrize(
