@@ -74,21 +74,18 @@ class Account:
             or self.first_call
         )
 
-    def require_possible(self, size_bytes: int) -> None:
-        """Check that a job could run if there were no other.
-
-        Raises:
-            JobError: It could not.
-        """
+    def refusal_of_job(self, size_bytes: int) -> JobError | None:
+        """Why a job could not run if there were no other; None: it could."""
         limit = self.limits.memory_limit
-        if limit is not None and size_bytes + CALL_BYTES > limit:
-            whose = "your tenant" if self.whose else "this server"
-            raise JobError(
-                Reason.JOB_TOO_LARGE,
-                f"the job would hold {size_bytes} bytes: {whose} has {limit}",
-                field="job",
-                metadata={"limit": f"{self.whose}memory_limit"},
-            )
+        if limit is None or size_bytes + CALL_BYTES <= limit:
+            return None
+        whose = "your tenant" if self.whose else "this server"
+        return JobError(
+            Reason.JOB_TOO_LARGE,
+            f"the job would hold {size_bytes} bytes: {whose} has {limit}",
+            field="job",
+            metadata={"limit": f"{self.whose}memory_limit"},
+        )
 
     def refusal_of_call(self, size_bytes: int) -> JobError | None:
         """Why there is no place for one more open call; None where there is."""

@@ -212,7 +212,9 @@ class Admission:
     ) -> int:
         account = waiting.account
         for each in (self._all, account):
-            each.require_possible(waiting.size_bytes)
+            refusal = each.refusal_of_job(waiting.size_bytes)
+            if refusal is not None:
+                raise refusal
         self._require_device(waiting.load.device_bytes)
         if self._draining:
             raise draining()
@@ -292,9 +294,14 @@ class Admission:
             waiting.moved.set()
 
     def _admit_next(self) -> bool:
-        """Lets the job whose turn it is run; whether there is one that can."""
+        """Lets the job whose turn it is run; whether there may be another."""
         for first in self._queue.firsts():
             account = first.account
+            self._ledger.renew(account)
+            too_large = account.refusal_of_job(first.size_bytes)
+            if too_large is not None:  # since its tenant was given less
+                self._refuse(first, too_large)
+                return True
             if not account.has_room(first.size_bytes):
                 continue  # nobody but its own tenant stands in its way
             if not self._all.has_room(first.size_bytes):

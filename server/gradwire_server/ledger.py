@@ -69,9 +69,13 @@ class Ledger:
         account = self._accounts.get(tenant)
         if account is None:
             account = self._accounts[tenant] = Account(Limits(), "tenant_", tenant)
-        if self._limits_of is not None:
-            account.limits = self._limits_of(tenant)
+        self.renew(account)
         return account
+
+    def renew(self, account: Account) -> None:
+        """Takes up what its tenant may have by now."""
+        if self._limits_of is not None:
+            account.limits = self._limits_of(account.tenant)
 
     def close(self, account: Account) -> None:
         """Forgets an account if there is nothing in it.

@@ -192,6 +192,17 @@ def test_calls_that_may_join_are_let_in_for_their_own_tenants_jobs_alone():
             assert refusal_if_not is not None
 
 
+async def test_limits_that_change_hold_for_those_who_wait():
+    of = {"a": Limits(max_jobs=1)}
+    jobs = Jobs(Admission(256 * MIB, 9, 9, Lanes(), lambda tenant: of[tenant]))
+    for name, size_bytes in (("a0", MIB), ("a1", 50 * MIB), ("a2", 10 * MIB)):
+        await jobs.start(name, size_bytes, tenant="a")
+    of["a"] = Limits(max_jobs=1, memory_limit=40 * MIB)
+    await jobs.end("a0")
+    assert (await refusal(jobs, "a1")).reason is Reason.JOB_TOO_LARGE
+    assert jobs.running == ["a2"]
+
+
 def test_what_a_tenant_can_have_is_the_least_of_both():
     jobs = make_jobs(max_jobs=5, max_queue=9, a=Limits(7, 32 * MIB, 3))
     assert jobs.admission.limits("a") == Limits(5, 32 * MIB, 3)
