@@ -303,18 +303,27 @@ def test_new_certificates_are_shown_from_the_next_connection_on(
         assert stream.receipt.m == 400
 
 
-def test_every_address_of_a_server_shows_new_certificates(
+def test_every_address_shows_certificates_that_a_link_now_leads_to(
     tmp_path: Path, files: Files, authority: Authority
 ) -> None:
+    """As Kubernetes renews a mounted secret: in one step, by a link's target."""
     renewed = Authority("a new one")
     new_ca = renewed.write(tmp_path, "new-ca")
-    cert, key = authority.issue(*HERE).write(tmp_path, "server")
+    for name, signer in (("old", authority), ("new", renewed)):
+        (tmp_path / name).mkdir()
+        signer.issue(*HERE).write(tmp_path / name, "server")
+    now, later = tmp_path / "now", tmp_path / "later"
+    now.symlink_to("old")
+    later.symlink_to("new")
     listen = ["127.0.0.1:0", "127.0.0.2:0"]
+    cert, key = str(now / "server.pem"), str(now / "server-key.pem")
     with running_server(tls_cert=cert, tls_key=key, listen=listen) as server:
-        renewed.issue(*HERE).write(tmp_path, "server")
+        connect_sync(server.address, Tls(ca=files.ca))
+        later.rename(now)
         for address in server.addresses:
             tls = Tls(ca=new_ca, server_name="localhost")
             gradwire.connect(address, tls=tls).close()
+        assert not [r for r in server.records if r["levelname"] == "ERROR"]
 
 
 @pytest.mark.parametrize("wrong", ["tls_cert", "tls_key", "tls_client_ca"])
