@@ -25,19 +25,33 @@ async def patience(
     loop = asyncio.get_running_loop()
     began = loop.time()
     timer: asyncio.Handle
+    looks_at = 0.0
 
     def look() -> None:
-        nonlocal timer
+        now = loop.time()
         due = idle_s + (began if idle_since is None else idle_since())
-        if due <= loop.time():
-            wait.reschedule(due)
+        if due > now:
+            look_at(due)
+        elif now - looks_at > min(idle_s / 2, _LATE_S):
+            # It was this process that stood still: what its client did meanwhile
+            # is still to be read.
+            look_at(now + min(idle_s, _LATE_S))
         else:
-            timer = loop.call_at(due, look)
+            wait.reschedule(due)
+
+    def look_at(when: float) -> None:
+        nonlocal timer, looks_at
+        looks_at = when
+        timer = loop.call_at(when, look)
 
     # Nearly every wait ends long before this, so it is all that is done at first.
-    timer = loop.call_at(idle_s + (began if idle_since is None else idle_since()), look)
+    look_at(idle_s + (began if idle_since is None else idle_since()))
     try:
         async with asyncio.timeout(None) as wait:
             yield
     finally:
         timer.cancel()
+
+
+_LATE_S = 1.0
+"""A timer that is later than this was not late because the process was busy."""
