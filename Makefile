@@ -65,6 +65,10 @@ test: lint ## lint, then every test, with coverage
 test-big: $(VENV)/.ready-dev ## the tests that need gigabytes or minutes
 	$(PY) -m pytest -m big --timeout=1800 $(PYTEST_ARGS)
 
+.PHONY: test-faults
+test-faults: $(VENV)/.ready-dev ## every fault of docs/faults.md, in every way that it counts: 15 minutes
+	$(PY) -m pytest tests/integration/faults -m 'big or not big' --timeout=3600 $(PYTEST_ARGS)
+
 .PHONY: fuzz
 fuzz: $(VENV)/.ready-fuzz ## look for inputs that parsers or a live server take badly: FUZZ_SECONDS
 	$(PY) -m tests.fuzz --seconds $(FUZZ_SECONDS)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -103,7 +104,8 @@ def running_server(
         settings: Fields of `Settings`; those left out are the defaults, but
             that it listens on port 0 of 127.0.0.1, computes with `BACKEND` and
             drains for at most a second. And `by_class`: whether it reads every
-            message of a stream by the generated class.
+            message of a stream by the generated class; and `clock_jumps`: whether
+            its wall clock is an hour off whenever it is asked, forth and back.
     """
     settings = {
         "listen": ["127.0.0.1:0"],
@@ -169,6 +171,9 @@ async def _serve(settings: dict[str, Any]) -> None:
 
     if settings.pop("by_class", False):
         framing.decode_request = framing.decode_request_by_class
+    if settings.pop("clock_jumps", False):
+        right, hours = time.time, itertools.cycle((3600.0, -3600.0))
+        time.time = lambda: right() + next(hours)
     lists_as_tuples = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()

@@ -46,7 +46,16 @@ def interpreter(path: Path, body: str) -> str:
 def test_make_alone_lists_every_target_with_what_it_does() -> None:
     done = make()
     assert done.returncode == 0
-    for target in ("demo", "test", "lint", "protos", "bench", "test-big", "fuzz"):
+    for target in (
+        "demo",
+        "test",
+        "lint",
+        "protos",
+        "bench",
+        "test-big",
+        "fuzz",
+        "test-faults",
+    ):
         assert f"make {target} " in done.stdout
 
 

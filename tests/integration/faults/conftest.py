@@ -1,0 +1,119 @@
+"""A server whose books are looked into after every fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+import gradwire
+from gradwire._base import Tuning
+from tests.integration.contract.conftest import assert_untroubled
+from tests.integration.load.observing import MIB, descriptors, wait_until
+from tests.proxy import Proxy
+from tests.raw import CallError, Stream, make_job
+from tests.serving import ServerProcess, running_server
+
+SOON = gradwire.RetryPolicy(initial_backoff_s=0.02, max_backoff_s=0.1, budget=1e6)
+LIMIT = 64 * MIB
+BLOCK_BYTES = 1024
+MESSAGE_BYTES = 256
+MAY_STAY_OPEN = 8
+"""Descriptors: those of connections that are about to close."""
+
+
+EXTENTS = ["sampled", pytest.param("every", marks=pytest.mark.big)]
+"""Whether some of a fault's cases are tried, or all: see `table`."""
+
+
+class Watched:
+    """A server, and what it must come back to.
+
+    Attributes:
+        process: The server.
+        settings: With which one like it is started.
+    """
+
+    def __init__(self, process: ServerProcess, settings: dict[str, Any]) -> None:
+        self.process = process
+        self.settings = settings
+        self._largest = _largest_job(process)
+        self._descriptors = descriptors(process.pid)
+
+    def assert_clean(self) -> None:
+        """No job runs, no byte is held, no descriptor stays, nothing went wrong.
+
+        A job that takes all memory that the server has is admitted at once only
+        where nothing at all is held.
+        """
+        wait_until(
+            lambda: _is_admitted_at_once(self.process, self._largest),
+            "everything that was reserved is given back",
+        )
+        wait_until(
+            lambda: descriptors(self.process.pid) <= self._descriptors + MAY_STAY_OPEN,
+            "descriptors are closed",
+        )
+        assert_untroubled(self.process)
+
+
+def _largest_job(process: ServerProcess) -> int:
+    """Rows of dW of the largest job that the server takes."""
+    too_large = 1 << 20
+    fits = 1
+    while too_large - fits > 16:
+        rows = (fits + too_large) // 2
+        if _is_admitted_at_once(process, rows):
+            fits = rows
+        else:
+            too_large = rows
+    return fits
+
+
+def _is_admitted_at_once(process: ServerProcess, n: int) -> bool:
+    with (
+        grpc.insecure_channel(process.address) as channel,
+        Stream(channel) as stream,
+    ):
+        stream.send(make_job(m=None, n=n, k=64, results=("dw",)))
+        try:
+            message = stream.receive()
+        except CallError as error:
+            assert error.reason in {"BUSY", "JOB_TOO_LARGE"}  # noqa: PT017
+            return False
+        return message is not None and message.WhichOneof("message") == "accepted"
+
+
+@contextmanager
+def watched_server(**settings: Any) -> Iterator[Watched]:
+    """A server that has to be clean in the end."""
+    settings = {"block_bytes": BLOCK_BYTES, "memory_limit": LIMIT} | settings
+    with running_server(**settings) as process:
+        watched = Watched(process, settings)
+        yield watched
+        if process.process.poll() is None:
+            watched.assert_clean()
+
+
+@pytest.fixture(scope="session")
+def watched() -> Iterator[Watched]:
+    """One for all faults that leave it running."""
+    with watched_server(idle_timeout=2.0) as one:
+        yield one
+
+
+@pytest.fixture
+def proxy(watched: Watched) -> Iterator[Proxy]:
+    """What breaks connections to it."""
+    with Proxy(watched.process.address) as between:
+        yield between
+
+
+def connected(address: str, **options: Any) -> gradwire.Client:
+    """A client that streams even small jobs, in small messages."""
+    client = gradwire.connect(address, transport="tcp", **({"retries": SOON} | options))
+    client._tuning = Tuning(unary=False, chunk_bytes=MESSAGE_BYTES)
+    return client

@@ -1,0 +1,173 @@
+"""Connections that break, and bytes that change on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import get_args
+
+import numpy as np
+import pytest
+
+import gradwire
+from tests.integration.faults.conftest import (
+    EXTENTS,
+    Watched,
+    connected,
+    watched_server,
+)
+from tests.integration.faults.jobs import JOBS, M, W, bits, compute, parts, placed
+from tests.integration.faults.table import FAULTS
+from tests.proxy import Direction, Fault, Proxy
+
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+TIMEOUT_S = 20.0
+BYTES = {"requests": 4000, "responses": 4200}
+"""How many pass at least when all results are computed; a few more or less are
+frames of HTTP/2 that depend on the time."""
+EVERY_BYTE, EVERY_FIFTH = 1, 5
+
+
+@pytest.fixture
+def client(watched: Watched, proxy: Proxy) -> Iterator[gradwire.Client]:
+    """A client that reaches the server through the proxy."""
+    with connected(proxy.address, timeout_s=TIMEOUT_S) as one:
+        yield one
+    watched.assert_clean()
+
+
+def boundaries(
+    client: gradwire.Client, proxy: Proxy
+) -> list[tuple[str, Direction, int]]:
+    """Behind which message of which job, and in which direction."""
+    found = []
+    for job in JOBS:
+        proxy.arm(None)
+        compute(client, job)
+        for of in DIRECTIONS:
+            found += [(job, of, after + 1) for after in range(proxy.messages[of])]
+    return found
+
+
+def bytes_of_a_job(step: int) -> list[tuple[Direction, int]]:
+    return [(of, at) for of in DIRECTIONS for at in range(1, BYTES[of], step)]
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_a_job_cut_behind_any_message_has_the_bits_of_one_that_was_not(
+    client, proxy, extent
+):
+    fault = FAULTS["cut-message"]
+    expected = {job: bits(compute(client, job), job) for job in JOBS}
+    for job, of, after in fault.cases(boundaries(client, proxy), extent):
+        faults = proxy.faults
+        proxy.arm(Fault(of, cut_after_messages=after))
+        result = compute(client, job)
+        case = (job, of, after)
+        assert proxy.faults == faults + 1, case
+        assert result.receipt.retried == ("UNAVAILABLE",), case
+        assert result.receipt.m == M
+        assert bits(result, job) == expected[job], case
+
+
+def once_connected(client: gradwire.Client, job: str) -> gradwire.Gradients:
+    """A job's results, from a client that may not know yet that it was cut off."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return compute(client, job)
+        except gradwire.ConnectionLostError:
+            assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_without_retries_it_is_a_lost_connection_until_there_is_another(
+    watched, proxy, extent
+):
+    with connected(proxy.address, timeout_s=TIMEOUT_S, retries=False) as client:
+        expected = {job: bits(compute(client, job), job) for job in JOBS}
+        for job, of, after in FAULTS["cut-told"].cases(
+            boundaries(client, proxy), extent
+        ):
+            proxy.arm(Fault(of, cut_after_messages=after))
+            with pytest.raises(gradwire.ConnectionLostError):
+                compute(client, job)
+            assert bits(once_connected(client, job), job) == expected[job]
+    watched.assert_clean()
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_a_job_cut_after_any_byte_has_the_bits_of_one_that_was_not(
+    client, proxy, extent
+):
+    expected = bits(compute(client, "all results"), "all results")
+    for of, after in FAULTS["cut-byte"].cases(bytes_of_a_job(EVERY_BYTE), extent):
+        proxy.arm(Fault(of, cut_after_bytes=after))
+        result = compute(client, "all results")
+        assert bits(result, "all results") == expected, (of, after)
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_a_stream_cut_behind_any_message_gives_every_row_once_or_says_so(
+    client, proxy, extent
+):
+    """Its rows come from a generator, which nobody can read twice."""
+    with client.stream(parts(), W) as stream:
+        expected = placed(stream)
+        expected_dw = stream.dw
+    proxy.arm(None)
+    with client.stream(parts(), W) as stream:
+        placed(stream)
+    cases = [(of, i + 1) for of in DIRECTIONS for i in range(proxy.messages[of])]
+    for of, after in FAULTS["cut-stream"].cases(cases, extent):
+        proxy.arm(Fault(of, cut_after_messages=after))
+        seen: list[gradwire.ResultBlock] = []
+        try:
+            with client.stream(parts(), W) as stream:
+                seen.extend(stream)
+        except gradwire.ConnectionLostError:
+            assert all(
+                np.array_equal(block.y, expected[block.first_row][0]) for block in seen
+            )
+            continue
+        assert placed(seen).keys() == expected.keys()
+        assert np.array_equal(stream.dw, expected_dw)
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_a_byte_that_changes_on_the_way_never_makes_a_wrong_result(extent):
+    """Whichever byte it is: of elements, of messages, or of HTTP/2's frames.
+
+    Where a length grows, both sides wait for what never comes.
+    """
+    with (
+        watched_server(idle_timeout=0.3) as watched,
+        Proxy(watched.process.address) as proxy,
+        connected(proxy.address, timeout_s=2.0) as client,
+    ):
+        expected = bits(compute(client, "all results"), "all results")
+        right = 0
+        cases = FAULTS["flip"].cases(bytes_of_a_job(EVERY_FIFTH), extent)
+        for of, at in cases:
+            proxy.arm(Fault(of, flip_byte=at))
+            try:
+                result = compute(client, "all results", checksum=True)
+            except gradwire.GradwireError:
+                continue
+            assert bits(result, "all results") == expected, (of, at)
+            right += 1
+    assert right > len(cases) / 2
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_elements_that_change_on_the_way_are_sent_again(client, proxy, extent):
+    expected = bits(compute(client, "all results"), "all results")
+    proxy.arm(None)
+    compute(client, "all results", checksum=True)
+    # The first message is a header, and the last has no elements either.
+    cases = [(of, at) for of in DIRECTIONS for at in range(1, proxy.messages[of] - 1)]
+    for of, at in FAULTS["flip-elements"].cases(cases, extent):
+        proxy.arm(Fault(of, flip_in_message=at))
+        result = compute(client, "all results", checksum=True)
+        assert result.receipt.retried == ("CHECKSUM_MISMATCH",), (of, at)
+        assert bits(result, "all results") == expected, (of, at)
