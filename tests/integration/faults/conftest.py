@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import pytest
@@ -112,8 +113,66 @@ def proxy(watched: Watched) -> Iterator[Proxy]:
         yield between
 
 
+@contextmanager
+def both_clients(address: str, **options: Any) -> Iterator[dict[str, Client]]:
+    """A `Client` and an `AsyncClient`, with the same face."""
+    options = {"transport": "tcp", "retries": SOON} | options
+    with asyncio.Runner() as runner, connected(address, **options) as client:
+        async_client = gradwire.AsyncClient(address, **options)
+        async_client._tuning = client._tuning
+        runner.run(async_client.__aenter__())
+        try:
+            yield {"Client": client, "AsyncClient": _Waiting(async_client, runner)}
+        finally:
+            runner.run(async_client.close())
+
+
+class _Waiting:
+    """An `AsyncClient` whose caller waits."""
+
+    def __init__(self, client: gradwire.AsyncClient, runner: asyncio.Runner) -> None:
+        self._client = client
+        self._runner = runner
+
+    def gradients(self, *operands: Any, **options: Any) -> gradwire.Gradients:
+        return self._runner.run(self._client.gradients(*operands, **options))
+
+    def stream(self, *arguments: Any, **options: Any) -> _WaitingStream:
+        return _WaitingStream(self._client.stream(*arguments, **options), self._runner)
+
+
+class _WaitingStream:
+    """The stream of an `AsyncClient` whose caller waits."""
+
+    def __init__(self, stream: Any, runner: asyncio.Runner) -> None:
+        self._stream = stream
+        self._runner = runner
+
+    def __enter__(self) -> _WaitingStream:
+        self._runner.run(self._stream.__aenter__())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._runner.run(self._stream.__aexit__(*error))
+
+    def __iter__(self) -> Iterator[gradwire.RowBlock]:
+        async def next_block() -> gradwire.RowBlock | None:
+            return await anext(self._stream, None)
+
+        while (block := self._runner.run(next_block())) is not None:
+            yield block
+
+    @property
+    def dw(self) -> Any:
+        return self._stream.dw
+
+
+Client: TypeAlias = gradwire.Client | _Waiting
+
+
 def connected(address: str, **options: Any) -> gradwire.Client:
     """A client that streams even small jobs, in small messages."""
-    client = gradwire.connect(address, transport="tcp", **({"retries": SOON} | options))
+    options = {"transport": "tcp", "retries": SOON} | options
+    client = gradwire.connect(address, **options)
     client._tuning = Tuning(unary=False, chunk_bytes=MESSAGE_BYTES)
     return client

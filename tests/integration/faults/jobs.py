@@ -13,7 +13,7 @@ X, W, DY = oracle.operands(M, N, K)
 JOBS = {"all results": ("y", "dx", "dw"), "Y alone": ("y",), "dW alone": ("dw",)}
 
 
-def compute(client: gradwire.Client, job: str, **options: Any) -> gradwire.Gradients:
+def compute(client: Any, job: str, **options: Any) -> gradwire.Gradients:
     """One of the jobs, from arrays."""
     return client.gradients(X, W, DY, results=JOBS[job], **options)
 
@@ -23,7 +23,7 @@ def bits(result: Any, job: str) -> tuple[bytes, ...]:
     return tuple(getattr(result, name).tobytes() for name in JOBS[job])
 
 
-def placed(blocks: Iterable[gradwire.ResultBlock]) -> dict[int, tuple[Any, Any]]:
+def placed(blocks: Iterable[gradwire.RowBlock]) -> dict[int, tuple[Any, Any]]:
     """Y and dX of every row block, by its first row.
 
     Raises:

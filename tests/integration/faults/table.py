@@ -47,9 +47,10 @@ class Fault:
 FAULTS = {
     "cut-message": Fault(
         "the connection breaks behind a message: every one of a job of all results, "
-        "of one of Y alone and of one of dW alone, in either direction",
-        80,
-        80,
+        "of one of Y alone and of one of dW alone, in either direction, of a `Client` "
+        "and of an `AsyncClient`",
+        160,
+        100,
         "the results, with the same bits; `receipt.retried` says `UNAVAILABLE`",
     ),
     "cut-told": Fault(
@@ -60,26 +61,26 @@ FAULTS = {
         "found out and connected anew",
     ),
     "cut-byte": Fault(
-        "the connection breaks after a byte: every one of the first 4,000 of a job's "
+        "the connection breaks after a byte: every third of the first 4,000 of a job's "
         "requests and 4,200 of its responses, headers and frames included",
-        8198,
+        2733,
         60,
         "the results, with the same bits",
     ),
     "cut-stream": Fault(
         "the connection breaks behind a message of a stream whose rows come from a "
-        "generator: every one, in either direction",
-        43,
+        "generator: every one, in either direction, of both clients",
+        86,
         43,
         "every row block once and in order, and dW, with the same bits; or, where "
         "rows are gone that would have to be sent again, those row blocks that had "
         "come, right, and then `ConnectionLostError`",
     ),
     "flip": Fault(
-        "a bit of a byte is flipped, with `checksum=True`: of every fifth of the same "
+        "a bit of a byte is flipped, with `checksum=True`: of every fifth of those "
         "bytes, so in elements, in messages' fields and in HTTP/2's frames",
         1640,
-        30,
+        20,
         "the results, with the same bits; or an error of the SDK's (only elements have "
         "a checksum, and what is wrong with a message or a frame is not tried again). "
         "Never a wrong result",
@@ -96,6 +97,12 @@ FAULTS = {
         "every message of a job but its header and its last",
         36,
         4,
+        "the results, with the same bits, from the other one",
+    ),
+    "server-killed-waiting": Fault(
+        "the same while the job waits in the queue",
+        1,
+        1,
         "the results, with the same bits, from the other one",
     ),
     "client-killed": Fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import get_args
@@ -12,7 +13,9 @@ import pytest
 import gradwire
 from tests.integration.faults.conftest import (
     EXTENTS,
+    Client,
     Watched,
+    both_clients,
     connected,
     watched_server,
 )
@@ -25,20 +28,24 @@ TIMEOUT_S = 20.0
 BYTES = {"requests": 4000, "responses": 4200}
 """How many pass at least when all results are computed; a few more or less are
 frames of HTTP/2 that depend on the time."""
-EVERY_BYTE, EVERY_FIFTH = 1, 5
+EVERY_THIRD, EVERY_FIFTH = 3, 5
 
 
 @pytest.fixture
-def client(watched: Watched, proxy: Proxy) -> Iterator[gradwire.Client]:
-    """A client that reaches the server through the proxy."""
-    with connected(proxy.address, timeout_s=TIMEOUT_S) as one:
-        yield one
+def clients(watched: Watched, proxy: Proxy) -> Iterator[dict[str, Client]]:
+    """Both clients, which reach the server through the proxy."""
+    with both_clients(proxy.address, timeout_s=TIMEOUT_S) as both:
+        yield both
     watched.assert_clean()
 
 
-def boundaries(
-    client: gradwire.Client, proxy: Proxy
-) -> list[tuple[str, Direction, int]]:
+@pytest.fixture
+def client(clients: dict[str, Client]) -> Client:
+    """One of them, where it makes no difference."""
+    return clients["Client"]
+
+
+def boundaries(client: Client, proxy: Proxy) -> list[tuple[str, Direction, int]]:
     """Behind which message of which job, and in which direction."""
     found = []
     for job in JOBS:
@@ -55,22 +62,22 @@ def bytes_of_a_job(step: int) -> list[tuple[Direction, int]]:
 
 @pytest.mark.parametrize("extent", EXTENTS)
 def test_a_job_cut_behind_any_message_has_the_bits_of_one_that_was_not(
-    client, proxy, extent
+    clients, client, proxy, extent
 ):
-    fault = FAULTS["cut-message"]
     expected = {job: bits(compute(client, job), job) for job in JOBS}
-    for job, of, after in fault.cases(boundaries(client, proxy), extent):
+    cases = list(itertools.product(clients, boundaries(client, proxy)))
+    for kind, (job, of, after) in FAULTS["cut-message"].cases(cases, extent):
         faults = proxy.faults
         proxy.arm(Fault(of, cut_after_messages=after))
-        result = compute(client, job)
-        case = (job, of, after)
+        result = compute(clients[kind], job)
+        case = (kind, job, of, after)
         assert proxy.faults == faults + 1, case
         assert result.receipt.retried == ("UNAVAILABLE",), case
         assert result.receipt.m == M
         assert bits(result, job) == expected[job], case
 
 
-def once_connected(client: gradwire.Client, job: str) -> gradwire.Gradients:
+def once_connected(client: Client, job: str) -> gradwire.Gradients:
     """A job's results, from a client that may not know yet that it was cut off."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
@@ -101,7 +108,7 @@ def test_a_job_cut_after_any_byte_has_the_bits_of_one_that_was_not(
     client, proxy, extent
 ):
     expected = bits(compute(client, "all results"), "all results")
-    for of, after in FAULTS["cut-byte"].cases(bytes_of_a_job(EVERY_BYTE), extent):
+    for of, after in FAULTS["cut-byte"].cases(bytes_of_a_job(EVERY_THIRD), extent):
         proxy.arm(Fault(of, cut_after_bytes=after))
         result = compute(client, "all results")
         assert bits(result, "all results") == expected, (of, after)
@@ -109,28 +116,31 @@ def test_a_job_cut_after_any_byte_has_the_bits_of_one_that_was_not(
 
 @pytest.mark.parametrize("extent", EXTENTS)
 def test_a_stream_cut_behind_any_message_gives_every_row_once_or_says_so(
-    client, proxy, extent
+    clients, client, proxy, extent
 ):
     """Its rows come from a generator, which nobody can read twice."""
+    proxy.arm(None)
     with client.stream(parts(), W) as stream:
         expected = placed(stream)
         expected_dw = stream.dw
-    proxy.arm(None)
-    with client.stream(parts(), W) as stream:
-        placed(stream)
-    cases = [(of, i + 1) for of in DIRECTIONS for i in range(proxy.messages[of])]
-    for of, after in FAULTS["cut-stream"].cases(cases, extent):
+    ends = [(of, i + 1) for of in DIRECTIONS for i in range(proxy.messages[of])]
+    cases = list(itertools.product(clients, ends))
+    for kind, (of, after) in FAULTS["cut-stream"].cases(cases, extent):
         proxy.arm(Fault(of, cut_after_messages=after))
-        seen: list[gradwire.ResultBlock] = []
+        seen: list[gradwire.RowBlock] = []
         try:
-            with client.stream(parts(), W) as stream:
+            with clients[kind].stream(parts(), W) as stream:
                 seen.extend(stream)
         except gradwire.ConnectionLostError:
             assert all(
-                np.array_equal(block.y, expected[block.first_row][0]) for block in seen
+                np.array_equal(block.y, expected[block.first_row][0])
+                and np.array_equal(block.dx, expected[block.first_row][1])
+                for block in seen
             )
             continue
-        assert placed(seen).keys() == expected.keys()
+        for first_row, (y, dx) in placed(seen).items():
+            assert np.array_equal(y, expected[first_row][0])
+            assert np.array_equal(dx, expected[first_row][1])
         assert np.array_equal(stream.dw, expected_dw)
 
 

@@ -13,7 +13,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from grpc import StatusCode
 
 import gradwire
 from tests.integration.faults.conftest import (
@@ -25,6 +27,7 @@ from tests.integration.faults.conftest import (
 from tests.integration.faults.jobs import bits, compute
 from tests.integration.faults.table import FAULTS
 from tests.proxy import Proxy
+from tests.raw import Stream, make_job
 
 JOB = "all results"
 EVENTS = 37
@@ -83,6 +86,31 @@ def test_a_job_whose_server_is_killed_goes_on_at_the_next_one(
             assert doomed.process.process.poll() == -signal.SIGKILL
         assert result.receipt.retried == ("UNAVAILABLE",), event
         assert bits(result, JOB) == expected, event
+    watched.assert_clean()
+
+
+def test_a_job_whose_server_is_killed_while_it_waits_goes_on_at_the_next_one(
+    watched, expected
+):
+    with (
+        watched_server(max_jobs=1) as doomed,
+        grpc.insecure_channel(doomed.process.address) as channel,
+        Stream(channel) as occupant,
+        Proxy(doomed.process.address) as proxy,
+        connected(proxy.address, timeout_s=20) as client,
+    ):
+        occupant.send(make_job(m=None))
+        occupant.receive_accepted()
+
+        def kill(progress: gradwire.Progress) -> None:
+            if progress.jobs_ahead is not None:
+                proxy.target = watched.process.address
+                doomed.process.kill()
+
+        result = compute(client, JOB, on_progress=kill)
+        assert result.receipt.retried == ("UNAVAILABLE",)
+        assert bits(result, JOB) == expected
+        assert occupant.failure().status is StatusCode.UNAVAILABLE
     watched.assert_clean()
 
 
