@@ -13,6 +13,7 @@ from gradwire_server import backends, listen, standard
 from gradwire_server.admission import CALL_BYTES, Admission
 from gradwire_server.auth import gate_of
 from gradwire_server.backends.base import Backend, DeviceInfo, DeviceLostError
+from gradwire_server.bystanders import Bystanders
 from gradwire_server.contracts import OtherContracts
 from gradwire_server.devices import label, memory_limit
 from gradwire_server.errors import BackendError
@@ -108,7 +109,7 @@ class Server:
         )
         tls = None if self.settings.tls_cert is None else Certificates(self.settings)
         server = grpc.aio.server(
-            interceptors=() if self._gate is None else (self._gate,),
+            interceptors=[*filter(None, [self._gate]), Bystanders()],
             options=_CHANNEL_OPTIONS,
         )
         bound: list[str] = []
@@ -128,7 +129,7 @@ class Server:
         await server.start()
         self._grpc = server
         self.addresses = tuple(bound)
-        await self._health.serving()
+        self._health.serving()
         _log.info(
             "serving",
             extra={
@@ -159,7 +160,7 @@ class Server:
         if self._service is None:
             return
         try:
-            await self._health.not_serving()
+            self._health.not_serving()
             self._service.admission.drain()
             running = self._service.admission.running
             _log.info("draining", extra={"running_jobs": running})
@@ -205,7 +206,7 @@ class Server:
 
     async def _device_lost(self, device: DeviceInfo, error: DeviceLostError) -> None:
         self.lost = f"{device.backend}'s {label(device)} failed for good: {error}"
-        await self._health.not_serving()
+        self._health.not_serving()
         _log.critical(
             "a device is lost, and the server of no use any more",
             extra={"device": label(device), "error": str(error)},

@@ -6,7 +6,9 @@ the same, and its log says what is missing.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -23,34 +25,86 @@ try:
 except ImportError:
     AVAILABLE = False
 
+if TYPE_CHECKING:
+    from grpc_health.v1.health_pb2 import (
+        HealthCheckRequest,
+        HealthCheckResponse,
+        HealthListRequest,
+        HealthListResponse,
+    )
+
 
 class Health:
-    """What grpc.health.v1 answers, for the server ("") and for its service."""
+    """What grpc.health.v1 answers, for the server ("") and for its service.
+
+    The package's own servicer holds a lock while it writes to a client: one
+    that does not read keeps it from telling the others, and a server that
+    wants to tell it so from stopping.
+    """
 
     def __init__(self) -> None:
-        self.servicer = health.aio.HealthServicer() if AVAILABLE else None
+        self._status: dict[str, int] = {}
+        self._changed = asyncio.Event()
 
-    async def serving(self) -> None:
+    def serving(self) -> None:
         """New jobs are welcome."""
-        if self.servicer is not None:
-            for name in ("", SERVICE):
-                await self.servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if AVAILABLE:
+            self._set(health_pb2.HealthCheckResponse.SERVING)
 
-    async def not_serving(self) -> None:
+    def not_serving(self) -> None:
         """New jobs are refused, for good."""
-        if self.servicer is not None:
-            await self.servicer.enter_graceful_shutdown()
+        if AVAILABLE:
+            self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def Check(  # noqa: N802 - as the protocol names it
+        self, request: HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> HealthCheckResponse | None:
+        """The status now."""
+        status = self._status.get(request.service)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def List(  # noqa: N802 - as the protocol names it
+        self, _: HealthListRequest, __: grpc.aio.ServicerContext[Any, Any]
+    ) -> HealthListResponse:
+        """All statuses now."""
+        statuses = {
+            name: health_pb2.HealthCheckResponse(status=status)
+            for name, status in self._status.items()
+        }
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+    async def Watch(  # noqa: N802 - as the protocol names it
+        self, request: HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        """The status now, and whenever it is another one."""
+        told = None
+        while True:
+            changed = self._changed
+            unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            status = self._status.get(request.service, unknown)
+            if status == told:
+                await changed.wait()
+                continue
+            await context.write(health_pb2.HealthCheckResponse(status=status))
+            told = status
+
+    def _set(self, status: int) -> None:
+        self._status = dict.fromkeys(("", SERVICE), status)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
 
 def add(server: grpc.aio.Server, status: Health) -> None:
     """Adds the standard services to a server that has not started."""
-    if not AVAILABLE or status.servicer is None:
+    if not AVAILABLE:
         _log.warning(
             "health, reflection and channelz are not served: "
             "install gradwire[server] for them"
         )
         return
-    health_pb2_grpc.add_HealthServicer_to_server(status.servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
     channelz.add_channelz_servicer(server)
     names = [SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection([*names, "grpc.channelz.v1.Channelz"], server)

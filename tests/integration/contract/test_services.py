@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.metadata import version
+from typing import Any
 
 import grpc
 import numpy as np
@@ -13,6 +15,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import gradient_service_pb2_grpc
+from gradwire_server import bystanders
+from tests import http2
 from tests.raw import SERVICE, assert_exact, compute_job, stream_job, whole_numbers
 from tests.serving import BACKEND, running_server
 
@@ -129,3 +133,81 @@ def test_a_unix_socket_serves_the_same_contract(tmp_path):
                 outcome = call(channel, problem)
                 assert_exact(outcome, problem)
                 assert outcome.receipt.transport == "unix"
+
+
+WATCH = "/grpc.health.v1.Health/Watch"
+CHECK = "/grpc.health.v1.Health/Check"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+def watch_health(channel: grpc.Channel) -> Any:
+    stub = health_pb2_grpc.HealthStub(channel)
+    return stub.Watch(health_pb2.HealthCheckRequest(), timeout=20)
+
+
+def test_who_watches_health_and_does_not_read_keeps_nobody_from_it_and_no_end():
+    with (
+        running_server() as server,
+        http2.Connection(server.address, window_bytes=0) as deaf,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        deaf.ask(WATCH, b"")
+        watch = watch_health(channel)
+        assert next(watch).status == SERVING
+        server.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert server.process.wait(10) == 0
+
+
+def test_a_thousand_watches_of_health_cost_who_holds_them_and_no_other():
+    with (
+        running_server() as server,
+        http2.Connection(server.address) as crowd,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        watch = watch_health(channel)
+        assert next(watch).status == SERVING
+        first = crowd.ask(WATCH, b"")
+        for _ in range(bystanders.MOST_OPEN - 1):
+            crowd.ask(WATCH, b"")
+        assert crowd.wait_for_end() == first
+        server.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_requests_of_health_that_never_come_whole_keep_no_probe_from_its_answer():
+    with (
+        running_server() as server,
+        http2.Connection(server.address) as stalled,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        for _ in range(bystanders.MOST_COMING + 1):
+            stalled.send(stalled.begin(CHECK), b"\0\0\x10\0\0half of it")
+        assert stalled.wait_for_end() == 1
+        check = health_pb2_grpc.HealthStub(channel).Check
+        assert check(health_pb2.HealthCheckRequest(), timeout=10).status == SERVING
+
+
+def test_a_name_of_megabytes_is_kept_by_no_service(channel):
+    name = "a" * (1 << 20)
+    health = health_pb2_grpc.HealthStub(channel)
+    for call in (
+        lambda: health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10),
+        lambda: list(
+            health.Watch(health_pb2.HealthCheckRequest(service=name), timeout=10)
+        ),
+        lambda: ask(channel, file_containing_symbol=name),
+    ):
+        with pytest.raises(grpc.RpcError) as raised:
+            call()
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "expected at most 4096" in raised.value.details()
+
+
+def test_health_lists_all_that_it_knows(channel):
+    stub = health_pb2_grpc.HealthStub(channel)
+    answer = stub.List(health_pb2.HealthListRequest(), timeout=10)
+    assert {name: each.status for name, each in answer.statuses.items()} == {
+        "": SERVING,
+        SERVICE: SERVING,
+    }

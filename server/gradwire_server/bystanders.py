@@ -1,0 +1,181 @@
+"""Calls of gRPC's standard services: few at once, and small.
+
+Admission does not count them, because health has to be told whatever is taken.
+But anybody may ask for it, and a call holds its message, of up to 4 MiB, for as
+long as its client likes. So they are bounded here, in number and in size. One
+too many ends another one, never itself: who holds hundreds open does not keep
+a probe from its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+MOST_OPEN = 1024
+"""Calls whose requests have come: gRPC's clients can watch a server's health
+for as long as they are connected, each of them."""
+
+MOST_COMING = 32
+"""Calls of which a message is still to come, and may be large."""
+
+MAX_BYTES = 4096
+"""Of a request: it names a service, a symbol or a file."""
+
+_OWN = "/gradwire."
+
+
+class Bystanders(grpc.aio.ServerInterceptor):
+    """Lets calls of other services than gradwire's hold only a little."""
+
+    def __init__(self) -> None:
+        self._open = _Places(MOST_OPEN)
+        self._coming = _Places(MOST_COMING)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The method's handler, within bounds."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if isinstance(method, bytes):
+            method = method.decode(errors="replace")
+        if handler is None or method.startswith(_OWN):
+            return handler
+        # As a stream, however the method is: gRPC reads the message of a method
+        # that has one before it calls anybody, however long that takes.
+        bounded: Handler = grpc.stream_stream_rpc_method_handler(
+            partial(self._serve, handler),
+            response_serializer=handler.response_serializer,
+        )
+        return bounded
+
+    async def _serve(
+        self, handler: Handler, messages: AsyncIterator[bytes], context: Context
+    ) -> None:
+        requests = _requests(handler, messages, context)
+        serve = self._streamed if handler.request_streaming else self._one
+        try:
+            await serve(handler, requests, context)
+        except _EndedError:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "more such calls are open than this server holds: it ended the oldest",
+            )
+
+    async def _streamed(
+        self, handler: Handler, requests: AsyncIterator[Any], context: Context
+    ) -> None:
+        with self._coming.one(context.peer()):
+            await _answer(handler, requests, context)
+
+    async def _one(
+        self, handler: Handler, requests: AsyncIterator[Any], context: Context
+    ) -> None:
+        with self._coming.one(context.peer()):
+            request = await anext(requests, None)
+        if request is None:
+            status = grpc.StatusCode.INVALID_ARGUMENT
+            await context.abort(status, "the call has no message: expected one")
+        with self._open.one(context.peer()):
+            await _answer(handler, request, context)
+
+
+class _EndedError(Exception):
+    """Another call has taken the place of this one."""
+
+
+class _Places:
+    """So many calls at once; who comes when there are more takes one's place.
+
+    Args:
+        most: How many.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken: dict[asyncio.Task[Any], str] = {}
+        """The calls, the oldest first, and the connection of each."""
+
+    @contextmanager
+    def one(self, connection: str) -> Iterator[None]:
+        """A place for the call whose task this is, within this context.
+
+        Raises:
+            _EndedError: Another one has taken it.
+        """
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a call runs in a task")
+        if len(self._taken) >= self._most:
+            self._end_one()
+        self._taken[task] = connection
+        try:
+            yield
+        except asyncio.CancelledError as cancelled:
+            if cancelled.args == (_ENDED,):
+                task.uncancel()
+                raise _EndedError from None
+            raise
+        finally:
+            self._taken.pop(task, None)
+
+    def _end_one(self) -> None:
+        """Ends the oldest call of the connection that has most of them."""
+        ((most, _),) = Counter(self._taken.values()).most_common(1)
+        oldest = next(task for task, at in self._taken.items() if at == most)
+        del self._taken[oldest]
+        oldest.cancel(_ENDED)
+
+
+_ENDED = "another call has taken its place"
+
+
+async def _requests(
+    handler: Handler, messages: AsyncIterator[bytes], context: Context
+) -> AsyncIterator[Any]:
+    deserialize: Any = handler.request_deserializer
+    async for message in messages:
+        if len(message) > MAX_BYTES:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the message has {len(message)} bytes: expected at most {MAX_BYTES}",
+            )
+        try:
+            request = deserialize(message)
+        except DecodeError:
+            status = grpc.StatusCode.INVALID_ARGUMENT
+            await context.abort(status, "the message is none of this method")
+        yield request
+
+
+async def _answer(handler: Handler, given: Any, context: Context) -> None:
+    answers = _method(handler)(given, context)
+    if inspect.isasyncgen(answers):
+        async for answer in answers:
+            await context.write(answer)
+    elif (answer := await answers) is not None:
+        await context.write(answer)
+
+
+def _method(handler: Handler) -> Any:
+    methods = (
+        handler.unary_unary,
+        handler.unary_stream,
+        handler.stream_unary,
+        handler.stream_stream,
+    )
+    return next(method for method in methods if method is not None)

@@ -1,0 +1,93 @@
+"""HTTP/2 by hand, for what no client of gRPC does: reading nothing, ending nothing."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from types import TracebackType
+
+_DATA, _HEADERS, _SETTINGS = 0, 1, 4
+_END_STREAM, _END_HEADERS = 1, 4
+_INITIAL_WINDOW_SIZE = 4
+_FRAME_BYTES = 9
+
+
+class Connection:
+    """A connection to a server, in plaintext.
+
+    Args:
+        address: HOST:PORT.
+        window_bytes: How much of each call's answers it is ready to take.
+    """
+
+    def __init__(self, address: str, window_bytes: int = 65535) -> None:
+        host, _, port = address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)), 10)
+        self._next = 1
+        settings = struct.pack(">HI", _INITIAL_WINDOW_SIZE, window_bytes)
+        self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        self._send(_SETTINGS, 0, 0, settings)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._socket.close()
+
+    def begin(self, method: str) -> int:
+        """Begins a call; returns its number."""
+        number, self._next = self._next, self._next + 2
+        fields = {
+            ":method": "POST",
+            ":scheme": "http",
+            ":path": method,
+            ":authority": "test",
+            "te": "trailers",
+            "content-type": "application/grpc",
+        }
+        block = b"".join(_literal(*field) for field in fields.items())
+        self._send(_HEADERS, _END_HEADERS, number, block)
+        return number
+
+    def send(self, number: int, data: bytes, *, end: bool = False) -> None:
+        """Sends bytes of a call, whatever they are."""
+        self._send(_DATA, _END_STREAM if end else 0, number, data)
+
+    def ask(self, method: str, message: bytes) -> int:
+        """Begins a call of one message, and sends that."""
+        number = self.begin(method)
+        framed = b"\0" + struct.pack(">I", len(message)) + message
+        self.send(number, framed, end=True)
+        return number
+
+    def wait_for_end(self) -> int:
+        """The number of the call that ends next."""
+        while True:
+            head = self._receive(_FRAME_BYTES)
+            self._receive(int.from_bytes(head[:3]))
+            if head[3] == _HEADERS and head[4] & _END_STREAM:
+                return int.from_bytes(head[5:])
+
+    def _receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self._socket.recv(size - len(data))
+            if not part:
+                raise ConnectionError("the server closed the connection")
+            data += part
+        return data
+
+    def _send(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        head = struct.pack(">I", len(payload))[1:] + bytes([kind, flags])
+        self._socket.sendall(head + struct.pack(">I", number) + payload)
+
+
+def _literal(name: str, value: str) -> bytes:
+    """A field as HPACK has it without its tables (RFC 7541, section 6.2.2)."""
+    texts = (name.encode(), value.encode())
+    return b"\0" + b"".join(bytes([len(text)]) + text for text in texts)
