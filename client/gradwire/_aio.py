@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -26,6 +25,7 @@ from gradwire._aio_channels import open_calls
 from gradwire._aio_stream import AsyncGradientStream
 from gradwire._base import ArrayJob, BaseClient
 from gradwire._exceptions import ClientStateError, GradwireError
+from gradwire._exchange import Exchange
 from gradwire._failures import call_error, connect_error
 from gradwire._joining import NotJoinedError
 from gradwire._options import (
@@ -34,7 +34,6 @@ from gradwire._options import (
     OnProgress,
     Options,
     ResultDtypes,
-    left_of,
     parse_options,
     parse_timeout,
 )
@@ -218,6 +217,7 @@ class AsyncClient(BaseClient):
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
         metadata: Metadata = (),
+        checkpoint_rows: int | None = None,
     ) -> Gradients:
         """Y = X W, dX = dY Wᵀ and dW = Xᵀ dY; see `Client.gradients`.
 
@@ -243,6 +243,7 @@ class AsyncClient(BaseClient):
             on_progress=on_progress,
             request_id=request_id,
             metadata=metadata,
+            checkpoint_rows=checkpoint_rows,
         )
         given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
         job = self._array_job(given, out, RESULTS, options)
@@ -312,6 +313,7 @@ class AsyncClient(BaseClient):
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
         metadata: Metadata = (),
+        checkpoint_rows: int | None = None,
     ) -> Backward:
         """The two gradients, dX = dY Wᵀ and dW = Xᵀ dY; see `Client.backward`.
 
@@ -337,6 +339,7 @@ class AsyncClient(BaseClient):
             on_progress=on_progress,
             request_id=request_id,
             metadata=metadata,
+            checkpoint_rows=checkpoint_rows,
         )
         given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
         job = self._array_job(given, out, (Matrix.DX, Matrix.DW), options)
@@ -361,6 +364,7 @@ class AsyncClient(BaseClient):
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
         metadata: Metadata = (),
+        checkpoint_rows: int | None = None,
     ) -> AsyncGradientStream:
         """The gradients of rows that need not be there all at once.
 
@@ -394,6 +398,7 @@ class AsyncClient(BaseClient):
             on_progress=on_progress,
             request_id=request_id,
             metadata=metadata,
+            checkpoint_rows=checkpoint_rows,
         )
         self._require_open()
         reader = RowReader(w, m, self._with_defaults(options))
@@ -431,26 +436,30 @@ class AsyncClient(BaseClient):
 
     async def _computed(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job, once."""
-        options = attempts.options(job.plan.options)
+        options = job.plan.options
         if self._shares(job):
             receipt = await self._run_shared(job, attempts)
             if receipt is not None:
                 return receipt
         if job.unary:
-            return await self._compute(job, options)
-        begun = time.monotonic()
-        try:
-            return await self._stream(job, self._connections_now(), options)
-        except NotJoinedError as error:
-            self._not_joined(error)
-            return await self._stream(job, 1, left_of(options, begun))
+            return await self._compute(job, attempts.options(options))
+        connections = self._connections_now()
+        while True:
+            exchange = job.exchange(connections)
+            try:
+                return await self._stream(job, exchange, attempts.options(options))
+            except NotJoinedError as error:
+                self._not_joined(error)
+                connections = 1
+            except GradwireError as error:
+                if not job.cut_off(exchange, error, attempts):
+                    raise
 
     async def _stream(
-        self, job: ArrayJob, connections: int, options: Options
+        self, job: ArrayJob, exchange: Exchange, options: Options
     ) -> Receipt:
-        exchange = job.exchange(connections)
         async with open_calls(
-            self._channels_to_use(connections),
+            self._channels_to_use(exchange.connections),
             exchange,
             lambda connection: _messages(job.messages(exchange, connection)),
             options,

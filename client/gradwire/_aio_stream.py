@@ -10,25 +10,26 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Iterable,
-    Iterator,
     Mapping,
 )
 from typing import TYPE_CHECKING, TypeVar
 
 from gradwire._aio_calls import AsyncCall
 from gradwire._aio_channels import AsyncCalls, AsyncDealer, open_calls
+from gradwire._aio_rows import AsyncDrawnRows
 from gradwire._arrays import Operand
 from gradwire._exceptions import GradwireError
+from gradwire._exchange import Exchange
 from gradwire._joining import NotJoinedError
 from gradwire._retrying import Attempts
-from gradwire._rows import RowJob, RowReader, iterate, require_receipt
+from gradwire._row_job import RowJob, require_receipt
+from gradwire._rows import RowReader
 from gradwire._types import Array, Receipt, RowBlock
 from gradwire.wire.matrices import Matrix
 
 if TYPE_CHECKING:
     from gradwire._aio import AsyncClient
 
-_NOTHING = object()
 
 _Taken = TypeVar("_Taken")
 
@@ -54,12 +55,12 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         reader: RowReader,
     ) -> None:
         self._client = client
-        self._rows = _iterate(rows)
+        self._held = client._held_rows(reader, rows)
+        self._rows = AsyncDrawnRows(rows, self._held)
         self._reader = reader
         self._job: RowJob | None = None
         self._call: AsyncCall | AsyncCalls | None = None
         self._connections = client._connections_now()
-        self._first: Mapping[Matrix, Operand] | None = None
         self._attempts: Attempts | None = None
         self._over = False
         self._turn = asyncio.Lock()
@@ -93,8 +94,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
-                        await self._client._rest(delay_s)
                         await self._again(self._connections)
+                        await self._client._rest(delay_s)
             except BaseException:
                 await self.aclose()
                 raise
@@ -107,6 +108,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._over = True
         if self._call is not None:
             await self._call.cancel()
+        await self._rows.aclose()
         if self._job is not None:
             self._job.ready.clear()
 
@@ -114,6 +116,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         with contextlib.suppress(Exception):
             if self._call is not None:
                 self._call.abandon()
+            self._rows.abandon()
 
     @property
     def dw(self) -> Array | None:
@@ -135,38 +138,47 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         return require_receipt(self._job)
 
     async def _opened(self) -> tuple[RowJob, AsyncCall | AsyncCalls]:
-        if self._job is None or self._call is None:
-            if self._attempts is None:
-                item = await anext(self._rows, _NOTHING)
-                self._first = None if item is _NOTHING else self._reader.read(item)
-                self._attempts = self._client._attempts(self._reader.options)
-            job = self._client._row_job(self._reader, self._first, self._connections)
+        if self._job is None or self._attempts is None:
+            await self._rows.draw(0)
+            self._attempts = self._client._attempts(self._reader.options)
+            self._job = self._client._row_job(self._reader, self._held)
+        if self._call is None:
+            job = self._job
+            exchange = job.begin(self._connections)
             dealer = AsyncDealer(
-                _messages(job, self._rows, self._reader),
+                _messages(job, exchange, self._rows.portions(job.first_row)),
                 self._connections,
                 lambda: job.block_messages,
             )
             self._call = open_calls(
                 self._client._channels_to_use(self._connections),
-                job.exchange,
+                exchange,
                 dealer.messages,
                 self._attempts.options(job.options),
             )
-            self._job = job
         return self._job, self._call
 
     async def _again(self, connections: int) -> None:
-        """Nothing was sent but the header: announce the job anew."""
+        """Announce the job anew, where it is."""
         if self._call is not None:
             await self._call.cancel()
-        self._job = self._call = None
+        self._call = None
         self._connections = connections
 
     def _delay_s(self, error: GradwireError) -> float | None:
-        """When the job is announced anew after it failed; None: never."""
-        if self._attempts is None or (self._job and self._job.exchange.ready):
+        """When the job goes on after it failed; None: never.
+
+        Raises:
+            RowsLostError: It would, but for rows that are held no more.
+        """
+        if self._attempts is None or self._job is None:
             return None
-        return self._attempts.after(error)
+        if self._job.cut_off(error, self._attempts):
+            return 0.0
+        delay_s = self._attempts.after(error)
+        if delay_s is not None:
+            self._job.require_rows(error)
+        return delay_s
 
     async def _read(self, job: RowJob, call: AsyncCall | AsyncCalls) -> None:
         try:
@@ -181,8 +193,6 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         else:
             connection = call.connection
             await _beside(job, lambda: job.receive(message, connection))
-            if job.exchange.ready:
-                self._first = None
 
 
 async def _beside(job: RowJob, take: Callable[[], _Taken]) -> _Taken:
@@ -193,27 +203,14 @@ async def _beside(job: RowJob, take: Callable[[], _Taken]) -> _Taken:
 
 
 async def _messages(
-    job: RowJob, rows: AsyncIterator[object], reader: RowReader
+    job: RowJob,
+    exchange: Exchange,
+    portions: AsyncIterator[Mapping[Matrix, Operand]],
 ) -> AsyncGenerator[tuple[int, bytes]]:
-    for message in job.opening_messages():
+    for message in job.opening_messages(exchange):
         yield message
-    while True:
-        reader.settle()
-        item = await anext(rows, _NOTHING)
-        if item is _NOTHING:
-            break
-        for message in job.exchange.row_messages(reader.read(item)):
+    async for operands in portions:
+        for message in exchange.row_messages(operands):
             yield message
-    for message in job.exchange.end_messages():
+    for message in exchange.end_messages():
         yield message
-
-
-def _iterate(rows: Iterable[object] | AsyncIterable[object]) -> AsyncIterator[object]:
-    if isinstance(rows, AsyncIterable):
-        return aiter(rows)
-    return _in_turn(iterate(rows))
-
-
-async def _in_turn(rows: Iterator[object]) -> AsyncIterator[object]:
-    for item in rows:
-        yield item

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -13,8 +13,9 @@ from gradwire import _fork, _unary
 from gradwire._arrays import Operand
 from gradwire._devices import HostCopies, is_on_device, to_device
 from gradwire._endpoint import Endpoint
-from gradwire._exceptions import ClientStateError, ContractError
+from gradwire._exceptions import ClientStateError, ContractError, GradwireError
 from gradwire._exchange import Exchange
+from gradwire._held import HeldRows
 from gradwire._joining import NotJoinedError
 from gradwire._memory import ResultPool
 from gradwire._options import (
@@ -34,8 +35,10 @@ from gradwire._outputs import (
     output_shape,
 )
 from gradwire._plan import Plan, plan_arrays
+from gradwire._resuming import Point, cannot_go_on, is_further
 from gradwire._retrying import Attempts, Retries, RetriesLike, parse_retries
-from gradwire._rows import RowJob, RowReader
+from gradwire._row_job import RowJob
+from gradwire._rows import RowReader
 from gradwire._sending import Sender
 from gradwire._sharing import Sharing
 from gradwire._tls import Tls
@@ -45,6 +48,7 @@ from gradwire._unary import UnaryExchange
 from gradwire._verify import VerifyLike, parse_verify
 from gradwire._verifying import Computed, Verifier
 from gradwire.wire import limits
+from gradwire.wire.limits import RESUME
 from gradwire.wire.matrices import Matrix
 
 COMPUTE = f"/{limits.SERVICE}/Compute"
@@ -55,6 +59,13 @@ GET_SERVER_INFO = f"/{limits.SERVICE}/GetServerInfo"
 _NOT_JOINED_S = 60.0
 """How long jobs go over one connection after one could not have more: finding
 it out anew costs each job a round trip, or the server's patience."""
+
+_SMALL = 16
+"""So many times the bytes of a checkpoint that was not asked for are those of the
+rows between two of them, at least."""
+
+_LEAST_APART_BYTES = 16 * limits.MIB
+"""And these at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +91,11 @@ class ArrayJob:
         unary: bool,
         memory: ResultPool,
         copies: HostCopies,
+        checkpoint_rows: int | None = None,
     ) -> None:
+        self.point: Point | None = None
+        """Where the next attempt goes on; None: at the beginning."""
+        self._checkpoint_rows = checkpoint_rows
         self._copies = copies
         self.plan = plan
         self.operands = operands
@@ -92,7 +107,26 @@ class ArrayJob:
         """The conversation, as a stream over so many connections."""
         sender = Sender(self.plan, connections=connections)
         sinks = [self._sinks() for _ in range(connections)]
-        return Exchange(self.plan, sender, *sinks)
+        return Exchange(
+            self.plan,
+            sender,
+            *sinks,
+            point=self.point,
+            checkpoint_rows=self._checkpoint_rows,
+        )
+
+    def cut_off(
+        self, exchange: Exchange, error: GradwireError, attempts: Attempts
+    ) -> bool:
+        """Take the failure of a stream; whether to begin anew, and at once."""
+        before = self.point
+        if before is not None and cannot_go_on(error):
+            self.point = None
+            return True
+        self.point = exchange.point()
+        if is_further(self.point, before):
+            attempts.progressed()
+        return False
 
     def unary_exchange(self) -> UnaryExchange:
         """The conversation, as one message each way."""
@@ -184,6 +218,7 @@ class BaseClient:
         self._verify = parse_verify(verify)
         self._channels = parse_channels(channels)
         self._one_until = 0.0
+        self._features: frozenset[str] = frozenset()
         self._memory = ResultPool()
         self._endpoint = Endpoint(address, tls, token)
         self._address = address
@@ -254,26 +289,69 @@ class BaseClient:
         if unary is None:
             unary = _unary.fits(plan)
         return ArrayJob(
-            plan, operands, made, unary=unary, memory=self._memory, copies=copies
+            plan,
+            operands,
+            made,
+            unary=unary,
+            memory=self._memory,
+            copies=copies,
+            checkpoint_rows=self._checkpoint_rows(plan.options),
         )
 
     def _row_job(
         self,
         reader: RowReader,
-        first: Mapping[Matrix, Operand] | None,
-        connections: int,
+        held: HeldRows,
     ) -> RowJob:
         """A stream's job, now that its first item is known, if it has any."""
-        plan = replace(reader.plan(first), chunk_bytes=self._tuning.chunk_bytes)
+        plan = replace(reader.plan(held.first), chunk_bytes=self._tuning.chunk_bytes)
+        checkpoint_rows = self._checkpoint_rows(plan.options)
+        if checkpoint_rows == 0 and plan.options.checkpoint_rows is None:
+            checkpoint_rows = self._checkpoint_rows_held(plan, held)
         return RowJob(
             plan,
             reader.w,
-            first,
-            connections,
+            held,
             reader.copies,
+            checkpoint_rows,
             check=reader.check,
             address=self._address,
         )
+
+    def _held_rows(self, reader: RowReader, rows: object) -> HeldRows:
+        """Room for a stream's rows, as far as they may be needed again."""
+        policy = self._retries.policy
+        if policy.attempts == 1:
+            return HeldRows(reader)
+        again = rows if isinstance(rows, Sequence) else None
+        return HeldRows(reader, policy.held_bytes, again)
+
+    def _checkpoint_rows_held(self, plan: Plan, held: HeldRows) -> int:
+        """How often a stream asks for checkpoints of its own accord; 0: never.
+
+        So often that the rows behind the last one are held, with those that are
+        on their way, if they cannot be had again; but not so often that the
+        checkpoints are much beside the rows.
+        """
+        row_bytes = plan.upload_bytes(1) - plan.upload_bytes(0)
+        dtype = plan.options.dw_accumulator or plan.dtype.sums_in
+        apart = max(_LEAST_APART_BYTES, _SMALL * plan.n * plan.k * dtype.itemsize)
+        most_apart = self._retries.policy.held_bytes // 4
+        if held.repeatable or not row_bytes or apart > most_apart:
+            return 0
+        return max(1, apart // row_bytes)
+
+    def _checkpoint_rows(self, options: Options) -> int | None:
+        """How often a job asks for checkpoints; None: never.
+
+        By default for the one alone that a server sends which stops: it costs
+        nothing before.
+        """
+        if self._retries.policy.attempts == 1:
+            return None
+        if options.checkpoint_rows is not None:
+            return options.checkpoint_rows
+        return 0 if RESUME in self._features else None
 
     def _attempts(self, options: Options) -> Attempts:
         """Those of a job that begins now."""
@@ -313,6 +391,7 @@ class BaseClient:
                 f" speaks {limits.CONTRACT}: one of them has to be updated"
             )
         self._sharing.learn(info)
+        self._features = frozenset(info.features)
         if limits.CONNECTIONS not in info.features:
             self._channels = 1
         return info

@@ -18,7 +18,8 @@
           ├── UnavailableError               UNAVAILABLE
           │    ├── DrainingError               the server is about to stop
           │    ├── DeviceLostError             its device failed, and it stops
-          │    └── ConnectionLostError (ConnectionError)
+          │    ├── ConnectionLostError (ConnectionError)
+          │    └── RowsLostError               a stream cannot go on where it was
           ├── AbortedError                   ABORTED
           │    └── ClientIdleError             this side sent or read too slowly
           ├── JobCancelledError              CANCELLED
@@ -198,6 +199,16 @@ class DeviceLostError(UnavailableError):
 
 class ConnectionLostError(UnavailableError, ConnectionError):
     """The connection broke before the job was done."""
+
+
+class RowsLostError(UnavailableError):
+    """A stream broke, and rows that would be needed again are held no more.
+
+    Its cause is what ended the attempt. What it gave before stays right.
+    """
+
+    rows: range = range(0)
+    """Those rows."""
 
 
 class AbortedError(CallError):

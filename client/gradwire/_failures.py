@@ -31,6 +31,11 @@ from gradwire.wire.status import ErrorDetails
 LATE = "the call was not done within its timeout_s"
 
 _NO_SUCH_NAME = re.compile("DNS resolution failed|Domain name not found|lookup failed")
+_RESET = "CANCELLED"
+"""What gRPC says of a call that the other side has reset: a server that is closed, or
+a proxy. Of calls that this side has cancelled it says more, and a gradwire server
+that ends a call gives its reason."""
+
 _NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server|selected ALPN")
 _CONNECT_CAUSE = re.compile("(?:to remote host|connect failed: .* error): ?(.+)")
 _DISTRUSTED = re.compile("CERTIFICATE_VERIFY_FAILED: (.+?)(?:: OK)?$")
@@ -60,6 +65,14 @@ def call_error(
     code, text = outcome.code(), outcome.details() or ""
     attached = _attached(outcome)
     if attached.reason is None:
+        if code is StatusCode.CANCELLED and text == _RESET:
+            return ConnectionLostError(
+                f"the call was cut off at {endpoint.address}, or on the way there,"
+                f" before it was done ({text})",
+                status=code,
+                job_id=job_id,
+                details=text,
+            )
         if code is StatusCode.UNAVAILABLE:
             return _unavailable(endpoint, text, job_id)
         if code is StatusCode.UNIMPLEMENTED:

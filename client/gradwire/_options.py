@@ -73,6 +73,9 @@ class Options:
     metadata: tuple[tuple[str, str | bytes], ...] = field(repr=False)
     """Sent with the call. What it says may be a secret."""
 
+    checkpoint_rows: int | None = None
+    """Rows after which the server sends dW's sum; None: as is best."""
+
 
 def parse_options(
     *,
@@ -87,6 +90,7 @@ def parse_options(
     on_progress: OnProgress | None = None,
     request_id: str | None = None,
     metadata: Metadata = (),
+    checkpoint_rows: int | None = None,
 ) -> Options:
     """The options, checked.
 
@@ -113,6 +117,7 @@ def parse_options(
         on_progress=on_progress,
         job_id=_job_id(request_id),
         metadata=parse_metadata(metadata),
+        checkpoint_rows=_checkpoint_rows(checkpoint_rows),
     )
 
 
@@ -299,6 +304,16 @@ def _accumulator(value: DtypeLike) -> Dtype | None:
     if value is None:
         return None
     return parse_dtype(value, "dw_accumulator", (Dtype.FLOAT32, Dtype.FLOAT64))
+
+
+def _checkpoint_rows(value: int | None) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise InputError(
+            f"checkpoint_rows is {value!r}: give a number of rows, 0 for none, or None"
+        )
+    return min(int(value), limits.MAX_INT64)
 
 
 def _job_id(request_id: str | None) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from gradwire._exceptions import ChecksumError, ProtocolError
+from gradwire._options import Options
 from gradwire._outputs import ArraySink
 from gradwire._plan import Plan
 from gradwire._sending import Sender
@@ -128,6 +129,36 @@ class Receiver:
             if matrix is not Matrix.DW or not connection
         }
 
+    def begin(self, row: int) -> None:
+        """Y and dX come from a row on that begins a row block."""
+        if not row:
+            return
+        rows = row if self._sender.m is None else min(row, self._sender.m)
+        count = self._sender.shares[self._connection].rows(rows)
+        for matrix in self._next:
+            if matrix is not Matrix.DW:
+                columns = matrix.row_length(self._plan.n, self._plan.k)
+                self._next[matrix] = count * columns
+                self._sinks[matrix].seek(row)
+
+    def complete_row(self) -> int | None:
+        """The first row of the share's first block that is not here, whole.
+
+        It may lie behind the job's last row. None: no rows are wanted here.
+        """
+        share = self._sender.shares[self._connection]
+        numbers = []
+        for matrix, at in self._next.items():
+            columns = matrix.row_length(self._plan.n, self._plan.k)
+            if matrix is not Matrix.DW and columns:
+                numbers.append(at // (share.block_rows * columns))
+        return share.block(min(numbers)) * share.block_rows if numbers else None
+
+    def flush(self) -> None:
+        """Have the whole rows that were taken in their places."""
+        for sink in self._sinks.values():
+            sink.close()
+
     def take(self, block: Block) -> None:
         """Use the elements of a message.
 
@@ -144,7 +175,7 @@ class Receiver:
             raise ProtocolError(
                 f"the server sent a block of {matrix.label} without elements"
             )
-        self._check_crc32c(matrix, block.crc32c, payload)
+        check_crc32c(self._plan.options, matrix, block.crc32c, payload)
         itemsize = self._plan.result_dtype(matrix).itemsize
         count, rest = divmod(len(payload), itemsize)
         if rest:
@@ -204,20 +235,26 @@ class Receiver:
             rows -= rows % sender.block_rows
         return rows * matrix.row_length(self._plan.n, self._plan.k)
 
-    def _check_crc32c(
-        self, matrix: Matrix, crc32c: int | None, payload: memoryview
-    ) -> None:
-        wanted = self._plan.options.checksum
-        if wanted != (crc32c is not None):
-            which = "without" if wanted else "with"
-            raise ProtocolError(
-                f"the server sent {matrix.label} {which} a checksum, against the job"
-            )
-        if wanted and checksum.crc32c(payload) != crc32c:
-            raise ChecksumError(
-                f"a block of {matrix.label} was damaged on the way: its checksum is"
-                " wrong",
-                status=Reason.CHECKSUM_MISMATCH.status,
-                attached=ErrorDetails(reason=Reason.CHECKSUM_MISMATCH),
-                job_id=self._plan.options.job_id,
-            )
+
+def check_crc32c(
+    options: Options, matrix: Matrix, crc32c: int | None, payload: memoryview
+) -> None:
+    """Check that a payload is as it was when the server sent it.
+
+    Raises:
+        ProtocolError: It has no checksum, or one that was not asked for.
+        ChecksumError: It was damaged on the way.
+    """
+    wanted = options.checksum
+    if wanted != (crc32c is not None):
+        which = "without" if wanted else "with"
+        raise ProtocolError(
+            f"the server sent {matrix.label} {which} a checksum, against the job"
+        )
+    if wanted and checksum.crc32c(payload) != crc32c:
+        raise ChecksumError(
+            f"a block of {matrix.label} was damaged on the way: its checksum is wrong",
+            status=Reason.CHECKSUM_MISMATCH.status,
+            attached=ErrorDetails(reason=Reason.CHECKSUM_MISMATCH),
+            job_id=options.job_id,
+        )

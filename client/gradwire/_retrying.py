@@ -20,6 +20,7 @@ from grpc import StatusCode
 
 from gradwire._exceptions import (
     ChecksumError,
+    ConnectionLostError,
     GradwireError,
     InputError,
     TlsError,
@@ -61,7 +62,7 @@ class RetryPolicy:
     """
 
     attempts: int = 8
-    """Most attempts of a call, the first one included."""
+    """Most attempts in a row of which none gets any further."""
 
     initial_backoff_s: float = 0.1
     """Most seconds before the first retry, unless the server says longer."""
@@ -79,6 +80,11 @@ class RetryPolicy:
     refund: float = 0.1
     """What a call that succeeds gives back to the budget."""
 
+    held_bytes: int = 256 << 20
+    """Most bytes of its rows that a stream holds in copies, so that it can go on
+    where it was cut off; 0: none. Rows that are given as a sequence are not
+    copied. See docs/failing.md."""
+
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
@@ -88,10 +94,12 @@ class RetryPolicy:
                 raise InputError(
                     f"RetryPolicy's {name} is {value!r}: give at least {least}"
                 )
-        if not isinstance(self.attempts, int):
-            raise InputError(
-                f"RetryPolicy's attempts is {self.attempts!r}: give a whole number"
-            )
+        for name in ("attempts", "held_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise InputError(
+                    f"RetryPolicy's {name} is {value!r}: give a whole number"
+                )
 
     def backoff_s(self, retry: int) -> float:
         """Most seconds before the so many-th retry, counted from 1."""
@@ -110,6 +118,7 @@ _LEAST: dict[str, float] = {
     "max_backoff_s": 0,
     "budget": 0,
     "refund": 0,
+    "held_bytes": 0,
 }
 
 RetriesLike: TypeAlias = RetryPolicy | bool | None
@@ -194,10 +203,11 @@ class Attempts:
         self._timeout_s = timeout_s
         self._job_id = job_id
         self._final = False
+        self._in_vain = 0
 
     def options(self, options: Options) -> Options:
         """The options of the attempt that is due: with what is left of time."""
-        return left_of(options, self.begun) if self.made > 1 else options
+        return left_of(options, self.begun)
 
     @property
     def left_s(self) -> float | None:
@@ -210,6 +220,10 @@ class Attempts:
         """The attempt that runs is the last, however it ends."""
         self._final = True
 
+    def progressed(self) -> None:
+        """The attempt that ran has got further than those before it."""
+        self._in_vain = 0
+
     def after(self, error: GradwireError) -> float | None:
         """Take the failure of the attempt that ran.
 
@@ -217,6 +231,7 @@ class Attempts:
             Seconds to wait before the next one; None: there is none, and the
             error is what the call ends with.
         """
+        self._in_vain += 1
         delay_s = self._delay_s(error)
         cause = error.reason or (error.status.name if error.status else "")
         if delay_s is None:
@@ -260,9 +275,9 @@ class Attempts:
         if not is_passing(error) or not self._retries.failed():
             return None
         policy = self._retries.policy
-        if self._final or self.made >= policy.attempts:
+        if self._final or self._in_vain >= policy.attempts:
             return None
-        delay_s = self._retries.draw(0.0, policy.backoff_s(self.made))
+        delay_s = self._retries.draw(0.0, policy.backoff_s(self._in_vain))
         delay_s += error.retry_after_s or 0.0
         left_s = self.left_s
         return delay_s if left_s is None or delay_s < left_s else None
@@ -279,4 +294,6 @@ def is_passing(error: GradwireError) -> bool:
         return False
     if error.status is StatusCode.RESOURCE_EXHAUSTED:
         return error.retry_after_s is not None
-    return error.status is StatusCode.UNAVAILABLE or isinstance(error, ChecksumError)
+    return error.status is StatusCode.UNAVAILABLE or isinstance(
+        error, ChecksumError | ConnectionLostError
+    )

@@ -60,6 +60,7 @@ class Sender:
         self._clock = clock
         self._last_sent = 0.0
         self.block_rows = self._run_rows = 1
+        self._first_row = 0
         self._staging: _Staging | None = None
 
     @property
@@ -77,12 +78,13 @@ class Sender:
         """Bytes of operands that were handed out."""
         return sum(self._bytes_sent)
 
-    def accept(self, block_rows: int, window_rows: int) -> None:
+    def accept(self, block_rows: int, window_rows: int, first_row: int = 0) -> None:
         """Take over the server's grid of row blocks.
 
         Args:
             block_rows: Rows of a block, at least 1.
             window_rows: How many rows one operand may be ahead, at least 1.
+            first_row: The first row that is sent; those before it count as sent.
         """
         self.block_rows = block_rows
         self._run_rows = min(block_rows, window_rows)
@@ -90,10 +92,20 @@ class Sender:
             Share(share.connection, self.connections, block_rows)
             for share in self.shares
         ]
+        self._first_row = first_row
+        self.share_rows = [share.rows(first_row) for share in self.shares]
 
     def weights(self, w: Operand) -> Iterator[bytes]:
         """The messages that carry W; they go on the first connection."""
         yield from self._messages(Matrix.W, w, 0, w.rows, row=0, connection=0)
+
+    def dw_sum(self, dw: Array) -> Iterator[bytes]:
+        """The messages that carry a sum of dW; they go on the first connection."""
+        elements = max(1, self._plan.chunk_bytes // dw.itemsize)
+        flat = dw.reshape(-1)
+        for index in range(0, flat.size, elements):
+            payload = flat[index : index + elements].view(np.uint8).data
+            yield self._encoded(Matrix.DW_SUM, index, payload)
 
     def share(
         self, operands: Mapping[Matrix, Operand], connection: int
@@ -106,6 +118,8 @@ class Sender:
         """
         m, step = self.m or 0, self.block_rows * self.connections
         for block in range(connection * self.block_rows, m, step):
+            if block < self._first_row:
+                continue
             last = min(block + self.block_rows, m)
             for first in range(block, last, self._run_rows):
                 count = min(self._run_rows, last - first)
@@ -242,9 +256,12 @@ class Sender:
         shift = (row - first) * operand.columns
         elements = self._plan.elements_per_message()
         for index, payload in operand.pieces(first, last, elements):
-            crc = checksum.crc32c(payload) if self._plan.options.checksum else None
             self._bytes_sent[connection] += len(payload)
-            yield framing.encode_block(matrix, index + shift, payload, crc)
+            yield self._encoded(matrix, index + shift, payload)
+
+    def _encoded(self, matrix: Matrix, index: int, payload: memoryview) -> bytes:
+        crc = checksum.crc32c(payload) if self._plan.options.checksum else None
+        return framing.encode_block(matrix, index, payload, crc)
 
 
 class _Staging:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stub
 from gradwire import _fork
 from gradwire._base import ArrayJob, BaseClient
 from gradwire._exceptions import GradwireError
+from gradwire._exchange import Exchange
 from gradwire._failures import call_error, connect_error
 from gradwire._joining import NotJoinedError
 from gradwire._memory import ResultPool
@@ -24,7 +24,6 @@ from gradwire._options import (
     OnProgress,
     Options,
     ResultDtypes,
-    left_of,
     parse_options,
     parse_timeout,
 )
@@ -298,6 +297,7 @@ class Client(BaseClient):
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
         metadata: Metadata = (),
+        checkpoint_rows: int | None = None,
     ) -> Gradients:
         """Y = X W, dX = dY Wᵀ and dW = Xᵀ dY, as far as they are wanted.
 
@@ -341,6 +341,10 @@ class Client(BaseClient):
             request_id: The job's id in the server's log, in the receipt and
                 in errors: 1 to 128 printable ASCII characters.
             metadata: Sent with the call: ``{"traceparent": "00-..."}``.
+            checkpoint_rows: How many rows there are at least between two sums
+                of dW that the server sends, so that a job that is cut off
+                goes on from there (docs/failing.md); each is as large as dW.
+                0: it sends one if it stops. None: as is best.
 
         Returns:
             The tuple (y, dx, dw) of NumPy arrays of shapes (..., k), (..., n)
@@ -369,6 +373,7 @@ class Client(BaseClient):
             on_progress=on_progress,
             request_id=request_id,
             metadata=metadata,
+            checkpoint_rows=checkpoint_rows,
         )
         given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
         job = self._array_job(given, out, RESULTS, options)
@@ -439,6 +444,7 @@ class Client(BaseClient):
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
         metadata: Metadata = (),
+        checkpoint_rows: int | None = None,
     ) -> Backward:
         """The two gradients, dX = dY Wᵀ and dW = Xᵀ dY; see `gradients`.
 
@@ -464,6 +470,7 @@ class Client(BaseClient):
             on_progress=on_progress,
             request_id=request_id,
             metadata=metadata,
+            checkpoint_rows=checkpoint_rows,
         )
         given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
         job = self._array_job(given, out, (Matrix.DX, Matrix.DW), options)
@@ -488,6 +495,7 @@ class Client(BaseClient):
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
         metadata: Metadata = (),
+        checkpoint_rows: int | None = None,
     ) -> GradientStream:
         """The gradients of rows that need not be there all at once.
 
@@ -515,6 +523,7 @@ class Client(BaseClient):
             on_progress: As for `gradients`.
             request_id: As for `gradients`.
             metadata: As for `gradients`.
+            checkpoint_rows: As for `gradients`.
 
         Returns:
             An iterator of `RowBlock`, which has `dw` and `receipt` once it
@@ -545,6 +554,7 @@ class Client(BaseClient):
             on_progress=on_progress,
             request_id=request_id,
             metadata=metadata,
+            checkpoint_rows=checkpoint_rows,
         )
         self._require_open()
         reader = RowReader(w, m, self._with_defaults(options))
@@ -576,24 +586,28 @@ class Client(BaseClient):
 
     def _computed(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job, once."""
-        options = attempts.options(job.plan.options)
+        options = job.plan.options
         if self._shares(job):
             receipt = self._run_shared(job, attempts)
             if receipt is not None:
                 return receipt
         if job.unary:
-            return self._compute(job, options)
-        begun = time.monotonic()
-        try:
-            return self._stream(job, self._connections_now(), options)
-        except NotJoinedError as error:
-            self._not_joined(error)
-            return self._stream(job, 1, left_of(options, begun))
+            return self._compute(job, attempts.options(options))
+        connections = self._connections_now()
+        while True:
+            exchange = job.exchange(connections)
+            try:
+                return self._stream(job, exchange, attempts.options(options))
+            except NotJoinedError as error:
+                self._not_joined(error)
+                connections = 1
+            except GradwireError as error:
+                if not job.cut_off(exchange, error, attempts):
+                    raise
 
-    def _stream(self, job: ArrayJob, connections: int, options: Options) -> Receipt:
-        exchange = job.exchange(connections)
+    def _stream(self, job: ArrayJob, exchange: Exchange, options: Options) -> Receipt:
         with open_calls(
-            self._channels_to_use(connections),
+            self._channels_to_use(exchange.connections),
             exchange,
             partial(job.messages, exchange),
             options,

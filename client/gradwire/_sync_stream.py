@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from gradwire._arrays import Operand
 from gradwire._exceptions import GradwireError
 from gradwire._joining import NotJoinedError
 from gradwire._retrying import Attempts
-from gradwire._rows import RowJob, RowReader, iterate, require_receipt
+from gradwire._row_job import RowJob, require_receipt
+from gradwire._rows import RowReader, iterate
 from gradwire._sync_calls import Call
 from gradwire._sync_channels import Calls, Dealer, open_calls
+from gradwire._sync_rows import DrawnRows
 from gradwire._types import Array, Receipt, RowBlock
-from gradwire.wire.matrices import Matrix
 
 if TYPE_CHECKING:
     from gradwire._sync import Client
-
-_NOTHING = object()
 
 
 class GradientStream(Iterator[RowBlock]):
@@ -40,12 +38,12 @@ class GradientStream(Iterator[RowBlock]):
         self, client: Client, rows: Iterable[object], reader: RowReader
     ) -> None:
         self._client = client
-        self._rows = iterate(rows)
+        self._held = client._held_rows(reader, rows)
+        self._rows = DrawnRows(iterate(rows), self._held)
         self._reader = reader
         self._job: RowJob | None = None
         self._call: Call | Calls | None = None
         self._connections = client._connections_now()
-        self._first: Mapping[Matrix, Operand] | None = None
         self._attempts: Attempts | None = None
         self._over = False
         self._turn = threading.RLock()
@@ -79,8 +77,8 @@ class GradientStream(Iterator[RowBlock]):
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
-                        self._client._rest(delay_s)
                         self._again(self._connections)
+                        self._client._rest(delay_s)
             except BaseException:
                 self.close()
                 raise
@@ -120,38 +118,48 @@ class GradientStream(Iterator[RowBlock]):
         return require_receipt(self._job)
 
     def _opened(self) -> tuple[RowJob, Call | Calls]:
-        if self._job is None or self._call is None:
-            if self._attempts is None:
-                item = next(self._rows, _NOTHING)
-                self._first = None if item is _NOTHING else self._reader.read(item)
-                self._attempts = self._client._attempts(self._reader.options)
-            job = self._client._row_job(self._reader, self._first, self._connections)
-            items = self._reader.items(self._rows)
+        if self._job is None or self._attempts is None:
+            self._rows.draw(0)
+            self._attempts = self._client._attempts(self._reader.options)
+            self._job = self._client._row_job(self._reader, self._held)
+        if self._call is None:
+            job = self._job
+            exchange = job.begin(self._connections)
             dealer = Dealer(
-                job.messages(items), self._connections, lambda: job.block_messages
+                job.messages(self._rows.portions(job.first_row)),
+                self._connections,
+                lambda: job.block_messages,
             )
             self._call = open_calls(
                 self._client._channels_to_use(self._connections),
-                job.exchange,
+                exchange,
                 dealer.messages,
                 self._attempts.options(job.options),
                 dealer.close,
             )
-            self._job = job
         return self._job, self._call
 
     def _again(self, connections: int) -> None:
-        """Nothing was sent but the header: announce the job anew."""
+        """Announce the job anew, where it is."""
         if self._call is not None:
             self._call.cancel()
-        self._job = self._call = None
+        self._call = None
         self._connections = connections
 
     def _delay_s(self, error: GradwireError) -> float | None:
-        """When the job is announced anew after it failed; None: never."""
-        if self._attempts is None or (self._job and self._job.exchange.ready):
+        """When the job goes on after it failed; None: never.
+
+        Raises:
+            RowsLostError: It would, but for rows that are held no more.
+        """
+        if self._attempts is None or self._job is None:
             return None
-        return self._attempts.after(error)
+        if self._job.cut_off(error, self._attempts):
+            return 0.0
+        delay_s = self._attempts.after(error)
+        if delay_s is not None:
+            self._job.require_rows(error)
+        return delay_s
 
     def _read(self, job: RowJob, call: Call | Calls) -> None:
         try:
@@ -163,5 +171,3 @@ class GradientStream(Iterator[RowBlock]):
             self._over = True
         else:
             job.receive(message, call.connection)
-            if job.exchange.ready:
-                self._first = None

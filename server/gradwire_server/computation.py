@@ -62,6 +62,14 @@ class Computation:
         """Takes W, before any row block."""
         self._opened.take_w(w)
 
+    def take_dw_sum(self, dw: Array) -> None:
+        """Takes dW's sum over the rows before the first block, before that."""
+        self._opened.take_dw_sum(dw)
+
+    def copy_dw_sum(self, out: Array) -> None:
+        """Copies dW's sum over the row blocks so far, not rounded."""
+        self._opened.copy_dw_sum(out)
+
     def take_block(self, block: RowBlock) -> Wait | None:
         """Computes the block's Y and dX, and adds its share to dW.
 

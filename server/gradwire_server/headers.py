@@ -14,6 +14,7 @@ from gradwire_server.backends.base import Backend
 from gradwire_server.devices import device_message
 from gradwire_server.placement import read_places
 from gradwire_server.plan import Plan, make_plan
+from gradwire_server.resuming import check_grid, read_resuming
 from gradwire_server.spec import JobSpec, check_size, read_job
 
 
@@ -79,7 +80,9 @@ class Headers:
         job = job_pb2.Job.FromString(encoded)
         spec = read_job(job, self._backend.max_columns, self._features)
         spec = read_places(job, spec, self._features)
+        spec = read_resuming(job, spec)
         plan = make_plan(spec, self._block_bytes, self._backend.blocks_begun)
+        check_grid(spec, plan.block_rows)
         device_bytes = self._backend.device_bytes(spec, plan.slot_rows)
         echo = spec.echo()
         return Header(

@@ -1,7 +1,7 @@
 """What of a request stream is valid: order, indices and byte counts.
 
 Each connection of a job has its own: it brings a share of the row blocks, in
-order, and the first brings W too.
+order, and the first brings W too, and dW's sum where a job goes on.
 
 Pure bookkeeping without I/O and without the elements themselves. It is told
 of each message and answers where its bytes belong.
@@ -25,14 +25,23 @@ from gradwire_server.spec import JobSpec
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes that belong together: to W, or to one operand of one row block."""
+    """Bytes that belong together: to one operand of one row block, or to W."""
 
     matrix: Matrix
     block: int
-    """Number of the row block; 0 for W."""
+    """Number of the row block; 0 for W and a sum of dW."""
     offset: int
-    """Where the bytes begin within W or within the block's operand; bytes."""
+    """Where the bytes begin within that, or within the block's operand; bytes."""
     payload: memoryview
+
+    @property
+    def whole(self) -> bool:
+        """Whether they are of a matrix that has no row blocks."""
+        return self.matrix in _WHOLE
+
+
+_WHOLE = (Matrix.W, Matrix.DW_SUM)
+"""What comes before all rows, on the first connection."""
 
 
 class Intake:
@@ -56,20 +65,29 @@ class Intake:
         self._extent = extent or Extent()
         self._plan = plan
         self._share = plan.share(connection)
-        self._received = {
-            operand: 0
+        before = self._share.rows(spec.first_row)
+        self._received: dict[Matrix, int] = {
+            operand: before * spec.row_length(operand)
             for operand in spec.operands
-            if operand is not Matrix.W or not connection
+            if operand is not Matrix.W
         }
+        if not connection:
+            self._received |= dict.fromkeys(_before_rows(spec), 0)
         self._rows: int | None = None
         """Rows that the stream brought, once it is complete."""
 
     @property
-    def w_complete(self) -> bool:
-        """Whether W is there, or is not needed."""
-        return Matrix.W not in self._received or (
-            self._received[Matrix.W] == self._spec.n * self._spec.k
-        )
+    def rows_may_come(self) -> bool:
+        """Whether all is there that comes before rows on this connection."""
+        return self._missing_before_rows is None
+
+    @property
+    def _missing_before_rows(self) -> Matrix | None:
+        for matrix in _WHOLE:
+            received = self._received.get(matrix)
+            if received is not None and received < self._spec.n * self._spec.k:
+                return matrix
+        return None
 
     @property
     def blocks_complete(self) -> int:
@@ -101,8 +119,8 @@ class Intake:
                 was taken.
         """
         operand, payload = self._check(block)
-        itemsize = self._spec.dtype.itemsize
-        if operand is Matrix.W:
+        itemsize = self._spec.dtype_of(operand).itemsize
+        if operand in _WHOLE:
             yield Span(operand, 0, block.index * itemsize, payload)
             return
         row_length = self._spec.row_length(operand)
@@ -120,7 +138,8 @@ class Intake:
 
     def placed(self, span: Span) -> None:
         """A piece of a message is where it belongs."""
-        self._received[span.matrix] += span.payload.nbytes // self._spec.dtype.itemsize
+        itemsize = self._spec.dtype_of(span.matrix).itemsize
+        self._received[span.matrix] += span.payload.nbytes // itemsize
 
     def end(self, m: int) -> None:
         """The stream is complete, of a job that has m rows by its End.
@@ -174,6 +193,12 @@ class Intake:
                 f"end.m is {m}, but job.m is {self._spec.m}",
                 field="end.m",
             )
+        if m < self._spec.first_row:
+            raise JobError(
+                Reason.M_MISMATCH,
+                f"end.m is {m}, but job.resume.first_row is {self._spec.first_row}",
+                field="end.m",
+            )
         for operand, received in self._received.items():
             expected = self._elements(operand, m)
             if received != expected:
@@ -198,14 +223,14 @@ class Intake:
         return [
             operand
             for operand in self._received
-            if operand is not Matrix.W and self._spec.row_length(operand)
+            if operand not in _WHOLE and self._spec.row_length(operand)
         ]
 
     def _complete_rows(self, operand: Matrix) -> int:
         return self._received[operand] // self._spec.row_length(operand)
 
     def _elements(self, operand: Matrix, m: int) -> int:
-        rows = self._spec.n if operand is Matrix.W else self._share.rows(m)
+        rows = self._spec.n if operand in _WHOLE else self._share.rows(m)
         return rows * self._spec.row_length(operand)
 
     def _check(self, block: Block) -> tuple[Matrix, memoryview]:
@@ -219,16 +244,17 @@ class Intake:
                 f"{self._here} is {expected}",
                 field="block.index",
             )
-        payload = self._payload(block)
-        count = payload.nbytes // self._spec.dtype.itemsize
+        itemsize = self._spec.dtype_of(operand).itemsize
+        payload = self._payload(block, itemsize)
+        count = payload.nbytes // itemsize
         self._check_room(operand, count)
-        if operand is not Matrix.W and count:
+        if count:
             self._check_order(operand, received + count)
         return operand, payload
 
     def _next_index(self, operand: Matrix) -> int:
         received = self._received[operand]
-        if operand is Matrix.W:
+        if operand in _WHOLE:
             return received
         return self._share.index(received, self._spec.row_length(operand))
 
@@ -237,17 +263,19 @@ class Intake:
             operand = Matrix(number)
         except ValueError:
             operand = None
-        if operand not in OPERANDS:
+        sums = operand is Matrix.DW_SUM and self._spec.brings_dw_sum
+        if operand is None or (operand not in OPERANDS and not sums):
             names = ", ".join(f"{each.name} ({each.value})" for each in OPERANDS)
             raise JobError(
                 Reason.MATRIX_INVALID,
                 f"block.matrix is {number}: expected one of {names}",
                 field="block.matrix",
             )
-        if operand is Matrix.W and self._share.connection:
+        if operand in _WHOLE and self._share.connection:
             raise JobError(
                 Reason.ORDER_INVALID,
-                f"block.matrix is MATRIX_W{self._here}: w travels on the first",
+                f"block.matrix is MATRIX_{operand.name}{self._here}: "
+                f"{operand.label} travels on the first",
                 field="block.matrix",
             )
         if operand not in self._received:
@@ -260,7 +288,7 @@ class Intake:
             )
         return operand
 
-    def _payload(self, block: Block) -> memoryview:
+    def _payload(self, block: Block, itemsize: int) -> memoryview:
         payload = block.payload
         if payload is None:
             raise JobError(
@@ -269,7 +297,6 @@ class Intake:
                 "know: expected data",
                 field="block.payload",
             )
-        itemsize = self._spec.dtype.itemsize
         if payload.nbytes % itemsize or payload.nbytes > MAX_PAYLOAD_BYTES:
             raise JobError(
                 Reason.PAYLOAD_INVALID,
@@ -295,7 +322,7 @@ class Intake:
         return payload
 
     def _check_room(self, operand: Matrix, count: int) -> None:
-        if operand is Matrix.W:
+        if operand in _WHOLE:
             rows: int | None = self._spec.n
         elif not self._spec.row_length(operand):
             rows = 0
@@ -304,7 +331,7 @@ class Intake:
         else:
             rows = self._share.rows(self._spec.m)
         received = self._received[operand]
-        if operand is not Matrix.W:
+        if operand not in _WHOLE:
             room = self._share.room(received, self._spec.row_length(operand))
             if room is not None and count > room:
                 raise JobError(
@@ -325,14 +352,17 @@ class Intake:
             )
 
     def _check_order(self, operand: Matrix, elements: int) -> None:
-        if not self.w_complete:
+        missing = self._missing_before_rows
+        if missing is not None and missing is not operand:
             raise JobError(
                 Reason.ORDER_INVALID,
-                f"block.matrix is {operand.name}, but w is not complete: "
-                f"{self._received[Matrix.W]} of {self._spec.n * self._spec.k} "
-                f"elements came",
+                f"block.matrix is {operand.name}, but {missing.label} is not "
+                f"complete: {self._received[missing]} of "
+                f"{self._spec.n * self._spec.k} elements came",
                 field="block.matrix",
             )
+        if operand in _WHOLE:
+            return
         touched = -(-elements // self._spec.row_length(operand))
         window = self._plan.window_rows
         for other in self._row_operands:
@@ -344,3 +374,9 @@ class Intake:
                     f"at most {window}",
                     field="block.matrix",
                 )
+
+
+def _before_rows(spec: JobSpec) -> list[Matrix]:
+    """What comes before all rows, on the first connection."""
+    weights = [Matrix.W] if Matrix.W in spec.operands else []
+    return weights + ([Matrix.DW_SUM] if spec.brings_dw_sum else [])

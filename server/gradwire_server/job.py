@@ -8,8 +8,8 @@ where others or the lane are behind.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -18,9 +18,11 @@ import numpy as np
 
 from gradwire.wire.framing import Block
 from gradwire.wire.matrices import ROW_RESULTS, Matrix
+from gradwire.wire.reasons import Reason
 from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
 from gradwire_server.call import Counts
 from gradwire_server.computation import Computation
+from gradwire_server.errors import JobError
 from gradwire_server.extent import Extent
 from gradwire_server.intake import Intake
 from gradwire_server.lane import TenantLane
@@ -41,8 +43,30 @@ class Run:
     """Valid until the next run is asked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Says that the runs that follow are dW's sum over the first rows."""
+
+    rows: int
+
+
 _Computed: TypeAlias = tuple[int, RowBlock, asyncio.Future[None]]
 """A block's number, its matrices, and when it is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _HandedOver:
+    """The job ends here, with dW's sum over its first rows."""
+
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Summed:
+    """dW's sum over the first rows, and when it is there."""
+
+    rows: int
+    dw: asyncio.Future[Array]
 
 
 class RunningJob:
@@ -82,11 +106,19 @@ class RunningJob:
         self._backend = backend
         self._ring: Ring
         self._submitting = asyncio.Lock()
-        self._submitted = 0
+        self._submitted = spec.first_row // plan.block_rows
+        """Row blocks that were handed to the lane, with those that do not come."""
+        self._checkpoint_due = self._next_checkpoint(spec.first_row)
+        """Row at which the next one is due; None: none is."""
+        self._sum_leaves = False
+        """Whether a checkpoint has its room, and has not left."""
+        self._summed_rows = spec.first_row
+        """Rows of the last checkpoint, or before the first row that is sent."""
+        self._handed_over = False
         self._heard_at = 0.0
         self._served_at = 0.0
-        self._w_taken = Matrix.W not in spec.operands
-        self._computed: list[asyncio.Queue[_Computed | None]]
+        self._prepared = False
+        self._computed: list[asyncio.Queue[_Computed | _Summed | _HandedOver | None]]
         self._computed = [asyncio.Queue() for _ in connections]
         self._ended = asyncio.Event()
         self._complete = 0
@@ -113,6 +145,24 @@ class RunningJob:
             self._computed = [asyncio.Queue() for _ in self._computed]
             self._ring.free()
 
+    def hand_over(self) -> bool:
+        """Has the job end with a checkpoint at the end of a row block.
+
+        Whoever goes on with it then begins there. What has been handed to the
+        lane still leaves, and nothing more is taken.
+
+        Returns:
+            Whether that can be: not where the client takes no checkpoints, nor
+            where all rows are there, so that the job ends sooner by itself.
+        """
+        if self.spec.checkpoint_rows is None or self._last_block_came():
+            return False
+        if not self._handed_over:
+            self._handed_over = True
+            rows = self._submitted * self._plan.block_rows
+            self._computed[0].put_nowait(_HandedOver(rows))
+        return True
+
     def owes_nothing_since(self) -> float:
         """When the last result that could leave has left; event loop's clock.
 
@@ -134,9 +184,10 @@ class RunningJob:
             self._heard_at = asyncio.get_running_loop().time()
         intake = self._intakes[connection]
         for span in intake.take(block):
-            if span.matrix is not Matrix.W:
+            if not span.whole:
                 await self._ring.wait_for_slot(span.block)
-            block_number = None if span.matrix is Matrix.W else span.block
+            block_number = None if span.whole else span.block
+            await self._unless_handed_over()
             self._observe(Stage.RECEIVING, block_number)
             self._ring.put(span)
             self._observe(Stage.RECEIVING, block_number)
@@ -180,16 +231,31 @@ class RunningJob:
         self._intakes[connection].end(self._counts.m)
         await self._connection_complete()
 
-    async def results(self, connection: int = 0) -> AsyncGenerator[Run, None]:
+    async def results(
+        self, connection: int = 0
+    ) -> AsyncGenerator[Run | Checkpoint, None]:
         """A connection's results as they are ready.
 
-        Y and dX of its row blocks, block by block; then, on the first, dW.
+        Y and dX of its row blocks, block by block; on the first, dW's sum in
+        between, where it is asked for, and dW at the end.
 
         Raises:
+            JobError: The job was handed over, and this is its end.
             Exception: What the backend raised.
         """
         queue = self._computed[connection]
         while (computed := await queue.get()) is not None:
+            if isinstance(computed, _Summed):
+                dw = await computed.dw
+                yield Checkpoint(computed.rows)
+                for run in self._runs(Matrix.DW_SUM, 0, dw):
+                    yield run
+                self._sum_leaves = False
+                continue
+            if isinstance(computed, _HandedOver):
+                async for last in self._last_checkpoint(computed.rows):
+                    yield last
+                raise _handed_over(computed.rows)
             number, block, done = computed
             await done
             first_row = number * self._plan.block_rows
@@ -200,9 +266,28 @@ class RunningJob:
             self._ring.release(number)
             self._served_at = asyncio.get_running_loop().time()
         if Matrix.DW in self.spec.results and not connection:
-            dw = await self._lane.submit(self, self._computation.finish)
+            dw = await self._lane.submit(self, self._finish)
             for run in self._runs(Matrix.DW, 0, dw):
                 yield run
+
+    async def _last_checkpoint(self, rows: int) -> AsyncIterator[Run | Checkpoint]:
+        """That of a job that is handed over, if it is another than the last."""
+        await self._ring.all_released(self._submitted)
+        if rows > self._summed_rows:
+            dw = await self._lane.submit(self, self._copy_sum)
+            yield Checkpoint(rows)
+            for run in self._runs(Matrix.DW_SUM, 0, dw):
+                yield run
+
+    async def _unless_handed_over(self) -> None:
+        """Goes on; not where the job is about to end, with this task."""
+        if self._handed_over:
+            await asyncio.get_running_loop().create_future()
+
+    def _last_block_came(self) -> bool:
+        """Whether the last row block is there, which may be a short one."""
+        rows = self._counts.m if self._counts.ended else self.spec.m
+        return rows is not None and self._submitted * self._plan.block_rows >= rows
 
     async def _connection_complete(self) -> None:
         """A connection has brought its share, and its last block is complete."""
@@ -220,15 +305,39 @@ class RunningJob:
             while (rows := self._next_rows()) is not None:
                 number = self._submitted
                 await self._ring.wait_for_slot(number)
+                await self._unless_handed_over()
                 block = self._ring.rows(number, rows)
+                if number < self.spec.results_from_row // self._plan.block_rows:
+                    block = replace(block, y=None, dx=None)
                 done = self._lane.begin(self, partial(self._compute, number, block))
                 queue = self._computed[number % self._plan.connections]
                 queue.put_nowait((number, block, done))
                 self._submitted += 1
-                self._counts.blocks_received = self._submitted
+                self._counts.blocks_received += 1
+                if rows == self._plan.block_rows:
+                    self._submit_checkpoint(self._submitted * rows)
+
+    def _submit_checkpoint(self, rows: int) -> None:
+        """Has dW's sum over the blocks that were submitted sent, if it is due."""
+        due = self._checkpoint_due
+        if due is None or rows < due or self._sum_leaves:
+            return
+        self._sum_leaves = True
+        self._summed_rows = rows
+        self._checkpoint_due = self._next_checkpoint(rows)
+        dw = self._lane.submit(self, self._copy_sum)
+        self._computed[0].put_nowait(_Summed(rows, dw))
+
+    def _next_checkpoint(self, rows: int) -> int | None:
+        return rows + self.spec.checkpoint_rows if self.spec.checkpoint_rows else None
 
     def _next_rows(self) -> int | None:
-        """Rows of the next block in order; None while it is not complete."""
+        """Rows of the next block in order; None while it is not complete.
+
+        It may come on another connection than W does.
+        """
+        if not self._intakes[0].rows_may_come:
+            return None
         number, connection = divmod(self._submitted, self._plan.connections)
         intake = self._intakes[connection]
         complete = number < intake.blocks_complete
@@ -239,7 +348,8 @@ class RunningJob:
         size = max(self.spec.max_block_bytes // itemsize, 1)
         first = first_row * array.shape[1]
         elements = array.reshape(-1).view(np.uint8).data
-        number = None if matrix is Matrix.DW else first_row // self._plan.block_rows
+        whole = matrix in {Matrix.DW, Matrix.DW_SUM}
+        number = None if whole else first_row // self._plan.block_rows
         for start in range(0, array.size, size):
             payload = elements[start * itemsize : (start + size) * itemsize]
             self._counts.bytes_sent += payload.nbytes
@@ -255,9 +365,7 @@ class RunningJob:
 
     def _compute(self, number: int, block: RowBlock) -> Wait | None:
         """Runs in the lane's thread."""
-        if not self._w_taken:
-            self._computation.take_w(self._ring.w())
-            self._w_taken = True
+        self._prepare()
         self._observe(Stage.COMPUTING, number)
         wait = self._computation.take_block(block)
         if wait is None:
@@ -265,6 +373,35 @@ class RunningJob:
             return None
         return partial(self._computed_after, wait, number)
 
+    def _copy_sum(self) -> Array:
+        """Runs in the lane's thread."""
+        dw = self._ring.dw_sum()
+        self._computation.copy_dw_sum(dw)
+        return dw
+
+    def _finish(self) -> Array:
+        """Runs in the lane's thread."""
+        self._prepare()
+        return self._computation.finish()
+
+    def _prepare(self) -> None:
+        """Has the computation take what came before all rows, once."""
+        if self._prepared:
+            return
+        self._prepared = True
+        if Matrix.W in self.spec.operands:
+            self._computation.take_w(self._ring.w())
+        if self.spec.brings_dw_sum:
+            self._computation.take_dw_sum(self._ring.dw_sum())
+
     def _computed_after(self, wait: Wait, number: int) -> None:
         wait()
         self._observe(Stage.COMPUTING, number)
+
+
+def _handed_over(rows: int) -> JobError:
+    return JobError(
+        Reason.DRAINING,
+        f"the server stops, and its grace period is over: the job was ended, and can "
+        f"go on elsewhere from row {rows}",
+    )

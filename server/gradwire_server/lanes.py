@@ -27,11 +27,14 @@ class Load:
     """Operations of a row."""
     block_rows: int
     m: int | None
-    """Rows of the job; None while nobody knows."""
+    """Rows of the job; None while nobody knows. Those before the first that is
+    sent do not count."""
     device_bytes: int
     """What it holds of its device's memory."""
     counts: Counts
     """Told by the job how far it has come, in whatever thread."""
+    first_row: int = 0
+    """The first row that is sent."""
 
     @property
     def done(self) -> int:
@@ -50,7 +53,7 @@ class Load:
         if self.m is not None:
             rows = self.m
         elif self.counts.ended:
-            rows = self.counts.m
+            rows = self.counts.m - self.first_row
         else:
             rows = (self.counts.blocks_received + 1) * self.block_rows
         return self.row_operations * max(rows - done, 0)
@@ -61,9 +64,10 @@ def load_of(spec: JobSpec, plan: Plan, device_bytes: int, counts: Counts) -> Loa
     return Load(
         row_operations=2 * len(spec.results) * spec.n * spec.k,
         block_rows=plan.block_rows,
-        m=spec.m,
+        m=None if spec.m is None else spec.m - spec.first_row,
         device_bytes=device_bytes,
         counts=counts,
+        first_row=spec.first_row,
     )
 
 

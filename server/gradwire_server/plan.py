@@ -38,7 +38,8 @@ class Plan:
     """Rows for which a slot of the ring has room: B, or m if that is less."""
 
     offsets: dict[Matrix, int]
-    """Where W begins in the region, and each row matrix in a slot; bytes."""
+    """Where W and a sum of dW begin in the region, and each row matrix in a slot;
+    bytes."""
 
     w_bytes: int
     """Bytes at the start of the region that W takes, aligned."""
@@ -51,6 +52,13 @@ class Plan:
 
     blocks_begun: int = 1
     """Most row blocks of the job that its device has begun and not done."""
+
+    sum_bytes: int = 0
+    """Bytes behind W for a sum of dW that comes or leaves, aligned. 0 also where
+    it leaves when no row block is left, and takes the room of those."""
+
+    least_bytes: int = 0
+    """Bytes that the region has at least, so that it has room for that sum."""
 
     @property
     def slots(self) -> int:
@@ -72,9 +80,14 @@ class Plan:
         return (self.slots - 1) // self.connections * self.block_rows
 
     @property
+    def slots_start(self) -> int:
+        """Where the first slot begins in the region; bytes."""
+        return self.w_bytes + self.sum_bytes
+
+    @property
     def region_bytes(self) -> int:
-        """Bytes of the region: W, then the slots."""
-        return self.w_bytes + self.slots * self.slot_bytes
+        """Bytes of the region: W, a sum of dW, then the slots."""
+        return max(self.slots_start + self.slots * self.slot_bytes, self.least_bytes)
 
     def share(self, connection: int) -> Share:
         """The row blocks of a connection."""
@@ -98,6 +111,13 @@ def make_plan(spec: JobSpec, block_bytes: int, blocks_begun: int) -> Plan:
     if Matrix.W in spec.operands:
         offsets[Matrix.W] = 0
         w_bytes = _aligned(spec.n * spec.k * spec.dtype.itemsize)
+    sum_bytes = least_bytes = 0
+    if spec.brings_dw_sum or spec.checkpoint_rows is not None:
+        offsets[Matrix.DW_SUM] = w_bytes
+        room = _aligned(spec.n * spec.k * spec.accumulator.itemsize)
+        least_bytes = w_bytes + room
+        if spec.brings_dw_sum or spec.checkpoint_rows:
+            sum_bytes = room
     slot_bytes = 0
     for matrix in (*ROW_OPERANDS, *ROW_RESULTS):
         if matrix in spec.operands or matrix in spec.results:
@@ -112,6 +132,8 @@ def make_plan(spec: JobSpec, block_bytes: int, blocks_begun: int) -> Plan:
         slot_bytes,
         spec.connections,
         blocks_begun,
+        sum_bytes,
+        least_bytes,
     )
 
 

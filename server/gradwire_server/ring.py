@@ -1,4 +1,4 @@
-"""The memory of a job: W and a ring of slots, one row block in each.
+"""The memory of a job: W, a sum of dW and a ring of slots, one row block in each.
 
 All of it is slices of one region, so that a backend can take it as pinned
 memory, and another process can fill it.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.wire.matrices import OPERANDS, Matrix
+from gradwire.wire.matrices import Matrix
 from gradwire_server.backends.base import Array, RowBlock
 from gradwire_server.intake import Span
 from gradwire_server.plan import Plan
@@ -38,14 +38,19 @@ class Ring:
         self._spec = spec
         self._plan = plan
         self._region = region
-        self.released = 0
-        """How many blocks have left."""
-        self._turn = list(range(plan.slots))
+        first = spec.first_row // plan.block_rows
+        self.released = first
+        """How many blocks have left, with those that do not come."""
+        self._turn = [first + (slot - first) % plan.slots for slot in range(plan.slots)]
         self._freed = asyncio.Event()
 
     def w(self) -> Array:
         """W, shape (n, k)."""
         return self._matrix(Matrix.W, 0, self._spec.n)
+
+    def dw_sum(self) -> Array:
+        """Room for a sum of dW, shape (n, k), in the accumulator's dtype."""
+        return self._matrix(Matrix.DW_SUM, 0, self._spec.n)
 
     def rows(self, block: int, rows: int) -> RowBlock:
         """The matrices of a row block with that many rows."""
@@ -60,7 +65,7 @@ class Ring:
 
     def put(self, span: Span) -> None:
         """Writes received bytes where they belong."""
-        start = 0 if span.matrix is Matrix.W else self._slot_start(span.block)
+        start = 0 if span.whole else self._slot_start(span.block)
         first = start + self._plan.offsets[span.matrix] + span.offset
         size = span.payload.nbytes
         self._region[first : first + size] = np.frombuffer(span.payload, np.uint8)
@@ -68,6 +73,11 @@ class Ring:
     async def wait_for_slot(self, block: int) -> None:
         """Waits until the slot of `block` is free for it."""
         while self._turn[block % self._plan.slots] != block:
+            await self._freed.wait()
+
+    async def all_released(self, count: int) -> None:
+        """Waits until that many blocks have left, with those that do not come."""
+        while self.released < count:
             await self._freed.wait()
 
     def release(self, block: int) -> None:
@@ -82,13 +92,11 @@ class Ring:
         self._region = self._region[:0].copy()
 
     def _slot_start(self, block: int) -> int:
-        return self._plan.w_bytes + block % self._plan.slots * self._plan.slot_bytes
+        return self._plan.slots_start + block % self._plan.slots * self._plan.slot_bytes
 
     def _matrix(self, matrix: Matrix, start: int, rows: int) -> npt.NDArray[Any]:
         columns = self._spec.row_length(matrix)
-        dtype = (
-            self._spec.dtype if matrix in OPERANDS else self._spec.results[matrix]
-        ).numpy
+        dtype = self._spec.dtype_of(matrix).numpy
         first = start + self._plan.offsets[matrix]
         size = rows * columns * dtype.itemsize
         return self._region[first : first + size].view(dtype).reshape(rows, columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from gradwire_server.errors import JobError
@@ -13,7 +13,7 @@ class Running:
     """The tasks of running jobs."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: dict[asyncio.Task[object], Callable[[], bool]] = {}
         self._cause: JobError | None = None
 
     @asynccontextmanager
@@ -26,7 +26,7 @@ class Running:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a job runs in a task")
-        self._tasks.add(task)
+        self._tasks[task] = _cannot
         try:
             yield
         except asyncio.CancelledError as cancelled:
@@ -35,7 +35,28 @@ class Running:
                 raise self._cause.bare() from None
             raise
         finally:
-            self._tasks.discard(task)
+            self._tasks.pop(task, None)
+
+    def offer(self, hand_over: Callable[[], bool]) -> None:
+        """The calling task's job can be ended in better order than others.
+
+        Args:
+            hand_over: Has it end by itself, soon; whether that can be.
+        """
+        task = asyncio.current_task()
+        if task in self._tasks:
+            self._tasks[task] = hand_over
+
+    def hand_over(self, cause: JobError) -> None:
+        """Has all of them end by themselves, soon, or ends them.
+
+        Args:
+            cause: What each of those ends with.
+        """
+        self._cause = cause
+        for task, hand_over in list(self._tasks.items()):
+            if not hand_over():
+                task.cancel(_ENDED)
 
     def end(self, cause: JobError) -> None:
         """Ends all of them but the caller's own.
@@ -44,8 +65,12 @@ class Running:
             cause: What each ends with.
         """
         self._cause = cause
-        for task in self._tasks - {asyncio.current_task()}:
+        for task in set(self._tasks) - {asyncio.current_task()}:
             task.cancel(_ENDED)
+
+
+def _cannot() -> bool:
+    return False
 
 
 _ENDED = "all jobs are ended"

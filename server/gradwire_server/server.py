@@ -154,8 +154,9 @@ class Server:
         """Stops in good order.
 
         Health turns NOT_SERVING and new jobs are refused; running ones have
-        the grace period to finish, and are ended after it; then the server
-        closes. Cancelled, it stops at once.
+        the grace period to finish. Those that it does not suffice for are
+        handed over, with a checkpoint where their clients take one, or ended.
+        Then the server closes. Cancelled, it stops at once.
         """
         if self._service is None:
             return
@@ -168,10 +169,18 @@ class Server:
                 async with asyncio.timeout(self.settings.grace):
                     await self._service.admission.wait_idle()
             except TimeoutError:
-                self._service.end_running_jobs()
-                await self._service.admission.wait_idle()
+                await self._hand_over(self._service)
         finally:
             await self.stop()
+
+    async def _hand_over(self, service: Service) -> None:
+        service.hand_over_running_jobs()
+        try:
+            async with asyncio.timeout(_HAND_OVER_S):
+                await service.admission.wait_idle()
+        except TimeoutError:
+            service.end_running_jobs()
+            await service.admission.wait_idle()
 
     async def stop(self) -> None:
         """Closes the listeners and ends what still runs."""
@@ -222,3 +231,7 @@ class Server:
 
 
 _FLUSH_S = 0.5
+
+_HAND_OVER_S = 5.0
+"""How long jobs that are handed over have for the row blocks that have begun, and
+for a checkpoint."""

@@ -42,6 +42,7 @@ from gradwire_server.memory import give_back, peak_resident_bytes
 from gradwire_server.patience import patience
 from gradwire_server.placement import check_sizes
 from gradwire_server.regions import Regions
+from gradwire_server.resuming import require_same_bits
 from gradwire_server.running import Running
 from gradwire_server.settings import Settings
 from gradwire_server.spec import FEATURES, JobSpec, job_name
@@ -154,6 +155,7 @@ class Service:
         ) as position:
             call.queued_s = time.perf_counter() - call.started
             call.announced = header.announced[position]
+            require_same_bits(header.spec, call.announced.fingerprint)
             call.admitted = True
             async with self._running.job():
                 try:
@@ -195,6 +197,7 @@ class Service:
                     spec, plan, self.backend, lane, call.counts, observe=observe
                 ) as job,
             ):
+                self._running.offer(job.hand_over)
                 with self.admission.joins(others, call.tenant):
                     yield job, connections
 
@@ -340,14 +343,16 @@ class Service:
             self._tidying.cancel()
         self._tidying = loop.call_later(_QUIET_S, loop.run_in_executor, None, give_back)
 
+    def hand_over_running_jobs(self) -> None:
+        """Has jobs end with a checkpoint that the grace period did not suffice for.
+
+        Those that cannot are ended.
+        """
+        self._running.hand_over(_grace_is_over())
+
     def end_running_jobs(self) -> None:
-        """Ends the jobs that the grace period did not suffice for."""
-        self._running.end(
-            JobError(
-                Reason.DRAINING,
-                "the server stops, and its grace period is over: the job was ended",
-            )
-        )
+        """Ends the jobs that still run."""
+        self._running.end(_grace_is_over())
 
     def close(self) -> None:
         """Ends the lanes' threads and the backend."""
@@ -397,6 +402,13 @@ _QUIET_S = 15.0
 """Memory that is given back has to be had again, which costs time. Steps of a
 training loop follow each other sooner than this, with a step of validation or
 a slow batch between them too."""
+
+
+def _grace_is_over() -> JobError:
+    return JobError(
+        Reason.DRAINING,
+        "the server stops, and its grace period is over: the job was ended",
+    )
 
 
 async def _not_told(_: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire.wire import checksum
@@ -16,6 +17,7 @@ from gradwire.wire.limits import (
     MAX_INT64,
     MAX_JOB_ID_LENGTH,
     MAX_PAYLOAD_BYTES,
+    RESUME,
 )
 from gradwire.wire.matrices import OPERANDS, RESULTS, Matrix, operands_for
 from gradwire.wire.reasons import Reason
@@ -24,6 +26,7 @@ from gradwire_server.errors import JobError
 FEATURES: tuple[str, ...] = (
     *(("checksum-crc32c",) if checksum.AVAILABLE else ()),
     CONNECTIONS,
+    RESUME,
 )
 """Names that a job may require, beyond what every server of v1 has."""
 
@@ -40,6 +43,27 @@ class Place:
     """Index of its region in `JobSpec.regions`."""
     offset: int
     """Where it begins, in bytes."""
+
+
+class Fingerprint(NamedTuple):
+    """What results' last bits depend on, as `gradwire.v1.NumericsFingerprint`."""
+
+    library: str
+    device: str
+    threads: int
+    block_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Where a job goes on that was cut off."""
+
+    first_row: int
+    """The first row that is sent."""
+    results_from_row: int
+    """The first row of which Y and dX are wanted."""
+    fingerprint: Fingerprint
+    """Of the device on which it was cut off."""
 
 
 _WIDEST = max(dtype.itemsize for dtype in Dtype)
@@ -68,6 +92,26 @@ class JobSpec:
     """Where in them; empty where the matrices travel in messages."""
     connections: int = 1
     """Over how many connections the job travels."""
+    checkpoint_rows: int | None = None
+    """How many rows there are at least between two sums of dW that the client is
+    sent; 0: one at most, when the job is ended; None: it takes none."""
+    resume: Resume | None = None
+    """Where the job goes on; None: it begins at its beginning."""
+
+    @property
+    def first_row(self) -> int:
+        """The first row that is sent."""
+        return self.resume.first_row if self.resume else 0
+
+    @property
+    def results_from_row(self) -> int:
+        """The first row of which Y and dX are wanted."""
+        return self.resume.results_from_row if self.resume else 0
+
+    @property
+    def brings_dw_sum(self) -> bool:
+        """Whether the client sends dW's sum over the rows before the first."""
+        return Matrix.DW in self.results and self.first_row > 0
 
     @cached_property
     def operands(self) -> tuple[Matrix, ...]:
@@ -80,6 +124,8 @@ class JobSpec:
 
     def dtype_of(self, matrix: Matrix) -> Dtype:
         """Element type of `matrix` on the wire."""
+        if matrix is Matrix.DW_SUM:
+            return self.accumulator
         return self.results.get(matrix, self.dtype)
 
     def whole_bytes(self, matrix: Matrix) -> int:
@@ -100,7 +146,8 @@ class JobSpec:
     def _whole_bytes(self) -> dict[Matrix, int]:
         sizes = {}
         for matrix in Matrix:
-            rows = self.n if matrix in {Matrix.W, Matrix.DW} else self.m or 0
+            whole = {Matrix.W, Matrix.DW, Matrix.DW_SUM}
+            rows = self.n if matrix in whole else self.m or 0
             itemsize = self.dtype_of(matrix).itemsize
             sizes[matrix] = rows * self.row_length(matrix) * itemsize
         return sizes
@@ -144,6 +191,17 @@ class JobSpec:
                 message.shared.offset_bytes = place.offset
             else:
                 message.inline.SetInParent()
+        if self.checkpoint_rows is not None:
+            job.checkpoints.rows = self.checkpoint_rows
+            job.checkpoints.SetInParent()
+        if self.resume is not None:
+            job.resume.first_row = self.resume.first_row
+            job.resume.results_from_row = self.resume.results_from_row
+            for name, value in self.resume.fingerprint._asdict().items():
+                setattr(job.resume.fingerprint, name, value)
+            job.resume.fingerprint.SetInParent()
+            if self.brings_dw_sum:
+                job.resume.dw_sum.inline.SetInParent()
         return job
 
 

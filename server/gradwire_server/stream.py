@@ -17,7 +17,7 @@ from gradwire.wire.checksum import crc32c
 from gradwire.wire.reasons import Reason
 from gradwire_server.call import Call, owes_nothing
 from gradwire_server.errors import JobError, malformed
-from gradwire_server.job import RunningJob
+from gradwire_server.job import Checkpoint, RunningJob
 
 if TYPE_CHECKING:
     from gradwire_server.service import Service
@@ -131,6 +131,9 @@ class Stream:
         """Gives the results, in the order in which they are ready."""
         async with aclosing(job.results(connection)) as runs:
             async for run in runs:
+                if isinstance(run, Checkpoint):
+                    await self.write(framing.encode_checkpoint(run.rows))
+                    continue
                 checksum = crc32c(run.payload) if job.spec.checksum else None
                 await self.write(
                     framing.encode_block(run.matrix, run.index, run.payload, checksum)

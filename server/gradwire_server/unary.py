@@ -40,6 +40,13 @@ def whole_operands(
             f"has more",
             field="job.connections",
         )
+    if spec.checkpoint_rows is not None or spec.resume is not None:
+        field = "job.checkpoints" if spec.resume is None else "job.resume"
+        raise JobError(
+            Reason.OPTION_INVALID,
+            f"{field} is present: Compute has none; ComputeStream does",
+            field=field,
+        )
     for name, size in (
         ("request", spec.operands_bytes),
         ("response", spec.results_bytes),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias, overload
 
 from gradwire.cli._errors import CommandError, ExitStatus
 from gradwire.cli._npy import Array, NpyMatrix, open_npy
@@ -92,6 +93,39 @@ def result_dtypes(names: Sequence[str], wanted: Sequence[Matrix]) -> dict[str, D
     return found
 
 
+_Pair: TypeAlias = "tuple[Array | None, Array | None]"
+
+
+@dataclass(frozen=True)
+class RowParts(Sequence[_Pair]):
+    """Rows of files, part by part: read when they are asked for, and again."""
+
+    x: NpyMatrix | None
+    dy: NpyMatrix | None
+    m: int
+    step: int
+
+    def __len__(self) -> int:
+        # Rows without number are a part too: they tell n and k.
+        return max(1, -(-self.m // self.step))
+
+    @overload
+    def __getitem__(self, number: int) -> _Pair: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[_Pair]: ...
+
+    def __getitem__(self, number: int | slice) -> _Pair | Sequence[_Pair]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
+        start = range(0, max(self.m, 1), self.step)[number]
+        stop = min(start + self.step, self.m)
+        return (
+            self.x.rows(start, stop) if self.x is not None else None,
+            self.dy.rows(start, stop) if self.dy is not None else None,
+        )
+
+
 @dataclass(frozen=True)
 class Operands:
     """The operands that a job needs, in open files that fit together."""
@@ -112,18 +146,13 @@ class Operands:
         file = self.files.get(Matrix.W)
         return file.rows(0, self.n) if file is not None else None
 
-    def rows(self) -> Iterator[tuple[Array | None, Array | None]]:
+    def rows(self) -> RowParts:
         """X and dY, some rows at a time; None for one that is not needed."""
-        x, dy = self.files.get(Matrix.X), self.files.get(Matrix.DY)
         row_bytes = (self.n + self.k) * self.dtype.itemsize
         step = max(1, _ROWS_BYTES // max(row_bytes, 1))
-        # Rows without number are yielded too: they tell n and k.
-        for start in range(0, max(self.m, 1), step):
-            stop = min(start + step, self.m)
-            yield (
-                x.rows(start, stop) if x is not None else None,
-                dy.rows(start, stop) if dy is not None else None,
-            )
+        return RowParts(
+            self.files.get(Matrix.X), self.files.get(Matrix.DY), self.m, step
+        )
 
     def results(
         self, wanted: Sequence[Matrix], dtypes: Mapping[str, Dtype]

@@ -77,6 +77,8 @@ class GradientServiceServicer(object):
         The next rows to send belong to the operand of which fewer complete rows
         were sent, X on a tie; neither may lead by more than
         Accepted.window_rows. A client must read while it writes.
+        A job with Checkpoints is sent the sum of dW in between, and one with
+        Resume goes on where such a job was cut off.
         A job whose matrices lie in shared memory has no Blocks: the client sends
         Job, with its m, and End; the server sends Accepted and Receipt.
         """

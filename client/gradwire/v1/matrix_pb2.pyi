@@ -14,6 +14,7 @@ class Matrix(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MATRIX_Y: _ClassVar[Matrix]
     MATRIX_DX: _ClassVar[Matrix]
     MATRIX_DW: _ClassVar[Matrix]
+    MATRIX_DW_SUM: _ClassVar[Matrix]
 
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -34,6 +35,7 @@ MATRIX_DY: Matrix
 MATRIX_Y: Matrix
 MATRIX_DX: Matrix
 MATRIX_DW: Matrix
+MATRIX_DW_SUM: Matrix
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT16: Dtype
 DTYPE_BFLOAT16: Dtype

@@ -30,7 +30,16 @@ from gradwire.v1.gradient_service_pb2 import (
     ComputeStreamRequest,
     ComputeStreamResponse,
 )
-from gradwire.v1.job_pb2 import Accepted, End, Job, Join, Joined, Queued, Receipt
+from gradwire.v1.job_pb2 import (
+    Accepted,
+    Checkpoint,
+    End,
+    Job,
+    Join,
+    Joined,
+    Queued,
+    Receipt,
+)
 from gradwire.v1.matrix_pb2 import Block as BlockMessage
 
 _TAG_BLOCK = 0x12
@@ -67,7 +76,7 @@ class Block:
 
 
 RequestMessage: TypeAlias = Job | Block | End | Join
-ResponseMessage: TypeAlias = Accepted | Queued | Block | Receipt | Joined
+ResponseMessage: TypeAlias = Accepted | Queued | Block | Receipt | Joined | Checkpoint
 
 
 def encode_block(
@@ -132,6 +141,12 @@ def encode_queued(jobs_ahead: int) -> bytes:
     ).SerializeToString()
 
 
+def encode_checkpoint(rows: int) -> bytes:
+    """The response message behind which dW's sum over so many rows follows."""
+    checkpoint = Checkpoint(rows=rows)
+    return ComputeStreamResponse(checkpoint=checkpoint).SerializeToString()
+
+
 def encode_receipt(receipt: Receipt) -> bytes:
     """The response message that ends a successful stream."""
     return ComputeStreamResponse(receipt=receipt).SerializeToString()
@@ -185,9 +200,12 @@ def decode_response_by_class(message: bytes) -> ResponseMessage:
             return envelope.receipt
         case "joined":
             return envelope.joined
+        case "checkpoint":
+            return envelope.checkpoint
         case _:
             raise FramingError(
-                "the message holds neither accepted, queued, block, receipt nor joined"
+                "the message holds neither accepted, queued, block, receipt, joined"
+                " nor checkpoint"
             )
 
 

@@ -36,6 +36,9 @@ CONTRACT = "gradwire.v1"
 CONNECTIONS = "connections"
 """Name of the feature that a job over several connections requires."""
 
+RESUME = "resume"
+"""Name of the feature of jobs that go on where others were cut off."""
+
 SHARED_MEMORY = "shared-memory"
 """Name of the feature of servers that share memory with clients."""
 

@@ -1,4 +1,4 @@
-"""The six matrices of a job: which are needed for which, and their shapes."""
+"""The matrices of a job: which are needed for which, and their shapes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class Matrix(enum.IntEnum):
     Y = 4
     DX = 5
     DW = 6
+    DW_SUM = 7
+    """DW over a job's first rows, not rounded: what checkpoints are made of."""
 
     label: str
     """The name that people and fields use: ``x``, ``w``, ``dy``, ..."""

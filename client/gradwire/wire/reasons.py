@@ -38,6 +38,7 @@ class Reason(enum.StrEnum):
     PLACE_INVALID = enum.auto()
     # FAILED_PRECONDITION
     REGION_UNKNOWN = enum.auto()
+    RESUME_MISMATCH = enum.auto()
     # UNIMPLEMENTED
     OPTION_UNKNOWN = enum.auto()
     FEATURE_UNKNOWN = enum.auto()
@@ -66,6 +67,7 @@ class Reason(enum.StrEnum):
 
 _OTHER_STATUS = {
     Reason.REGION_UNKNOWN: StatusCode.FAILED_PRECONDITION,
+    Reason.RESUME_MISMATCH: StatusCode.FAILED_PRECONDITION,
     Reason.OPTION_UNKNOWN: StatusCode.UNIMPLEMENTED,
     Reason.FEATURE_UNKNOWN: StatusCode.UNIMPLEMENTED,
     Reason.CONTRACT_UNKNOWN: StatusCode.UNIMPLEMENTED,

@@ -104,11 +104,27 @@ class BackendJob(Protocol):
         `w` stays as it is until the job is closed.
         """
 
+    def take_dw_sum(self, dw: Array) -> None:
+        """Goes on with a sum of dW, shape (n, k), in the accumulator's dtype.
+
+        Only where dW is wanted, before any row block. `dw` may change after it.
+        """
+
     def take_block(self, block: RowBlock) -> Wait | None:
         """Computes the block's Y and dX, and adds its share to dW.
 
         Blocks come in order. None: y and dx hold the results. Otherwise they
         do after the wait, and until then the block's arrays are in use.
+        """
+
+    def copy_dw_sum(self, out: Array) -> None:
+        """Copies the sum of dW over the blocks so far, before it is rounded.
+
+        Only where dW is wanted, between row blocks.
+
+        Args:
+            out: Host memory, shape (n, k), C-contiguous, in the accumulator's
+                dtype.
         """
 
     def finish(self) -> Array:

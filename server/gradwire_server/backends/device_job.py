@@ -68,6 +68,8 @@ class DeviceJob:
         self._slots: list[Marks | None] = [None] * len(layout.slots)
         """Of each slot, the marks of its block until that was waited for."""
         self._blocks = 0
+        self._dw_begun = False
+        """Whether there is a sum of dW, of this job's blocks or of others before."""
 
     def take_w(self, w: Array) -> None:
         """Copies W, shape (n, k), to the device."""
@@ -82,6 +84,41 @@ class DeviceJob:
             self._device.synchronize(marks.uploaded)
             self._times.to_device_s += self._device.elapsed_s(
                 marks.upload_begun, marks.uploaded
+            )
+            self._device.give_marks_back(marks)
+
+    def take_dw_sum(self, dw: Array) -> None:
+        """Copies a sum of dW, with which the job goes on, to the device."""
+        placed = self._sum()
+        self._dw_begun = True
+        if not placed.size:
+            return
+        with self._begun() as marks:
+            self._device.record(Stream.UP, marks.upload_begun)
+            self._device.upload(dw, placed.address)
+            self._device.record(Stream.UP, marks.uploaded)
+            self._device.synchronize(marks.uploaded)
+            self._times.to_device_s += self._device.elapsed_s(
+                marks.upload_begun, marks.uploaded
+            )
+            self._device.give_marks_back(marks)
+
+    def copy_dw_sum(self, out: Array) -> None:
+        """Copies the sum of dW over the blocks that have begun from the device."""
+        placed = self._sum()
+        if not (self._dw_begun and placed.size):
+            out.fill(0)
+            return
+        with self._begun() as marks:
+            self._device.record(Stream.COMPUTE, marks.computed)
+            self._device.wait(Stream.DOWN, marks.computed)
+            self._device.record(Stream.DOWN, marks.download_begun)
+            self._device.download(placed.address, out)
+            self._device.record(Stream.DOWN, marks.done)
+            # The next block, which adds to it, is begun after this.
+            self._device.synchronize(marks.done)
+            self._times.from_device_s += self._device.elapsed_s(
+                marks.download_begun, marks.done
             )
             self._device.give_marks_back(marks)
 
@@ -100,6 +137,7 @@ class DeviceJob:
             self._download(number, block, marks)
         self._slots[number] = marks
         self._blocks += 1
+        self._dw_begun = True
         return partial(self._wait, number, block, marks)
 
     def finish(self) -> Array:
@@ -114,7 +152,7 @@ class DeviceJob:
             with self._device.errors():
                 memory = self._empty(size_bytes)
             result = memory.view(dtype.numpy).reshape(spec.n, spec.k)
-        if not self._blocks:
+        if not (self._dw_begun and placed.dw.size):
             result.fill(0)
             return result
         leaves = placed.dw
@@ -141,6 +179,12 @@ class DeviceJob:
     def close(self) -> None:
         """Gives the job's memory on the device back."""
         self._memory.give_back()
+
+    def _sum(self) -> DeviceMatrix:
+        placed = self._placed.dw
+        if placed is None:
+            raise RuntimeError("the job does not want dW")
+        return placed
 
     @contextmanager
     def _begun(self) -> Iterator[Marks]:
@@ -176,7 +220,7 @@ class DeviceJob:
         of_rows = partial(self._placed.of_rows, slot, rows=block.rows)
         algebra.take_block(
             _Products(
-                self._device, self._compute, self._placed, first=not self._blocks
+                self._device, self._compute, self._placed, first=not self._dw_begun
             ),
             w=self._placed.w,
             x=of_rows(matrix=Matrix.X),

@@ -173,6 +173,13 @@ class NumpyJob:
         with self._times.computing(), np.errstate(all="ignore"):
             self._w = self._widened("w", w)
 
+    def take_dw_sum(self, dw: Array) -> None:
+        """Goes on with a sum of dW."""
+        if self._dw is None:
+            raise RuntimeError("the job does not want dW")
+        np.copyto(self._dw, dw)
+        self._dw_begun = True
+
     def take_block(self, block: RowBlock) -> None:
         """Computes y and dx of the block and adds its share to dW."""
         # NaN, Inf and overflow are data here, not events to warn of.
@@ -196,6 +203,15 @@ class NumpyJob:
                 # block's memory until the garbage collector comes by.
                 products.pieces.clear()
         self._dw_begun = True
+
+    def copy_dw_sum(self, out: Array) -> None:
+        """Copies the sum of dW over the blocks so far."""
+        if self._dw is None:
+            raise RuntimeError("the job does not want dW")
+        if not self._dw_begun:
+            out.fill(0)
+        else:
+            np.copyto(out, self._dw)
 
     def finish(self) -> Array:
         """dW, shape (n, k), rounded once from the accumulator."""

@@ -694,6 +694,7 @@ def test_every_reason_has_a_test():
         "DEADLINE_PASSED",
         "DRAINING",  # test_stopping.py
         "JOIN_UNKNOWN",  # test_connections.py
+        "RESUME_MISMATCH",  # test_resuming.py
         "DEVICE_LOST",  # test_devices.py
         "DEVICE_OUT_OF_MEMORY",  # test_faults.py
         "UNFORESEEN",

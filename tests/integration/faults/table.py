@@ -72,9 +72,7 @@ FAULTS = {
         "generator: every one, in either direction, of both clients",
         86,
         43,
-        "every row block once and in order, and dW, with the same bits; or, where "
-        "rows are gone that would have to be sent again, those row blocks that had "
-        "come, right, and then `ConnectionLostError`",
+        "every row block once and in order, and dW, with the same bits",
     ),
     "flip": Fault(
         "a bit of a byte is flipped, with `checksum=True`: of every fifth of those "

@@ -20,7 +20,7 @@ from gradwire.cli._results import ResultSpec
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.matrices import RESULTS, Matrix
 
-X, W, DY, Y, DX, DW = Matrix
+X, W, DY, Y, DX, DW, _ = Matrix
 
 
 def paths(*operands: Matrix) -> dict[Matrix, Path]:

@@ -37,6 +37,16 @@ class Outcome:
         return self._trailers
 
 
+def test_a_call_that_the_other_side_reset_is_a_lost_connection() -> None:
+    """As those that a server has not ended yet when it is closed."""
+    cancelled = grpc.StatusCode.CANCELLED
+    error = call_error(Outcome(cancelled, "CANCELLED"), ADDRESS, "j-1")
+    assert type(error) is gradwire.ConnectionLostError
+    assert "was cut off at gpu-node:50051" in str(error)
+    here = call_error(Outcome(cancelled, "Channel closed!"), ADDRESS)
+    assert type(here) is gradwire.JobCancelledError
+
+
 @pytest.mark.parametrize("reason", list(Reason))
 def test_every_reason_becomes_its_class_with_everything_attached(
     reason: Reason,

@@ -109,6 +109,14 @@ def test_a_wait_is_drawn_between_nothing_and_its_most() -> None:
     assert drawn == [(0.0, 0.8)]
 
 
+def test_an_attempt_that_gets_further_begins_the_count_anew() -> None:
+    one = attempts(gradwire.RetryPolicy(attempts=3, initial_backoff_s=1, multiplier=2))
+    assert [one.after(lost()) for _ in range(2)] == [1, 2]
+    one.progressed()
+    assert [one.after(lost()) for _ in range(3)] == [1, 2, None]
+    assert one.made == 5
+
+
 def test_what_the_server_says_comes_before_the_backoff() -> None:
     busy = lost(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_s=1.5)
     one = attempts(gradwire.RetryPolicy(initial_backoff_s=0.5))
@@ -129,7 +137,6 @@ def test_no_retry_begins_after_the_deadline() -> None:
 def test_every_attempt_has_what_is_left_of_the_deadline() -> None:
     options = parse_options(results="y", timeout_s=30.0)
     one = Attempts(Retries(gradwire.RetryPolicy()), options.timeout_s)
-    assert one.options(options) is options
     one.after(lost())
     left = one.options(options).timeout_s
     assert left is not None

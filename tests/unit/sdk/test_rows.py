@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradwire
+from gradwire._held import HeldRows
 from gradwire._options import parse_options
-from gradwire._rows import RowJob, RowReader
+from gradwire._row_job import RowJob
+from gradwire._rows import RowReader
+from gradwire._sync_rows import DrawnRows
 from tests import oracle
 from tests.unit.sdk.fake_server import FakeServer, converse
 
@@ -23,12 +26,12 @@ def reader(w: Any = W, m: Any = None, **options: Any) -> RowReader:
 
 def run(items: list[Any], w: Any = W, server: FakeServer | None = None, **options: Any):
     read = reader(w, **options)
-    first, *others = items or [None]
-    begun = None if first is None else read.read(first)
-    job = RowJob(read.plan(begun), read.w, begun)
-    messages = (
-        message for _, message in job.messages(read.read(item) for item in others)
-    )
+    held = HeldRows(read)
+    drawn = DrawnRows(iter(items), held)
+    drawn.draw(0)
+    job = RowJob(read.plan(held.first), read.w, held)
+    job.begin()
+    messages = (message for _, message in job.messages(drawn.portions(0)))
     blocks = []
     for answer in converse(job.exchange, messages, server or FakeServer()):
         job.receive(answer)

@@ -75,7 +75,7 @@ def test_16_bit_products_are_summed_in_float32_and_others_in_their_own_dtype():
 
 
 def test_operands_and_results_are_all_the_matrices():
-    assert set(OPERANDS) | set(RESULTS) == set(Matrix)
+    assert set(OPERANDS) | set(RESULTS) == set(Matrix) - {Matrix.DW_SUM}
     assert not set(OPERANDS) & set(RESULTS)
     assert set(ROW_OPERANDS) < set(OPERANDS)
     assert set(ROW_RESULTS) < set(RESULTS)
@@ -103,6 +103,7 @@ def test_rows_have_n_columns_in_x_and_dx_and_k_in_the_others():
         Matrix.DX: 3,
         Matrix.W: 5,
         Matrix.DW: 5,
+        Matrix.DW_SUM: 5,
         Matrix.Y: 5,
         Matrix.DY: 5,
     }

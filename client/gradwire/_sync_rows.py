@@ -1,0 +1,63 @@
+"""A stream's items as threads draw them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+
+from gradwire._arrays import Operand
+from gradwire._held import HeldRows
+from gradwire.wire.matrices import Matrix
+
+_NOTHING = object()
+
+
+class DrawnRows:
+    """The caller's items, drawn by whichever thread needs the next one.
+
+    That of an attempt which has failed may still be waiting for an item: the
+    next attempt's then waits for the same one.
+    """
+
+    def __init__(self, items: Iterator[object], held: HeldRows) -> None:
+        self._items = items
+        self._held = held
+        self._turn = threading.Lock()
+        self._error: BaseException | None = None
+
+    def portions(self, row: int) -> Iterator[Mapping[Matrix, Operand]]:
+        """The rows from a row on."""
+        while True:
+            portion = self._held.portion(row)
+            if portion is not None:
+                yield portion
+                row += next(iter(portion.values())).rows
+            elif not self.draw(row):
+                return
+
+    def draw(self, row: int) -> bool:
+        """Have an item drawn, unless the rows from a row on are there.
+
+        Returns:
+            Whether there is one.
+
+        Raises:
+            BaseException: What the caller's iterable raised, each time.
+        """
+        with self._turn:
+            if self._error is not None:
+                raise self._error
+            if self._held.drawn_beyond(row):
+                return True
+            if self._held.complete:
+                return False
+            try:
+                self._held.settle()
+                item = next(self._items, _NOTHING)
+                if item is not _NOTHING:
+                    self._held.add(item)
+            except BaseException as error:
+                self._error = error
+                raise
+            self._held.complete = item is _NOTHING
+            return item is not _NOTHING
