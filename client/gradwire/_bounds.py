@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 
 from gradwire.wire.dtypes import Dtype
 
@@ -31,6 +33,19 @@ def largest(dtype: Dtype) -> float:
 def gamma(length: int, u: float) -> float:
     """gamma_n: n u / (1 - n u), and infinity from n u = 1 on."""
     return length * u / (1 - length * u) if length * u < 1 else float("inf")
+
+
+def can_be_squared(
+    norms: npt.NDArray[Any], dtype: np.dtype[np.generic]
+) -> npt.NDArray[np.bool_]:
+    """Whether sums of squares of that dtype neither overflowed nor underflowed.
+
+    Args:
+        norms: Their roots.
+        dtype: In which they were computed: float32 or float64.
+    """
+    near = 1e15 if dtype.itemsize == 4 else 1e130
+    return np.asarray((norms > 1 / near) & (norms < near))
 
 
 def _finfo(dtype: Dtype) -> Any:

@@ -28,7 +28,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gradwire._bounds import gamma, largest, smallest_subnormal, unit_roundoff
+from gradwire._bounds import (
+    can_be_squared,
+    gamma,
+    largest,
+    smallest_subnormal,
+    unit_roundoff,
+)
 from gradwire._sketch import Sketch
 from gradwire._types import Array, Doubles
 from gradwire.wire.dtypes import Dtype
@@ -158,9 +164,11 @@ def compare(
     rows = np.flatnonzero(excess > 0)
     rows = rows[np.argsort(-excess[rows], kind="stable")]
     off, worst, scale = off[rows], worst[rows], scale[rows]
-    # Inf from finite operands is wrong where no sum can have come so far.
-    impossible = ~np.isfinite(off) & (4 * size * scale < arithmetic.largest)
-    beyond = np.where(off > worst, off / worst, 0)
+    # Inf from finite operands is wrong where no sum can have come so far, and
+    # says nothing elsewhere.
+    finite = np.isfinite(off)
+    impossible = ~finite & (4 * size * scale < arithmetic.largest)
+    beyond = np.where(finite & (off > worst), off / worst, 0)
     certain = np.asarray(((beyond > 0) | impossible).any(axis=1))
     return Findings(rows, certain, beyond.max(axis=1, initial=0))
 
@@ -222,7 +230,7 @@ def row_norms(matrix: Array) -> Doubles:
     """Of each row: the root of the sum of the squares."""
     squares: Array = np.einsum("ij,ij->i", matrix, matrix)
     norms: Doubles = np.sqrt(squares).astype(np.float64)
-    extreme = np.flatnonzero(~_safe(norms, matrix.dtype))
+    extreme = np.flatnonzero(~can_be_squared(norms, matrix.dtype))
     if extreme.size:
         wide = matrix[extreme].astype(np.longdouble)
         norms[extreme] = np.sqrt(np.square(wide).sum(axis=1))
@@ -233,14 +241,8 @@ def column_squares(matrix: Array) -> npt.NDArray[np.longdouble]:
     """Of each column: the sum of the squares."""
     summed: Array = np.einsum("ij,ij->j", matrix, matrix)
     squares: npt.NDArray[np.longdouble] = summed.astype(np.longdouble)
-    extreme = np.flatnonzero(~_safe(np.sqrt(squares), matrix.dtype))
+    extreme = np.flatnonzero(~can_be_squared(np.sqrt(squares), matrix.dtype))
     if extreme.size:
         wide = matrix[:, extreme].astype(np.longdouble)
         squares[extreme] = np.square(wide).sum(axis=0)
     return squares
-
-
-def _safe(norms: Array, dtype: np.dtype[np.generic]) -> npt.NDArray[np.bool_]:
-    """Whether the squares of that dtype neither overflowed nor underflowed."""
-    near = 1e15 if dtype.itemsize == 4 else 1e130
-    return np.asarray((norms > 1 / near) & (norms < near))

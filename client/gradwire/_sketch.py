@@ -15,6 +15,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from gradwire._bounds import can_be_squared
 from gradwire._types import Array, Doubles
 
 _DENSE = 128
@@ -84,10 +85,13 @@ class Sketch:
 
     def of_squares(self, matrix: Array) -> Doubles:
         """The sums of the squares of each row's elements."""
-        squares = np.square(self._usable(matrix))
-        if self._members is not None:
-            return np.asarray(squares @ self._members, np.float64)
-        return self._added(squares, signed=False).astype(np.float64)
+        usable = self._usable(matrix)
+        sums = self._squared(usable)
+        known = can_be_squared(np.sqrt(sums), self._dtype)
+        extreme = np.flatnonzero(~known.all(axis=1))
+        if extreme.size:
+            sums[extreme] = self._squared(usable[extreme].astype(np.float64))
+        return sums
 
     def over_groups(self, values: npt.NDArray[np.longdouble]) -> Doubles:
         """The root of the sum of each group's values, one a column."""
@@ -105,6 +109,12 @@ class Sketch:
             matrix = matrix.copy()
             matrix[:, self._left_out] = 0
         return matrix
+
+    def _squared(self, matrix: Array) -> Doubles:
+        squares = np.square(matrix)
+        if self._members is not None:
+            return np.asarray(squares @ self._members, np.float64)
+        return self._added(squares, signed=False).astype(np.float64)
 
     def _added(self, matrix: Array, *, signed: bool) -> Array:
         if not matrix.shape[1]:

@@ -53,8 +53,9 @@ class Product:
         )
 
     def found(self, c: Any, seed: int, verify: Verify = Verify()) -> Any:  # noqa: B008
-        checked = RowProduct(self.b, self.sketch(verify, seed))
-        return checked.wrong(self.a, c, self.arithmetic)
+        with np.errstate(all="ignore"):  # as while a client verifies
+            checked = RowProduct(self.b, self.sketch(verify, seed))
+            return checked.wrong(self.a, c, self.arithmetic)
 
 
 def drawn(kind: str, length: int, columns: int, dtype: Dtype) -> Product:
@@ -83,6 +84,24 @@ def test_one_element_that_is_off_by_16_rounding_bounds_is_found(
         found = product.found(wrong, seed)
         assert found is not None
         assert (found.row, found.column) == (row, column)
+
+
+@pytest.mark.parametrize("scale", [1e-19, 1e-12, 1e12, 3e17])
+@pytest.mark.parametrize("dtype", [Dtype.BFLOAT16, Dtype.FLOAT32, Dtype.FLOAT64])
+def test_a_wrong_element_is_found_however_large_or_small_all_are(
+    dtype: Dtype, scale: float
+) -> None:
+    """Also where the squares of a result's elements are no float32."""
+    rng = np.random.default_rng(4)
+    a, b = rng.standard_normal((ROWS, 200)), rng.standard_normal((200, 100))
+    product = Product.of(a * scale, b * scale, dtype)
+    for seed in range(5):
+        assert product.found(product.c, seed) is None
+        wrong = product.c.copy()
+        wrong[2, 7] = product.exact[2, 7] + 17 * product.typical[2]
+        found = product.found(wrong, seed)
+        assert found is not None
+        assert (found.row, found.column) == (2, 7)
 
 
 @pytest.mark.parametrize("kind", ["normal", "positive", "constant"])
@@ -174,3 +193,21 @@ def test_dw_of_a_stream_is_checked_without_its_rows() -> None:
         wrong[5, 9] += factor * arithmetic.worst * norms
         findings, _ = sums.findings(wrong, arithmetic)
         assert list(findings.rows[findings.certain]) == ([5] if factor else [])
+
+
+@pytest.mark.parametrize("scale", [1e-19, 1e-10, 4e18, 1e19])
+@pytest.mark.parametrize("dtype", [Dtype.BFLOAT16, Dtype.FLOAT32])
+def test_dw_of_a_stream_is_right_however_large_or_small_it_is(
+    dtype: Dtype, scale: float
+) -> None:
+    """Also where some of its elements are Inf, because no float32 is as large."""
+    rng = np.random.default_rng(6)
+    x, dy = (rng.standard_normal((2, 300, 64)) * scale).astype(dtype.numpy)
+    x, dy = x.astype(np.float32), dy.astype(np.float32)
+    with np.errstate(all="ignore"):
+        dw = (x.T @ dy).astype(dtype.numpy)
+        sketch = Sketch(64, 2, 16, 300, dtype=x.dtype, rng=np.random.default_rng(0))
+        sums = SumProduct(64, sketch)
+        sums.add(x, dy)
+        findings, _ = sums.findings(dw, Arithmetic(dtype, dtype, 300))
+    assert not findings.certain.any()
