@@ -35,7 +35,12 @@ from gradwire._outputs import (
     output_shape,
 )
 from gradwire._plan import Plan, plan_arrays
-from gradwire._resuming import Point, cannot_go_on, is_further
+from gradwire._resuming import (
+    Point,
+    cannot_go_on,
+    is_further,
+    needs_no_checkpoints,
+)
 from gradwire._retrying import Attempts, Retries, RetriesLike, parse_retries
 from gradwire._row_job import RowJob
 from gradwire._rows import RowReader
@@ -122,6 +127,9 @@ class ArrayJob:
         before = self.point
         if before is not None and cannot_go_on(error):
             self.point = None
+            return True
+        if self._checkpoint_rows == 0 and needs_no_checkpoints(self.plan, error):
+            self._checkpoint_rows = None
             return True
         self.point = exchange.point()
         if is_further(self.point, before):

@@ -103,6 +103,15 @@ def cannot_go_on(error: GradwireError) -> bool:
     }
 
 
+def needs_no_checkpoints(plan: Plan, error: GradwireError) -> bool:
+    """Whether a server has none to give, and it was nobody's wish to have them.
+
+    Behind one address there may be servers of several versions.
+    """
+    unknown = isinstance(error, CallError) and error.reason is Reason.FEATURE_UNKNOWN
+    return unknown and plan.options.checkpoint_rows is None
+
+
 class Checkpoints:
     """The checkpoints of one job, as they come.
 

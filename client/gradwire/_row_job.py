@@ -17,7 +17,12 @@ from gradwire._held import HeldRows
 from gradwire._outputs import ArraySink
 from gradwire._plan import Plan
 from gradwire._receiving import BlockSink, Sink
-from gradwire._resuming import Point, cannot_go_on, is_further
+from gradwire._resuming import (
+    Point,
+    cannot_go_on,
+    is_further,
+    needs_no_checkpoints,
+)
 from gradwire._retrying import Attempts
 from gradwire._sending import Sender
 from gradwire._types import Array, Receipt, RowBlock
@@ -174,6 +179,11 @@ class RowJob:
                 self._cause.add_note(f"The job cannot go on elsewhere: {error}")
                 raise self._cause from error
             return False
+        if self._checkpoint_rows is not None and needs_no_checkpoints(
+            self._plan, error
+        ):
+            self._checkpoint_rows = None
+            return True
         self._cause = error
         self._point = self.exchange.point(self._next_row if self._blocks else None)
         if is_further(self._point, before):

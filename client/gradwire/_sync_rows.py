@@ -23,11 +23,18 @@ class DrawnRows:
         self._items = items
         self._held = held
         self._turn = threading.Lock()
+        self._attempt = 0
         self._error: BaseException | None = None
 
     def portions(self, row: int) -> Iterator[Mapping[Matrix, Operand]]:
-        """The rows from a row on."""
-        while True:
+        """The rows from a row on; those that were given out before end."""
+        self._attempt += 1
+        return self._portions(row, self._attempt)
+
+    def _portions(self, row: int, attempt: int) -> Iterator[Mapping[Matrix, Operand]]:
+        # What a thread of an attempt that has failed still takes would have rows
+        # dropped that the one of this attempt has not sent again yet.
+        while attempt == self._attempt:
             portion = self._held.portion(row)
             if portion is not None:
                 yield portion

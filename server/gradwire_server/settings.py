@@ -133,7 +133,8 @@ class Settings:
     server waits for, or does not read what it was sent."""
 
     grace: float = 30.0
-    """Seconds that running jobs have to finish when the server stops."""
+    """Seconds that running jobs have to finish when the server stops. What is not
+    done then is ended, with a checkpoint for clients that take one."""
 
     def __post_init__(self) -> None:
         if not self.listen:

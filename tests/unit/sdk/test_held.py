@@ -92,6 +92,14 @@ def test_of_a_large_item_a_portion_is_copied_at_a_time() -> None:
     assert held.count == len(x) > rest
 
 
+def test_an_attempt_that_has_failed_takes_no_more_rows() -> None:
+    drawn = DrawnRows(items(), HeldRows(reader(), 1 << 20))
+    failed = drawn.portions(0)
+    next(failed)
+    assert oracle.same_bits(rows(drawn, 0), X)
+    assert list(failed) == []
+
+
 def test_what_the_iterable_raised_is_raised_again_and_no_short_job_made_of_it() -> None:
     def breaks() -> Iterator[Any]:
         yield X[:5], DY[:5]

@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 
 import gradwire
+from gradwire._held import HeldRows
 from gradwire._options import parse_options
 from gradwire._plan import Plan
 from gradwire._resuming import Checkpoint, Checkpoints, Point, is_further, point_after
+from gradwire._retrying import Attempts, Retries
+from gradwire._row_job import RowJob
+from gradwire._rows import RowReader
 from gradwire.v1.job_pb2 import Accepted, Job, Numerics, NumericsFingerprint
-from gradwire.wire import checksum
+from gradwire.wire import checksum, framing
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.framing import Block
 from gradwire.wire.matrices import Matrix
+from gradwire.wire.reasons import Reason
+from gradwire.wire.status import ErrorDetails
 
 N, K, B = 3, 2, 16
 FLOAT64 = int(Dtype.FLOAT64)
@@ -151,3 +157,30 @@ def test_which_of_two_points_is_further() -> None:
     assert not is_further(at(16, 16), at(16, 16))
     assert not is_further(None, at(16, 16))
     assert not is_further(None, None)
+
+
+def refusal(reason: Reason) -> gradwire.CallError:
+    return gradwire.CallError(
+        "no", status=reason.status, attached=ErrorDetails(reason=reason)
+    )
+
+
+@pytest.mark.parametrize("asked", [None, 100])
+def test_a_server_without_checkpoints_does_without_unless_they_were_asked_for(
+    asked: int | None,
+) -> None:
+    parsed = parse_options(results="dw", checkpoint_rows=asked)
+    reader = RowReader(None, None, parsed)
+    pair = np.ones((4, N), np.float32), np.ones((4, K), np.float32)
+    held = HeldRows(reader, 1 << 20)
+    held.add(pair)
+    attempts = Attempts(Retries(gradwire.RetryPolicy()), None)
+    job = RowJob(reader.plan(held.first), None, held, checkpoint_rows=asked or 0)
+    opening = framing.decode_request(job.begin().opening())
+    assert isinstance(opening, Job)
+    assert list(opening.required_features) == ["resume"]
+    assert not job.cut_off(refusal(Reason.BUSY), attempts)
+    assert job.cut_off(refusal(Reason.FEATURE_UNKNOWN), attempts) == (asked is None)
+    opening = framing.decode_request(job.begin().opening())
+    assert isinstance(opening, Job)
+    assert opening.HasField("checkpoints") == (asked is not None)
