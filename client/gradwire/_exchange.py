@@ -17,67 +17,25 @@ counters only.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TypeVar
-
-from google.protobuf.message import Message
+from typing import Protocol, TypeVar
 
 from gradwire._arrays import Operand
+from gradwire._echo import check_accepted, check_receipt
 from gradwire._exceptions import ProtocolError
 from gradwire._plan import Plan
 from gradwire._receiving import Receiver, Sink
+from gradwire._reporting import Reporter
 from gradwire._resuming import Checkpoints, Point, point_after
 from gradwire._sending import Sender
-from gradwire._types import Progress, Receipt, receipt_of
-from gradwire.v1.job_pb2 import Accepted, Checkpoint, Job, Joined, Queued
+from gradwire._types import Receipt, receipt_of
+from gradwire.v1.job_pb2 import Accepted, Checkpoint, Joined, Queued
 from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
 from gradwire.wire import framing
 from gradwire.wire.limits import CONNECTIONS, RESUME
 from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
 
-_FILLED_IN = frozenset(
-    {"job_id", "numerics.dw_accumulator", "max_block_bytes", "connections"}
-)
-"""Options that a server chooses where a job leaves them out."""
-
 _Sent = TypeVar("_Sent")
-
-
-class Reporter:
-    """Tells a caller's `on_progress`, from both directions, one at a time."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._lock = threading.Lock()
-
-    def report(
-        self,
-        *,
-        bytes_sent: int,
-        bytes_received: int,
-        rows_sent: int,
-        m: int | None,
-        jobs_ahead: int | None = None,
-    ) -> None:
-        """Tell how far the job has come."""
-        on_progress = self._plan.options.on_progress
-        if on_progress is None:
-            return
-        with self._lock:
-            on_progress(
-                Progress(
-                    bytes_sent=bytes_sent,
-                    bytes_to_send=None if m is None else self._plan.upload_bytes(m),
-                    bytes_received=bytes_received,
-                    bytes_to_receive=(
-                        None if m is None else self._plan.download_bytes(m)
-                    ),
-                    rows_sent=rows_sent,
-                    m=m,
-                    jobs_ahead=jobs_ahead,
-                )
-            )
 
 
 class Conversation(Protocol):
@@ -342,71 +300,3 @@ class Exchange:
             m=self._sender.m,
             jobs_ahead=jobs_ahead,
         )
-
-
-def check_accepted(accepted: Accepted, job: Job) -> None:
-    """Check that the server took on what it was asked.
-
-    Raises:
-        ProtocolError: An option was not understood, or a size cannot be.
-    """
-    if accepted.block_rows < 1 or accepted.window_rows < 1:
-        raise ProtocolError(
-            f"the server announced blocks of {accepted.block_rows} rows and a window"
-            f" of {accepted.window_rows}"
-        )
-    if _with_defaults(job, accepted.effective_job) == accepted.effective_job:
-        return  # as nearly always, and found out far sooner than what differs
-    difference = _difference(job, accepted.effective_job)
-    if difference is not None:
-        path, asked, understood = difference
-        raise ProtocolError(
-            f"the server did not understand the option {path}: it was asked for"
-            f" {asked} and would do {understood}"
-        )
-
-
-def check_receipt(receipt: ReceiptMessage, job: Job, m: int | None) -> None:
-    """Check that a receipt is this job's.
-
-    Raises:
-        ProtocolError: It is not.
-    """
-    if receipt.m != m or receipt.job_id != job.job_id:
-        raise ProtocolError(
-            f"the server's receipt is for {receipt.m} rows of job {receipt.job_id!r},"
-            f" and job {job.job_id!r} had {m}"
-        )
-
-
-def _with_defaults(asked: Job, understood: Job) -> Job:
-    """What was asked, with what `understood` chose where most jobs ask nothing."""
-    filled = Job()
-    filled.CopyFrom(asked)
-    if not asked.numerics.dw_accumulator:
-        filled.numerics.dw_accumulator = understood.numerics.dw_accumulator
-    if not asked.connections:
-        filled.connections = understood.connections
-    return filled
-
-
-def _difference(
-    asked: Message, understood: Message, path: str = ""
-) -> tuple[str, Any, Any] | None:
-    """The first option in which two headers differ, with both its values."""
-    for field in asked.DESCRIPTOR.fields:
-        name = path + field.name
-        if field.has_presence and not (
-            asked.HasField(field.name) or understood.HasField(field.name)
-        ):
-            continue
-        one, other = getattr(asked, field.name), getattr(understood, field.name)
-        if isinstance(one, Message):
-            if asked.HasField(field.name) != understood.HasField(field.name):
-                return name, asked.HasField(field.name), understood.HasField(field.name)
-            inner = _difference(one, other, f"{name}.")
-            if inner is not None:
-                return inner
-        elif one != other and (one or name not in _FILLED_IN):
-            return name, one, other
-    return None

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwire._echo import check_accepted, check_receipt
 from gradwire._exceptions import CallError, ProtocolError
-from gradwire._exchange import Reporter, check_accepted, check_receipt
 from gradwire._plan import Plan
 from gradwire._regions import Pool, Region, Room
+from gradwire._reporting import Reporter
 from gradwire._types import Array, Receipt, receipt_of
 from gradwire.v1.job_pb2 import Accepted, Job, Queued, SharedRegion
 from gradwire.v1.job_pb2 import Receipt as ReceiptMessage

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from gradwire._arrays import Operand
+from gradwire._echo import check_accepted, check_receipt
 from gradwire._exceptions import ProtocolError
-from gradwire._exchange import Reporter, check_accepted, check_receipt
 from gradwire._plan import Plan
+from gradwire._reporting import Reporter
 from gradwire._types import Array, Receipt, receipt_of
 from gradwire.v1.gradient_service_pb2 import ComputeRequest, ComputeResponse
 from gradwire.wire.matrices import RESULTS, Matrix

@@ -8,7 +8,7 @@ where others or the lane are behind.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -18,11 +18,10 @@ import numpy as np
 
 from gradwire.wire.framing import Block
 from gradwire.wire.matrices import ROW_RESULTS, Matrix
-from gradwire.wire.reasons import Reason
 from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
 from gradwire_server.call import Counts
+from gradwire_server.checkpoints import Checkpoint, Checkpoints, HandedOver, Summed
 from gradwire_server.computation import Computation
-from gradwire_server.errors import JobError
 from gradwire_server.extent import Extent
 from gradwire_server.intake import Intake
 from gradwire_server.lane import TenantLane
@@ -43,30 +42,8 @@ class Run:
     """Valid until the next run is asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Says that the runs that follow are dW's sum over the first rows."""
-
-    rows: int
-
-
 _Computed: TypeAlias = tuple[int, RowBlock, asyncio.Future[None]]
 """A block's number, its matrices, and when it is computed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _HandedOver:
-    """The job ends here, with dW's sum over its first rows."""
-
-    rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Summed:
-    """dW's sum over the first rows, and when it is there."""
-
-    rows: int
-    dw: asyncio.Future[Array]
 
 
 class RunningJob:
@@ -108,17 +85,12 @@ class RunningJob:
         self._submitting = asyncio.Lock()
         self._submitted = spec.first_row // plan.block_rows
         """Row blocks that were handed to the lane, with those that do not come."""
-        self._checkpoint_due = self._next_checkpoint(spec.first_row)
-        """Row at which the next one is due; None: none is."""
-        self._sum_leaves = False
-        """Whether a checkpoint has its room, and has not left."""
-        self._summed_rows = spec.first_row
-        """Rows of the last checkpoint, or before the first row that is sent."""
+        self._checkpoints = Checkpoints(spec)
         self._handed_over = False
         self._heard_at = 0.0
         self._served_at = 0.0
         self._prepared = False
-        self._computed: list[asyncio.Queue[_Computed | _Summed | _HandedOver | None]]
+        self._computed: list[asyncio.Queue[_Computed | Summed | HandedOver | None]]
         self._computed = [asyncio.Queue() for _ in connections]
         self._ended = asyncio.Event()
         self._complete = 0
@@ -160,7 +132,7 @@ class RunningJob:
         if not self._handed_over:
             self._handed_over = True
             rows = self._submitted * self._plan.block_rows
-            self._computed[0].put_nowait(_HandedOver(rows))
+            self._computed[0].put_nowait(HandedOver(rows))
         return True
 
     def owes_nothing_since(self) -> float:
@@ -245,17 +217,18 @@ class RunningJob:
         """
         queue = self._computed[connection]
         while (computed := await queue.get()) is not None:
-            if isinstance(computed, _Summed):
-                dw = await computed.dw
-                yield Checkpoint(computed.rows)
-                for run in self._runs(Matrix.DW_SUM, 0, dw):
-                    yield run
-                self._sum_leaves = False
+            if isinstance(computed, Summed):
+                for part in self._checkpoint(computed.rows, await computed.dw):
+                    yield part
+                self._checkpoints.left()
                 continue
-            if isinstance(computed, _HandedOver):
-                async for last in self._last_checkpoint(computed.rows):
-                    yield last
-                raise _handed_over(computed.rows)
+            if isinstance(computed, HandedOver):
+                await self._ring.all_released(self._submitted)
+                if computed.rows > self._checkpoints.rows:
+                    dw = await self._lane.submit(self, self._copy_sum)
+                    for part in self._checkpoint(computed.rows, dw):
+                        yield part
+                raise computed.error()
             number, block, done = computed
             await done
             first_row = number * self._plan.block_rows
@@ -270,14 +243,9 @@ class RunningJob:
             for run in self._runs(Matrix.DW, 0, dw):
                 yield run
 
-    async def _last_checkpoint(self, rows: int) -> AsyncIterator[Run | Checkpoint]:
-        """That of a job that is handed over, if it is another than the last."""
-        await self._ring.all_released(self._submitted)
-        if rows > self._summed_rows:
-            dw = await self._lane.submit(self, self._copy_sum)
-            yield Checkpoint(rows)
-            for run in self._runs(Matrix.DW_SUM, 0, dw):
-                yield run
+    def _checkpoint(self, rows: int, dw: Array) -> Iterator[Run | Checkpoint]:
+        yield Checkpoint(rows)
+        yield from self._runs(Matrix.DW_SUM, 0, dw)
 
     async def _unless_handed_over(self) -> None:
         """Goes on; not where the job is about to end, with this task."""
@@ -319,17 +287,9 @@ class RunningJob:
 
     def _submit_checkpoint(self, rows: int) -> None:
         """Has dW's sum over the blocks that were submitted sent, if it is due."""
-        due = self._checkpoint_due
-        if due is None or rows < due or self._sum_leaves:
-            return
-        self._sum_leaves = True
-        self._summed_rows = rows
-        self._checkpoint_due = self._next_checkpoint(rows)
-        dw = self._lane.submit(self, self._copy_sum)
-        self._computed[0].put_nowait(_Summed(rows, dw))
-
-    def _next_checkpoint(self, rows: int) -> int | None:
-        return rows + self.spec.checkpoint_rows if self.spec.checkpoint_rows else None
+        if self._checkpoints.begin(rows):
+            dw = self._lane.submit(self, self._copy_sum)
+            self._computed[0].put_nowait(Summed(rows, dw))
 
     def _next_rows(self) -> int | None:
         """Rows of the next block in order; None while it is not complete.
@@ -397,11 +357,3 @@ class RunningJob:
     def _computed_after(self, wait: Wait, number: int) -> None:
         wait()
         self._observe(Stage.COMPUTING, number)
-
-
-def _handed_over(rows: int) -> JobError:
-    return JobError(
-        Reason.DRAINING,
-        f"the server stops, and its grace period is over: the job was ended, and can "
-        f"go on elsewhere from row {rows}",
-    )

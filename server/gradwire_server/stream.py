@@ -16,8 +16,9 @@ from gradwire.wire import framing
 from gradwire.wire.checksum import crc32c
 from gradwire.wire.reasons import Reason
 from gradwire_server.call import Call, owes_nothing
+from gradwire_server.checkpoints import Checkpoint
 from gradwire_server.errors import JobError, malformed
-from gradwire_server.job import Checkpoint, RunningJob
+from gradwire_server.job import RunningJob
 
 if TYPE_CHECKING:
     from gradwire_server.service import Service

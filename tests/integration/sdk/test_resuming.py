@@ -428,3 +428,25 @@ def test_under_load_a_server_that_is_started_anew_loses_no_job(
                 thread.join()
     assert not wrong
     assert len(done) == 12 * len(kinds)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_server_that_knows_of_none_of_it_computes_all_the_same(
+    job_of: MakeJob,
+    proxy: Proxy,
+    expected: gradwire.Gradients,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """One that `connect` has not asked, behind a balancer for example."""
+    for module in ("_exchange", "_resuming"):
+        monkeypatch.setattr(f"gradwire.{module}.RESUME", "of-the-future")
+    job = job_of(kind)
+    proxy.arm(Fault("responses", cut_after_messages=30))
+    result = job.gradients(("y", "dx", "dw"))
+    assert result.receipt.attempts == 2
+    assert result.receipt.blocks == 26
+    for one, other in zip(result, expected, strict=True):
+        assert oracle.same_bits(one, other)
+    with pytest.raises(gradwire.UnsupportedError, match="of-the-future"):
+        job.gradients(("dw",), checkpoint_rows=100)
