@@ -12,8 +12,8 @@ from itertools import groupby
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gradwire import GradwireError
 from gradwire.cli._checks import Finding, run_checks
@@ -139,10 +139,10 @@ class _Report:
         out.print(table)
         out.print(self._conclusion(), soft_wrap=True)
 
-    def _conclusion(self) -> str:
+    def _conclusion(self) -> Text:
         wrong = [finding for finding in self.findings if not finding.passed]
         if not wrong:
-            return (
+            return Text(
                 f"{self.server} computes right: {len(self.findings)} findings "
                 f"in {self.seconds:.1f} s, all within their bounds"
             )
@@ -151,18 +151,19 @@ class _Report:
             for check, group in groupby(wrong, key=lambda finding: finding.check)
         )
         notes = "".join(
-            f"\n{escape(note)}" for note in dict.fromkeys(f.note for f in wrong) if note
+            f"\n{note}" for note in dict.fromkeys(f.note for f in wrong) if note
         )
-        return (
-            f"[bold red]{self.server} computes wrong[/]: {len(wrong)} of "
-            f"{len(self.findings)} findings are wrong: {names}{notes}"
+        return Text.assemble(
+            (f"{self.server} computes wrong", "bold red"),
+            f": {len(wrong)} of {len(self.findings)} findings are wrong: "
+            f"{names}{notes}",
         )
 
 
-def _verdict(finding: Finding) -> str:
+def _verdict(finding: Finding) -> Text:
     if finding.passed:
-        return "[green]ok[/]"
-    return "[bold red]FAILED[/]" if finding.note else "[bold red]WRONG[/]"
+        return Text("ok", "green")
+    return Text("FAILED" if finding.note else "WRONG", "bold red")
 
 
 def _worst_of_each(findings: Iterable[Finding]) -> Iterable[Finding]:

@@ -16,13 +16,18 @@ _WIDTH_OF_A_FILE = 120
 def console(file: TextIO | None = None) -> Console:
     """A console that does not fold tables early where nobody looks at them.
 
+    Brackets are no markup to it: addresses and the names of tenants have some.
+
     Args:
         file: Where it writes; by default standard output.
     """
     file = file or sys.stdout
     unknown = not file.isatty() and "COLUMNS" not in os.environ
     return Console(
-        file=file, highlight=False, width=_WIDTH_OF_A_FILE if unknown else None
+        file=file,
+        highlight=False,
+        markup=False,
+        width=_WIDTH_OF_A_FILE if unknown else None,
     )
 
 

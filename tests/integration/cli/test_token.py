@@ -43,6 +43,18 @@ def test_a_token_is_printed_once_and_its_hash_is_added_to_the_file(
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.toml"]
 
 
+def test_tenants_are_listed_as_they_are_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though what prints the list knows brackets as marks of its own."""
+    file = tmp_path / "tokens.toml"
+    for tenant in ("[red]alice", "[/bob]"):
+        out_of(capsys, "new", tenant, "--file", file)
+    listed = out_of(capsys, "list", "--file", file)
+    assert "[red]alice " in listed
+    assert "[/bob] " in listed
+
+
 def test_a_token_that_is_revoked_is_good_no_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
