@@ -149,9 +149,12 @@ def gate_of(settings: Settings) -> Gate | None:
             certificates=settings.auth_certificates,
             health_open=not settings.auth_health,
         )
-    if limits != Limits():
+    without = "a limit of tenants" if limits != Limits() else None
+    if settings.auth_health:
+        without = "auth_health"
+    if without is not None:
         raise CredentialsError(
-            "a limit of tenants is given, and nobody is asked who they are: give "
+            f"{without} is given, and nobody is asked who they are: give "
             "auth_tokens, auth_jwks or auth_certificates"
         )
     return None

@@ -170,6 +170,7 @@ def test_without_the_package_it_is_said_what_to_install(monkeypatch):
         ({"auth_jwt_issuer": ISSUER}, "are for JWTs, and there is no auth_jwks"),
         ({"auth_certificates": True}, "auth_certificates is set without tls_client_ca"),
         ({"tenant_max_jobs": 1}, "a limit of tenants is given, and nobody is asked"),
+        ({"auth_health": True}, "auth_health is given, and nobody is asked"),
     ],
 )
 def test_settings_that_need_others_say_which(given, says):
