@@ -90,9 +90,10 @@ class RetryPolicy:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InputError(f"RetryPolicy's {name} is {value!r}: give a number")
-            if not value >= least:
+            if not least <= value < _MOST:
                 raise InputError(
-                    f"RetryPolicy's {name} is {value!r}: give at least {least}"
+                    f"RetryPolicy's {name} is {value!r}: give at least {least}, and"
+                    f" less than {_MOST:g}"
                 )
         for name in ("attempts", "held_bytes"):
             value = getattr(self, name)
@@ -120,6 +121,9 @@ _LEAST: dict[str, float] = {
     "refund": 0,
     "held_bytes": 0,
 }
+
+_MOST = 1e9
+"""What waits and counts are below, so that they can be counted with."""
 
 RetriesLike: TypeAlias = RetryPolicy | bool | None
 

@@ -48,7 +48,7 @@ def grpc_target(address: str) -> str:
             f"the address {address!r} is a URL or a path: write HOST:PORT or unix:PATH"
         )
     host, _, port = address.rpartition(":")
-    if not host or (":" in host and not host.startswith("[")):
+    if not host or (":" in host and not (host[0] == "[" and host[-1] == "]")):
         raise InputError(f"the address {address!r} has no port: write HOST:PORT")
     if not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -31,6 +32,8 @@ _GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
 some of its own, for systems whose bundle is not found."""
 
 _BEGIN = "-----BEGIN "
+
+_NAME = re.compile("[!-~]+")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -83,7 +86,7 @@ class Credentials:
     def __init__(self, tls: Tls) -> None:
         self.tls = tls
         if tls.server_name is not None and (
-            not isinstance(tls.server_name, str) or not tls.server_name
+            not isinstance(tls.server_name, str) or not _NAME.fullmatch(tls.server_name)
         ):
             raise InputError(
                 f"tls.server_name is {tls.server_name!r}: expected a host's name"
@@ -169,8 +172,8 @@ def _read(field: str, given: Pem) -> bytes:
         raise InputError(f"tls.{field} is a text that is neither a path nor PEM")
     try:
         return Path(given).read_bytes()
-    except OSError as error:
-        cause = error.strerror or error
+    except (OSError, ValueError) as error:  # ValueError: it has a zero byte
+        cause = getattr(error, "strerror", None) or error
         raise InputError(f"tls.{field} ({given}) cannot be read: {cause}") from None
 
 

@@ -81,6 +81,8 @@ class Authority:
                 f"client is a name of {len(name)} characters: expected 1 to "
                 f"{_LONGEST_NAME}"
             )
+        if not name.isprintable():
+            raise ValueError(f"client is {name!r}: expected printable characters")
         return self._issued(name, ExtendedKeyUsageOID.CLIENT_AUTH)
 
     def _issued(

@@ -77,6 +77,7 @@ def test_names_that_no_certificate_can_have(
         (["--host", "gpu-node:50051"], "host is 'gpu-node:50051': expected a host's"),
         (["--host", "http://gpu"], "host is 'http://gpu': expected a host's name"),
         (["--client", ""], "client is a name of 0 characters"),
+        (["--client", "a\nb"], "client is 'a\\nb': expected printable characters"),
         (["--days", "0"], "--days"),
     ):
         refusal = refusal_here(capsys, "certs", tmp_path / "none", *flags)

@@ -207,6 +207,8 @@ def test_retries_can_be_switched_off() -> None:
         ("max_backoff_s", "long"),
         ("budget", float("nan")),
         ("refund", -0.1),
+        ("multiplier", float("inf")),
+        ("budget", 10**400),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused_by_its_field(

@@ -28,6 +28,7 @@ def test_an_address_is_what_gradwire_serve_prints(address: str, target: str) -> 
         (":50051", "has no port: write HOST:PORT"),
         ("", "has no port: write HOST:PORT"),
         ("::1", "has no port"),
+        ("[::1", "has no port"),
         ("gpu-node:http", "a port is a number from 1 to 65535"),
         ("gpu-node:0", "a port is a number from 1 to 65535"),
         ("gpu-node:65536", "a port is a number from 1 to 65535"),

@@ -76,6 +76,8 @@ def test_a_field_that_cannot_be_is_named_when_the_client_is_made(
         (tls(cert=other, key=key), f"tls.key ({key}) is not the key of the certif"),
         (tls(cert=other, key=other), f"tls.key ({other}) holds no private key in"),
         (tls(cert=other, key=locked), "tls.key is encrypted with a password"),
+        (tls(ca="\0"), "cannot be read: embedded null byte"),
+        (tls(server_name="gpu\0node"), "tls.server_name is 'gpu\\x00node': expected"),
         (tls(server_name=""), "tls.server_name is '': expected a host's name"),
         ("ca.pem", "tls is a str: give True"),
     ):
