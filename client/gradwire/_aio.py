@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -38,10 +39,19 @@ from gradwire._options import (
     parse_timeout,
 )
 from gradwire._regions import Room
-from gradwire._retrying import Attempts, RetriesLike
+from gradwire._retrying import Attempts, RetriesLike, at_most
 from gradwire._rows import RowReader
+from gradwire._servers import (
+    ASK_S,
+    Lease,
+    Member,
+    Servers,
+    none_left,
+    require_jobs,
+)
 from gradwire._shared import SharedJob
 from gradwire._sharing import EmptyArray, may_be_smaller
+from gradwire._target import addresses_of, host_and_port
 from gradwire._tls import Tls
 from gradwire._token import TokenLike
 from gradwire._types import (
@@ -70,7 +80,7 @@ class AsyncClient(BaseClient):
     belongs to the event loop of its first use. Coroutines may share it.
 
     Args:
-        address: ``HOST:PORT`` or ``unix:PATH``.
+        address: ``HOST:PORT`` or ``unix:PATH``, or several; see `connect`.
         connect_timeout_s: Seconds that the server has to answer on entering.
         timeout_s: Seconds for every call that names none itself; None: as
             long as it takes.
@@ -95,7 +105,7 @@ class AsyncClient(BaseClient):
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         connect_timeout_s: float | None = 10.0,
         timeout_s: float | None = None,
@@ -122,6 +132,22 @@ class AsyncClient(BaseClient):
         self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connected: list[AsyncConnection] = []
+        self._servers: Servers[AsyncClient] | None = None
+        if self._endpoints is not None:
+            tls_of = self._endpoints.tls_of
+
+            def member(address: str, name: str | None) -> AsyncClient:
+                return AsyncClient(
+                    address,
+                    metadata=metadata,
+                    transport="tcp",
+                    channels=channels,
+                    tls=tls_of(name),
+                    token=token,
+                )
+
+            known, names = self._addresses.known, self._addresses.names
+            self._servers = Servers(member, known, names)
 
     async def __aenter__(self) -> AsyncClient:
         """Shake hands with the server.
@@ -130,14 +156,12 @@ class AsyncClient(BaseClient):
             ConnectError: As for `connect`.
         """
         try:
-            answer = await self._info(self._connect_timeout_s)
-            self._require_contract(server_info_of(answer))
+            if self._servers is not None:
+                await self._handshakes(self._servers, self._connect_timeout_s)
+            else:
+                await self._asked(self._connect_timeout_s)
             if self._sharing.demanded:
                 await self._rooms([1])
-        except grpc.RpcError as error:
-            await self.close()
-            seconds = self._connect_timeout_s or 0
-            raise connect_error(error, self._endpoint, seconds) from None
         except BaseException:
             await self.close()
             raise
@@ -151,15 +175,20 @@ class AsyncClient(BaseClient):
         self._closed = True
         self._closing.set()
         connected, self._connected = self._connected, []
+        for member in self._servers.all_clients() if self._servers else ():
+            await member.close()
         self._sharing.pool.close()
         self._memory.close()
         for connection in connected:
             await connection.channel.close()
 
-    async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        """What the server is, offers and allows.
+    async def server_info(
+        self, *, timeout_s: float | None = None, address: str | None = None
+    ) -> ServerInfo:
+        """What the server is, offers and allows; see `Client.server_info`.
 
         Raises:
+            InputError: There is none of that address.
             CallError: It did not say.
 
         Example:
@@ -167,13 +196,19 @@ class AsyncClient(BaseClient):
             64
         """
         seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
+        if address is not None:
+            client = await self._at(address)
+            if client is not self:
+                return await client.server_info(timeout_s=seconds)
         attempts = Attempts(self._retries, seconds)
 
         async def attempt() -> ServerInfo:
-            try:
-                return server_info_of(await self._info(attempts.left_s))
-            except grpc.RpcError as error:
-                raise call_error(error, self._endpoint) from None
+            with await self._lease(attempts) as lease:
+                try:
+                    answer = await lease.client._info(attempts.left_s)
+                except grpc.RpcError as error:
+                    raise call_error(error, lease.client._endpoint) from None
+                return server_info_of(answer)
 
         return await self._retried(attempts, attempt)
 
@@ -406,11 +441,120 @@ class AsyncClient(BaseClient):
 
     async def _run(self, job: ArrayJob) -> Receipt:
         attempts = self._attempts(job.plan.options)
-        attempt = partial(self._computed, job, attempts)
-        receipt = attempts.told(await self._retried(attempts, attempt))
-        if job.to_verify:
-            receipt = await asyncio.to_thread(job.verified, receipt, self._address)
-        return self._keep(job.delivered(receipt))
+        attempt = partial(self._tried, job, attempts)
+        receipt = await self._retried(attempts, attempt)
+        return self._keep(job.delivered(attempts.told(receipt)))
+
+    async def _tried(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+        """Compute a job, once, on the server that is best for it."""
+        with await self._lease(attempts) as lease:
+            receipt, at = await lease.client._computed(job, attempts), lease.client
+            if job.to_verify:
+                return await asyncio.to_thread(job.verified, receipt, at.address)
+            return job.verified(receipt, at.address)
+
+    async def _lease(self, attempts: Attempts) -> Lease[AsyncClient]:
+        """A server for an attempt.
+
+        Raises:
+            ConnectError: There are several, and none can be had.
+        """
+        servers = self._servers
+        if servers is None:
+            return Lease(self)
+        self._require_open()
+        await self._resolve(servers)
+        causes = servers.unresolved()
+        while (member := servers.choose(attempts.avoid, causes)) is not None:
+            lease = Lease(member.client, servers, member, attempts)
+            if not member.doubtful:
+                return lease
+            try:
+                seconds = at_most(ASK_S, attempts.left_s)
+                require_jobs(await member.client._asked(seconds), member.address)
+            except GradwireError as error:
+                causes[member.address] = error
+                lease.ended(error)
+            except BaseException as error:
+                lease.ended(error)
+                raise
+            else:
+                servers.well(member)
+                self._learn_of(servers.all_clients())
+                return lease
+        raise none_left(causes)
+
+    async def _resolve(self, servers: Servers[AsyncClient]) -> None:
+        """Look up the names whose addresses may have changed."""
+        loop = asyncio.get_running_loop()
+        for name in servers.names_due():
+            host, port = host_and_port(name)
+            try:
+                found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            except OSError as error:
+                servers.not_resolved(name, error)
+                continue
+            for gone in servers.resolved(name, addresses_of(port, found)):
+                await gone.close()
+
+    async def _asked(self, timeout_s: float | None) -> ServerInfo:
+        """What the server says that it is, if it is one to go on with.
+
+        Raises:
+            ConnectError: It does not answer, or it is not.
+        """
+        try:
+            answer = await self._info(timeout_s)
+        except grpc.RpcError as error:
+            raise connect_error(error, self._endpoint, timeout_s or 0) from None
+        return self._require_contract(server_info_of(answer))
+
+    async def _handshakes(
+        self, servers: Servers[AsyncClient], timeout_s: float | None
+    ) -> None:
+        """Ask all servers, side by side."""
+        await self._resolve(servers)
+        causes, well = servers.unresolved(), False
+
+        async def ask(member: Member[AsyncClient]) -> bool:
+            try:
+                require_jobs(await member.client._asked(timeout_s), member.address)
+            except GradwireError as error:
+                causes[member.address] = error
+                servers.failed(member, error)
+                return False
+            servers.well(member)
+            return True
+
+        for member in servers.members:
+            member.doubtful = True
+        waiting = {asyncio.create_task(ask(member)) for member in servers.members}
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(
+                    waiting,
+                    timeout=ASK_S if well else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done:
+                    break
+                for task in done:
+                    well |= task.result()
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        if not well:
+            raise none_left(causes)
+        self._learn_of(servers.all_clients())
+
+    async def _at(self, address: str) -> AsyncClient:
+        """The client of one server."""
+        if self._servers is None:
+            return self._named(address, {self._address: self})
+        await self._resolve(self._servers)
+        members = self._servers.members
+        return self._named(address, {each.address: each.client for each in members})
 
     async def _retried(
         self, attempts: Attempts, attempt: Callable[[], Awaitable[_Result]]

@@ -18,12 +18,13 @@ from gradwire._aio_calls import AsyncCall
 from gradwire._aio_channels import AsyncCalls, AsyncDealer, open_calls
 from gradwire._aio_rows import AsyncDrawnRows
 from gradwire._arrays import Operand
-from gradwire._exceptions import GradwireError
+from gradwire._exceptions import GradwireError, VerificationError
 from gradwire._exchange import Exchange
 from gradwire._joining import NotJoinedError
 from gradwire._retrying import Attempts
 from gradwire._row_job import RowJob, require_receipt
 from gradwire._rows import RowReader
+from gradwire._servers import Lease
 from gradwire._types import Array, Receipt, RowBlock
 from gradwire.wire.matrices import Matrix
 
@@ -62,6 +63,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._call: AsyncCall | AsyncCalls | None = None
         self._connections = client._connections_now()
         self._attempts: Attempts | None = None
+        self._lease: Lease[AsyncClient] | None = None
         self._over = False
         self._turn = asyncio.Lock()
 
@@ -88,15 +90,18 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                     try:
                         await self._read(*await self._opened())
                     except NotJoinedError as error:
-                        self._client._not_joined(error)
+                        if self._lease is not None:
+                            self._lease.client._not_joined(error)
                         await self._again(connections=1)
                     except GradwireError as error:
+                        self._leave(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
                         await self._again(self._connections)
                         await self._client._rest(delay_s)
-            except BaseException:
+            except BaseException as error:
+                self._leave(error)
                 await self.aclose()
                 raise
             if self._job is None or not self._job.ready:
@@ -111,9 +116,11 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         await self._rows.aclose()
         if self._job is not None:
             self._job.ready.clear()
+        self._leave(GeneratorExit())
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
+            self._leave(GeneratorExit())
             if self._call is not None:
                 self._call.abandon()
             self._rows.abandon()
@@ -142,8 +149,12 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             await self._rows.draw(0)
             self._attempts = self._client._attempts(self._reader.options)
             self._job = self._client._row_job(self._reader, self._held)
+        if self._lease is None:
+            self._lease = await self._client._lease(self._attempts)
+            self._connections = self._lease.client._connections_now()
         if self._call is None:
-            job = self._job
+            job, client = self._job, self._lease.client
+            job.address = client.address
             exchange = job.begin(self._connections)
             dealer = AsyncDealer(
                 _messages(job, exchange, self._rows.portions(job.first_row)),
@@ -151,7 +162,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                 lambda: job.block_messages,
             )
             self._call = open_calls(
-                self._client._channels_to_use(self._connections),
+                client._channels_to_use(self._connections),
                 exchange,
                 dealer.messages,
                 self._attempts.options(job.options),
@@ -165,6 +176,12 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._call = None
         self._connections = connections
 
+    def _leave(self, error: BaseException | None = None) -> None:
+        """The server has the job no more; None: it came to a good end."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.ended(error)
+
     def _delay_s(self, error: GradwireError) -> float | None:
         """When the job goes on after it failed; None: never.
 
@@ -173,7 +190,9 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         """
         if self._attempts is None or self._job is None:
             return None
-        if self._job.cut_off(error, self._attempts):
+        if isinstance(error, VerificationError):
+            return None  # what was summed of dW so far may be wrong as well
+        if self._call is not None and self._job.cut_off(error, self._attempts):
             return 0.0
         delay_s = self._attempts.after(error)
         if delay_s is not None:
@@ -189,6 +208,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                 attempts.succeeded()
                 receipt = await _beside(job, lambda: job.finish(attempts))
                 self._client._keep(receipt)
+            self._leave()
             self._over = True
         else:
             connection = call.connection

@@ -7,19 +7,25 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from gradwire import _fork, _unary
 from gradwire._arrays import Operand
 from gradwire._devices import HostCopies, is_on_device, to_device
-from gradwire._endpoint import Endpoint
-from gradwire._exceptions import ClientStateError, ContractError, GradwireError
+from gradwire._endpoint import Endpoint, Endpoints
+from gradwire._exceptions import (
+    ClientStateError,
+    ContractError,
+    GradwireError,
+    InputError,
+)
 from gradwire._exchange import Exchange
 from gradwire._held import HeldRows
 from gradwire._joining import NotJoinedError
 from gradwire._memory import ResultPool
 from gradwire._options import (
     Metadata,
+    MetadataPairs,
     Options,
     parse_channels,
     parse_metadata,
@@ -46,6 +52,7 @@ from gradwire._row_job import RowJob
 from gradwire._rows import RowReader
 from gradwire._sending import Sender
 from gradwire._sharing import Sharing
+from gradwire._target import parse_addresses
 from gradwire._tls import Tls
 from gradwire._token import TokenLike
 from gradwire._types import Array, Receipt, ServerInfo
@@ -55,6 +62,8 @@ from gradwire._verifying import Computed, Verifier
 from gradwire.wire import limits
 from gradwire.wire.limits import RESUME
 from gradwire.wire.matrices import Matrix
+
+ClientT = TypeVar("ClientT")
 
 COMPUTE = f"/{limits.SERVICE}/Compute"
 OPEN_REGION = f"/{limits.SERVICE}/OpenRegion"
@@ -152,9 +161,19 @@ class ArrayJob:
     def verified(self, receipt: Receipt, address: str) -> Receipt:
         """Results are right, as far as the caller wants that checked.
 
+        Args:
+            receipt: What the server said.
+            address: Where it was reached.
+
+        Returns:
+            The receipt, with that address.
+
         Raises:
             VerificationError: One is wrong.
         """
+        # Should they be wrong, nothing of them is to be gone on with.
+        self.point = None
+        receipt = replace(receipt, server_address=address)
         if not self.plan.options.verify:
             return receipt
         w = self.operands.get(Matrix.W)
@@ -211,7 +230,7 @@ class BaseClient:
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
@@ -228,21 +247,50 @@ class BaseClient:
         self._one_until = 0.0
         self._features: frozenset[str] = frozenset()
         self._memory = ResultPool()
-        self._endpoint = Endpoint(address, tls, token)
-        self._address = address
+        self._addresses = parse_addresses(address)
+        self._address = self._addresses.text
+        # Where there are several, each has a client of its own.
+        self._endpoint = Endpoint(self._addresses.first, tls, token)
+        self._endpoints = None
+        if self._addresses.several:
+            self._endpoints = Endpoints(self._addresses, tls, token)
         self._timeout_s = parse_timeout(timeout_s, "timeout_s")
         self._metadata = parse_metadata(metadata)
-        self._endpoint.require_private(self._metadata)
+        self._require_private(self._metadata)
         self._closed = False
         self._pid = os.getpid()
         self._local = threading.local()
         self._tuning = Tuning()
-        self._sharing = Sharing(parse_transport(transport), address)
+        wanted = parse_transport(transport)
+        if self._addresses.several:
+            if wanted == "shm":
+                raise InputError(
+                    'transport is "shm", and memory is shared with one server: give'
+                    " one address"
+                )
+            wanted = "tcp"
+        self._sharing = Sharing(wanted, self._address)
 
     @property
     def address(self) -> str:
-        """The server's address, as it was given."""
+        """The server's address, as it was given; of several, all of them."""
         return self._address
+
+    def _learn_of(self, clients: Sequence[BaseClient]) -> None:
+        """Of several servers, take what all offer that have said what they do."""
+        offered = [each._features for each in clients if each._features]
+        if offered:
+            self._features = frozenset.intersection(*offered)
+
+    def _require_private(self, metadata: MetadataPairs) -> None:
+        (self._endpoints or self._endpoint).require_private(metadata)
+
+    def _named(self, address: str, known: Mapping[str, ClientT]) -> ClientT:
+        if address not in known:
+            raise InputError(
+                f"address is {address!r}; this client's servers are {', '.join(known)}"
+            )
+        return known[address]
 
     @property
     def last_receipt(self) -> Receipt | None:
@@ -323,7 +371,6 @@ class BaseClient:
             reader.copies,
             checkpoint_rows,
             check=reader.check,
-            address=self._address,
         )
 
     def _held_rows(self, reader: RowReader, rows: object) -> HeldRows:
@@ -366,7 +413,7 @@ class BaseClient:
         return Attempts(self._retries, options.timeout_s, options.job_id)
 
     def _with_defaults(self, options: Options) -> Options:
-        self._endpoint.require_private(options.metadata)
+        self._require_private(options.metadata)
         if self._timeout_s is None and not self._metadata and self._verify is None:
             return options
         return replace(

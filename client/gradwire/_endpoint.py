@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -9,7 +10,13 @@ import grpc.aio
 
 from gradwire._exceptions import InputError
 from gradwire._options import MetadataPairs
-from gradwire._target import channel_options, grpc_target, is_local
+from gradwire._target import (
+    Addresses,
+    channel_options,
+    grpc_target,
+    host_and_port,
+    is_local,
+)
 from gradwire._tls import Tls, parse_tls
 from gradwire._token import HEADER, Authorized, Token, TokenLike
 
@@ -98,3 +105,45 @@ class Endpoint:
     def _options(self) -> tuple[tuple[str, Any], ...]:
         own = () if self._credentials is None else self._credentials.options()
         return (*channel_options(self.address), *own)
+
+
+class Endpoints:
+    """Where the calls of a client of several servers go.
+
+    The arguments are those of `Endpoint`. Of names whose addresses are to be
+    looked up, what can be is checked as if they were one server's.
+    """
+
+    def __init__(
+        self,
+        addresses: Addresses,
+        tls: Tls | bool | None = None,
+        token: TokenLike | None = None,
+    ) -> None:
+        self._text = addresses.text
+        self._tls = tls
+        self._all = [
+            Endpoint(each, tls, token) for each in (*addresses.known, *addresses.names)
+        ]
+
+    def __str__(self) -> str:
+        return self._text
+
+    def require_private(self, metadata: MetadataPairs) -> None:
+        """Check that metadata holds no secret that others could read.
+
+        Raises:
+            InputError: It does.
+        """
+        for endpoint in self._all:
+            endpoint.require_private(metadata)
+
+    def tls_of(self, name: str | None) -> Tls | bool | None:
+        """What is wanted of TLS at one of the addresses that a name has.
+
+        Certificates are for names, and not for what they stand for just now.
+        """
+        if name is None or not self._tls:
+            return self._tls
+        tls = self._tls if isinstance(self._tls, Tls) else Tls()
+        return replace(tls, server_name=tls.server_name or host_and_port(name)[0])

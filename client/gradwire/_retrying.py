@@ -24,6 +24,7 @@ from gradwire._exceptions import (
     GradwireError,
     InputError,
     TlsError,
+    VerificationError,
 )
 from gradwire._options import Options, left_of
 from gradwire._types import Receipt
@@ -195,6 +196,8 @@ class Attempts:
     Attributes:
         made: How many there were, with the one that runs.
         causes: Why each of the others failed: a reason, or else a status.
+        avoid: Addresses of servers where it failed.
+        elsewhere: Whether the next attempt has another server.
     """
 
     def __init__(
@@ -208,6 +211,8 @@ class Attempts:
         self._job_id = job_id
         self._final = False
         self._in_vain = 0
+        self.avoid: set[str] = set()
+        self.elsewhere = False
 
     def options(self, options: Options) -> Options:
         """The options of the attempt that is due: with what is left of time."""
@@ -237,7 +242,8 @@ class Attempts:
         """
         self._in_vain += 1
         delay_s = self._delay_s(error)
-        cause = error.reason or (error.status.name if error.status else "")
+        kind = error.status.name if error.status else type(error).__name__
+        cause = error.reason or kind
         if delay_s is None:
             error.attempts = self.made
             if self.made > 1:
@@ -276,15 +282,22 @@ class Attempts:
         return replace(receipt, attempts=self.made, retried=tuple(self.causes))
 
     def _delay_s(self, error: GradwireError) -> float | None:
-        if not is_passing(error) or not self._retries.failed():
+        wrong = isinstance(error, VerificationError) and self.elsewhere
+        if not (is_passing(error) or wrong) or not self._retries.failed():
             return None
         policy = self._retries.policy
         if self._final or self._in_vain >= policy.attempts:
             return None
         delay_s = self._retries.draw(0.0, policy.backoff_s(self._in_vain))
-        delay_s += error.retry_after_s or 0.0
+        if not self.elsewhere:
+            delay_s += error.retry_after_s or 0.0
         left_s = self.left_s
         return delay_s if left_s is None or delay_s < left_s else None
+
+
+def at_most(seconds: float, left_s: float | None) -> float:
+    """So many seconds, or what is left where that is less; more than none."""
+    return seconds if left_s is None else max(0.001, min(seconds, left_s))
 
 
 def is_passing(error: GradwireError) -> bool:

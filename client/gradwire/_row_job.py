@@ -46,6 +46,7 @@ class RowJob:
         ready: Row blocks that are complete and were not handed out yet.
         dw: dW; None where it is not wanted.
         receipt: What became of the job, once it is done.
+        address: Of the server of the attempt that runs.
         check: What checks the results before they are handed out, if anything.
     """
 
@@ -62,10 +63,9 @@ class RowJob:
         checkpoint_rows: int | None = None,
         *,
         check: RowCheck | None = None,
-        address: str = "",
     ) -> None:
         self.check = check
-        self._address = address
+        self.address = ""
         self.options = plan.options
         self._copies = copies or HostCopies()
         self._plan = plan
@@ -156,8 +156,9 @@ class RowJob:
             receipt = attempts.told(receipt)
         while self._blocks and self._next_row < receipt.m:
             self._hand_out(min(receipt.block_rows, receipt.m - self._next_row))
+        receipt = replace(receipt, server_address=self.address)
         if self.check is not None:
-            self.check.finish(self.dw, receipt.m, Computed.of(receipt, self._address))
+            self.check.finish(self.dw, receipt.m, Computed.of(receipt, self.address))
             receipt = replace(receipt, verifying_s=self.check.seconds)
         self.receipt = receipt
         self._held.forget_before(receipt.m)
@@ -249,7 +250,7 @@ class RowJob:
         block = RowBlock(self._next_row, parts.get(Matrix.Y), parts.get(Matrix.DX))
         if self.check is not None and self.exchange.accepted is not None:
             accepted = self.exchange.accepted
-            self.check.check(block, Computed.as_accepted(accepted, self._address))
+            self.check.check(block, Computed.as_accepted(accepted, self.address))
         self.ready.append(block)
         self._next_row += rows
 

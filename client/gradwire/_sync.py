@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import grpc
@@ -28,12 +30,21 @@ from gradwire._options import (
     parse_timeout,
 )
 from gradwire._regions import Pool, Room
-from gradwire._retrying import Attempts, RetriesLike
+from gradwire._retrying import Attempts, RetriesLike, at_most
 from gradwire._rows import RowReader
+from gradwire._servers import (
+    ASK_S,
+    Lease,
+    Member,
+    Servers,
+    none_left,
+    require_jobs,
+)
 from gradwire._sharing import EmptyArray, may_be_smaller
 from gradwire._sync_calls import Call, Connection, call_unary
 from gradwire._sync_channels import open_calls
 from gradwire._sync_stream import GradientStream
+from gradwire._target import addresses_of, host_and_port
 from gradwire._tls import Tls
 from gradwire._token import TokenLike
 from gradwire._types import (
@@ -55,7 +66,7 @@ _Result = TypeVar("_Result")
 
 
 def connect(
-    address: str,
+    address: str | Sequence[str],
     *,
     connect_timeout_s: float | None = 10.0,
     timeout_s: float | None = None,
@@ -70,7 +81,11 @@ def connect(
     """A client of the server at an address, once it has answered.
 
     Args:
-        address: ``HOST:PORT`` or ``unix:PATH``.
+        address: ``HOST:PORT`` or ``unix:PATH``. Or several of them, or
+            ``dns:///HOST:PORT`` for every address that a name has: each job
+            goes to the server that has the fewest of this client's, and one
+            that fails is left out for a while and its job tried elsewhere, as
+            `retries` has it (docs/several-servers.md).
         connect_timeout_s: Seconds that the server has to answer.
         timeout_s: Seconds for every call that names none itself; None: as
             long as it takes.
@@ -100,10 +115,10 @@ def connect(
     Raises:
         InputError: The address, the transport or the number is none, or a
             file of `tls` or the token cannot be used.
-        ConnectError: Nobody answers there, or what does is no gradwire
-            server (`ContractError`: none of this version of the contract),
-            or none to be trusted (`TlsError`), or memory that is demanded
-            cannot be shared with it.
+        ConnectError: Nobody answers there (at none of several addresses), or
+            what does is no gradwire server (`ContractError`: none of this
+            version of the contract), or none to be trusted (`TlsError`), or
+            memory that is demanded cannot be shared with it.
 
     Example:
         >>> with gradwire.connect("gpu-node:50051") as client:
@@ -136,7 +151,7 @@ class Client(BaseClient):
     their calls run side by side.
 
     Args:
-        address: ``HOST:PORT`` or ``unix:PATH``.
+        address: ``HOST:PORT`` or ``unix:PATH``, or several; see `connect`.
         timeout_s: Seconds for every call that names none itself; None: as
             long as it takes.
         metadata: Sent with every call.
@@ -159,7 +174,7 @@ class Client(BaseClient):
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
@@ -184,6 +199,22 @@ class Client(BaseClient):
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._connected: list[Connection] = []
+        self._servers: Servers[Client] | None = None
+        if self._endpoints is not None:
+            tls_of = self._endpoints.tls_of
+
+            def member(address: str, name: str | None) -> Client:
+                return Client(
+                    address,
+                    metadata=metadata,
+                    transport="tcp",
+                    channels=channels,
+                    tls=tls_of(name),
+                    token=token,
+                )
+
+            known, names = self._addresses.known, self._addresses.names
+            self._servers = Servers(member, known, names)
         _clients.add(self)
 
     def __enter__(self) -> Client:
@@ -199,6 +230,8 @@ class Client(BaseClient):
             self._closed = True
             self._closing.set()
             connected, self._connected = self._connected, []
+        for member in self._servers.all_clients() if self._servers else ():
+            member.close()
         self._sharing.pool.close()
         self._memory.close()
         for connection in connected:
@@ -208,23 +241,32 @@ class Client(BaseClient):
     def handshake(self, connect_timeout_s: float | None = 10.0) -> ServerInfo:
         """Ask the server what it is, and refuse to go on with a wrong one.
 
+        Of several servers, one has to answer; what it says is returned. Those
+        that do not within a second after it are left out for now.
+
         Raises:
             ConnectError: As for `connect`.
         """
         seconds = parse_timeout(connect_timeout_s, "connect_timeout_s")
-        try:
-            answer = self._info(seconds)
-        except grpc.RpcError as error:
-            raise connect_error(error, self._endpoint, seconds or 0) from None
-        info = self._require_contract(server_info_of(answer))
+        if self._servers is not None:
+            return self._handshakes(self._servers, seconds)
+        info = self._asked(seconds)
         if self._sharing.demanded:
             self._rooms([1])
         return info
 
-    def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+    def server_info(
+        self, *, timeout_s: float | None = None, address: str | None = None
+    ) -> ServerInfo:
         """What the server is, offers and allows.
 
+        Args:
+            timeout_s: Seconds that it has to answer.
+            address: Of several, which one (see `addresses`); None: the one to
+                which the next job would go.
+
         Raises:
+            InputError: There is none of that address.
             CallError: It did not say.
 
         Example:
@@ -232,13 +274,18 @@ class Client(BaseClient):
             64
         """
         seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
+        if address is not None:
+            client = self._at(address)
+            if client is not self:
+                return client.server_info(timeout_s=seconds)
         attempts = Attempts(self._retries, seconds)
 
         def attempt() -> ServerInfo:
-            try:
-                return server_info_of(self._info(attempts.left_s))
-            except grpc.RpcError as error:
-                raise call_error(error, self._endpoint) from None
+            with self._lease(attempts) as lease:
+                try:
+                    return server_info_of(lease.client._info(attempts.left_s))
+                except grpc.RpcError as error:
+                    raise call_error(error, lease.client._endpoint) from None
 
         return self._retried(attempts, attempt)
 
@@ -562,9 +609,114 @@ class Client(BaseClient):
 
     def _run(self, job: ArrayJob) -> Receipt:
         attempts = self._attempts(job.plan.options)
-        receipt = self._retried(attempts, partial(self._computed, job, attempts))
-        receipt = job.verified(attempts.told(receipt), self._address)
-        return self._keep(job.delivered(receipt))
+        receipt = self._retried(attempts, partial(self._tried, job, attempts))
+        return self._keep(job.delivered(attempts.told(receipt)))
+
+    def _tried(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+        """Compute a job, once, on the server that is best for it."""
+        with self._lease(attempts) as lease:
+            receipt = lease.client._computed(job, attempts)
+            return job.verified(receipt, lease.client.address)
+
+    def _lease(self, attempts: Attempts) -> Lease[Client]:
+        """A server for an attempt.
+
+        Raises:
+            ConnectError: There are several, and none can be had.
+        """
+        servers = self._servers
+        if servers is None:
+            return Lease(self)
+        self._require_open()
+        self._resolve(servers)
+        causes = servers.unresolved()
+        while (member := servers.choose(attempts.avoid, causes)) is not None:
+            lease = Lease(member.client, servers, member, attempts)
+            if not member.doubtful:
+                return lease
+            try:
+                info = member.client._asked(at_most(ASK_S, attempts.left_s))
+                require_jobs(info, member.address)
+            except GradwireError as error:
+                causes[member.address] = error
+                lease.ended(error)
+            except BaseException as error:
+                lease.ended(error)
+                raise
+            else:
+                servers.well(member)
+                self._learn_of(servers.all_clients())
+                return lease
+        raise none_left(causes)
+
+    def _resolve(self, servers: Servers[Client]) -> None:
+        """Look up the names whose addresses may have changed."""
+        for name in servers.names_due():
+            host, port = host_and_port(name)
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            except OSError as error:
+                servers.not_resolved(name, error)
+                continue
+            for gone in servers.resolved(name, addresses_of(port, found)):
+                gone.close()
+
+    def _asked(self, timeout_s: float | None) -> ServerInfo:
+        """What the server says that it is, if it is one to go on with.
+
+        Raises:
+            ConnectError: It does not answer, or it is not.
+        """
+        try:
+            answer = self._info(timeout_s)
+        except grpc.RpcError as error:
+            raise connect_error(error, self._endpoint, timeout_s or 0) from None
+        return self._require_contract(server_info_of(answer))
+
+    def _handshakes(
+        self, servers: Servers[Client], timeout_s: float | None
+    ) -> ServerInfo:
+        """Ask all servers, side by side."""
+        self._resolve(servers)
+        members = servers.members
+        answers: SimpleQueue[tuple[Member[Client], ServerInfo | GradwireError]]
+        answers = SimpleQueue()
+
+        def ask(member: Member[Client]) -> None:
+            try:
+                info = member.client._asked(timeout_s)
+                answers.put((member, require_jobs(info, member.address)))
+            except GradwireError as error:
+                answers.put((member, error))
+
+        for member in members:
+            member.doubtful = True
+            threading.Thread(target=ask, args=(member,), daemon=True).start()
+        first: ServerInfo | None = None
+        causes = servers.unresolved()
+        for _ in members:
+            try:
+                member, answer = answers.get(timeout=None if first is None else ASK_S)
+            except Empty:
+                break
+            if isinstance(answer, GradwireError):
+                causes[member.address] = answer
+                servers.failed(member, answer)
+            else:
+                servers.well(member)
+                first = first or answer
+        if first is None:
+            raise none_left(causes)
+        self._learn_of(servers.all_clients())
+        return first
+
+    def _at(self, address: str) -> Client:
+        """The client of one server."""
+        if self._servers is None:
+            return self._named(address, {self._address: self})
+        self._resolve(self._servers)
+        members = self._servers.members
+        return self._named(address, {each.address: each.client for each in members})
 
     def _retried(self, attempts: Attempts, attempt: Callable[[], _Result]) -> _Result:
         """What the first attempt gives that does not fail, or is the last."""
@@ -707,6 +859,8 @@ class Client(BaseClient):
         if self._closed:
             self._closing.set()
         self._retries.renew()
+        if self._servers is not None:
+            self._servers.renew()
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from gradwire._exceptions import GradwireError
+from gradwire._exceptions import GradwireError, VerificationError
 from gradwire._joining import NotJoinedError
 from gradwire._retrying import Attempts
 from gradwire._row_job import RowJob, require_receipt
 from gradwire._rows import RowReader, iterate
+from gradwire._servers import Lease
 from gradwire._sync_calls import Call
 from gradwire._sync_channels import Calls, Dealer, open_calls
 from gradwire._sync_rows import DrawnRows
@@ -45,6 +46,7 @@ class GradientStream(Iterator[RowBlock]):
         self._call: Call | Calls | None = None
         self._connections = client._connections_now()
         self._attempts: Attempts | None = None
+        self._lease: Lease[Client] | None = None
         self._over = False
         self._turn = threading.RLock()
 
@@ -71,15 +73,18 @@ class GradientStream(Iterator[RowBlock]):
                     try:
                         self._read(*self._opened())
                     except NotJoinedError as error:
-                        self._client._not_joined(error)
+                        if self._lease is not None:
+                            self._lease.client._not_joined(error)
                         self._again(connections=1)
                     except GradwireError as error:
+                        self._leave(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
                         self._again(self._connections)
                         self._client._rest(delay_s)
-            except BaseException:
+            except BaseException as error:
+                self._leave(error)
                 self.close()
                 raise
             if self._job is None or not self._job.ready:
@@ -93,6 +98,7 @@ class GradientStream(Iterator[RowBlock]):
             self._call.cancel()
         if self._job is not None:
             self._job.ready.clear()
+        self._leave(GeneratorExit())
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
@@ -122,8 +128,12 @@ class GradientStream(Iterator[RowBlock]):
             self._rows.draw(0)
             self._attempts = self._client._attempts(self._reader.options)
             self._job = self._client._row_job(self._reader, self._held)
+        if self._lease is None:
+            self._lease = self._client._lease(self._attempts)
+            self._connections = self._lease.client._connections_now()
         if self._call is None:
-            job = self._job
+            job, client = self._job, self._lease.client
+            job.address = client.address
             exchange = job.begin(self._connections)
             dealer = Dealer(
                 job.messages(self._rows.portions(job.first_row)),
@@ -131,7 +141,7 @@ class GradientStream(Iterator[RowBlock]):
                 lambda: job.block_messages,
             )
             self._call = open_calls(
-                self._client._channels_to_use(self._connections),
+                client._channels_to_use(self._connections),
                 exchange,
                 dealer.messages,
                 self._attempts.options(job.options),
@@ -146,6 +156,12 @@ class GradientStream(Iterator[RowBlock]):
         self._call = None
         self._connections = connections
 
+    def _leave(self, error: BaseException | None = None) -> None:
+        """The server has the job no more; None: it came to a good end."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.ended(error)
+
     def _delay_s(self, error: GradwireError) -> float | None:
         """When the job goes on after it failed; None: never.
 
@@ -154,7 +170,9 @@ class GradientStream(Iterator[RowBlock]):
         """
         if self._attempts is None or self._job is None:
             return None
-        if self._job.cut_off(error, self._attempts):
+        if isinstance(error, VerificationError):
+            return None  # what was summed of dW so far may be wrong as well
+        if self._call is not None and self._job.cut_off(error, self._attempts):
             return 0.0
         delay_s = self._attempts.after(error)
         if delay_s is not None:
@@ -168,6 +186,7 @@ class GradientStream(Iterator[RowBlock]):
             if self._attempts is not None:
                 self._attempts.succeeded()
                 self._client._keep(job.finish(self._attempts))
+            self._leave()
             self._over = True
         else:
             job.receive(message, call.connection)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
 from gradwire._exceptions import InputError
 from gradwire._version import VERSION
 from gradwire.wire import limits
+
+_ALL_OF = "dns:///"
+"""Begins the address of every server that a name stands for."""
 
 _MAX_SOCKET_PATH_BYTES = 107
 """What `sockaddr_un` holds on Linux, without its final zero."""
@@ -56,6 +61,73 @@ def grpc_target(address: str) -> str:
             " from 1 to 65535"
         )
     return f"dns:///{address}"
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Of the servers of a client."""
+
+    known: tuple[str, ...]
+    """``HOST:PORT`` or ``unix:PATH``, each once."""
+
+    names: tuple[str, ...]
+    """``HOST:PORT`` whose host's addresses are a server each."""
+
+    text: str
+    """All of them, as they were given."""
+
+    @property
+    def first(self) -> str:
+        """One of them."""
+        return (*self.known, *self.names)[0]
+
+    @property
+    def several(self) -> bool:
+        """Whether there may be more than one server."""
+        return bool(self.names) or len(self.known) > 1
+
+
+def parse_addresses(value: str | Sequence[str]) -> Addresses:
+    """The servers that an argument `address` means.
+
+    Args:
+        value: An address, or several: ``HOST:PORT``, ``unix:PATH`` or, for all
+            the addresses that a name has, ``dns:///HOST:PORT``.
+
+    Raises:
+        InputError: It means none; the text says what to write.
+    """
+    each = (
+        (value,)
+        if isinstance(value, str) or not isinstance(value, Sequence)
+        else tuple(dict.fromkeys(value))
+    )
+    if not each:
+        raise InputError("address is empty: give HOST:PORT or unix:PATH, or several")
+    known, names = [], []
+    for address in each:
+        if isinstance(address, str) and address.startswith(_ALL_OF):
+            name = address.removeprefix(_ALL_OF)
+            grpc_target(name)
+            if name.startswith("unix:"):
+                raise InputError(f"{address!r} has no host: write {_ALL_OF}HOST:PORT")
+            names.append(name)
+        else:
+            grpc_target(address)
+            known.append(address)
+    return Addresses(tuple(known), tuple(names), ", ".join(each))
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of a ``HOST:PORT`` that is one."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def addresses_of(port: int, found: Iterable[tuple[Any, ...]]) -> list[str]:
+    """``HOST:PORT`` of what `socket.getaddrinfo` found, each once."""
+    hosts = dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found)
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
 
 
 def is_local(address: str) -> bool:

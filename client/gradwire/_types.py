@@ -160,6 +160,9 @@ class Receipt:
     """Why each attempt before it failed: a reason such as ``DRAINING``, or else
     a status such as ``UNAVAILABLE``."""
 
+    server_address: str = ""
+    """Where this client reached the server that ran it."""
+
     verifying_s: float = 0.0
     """How long this client took to check the results; 0 where it did not."""
 

@@ -21,7 +21,7 @@ from gradwire.cli._errors import CommandError, ExitStatus
 from gradwire.cli._options import (
     FLAG,
     PLAINTEXT,
-    Address,
+    Addresses,
     Seconds,
     SecurityOptions,
 )
@@ -49,7 +49,7 @@ app = App(
 @app.default
 def check(
     *,
-    address: Address = None,
+    address: Addresses = (),
     security: SecurityOptions = PLAINTEXT,
     seed: int = 0,
     as_json: Annotated[bool, FLAG, Parameter(name="--json")] = False,
@@ -59,7 +59,8 @@ def check(
     """Prove that a server computes right.
 
     Args:
-        address: The server: HOST:PORT or unix:PATH.
+        address: The server: HOST:PORT or unix:PATH. Several take turns with
+            what is checked.
         security: How it and the caller prove who they are.
         seed: Of the random operands; with the same seed, the same operands.
         as_json: Print one JSON object instead of a table.

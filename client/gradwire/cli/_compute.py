@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter, Token
+from cyclopts import App, Parameter
 from rich import progress
 from rich.text import Text
 
@@ -22,9 +22,10 @@ from gradwire.cli._operands import (
 from gradwire.cli._options import (
     FLAG,
     PLAINTEXT,
-    Address,
+    Addresses,
     Seconds,
     SecurityOptions,
+    split,
 )
 from gradwire.cli._results import ResultFiles, ResultSpec
 from gradwire.cli._servers import connected
@@ -32,13 +33,7 @@ from gradwire.cli._tables import console, properties
 from gradwire.cli._units import format_bytes, format_seconds
 from gradwire.wire.matrices import Matrix
 
-
-def _split(_: object, tokens: Sequence[Token]) -> tuple[str, ...]:
-    values = [part.strip() for token in tokens for part in token.value.split(",")]
-    return () if values == [""] else tuple(values)
-
-
-_LIST = Parameter(converter=_split, n_tokens=1, negative=(), show_default=False)
+_LIST = Parameter(converter=split, n_tokens=1, negative=(), show_default=False)
 
 app = App(
     name="compute",
@@ -70,7 +65,7 @@ def compute(
     results: Annotated[
         tuple[str, ...] | None, _LIST, Parameter(metavar="NAMES")
     ] = None,
-    address: Address = None,
+    address: Addresses = (),
     security: SecurityOptions = PLAINTEXT,
     dtype: Literal["bfloat16"] | None = None,
     result_dtype: Annotated[tuple[str, ...], _LIST, Parameter(metavar="DTYPES")] = (),
@@ -94,7 +89,9 @@ def compute(
         out: Directory that the results go to; made when it is missing.
         results: Wanted results: some of y,dx,dw. By default all that the
             given files suffice for.
-        address: The server: HOST:PORT or unix:PATH.
+        address: The server: HOST:PORT or unix:PATH. Of several, or of
+            dns:///HOST:PORT for all that a name stands for, the job goes to
+            one that can be had.
         security: How it and the caller prove who they are.
         dtype: What raw 2-byte elements are, as which NumPy saves bfloat16.
         result_dtype: Dtype of the results, or of some (dw=float32); by
@@ -153,6 +150,8 @@ def compute(
                     files.append("dw", stream.dw)
         written = files.commit()
     if not quiet:
+        if len(address) > 1:
+            server = stream.receipt.server_address
         console().print(
             properties(_summary(server, stream.receipt, operands, specs, written))
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from gradwire import Tls
 from gradwire.cli._errors import CommandError
@@ -24,6 +25,28 @@ Address: TypeAlias = Annotated[
     ),
 ]
 """``--address`` or GRADWIRE_ADDRESS."""
+
+
+def split(_: object, tokens: Sequence[Token]) -> tuple[str, ...]:
+    """The values of an option that takes several, with commas or repeated."""
+    values = [part.strip() for token in tokens for part in token.value.split(",")]
+    return () if values == [""] else tuple(values)
+
+
+Addresses: TypeAlias = Annotated[
+    tuple[str, ...],
+    Parameter(
+        metavar="ADDRESS",
+        env_var="GRADWIRE_ADDRESS",
+        converter=split,
+        n_tokens=1,
+        negative=(),
+        show_default=False,
+        help="The server: HOST:PORT or unix:PATH. Several of them, or"
+        " dns:///HOST:PORT for all that a name stands for, share the work.",
+    ),
+]
+"""``--address``, maybe repeated, or GRADWIRE_ADDRESS with commas."""
 
 FLAG = Parameter(negative=(), show_default=False)
 """An option that is there or is not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from gradwire import Client
@@ -14,34 +14,35 @@ from gradwire.cli._options import Security
 
 @contextmanager
 def connected(
-    address: str | None,
+    addresses: Sequence[str],
     security: Security,
     connect_timeout_s: float,
     timeout_s: float | None,
 ) -> Iterator[tuple[Client, str]]:
-    """A client of the server at `address`, or of a private one in this process.
+    """A client of the servers at `addresses`, or of a private one in this process.
 
     Args:
-        address: Of the server; None: of a private one.
-        security: How the one at the address and its caller prove who they are.
-        connect_timeout_s: Seconds that it has to answer.
+        addresses: Of the servers; none: of a private one.
+        security: How those at the addresses and its caller prove who they are.
+        connect_timeout_s: Seconds that they have to answer.
         timeout_s: Seconds for each job.
 
     Yields:
-        The client, and what to call its server.
+        The client, and what to call its servers.
 
     Raises:
         ConnectError: No gradwire server answers at the address.
         CommandError: No private server can be started.
     """
     with ExitStack() as stack:
-        name = address or "a private server in this process"
-        if address is None:
-            address, tls, token = stack.enter_context(_private_server()), None, None
+        name = ", ".join(addresses) or "a private server in this process"
+        if not addresses:
+            at = [stack.enter_context(_private_server())]
+            tls, token = None, None
         else:
-            tls, token = security.wanted, security.token
+            at, tls, token = list(addresses), security.wanted, security.token
         client = stack.enter_context(
-            Client(address, timeout_s=timeout_s, tls=tls, token=token)
+            Client(at, timeout_s=timeout_s, tls=tls, token=token)
         )
         stack.enter_context(signals_call(client.close))
         client.handshake(connect_timeout_s)

@@ -73,12 +73,12 @@ def portions(x: Any, dy: Any, size: int = 37) -> Iterator[tuple[Any, Any]]:
         here[...] = np.nan
 
 
-def arrays(address: str, x: Any, w: Any, dy: Any, **options: Any) -> Any:
+def arrays(address: Any, x: Any, w: Any, dy: Any, **options: Any) -> Any:
     with gradwire.Client(address, timeout_s=60) as client:
         return client.gradients(x, w, dy, **options)
 
 
-def arrays_async(address: str, x: Any, w: Any, dy: Any, **options: Any) -> Any:
+def arrays_async(address: Any, x: Any, w: Any, dy: Any, **options: Any) -> Any:
     async def call() -> Any:
         async with gradwire.AsyncClient(address, timeout_s=60) as client:
             return await client.gradients(x, w, dy, **options)
@@ -190,6 +190,22 @@ def test_a_client_checks_all_its_calls_but_those_that_say_otherwise(
         client.forward(x, w)
         with pytest.raises(gradwire.VerificationError):
             client.forward(x, w, verify=gradwire.Verify(groups=1))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_of_several_servers_another_is_asked(
+    server: WrongServer, client: gradwire.Client, asynchronous: bool
+) -> None:
+    """A wrong result is no reason to fail where somebody computes right."""
+    server.does(Fault("swapped", "y", block=0))
+    x, w, dy = oracle.operands(5, N, K)
+    expected = client.gradients(x, w, dy)
+    both = [server.address, client.address]
+    call: Any = arrays_async if asynchronous else arrays
+    result = call(both, x, w, dy, verify=True)
+    assert all(map(oracle.same_bits, result, expected))
+    assert result.receipt.server_address == client.address
+    assert result.receipt.retried == ("VerificationError",)
 
 
 def test_compute_leaves_nothing_behind_of_a_wrong_result(
