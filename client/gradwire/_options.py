@@ -159,6 +159,11 @@ def left_of(options: Options, begun: float) -> Options:
     return replace(options, timeout_s=max(left, _LEAST_TIMEOUT_S))
 
 
+def at_most(seconds: float, left_s: float | None) -> float:
+    """So many seconds, or what is left where that is less; more than none."""
+    return seconds if left_s is None else max(_LEAST_TIMEOUT_S, min(seconds, left_s))
+
+
 def parse_channels(value: int) -> int:
     """Over how many connections a job travels.
 

@@ -295,11 +295,6 @@ class Attempts:
         return delay_s if left_s is None or delay_s < left_s else None
 
 
-def at_most(seconds: float, left_s: float | None) -> float:
-    """So many seconds, or what is left where that is less; more than none."""
-    return seconds if left_s is None else max(0.001, min(seconds, left_s))
-
-
 def is_passing(error: GradwireError) -> bool:
     """Whether the same call may end otherwise when it is made again.
 

@@ -26,11 +26,12 @@ from gradwire._options import (
     OnProgress,
     Options,
     ResultDtypes,
+    at_most,
     parse_options,
     parse_timeout,
 )
 from gradwire._regions import Pool, Room
-from gradwire._retrying import Attempts, RetriesLike, at_most
+from gradwire._retrying import Attempts, RetriesLike
 from gradwire._rows import RowReader
 from gradwire._servers import (
     ASK_S,

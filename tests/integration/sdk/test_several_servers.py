@@ -208,6 +208,53 @@ def test_a_job_moves_when_its_server_is_killed(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_goes_on_elsewhere_when_its_server_is_killed(kind: str) -> None:
+    """With the rows that it had handed out, and each share of dW once."""
+    x, w, dy = oracle.operands(4000, 60, 40)
+    parts = [
+        (x[first : first + 200], dy[first : first + 200])
+        for first in range(0, 4000, 200)
+    ]
+    with several(2, block_bytes=16384) as servers:
+        caller = KINDS[kind](addresses(servers))
+        blocks: list[Any] = []
+        killed: list[str] = []
+
+        def rows() -> Iterator[Any]:
+            for number, part in enumerate(parts):
+                if number == len(parts) // 2:
+                    until(lambda: len(blocks) > 2)
+                    (member,) = [m for m in caller.client._servers.members if m.running]
+                    killed.append(member.address)
+                    next(s for s in servers if s.address == member.address).kill()
+                yield part
+
+        def sync() -> Any:
+            with caller.client.stream(rows(), w) as stream:
+                blocks.extend(stream)
+            return stream
+
+        async def collect() -> Any:
+            async with caller.client.stream(_beside(rows()), w) as stream:
+                async for block in stream:
+                    blocks.append(block)  # noqa: PERF401 - seen while others come
+            return stream
+
+        async def _beside(items: Iterator[Any]) -> Any:
+            while (item := await asyncio.to_thread(next, items, None)) is not None:
+                yield item
+
+        stream = sync() if kind == "sync" else caller.run(collect())
+        assert stream.receipt.attempts == 2
+        assert stream.receipt.server_address not in killed
+        whole = caller.run(caller.client.gradients(x, w, dy))
+        assert oracle.same_bits(np.concatenate([b.y for b in blocks]), whole.y)
+        assert oracle.same_bits(np.concatenate([b.dx for b in blocks]), whole.dx)
+        assert oracle.same_bits(stream.dw, whole.dw)
+        caller.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_comes_back_is_used_again(kind: str) -> None:
     with several(2) as (one, other):
         caller = KINDS[kind]([one.address, other.address], retries=SOON)
