@@ -30,9 +30,10 @@ def pieces(x: Any, dy: Any, rows: int) -> Iterator[Any]:
         yield x[first : first + rows], dy[first : first + rows]
 
 
-def caller_over(kind: str, channels: int, address: str) -> Caller:
+def caller_over(kind: str, channels: int, address: str, **options: Any) -> Caller:
     """A client of so many connections, which may have to do with one."""
     way = replace(over(channels), left_with_one=True)
+    way = replace(way, options={**way.options, **options})
     return CALLERS[kind](way, SimpleNamespace(addresses=(address, "")))
 
 
@@ -151,7 +152,7 @@ def test_a_connection_that_breaks_fails_the_job_and_says_so(
     small_blocks: ServerProcess, kind: str, broken: int
 ) -> None:
     with Balancer(small_blocks.address) as balancer:
-        caller = caller_over(kind, 2, balancer.address)
+        caller = caller_over(kind, 2, balancer.address, retries=False)
 
         def rows() -> Iterator[Any]:
             for number, item in enumerate(endless()):
