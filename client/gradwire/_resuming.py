@@ -147,8 +147,26 @@ class Checkpoints:
         return self._sure.rows if self._sure else 0
 
     def accept(self, accepted: Accepted) -> None:
-        """Take over the dtype that the server sums in."""
-        self._dtype = Dtype(int(accepted.effective_job.numerics.dw_accumulator))
+        """Take over the dtype that the server sums in.
+
+        Raises:
+            ProtocolError: It is none, or not that in which the job was summed.
+        """
+        if Matrix.DW not in self._plan.results:
+            return
+        number = int(accepted.effective_job.numerics.dw_accumulator)
+        before = self._sure.dw.dtype if self._sure else None
+        try:
+            self._dtype = Dtype(number)
+        except ValueError:
+            raise ProtocolError(
+                f"the server would sum dW in the unknown dtype {number}"
+            ) from None
+        if before is not None and self._dtype.numpy != before:
+            raise ProtocolError(
+                f"the server would sum dW in {self._dtype.label}, and the sum so far"
+                f" is {before}"
+            )
 
     def begin(self, rows: int, rows_sent: int, block_rows: int) -> None:
         """The server announces one.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import gradwire
 from gradwire._exchange import Exchange
+from gradwire.wire import framing
 from gradwire.wire.matrices import Matrix
 from tests import oracle
 from tests.fuzz.containers import Container
@@ -19,11 +20,14 @@ JOB_ID = "fuzzed"
 OPERANDS = oracle.operands(M, N, K, "float64")
 
 
-def conversation() -> list[bytes]:
+def conversation(*, checkpoint: bool = False) -> list[bytes]:
     """The answers of a good server."""
-    job = array_job(*OPERANDS, request_id=JOB_ID)
+    job = array_job(*OPERANDS, request_id=JOB_ID, checkpoint_rows=4)
     exchange = job.exchange()
     first = FakeServer().open(exchange.opening())
+    if checkpoint:
+        first.append(framing.encode_checkpoint(4))
+        first.append(framing.encode_block(int(Matrix.DW_SUM), 0, bytes(N * K * 8)))
     return [*first, *converse(exchange, job.messages(exchange), FakeServer())]
 
 
@@ -32,7 +36,7 @@ def any_answers() -> Iterator[Check]:
     """A client has results, or an error of the SDK's own, and no other end."""
 
     def check(data: bytes) -> None:
-        job = array_job(*OPERANDS, request_id=JOB_ID)
+        job = array_job(*OPERANDS, request_id=JOB_ID, checkpoint_rows=4)
         exchange: Exchange = job.exchange()
         exchange.opening()
         sent = False

@@ -42,6 +42,10 @@ def streams() -> Seeds:
     yield "checksums", container(stream(some, checksum=1))
     yield "small-results", container(stream(some, max_block_bytes=16))
     yield "connections", container(stream(some, connections=2))
+    yield "checkpoints", container(stream(some, checkpoints={"rows": 4}))
+    before = {"library": "numpy", "block_rows": 4}
+    going_on = {"fingerprint": before, "first_row": 4, "results_from_row": 8}
+    yield "resume", container(stream(some, resume=going_on))
     yield "silence", container(stream(some)[:4], ending=Ending.SILENCE)
     yield "cancel", container(stream(some)[:4], ending=Ending.CANCEL)
     yield "nothing", container([])
@@ -65,6 +69,7 @@ def stream(problem: Problem, **options: object) -> list[bytes]:
 
 def answers() -> Seeds:
     yield "good", container(conversation())
+    yield "checkpoint", container(conversation(checkpoint=True))
 
 
 def framings() -> Seeds:

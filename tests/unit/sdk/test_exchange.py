@@ -30,14 +30,26 @@ M, N, K = 6, 3, 2
 
 
 def array_job(
-    x: Any, w: Any, dy: Any, chunk_bytes: int = 1 << 20, **options: Any
+    x: Any,
+    w: Any,
+    dy: Any,
+    chunk_bytes: int = 1 << 20,
+    *,
+    checkpoint_rows: int | None = None,
+    **options: Any,
 ) -> ArrayJob:
     given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
     parsed = parse_options(**{"results": ("y", "dx", "dw")} | options)
     plan, operands = plan_arrays(given, parsed)
     plan = replace(plan, chunk_bytes=chunk_bytes)
     return ArrayJob(
-        plan, operands, {}, unary=False, memory=ResultPool(), copies=HostCopies()
+        plan,
+        operands,
+        {},
+        unary=False,
+        memory=ResultPool(),
+        copies=HostCopies(),
+        checkpoint_rows=checkpoint_rows,
     )
 
 
