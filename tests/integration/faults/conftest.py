@@ -12,7 +12,6 @@ import pytest
 
 import gradwire
 from gradwire._base import Tuning
-from tests.integration.contract.conftest import assert_untroubled
 from tests.integration.load.observing import MIB, descriptors, wait_until
 from tests.proxy import Proxy
 from tests.raw import CallError, Stream, make_job
@@ -58,7 +57,14 @@ class Watched:
             lambda: descriptors(self.process.pid) <= self._descriptors + MAY_STAY_OPEN,
             "descriptors are closed",
         )
-        assert_untroubled(self.process)
+        troubles = [
+            record
+            for record in self.process.records
+            if record["name"] == "asyncio"
+            # gRPC complains with a traceback of text that was damaged on its way.
+            or ("traceback" in record and not record["name"].startswith("grpc."))
+        ]
+        assert not troubles
 
 
 def _largest_job(process: ServerProcess) -> int:

@@ -72,7 +72,8 @@ FAULTS = {
         "generator: every one, in either direction, of both clients",
         86,
         43,
-        "every row block once and in order, and dW, with the same bits",
+        "every row block once and in order, and dW, with the same bits: the stream "
+        "goes on where it was",
     ),
     "flip": Fault(
         "a bit of a byte is flipped, with `checksum=True`: of every fifth of those "
@@ -181,6 +182,12 @@ the same place with another word. A device that is out of memory is a backend th
 says so; what CuPy does on a real one is tested in `tests/gpu`. No clock of the host
 is set: gRPC and asyncio go by the monotonic one, and a test reads all of gradwire's
 sources for others.
+
+A flipped bit that TCP's own checksum lets through can leave a plaintext connection
+deaf: gRPC ignores calls after one whose number in HTTP/2 came out too large, and its
+pings still pass, so that each call ends with `DeadlineError` until the client is made
+anew. One byte in the 4,000 of a job's requests does that. TLS breaks the connection
+instead, whichever byte it is, and the job goes on over the next one.
 
 What happens on retries, and how to turn them off: [failing.md](failing.md).
 """
