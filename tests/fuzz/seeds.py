@@ -18,16 +18,29 @@ import numpy as np
 from grpc import StatusCode
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
+from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire.wire import framing, status
 from gradwire.wire.reasons import Reason
 from gradwire_server.auth.tokens import Entry, sha256_of
 from tests.fuzz import credentials
 from tests.fuzz.answers import conversation
 from tests.fuzz.containers import Ending, Method, container
+from tests.fuzz.streams import ANY_SERVER
 from tests.fuzz.targets import CORPUS
-from tests.raw import DTYPES, NEEDS, Problem, Request, whole_numbers
+from tests.raw import (
+    DTYPES,
+    INLINE,
+    NEEDS,
+    Problem,
+    Request,
+    block,
+    end,
+    whole_numbers,
+)
 
 Seeds = Iterator[tuple[str, bytes]]
+BLOCK_ROWS = 8
+"""Of jobs of 3 and 2 columns of float32 on the server that is fuzzed."""
 
 
 def streams() -> Seeds:
@@ -35,17 +48,19 @@ def streams() -> Seeds:
         yield dtype, container(stream(whole_numbers(20, 4, 3, dtype)))
     for result in NEEDS:
         yield result, container(stream(whole_numbers(20, 4, 3, results=(result,))))
-    some = whole_numbers(12, 3, 2)
+    some, long = whole_numbers(12, 3, 2), whole_numbers(5 * BLOCK_ROWS, 3, 2)
     for name, shape in (("no-rows", (0, 3, 2)), ("no-columns", (5, 0, 2))):
         yield name, container(stream(whole_numbers(*shape)))
     yield "open-m", container(stream(some, open_m=True))
     yield "checksums", container(stream(some, checksum=1))
     yield "small-results", container(stream(some, max_block_bytes=16))
     yield "connections", container(stream(some, connections=2))
-    yield "checkpoints", container(stream(some, checkpoints={"rows": 4}))
     before = {"library": "numpy", "block_rows": 4}
     going_on = {"fingerprint": before, "first_row": 4, "results_from_row": 8}
     yield "resume", container(stream(some, resume=going_on))
+    checkpoints = job_pb2.Checkpoints(rows=1)
+    yield "checkpoints", container(stream(long, checkpoints=checkpoints))
+    yield "resumed", container(resumed(long, 2 * BLOCK_ROWS))
     yield "silence", container(stream(some)[:4], ending=Ending.SILENCE)
     yield "cancel", container(stream(some)[:4], ending=Ending.CANCEL)
     yield "nothing", container([])
@@ -64,6 +79,25 @@ def stream(problem: Problem, **options: object) -> list[bytes]:
     for message in messages:
         if options.get("checksum") and message.HasField("block"):
             message.block.crc32c = google_crc32c.value(message.block.data)
+    return [message.SerializeToString() for message in messages]
+
+
+def resumed(problem: Problem, first_row: int) -> list[bytes]:
+    """The messages of a job that goes on, with a sum of dW that is all ones."""
+    _, n, k = problem.shape
+    job = problem.job(required_features=["resume"])
+    job.resume.first_row = job.resume.results_from_row = first_row
+    job.resume.fingerprint.library = ANY_SERVER
+    job.resume.dw_sum.CopyFrom(INLINE)
+    w = list(problem.blocks("w", 0, n))
+    dw_sum = block(matrix_pb2.MATRIX_DW_SUM, 0, np.ones(n * k, np.float32).tobytes())
+    rows = [
+        message
+        for row in range(first_row, problem.shape[0], 4)
+        for name in ("x", "dy")
+        for message in problem.blocks(name, row, min(row + 4, problem.shape[0]))
+    ]
+    messages = [Request(job=job), *w, dw_sum, *rows, end(problem.shape[0])]
     return [message.SerializeToString() for message in messages]
 
 
