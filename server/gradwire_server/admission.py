@@ -107,18 +107,21 @@ class Admission:
             self._ledger.close(account)
 
     @contextmanager
-    def call(self, size_bytes: int = CALL_BYTES, tenant: str = "") -> Iterator[None]:
+    def call(
+        self, size_bytes: int = CALL_BYTES, tenant: str = "", *, spare_bytes: int = 0
+    ) -> Iterator[None]:
         """Holds what an open call takes, whatever it will ask for.
 
         Args:
             size_bytes: That, or what the call holds for its client beside it.
             tenant: Whose it is.
+            spare_bytes: What must be left beside it.
 
         Raises:
             JobError: The server drains, or has no memory for one more call.
         """
         account = self._ledger.open(tenant)
-        refusal = self._refusal_of_call(size_bytes, account)
+        refusal = self._refusal_of_call(size_bytes + spare_bytes, account)
         if refusal is not None:
             self._ledger.close(account)
             raise refusal

@@ -35,6 +35,10 @@ connections need too."""
 _MAX_OF_TENANT = MAX_REGIONS // 4
 """Most regions of one tenant, where there may be several."""
 
+_SPARE_SHARE = 8
+"""Which part of what a tenant's open calls may hold its regions leave: the jobs
+that are to use them are calls, too."""
+
 COOKIE_BYTES = 32
 """Random bytes by which a client knows that it has opened the right file."""
 
@@ -161,16 +165,16 @@ class Regions:
                 field="size_bytes",
             )
         size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        # Beside it, a job in it is a call of its own.
         most = self._admission.most_of_calls(tenant)
-        if size_bytes + 2 * CALL_BYTES > most:
+        spare = max(CALL_BYTES, most // _SPARE_SHARE)
+        if size_bytes + CALL_BYTES + spare > most:
             raise JobError(
                 Reason.JOB_TOO_LARGE,
                 f"the region would hold {size_bytes} bytes: this server has {most}",
                 field="size_bytes",
             )
         self._require_descriptors(tenant)
-        with self._admission.call(size_bytes, tenant):
+        with self._admission.call(size_bytes, tenant, spare_bytes=spare):
             self._counts[tenant] += 1
             try:
                 async with self._opened(size_bytes, tenant) as region:

@@ -161,6 +161,22 @@ async def test_what_a_backend_did_to_a_region_ends_before_its_memory_goes(
         assert await asyncio.to_thread(ended.wait, 20)
 
 
+async def test_regions_leave_room_for_the_calls_that_use_them() -> None:
+    admission = Admission(64 * MIB, max_jobs=4, max_queue=4, lanes=Lanes())
+    opened = Regions(admission, as_it_is)
+    async with AsyncExitStack() as held:
+
+        async def fill() -> None:
+            while True:
+                held.enter_context(admission.call())
+                await held.enter_async_context(opened.open(MIB))
+
+        with pytest.raises(JobError, match="the server is busy"):
+            await fill()
+        for _ in range(3):
+            held.enter_context(admission.call())
+
+
 async def test_a_tenants_regions_leave_descriptors_to_others(
     admission: Admission,
 ) -> None:
