@@ -84,6 +84,14 @@ FAULTS = {
         "a checksum, and what is wrong with a message or a frame is not tried again). "
         "Never a wrong result",
     ),
+    "flip-tls": Fault(
+        "a bit of a byte is flipped, over TLS and without checksums: of every 97th of "
+        "those bytes",
+        86,
+        12,
+        "the results, with the same bits, or an error; the same client is right again "
+        "with one of its next calls",
+    ),
     "flip-elements": Fault(
         "a bit of a message's elements is flipped, with `checksum=True`: of every "
         "message that has some",
@@ -186,8 +194,8 @@ sources for others.
 A flipped bit that TCP's own checksum lets through can leave a plaintext connection
 deaf: gRPC ignores calls after one whose number in HTTP/2 came out too large, and its
 pings still pass, so that each call ends with `DeadlineError` until the client is made
-anew. One byte in the 4,000 of a job's requests does that. TLS breaks the connection
-instead, whichever byte it is, and the job goes on over the next one.
+anew. One byte in the 4,000 of a job's requests does that. Over TLS no byte does: the
+connection breaks, at the latest with the next call's bytes.
 
 What happens on retries, and how to turn them off: [failing.md](failing.md).
 """

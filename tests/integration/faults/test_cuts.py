@@ -11,6 +11,7 @@ import pytest
 
 import gradwire
 from tests import oracle
+from tests.certificates import Authority
 from tests.integration.faults.conftest import (
     EXTENTS,
     Client,
@@ -28,7 +29,7 @@ TIMEOUT_S = 20.0
 BYTES = {"requests": 4000, "responses": 4200}
 """How many pass at least when all results are computed; a few more or less are
 frames of HTTP/2 that depend on the time."""
-EVERY_THIRD, EVERY_FIFTH = 3, 5
+EVERY_THIRD, EVERY_FIFTH, EVERY_97TH = 3, 5, 97
 
 
 @pytest.fixture
@@ -163,6 +164,38 @@ def test_a_byte_that_changes_on_the_way_never_makes_a_wrong_result(extent):
             assert bits(result, "all results") == expected, (of, at)
             right += 1
     assert right > len(cases) / 2
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_over_tls_a_byte_that_changes_makes_no_connection_deaf(tmp_path, extent):
+    """The same client is right again, at the latest when it gave up a call."""
+    authority = Authority()
+    ca = authority.write(tmp_path)
+    cert, key = authority.issue("127.0.0.1").write(tmp_path, "server")
+    with (
+        watched_server(
+            listen=[f"unix:{tmp_path / 'socket'}", "127.0.0.1:0"],
+            tls_cert=cert,
+            tls_key=key,
+            idle_timeout=0.3,
+        ) as watched,
+        Proxy(watched.process.addresses[1]) as proxy,
+        connected(proxy.address, timeout_s=2.0, tls=gradwire.Tls(ca=ca)) as client,
+    ):
+        expected = bits(compute(client, "all results"), "all results")
+        right = 0
+        cases = FAULTS["flip-tls"].cases(bytes_of_a_job(EVERY_97TH), extent)
+        for of, at in cases:
+            proxy.arm(Fault(of, flip_byte=at))
+            for _ in range(5):
+                try:
+                    result = compute(client, "all results")
+                except gradwire.GradwireError:
+                    continue
+                right += 1
+                break
+            assert bits(result, "all results") == expected, (of, at)
+    assert right == len(cases)
 
 
 @pytest.mark.parametrize("extent", EXTENTS)
