@@ -112,6 +112,14 @@ FAULTS = {
         1,
         "the results, with the same bits, from the other one",
     ),
+    "server-drained": Fault(
+        "the server is asked to stop (SIGTERM) with no time left (`grace`), and "
+        "another one is behind the address: at the same messages",
+        36,
+        3,
+        "the results, with the same bits, begun on the one and ended on the other; "
+        "`receipt.retried` says `DRAINING`, unless all had been sent",
+    ),
     "client-killed": Fault(
         "the client is killed (SIGKILL): at the same messages",
         36,

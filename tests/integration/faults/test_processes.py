@@ -114,6 +114,37 @@ def test_a_job_whose_server_is_killed_while_it_waits_goes_on_at_the_next_one(
     watched.assert_clean()
 
 
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_a_job_whose_server_is_asked_to_stop_goes_on_at_the_next_one(
+    watched, expected, extent
+):
+    # The server that stops listens until its connections have ended.
+    patient = gradwire.RetryPolicy(initial_backoff_s=0.05, max_backoff_s=1.0)
+    for event in FAULTS["server-drained"].cases(range(1, EVENTS), extent):
+        with (
+            watched_server(grace=0) as doomed,
+            Proxy(doomed.process.address) as proxy,
+            connected(proxy.address, timeout_s=20, retries=patient) as client,
+        ):
+
+            def stop(doomed: Watched = doomed, proxy: Proxy = proxy) -> None:
+                proxy.target = watched.process.address
+                doomed.process.process.terminate()
+                doomed.process.wait_for_log("draining")
+
+            acts = at_event(event, stop)
+            name = f"drained-{event}"
+            result = compute(client, JOB, on_progress=acts, request_id=name)
+            assert doomed.process.process.wait(20) == 0
+            record = doomed.process.wait_for_log(name)
+        if result.receipt.retried:
+            assert record["reason"] == result.receipt.retried[0] == "DRAINING", event
+        else:
+            assert record["outcome"] == "OK"
+        assert bits(result, JOB) == expected, event
+    watched.assert_clean()
+
+
 @contextmanager
 def victim(address: str, event: int) -> Iterator[subprocess.Popen[str]]:
     """A client that has come to a stage of its job, and waits there."""
