@@ -3,7 +3,8 @@
 The unit of scheduling is a row block, not a job: a lane takes one piece of
 work from each tenant that has some, in turn, and from each of its jobs in
 turn, so that a small job never waits for a large one to end, nor a tenant
-with one job for another's thousand. It never waits for bytes or for a reader:
+with one job for another's thousand. Tenants whose pieces take longer have fewer
+turns (`gradwire_server.turns`). It never waits for bytes or for a reader:
 only work whose operands are complete is handed to it.
 
 A device that works beside the lane's thread is given more row blocks while
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -32,12 +34,14 @@ _log = logging.getLogger("gradwire_server")
 
 @dataclass(slots=True, eq=False)
 class _Work:
+    tenant: str
     job: Hashable
     run: Callable[[], Any]
     done: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
     begins: bool
     """Whether `run` says what to wait for."""
+    begun_at: float = 0.0
 
 
 def _nothing() -> None:
@@ -69,6 +73,8 @@ class Lane:
         self._turns: Turns[_Work] = Turns()
         self._doing: list[Hashable] = []
         """Jobs of the piece that is being done, and of those that have begun."""
+        self._settled_at = 0.0
+        """When the last piece was done: what began before began its work then."""
         self._closed = False
         self._entered: Future[None] = Future()
         self._changed = threading.Condition()
@@ -116,7 +122,7 @@ class Lane:
         self, tenant: str, job: Hashable, run: Callable[[], Any], *, begins: bool
     ) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
-        work = _Work(job, run, loop.create_future(), loop, begins)
+        work = _Work(tenant, job, run, loop.create_future(), loop, begins)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the lane is closed")
@@ -161,6 +167,7 @@ class Lane:
             if self._closed or not self._turns:
                 return None
             work = self._turns.take()
+            work.begun_at = time.perf_counter()
             self._doing.append(work.job)
             return work
 
@@ -191,7 +198,10 @@ class Lane:
             self._settle(work, None, None)
 
     def _settle(self, work: _Work, result: object, error: Exception | None) -> None:
+        now = time.perf_counter()
         with self._changed:
+            self._turns.took(work.tenant, now - max(work.begun_at, self._settled_at))
+            self._settled_at = now
             self._doing.remove(work.job)
             self._changed.notify_all()
 

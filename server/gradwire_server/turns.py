@@ -2,7 +2,9 @@
 
 Of T tenants and a tenant with J jobs that all have work, each tenant gets
 every T-th piece, and each of those J jobs every T·J-th: how many jobs one
-tenant has makes no difference to another.
+tenant has makes no difference to another. Nor does how long its pieces take: a
+row block of a wide product may take a thousand times as long as another's, and
+a tenant that has had more of the lane's time than others lets those by.
 """
 
 from __future__ import annotations
@@ -13,6 +15,12 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+LEAD_S = 0.1
+"""Seconds of work that a tenant may be ahead of others and still have its turn:
+among pieces of milliseconds, turns are what is fair."""
+
+_MOST_REMEMBERED = 64
+
 
 class Turns(Generic[T]):
     """Pieces of work that wait, each of a job of a tenant."""
@@ -20,18 +28,30 @@ class Turns(Generic[T]):
     def __init__(self) -> None:
         self._tenants: OrderedDict[str, OrderedDict[Hashable, deque[T]]]
         self._tenants = OrderedDict()
+        self._had_s: dict[str, float] = {}
+        """How much each tenant has had, counted as if it had always had as much
+        as the others while it wanted nothing."""
+        self._least_s = 0.0
+        """The least that a tenant had had when a piece was last taken."""
 
     def __bool__(self) -> bool:
         return bool(self._tenants)
 
     def put(self, tenant: str, job: Hashable, piece: T) -> None:
         """A piece waits, behind the job's earlier ones."""
+        if tenant not in self._tenants:
+            self._join(tenant)
         jobs = self._tenants.setdefault(tenant, OrderedDict())
         jobs.setdefault(job, deque()).append(piece)
 
     def take(self) -> T:
         """The piece whose turn it is; there must be one."""
-        tenant, jobs = next(iter(self._tenants.items()))
+        self._least_s = min(self._had_s[tenant] for tenant in self._tenants)
+        tenant, jobs = next(
+            (tenant, jobs)
+            for tenant, jobs in self._tenants.items()
+            if self._had_s[tenant] <= self._least_s + LEAD_S
+        )
         job, pieces = next(iter(jobs.items()))
         piece = pieces.popleft()
         if pieces:
@@ -44,6 +64,10 @@ class Turns(Generic[T]):
             del self._tenants[tenant]
         return piece
 
+    def took(self, tenant: str, seconds: float) -> None:
+        """A piece of a tenant's is done, and has taken so long."""
+        self._had_s[tenant] = self._had_s.get(tenant, self._least_s) + seconds
+
     def drop(self, tenant: str, job: Hashable) -> deque[T]:
         """The pieces of a job, which wait no longer."""
         jobs = self._tenants.get(tenant)
@@ -53,3 +77,14 @@ class Turns(Generic[T]):
         if not jobs:
             del self._tenants[tenant]
         return pieces
+
+    def _join(self, tenant: str) -> None:
+        """A tenant wants work again; what it did not want is not made up for."""
+        had_s = self._had_s.get(tenant, 0.0)
+        self._had_s[tenant] = max(had_s, self._least_s)
+        if len(self._had_s) > _MOST_REMEMBERED + len(self._tenants):
+            self._had_s = {
+                each: seconds
+                for each, seconds in self._had_s.items()
+                if seconds > self._least_s or each in self._tenants or each == tenant
+            }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
 from gradwire_server.backends.base import Wait
 from gradwire_server.lane import Lane
+from gradwire_server.turns import LEAD_S
 
 
 class Device:
@@ -107,6 +109,22 @@ async def test_tenants_take_turns_and_then_each_ones_jobs(whole_lane):
         *("many2.0", "one2", "many3.0"),
     ]
     assert len(order) == 205
+
+
+async def test_a_tenant_whose_pieces_take_long_lets_others_by(whole_lane):
+    gate, order = threading.Event(), []
+
+    def work_long() -> None:
+        time.sleep(1.5 * LEAD_S)
+        order.append("wide")
+
+    work = [whole_lane.of("").submit("gate", gate.wait)]
+    work += [whole_lane.of("wide").submit("job", work_long) for _ in range(2)]
+    small = whole_lane.of("small")
+    work += [small.submit("job", lambda: order.append("small")) for _ in range(9)]
+    gate.set()
+    await asyncio.gather(*work)
+    assert order == ["wide", *["small"] * 9, "wide"]
 
 
 async def test_a_job_that_is_dropped_leaves_its_tenants_turns_to_others(whole_lane):

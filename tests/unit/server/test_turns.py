@@ -1,0 +1,68 @@
+"""Turns of tenants whose pieces take long, and of those whose do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from gradwire_server.turns import LEAD_S, Turns
+
+
+class Lane:
+    """Works for tenants that always want more, by a clock of its own."""
+
+    def __init__(self) -> None:
+        self.turns: Turns[str] = Turns()
+        self.pieces_s: dict[str, float] = {}
+
+    def wants(self, tenant: str, piece_s: float) -> None:
+        """A tenant comes whose pieces take so long."""
+        self.pieces_s[tenant] = piece_s
+        self.turns.put(tenant, "job", tenant)
+
+    def next(self) -> str:
+        """Whose the next piece is; it is done, and the tenant wants another."""
+        tenant = self.turns.take()
+        self.turns.took(tenant, self.pieces_s[tenant])
+        self.turns.put(tenant, "job", tenant)
+        return tenant
+
+
+def test_tenants_get_as_much_of_a_lane_however_long_their_pieces_take() -> None:
+    lane = Lane()
+    for tenant, piece_s in (("wide", 1.0), ("usual", 0.05), ("small", 0.01)):
+        lane.wants(tenant, piece_s)
+    pieces = Counter(lane.next() for _ in range(2000))
+    had_s = {tenant: pieces[tenant] * lane.pieces_s[tenant] for tenant in pieces}
+    assert max(had_s.values()) - min(had_s.values()) <= 1.0 + LEAD_S
+
+
+def test_short_pieces_are_done_in_turn() -> None:
+    lane = Lane()
+    for tenant in ("one", "two", "three"):
+        lane.wants(tenant, LEAD_S / 50)
+    assert [lane.next() for _ in range(30)] == ["one", "two", "three"] * 10
+
+
+def test_what_a_tenant_did_not_want_is_not_made_up_for() -> None:
+    lane = Lane()
+    lane.wants("first", 0.5)
+    for _ in range(100):
+        lane.next()
+    lane.wants("second", 0.5)
+    assert [lane.next() for _ in range(4)].count("first") >= 1
+    pieces = Counter(lane.next() for _ in range(100))
+    assert abs(pieces["first"] - pieces["second"]) <= 1
+
+
+def test_tenants_that_came_once_are_forgotten() -> None:
+    lane = Lane()
+    lane.wants("always", 0.01)
+    for number in range(1000):
+        name = f"once{number}"
+        lane.turns.put(name, "job", name)
+        lane.pieces_s[name] = 0.01
+        for _ in range(2):
+            tenant = lane.turns.take()
+            lane.turns.took(tenant, 0.01)
+        lane.turns.put("always", "job", "always")
+    assert len(lane.turns._had_s) < 300
