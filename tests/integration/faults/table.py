@@ -202,8 +202,8 @@ sources for others.
 A flipped bit that TCP's own checksum lets through can leave a plaintext connection
 deaf: gRPC ignores calls after one whose number in HTTP/2 came out too large, and its
 pings still pass, so that each call ends with `DeadlineError` until the client is made
-anew. One byte in the 4,000 of a job's requests does that. Over TLS no byte does: the
-connection breaks, at the latest with the next call's bytes.
+anew. Over TLS none of the bytes that were tried does that: the connection breaks, at
+the latest with the next call's bytes.
 
 What happens on retries, and how to turn them off: [failing.md](failing.md).
 """

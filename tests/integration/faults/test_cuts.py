@@ -73,7 +73,8 @@ def test_a_job_cut_behind_any_message_has_the_bits_of_one_that_was_not(
         result = compute(clients[kind], job)
         case = (kind, job, of, after)
         assert proxy.faults == faults + 1, case
-        assert result.receipt.retried == ("UNAVAILABLE",), case
+        # gRPC may not know yet, and try the connection that is gone once more.
+        assert set(result.receipt.retried) == {"UNAVAILABLE"}, case
         assert result.receipt.m == M
         assert bits(result, job) == expected[job], case
 
