@@ -225,7 +225,10 @@ class Regions:
 
     @asynccontextmanager
     async def _opened(self, size_bytes: int, tenant: str) -> AsyncIterator[Region]:
-        region = Region(size_bytes, self._adopt, tenant)
+        try:
+            region = Region(size_bytes, self._adopt, tenant)
+        except OSError as error:
+            raise busy("the process has no descriptors left", "regions") from error
         try:
             try:
                 await region.take_pages()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -159,6 +160,20 @@ async def test_what_a_backend_did_to_a_region_ends_before_its_memory_goes(
             await task
         go_on.set()
         assert await asyncio.to_thread(ended.wait, 20)
+
+
+async def test_a_process_without_descriptors_is_busy(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "memfd_create", none_left)
+    with pytest.raises(JobError, match="no descriptors left") as caught:
+        async with Regions(admission, as_it_is).open(MIB):
+            pass
+    assert caught.value.reason is Reason.BUSY
+    assert admission.held_bytes == 0
 
 
 async def test_regions_leave_room_for_the_calls_that_use_them() -> None:
