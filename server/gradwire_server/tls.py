@@ -13,6 +13,7 @@ import grpc
 from gradwire.wire import pem
 from gradwire.wire.pem import PemError
 from gradwire_server.errors import ListenError
+from gradwire_server.files import Stamp, stamp
 from gradwire_server.settings import Settings
 
 _log = logging.getLogger("gradwire_server")
@@ -47,7 +48,8 @@ class Certificates:
         }
         self.mutual = "tls_client_ca" in self._files
         self._lock = threading.Lock()
-        self._seen = self._stamp()
+        self._complained: str | None = None
+        self._seen = self._stamps()
         try:
             self._latest = self._load()
         except _UnusableError as error:
@@ -75,18 +77,22 @@ class Certificates:
     def _look(self) -> None:
         """Take what the files hold, if that is new and good."""
         # Before they are read: what changes meanwhile is seen next time.
-        stamp = self._stamp()
-        if stamp == self._seen:
+        now = self._stamps()
+        if now == self._seen:
             return
-        self._seen = stamp
         try:
             self._latest = self._load()
         except _UnusableError as error:
-            _log.error(
-                "the new certificates cannot be used, so the old ones stay",
-                extra={"error": str(error)},
-            )
+            # Tried again at the next handshake: what keeps a file from being read
+            # may pass, and the file be as it was.
+            if str(error) != self._complained:
+                self._complained = str(error)
+                _log.error(
+                    "the new certificates cannot be used, so the old ones stay",
+                    extra={"error": str(error)},
+                )
         else:
+            self._seen, self._complained = now, None
             _log.info("the certificates have changed")
 
     def _load(self) -> grpc.ServerCertificateConfiguration:
@@ -109,14 +115,6 @@ class Certificates:
             raise _UnusableError(f"{name} ({path}) {error}") from None
         return content
 
-    def _stamp(self) -> list[tuple[int, ...] | None]:
+    def _stamps(self) -> list[Stamp]:
         """What is another one as soon as a file is."""
-        return [_stamp(path) for path in self._files.values()]
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return [stamp(path) for path in self._files.values()]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from gradwire_server.errors import CredentialsError
+from gradwire_server.files import Stamp, stamp
 
 T = TypeVar("T")
 
@@ -20,7 +20,9 @@ class Watched(Generic[T]):
 
     Whether it has is looked at whenever its value is asked for, which takes
     microseconds: a token that was revoked is refused at the next call. A new
-    file that cannot be read changes nothing but the log.
+    file that cannot be used changes nothing but the log; one that cannot be read
+    is tried again at every call, because what keeps it from that (its owner, too
+    many open files) may pass.
 
     Args:
         path: The file.
@@ -39,7 +41,8 @@ class Watched(Generic[T]):
         self.path = Path(path)
         self._what = what
         self._parse = parse
-        self._seen = self._signature()
+        self._complained: str | None = None
+        self._seen = stamp(self.path)
         try:
             self._value = parse(self.path.read_bytes())
         except (OSError, ValueError) as error:
@@ -48,27 +51,25 @@ class Watched(Generic[T]):
     @property
     def value(self) -> T:
         """What the file says, or said when it was last right."""
-        signature = self._signature()
-        if signature != self._seen:
-            # Before reading: a file that changes meanwhile is read once more.
-            self._seen = signature
-            self._read_again()
+        # Before reading: a file that changes meanwhile is read once more.
+        now = stamp(self.path)
+        if now != self._seen:
+            self._read_again(now)
         return self._value
 
-    def _read_again(self) -> None:
+    def _read_again(self, now: Stamp) -> None:
         try:
-            self._value = self._parse(self.path.read_bytes())
+            content = self.path.read_bytes()
+            self._seen = now
+            self._value = self._parse(content)
         except (OSError, ValueError) as error:
-            _log.error(f"{self._complaint(error)}; what it said before still holds")
+            complaint = self._complaint(error)
+            if complaint != self._complained:
+                self._complained = complaint
+                _log.error(f"{complaint}; what it said before still holds")
         else:
+            self._complained = None
             _log.info(f"{self._what} has changed", extra={"path": str(self.path)})
-
-    def _signature(self) -> tuple[int, int, int] | None:
-        try:
-            found = os.stat(self.path)  # noqa: PTH116 - at every call
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _complaint(self, error: OSError | ValueError) -> str:
         if isinstance(error, OSError):
