@@ -145,6 +145,7 @@ class AsyncClient(BaseClient):
                     channels=channels,
                     tls=tls_of(name),
                     token=token,
+                    retries=retries,
                 )
 
             known, names = self._addresses.known, self._addresses.names

@@ -212,6 +212,7 @@ class Client(BaseClient):
                     channels=channels,
                     tls=tls_of(name),
                     token=token,
+                    retries=retries,
                 )
 
             known, names = self._addresses.known, self._addresses.names

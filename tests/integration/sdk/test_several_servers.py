@@ -170,125 +170,111 @@ def test_all_connections_of_a_job_go_to_one_server(
 ) -> None:
     x, w, dy = oracle.operands(8000, 30, 20)
     caller = joined(addresses(three), channels=2)
-    for _ in range(3):
-        result = caller.run(caller.client.gradients(x, w, dy))
-        assert result.receipt.connections == 2
-        assert caller.stream([(x, dy)], w).connections == 2
+    result = caller.run(caller.client.gradients(x, w, dy))
+    assert result.receipt.connections == 2
+    assert caller.stream([(x, dy)], w).connections == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_job_moves_when_its_server_is_killed(kind: str) -> None:
-    x, w, dy = oracle.operands(30_000, 60, 40)
-    with several(3, block_bytes=65536) as servers:
-        caller = KINDS[kind](addresses(servers))
-        alone = caller.run(caller.client.gradients(x, w, dy))
-        counts = Counter(addresses(servers))
-        killed: list[str] = []
+class Dying:
+    """Three servers that are killed one after the other, and their client."""
 
-        def kill_whose(progress: gradwire.Progress) -> None:
-            # Once results come, the server that has the most jobs is this one's.
-            if progress.bytes_received and not killed:
-                running = [m for m in caller.client._servers.members if m.running]
-                killed.append(running[0].address)
-                next(s for s in servers if s.address == killed[0]).kill()
+    def __init__(self, kind: str, servers: list[ServerProcess]) -> None:
+        self.kind = kind
+        self.servers = servers
+        self.caller = KINDS[kind](addresses(servers))
+        self.killed: list[str] = []
 
-        moved = caller.run(caller.client.gradients(x, w, dy, on_progress=kill_whose))
-        assert moved.receipt.attempts == 2
-        assert moved.receipt.server_address not in killed
-        assert moved.receipt.fingerprint == alone.receipt.fingerprint
-        assert all(map(oracle.same_bits, moved, alone))
-        # From then on it is left out: nothing is tried there in vain.
-        for _ in range(6):
-            receipt = caller.stream([(X, DY)], W)
+    def kill_whose_job_runs(self) -> None:
+        (member,) = [m for m in self.caller.client._servers.members if m.running]
+        self.killed.append(member.address)
+        next(s for s in self.servers if s.address == member.address).kill()
+
+    def used(self, jobs: int = 4) -> Counter[str]:
+        """Who computes small jobs, none of which is tried in vain."""
+        seen: Counter[str] = Counter()
+        for _ in range(jobs):
+            receipt = self.caller.stream([(X, DY)], W)
             assert receipt.attempts == 1
-            assert receipt.server_address not in killed
-            counts[receipt.server_address] += 1
-        assert counts[killed[0]] == 1
-        caller.close()
+            seen[receipt.server_address] += 1
+        return seen
 
+    def moves(self, x: Any, w: Any, dy: Any, expected: Any) -> None:
+        """A job of arrays whose server is killed when results come."""
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_goes_on_elsewhere_when_its_server_is_killed(kind: str) -> None:
-    """With the rows that it had handed out, and each share of dW once."""
-    x, w, dy = oracle.operands(4000, 60, 40)
-    parts = [
-        (x[first : first + 200], dy[first : first + 200])
-        for first in range(0, 4000, 200)
-    ]
-    with several(2, block_bytes=16384) as servers:
-        caller = KINDS[kind](addresses(servers))
+        def kill(progress: gradwire.Progress) -> None:
+            if progress.bytes_received and len(self.killed) == before:
+                self.kill_whose_job_runs()
+
+        before = len(self.killed)
+        call = self.caller.client.gradients(x, w, dy, on_progress=kill)
+        moved = self.caller.run(call)
+        assert moved.receipt.attempts == 2
+        assert moved.receipt.server_address not in self.killed
+        assert moved.receipt.fingerprint == expected.receipt.fingerprint
+        assert all(map(oracle.same_bits, moved, expected))
+
+    def goes_on(self, x: Any, w: Any, dy: Any, expected: Any) -> None:
+        """A stream whose server is killed after it has handed out blocks."""
         blocks: list[Any] = []
-        killed: list[str] = []
 
         def rows() -> Iterator[Any]:
-            for number, part in enumerate(parts):
-                if number == len(parts) // 2:
+            step = len(x) // 20
+            for first in range(0, len(x), step):
+                if first == 10 * step:
                     until(lambda: len(blocks) > 2)
-                    (member,) = [m for m in caller.client._servers.members if m.running]
-                    killed.append(member.address)
-                    next(s for s in servers if s.address == member.address).kill()
-                yield part
+                    self.kill_whose_job_runs()
+                yield x[first : first + step], dy[first : first + step]
 
         def sync() -> Any:
-            with caller.client.stream(rows(), w) as stream:
+            with self.caller.client.stream(rows(), w) as stream:
                 blocks.extend(stream)
             return stream
 
         async def collect() -> Any:
-            async with caller.client.stream(_beside(rows()), w) as stream:
+            async with self.caller.client.stream(beside(rows()), w) as stream:
                 async for block in stream:
                     blocks.append(block)  # noqa: PERF401 - seen while others come
             return stream
 
-        async def _beside(items: Iterator[Any]) -> Any:
+        async def beside(items: Iterator[Any]) -> Any:
             while (item := await asyncio.to_thread(next, items, None)) is not None:
                 yield item
 
-        stream = sync() if kind == "sync" else caller.run(collect())
+        stream = sync() if self.kind == "sync" else self.caller.run(collect())
         assert stream.receipt.attempts == 2
-        assert stream.receipt.server_address not in killed
-        whole = caller.run(caller.client.gradients(x, w, dy))
-        assert oracle.same_bits(np.concatenate([b.y for b in blocks]), whole.y)
-        assert oracle.same_bits(np.concatenate([b.dx for b in blocks]), whole.dx)
-        assert oracle.same_bits(stream.dw, whole.dw)
-        caller.close()
+        assert stream.receipt.server_address not in self.killed
+        assert oracle.same_bits(np.concatenate([b.y for b in blocks]), expected.y)
+        assert oracle.same_bits(np.concatenate([b.dx for b in blocks]), expected.dx)
+        assert oracle.same_bits(stream.dw, expected.dw)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_comes_back_is_used_again(kind: str) -> None:
-    with several(2) as (one, other):
-        caller = KINDS[kind]([one.address, other.address], retries=SOON)
-        one.kill()
-        for _ in range(3):
-            result = caller.run(caller.client.gradients(X, W, DY))
-            assert result.receipt.server_address == other.address
-        with running_server(listen=[one.address]):
-
-            def is_back() -> bool:
-                result = caller.run(caller.client.gradients(X, W, DY))
-                assert result.receipt.attempts == 1
-                return bool(result.receipt.server_address == one.address)
-
-            until(is_back)
-        caller.close()
-
-
-def test_where_all_are_dead_the_error_names_each_and_why(joined: Joined) -> None:
-    with several(2) as servers:
-        caller = joined(
-            addresses(servers), retries=gradwire.RetryPolicy(2, initial_backoff_s=0)
-        )
-        for server in servers:
-            server.kill()
-        for _ in range(2):
+def test_jobs_go_on_as_servers_die_and_come_back_until_none_is_left(kind: str) -> None:
+    """With the same bits as those that nothing happened to."""
+    operands = oracle.operands(20_000, 60, 40)
+    with several(3, block_bytes=65536) as servers:
+        dying = Dying(kind, servers)
+        caller = dying.caller
+        expected = caller.run(caller.client.gradients(*operands))
+        dying.moves(*operands, expected)
+        # From then on it is left out.
+        assert sorted(dying.used().values()) == [2, 2]
+        dying.goes_on(*operands, expected)
+        assert list(dying.used().values()) == [4]
+        assert not set(dying.used()) & set(dying.killed)
+        (last,) = [s for s in servers if s.address not in dying.killed]
+        with running_server(listen=[dying.killed[0]], block_bytes=65536) as back:
+            until(lambda: back.address in dying.used(2))
+            for server in (last, back):
+                server.kill()
             with pytest.raises(gradwire.ConnectError) as caught:
-                caller.run(caller.client.gradients(X, W, DY, timeout_s=10))
-            error = caught.value
-        assert "none of the 2 servers can be had" in str(error)
+                caller.run(caller.client.gradients(X, W, DY, timeout_s=1))
+        assert "none of the 3 servers can be had" in str(caught.value)
         for address in addresses(servers):
-            assert f"nothing listens at {address}" in str(error)
-        with pytest.raises(gradwire.ConnectError, match="none of the 2"):
-            joined(addresses(servers), connect_timeout_s=5)
+            assert f"nothing listens at {address}" in str(caught.value)
+        with pytest.raises(gradwire.ConnectError, match="none of the 3"):
+            KINDS[kind](addresses(servers), connect_timeout_s=5)
+        caller.close()
 
 
 def test_one_that_is_dead_from_the_beginning_is_left_out(
@@ -306,7 +292,7 @@ def test_one_that_is_dead_from_the_beginning_is_left_out(
         caller.run(caller.client.server_info(address=dead))
 
 
-def test_a_busy_or_draining_server_sends_its_jobs_to_another(joined: Joined) -> None:
+def test_a_busy_or_draining_server_sends_its_jobs_to_another() -> None:
     """At once: not when it said that it may have room again."""
     go_on, runs = threading.Event(), threading.Event()
 
@@ -323,23 +309,27 @@ def test_a_busy_or_draining_server_sends_its_jobs_to_another(joined: Joined) -> 
         thread = threading.Thread(target=lambda: list(occupant.stream(rows(), W)))
         thread.start()
         assert runs.wait(30)
-        caller = joined([small.address, other.address])
-        results = [caller.run(caller.client.gradients(X, W, DY)) for _ in range(2)]
-        assert {r.receipt.server_address for r in results} == {other.address}
-        assert sorted(r.receipt.retried for r in results) in ([(), ()], [(), ("BUSY",)])
+        both = [small.address, other.address]
+        for kind in KINDS.values():
+            caller = kind(both)
+            results = [caller.run(caller.client.gradients(X, W, DY)) for _ in range(2)]
+            assert {r.receipt.server_address for r in results} == {other.address}
+            assert {r.receipt.retried for r in results} <= {(), ("BUSY",)}
+            caller.close()
         small.process.terminate()
         small.wait_for_log("draining")
-        late = joined([small.address, other.address], retries=False)
-        for _ in range(3):
-            result = late.run(late.client.gradients(X, W, DY))
-            assert result.receipt.server_address == other.address
+        for kind in KINDS.values():
+            late = kind(both, retries=False)
+            for _ in range(2):
+                result = late.run(late.client.gradients(X, W, DY))
+                assert result.receipt.server_address == other.address
+            late.close()
         go_on.set()
         thread.join()
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_name_stands_for_all_of_its_addresses(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And for those that it has now: as where a service's hosts change."""
     hosts = ["127.0.0.1", "127.0.0.2"]
@@ -357,17 +347,19 @@ def test_a_name_stands_for_all_of_its_addresses(
         port = one.address.rpartition(":")[2]
         for host in ("127.0.0.2", "127.0.0.3"):
             stack.enter_context(running_server(listen=[f"{host}:{port}"]))
-        caller = KINDS[kind](f"dns:///gradwire.test:{port}")
+        name = f"dns:///gradwire.test:{port}"
+        callers = [kind(name) for kind in KINDS.values()]
 
-        def hosts_used() -> set[str]:
+        def hosts_used(caller: Any) -> set[str]:
             results = [caller.run(caller.client.gradients(X, W, DY)) for _ in range(4)]
             return {r.receipt.server_address.split(":")[0] for r in results}
 
-        assert hosts_used() == set(hosts)
+        assert all(hosts_used(caller) == set(hosts) for caller in callers)
         hosts[:] = ["127.0.0.2", "127.0.0.3"]
         one.kill()
-        until(lambda: hosts_used() == set(hosts))
-        caller.close()
+        for caller in callers:
+            until(lambda caller=caller: hosts_used(caller) == set(hosts))
+            caller.close()
 
 
 def test_a_client_says_which_servers_it_has(three: list[ServerProcess]) -> None:
