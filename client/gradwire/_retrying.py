@@ -123,6 +123,9 @@ _LEAST: dict[str, float] = {
     "held_bytes": 0,
 }
 
+_LONGEST_S = 3600.0
+"""A server that wants to be left alone for longer is not waited for."""
+
 _MOST = 1e9
 """What waits and counts are below, so that they can be counted with."""
 
@@ -290,7 +293,10 @@ class Attempts:
             return None
         delay_s = self._retries.draw(0.0, policy.backoff_s(self._in_vain))
         if not self.elsewhere:
-            delay_s += error.retry_after_s or 0.0
+            told_s = error.retry_after_s or 0.0
+            if told_s > _LONGEST_S:
+                return None
+            delay_s += told_s
         left_s = self.left_s
         return delay_s if left_s is None or delay_s < left_s else None
 

@@ -91,5 +91,5 @@ def _collect(parts: list[AnyMessage]) -> ErrorDetails:
         elif part.Unpack(bad_request):
             fields = {v.field: v.description for v in bad_request.field_violations}
         elif part.Unpack(retry):
-            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+            retry_after_s = max(0.0, retry.retry_delay.ToNanoseconds() / 1e9)
     return ErrorDetails(reason, fields, metadata, retry_after_s)

@@ -123,6 +123,12 @@ def test_what_the_server_says_comes_before_the_backoff() -> None:
     assert one.after(busy) == pytest.approx(2.0)
 
 
+def test_a_server_that_says_much_later_is_not_waited_for() -> None:
+    """Years would be more than a thread can wait, too."""
+    busy = lost(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_s=3e11)
+    assert attempts(gradwire.RetryPolicy()).after(busy) is None
+
+
 def test_no_retry_begins_after_the_deadline() -> None:
     clock = Clock()
     policy = gradwire.RetryPolicy(initial_backoff_s=2, max_backoff_s=2)

@@ -80,6 +80,12 @@ def test_details_that_a_stock_status_library_sent_are_read():
     assert status.decode(value) == ErrorDetails(Reason.BUSY, {}, {"job_id": "j"}, 2.5)
 
 
+def test_a_time_to_come_back_is_not_in_the_past():
+    delay = duration_pb2.Duration(seconds=-5)
+    arrived = status.decode(trailer_of(error_details_pb2.RetryInfo(retry_delay=delay)))
+    assert arrived.retry_after_s == 0
+
+
 def test_only_what_is_known_is_sent():
     ((_, value),) = status.encode(StatusCode.INTERNAL, "text", ErrorDetails())
     assert not status_pb2.Status.FromString(value).details
