@@ -30,6 +30,10 @@ for as long as they are connected, each of them."""
 MOST_COMING = 32
 """Calls of which a message is still to come, and may be large."""
 
+YOUNG_S = 1.0
+"""Within which no call is ended: many that come together and are answered in
+milliseconds are no crowd."""
+
 MAX_BYTES = 4096
 """Of a request: it names a service, a symbol or a file."""
 
@@ -102,13 +106,13 @@ class _Places:
     """So many calls at once; who comes when there are more takes one's place.
 
     Args:
-        most: How many.
+        most: How many, beside those that are young.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._taken: dict[asyncio.Task[Any], str] = {}
-        """The calls, the oldest first, and the connection of each."""
+        self._taken: dict[asyncio.Task[Any], tuple[str, float]] = {}
+        """The calls, the oldest first, the connection of each, and since when."""
 
     @contextmanager
     def one(self, connection: str) -> Iterator[None]:
@@ -120,9 +124,10 @@ class _Places:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call runs in a task")
-        if len(self._taken) >= self._most:
-            self._end_one()
-        self._taken[task] = connection
+        now = asyncio.get_running_loop().time()
+        while len(self._taken) >= self._most and self._end_one(now - YOUNG_S):
+            pass
+        self._taken[task] = connection, now
         try:
             yield
         except asyncio.CancelledError as cancelled:
@@ -133,12 +138,27 @@ class _Places:
         finally:
             self._taken.pop(task, None)
 
-    def _end_one(self) -> None:
-        """Ends the oldest call of the connection that has most of them."""
-        ((most, _),) = Counter(self._taken.values()).most_common(1)
-        oldest = next(task for task, at in self._taken.items() if at == most)
+    def _end_one(self, latest: float) -> bool:
+        """Ends the oldest call of the connection that has most of them.
+
+        Args:
+            latest: When that must have come at the latest.
+
+        Returns:
+            Whether it has.
+        """
+        counts = Counter(connection for connection, _ in self._taken.values())
+        ((most, _),) = counts.most_common(1)
+        oldest, since = next(
+            (task, since)
+            for task, (connection, since) in self._taken.items()
+            if connection == most
+        )
+        if since > latest:
+            return False
         del self._taken[oldest]
         oldest.cancel(_ENDED)
+        return True
 
 
 _ENDED = "another call has taken its place"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -145,6 +147,13 @@ def watch_health(channel: grpc.Channel) -> Any:
     return stub.Watch(health_pb2.HealthCheckRequest(), timeout=20)
 
 
+def keep_coming(begin: Callable[[], int]) -> None:
+    """Begins calls until those that came before are no longer young."""
+    for _ in range(20):
+        begin()
+        time.sleep(bystanders.YOUNG_S / 10)
+
+
 def test_who_watches_health_and_does_not_read_keeps_nobody_from_it_and_no_end():
     with (
         running_server() as server,
@@ -168,8 +177,9 @@ def test_a_thousand_watches_of_health_cost_who_holds_them_and_no_other():
         watch = watch_health(channel)
         assert next(watch).status == SERVING
         first = crowd.ask(WATCH, b"")
-        for _ in range(bystanders.MOST_OPEN - 1):
+        for _ in range(bystanders.MOST_OPEN - 2):
             crowd.ask(WATCH, b"")
+        keep_coming(lambda: crowd.ask(WATCH, b""))
         assert crowd.wait_for_end() == first
         server.process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -181,11 +191,20 @@ def test_requests_of_health_that_never_come_whole_keep_no_probe_from_its_answer(
         http2.Connection(server.address) as stalled,
         grpc.insecure_channel(server.address) as channel,
     ):
-        for _ in range(bystanders.MOST_COMING + 1):
+        for _ in range(bystanders.MOST_COMING):
             stalled.send(stalled.begin(CHECK), b"\0\0\x10\0\0half of it")
+        keep_coming(lambda: stalled.begin(CHECK))
         assert stalled.wait_for_end() == 1
         check = health_pb2_grpc.HealthStub(channel).Check
         assert check(health_pb2.HealthCheckRequest(), timeout=10).status == SERVING
+
+
+def test_a_thousand_probes_at_once_are_all_answered(channel):
+    check = health_pb2_grpc.HealthStub(channel).Check
+    calls = [
+        check.future(health_pb2.HealthCheckRequest(), timeout=20) for _ in range(1000)
+    ]
+    assert {call.result().status for call in calls} == {SERVING}
 
 
 def test_a_name_of_megabytes_is_kept_by_no_service(channel):
