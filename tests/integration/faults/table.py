@@ -89,8 +89,9 @@ FAULTS = {
         "those bytes",
         86,
         12,
-        "the results, with the same bits, or an error; the same client is right again "
-        "with one of its next calls",
+        "where it was a request's, the results, with the same bits; where it was a "
+        "response's, `ServerError` (gRPC calls it UNKNOWN, which is not tried again). "
+        "Never a wrong result",
     ),
     "flip-elements": Fault(
         "a bit of a message's elements is flipped, with `checksum=True`: of every "
@@ -202,8 +203,10 @@ sources for others.
 A flipped bit that TCP's own checksum lets through can leave a plaintext connection
 deaf: gRPC ignores calls after one whose number in HTTP/2 came out too large, and its
 pings still pass, so that each call ends with `DeadlineError` until the client is made
-anew. Over TLS none of the bytes that were tried does that: the connection breaks, at
-the latest with the next call's bytes.
+anew. TLS notices every flipped bit. Where it is one of a record's length, TLS waits
+first for what is missing, and calls end with `DeadlineError` until that has come or
+the pings fail, which takes 50 s at most by gRPC's settings (nobody has waited for it
+here).
 
 What happens on retries, and how to turn them off: [failing.md](failing.md).
 """

