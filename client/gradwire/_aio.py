@@ -24,7 +24,8 @@ from gradwire import _fork
 from gradwire._aio_calls import AsyncCall, AsyncConnection
 from gradwire._aio_channels import open_calls
 from gradwire._aio_stream import AsyncGradientStream
-from gradwire._base import ArrayJob, BaseClient
+from gradwire._array_job import ArrayJob
+from gradwire._base import BaseClient
 from gradwire._exceptions import ClientStateError, GradwireError
 from gradwire._exchange import Exchange
 from gradwire._failures import call_error, connect_error

@@ -20,7 +20,7 @@ from gradwire.wire.matrices import Matrix
 from gradwire.wire.reasons import Reason
 
 if TYPE_CHECKING:
-    from gradwire._base import ArrayJob
+    from gradwire._array_job import ArrayJob
 
 
 class SharedJob:

@@ -23,7 +23,7 @@ from gradwire.wire.dtypes import Dtype
 from gradwire.wire.limits import MIB, SHARED_MEMORY
 
 if TYPE_CHECKING:
-    from gradwire._base import ArrayJob
+    from gradwire._array_job import ArrayJob
 
 OPEN_TIMEOUT_S = 10.0
 """A server opens a region or refuses it at once; this is for a dead one."""

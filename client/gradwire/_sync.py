@@ -14,7 +14,8 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
 from gradwire import _fork
-from gradwire._base import ArrayJob, BaseClient
+from gradwire._array_job import ArrayJob
+from gradwire._base import BaseClient
 from gradwire._exceptions import GradwireError
 from gradwire._exchange import Exchange
 from gradwire._failures import call_error, connect_error
@@ -556,8 +557,11 @@ class Client(BaseClient):
                 the wanted results do not need, or that which they do need
                 alone. Its first item is asked for in the caller's thread, the
                 others in another, ahead of the results. An item's memory may
-                be used again once the next is asked for. What the iterable
-                raises cancels the job and is raised here.
+                be used again once the next is asked for; but a sequence's
+                items are asked for again where the job goes on after it was
+                cut off, while other rows are copied for that
+                (docs/failing.md). What the iterable raises cancels the job
+                and is raised here.
             w: W, shape (n, k); None where only dW is wanted.
             m: Number of all rows, where it is known.
             results: Any of ``"y"``, ``"dx"``, ``"dw"``.
@@ -583,6 +587,8 @@ class Client(BaseClient):
         Raises:
             InputError: An argument is refused. One that only the iterable's
                 items show to be wrong is refused while iterating.
+            RowsLostError: While iterating: the job was cut off, and rows that
+                are needed again are held no more.
 
         Example:
             >>> with client.stream(zip(x_parts, dy_parts), w) as stream:

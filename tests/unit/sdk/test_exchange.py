@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradwire
+from gradwire._array_job import ArrayJob
 from gradwire._arrays import Operand
-from gradwire._base import ArrayJob
 from gradwire._devices import HostCopies
 from gradwire._exchange import Exchange
 from gradwire._memory import ResultPool

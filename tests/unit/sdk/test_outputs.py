@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire._base import ArrayJob
+from gradwire._array_job import ArrayJob
 from gradwire._devices import HostCopies
 from gradwire._memory import ResultPool
 from gradwire._options import parse_options
