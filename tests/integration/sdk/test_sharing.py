@@ -114,7 +114,7 @@ FORK = """
             client.forward(small if number % 2 else large, w)
 
     threads = [
-        threading.Thread(target=keep_busy, args=(number,))
+        threading.Thread(target=keep_busy, args=(number,), daemon=True)
         for number in range(busy_threads)
     ]
     for thread in threads:
@@ -206,6 +206,10 @@ FORK_AFTER_ASYNCIO = """
 """
 
 
+GRPC_FAILED = "Check failed: (__atomic_load_n((&g_active_poller), 0))"
+"""What gRPC says when it takes a thread of the parent's for one of its own."""
+
+
 def run_script(script: str, *arguments: str) -> str:
     """What a script prints that ends well, in an environment of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GRPC_")}
@@ -235,8 +239,17 @@ def test_a_client_goes_on_in_the_children_of_a_fork(
     large_blocks: ServerProcess, busy_threads: int, way: Way
 ) -> None:
     arguments = (json.dumps(dict(way.options)), str(busy_threads))
-    printed = run_script(FORK, way.address(large_blocks), *arguments)
-    assert printed == "all is well\n"
+    for last in (False, False, True):
+        try:
+            printed = run_script(FORK, way.address(large_blocks), *arguments)
+        except AssertionError as failed:
+            # In a child of a process with many busy connections gRPC itself may
+            # fail, one time in fifty on a busy machine: docs/failing.md.
+            if last or GRPC_FAILED not in str(failed):
+                raise
+        else:
+            assert printed == "all is well\n"
+            return
 
 
 def test_a_fork_beside_a_call_that_waits_is_no_harm(occupied: ServerProcess) -> None:
