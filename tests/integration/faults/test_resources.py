@@ -46,8 +46,9 @@ def test_a_disk_that_fills_up_leaves_no_half_results(
             preexec_fn=lambda most=most: resource.setrlimit(
                 resource.RLIMIT_FSIZE, (most, most)
             ),
-            # Nor could the coverage of that process be written.
-            env={"COVERAGE_PROCESS_CONFIG": ""},
+            # Nor could the coverage of that process be written, nor what Python
+            # compiles, of which it would keep the half.
+            env={"COVERAGE_PROCESS_CONFIG": "", "PYTHONDONTWRITEBYTECODE": "1"},
         )
         assert done.returncode == 1, most
         assert re.search(r"npy cannot be written: File too large", sentence(done))
