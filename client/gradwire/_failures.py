@@ -36,6 +36,10 @@ _RESET = "CANCELLED"
 a proxy. Of calls that this side has cancelled it says more, and a gradwire server
 that ends a call gives its reason."""
 
+_REMOVED = "Stream removed"
+"""What gRPC says of a call whose connection ended in a way that it has no status for,
+as when TLS finds that bytes were changed."""
+
 _NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server|selected ALPN")
 _CONNECT_CAUSE = re.compile("(?:to remote host|connect failed: .* error): ?(.+)")
 _DISTRUSTED = re.compile("CERTIFICATE_VERIFY_FAILED: (.+?)(?:: OK)?$")
@@ -65,7 +69,9 @@ def call_error(
     code, text = outcome.code(), outcome.details() or ""
     attached = _attached(outcome)
     if attached.reason is None:
-        if code is StatusCode.CANCELLED and text == _RESET:
+        if (code is StatusCode.CANCELLED and text == _RESET) or (
+            code is StatusCode.UNKNOWN and text.startswith(_REMOVED)
+        ):
             return ConnectionLostError(
                 f"the call was cut off at {endpoint.address}, or on the way there,"
                 f" before it was done ({text})",

@@ -89,9 +89,8 @@ FAULTS = {
         "those bytes",
         86,
         12,
-        "where it was a request's, the results, with the same bits; where it was a "
-        "response's, `ServerError` (gRPC calls it UNKNOWN, which is not tried again). "
-        "Never a wrong result",
+        "the results, with the same bits; or `DeadlineError`, where it was one of a "
+        "record's length. Never a wrong result",
     ),
     "flip-elements": Fault(
         "a bit of a message's elements is flipped, with `checksum=True`: of every "

@@ -190,11 +190,11 @@ def test_over_tls_it_never_does_even_without_checksums(tmp_path, extent):
                 proxy.arm(Fault(of, flip_byte=at))
                 try:
                     result = compute(client, "all results")
-                except gradwire.GradwireError:
+                except gradwire.DeadlineError:
                     continue
             assert bits(result, "all results") == expected, (of, at)
             right += 1
-    assert right > len(cases) / 4
+    assert right > len(cases) * 3 / 4
 
 
 @pytest.mark.parametrize("extent", EXTENTS)

@@ -47,6 +47,18 @@ def test_a_call_that_the_other_side_reset_is_a_lost_connection() -> None:
     assert type(here) is gradwire.JobCancelledError
 
 
+def test_a_stream_that_tls_found_damaged_is_a_lost_connection() -> None:
+    """gRPC does not call that unavailable, as it does other ends of a connection."""
+    unknown = grpc.StatusCode.UNKNOWN
+    removed = call_error(
+        Outcome(unknown, "Stream removed (TSI_DATA_CORRUPTED)"), ADDRESS
+    )
+    assert type(removed) is gradwire.ConnectionLostError
+    assert "TSI_DATA_CORRUPTED" in str(removed)
+    other = call_error(Outcome(unknown, "Unexpected <class 'E'>"), ADDRESS)
+    assert type(other) is gradwire.ServerError
+
+
 @pytest.mark.parametrize("reason", list(Reason))
 def test_every_reason_becomes_its_class_with_everything_attached(
     reason: Reason,
