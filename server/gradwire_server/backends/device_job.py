@@ -76,32 +76,14 @@ class DeviceJob:
         placed = self._placed.w
         if placed is None or not placed.size:
             return
-        with self._begun() as marks:
-            self._device.record(Stream.UP, marks.upload_begun)
-            self._device.upload(w, placed.address)
-            self._device.record(Stream.UP, marks.uploaded)
-            # What W came in may be gone when this job is, at any moment.
-            self._device.synchronize(marks.uploaded)
-            self._times.to_device_s += self._device.elapsed_s(
-                marks.upload_begun, marks.uploaded
-            )
-            self._device.give_marks_back(marks)
+        self._upload_whole(w, placed)
 
     def take_dw_sum(self, dw: Array) -> None:
         """Copies a sum of dW, with which the job goes on, to the device."""
         placed = self._sum()
         self._dw_begun = True
-        if not placed.size:
-            return
-        with self._begun() as marks:
-            self._device.record(Stream.UP, marks.upload_begun)
-            self._device.upload(dw, placed.address)
-            self._device.record(Stream.UP, marks.uploaded)
-            self._device.synchronize(marks.uploaded)
-            self._times.to_device_s += self._device.elapsed_s(
-                marks.upload_begun, marks.uploaded
-            )
-            self._device.give_marks_back(marks)
+        if placed.size:
+            self._upload_whole(dw, placed)
 
     def copy_dw_sum(self, out: Array) -> None:
         """Copies the sum of dW over the blocks that have begun from the device."""
@@ -199,6 +181,19 @@ class DeviceJob:
             except BaseException:
                 self._device.settle()
                 raise
+
+    def _upload_whole(self, array: Array, to: DeviceMatrix) -> None:
+        """Copies W, or a sum of dW, and waits for it."""
+        with self._begun() as marks:
+            self._device.record(Stream.UP, marks.upload_begun)
+            self._device.upload(array, to.address)
+            self._device.record(Stream.UP, marks.uploaded)
+            # What it came in may be gone when this job is, at any moment.
+            self._device.synchronize(marks.uploaded)
+            self._times.to_device_s += self._device.elapsed_s(
+                marks.upload_begun, marks.uploaded
+            )
+            self._device.give_marks_back(marks)
 
     def _upload(self, slot: int, block: RowBlock, marks: Marks) -> None:
         before = self._slots[slot]
