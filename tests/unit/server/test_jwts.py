@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 
+import jwt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +18,6 @@ from gradwire_server.auth.refused import RefusedError
 from gradwire_server.errors import CredentialsError
 from gradwire_server.settings import Settings
 from tests.credentials import AUDIENCE, ISSUER, Issuer
-
-jwt = pytest.importorskip("jwt")  # of the extra `server`
 
 EXPECTED = Expected(AUDIENCE, ISSUER, "sub")
 
