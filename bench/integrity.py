@@ -14,11 +14,12 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradwire
 from bench.contenders.gradwire_sdk import Gradwire
+from bench.driver import SETTLE_S, rotated
 from bench.work import Array, Shape, operands
 from bench.worker import cpu_s
 
@@ -54,7 +55,8 @@ def measured(
     worked: dict[str, list[float]] = {name: [] for name in WAYS}
     verifying: list[float] = []
     for number in range(rounds + 1):
-        for name in _turns(number):
+        for name in rotated(list(WAYS), number):
+            time.sleep(SETTLE_S)  # BLAS checks results here, too
             before = sum(map(cpu_s, pids))
             seconds, receipt = _call(client, given, WAYS[name])
             cpu = sum(map(cpu_s, pids)) - before
@@ -75,12 +77,6 @@ def measured(
         }
     record["verifying_s"] = round(statistics.median(verifying), 4)
     return record
-
-
-def _turns(number: int) -> Iterator[str]:
-    names = list(WAYS)
-    first = number % len(names)
-    yield from names[first:] + names[:first]
 
 
 def _call(
