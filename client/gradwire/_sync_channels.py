@@ -62,7 +62,7 @@ class Calls:
         self._inbox: Mailbox[tuple[int, Answer]] = Mailbox(lambda: capacity)
         with _fork.calling():
             self._open(0)
-            self._running = _fork.Running()
+            self._running = _fork.Running(several=True)
 
     def __enter__(self) -> Calls:
         return self
