@@ -31,7 +31,7 @@ from tests.raw import (
     stream_job,
     whole_numbers,
 )
-from tests.serving import ServerProcess, running_server
+from tests.serving import BACKEND, ServerProcess, running_server
 
 MIB = 1 << 20
 SMALL = whole_numbers(40, 5, 4)
@@ -178,7 +178,9 @@ def test_jobs_wait_for_memory():
         with Stream(channel) as first, Stream(channel) as second:
             first.send(half.job())
             outcome = first.receive_accepted()
-            assert outcome.accepted.reserved_bytes > 32 * MIB
+            # Of a GPU's job the sum of dW is in the device's own memory.
+            least = 40 * MIB if BACKEND == "numpy" else 32 * MIB
+            assert outcome.accepted.reserved_bytes > least
             others = []
             while True:
                 others.append(Stream(channel))
