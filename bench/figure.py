@@ -20,7 +20,6 @@ _STYLES = {
     "gradwire-tcp": ("#08519c", "-", "o"),
     "gradwire-unix": ("#3182bd", "-", "s"),
     "gradwire-shm": ("#6baed6", "-", "D"),
-    "gradwire-2ch": ("#41b6c4", "-", "P"),
     "grpcio-unary": ("#a50f15", "-", "^"),
     "grpcio-stream": ("#fb6a4a", "-", "v"),
     "arrow-flight": ("#d95f0e", "-", "<"),

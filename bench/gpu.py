@@ -8,8 +8,8 @@ a. **device**: the three products on the device alone, by the backend's code
 b. **copies**: how fast the bus is, one way alone and both at once.
 c. **lane**: from host memory to host memory through a lane, without gRPC,
    against the longest of upload, compute and download, each measured alone.
-d. **transports**: whole jobs over TCP, a unix socket, shared memory, and
-   several connections, with the share of each stage, from the receipts.
+d. **transports**: whole jobs over TCP, a unix socket and shared memory, with
+   the share of each stage, from the receipts.
 e. **numpy**: from what size on the GPU is faster than this host's processor.
 
 It needs CuPy, grpcio, protobuf, googleapis-common-protos, numpy and ml-dtypes,

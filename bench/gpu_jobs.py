@@ -16,8 +16,6 @@ from bench.contenders.server_process import ServerProcess
 from bench.gpu_parts import Answer, Options, median
 from bench.work import Array, Shape, copied, empty_results, operands, products
 
-CHANNELS = (1, 2, 4, 8)
-
 TRANSPORT_ONLY = Shape(65536, 4096, 1)
 """X goes, dX comes back; next to nothing is computed."""
 
@@ -25,9 +23,6 @@ SIDES = (256, 512, 1024, 2048, 4096, 8192)
 
 LEAST_OF_LANE = 0.7
 """Of the lane's rate, what shared memory has to reach."""
-
-LEAST_OF_TRANSPORT = 0.8
-"""Of what four connections carry, what a job over them has to reach."""
 
 Job = Callable[[], gradwire.Receipt]
 
@@ -38,15 +33,12 @@ def measure_transports(options: Options) -> Answer:
     empty = gpu_lane.scaled(TRANSPORT_ONLY, options)
     rows = []
     with _server(options) as (tcp, unix):
-        ways: dict[str, tuple[str, dict[str, Any]]] = {
-            "shm": (unix, {"transport": "shm"}),
-            "unix": (unix, {"transport": "tcp"}),
-        }
-        for channels in CHANNELS:
-            options_of = {"transport": "tcp", "channels": channels}
-            ways[f"tcp, {channels} channels"] = (tcp, options_of)
-        for name, (address, settings) in ways.items():
-            with gradwire.connect(address, **settings) as client:
+        for name, address, transport in (
+            ("shm", unix, "shm"),
+            ("unix", unix, "tcp"),
+            ("tcp", tcp, "tcp"),
+        ):
+            with gradwire.connect(address, transport=transport) as client:
                 rows.append(_measured(name, "job", client, shape, options))
                 if name != "shm":
                     rows.append(_measured(name, "transport", client, empty, options))
@@ -90,13 +82,6 @@ def measure_sizes(options: Options) -> Answer:
 
 def _bars(rows: Sequence[dict[str, Any]], answers: dict[str, Any]) -> Iterable[Bound]:
     rate = {(row["way"], row["what"]): row["GB/s each way"] for row in rows}
-    four = "tcp, 4 channels"
-    yield Bound(
-        "job over 4 channels over what they carry",
-        rate[four, "job"] / rate[four, "transport"],
-        LEAST_OF_TRANSPORT,
-        at_least=True,
-    )
     shape = next(row["shape"] for row in rows if row["what"] == "job")
     dtype = gpu_lane.END_TO_END[1].label
     lane = answers.get("lane", {}).get("rows")

@@ -27,7 +27,6 @@ class _Known:
 _KNOWN = {
     "numpy": _Known("local_numpy"),
     "gradwire-tcp": _Known("gradwire_sdk"),
-    "gradwire-2ch": _Known("gradwire_sdk", {"channels": 2}),
     "gradwire-unix": _Known("gradwire_sdk", {"unix": True}),
     "gradwire-shm": _Known("gradwire_sdk", {"shared": True}),
     "grpcio-unary": _Known("grpcio_unary"),

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gradwire
 from bench.contenders.interface import ArrayContender, Arrays
@@ -21,14 +20,10 @@ class Gradwire(ArrayContender):
     Args:
         unix: Whether the server listens on a unix socket instead of TCP.
         shared: Whether elements stay in memory that the server shares.
-        options: More arguments of `gradwire.connect`.
     """
 
-    def __init__(
-        self, *, unix: bool = False, shared: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, *, unix: bool = False, shared: bool = False) -> None:
         self._unix, self._shared = unix, shared
-        self._options = {"transport": "shm" if shared else "tcp", **options}
         self._folder = tempfile.TemporaryDirectory(prefix="gradwire-bench-")
         self._server: ServerProcess | None = None
         self._client: gradwire.Client | None = None
@@ -46,7 +41,8 @@ class Gradwire(ArrayContender):
         command += ["--log-level", "warning"]
         self._server = ServerProcess.start(command)
         self.server_pid = self._server.pid
-        self._client = gradwire.connect(self._server.address, **self._options)
+        transport = "shm" if self._shared else "tcp"
+        self._client = gradwire.connect(self._server.address, transport=transport)
 
     @property
     def address(self) -> str:

@@ -22,14 +22,12 @@ import grpc
 
 from gradwire import _fork
 from gradwire._aio_calls import AsyncCall, AsyncConnection
-from gradwire._aio_channels import open_calls
 from gradwire._aio_stream import AsyncGradientStream
 from gradwire._array_job import ArrayJob
 from gradwire._base import BaseClient
 from gradwire._exceptions import ClientStateError, GradwireError
 from gradwire._exchange import Exchange
 from gradwire._failures import call_error, connect_error
-from gradwire._joining import NotJoinedError
 from gradwire._options import (
     DtypeLike,
     Metadata,
@@ -89,7 +87,6 @@ class AsyncClient(BaseClient):
         metadata: Sent with every call.
         transport: As for `connect`; "auto" is "tcp" where the client is not
             entered.
-        channels: Over how many connections each job travels; see `connect`.
         tls: Whether and how the server proves who it is; see `connect`.
         token: Sent with every call; see `connect`. What returns one is called
             on the event loop, which it must not keep.
@@ -97,8 +94,8 @@ class AsyncClient(BaseClient):
         verify: How results are checked here; see `connect`.
 
     Raises:
-        InputError: The address, the transport or the number is none, or a
-            file of `tls` or the token cannot be used.
+        InputError: The address or the transport is none, or a file of `tls`
+            or the token cannot be used.
 
     Example:
         >>> async with gradwire.AsyncClient("gpu-node:50051") as client:
@@ -113,7 +110,6 @@ class AsyncClient(BaseClient):
         timeout_s: float | None = None,
         metadata: Metadata = (),
         transport: str = "auto",
-        channels: int = 1,
         tls: Tls | bool | None = None,
         token: TokenLike | None = None,
         retries: RetriesLike = True,
@@ -124,7 +120,6 @@ class AsyncClient(BaseClient):
             timeout_s=timeout_s,
             metadata=metadata,
             transport=transport,
-            channels=channels,
             tls=tls,
             token=token,
             retries=retries,
@@ -133,7 +128,7 @@ class AsyncClient(BaseClient):
         self._closing = asyncio.Event()
         self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._connected: list[AsyncConnection] = []
+        self._connected: AsyncConnection | None = None
         self._servers: Servers[AsyncClient] | None = None
         if self._endpoints is not None:
             tls_of = self._endpoints.tls_of
@@ -143,7 +138,6 @@ class AsyncClient(BaseClient):
                     address,
                     metadata=metadata,
                     transport="tcp",
-                    channels=channels,
                     tls=tls_of(name),
                     token=token,
                     retries=retries,
@@ -177,13 +171,13 @@ class AsyncClient(BaseClient):
         """Close the connection; calls that still run are cancelled."""
         self._closed = True
         self._closing.set()
-        connected, self._connected = self._connected, []
+        connected, self._connected = self._connected, None
         for member in self._servers.all_clients() if self._servers else ():
             await member.close()
         self._sharing.pool.close()
         self._memory.close()
-        for connection in connected:
-            await connection.channel.close()
+        if connected is not None:
+            await connected.channel.close()
 
     async def server_info(
         self, *, timeout_s: float | None = None, address: str | None = None
@@ -590,14 +584,10 @@ class AsyncClient(BaseClient):
                 return receipt
         if job.unary:
             return await self._compute(job, attempts.options(options))
-        connections = self._connections_now()
         while True:
-            exchange = job.exchange(connections)
+            exchange = job.exchange()
             try:
                 return await self._stream(job, exchange, attempts.options(options))
-            except NotJoinedError as error:
-                self._not_joined(error)
-                connections = 1
             except GradwireError as error:
                 if not job.cut_off(exchange, error, attempts):
                     raise
@@ -605,14 +595,14 @@ class AsyncClient(BaseClient):
     async def _stream(
         self, job: ArrayJob, exchange: Exchange, options: Options
     ) -> Receipt:
-        async with open_calls(
-            self._channels_to_use(exchange.connections),
+        async with AsyncCall(
+            self._connection(),
             exchange,
-            lambda connection: _messages(job.messages(exchange, connection)),
+            lambda: _messages(job.messages(exchange)),
             options,
         ) as call:
             async for message in call:
-                exchange.receive(message, call.connection)
+                exchange.receive(message)
             return exchange.finish()
 
     async def _run_shared(
@@ -694,9 +684,6 @@ class AsyncClient(BaseClient):
             )
 
     def _connection(self) -> AsyncConnection:
-        return self._channels_to_use(1)[0]
-
-    def _channels_to_use(self, count: int) -> list[AsyncConnection]:
         self._require_open()
         self._require_calls()
         if _fork.aio_lost is not None:
@@ -714,9 +701,9 @@ class AsyncClient(BaseClient):
                 "this AsyncClient belongs to another event loop, that of its first"
                 " use: make one for each loop"
             )
-        while len(self._connected) < count:
-            self._connected.append(AsyncConnection(self._endpoint))
-        return self._connected[:count]
+        if self._connected is None:
+            self._connected = AsyncConnection(self._endpoint)
+        return self._connected
 
 
 async def _beside(shared: SharedJob, copy: Callable[[], None]) -> None:

@@ -115,9 +115,6 @@ class AsyncCall:
         options: The job's.
     """
 
-    connection = 0
-    """Of the job's connections, that on which the last message came."""
-
     def __init__(
         self,
         connection: AsyncConnection,

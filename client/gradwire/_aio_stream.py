@@ -15,12 +15,10 @@ from collections.abc import (
 from typing import TYPE_CHECKING, TypeVar
 
 from gradwire._aio_calls import AsyncCall
-from gradwire._aio_channels import AsyncCalls, AsyncDealer, open_calls
 from gradwire._aio_rows import AsyncDrawnRows
 from gradwire._arrays import Operand
 from gradwire._exceptions import GradwireError, VerificationError
 from gradwire._exchange import Exchange
-from gradwire._joining import NotJoinedError
 from gradwire._retrying import Attempts
 from gradwire._row_job import RowJob, require_receipt
 from gradwire._rows import RowReader
@@ -60,8 +58,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._rows = AsyncDrawnRows(rows, self._held)
         self._reader = reader
         self._job: RowJob | None = None
-        self._call: AsyncCall | AsyncCalls | None = None
-        self._connections = client._connections_now()
+        self._call: AsyncCall | None = None
         self._attempts: Attempts | None = None
         self._lease: Lease[AsyncClient] | None = None
         self._over = False
@@ -89,16 +86,12 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                 while not self._over and not (self._job and self._job.ready):
                     try:
                         await self._read(*await self._opened())
-                    except NotJoinedError as error:
-                        if self._lease is not None:
-                            self._lease.client._not_joined(error)
-                        await self._again(connections=1)
                     except GradwireError as error:
                         self._leave(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
-                        await self._again(self._connections)
+                        await self._again()
                         await self._client._rest(delay_s)
             except BaseException as error:
                 self._leave(error)
@@ -144,37 +137,31 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         """
         return require_receipt(self._job)
 
-    async def _opened(self) -> tuple[RowJob, AsyncCall | AsyncCalls]:
+    async def _opened(self) -> tuple[RowJob, AsyncCall]:
         if self._job is None or self._attempts is None:
             await self._rows.draw(0)
             self._attempts = self._client._attempts(self._reader.options)
             self._job = self._client._row_job(self._reader, self._held)
         if self._lease is None:
             self._lease = await self._client._lease(self._attempts)
-            self._connections = self._lease.client._connections_now()
         if self._call is None:
             job, client = self._job, self._lease.client
             job.address = client.address
-            exchange = job.begin(self._connections)
-            dealer = AsyncDealer(
-                _messages(job, exchange, self._rows.portions(job.first_row)),
-                self._connections,
-                lambda: job.block_messages,
-            )
-            self._call = open_calls(
-                client._channels_to_use(self._connections),
+            exchange = job.begin()
+            portions = self._rows.portions(job.first_row)
+            self._call = AsyncCall(
+                client._connection(),
                 exchange,
-                dealer.messages,
+                lambda: _messages(job, exchange, portions),
                 self._attempts.options(job.options),
             )
         return self._job, self._call
 
-    async def _again(self, connections: int) -> None:
+    async def _again(self) -> None:
         """Announce the job anew, where it is."""
         if self._call is not None:
             await self._call.cancel()
         self._call = None
-        self._connections = connections
 
     def _leave(self, error: BaseException | None = None) -> None:
         """The server has the job no more; None: it came to a good end."""
@@ -199,7 +186,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             self._job.require_rows(error)
         return delay_s
 
-    async def _read(self, job: RowJob, call: AsyncCall | AsyncCalls) -> None:
+    async def _read(self, job: RowJob, call: AsyncCall) -> None:
         try:
             message = await anext(call)
         except StopAsyncIteration:
@@ -211,8 +198,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             self._leave()
             self._over = True
         else:
-            connection = call.connection
-            await _beside(job, lambda: job.receive(message, connection))
+            await _beside(job, lambda: job.receive(message))
 
 
 async def _beside(job: RowJob, take: Callable[[], _Taken]) -> _Taken:
@@ -226,7 +212,7 @@ async def _messages(
     job: RowJob,
     exchange: Exchange,
     portions: AsyncIterator[Mapping[Matrix, Operand]],
-) -> AsyncGenerator[tuple[int, bytes]]:
+) -> AsyncGenerator[bytes]:
     for message in job.opening_messages(exchange):
         yield message
     async for operands in portions:

@@ -58,14 +58,12 @@ class ArrayJob:
         self._memory = memory
         self._outputs = dict(given)
 
-    def exchange(self, connections: int = 1) -> Exchange:
-        """The conversation, as a stream over so many connections."""
-        sender = Sender(self.plan, connections=connections)
-        sinks = [self._sinks() for _ in range(connections)]
+    def exchange(self) -> Exchange:
+        """The conversation, as a stream."""
         return Exchange(
             self.plan,
-            sender,
-            *sinks,
+            Sender(self.plan),
+            self._sinks(),
             point=self.point,
             checkpoint_rows=self._checkpoint_rows,
         )
@@ -90,9 +88,9 @@ class ArrayJob:
         """The conversation, as one message each way."""
         return UnaryExchange(self.plan, self._made_outputs())
 
-    def messages(self, exchange: Exchange, connection: int = 0) -> Iterator[bytes]:
-        """What a connection of the stream sends after its opening."""
-        return exchange.array_messages(self.operands, connection)
+    def messages(self, exchange: Exchange) -> Iterator[bytes]:
+        """What the stream sends after its opening."""
+        return exchange.array_messages(self.operands)
 
     @property
     def to_verify(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
@@ -19,13 +18,11 @@ from gradwire._exceptions import (
     InputError,
 )
 from gradwire._held import HeldRows
-from gradwire._joining import NotJoinedError
 from gradwire._memory import ResultPool
 from gradwire._options import (
     Metadata,
     MetadataPairs,
     Options,
-    parse_channels,
     parse_metadata,
     parse_timeout,
     parse_transport,
@@ -54,10 +51,6 @@ COMPUTE = f"/{limits.SERVICE}/Compute"
 OPEN_REGION = f"/{limits.SERVICE}/OpenRegion"
 COMPUTE_STREAM = f"/{limits.SERVICE}/ComputeStream"
 GET_SERVER_INFO = f"/{limits.SERVICE}/GetServerInfo"
-
-_NOT_JOINED_S = 60.0
-"""How long jobs go over one connection after one could not have more: finding
-it out anew costs each job a round trip, or the server's patience."""
 
 _SMALL = 16
 """So many times the bytes of a checkpoint that was not asked for are those of the
@@ -88,7 +81,6 @@ class BaseClient:
         timeout_s: float | None = None,
         metadata: Metadata = (),
         transport: str = "auto",
-        channels: int = 1,
         tls: Tls | bool | None = None,
         token: TokenLike | None = None,
         retries: RetriesLike = True,
@@ -96,8 +88,6 @@ class BaseClient:
     ) -> None:
         self._retries = Retries(parse_retries(retries))
         self._verify = parse_verify(verify)
-        self._channels = parse_channels(channels)
-        self._one_until = 0.0
         self._features: frozenset[str] = frozenset()
         self._memory = ResultPool()
         self._addresses = parse_addresses(address)
@@ -276,15 +266,6 @@ class BaseClient:
             metadata=self._metadata + options.metadata,
         )
 
-    def _connections_now(self) -> int:
-        """Over how many connections the next job shall travel."""
-        return 1 if time.monotonic() < self._one_until else self._channels
-
-    def _not_joined(self, error: NotJoinedError) -> None:
-        """A job goes over one connection; those that follow need not try."""
-        if error.lasts:
-            self._one_until = time.monotonic() + _NOT_JOINED_S
-
     def _shares(self, job: ArrayJob) -> bool:
         """Whether a job shall go through shared memory."""
         if self._tuning.unary or job.plan.options.checksum:
@@ -300,6 +281,4 @@ class BaseClient:
             )
         self._sharing.learn(info)
         self._features = frozenset(info.features)
-        if limits.CONNECTIONS not in info.features:
-            self._channels = 1
         return info

@@ -10,9 +10,7 @@ from gradwire._exceptions import ProtocolError
 from gradwire.v1.job_pb2 import Accepted, Job
 from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
 
-_FILLED_IN = frozenset(
-    {"job_id", "numerics.dw_accumulator", "max_block_bytes", "connections"}
-)
+_FILLED_IN = frozenset({"job_id", "numerics.dw_accumulator", "max_block_bytes"})
 """Options that a server chooses where a job leaves them out."""
 
 
@@ -57,8 +55,6 @@ def _with_defaults(asked: Job, understood: Job) -> Job:
     filled.CopyFrom(asked)
     if not asked.numerics.dw_accumulator:
         filled.numerics.dw_accumulator = understood.numerics.dw_accumulator
-    if not asked.connections:
-        filled.connections = understood.connections
     return filled
 
 

@@ -13,8 +13,7 @@ across forks, and if no other thread is inside it at that moment. So:
   still runs stops before it enters gRPC (`calling`, `waiting`), and the fork
   goes on once no thread is inside.
 - Where that cannot be had (on an event loop gRPC has a thread that never
-  rests, and with a job on several connections it may take the parent's threads
-  for the child's), the child is told so by an exception instead of hanging.
+  rests), the child is told so by an exception instead of hanging.
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ class _State:
         self.forking: set[int] = set()
         self.paused = False
         self.calls: dict[object, int] = {}
-        self.several: set[object] = set()
         self.inside: dict[int, int] = {}
         self.waiting: set[int] = set()
         self.aio_used = False
@@ -122,18 +120,12 @@ def calling() -> Iterator[None]:
 
 
 class Running:
-    """A call that runs, from now until its end.
+    """A call that runs, from now until its end."""
 
-    Args:
-        several: Whether over several connections.
-    """
-
-    def __init__(self, *, several: bool = False) -> None:
+    def __init__(self) -> None:
         self._state = _state
         with _state.changed:
             _state.calls[id(self)] = threading.get_ident()
-            if several:
-                _state.several.add(id(self))
 
     def end(self) -> None:
         """It is over; again is no harm."""
@@ -141,7 +133,6 @@ class Running:
         if state is _state:
             with state.changed:
                 state.calls.pop(id(self), None)
-                state.several.discard(id(self))
                 state.changed.notify_all()
 
     @property
@@ -231,11 +222,11 @@ def _after_in_this_process() -> None:
 def _after_in_this_child() -> None:
     global _state, lost, aio_lost  # noqa: PLW0603 - what a process knows about itself
     parent, _state = _state, _State()
-    if lost is None and (_others_inside(parent) or parent.aio_calls or parent.several):
+    if lost is None and (_others_inside(parent) or parent.aio_calls):
         lost = (
-            "this process was forked while a call of gradwire ran in another thread,"
-            " on an event loop or over several connections, and gRPC cannot go on in"
-            " it: fork when none runs, or start the process with the method spawn"
+            "this process was forked while a call of gradwire ran in another thread"
+            " or on an event loop, and gRPC cannot go on in it: fork when none runs,"
+            " or start the process with the method spawn"
         )
     if aio_lost is None and parent.aio_used:
         aio_lost = (

@@ -164,23 +164,6 @@ def at_most(seconds: float, left_s: float | None) -> float:
     return seconds if left_s is None else max(_LEAST_TIMEOUT_S, min(seconds, left_s))
 
 
-def parse_channels(value: int) -> int:
-    """Over how many connections a job travels.
-
-    Raises:
-        InputError: It is no number of them that a job can have.
-    """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | np.integer)
-        or not 1 <= value <= limits.MAX_CONNECTIONS
-    ):
-        raise InputError(
-            f"channels is {value!r}: give a number from 1 to {limits.MAX_CONNECTIONS}"
-        )
-    return int(value)
-
-
 def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
     """Metadata as gRPC takes it: ``{"traceparent": "00-..."}`` or pairs.
 

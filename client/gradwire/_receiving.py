@@ -48,7 +48,7 @@ class BlockSink:
     Attributes:
         columns: Elements of a row.
         complete: Row blocks that are complete and were not taken yet, by
-            their first rows; that of `beside`, where it is given.
+            their first rows.
     """
 
     def __init__(
@@ -57,9 +57,8 @@ class BlockSink:
         array_dtype: Dtype,
         dtype: Dtype,
         sender: Sender,
-        beside: BlockSink | None = None,
     ) -> None:
-        self.complete: dict[int, Array] = beside.complete if beside else {}
+        self.complete: dict[int, Array] = {}
         self.columns = columns
         self._array_dtype = array_dtype
         self._dtype = dtype
@@ -105,7 +104,7 @@ class BlockSink:
 
 
 class Receiver:
-    """The results that come on one connection of a job.
+    """The results of a job, as they come.
 
     Attributes:
         bytes_received: Bytes of results that were taken.
@@ -116,43 +115,36 @@ class Receiver:
         plan: Plan,
         sinks: Mapping[Matrix, Sink],
         sender: Sender,
-        connection: int = 0,
     ) -> None:
         self.bytes_received = 0
         self._plan = plan
         self._sinks = sinks
         self._sender = sender
-        self._connection = connection
-        self._next = {
-            matrix: 0
-            for matrix in plan.results
-            if matrix is not Matrix.DW or not connection
-        }
+        self._next = dict.fromkeys(plan.results, 0)
 
     def begin(self, row: int) -> None:
         """Y and dX come from a row on that begins a row block."""
         if not row:
             return
         rows = row if self._sender.m is None else min(row, self._sender.m)
-        count = self._sender.shares[self._connection].rows(rows)
         for matrix in self._next:
             if matrix is not Matrix.DW:
                 columns = matrix.row_length(self._plan.n, self._plan.k)
-                self._next[matrix] = count * columns
+                self._next[matrix] = rows * columns
                 self._sinks[matrix].seek(row)
 
     def complete_row(self) -> int | None:
-        """The first row of the share's first block that is not here, whole.
+        """The first row of the first block that is not here, whole.
 
-        It may lie behind the job's last row. None: no rows are wanted here.
+        None: no rows are wanted.
         """
-        share = self._sender.shares[self._connection]
+        block_rows = self._sender.block_rows
         numbers = []
         for matrix, at in self._next.items():
             columns = matrix.row_length(self._plan.n, self._plan.k)
             if matrix is not Matrix.DW and columns:
-                numbers.append(at // (share.block_rows * columns))
-        return share.block(min(numbers)) * share.block_rows if numbers else None
+                numbers.append(at // (block_rows * columns))
+        return min(numbers) * block_rows if numbers else None
 
     def flush(self) -> None:
         """Have the whole rows that were taken in their places."""
@@ -184,23 +176,11 @@ class Receiver:
                 f" elements have {itemsize}"
             )
         at = self._next[matrix]
-        columns = matrix.row_length(self._plan.n, self._plan.k)
-        share = self._sender.shares[self._connection]
-        index = at if matrix is Matrix.DW else share.index(at, columns)
-        if block.index != index:
+        if block.index != at:
             raise ProtocolError(
                 f"the server sent {matrix.label} from element {block.index} on, and"
-                f" element {index} is next"
+                f" element {at} is next"
             )
-        if share.connections > 1 and matrix is not Matrix.DW:
-            within = at % (share.block_rows * columns)
-            if within + count > share.block_rows * columns:
-                raise ProtocolError(
-                    f"the server sent {count} elements of {matrix.label} from element"
-                    f" {index} on, past the end of their row block"
-                )
-            if not within:
-                self._sinks[matrix].seek(index // columns)
         if at + count > self._due(matrix):
             raise ProtocolError(
                 f"the server sent {matrix.label} up to element {at + count}, and the"
@@ -229,9 +209,8 @@ class Receiver:
         sender = self._sender
         if matrix is Matrix.DW:
             return self._plan.n * self._plan.k if sender.ended else 0
-        rows = sender.share_rows[self._connection]
-        share = sender.shares[self._connection]
-        if sender.m is None or rows != share.rows(sender.m):
+        rows = sender.rows_sent
+        if rows != sender.m:
             rows -= rows % sender.block_rows
         return rows * matrix.row_length(self._plan.n, self._plan.k)
 

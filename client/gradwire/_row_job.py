@@ -27,7 +27,7 @@ from gradwire._retrying import Attempts
 from gradwire._sending import Sender
 from gradwire._types import Array, Receipt, RowBlock
 from gradwire._verifying import Computed
-from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
+from gradwire.wire.matrices import ROW_RESULTS, Matrix
 
 
 class RowJob:
@@ -87,37 +87,26 @@ class RowJob:
         """The first row that is sent, in the attempt that has begun."""
         return self._point.first_row if self._point else 0
 
-    @property
-    def block_messages(self) -> int:
-        """Messages that carry the operands of a row block, about."""
-        plan, rows = self._plan, self._sender.block_rows
-        sizes = [plan.size_bytes(each, rows) for each in ROW_OPERANDS]
-        return 2 + sum(size // plan.chunk_bytes for size in sizes)
-
-    def begin(self, connections: int = 1) -> Exchange:
+    def begin(self) -> Exchange:
         """The conversation of the next attempt."""
         plan = self._plan
         if self._held.complete:
             plan = replace(plan, m=self._held.count)
-        self._sender = Sender(plan, connections=connections)
+        self._sender = Sender(plan)
         self._blocks = self._block_sinks(plan)
         sinks: dict[Matrix, Sink] = dict(self._blocks)
-        others = [self._block_sinks(plan, self._blocks) for _ in range(1, connections)]
         if self.dw is not None:
             sinks[Matrix.DW] = ArraySink(self.dw, plan.result_dtype(Matrix.DW))
         self.exchange = Exchange(
             plan,
             self._sender,
             sinks,
-            *others,
             point=self._point,
             checkpoint_rows=self._checkpoint_rows,
         )
         return self.exchange
 
-    def messages(
-        self, portions: Iterable[Mapping[Matrix, Operand]]
-    ) -> Iterator[tuple[int, bytes]]:
+    def messages(self, portions: Iterable[Mapping[Matrix, Operand]]) -> Iterator[bytes]:
         """What is sent after the header, in this attempt.
 
         Args:
@@ -126,17 +115,17 @@ class RowJob:
         # Not that of a later attempt, whenever these are asked for.
         return _messages(self.exchange, self._w, portions)
 
-    def opening_messages(self, exchange: Exchange) -> Iterator[tuple[int, bytes]]:
-        """What is sent before any row, each message with its connection."""
-        return _opening_messages(exchange, self._w)
+    def opening_messages(self, exchange: Exchange) -> Iterator[bytes]:
+        """What is sent before any row."""
+        return exchange.weight_messages(self._w)
 
-    def receive(self, message: bytes, connection: int = 0) -> None:
+    def receive(self, message: bytes) -> None:
         """Take a message from the server; see `Exchange.receive`.
 
         Raises:
             VerificationError: It completes a block that is wrong.
         """
-        self.exchange.receive(message, connection)
+        self.exchange.receive(message)
         # A matrix without columns has no elements, so none of it ever comes.
         filled = [sink for sink in self._blocks.values() if sink.columns]
         while filled and all(self._next_row in sink.complete for sink in filled):
@@ -225,16 +214,13 @@ class RowJob:
         only_last = self._checkpoint_rows == 0 and not self._held.has(sure)
         return max(sure, here) if only_last else sure
 
-    def _block_sinks(
-        self, plan: Plan, beside: Mapping[Matrix, BlockSink] | None = None
-    ) -> dict[Matrix, BlockSink]:
+    def _block_sinks(self, plan: Plan) -> dict[Matrix, BlockSink]:
         return {
             matrix: BlockSink(
                 plan.shape(matrix, 0)[1],
                 plan.array_dtype(matrix),
                 plan.result_dtype(matrix),
                 self._sender,
-                None if beside is None else beside[matrix],
             )
             for matrix in ROW_RESULTS
             if matrix in plan.results
@@ -259,18 +245,11 @@ def _messages(
     exchange: Exchange,
     w: Operand | None,
     portions: Iterable[Mapping[Matrix, Operand]],
-) -> Iterator[tuple[int, bytes]]:
-    yield from _opening_messages(exchange, w)
+) -> Iterator[bytes]:
+    yield from exchange.weight_messages(w)
     for operands in portions:
         yield from exchange.row_messages(operands)
     yield from exchange.end_messages()
-
-
-def _opening_messages(
-    exchange: Exchange, w: Operand | None
-) -> Iterator[tuple[int, bytes]]:
-    for message in exchange.weight_messages(w):
-        yield 0, message
 
 
 def require_receipt(job: RowJob | None) -> Receipt:

@@ -3,8 +3,7 @@
 Rows travel in runs. A run ends at the next row block's boundary, or before
 it: X's rows of the run go first, then dY's, so that neither operand is ever
 ahead by more than a run, and the next rows always belong to the operand with
-fewer complete rows (X on a tie). A run lies within one row block, so that it
-travels on one connection.
+fewer complete rows (X on a tie).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from gradwire._types import Array
 from gradwire.wire import checksum, framing
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.matrices import ROW_OPERANDS, Matrix
-from gradwire.wire.shares import Share
 
 STALE_S = 0.1
 """Rows that trickle in are put together to a message for at most so long,
@@ -32,51 +30,26 @@ class Sender:
     """The requests of one job, after its header.
 
     Everything is told before it is handed out to be sent: the server's
-    answer may be there before the sender runs again. Rows that come one after
-    another are dealt to the connections (`rows`); of rows that are all there
-    each connection takes its own (`share`), maybe in a thread of its own.
+    answer may be there before the sender runs again.
 
     Attributes:
         m: All rows, once that is known.
         block_rows: Rows of a block, once the server has said.
-        shares: The row blocks of each connection, once the server has said.
-        share_rows: Rows of each of which elements were, or are being, handed
-            out.
+        rows_sent: Rows of which elements were, or are being, handed out.
+        bytes_sent: Bytes of operands that were handed out.
         ended: Whether End was handed out.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        clock: Callable[[], float] = time.monotonic,
-        connections: int = 1,
-    ) -> None:
+    def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
         self.m = plan.m
         self.ended = False
-        self.share_rows = [0] * connections
-        self.shares = [Share(each, connections, 1) for each in range(connections)]
-        self._bytes_sent = [0] * connections
+        self.rows_sent = 0
+        self.bytes_sent = 0
         self._plan = plan
         self._clock = clock
         self._last_sent = 0.0
         self.block_rows = self._run_rows = 1
-        self._first_row = 0
         self._staging: _Staging | None = None
-
-    @property
-    def connections(self) -> int:
-        """Over how many connections the job travels."""
-        return len(self.shares)
-
-    @property
-    def rows_sent(self) -> int:
-        """Rows of which elements were, or are being, handed out."""
-        return sum(self.share_rows)
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes of operands that were handed out."""
-        return sum(self._bytes_sent)
 
     def accept(self, block_rows: int, window_rows: int, first_row: int = 0) -> None:
         """Take over the server's grid of row blocks.
@@ -88,47 +61,34 @@ class Sender:
         """
         self.block_rows = block_rows
         self._run_rows = min(block_rows, window_rows)
-        self.shares = [
-            Share(share.connection, self.connections, block_rows)
-            for share in self.shares
-        ]
-        self._first_row = first_row
-        self.share_rows = [share.rows(first_row) for share in self.shares]
+        self.rows_sent = first_row
 
     def weights(self, w: Operand) -> Iterator[bytes]:
-        """The messages that carry W; they go on the first connection."""
-        yield from self._messages(Matrix.W, w, 0, w.rows, row=0, connection=0)
+        """The messages that carry W."""
+        yield from self._messages(Matrix.W, w, 0, w.rows, row=0)
 
     def dw_sum(self, dw: Array) -> Iterator[bytes]:
-        """The messages that carry a sum of dW; they go on the first connection."""
+        """The messages that carry a sum of dW."""
         elements = max(1, self._plan.chunk_bytes // dw.itemsize)
         flat = dw.reshape(-1)
         for index in range(0, flat.size, elements):
             payload = flat[index : index + elements].view(np.uint8).data
             yield self._encoded(Matrix.DW_SUM, index, payload)
 
-    def share(
-        self, operands: Mapping[Matrix, Operand], connection: int
-    ) -> Iterator[bytes]:
-        """The messages that carry one connection's share of all rows.
+    def all_rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+        """The messages that carry all rows that were not sent yet.
 
         Args:
             operands: All rows of X and of dY, as far as the job needs them.
-            connection: Which connection.
         """
-        m, step = self.m or 0, self.block_rows * self.connections
-        for block in range(connection * self.block_rows, m, step):
-            if block < self._first_row:
-                continue
-            last = min(block + self.block_rows, m)
-            for first in range(block, last, self._run_rows):
-                count = min(self._run_rows, last - first)
-                yield from self._run(
-                    operands, first, count, row=first, connection=connection
-                )
+        m = self.m or 0
+        while self.rows_sent < m:
+            first = self.rows_sent
+            count = min(self._room(), m - first)
+            yield from self._run(operands, first, count, row=first)
 
-    def rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[tuple[int, bytes]]:
-        """The messages that carry the next rows, each with its connection.
+    def rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+        """The messages that carry the next rows.
 
         A few rows may be held back, copied, to travel with the next.
 
@@ -156,10 +116,10 @@ class Sender:
                     yield from self._flush()
             else:
                 count = min(left, room)
-                yield from self._deal(operands, start, count)
+                yield from self._run(operands, start, count, row=self.rows_sent)
             start += count
 
-    def last_rows(self) -> Iterator[tuple[int, bytes]]:
+    def last_rows(self) -> Iterator[bytes]:
         """The messages that carry the rows that were held back.
 
         Raises:
@@ -171,7 +131,7 @@ class Sender:
         self.m = self.rows_sent
 
     def end(self) -> Iterator[bytes]:
-        """The message that completes the job; it goes on the first connection."""
+        """The message that completes the job."""
         self.ended = True
         yield framing.encode_end(self.m or 0)
 
@@ -204,22 +164,11 @@ class Sender:
             self._staging = _Staging(operands, rows)
         self._staging.put(operands, start, count)
 
-    def _flush(self) -> Iterator[tuple[int, bytes]]:
+    def _flush(self) -> Iterator[bytes]:
         if self._staging is not None and self._staging.count:
             operands, count = self._staging.operands(), self._staging.count
             self._staging.count = 0
-            yield from self._deal(operands, 0, count)
-
-    def _deal(
-        self, operands: Mapping[Matrix, Operand], start: int, count: int
-    ) -> Iterator[tuple[int, bytes]]:
-        row = self.rows_sent
-        connection = row // self.block_rows % self.connections
-        for message in self._run(
-            operands, start, count, row=row, connection=connection
-        ):
-            yield connection, message
-        self._last_sent = self._clock()
+            yield from self._run(operands, 0, count, row=self.rows_sent)
 
     def _run(
         self,
@@ -228,19 +177,15 @@ class Sender:
         count: int,
         *,
         row: int,
-        connection: int,
     ) -> Iterator[bytes]:
-        self.share_rows[connection] += count
+        self.rows_sent += count
         for matrix in ROW_OPERANDS:
             if matrix in operands:
+                operand = operands[matrix]
                 yield from self._messages(
-                    matrix,
-                    operands[matrix],
-                    start,
-                    start + count,
-                    row=row,
-                    connection=connection,
+                    matrix, operand, start, start + count, row=row
                 )
+        self._last_sent = self._clock()
 
     def _messages(
         self,
@@ -250,13 +195,12 @@ class Sender:
         last: int,
         *,
         row: int,
-        connection: int,
     ) -> Iterator[bytes]:
         """Rows [first, last) of an operand, as rows `row`, ... of the matrix."""
         shift = (row - first) * operand.columns
         elements = self._plan.elements_per_message()
         for index, payload in operand.pieces(first, last, elements):
-            self._bytes_sent[connection] += len(payload)
+            self.bytes_sent += len(payload)
             yield self._encoded(matrix, index + shift, payload)
 
     def _encoded(self, matrix: Matrix, index: int, payload: memoryview) -> bytes:

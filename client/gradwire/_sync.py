@@ -19,7 +19,6 @@ from gradwire._base import BaseClient
 from gradwire._exceptions import GradwireError
 from gradwire._exchange import Exchange
 from gradwire._failures import call_error, connect_error
-from gradwire._joining import NotJoinedError
 from gradwire._memory import ResultPool
 from gradwire._options import (
     DtypeLike,
@@ -44,7 +43,6 @@ from gradwire._servers import (
 )
 from gradwire._sharing import EmptyArray, may_be_smaller
 from gradwire._sync_calls import Call, Connection, call_unary
-from gradwire._sync_channels import open_calls
 from gradwire._sync_stream import GradientStream
 from gradwire._target import addresses_of, host_and_port
 from gradwire._tls import Tls
@@ -74,7 +72,6 @@ def connect(
     timeout_s: float | None = None,
     metadata: Metadata = (),
     transport: str = "auto",
-    channels: int = 1,
     tls: Tls | bool | None = None,
     token: TokenLike | None = None,
     retries: RetriesLike = True,
@@ -96,10 +93,6 @@ def connect(
             address names. "shm": through memory that the server shares,
             which it must allow; see `Client.empty`. "auto": through shared
             memory where the server allows it and is surely on this host.
-        channels: Over how many connections each job travels, 1 to 16. It
-            makes no difference to results. Small jobs and jobs in shared
-            memory take one; so do all where the server does not offer more,
-            or a proxy leads the connections to different servers.
         tls: None: everything goes in plaintext, which is for this host and
             networks that you trust; an ``authorization`` in the metadata is
             refused on others. True: over TLS, to a server whose certificate
@@ -115,8 +108,8 @@ def connect(
             does not say itself; see `Client.gradients`.
 
     Raises:
-        InputError: The address, the transport or the number is none, or a
-            file of `tls` or the token cannot be used.
+        InputError: The address or the transport is none, or a file of `tls`
+            or the token cannot be used.
         ConnectError: Nobody answers there (at none of several addresses), or
             what does is no gradwire server (`ContractError`: none of this
             version of the contract), or none to be trusted (`TlsError`), or
@@ -131,7 +124,6 @@ def connect(
         timeout_s=timeout_s,
         metadata=metadata,
         transport=transport,
-        channels=channels,
         tls=tls,
         token=token,
         retries=retries,
@@ -158,15 +150,14 @@ class Client(BaseClient):
             long as it takes.
         metadata: Sent with every call.
         transport: As for `connect`; "auto" is "tcp" before a `handshake`.
-        channels: Over how many connections each job travels; see `connect`.
         tls: Whether and how the server proves who it is; see `connect`.
         token: Sent with every call; see `connect`.
         retries: When a call that failed is made again; see `connect`.
         verify: How results are checked here; see `connect`.
 
     Raises:
-        InputError: The address, the transport or the number is none, or a
-            file of `tls` or the token cannot be used.
+        InputError: The address or the transport is none, or a file of `tls`
+            or the token cannot be used.
 
     Example:
         >>> client = gradwire.Client("unix:/run/gradwire.sock", timeout_s=60)
@@ -181,7 +172,6 @@ class Client(BaseClient):
         timeout_s: float | None = None,
         metadata: Metadata = (),
         transport: str = "auto",
-        channels: int = 1,
         tls: Tls | bool | None = None,
         token: TokenLike | None = None,
         retries: RetriesLike = True,
@@ -192,7 +182,6 @@ class Client(BaseClient):
             timeout_s=timeout_s,
             metadata=metadata,
             transport=transport,
-            channels=channels,
             tls=tls,
             token=token,
             retries=retries,
@@ -200,7 +189,7 @@ class Client(BaseClient):
         )
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._connected: list[Connection] = []
+        self._connected: Connection | None = None
         self._servers: Servers[Client] | None = None
         if self._endpoints is not None:
             tls_of = self._endpoints.tls_of
@@ -210,7 +199,6 @@ class Client(BaseClient):
                     address,
                     metadata=metadata,
                     transport="tcp",
-                    channels=channels,
                     tls=tls_of(name),
                     token=token,
                     retries=retries,
@@ -232,14 +220,14 @@ class Client(BaseClient):
         with self._lock:
             self._closed = True
             self._closing.set()
-            connected, self._connected = self._connected, []
+            connected, self._connected = self._connected, None
         for member in self._servers.all_clients() if self._servers else ():
             member.close()
         self._sharing.pool.close()
         self._memory.close()
-        for connection in connected:
+        if connected is not None:
             with _fork.calling():
-                connection.channel.close()
+                connected.channel.close()
 
     def handshake(self, connect_timeout_s: float | None = 10.0) -> ServerInfo:
         """Ask the server what it is, and refuse to go on with a wrong one.
@@ -753,27 +741,19 @@ class Client(BaseClient):
                 return receipt
         if job.unary:
             return self._compute(job, attempts.options(options))
-        connections = self._connections_now()
         while True:
-            exchange = job.exchange(connections)
+            exchange = job.exchange()
             try:
                 return self._stream(job, exchange, attempts.options(options))
-            except NotJoinedError as error:
-                self._not_joined(error)
-                connections = 1
             except GradwireError as error:
                 if not job.cut_off(exchange, error, attempts):
                     raise
 
     def _stream(self, job: ArrayJob, exchange: Exchange, options: Options) -> Receipt:
-        with open_calls(
-            self._channels_to_use(exchange.connections),
-            exchange,
-            partial(job.messages, exchange),
-            options,
-        ) as call:
+        messages = partial(job.messages, exchange)
+        with Call(self._connection(), exchange, messages, options) as call:
             for message in call:
-                exchange.receive(message, call.connection)
+                exchange.receive(message)
             return exchange.finish()
 
     def _run_shared(
@@ -846,21 +826,18 @@ class Client(BaseClient):
         return call_unary(info, GetServerInfoRequest(), timeout_s, self._metadata)
 
     def _connection(self) -> Connection:
-        return self._channels_to_use(1)[0]
-
-    def _channels_to_use(self, count: int) -> list[Connection]:
         with self._lock, _fork.calling():
             self._require_open()
             self._require_calls()
-            while len(self._connected) < count:
-                self._connected.append(Connection(self._endpoint))
-            return self._connected[:count]
+            if self._connected is None:
+                self._connected = Connection(self._endpoint)
+            return self._connected
 
     def _after_fork(self) -> None:
         # The parent's channels and regions are not this process's to use, nor
         # to close; and their locks may have been held by threads not here.
         _inherited.append((self._connected, self._sharing.renew()))
-        self._connected = []
+        self._connected = None
         self._memory = ResultPool()
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -872,12 +849,12 @@ class Client(BaseClient):
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
-_inherited: list[tuple[list[Connection], Pool]] = []
+_inherited: list[tuple[Connection | None, Pool]] = []
 
 
 def _channels() -> list[grpc.Channel]:
-    clients = list(_clients)
-    return [each.channel for client in clients for each in client._connected]
+    connected = [client._connected for client in list(_clients)]
+    return [each.channel for each in connected if each is not None]
 
 
 # gRPC would cancel the parent's calls in the child, for which it takes locks

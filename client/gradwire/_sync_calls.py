@@ -150,9 +150,6 @@ class Call:
         options: The job's.
     """
 
-    connection = 0
-    """Of the job's connections, that on which the last message came."""
-
     def __init__(
         self,
         connection: Connection,

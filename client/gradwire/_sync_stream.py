@@ -8,13 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from gradwire._exceptions import GradwireError, VerificationError
-from gradwire._joining import NotJoinedError
 from gradwire._retrying import Attempts
 from gradwire._row_job import RowJob, require_receipt
 from gradwire._rows import RowReader, iterate
 from gradwire._servers import Lease
 from gradwire._sync_calls import Call
-from gradwire._sync_channels import Calls, Dealer, open_calls
 from gradwire._sync_rows import DrawnRows
 from gradwire._types import Array, Receipt, RowBlock
 
@@ -43,8 +41,7 @@ class GradientStream(Iterator[RowBlock]):
         self._rows = DrawnRows(iterate(rows), self._held)
         self._reader = reader
         self._job: RowJob | None = None
-        self._call: Call | Calls | None = None
-        self._connections = client._connections_now()
+        self._call: Call | None = None
         self._attempts: Attempts | None = None
         self._lease: Lease[Client] | None = None
         self._over = False
@@ -72,16 +69,12 @@ class GradientStream(Iterator[RowBlock]):
                 while not self._over and not (self._job and self._job.ready):
                     try:
                         self._read(*self._opened())
-                    except NotJoinedError as error:
-                        if self._lease is not None:
-                            self._lease.client._not_joined(error)
-                        self._again(connections=1)
                     except GradwireError as error:
                         self._leave(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
-                        self._again(self._connections)
+                        self._again()
                         self._client._rest(delay_s)
             except BaseException as error:
                 self._leave(error)
@@ -123,38 +116,31 @@ class GradientStream(Iterator[RowBlock]):
         """
         return require_receipt(self._job)
 
-    def _opened(self) -> tuple[RowJob, Call | Calls]:
+    def _opened(self) -> tuple[RowJob, Call]:
         if self._job is None or self._attempts is None:
             self._rows.draw(0)
             self._attempts = self._client._attempts(self._reader.options)
             self._job = self._client._row_job(self._reader, self._held)
         if self._lease is None:
             self._lease = self._client._lease(self._attempts)
-            self._connections = self._lease.client._connections_now()
         if self._call is None:
             job, client = self._job, self._lease.client
             job.address = client.address
-            exchange = job.begin(self._connections)
-            dealer = Dealer(
-                job.messages(self._rows.portions(job.first_row)),
-                self._connections,
-                lambda: job.block_messages,
-            )
-            self._call = open_calls(
-                client._channels_to_use(self._connections),
+            exchange = job.begin()
+            messages = job.messages(self._rows.portions(job.first_row))
+            self._call = Call(
+                client._connection(),
                 exchange,
-                dealer.messages,
+                lambda: messages,
                 self._attempts.options(job.options),
-                dealer.close,
             )
         return self._job, self._call
 
-    def _again(self, connections: int) -> None:
+    def _again(self) -> None:
         """Announce the job anew, where it is."""
         if self._call is not None:
             self._call.cancel()
         self._call = None
-        self._connections = connections
 
     def _leave(self, error: BaseException | None = None) -> None:
         """The server has the job no more; None: it came to a good end."""
@@ -179,7 +165,7 @@ class GradientStream(Iterator[RowBlock]):
             self._job.require_rows(error)
         return delay_s
 
-    def _read(self, job: RowJob, call: Call | Calls) -> None:
+    def _read(self, job: RowJob, call: Call) -> None:
         try:
             message = next(call)
         except StopIteration:
@@ -189,4 +175,4 @@ class GradientStream(Iterator[RowBlock]):
             self._leave()
             self._over = True
         else:
-            job.receive(message, call.connection)
+            job.receive(message)

@@ -139,9 +139,6 @@ class Receipt:
     result_dtypes: Mapping[str, str]
     """Element types in which the results travelled, by their names."""
 
-    connections: int = 1
-    """Over how many connections the elements travelled; 1 in shared memory."""
-
     device_bytes: int = 0
     """The device's own memory that the server held for the job, beside
     `reserved_bytes`; 0 where it computed in the host's memory."""
@@ -390,7 +387,6 @@ def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
             for result in RESULTS
             if job.HasField(result.label)
         },
-        connections=max(1, message.connections),
         device_bytes=accepted.device_bytes,
     )
 

@@ -47,8 +47,7 @@ async def accounted(
     )
     try:
         with ExitStack() as held:
-            place = service.admission.call_that_may_join(call.tenant)
-            call.refusal = held.enter_context(place)
+            held.enter_context(service.admission.call(tenant=call.tenant))
             try:
                 answer, failure = await _outcome(call, context, serve)
             finally:
@@ -165,7 +164,6 @@ def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
     fields: dict[str, Any] = {
         "job_id": call.job_id,
         **({"tenant": call.tenant} if call.tenant else {}),
-        **({} if call.connection is None else {"connection": call.connection}),
         "method": call.method,
         "outcome": outcome,
         **more,
@@ -195,5 +193,4 @@ def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
             "computing_s": round(counts.times.computing_s, 6),
             "sending_s": round(call.sending_s, 6),
         }
-    message = "job" if call.connection is None else "connection"
-    _log.log(level, message, extra=fields)
+    _log.log(level, "job", extra=fields)

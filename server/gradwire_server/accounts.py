@@ -55,24 +55,13 @@ class Account:
         """Of these, what open calls hold."""
         self.waiting: list[Waiting] = []
         """In the order in which they came."""
-        self.joins = 0
-        """Calls that its running jobs expect to join them."""
-        self.guests = 0
-        """Open calls that were let in because they may be such."""
         self.first_call = False
         """Whether an open call has the place that is kept for it."""
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is held, waited for or expected."""
-        return not (
-            self.running
-            or self.held_bytes
-            or self.waiting
-            or self.joins
-            or self.guests
-            or self.first_call
-        )
+        """Whether nothing is held or waited for."""
+        return not (self.running or self.held_bytes or self.waiting or self.first_call)
 
     def refusal_of_job(self, size_bytes: int) -> JobError | None:
         """Why a job could not run if there were no other; None: it could."""

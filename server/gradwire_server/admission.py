@@ -93,20 +93,6 @@ class Admission:
         await self._idle.wait()
 
     @contextmanager
-    def joins(self, count: int, tenant: str = "") -> Iterator[None]:
-        """Within this context so many calls may come that join a running job.
-
-        The job has reserved what they take.
-        """
-        account = self._ledger.open(tenant)
-        account.joins += count
-        try:
-            yield
-        finally:
-            account.joins -= count
-            self._ledger.close(account)
-
-    @contextmanager
     def call(
         self, size_bytes: int = CALL_BYTES, tenant: str = "", *, spare_bytes: int = 0
     ) -> Iterator[None]:
@@ -130,37 +116,6 @@ class Admission:
             yield
         finally:
             self._release_call(size_bytes, account, holders)
-
-    @contextmanager
-    def call_that_may_join(self, tenant: str = "") -> Iterator[JobError | None]:
-        """As `call`, for one whose first message may say that it joins a job.
-
-        Yields:
-            None, or why there is no place for the call unless it does join
-            one: no more are let in to say so than running jobs of the tenant
-            expect.
-
-        Raises:
-            JobError: There is no place for the call, and none is expected.
-        """
-        account = self._ledger.open(tenant)
-        refusal = self._refusal_of_call(CALL_BYTES, account)
-        if refusal is None:
-            holders = self._ledger.hold_call(CALL_BYTES, account)
-            try:
-                yield None
-            finally:
-                self._release_call(CALL_BYTES, account, holders)
-            return
-        if account.guests >= account.joins:
-            self._ledger.close(account)
-            raise refusal
-        account.guests += 1
-        try:
-            yield refusal
-        finally:
-            account.guests -= 1
-            self._ledger.close(account)
 
     @asynccontextmanager
     async def job(

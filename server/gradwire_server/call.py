@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from gradwire.v1 import job_pb2
 from gradwire_server.backends.base import Times
-from gradwire_server.errors import JobError
 from gradwire_server.headers import Header
 
 
@@ -58,21 +57,8 @@ class Call:
     receiving_s: float = 0.0
     sending_s: float = 0.0
     counts: Counts = field(default_factory=Counts)
-    refusal: JobError | None = None
-    """Why there is no place for the call unless it joins a running job."""
-    connection: int | None = None
-    """Which connection of its job it is, where it has joined one."""
     idle_since: Callable[[], float] = owes_nothing
     """Since when the server has owed the client nothing; event loop's clock."""
-
-    def require_place(self) -> None:
-        """A call that joins no job goes on.
-
-        Raises:
-            JobError: There is no place for it.
-        """
-        if self.refusal is not None:
-            raise self.refusal
 
     @property
     def accepted(self) -> job_pb2.Accepted:

@@ -1,8 +1,5 @@
 """What of a request stream is valid: order, indices and byte counts.
 
-Each connection of a job has its own: it brings a share of the row blocks, in
-order, and the first brings W too, and dW's sum where a job goes on.
-
 Pure bookkeeping without I/O and without the elements themselves. It is told
 of each message and answers where its bytes belong.
 """
@@ -18,7 +15,6 @@ from gradwire.wire.limits import MAX_PAYLOAD_BYTES
 from gradwire.wire.matrices import OPERANDS, Matrix
 from gradwire.wire.reasons import Reason
 from gradwire_server.errors import JobError
-from gradwire_server.extent import Extent
 from gradwire_server.plan import Plan
 from gradwire_server.spec import JobSpec
 
@@ -41,7 +37,7 @@ class Span:
 
 
 _WHOLE = (Matrix.W, Matrix.DW_SUM)
-"""What comes before all rows, on the first connection."""
+"""What comes before all rows."""
 
 
 class Intake:
@@ -50,36 +46,19 @@ class Intake:
     Args:
         spec: The job that the stream announced.
         plan: How it is cut.
-        connection: Which of the job's connections it is.
-        extent: Of the job, for all of its connections.
     """
 
-    def __init__(
-        self,
-        spec: JobSpec,
-        plan: Plan,
-        connection: int = 0,
-        extent: Extent | None = None,
-    ) -> None:
+    def __init__(self, spec: JobSpec, plan: Plan) -> None:
         self._spec = spec
-        self._extent = extent or Extent()
         self._plan = plan
-        self._share = plan.share(connection)
-        before = self._share.rows(spec.first_row)
         self._received: dict[Matrix, int] = {
-            operand: before * spec.row_length(operand)
+            operand: spec.first_row * spec.row_length(operand)
             for operand in spec.operands
             if operand is not Matrix.W
         }
-        if not connection:
-            self._received |= dict.fromkeys(_before_rows(spec), 0)
+        self._received |= dict.fromkeys(_before_rows(spec), 0)
         self._rows: int | None = None
         """Rows that the stream brought, once it is complete."""
-
-    @property
-    def rows_may_come(self) -> bool:
-        """Whether all is there that comes before rows on this connection."""
-        return self._missing_before_rows is None
 
     @property
     def _missing_before_rows(self) -> Matrix | None:
@@ -91,7 +70,7 @@ class Intake:
 
     @property
     def blocks_complete(self) -> int:
-        """How many of the share's row blocks, in order, have all of their rows.
+        """How many row blocks, in order, have all of their rows.
 
         A shorter last block counts when the stream is complete. A stream
         whose rows have no elements has none before that.
@@ -102,7 +81,7 @@ class Intake:
         return min(complete, default=0) // self._plan.block_rows
 
     def rows_of(self, number: int) -> int:
-        """Rows of the share's `number`-th block, which is complete."""
+        """Rows of the `number`-th block, which is complete."""
         if self._rows is None:
             return self._plan.block_rows
         return min(self._plan.block_rows, self._rows - number * self._plan.block_rows)
@@ -126,9 +105,6 @@ class Intake:
         row_length = self._spec.row_length(operand)
         block_elements = self._plan.block_rows * row_length
         at = block.index
-        if payload.nbytes:
-            end = at + payload.nbytes // itemsize
-            self._extent.reaches(-(-end // row_length))
         while payload.nbytes:
             number, first = divmod(at, block_elements)
             piece = payload[: (block_elements - first) * itemsize]
@@ -148,37 +124,7 @@ class Intake:
             JobError: It is not.
         """
         self._check_end(m)
-        self._extent.ends(m, Reason.M_MISMATCH, f"end.m is {m}")
-        self._rows = self._share.rows(m)
-
-    def half_close(self) -> None:
-        """A joined stream brings no more; perhaps End has not come yet.
-
-        Raises:
-            JobError: Something is missing, however many rows the job has.
-        """
-        if self._spec.m is not None:
-            self._check_end(self._spec.m)
-            return
-        came = {each: self._complete_rows(each) for each in self._row_operands}
-        if not came:
-            return
-        rows = min(came.values())
-        for operand in came:
-            received = self._received[operand]
-            if received != rows * self._spec.row_length(operand):
-                raise JobError(
-                    Reason.PAYLOAD_MISSING,
-                    f"the client closed the stream{self._here} after {received} "
-                    f"elements of {operand.label}, which is not {rows} rows",
-                    field="block.data",
-                )
-        missing = self._share.index(rows, 1)
-        self._extent.ends(
-            missing,
-            Reason.PAYLOAD_MISSING,
-            f"the client closed the stream{self._here} before row {missing}",
-        )
+        self._rows = m
 
     def _check_end(self, m: int) -> None:
         if m < 0:
@@ -205,17 +151,10 @@ class Intake:
                 short = received < expected
                 raise JobError(
                     Reason.PAYLOAD_MISSING if short else Reason.M_MISMATCH,
-                    f"end.m is {m}, so {operand.label} has {expected} elements"
-                    f"{self._here}, but {received} came",
+                    f"end.m is {m}, so {operand.label} has {expected} elements, "
+                    f"but {received} came",
                     field="end.m",
                 )
-
-    @property
-    def _here(self) -> str:
-        """Where, for messages to people; nothing where there is one place."""
-        if self._share.connections == 1:
-            return ""
-        return f" on connection {self._share.connection}"
 
     @property
     def _row_operands(self) -> list[Matrix]:
@@ -230,18 +169,17 @@ class Intake:
         return self._received[operand] // self._spec.row_length(operand)
 
     def _elements(self, operand: Matrix, m: int) -> int:
-        rows = self._spec.n if operand in _WHOLE else self._share.rows(m)
+        rows = self._spec.n if operand in _WHOLE else m
         return rows * self._spec.row_length(operand)
 
     def _check(self, block: Block) -> tuple[Matrix, memoryview]:
         operand = self._operand(block.matrix)
         received = self._received[operand]
-        expected = self._next_index(operand)
-        if block.index != expected:
+        if block.index != received:
             raise JobError(
                 Reason.INDEX_INVALID,
-                f"block.index is {block.index}: the next element of {operand.label}"
-                f"{self._here} is {expected}",
+                f"block.index is {block.index}: the next element of {operand.label} "
+                f"is {received}",
                 field="block.index",
             )
         itemsize = self._spec.dtype_of(operand).itemsize
@@ -251,12 +189,6 @@ class Intake:
         if count:
             self._check_order(operand, received + count)
         return operand, payload
-
-    def _next_index(self, operand: Matrix) -> int:
-        received = self._received[operand]
-        if operand in _WHOLE:
-            return received
-        return self._share.index(received, self._spec.row_length(operand))
 
     def _operand(self, number: int) -> Matrix:
         try:
@@ -269,13 +201,6 @@ class Intake:
             raise JobError(
                 Reason.MATRIX_INVALID,
                 f"block.matrix is {number}: expected one of {names}",
-                field="block.matrix",
-            )
-        if operand in _WHOLE and self._share.connection:
-            raise JobError(
-                Reason.ORDER_INVALID,
-                f"block.matrix is MATRIX_{operand.name}{self._here}: "
-                f"{operand.label} travels on the first",
                 field="block.matrix",
             )
         if operand not in self._received:
@@ -329,25 +254,16 @@ class Intake:
         elif self._spec.m is None:
             rows = None
         else:
-            rows = self._share.rows(self._spec.m)
-        received = self._received[operand]
-        if operand not in _WHOLE:
-            room = self._share.room(received, self._spec.row_length(operand))
-            if room is not None and count > room:
-                raise JobError(
-                    Reason.PAYLOAD_EXCESS,
-                    f"block.data has {count} elements of {operand.label}: its row "
-                    f"block ends after {room}, and the next one travels elsewhere",
-                    field="block.data",
-                )
+            rows = self._spec.m
         if rows is None:
             return
+        received = self._received[operand]
         expected = rows * self._spec.row_length(operand)
         if received + count > expected:
             raise JobError(
                 Reason.PAYLOAD_EXCESS,
-                f"block.data brings {operand.label} to {received + count} elements"
-                f"{self._here}: it has {expected}",
+                f"block.data brings {operand.label} to {received + count} elements: "
+                f"it has {expected}",
                 field="block.data",
             )
 
@@ -377,6 +293,6 @@ class Intake:
 
 
 def _before_rows(spec: JobSpec) -> list[Matrix]:
-    """What comes before all rows, on the first connection."""
+    """What comes before all rows."""
     weights = [Matrix.W] if Matrix.W in spec.operands else []
     return weights + ([Matrix.DW_SUM] if spec.brings_dw_sum else [])

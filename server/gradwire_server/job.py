@@ -1,8 +1,7 @@
 """A running job: its blocks' way from the intake through a lane to the outlet.
 
-It knows nothing of gRPC. Of each connection, one task feeds it (`take`, `end`
-or `half_close`) and another takes its results (`results`); all of them wait
-where others or the lane are behind.
+It knows nothing of gRPC. One task feeds it (`take`, `end`) and another takes its
+results (`results`); both wait where the other or the lane is behind.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
 from gradwire_server.call import Counts
 from gradwire_server.checkpoints import Checkpoint, Checkpoints, HandedOver, Summed
 from gradwire_server.computation import Computation
-from gradwire_server.extent import Extent
 from gradwire_server.intake import Intake
 from gradwire_server.lane import TenantLane
 from gradwire_server.plan import Plan
@@ -77,23 +75,17 @@ class RunningJob:
         self._plan = plan
         self._lane = lane
         self._computation = Computation(spec, plan, backend, lane.device, counts)
-        connections = range(plan.connections)
-        extent = Extent()
-        self._intakes = [Intake(spec, plan, each, extent) for each in connections]
+        self._intake = Intake(spec, plan)
         self._backend = backend
         self._ring: Ring
-        self._submitting = asyncio.Lock()
         self._submitted = spec.first_row // plan.block_rows
         """Row blocks that were handed to the lane, with those that do not come."""
         self._checkpoints = Checkpoints(spec)
         self._handed_over = False
-        self._heard_at = 0.0
         self._served_at = 0.0
         self._prepared = False
-        self._computed: list[asyncio.Queue[_Computed | Summed | HandedOver | None]]
-        self._computed = [asyncio.Queue() for _ in connections]
-        self._ended = asyncio.Event()
-        self._complete = 0
+        self._computed: asyncio.Queue[_Computed | Summed | HandedOver | None]
+        self._computed = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         try:
@@ -114,7 +106,7 @@ class RunningJob:
             await self._lane.discard(self)
         finally:
             self._computation.close()
-            self._computed = [asyncio.Queue() for _ in self._computed]
+            self._computed = asyncio.Queue()
             self._ring.free()
 
     def hand_over(self) -> bool:
@@ -132,30 +124,25 @@ class RunningJob:
         if not self._handed_over:
             self._handed_over = True
             rows = self._submitted * self._plan.block_rows
-            self._computed[0].put_nowait(HandedOver(rows))
+            self._computed.put_nowait(HandedOver(rows))
         return True
 
     def owes_nothing_since(self) -> float:
         """When the last result that could leave has left; event loop's clock.
 
-        Or when the last message came, if that was later: on one connection
-        nothing may be due for long while rows come on another. Now, while row
-        blocks are complete whose results have not left.
+        Now, while row blocks are complete whose results have not left.
         """
         if self._ring.released < self._submitted:
             return asyncio.get_running_loop().time()
-        return max(self._served_at, self._heard_at)
+        return self._served_at
 
-    async def take(self, block: Block, connection: int = 0) -> None:
+    async def take(self, block: Block) -> None:
         """Takes a message's elements; waits while the ring is full.
 
         Raises:
             JobError: The message does not continue the stream.
         """
-        if block.payload:  # messages without elements are no progress
-            self._heard_at = asyncio.get_running_loop().time()
-        intake = self._intakes[connection]
-        for span in intake.take(block):
+        for span in self._intake.take(block):
             if not span.whole:
                 await self._ring.wait_for_slot(span.block)
             block_number = None if span.whole else span.block
@@ -163,7 +150,7 @@ class RunningJob:
             self._observe(Stage.RECEIVING, block_number)
             self._ring.put(span)
             self._observe(Stage.RECEIVING, block_number)
-            intake.placed(span)
+            self._intake.placed(span)
             self._counts.bytes_received += span.payload.nbytes
             await self._submit_complete()
 
@@ -173,50 +160,23 @@ class RunningJob:
         Raises:
             JobError: It is not.
         """
-        self._intakes[0].end(m)
+        self._intake.end(m)
         self._counts.m = m
         self._counts.ended = True
-        self._ended.set()
-        await self._connection_complete()
+        await self._submit_complete()
+        self._computed.put_nowait(None)
 
-    def half_close(self, connection: int) -> None:
-        """Takes it that a joined connection brings no more; End may come later.
+    async def results(self) -> AsyncGenerator[Run | Checkpoint, None]:
+        """The results as they are ready.
 
-        If something is missing the others would fill the ring, and End never
-        be read.
-
-        Raises:
-            JobError: Something of its share is missing.
-        """
-        self._intakes[connection].half_close()
-
-    async def ended(self) -> None:
-        """Waits until End has come."""
-        await self._ended.wait()
-
-    async def share_complete(self, connection: int) -> None:
-        """Takes it that a joined connection brought its share; End has come.
-
-        Raises:
-            JobError: Something of it is missing.
-        """
-        self._intakes[connection].end(self._counts.m)
-        await self._connection_complete()
-
-    async def results(
-        self, connection: int = 0
-    ) -> AsyncGenerator[Run | Checkpoint, None]:
-        """A connection's results as they are ready.
-
-        Y and dX of its row blocks, block by block; on the first, dW's sum in
-        between, where it is asked for, and dW at the end.
+        Y and dX block by block, dW's sum in between, where it is asked for,
+        and dW at the end.
 
         Raises:
             JobError: The job was handed over, and this is its end.
             Exception: What the backend raised.
         """
-        queue = self._computed[connection]
-        while (computed := await queue.get()) is not None:
+        while (computed := await self._computed.get()) is not None:
             if isinstance(computed, Summed):
                 for part in self._checkpoint(computed.rows, await computed.dw):
                     yield part
@@ -238,7 +198,7 @@ class RunningJob:
                         yield run
             self._ring.release(number)
             self._served_at = asyncio.get_running_loop().time()
-        if Matrix.DW in self.spec.results and not connection:
+        if Matrix.DW in self.spec.results:
             dw = await self._lane.submit(self, self._finish)
             for run in self._runs(Matrix.DW, 0, dw):
                 yield run
@@ -257,51 +217,34 @@ class RunningJob:
         rows = self._counts.m if self._counts.ended else self.spec.m
         return rows is not None and self._submitted * self._plan.block_rows >= rows
 
-    async def _connection_complete(self) -> None:
-        """A connection has brought its share, and its last block is complete."""
-        await self._submit_complete()
-        self._complete += 1
-        if self._complete == len(self._intakes):
-            for queue in self._computed:
-                queue.put_nowait(None)
-
     async def _submit_complete(self) -> None:
         """Hands to the lane, in order, the blocks that have become complete."""
         if not self._plan.slot_bytes:  # rows without elements are done at once
             return
-        async with self._submitting:
-            while (rows := self._next_rows()) is not None:
-                number = self._submitted
-                await self._ring.wait_for_slot(number)
-                await self._unless_handed_over()
-                block = self._ring.rows(number, rows)
-                if number < self.spec.results_from_row // self._plan.block_rows:
-                    block = replace(block, y=None, dx=None)
-                done = self._lane.begin(self, partial(self._compute, number, block))
-                queue = self._computed[number % self._plan.connections]
-                queue.put_nowait((number, block, done))
-                self._submitted += 1
-                self._counts.blocks_received += 1
-                if rows == self._plan.block_rows:
-                    self._submit_checkpoint(self._submitted * rows)
+        while (rows := self._next_rows()) is not None:
+            number = self._submitted
+            await self._ring.wait_for_slot(number)
+            await self._unless_handed_over()
+            block = self._ring.rows(number, rows)
+            if number < self.spec.results_from_row // self._plan.block_rows:
+                block = replace(block, y=None, dx=None)
+            done = self._lane.begin(self, partial(self._compute, number, block))
+            self._computed.put_nowait((number, block, done))
+            self._submitted += 1
+            self._counts.blocks_received += 1
+            if rows == self._plan.block_rows:
+                self._submit_checkpoint(self._submitted * rows)
 
     def _submit_checkpoint(self, rows: int) -> None:
         """Has dW's sum over the blocks that were submitted sent, if it is due."""
         if self._checkpoints.begin(rows):
             dw = self._lane.submit(self, self._copy_sum)
-            self._computed[0].put_nowait(Summed(rows, dw))
+            self._computed.put_nowait(Summed(rows, dw))
 
     def _next_rows(self) -> int | None:
-        """Rows of the next block in order; None while it is not complete.
-
-        It may come on another connection than W does.
-        """
-        if not self._intakes[0].rows_may_come:
-            return None
-        number, connection = divmod(self._submitted, self._plan.connections)
-        intake = self._intakes[connection]
-        complete = number < intake.blocks_complete
-        return intake.rows_of(number) if complete else None
+        """Rows of the next block in order; None while it is not complete."""
+        number, intake = self._submitted, self._intake
+        return intake.rows_of(number) if number < intake.blocks_complete else None
 
     def _runs(self, matrix: Matrix, first_row: int, array: Array) -> Iterator[Run]:
         itemsize = array.dtype.itemsize

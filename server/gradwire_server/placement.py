@@ -56,12 +56,6 @@ def read_places(job: job_pb2.Job, spec: JobSpec, features: tuple[str, ...]) -> J
             "job.checksum is CHECKSUM_CRC32C: a job in shared memory has no payloads",
             field="job.checksum",
         )
-    if spec.connections > 1:
-        raise JobError(
-            Reason.OPTION_INVALID,
-            f"job.connections is {spec.connections}: a job in shared memory has one",
-            field="job.connections",
-        )
     tokens = tuple(region.token for region in job.regions)
     if len(set(tokens)) < len(tokens):
         raise _invalid("job.regions", "names a region twice")

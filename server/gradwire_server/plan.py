@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
-from gradwire.wire.shares import Share
 from gradwire_server.spec import JobSpec
 
 MAX_BLOCK_ROWS = 8192
@@ -18,9 +17,8 @@ MAX_BLOCK_ROWS = 8192
 there on, and a block's results should leave soon."""
 
 RING_ENDS = 2
-"""Row blocks that a job of one connection holds beside those that its device has
-begun: one arrives, one leaves. Each further connection has another that
-arrives."""
+"""Row blocks that a job holds beside those that its device has begun: one
+arrives, one leaves."""
 
 ALIGNMENT = 256
 """Bytes to which every matrix in memory is aligned: what cuBLAS asks for its
@@ -47,9 +45,6 @@ class Plan:
     slot_bytes: int
     """Bytes of one slot, aligned; 0 where rows have no elements at all."""
 
-    connections: int = 1
-    """Over how many connections the row blocks travel."""
-
     blocks_begun: int = 1
     """Most row blocks of the job that its device has begun and not done."""
 
@@ -62,22 +57,17 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Row blocks that the job holds.
-
-        Whatever the connections do, the oldest block that is not complete has
-        a slot that waits for it, and so has the next block of its connection.
-        """
-        return self.blocks_begun + RING_ENDS + self.connections - 1
+        """Row blocks that the job holds."""
+        return self.blocks_begun + RING_ENDS
 
     @property
     def window_rows(self) -> int:
-        """How far one row operand may be ahead of the other on a connection.
+        """How far one row operand may be ahead of the other.
 
-        In blocks of that connection, and one slot less than the ring has: the
-        operand that is behind may stand in the middle of a block, and its
-        slot must still be there.
+        One slot less than the ring has: the operand that is behind may stand
+        in the middle of a block, and its slot must still be there.
         """
-        return (self.slots - 1) // self.connections * self.block_rows
+        return (self.slots - 1) * self.block_rows
 
     @property
     def slots_start(self) -> int:
@@ -88,10 +78,6 @@ class Plan:
     def region_bytes(self) -> int:
         """Bytes of the region: W, a sum of dW, then the slots."""
         return max(self.slots_start + self.slots * self.slot_bytes, self.least_bytes)
-
-    def share(self, connection: int) -> Share:
-        """The row blocks of a connection."""
-        return Share(connection, self.connections, self.block_rows)
 
 
 def make_plan(spec: JobSpec, block_bytes: int, blocks_begun: int) -> Plan:
@@ -130,7 +116,6 @@ def make_plan(spec: JobSpec, block_bytes: int, blocks_begun: int) -> Plan:
         offsets,
         w_bytes,
         slot_bytes,
-        spec.connections,
         blocks_begun,
         sum_bytes,
         least_bytes,

@@ -23,8 +23,7 @@ class Ring:
     """Where a job's operands arrive and its row results wait to leave.
 
     Of s slots, row block b lies in slot b mod s. It may be filled when block
-    b - s has left, so that a slot is always kept for the next block in order,
-    however far other connections are ahead.
+    b - s has left.
 
     Args:
         spec: What was asked.

@@ -21,7 +21,7 @@ from gradwire.v1 import job_pb2
 from gradwire.wire.limits import SHARED_MEMORY
 from gradwire.wire.matrices import Matrix
 from gradwire.wire.reasons import Reason
-from gradwire_server.admission import CALL_BYTES, Admission
+from gradwire_server.admission import Admission
 from gradwire_server.backends.base import (
     Array,
     Backend,
@@ -30,7 +30,6 @@ from gradwire_server.backends.base import (
 )
 from gradwire_server.call import Call
 from gradwire_server.computation import Computation
-from gradwire_server.connections import Connections, Joinable
 from gradwire_server.devices import label
 from gradwire_server.errors import BackendError, JobError
 from gradwire_server.headers import Headers
@@ -80,7 +79,6 @@ class Service:
         self.backend = backend
         self.admission = admission
         self.regions = Regions(admission, backend.adopt)
-        self.joinable = Joinable()
         self.features = FEATURES
         if settings.allow_shared_memory:
             self.features += (SHARED_MEMORY,)
@@ -171,35 +169,28 @@ class Service:
         call: Call,
         message_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
-    ) -> AsyncIterator[tuple[RunningJob, Connections]]:
+    ) -> AsyncIterator[RunningJob]:
         """Admits a job and runs it while its operands come.
 
         Args:
             call: A call whose header was read.
-            message_bytes: What the messages of each of its connections hold.
+            message_bytes: What its messages hold.
             on_wait: Told how many jobs are ahead.
 
         Yields:
-            The job, and the connections over which it travels.
+            The job.
         """
         spec, plan = call.header.spec, call.header.plan
-        others = spec.connections - 1
         host_bytes = plan.region_bytes + message_bytes
-        host_bytes += others * (message_bytes + CALL_BYTES)
-        idle_s = self.settings.idle_timeout
         observe = partial(self.observe, call.job_id)
-        with self.joinable.open(
-            call.job_id, spec.connections, idle_s, call.tenant
-        ) as connections:
-            async with (
-                self.admitted(call, host_bytes, on_wait) as lane,
-                RunningJob(
-                    spec, plan, self.backend, lane, call.counts, observe=observe
-                ) as job,
-            ):
-                self._running.offer(job.hand_over)
-                with self.admission.joins(others, call.tenant):
-                    yield job, connections
+        async with (
+            self.admitted(call, host_bytes, on_wait) as lane,
+            RunningJob(
+                spec, plan, self.backend, lane, call.counts, observe=observe
+            ) as job,
+        ):
+            self._running.offer(job.hand_over)
+            yield job
 
     @asynccontextmanager
     async def in_place(
@@ -253,13 +244,12 @@ class Service:
         call.counts.bytes_sent = spec.results_bytes
         return results
 
-    def accepted(self, call: Call, join_token: str = "") -> job_pb2.Accepted:
+    def accepted(self, call: Call) -> job_pb2.Accepted:
         """What the client is told before it sends W."""
         accepted = job_pb2.Accepted()
         accepted.CopyFrom(call.accepted)
         accepted.effective_job.job_id = call.job_id
         accepted.reserved_bytes = call.reserved_bytes
-        accepted.join_token = join_token
         return accepted
 
     def receipt(self, call: Call) -> job_pb2.Receipt:
@@ -282,7 +272,6 @@ class Service:
             device=call.accepted.device,
             peak_memory_bytes=peak_resident_bytes(),
             transport=call.transport,
-            connections=call.header.spec.connections,
         )
 
     @asynccontextmanager

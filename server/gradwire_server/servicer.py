@@ -19,7 +19,6 @@ from typing import TypeAlias
 import grpc
 
 from gradwire.v1 import gradient_service_pb2 as pb2
-from gradwire.v1 import job_pb2
 from gradwire.wire import framing
 from gradwire.wire.limits import MAX_MESSAGE_BYTES, SERVICE, SHARED_MEMORY
 from gradwire.wire.reasons import Reason
@@ -71,7 +70,6 @@ class GradientServicer:
         """Compute: a small job, whole."""
 
         async def serve(call: Call) -> bytes:
-            call.require_place()
             stream = Stream(self._service, call, context)
             request = await stream.read_request(pb2.ComputeRequest)
             spec = self._service.read_job(call, request.job)
@@ -93,13 +91,6 @@ class GradientServicer:
         async def serve(call: Call) -> None:
             stream = Stream(self._service, call, context)
             header = await stream.read_header()
-            if isinstance(header, job_pb2.Join):
-                connections = self._service.joinable.find(header, call.tenant)
-                call.job_id = connections.job_id
-                call.connection = header.connection
-                await connections.join(header.connection, stream)
-                return
-            call.require_place()
             spec = self._service.read_job(call, header)
             message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_block_bytes)
             if spec.places:
@@ -107,10 +98,10 @@ class GradientServicer:
                 return
             async with self._service.streamed(
                 call, message_bytes, stream.tell_queued
-            ) as (job, connections):
-                accepted = self._service.accepted(call, connections.token)
+            ) as job:
+                accepted = self._service.accepted(call)
                 await stream.write(framing.encode_accepted(accepted))
-                await connections.serve(stream, job)
+                await stream.serve(job)
                 await stream.write(framing.encode_receipt(self._service.receipt(call)))
 
         await accounted(self._service, "ComputeStream", context, serve)
@@ -119,7 +110,6 @@ class GradientServicer:
         """OpenRegion: memory that is shared for as long as the call is open."""
 
         async def serve(call: Call) -> None:
-            call.require_place()
             call.transport = "shm"
             _require_shared_memory(self._service, context.peer())
             stream = Stream(self._service, call, context)

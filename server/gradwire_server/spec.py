@@ -11,9 +11,7 @@ from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire.wire import checksum
 from gradwire.wire.dtypes import Dtype
 from gradwire.wire.limits import (
-    CONNECTIONS,
     DEFAULT_BLOCK_BYTES,
-    MAX_CONNECTIONS,
     MAX_INT64,
     MAX_JOB_ID_LENGTH,
     MAX_PAYLOAD_BYTES,
@@ -25,7 +23,6 @@ from gradwire_server.errors import JobError
 
 FEATURES: tuple[str, ...] = (
     *(("checksum-crc32c",) if checksum.AVAILABLE else ()),
-    CONNECTIONS,
     RESUME,
 )
 """Names that a job may require, beyond what every server of v1 has."""
@@ -90,8 +87,6 @@ class JobSpec:
     """Tokens of the regions in which all of its matrices lie; secrets."""
     places: dict[Matrix, Place] = field(default_factory=dict)
     """Where in them; empty where the matrices travel in messages."""
-    connections: int = 1
-    """Over how many connections the job travels."""
     checkpoint_rows: int | None = None
     """How many rows there are at least between two sums of dW that the client is
     sent; 0: one at most, when the job is ended; None: it takes none."""
@@ -178,7 +173,6 @@ class JobSpec:
             ),
             max_block_bytes=self.max_block_bytes,
             required_features=self.features,
-            connections=self.connections,
         )
         job.regions.extend(job_pb2.SharedRegion(token=name) for name in self.regions)
         for result, dtype in self.results.items():
@@ -271,7 +265,6 @@ def read_job(
         checksum=_read_checksum(job.checksum),
         max_block_bytes=_read_max_block_bytes(job.max_block_bytes),
         features=_read_features(job, features),
-        connections=_read_connections(job.connections),
     )
 
 
@@ -403,16 +396,6 @@ def _read_max_block_bytes(given: int) -> int:
             field="job.max_block_bytes",
         )
     return given or DEFAULT_BLOCK_BYTES
-
-
-def _read_connections(given: int) -> int:
-    if not 0 <= given <= MAX_CONNECTIONS:
-        raise JobError(
-            Reason.OPTION_INVALID,
-            f"job.connections is {given}: expected 0 to {MAX_CONNECTIONS}",
-            field="job.connections",
-        )
-    return given or 1
 
 
 def _read_features(job: job_pb2.Job, features: tuple[str, ...]) -> tuple[str, ...]:

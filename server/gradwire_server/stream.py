@@ -47,10 +47,10 @@ class Stream:
             what = kind.DESCRIPTOR.full_name
             raise malformed(f"the request is no {what}") from None
 
-    async def read_header(self) -> job_pb2.Job | job_pb2.Join:
-        """The first message: a job's header, or that the call joins a job."""
+    async def read_header(self) -> job_pb2.Job:
+        """The first message: a job's header."""
         message = await self._read("a job")
-        if not isinstance(message, job_pb2.Job | job_pb2.Join):
+        if not isinstance(message, job_pb2.Job):
             await _refuse(message, "a job first")
         return message
 
@@ -58,56 +58,31 @@ class Stream:
         """Says how many jobs come before this one."""
         await self.write(framing.encode_queued(jobs_ahead))
 
-    async def serve(self, job: RunningJob, connection: int = 0) -> None:
-        """Takes the operands and gives the results of one connection."""
+    async def serve(self, job: RunningJob) -> None:
+        """Takes the operands and gives the results."""
         self._call.idle_since = job.owes_nothing_since
         try:
-            await both(self._receive(job, connection), self._send(job, connection))
+            await both(self._receive(job), self._send(job))
         finally:
             # The call may outlive the job, and must not hold its memory.
             self._call.idle_since = owes_nothing
 
-    def add_times(self, other: Stream) -> None:
-        """Counts another connection's waiting as this one's."""
-        self._call.receiving_s += other._call.receiving_s
-        self._call.sending_s += other._call.sending_s
-
-    async def _receive(self, job: RunningJob, connection: int) -> None:
-        """Takes the operands, up to the half-close; on the first behind End."""
-        try:
-            await self._take_all(job, connection)
-        except JobError:
-            if job.spec.connections > 1:
-                # As for `_refuse`: where the client has cancelled all calls,
-                # it may be another one of them that read as half-closed.
-                await asyncio.sleep(_CANCELLATION_S)
-            raise
-
-    async def _take_all(self, job: RunningJob, connection: int) -> None:
+    async def _receive(self, job: RunningJob) -> None:
+        """Takes the operands, up to the half-close behind End."""
         self._progressed()
         while True:
             message = await self._read("the next block of an operand, or end")
             if isinstance(message, framing.Block):
-                await job.take(message, connection)
+                await job.take(message)
                 if message.payload:  # messages without elements are no progress
                     self._progressed()
-            elif message is None and connection:
-                await self._half_closed(job, connection)
-                return
-            elif isinstance(message, job_pb2.End) and not connection:
+            elif isinstance(message, job_pb2.End):
                 await job.end(message.m)
                 self._progressed()
                 break
             else:
                 await _refuse(message, "a block or end")
         await self._read_half_close()
-
-    async def _half_closed(self, job: RunningJob, connection: int) -> None:
-        job.half_close(connection)
-        expected = "end, on the first connection"
-        async with self._service.client_sends(self._call, self._progress_at, expected):
-            await job.ended()
-        await job.share_complete(connection)
 
     async def receive_end(self, m: int) -> None:
         """Takes End of a job that has no blocks, and the half-close behind it."""
@@ -128,9 +103,9 @@ class Stream:
         if message is not None:
             await _refuse(message, "nothing after end")
 
-    async def _send(self, job: RunningJob, connection: int) -> None:
+    async def _send(self, job: RunningJob) -> None:
         """Gives the results, in the order in which they are ready."""
-        async with aclosing(job.results(connection)) as runs:
+        async with aclosing(job.results()) as runs:
             async for run in runs:
                 if isinstance(run, Checkpoint):
                     await self.write(framing.encode_checkpoint(run.rows))

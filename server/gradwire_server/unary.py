@@ -33,13 +33,6 @@ def whole_operands(
             "job.checksum is CHECKSUM_CRC32C: Compute has none; ComputeStream does",
             field="job.checksum",
         )
-    if spec.connections > 1:
-        raise JobError(
-            Reason.OPTION_INVALID,
-            f"job.connections is {spec.connections}: Compute has one; ComputeStream "
-            f"has more",
-            field="job.connections",
-        )
     if spec.checkpoint_rows is not None or spec.resume is not None:
         field = "job.checkpoints" if spec.resume is None else "job.resume"
         raise JobError(

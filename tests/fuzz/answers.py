@@ -43,7 +43,7 @@ def any_answers() -> Iterator[Check]:
         try:
             for answer in Container.unpacked(data).messages:
                 exchange.receive(answer)
-                if exchange.ready and not sent:
+                if exchange.accepted is not None and not sent:
                     sent = sum(map(len, job.messages(exchange))) > 0
             receipt = exchange.finish()
         except gradwire.GradwireError as refused:

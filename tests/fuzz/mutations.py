@@ -153,7 +153,7 @@ def _value(field: FieldDescriptor, rng: random.Random, before: Any) -> Any:
         size = max(0, len(before or b"") + rng.choice((-8, -4, -1, 1, 2, 4, 8, 24)))
         return ((before or b"") + rng.randbytes(64))[: min(size, MOST_BYTES)]
     if field.type == FieldDescriptor.TYPE_STRING:
-        text = rng.choice(("", "x", "é\0", "connections", "shared-memory", "y" * 200))
+        text = rng.choice(("", "x", "é\0", "resume", "shared-memory", "y" * 200))
         return rng.choice((text, (before or "")[:-1], (before or "") + "x"))
     if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
         return not before

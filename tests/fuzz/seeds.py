@@ -54,7 +54,6 @@ def streams() -> Seeds:
     yield "open-m", container(stream(some, open_m=True))
     yield "checksums", container(stream(some, checksum=1))
     yield "small-results", container(stream(some, max_block_bytes=16))
-    yield "connections", container(stream(some, connections=2))
     before = {"library": "numpy", "block_rows": 4}
     going_on = {"fingerprint": before, "first_row": 4, "results_from_row": 8}
     yield "resume", container(stream(some, resume=going_on))
@@ -64,9 +63,6 @@ def streams() -> Seeds:
     yield "silence", container(stream(some)[:4], ending=Ending.SILENCE)
     yield "cancel", container(stream(some)[:4], ending=Ending.CANCEL)
     yield "nothing", container([])
-    join = Request()
-    join.join.token, join.join.connection = "token", 1
-    yield "join", container([join.SerializeToString()])
     compute = some.compute_request().SerializeToString()
     yield "compute", container([compute], Method.COMPUTE)
     region = service_pb2.OpenRegionRequest(size_bytes=4096).SerializeToString()

@@ -30,7 +30,7 @@ from gradwire_server.threaded import start_in_thread
 from tests.fuzz.containers import Container, Ending, Method
 from tests.fuzz.parsers import Check
 from tests.integration.contract.stream_machine import REFUSALS
-from tests.integration.contract.stream_model import JobModel
+from tests.integration.contract.stream_model import StreamModel
 from tests.raw import (
     CallError,
     Outcome,
@@ -114,9 +114,8 @@ class LiveServer:
             except CallError as failure:
                 assert_documented(failure)
                 return
-            alone = outcome.accepted.effective_job.connections == 1
-            if given.ending is Ending.CANCEL or _is_too_much(outcome) or not alone:
-                stream.call.cancel()  # others would be waited for
+            if given.ending is Ending.CANCEL or _is_too_much(outcome):
+                stream.call.cancel()
                 return
             self._answer(stream, outcome, given)
 
@@ -148,7 +147,7 @@ class LiveServer:
     def _answer(self, stream: Stream, outcome: Outcome, given: Container) -> None:
         """The rest of the answers is what the model says."""
         job = outcome.accepted.effective_job
-        model = JobModel(outcome.accepted)
+        model = StreamModel(outcome.accepted)
         if not _is_modelled(job):
             try:
                 while stream.receive() is not None:
@@ -157,9 +156,9 @@ class LiveServer:
                 assert_documented(failure)
             return
         for message in given.messages[1:]:
-            model.streams[0].apply(message)
+            model.apply(message)
         if given.ending is Ending.HALF_CLOSE:
-            model.streams[0].close()
+            model.close()
         if model.wrong:
             failure = stream.failure()
             assert_documented(failure)
@@ -207,7 +206,7 @@ def _is_too_much(outcome: Outcome) -> bool:
 
 _MODELLED = {
     *("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw"),
-    *("numerics", "checksum", "max_block_bytes", "connections"),
+    *("numerics", "checksum", "max_block_bytes"),
 }
 
 

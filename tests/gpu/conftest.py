@@ -62,7 +62,7 @@ def server() -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def client(server: ServerProcess) -> Iterator[gradwire.Client]:
-    """A client of that server over one connection."""
+    """A client of that server over TCP."""
     with ways.STREAM.connect(server) as connected:
         yield connected
 

@@ -72,7 +72,7 @@ def all_but(size_bytes: int) -> Iterator[None]:
         pool.free_all_blocks()
 
 
-@pytest.mark.parametrize("way", [ways.STREAM, ways.over(2), ways.SHARED], ids=str)
+@pytest.mark.parametrize("way", [ways.STREAM, ways.SHARED], ids=str)
 def test_a_job_for_which_nothing_is_left_fails_alone(way: Way) -> None:
     """Others of this card have what the server reckons with."""
     x, w, dy = (np.ones((8192, 8192), np.float32) for _ in range(3))
@@ -137,7 +137,7 @@ def test_ten_thousand_small_jobs_take_no_more_memory() -> None:
                     assert_same(client.gradients(*operands), expected)
 
         def all_run(jobs: int) -> None:
-            kinds = (ways.COMPUTE, ways.STREAM, ways.COPIED, ways.over(2))
+            kinds = (ways.COMPUTE, ways.STREAM, ways.COPIED, ways.UNIX)
             with ThreadPoolExecutor(len(kinds)) as pool:
                 for each in [pool.submit(run, w, jobs // len(kinds)) for w in kinds]:
                     each.result()

@@ -35,32 +35,28 @@ class ComputeResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., y: _Optional[bytes] = ..., dx: _Optional[bytes] = ..., dw: _Optional[bytes] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ...) -> None: ...
 
 class ComputeStreamRequest(_message.Message):
-    __slots__ = ("job", "block", "end", "join")
+    __slots__ = ("job", "block", "end")
     JOB_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
-    JOIN_FIELD_NUMBER: _ClassVar[int]
     job: _job_pb2.Job
     block: _matrix_pb2.Block
     end: _job_pb2.End
-    join: _job_pb2.Join
-    def __init__(self, job: _Optional[_Union[_job_pb2.Job, _Mapping]] = ..., block: _Optional[_Union[_matrix_pb2.Block, _Mapping]] = ..., end: _Optional[_Union[_job_pb2.End, _Mapping]] = ..., join: _Optional[_Union[_job_pb2.Join, _Mapping]] = ...) -> None: ...
+    def __init__(self, job: _Optional[_Union[_job_pb2.Job, _Mapping]] = ..., block: _Optional[_Union[_matrix_pb2.Block, _Mapping]] = ..., end: _Optional[_Union[_job_pb2.End, _Mapping]] = ...) -> None: ...
 
 class ComputeStreamResponse(_message.Message):
-    __slots__ = ("accepted", "block", "receipt", "queued", "joined", "checkpoint")
+    __slots__ = ("accepted", "block", "receipt", "queued", "checkpoint")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
-    JOINED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     accepted: _job_pb2.Accepted
     block: _matrix_pb2.Block
     receipt: _job_pb2.Receipt
     queued: _job_pb2.Queued
-    joined: _job_pb2.Joined
     checkpoint: _job_pb2.Checkpoint
-    def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., block: _Optional[_Union[_matrix_pb2.Block, _Mapping]] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ..., queued: _Optional[_Union[_job_pb2.Queued, _Mapping]] = ..., joined: _Optional[_Union[_job_pb2.Joined, _Mapping]] = ..., checkpoint: _Optional[_Union[_job_pb2.Checkpoint, _Mapping]] = ...) -> None: ...
+    def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., block: _Optional[_Union[_matrix_pb2.Block, _Mapping]] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ..., queued: _Optional[_Union[_job_pb2.Queued, _Mapping]] = ..., checkpoint: _Optional[_Union[_job_pb2.Checkpoint, _Mapping]] = ...) -> None: ...
 
 class OpenRegionRequest(_message.Message):
     __slots__ = ("size_bytes",)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from gradwire.v1 import matrix_pb2 as gradwire_dot_v1_dot_matrix__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15gradwire/v1/job.proto\x12\x0bgradwire.v1\x1a\x18gradwire/v1/matrix.proto\"\xc5\x04\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x01m\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x03 \x01(\x03\x12\t\n\x01k\x18\x04 \x01(\x03\x12!\n\x05\x64type\x18\x05 \x01(\x0e\x32\x12.gradwire.v1.Dtype\x12\x1f\n\x01x\x18\x06 \x01(\x0b\x32\x14.gradwire.v1.Operand\x12\x1f\n\x01w\x18\x07 \x01(\x0b\x32\x14.gradwire.v1.Operand\x12 \n\x02\x64y\x18\x08 \x01(\x0b\x32\x14.gradwire.v1.Operand\x12\x1e\n\x01y\x18\t \x01(\x0b\x32\x13.gradwire.v1.Result\x12\x1f\n\x02\x64x\x18\n \x01(\x0b\x32\x13.gradwire.v1.Result\x12\x1f\n\x02\x64w\x18\x0b \x01(\x0b\x32\x13.gradwire.v1.Result\x12\'\n\x08numerics\x18\x0c \x01(\x0b\x32\x15.gradwire.v1.Numerics\x12\'\n\x08\x63hecksum\x18\r \x01(\x0e\x32\x15.gradwire.v1.Checksum\x12\x17\n\x0fmax_block_bytes\x18\x0e \x01(\x03\x12\x19\n\x11required_features\x18\x0f \x03(\t\x12\x13\n\x0b\x63onnections\x18\x10 \x01(\x05\x12*\n\x07regions\x18\x11 \x03(\x0b\x32\x19.gradwire.v1.SharedRegion\x12-\n\x0b\x63heckpoints\x18\x12 \x01(\x0b\x32\x18.gradwire.v1.Checkpoints\x12#\n\x06resume\x18\x13 \x01(\x0b\x32\x13.gradwire.v1.ResumeB\x04\n\x02_m\"\x1b\n\x0b\x43heckpoints\x12\x0c\n\x04rows\x18\x01 \x01(\x03\"\x92\x01\n\x06Resume\x12\x35\n\x0b\x66ingerprint\x18\x01 \x01(\x0b\x32 .gradwire.v1.NumericsFingerprint\x12\x11\n\tfirst_row\x18\x02 \x01(\x03\x12\x18\n\x10results_from_row\x18\x03 \x01(\x03\x12$\n\x06\x64w_sum\x18\x04 \x01(\x0b\x32\x14.gradwire.v1.Operand\"\x1a\n\nCheckpoint\x12\x0c\n\x04rows\x18\x01 \x01(\x03\"\x1d\n\x0cSharedRegion\x12\r\n\x05token\x18\x01 \x01(\t\"m\n\x07Operand\x12+\n\x06inline\x18\x01 \x01(\x0b\x32\x19.gradwire.v1.InlineSourceH\x00\x12+\n\x06shared\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.SharedSourceH\x00\x42\x08\n\x06source\"4\n\x0cSharedSource\x12\x0e\n\x06region\x18\x01 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x03\"\x0e\n\x0cInlineSource\"\x9e\x01\n\x06Result\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.gradwire.v1.Dtype\x12\x30\n\x06inline\x18\x02 \x01(\x0b\x32\x1e.gradwire.v1.InlineDestinationH\x00\x12\x30\n\x06shared\x18\x03 \x01(\x0b\x32\x1e.gradwire.v1.SharedDestinationH\x00\x42\r\n\x0b\x64\x65stination\"9\n\x11SharedDestination\x12\x0e\n\x06region\x18\x01 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x03\"\x13\n\x11InlineDestination\"J\n\x08Numerics\x12*\n\x0e\x64w_accumulator\x18\x01 \x01(\x0e\x32\x12.gradwire.v1.Dtype\x12\x12\n\nallow_tf32\x18\x02 \x01(\x08\"\x10\n\x03\x45nd\x12\t\n\x01m\x18\x01 \x01(\x03\")\n\x04Join\x12\r\n\x05token\x18\x01 \x01(\t\x12\x12\n\nconnection\x18\x02 \x01(\x05\"\x08\n\x06Joined\"\x1c\n\x06Queued\x12\x12\n\njobs_ahead\x18\x01 \x01(\x05\"\x93\x02\n\x08\x41\x63\x63\x65pted\x12\x17\n\x0fserver_instance\x18\x01 \x01(\t\x12\x12\n\nblock_rows\x18\x02 \x01(\x03\x12\x13\n\x0bwindow_rows\x18\x03 \x01(\x03\x12\x16\n\x0ereserved_bytes\x18\x04 \x01(\x03\x12#\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x13.gradwire.v1.Device\x12\x35\n\x0b\x66ingerprint\x18\x06 \x01(\x0b\x32 .gradwire.v1.NumericsFingerprint\x12\'\n\reffective_job\x18\x07 \x01(\x0b\x32\x10.gradwire.v1.Job\x12\x12\n\njoin_token\x18\x08 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\t \x01(\x03\"\x84\x01\n\x06\x44\x65vice\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\x1a\n\x12\x63ompute_capability\x18\x05 \x01(\t\x12\x1a\n\x12memory_limit_bytes\x18\x06 \x01(\x03\"[\n\x13NumericsFingerprint\x12\x0f\n\x07library\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\x05\x12\x12\n\nblock_rows\x18\x04 \x01(\x03\"\xa1\x03\n\x07Receipt\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\x0fserver_instance\x18\x02 \x01(\t\x12\t\n\x01m\x18\x03 \x01(\x03\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x03\x12\x16\n\x0e\x62ytes_received\x18\x05 \x01(\x03\x12\x12\n\nbytes_sent\x18\x06 \x01(\x03\x12\x16\n\x0equeued_seconds\x18\x07 \x01(\x01\x12\x19\n\x11receiving_seconds\x18\x08 \x01(\x01\x12\x1e\n\x16\x63opy_to_device_seconds\x18\t \x01(\x01\x12\x19\n\x11\x63omputing_seconds\x18\n \x01(\x01\x12 \n\x18\x63opy_from_device_seconds\x18\x0b \x01(\x01\x12\x17\n\x0fsending_seconds\x18\x0c \x01(\x01\x12\x15\n\rtotal_seconds\x18\r \x01(\x01\x12#\n\x06\x64\x65vice\x18\x0e \x01(\x0b\x32\x13.gradwire.v1.Device\x12\x19\n\x11peak_memory_bytes\x18\x0f \x01(\x03\x12\x11\n\ttransport\x18\x10 \x01(\t\x12\x13\n\x0b\x63onnections\x18\x11 \x01(\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15gradwire/v1/job.proto\x12\x0bgradwire.v1\x1a\x18gradwire/v1/matrix.proto\"\xb0\x04\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x01m\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\t\n\x01n\x18\x03 \x01(\x03\x12\t\n\x01k\x18\x04 \x01(\x03\x12!\n\x05\x64type\x18\x05 \x01(\x0e\x32\x12.gradwire.v1.Dtype\x12\x1f\n\x01x\x18\x06 \x01(\x0b\x32\x14.gradwire.v1.Operand\x12\x1f\n\x01w\x18\x07 \x01(\x0b\x32\x14.gradwire.v1.Operand\x12 \n\x02\x64y\x18\x08 \x01(\x0b\x32\x14.gradwire.v1.Operand\x12\x1e\n\x01y\x18\t \x01(\x0b\x32\x13.gradwire.v1.Result\x12\x1f\n\x02\x64x\x18\n \x01(\x0b\x32\x13.gradwire.v1.Result\x12\x1f\n\x02\x64w\x18\x0b \x01(\x0b\x32\x13.gradwire.v1.Result\x12\'\n\x08numerics\x18\x0c \x01(\x0b\x32\x15.gradwire.v1.Numerics\x12\'\n\x08\x63hecksum\x18\r \x01(\x0e\x32\x15.gradwire.v1.Checksum\x12\x17\n\x0fmax_block_bytes\x18\x0e \x01(\x03\x12\x19\n\x11required_features\x18\x0f \x03(\t\x12*\n\x07regions\x18\x10 \x03(\x0b\x32\x19.gradwire.v1.SharedRegion\x12-\n\x0b\x63heckpoints\x18\x11 \x01(\x0b\x32\x18.gradwire.v1.Checkpoints\x12#\n\x06resume\x18\x12 \x01(\x0b\x32\x13.gradwire.v1.ResumeB\x04\n\x02_m\"\x1b\n\x0b\x43heckpoints\x12\x0c\n\x04rows\x18\x01 \x01(\x03\"\x92\x01\n\x06Resume\x12\x35\n\x0b\x66ingerprint\x18\x01 \x01(\x0b\x32 .gradwire.v1.NumericsFingerprint\x12\x11\n\tfirst_row\x18\x02 \x01(\x03\x12\x18\n\x10results_from_row\x18\x03 \x01(\x03\x12$\n\x06\x64w_sum\x18\x04 \x01(\x0b\x32\x14.gradwire.v1.Operand\"\x1a\n\nCheckpoint\x12\x0c\n\x04rows\x18\x01 \x01(\x03\"\x1d\n\x0cSharedRegion\x12\r\n\x05token\x18\x01 \x01(\t\"m\n\x07Operand\x12+\n\x06inline\x18\x01 \x01(\x0b\x32\x19.gradwire.v1.InlineSourceH\x00\x12+\n\x06shared\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.SharedSourceH\x00\x42\x08\n\x06source\"4\n\x0cSharedSource\x12\x0e\n\x06region\x18\x01 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x03\"\x0e\n\x0cInlineSource\"\x9e\x01\n\x06Result\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.gradwire.v1.Dtype\x12\x30\n\x06inline\x18\x02 \x01(\x0b\x32\x1e.gradwire.v1.InlineDestinationH\x00\x12\x30\n\x06shared\x18\x03 \x01(\x0b\x32\x1e.gradwire.v1.SharedDestinationH\x00\x42\r\n\x0b\x64\x65stination\"9\n\x11SharedDestination\x12\x0e\n\x06region\x18\x01 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x03\"\x13\n\x11InlineDestination\"J\n\x08Numerics\x12*\n\x0e\x64w_accumulator\x18\x01 \x01(\x0e\x32\x12.gradwire.v1.Dtype\x12\x12\n\nallow_tf32\x18\x02 \x01(\x08\"\x10\n\x03\x45nd\x12\t\n\x01m\x18\x01 \x01(\x03\"\x1c\n\x06Queued\x12\x12\n\njobs_ahead\x18\x01 \x01(\x05\"\xff\x01\n\x08\x41\x63\x63\x65pted\x12\x17\n\x0fserver_instance\x18\x01 \x01(\t\x12\x12\n\nblock_rows\x18\x02 \x01(\x03\x12\x13\n\x0bwindow_rows\x18\x03 \x01(\x03\x12\x16\n\x0ereserved_bytes\x18\x04 \x01(\x03\x12#\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x13.gradwire.v1.Device\x12\x35\n\x0b\x66ingerprint\x18\x06 \x01(\x0b\x32 .gradwire.v1.NumericsFingerprint\x12\'\n\reffective_job\x18\x07 \x01(\x0b\x32\x10.gradwire.v1.Job\x12\x14\n\x0c\x64\x65vice_bytes\x18\x08 \x01(\x03\"\x84\x01\n\x06\x44\x65vice\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\x1a\n\x12\x63ompute_capability\x18\x05 \x01(\t\x12\x1a\n\x12memory_limit_bytes\x18\x06 \x01(\x03\"[\n\x13NumericsFingerprint\x12\x0f\n\x07library\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\x05\x12\x12\n\nblock_rows\x18\x04 \x01(\x03\"\x8c\x03\n\x07Receipt\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\x0fserver_instance\x18\x02 \x01(\t\x12\t\n\x01m\x18\x03 \x01(\x03\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x03\x12\x16\n\x0e\x62ytes_received\x18\x05 \x01(\x03\x12\x12\n\nbytes_sent\x18\x06 \x01(\x03\x12\x16\n\x0equeued_seconds\x18\x07 \x01(\x01\x12\x19\n\x11receiving_seconds\x18\x08 \x01(\x01\x12\x1e\n\x16\x63opy_to_device_seconds\x18\t \x01(\x01\x12\x19\n\x11\x63omputing_seconds\x18\n \x01(\x01\x12 \n\x18\x63opy_from_device_seconds\x18\x0b \x01(\x01\x12\x17\n\x0fsending_seconds\x18\x0c \x01(\x01\x12\x15\n\rtotal_seconds\x18\r \x01(\x01\x12#\n\x06\x64\x65vice\x18\x0e \x01(\x0b\x32\x13.gradwire.v1.Device\x12\x19\n\x11peak_memory_bytes\x18\x0f \x01(\x03\x12\x11\n\ttransport\x18\x10 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,43 +33,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradwire.v1.job_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOB']._serialized_start=65
-  _globals['_JOB']._serialized_end=646
-  _globals['_CHECKPOINTS']._serialized_start=648
-  _globals['_CHECKPOINTS']._serialized_end=675
-  _globals['_RESUME']._serialized_start=678
-  _globals['_RESUME']._serialized_end=824
-  _globals['_CHECKPOINT']._serialized_start=826
-  _globals['_CHECKPOINT']._serialized_end=852
-  _globals['_SHAREDREGION']._serialized_start=854
-  _globals['_SHAREDREGION']._serialized_end=883
-  _globals['_OPERAND']._serialized_start=885
-  _globals['_OPERAND']._serialized_end=994
-  _globals['_SHAREDSOURCE']._serialized_start=996
-  _globals['_SHAREDSOURCE']._serialized_end=1048
-  _globals['_INLINESOURCE']._serialized_start=1050
-  _globals['_INLINESOURCE']._serialized_end=1064
-  _globals['_RESULT']._serialized_start=1067
-  _globals['_RESULT']._serialized_end=1225
-  _globals['_SHAREDDESTINATION']._serialized_start=1227
-  _globals['_SHAREDDESTINATION']._serialized_end=1284
-  _globals['_INLINEDESTINATION']._serialized_start=1286
-  _globals['_INLINEDESTINATION']._serialized_end=1305
-  _globals['_NUMERICS']._serialized_start=1307
-  _globals['_NUMERICS']._serialized_end=1381
-  _globals['_END']._serialized_start=1383
-  _globals['_END']._serialized_end=1399
-  _globals['_JOIN']._serialized_start=1401
-  _globals['_JOIN']._serialized_end=1442
-  _globals['_JOINED']._serialized_start=1444
-  _globals['_JOINED']._serialized_end=1452
-  _globals['_QUEUED']._serialized_start=1454
-  _globals['_QUEUED']._serialized_end=1482
-  _globals['_ACCEPTED']._serialized_start=1485
-  _globals['_ACCEPTED']._serialized_end=1760
-  _globals['_DEVICE']._serialized_start=1763
-  _globals['_DEVICE']._serialized_end=1895
-  _globals['_NUMERICSFINGERPRINT']._serialized_start=1897
-  _globals['_NUMERICSFINGERPRINT']._serialized_end=1988
-  _globals['_RECEIPT']._serialized_start=1991
-  _globals['_RECEIPT']._serialized_end=2408
+  _globals['_JOB']._serialized_end=625
+  _globals['_CHECKPOINTS']._serialized_start=627
+  _globals['_CHECKPOINTS']._serialized_end=654
+  _globals['_RESUME']._serialized_start=657
+  _globals['_RESUME']._serialized_end=803
+  _globals['_CHECKPOINT']._serialized_start=805
+  _globals['_CHECKPOINT']._serialized_end=831
+  _globals['_SHAREDREGION']._serialized_start=833
+  _globals['_SHAREDREGION']._serialized_end=862
+  _globals['_OPERAND']._serialized_start=864
+  _globals['_OPERAND']._serialized_end=973
+  _globals['_SHAREDSOURCE']._serialized_start=975
+  _globals['_SHAREDSOURCE']._serialized_end=1027
+  _globals['_INLINESOURCE']._serialized_start=1029
+  _globals['_INLINESOURCE']._serialized_end=1043
+  _globals['_RESULT']._serialized_start=1046
+  _globals['_RESULT']._serialized_end=1204
+  _globals['_SHAREDDESTINATION']._serialized_start=1206
+  _globals['_SHAREDDESTINATION']._serialized_end=1263
+  _globals['_INLINEDESTINATION']._serialized_start=1265
+  _globals['_INLINEDESTINATION']._serialized_end=1284
+  _globals['_NUMERICS']._serialized_start=1286
+  _globals['_NUMERICS']._serialized_end=1360
+  _globals['_END']._serialized_start=1362
+  _globals['_END']._serialized_end=1378
+  _globals['_QUEUED']._serialized_start=1380
+  _globals['_QUEUED']._serialized_end=1408
+  _globals['_ACCEPTED']._serialized_start=1411
+  _globals['_ACCEPTED']._serialized_end=1666
+  _globals['_DEVICE']._serialized_start=1669
+  _globals['_DEVICE']._serialized_end=1801
+  _globals['_NUMERICSFINGERPRINT']._serialized_start=1803
+  _globals['_NUMERICSFINGERPRINT']._serialized_end=1894
+  _globals['_RECEIPT']._serialized_start=1897
+  _globals['_RECEIPT']._serialized_end=2293
 # @@protoc_insertion_point(module_scope)

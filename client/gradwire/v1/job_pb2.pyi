@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_block_bytes", "required_features", "connections", "regions", "checkpoints", "resume")
+    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_block_bytes", "required_features", "regions", "checkpoints", "resume")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -24,7 +24,6 @@ class Job(_message.Message):
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     REQUIRED_FEATURES_FIELD_NUMBER: _ClassVar[int]
-    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     REGIONS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
@@ -43,11 +42,10 @@ class Job(_message.Message):
     checksum: _matrix_pb2.Checksum
     max_block_bytes: int
     required_features: _containers.RepeatedScalarFieldContainer[str]
-    connections: int
     regions: _containers.RepeatedCompositeFieldContainer[SharedRegion]
     checkpoints: Checkpoints
     resume: Resume
-    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_block_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_block_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class Checkpoints(_message.Message):
     __slots__ = ("rows",)
@@ -135,18 +133,6 @@ class End(_message.Message):
     m: int
     def __init__(self, m: _Optional[int] = ...) -> None: ...
 
-class Join(_message.Message):
-    __slots__ = ("token", "connection")
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
-    CONNECTION_FIELD_NUMBER: _ClassVar[int]
-    token: str
-    connection: int
-    def __init__(self, token: _Optional[str] = ..., connection: _Optional[int] = ...) -> None: ...
-
-class Joined(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
 class Queued(_message.Message):
     __slots__ = ("jobs_ahead",)
     JOBS_AHEAD_FIELD_NUMBER: _ClassVar[int]
@@ -154,7 +140,7 @@ class Queued(_message.Message):
     def __init__(self, jobs_ahead: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("server_instance", "block_rows", "window_rows", "reserved_bytes", "device", "fingerprint", "effective_job", "join_token", "device_bytes")
+    __slots__ = ("server_instance", "block_rows", "window_rows", "reserved_bytes", "device", "fingerprint", "effective_job", "device_bytes")
     SERVER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -162,7 +148,6 @@ class Accepted(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     EFFECTIVE_JOB_FIELD_NUMBER: _ClassVar[int]
-    JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     server_instance: str
     block_rows: int
@@ -171,9 +156,8 @@ class Accepted(_message.Message):
     device: Device
     fingerprint: NumericsFingerprint
     effective_job: Job
-    join_token: str
     device_bytes: int
-    def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ..., join_token: _Optional[str] = ..., device_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ..., device_bytes: _Optional[int] = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("backend", "index", "name", "memory_bytes", "compute_capability", "memory_limit_bytes")
@@ -204,7 +188,7 @@ class NumericsFingerprint(_message.Message):
     def __init__(self, library: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., block_rows: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("job_id", "server_instance", "m", "blocks", "bytes_received", "bytes_sent", "queued_seconds", "receiving_seconds", "copy_to_device_seconds", "computing_seconds", "copy_from_device_seconds", "sending_seconds", "total_seconds", "device", "peak_memory_bytes", "transport", "connections")
+    __slots__ = ("job_id", "server_instance", "m", "blocks", "bytes_received", "bytes_sent", "queued_seconds", "receiving_seconds", "copy_to_device_seconds", "computing_seconds", "copy_from_device_seconds", "sending_seconds", "total_seconds", "device", "peak_memory_bytes", "transport")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
@@ -221,7 +205,6 @@ class Receipt(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     server_instance: str
     m: int
@@ -238,5 +221,4 @@ class Receipt(_message.Message):
     device: Device
     peak_memory_bytes: int
     transport: str
-    connections: int
-    def __init__(self, job_id: _Optional[str] = ..., server_instance: _Optional[str] = ..., m: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., receiving_seconds: _Optional[float] = ..., copy_to_device_seconds: _Optional[float] = ..., computing_seconds: _Optional[float] = ..., copy_from_device_seconds: _Optional[float] = ..., sending_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., connections: _Optional[int] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., server_instance: _Optional[str] = ..., m: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., receiving_seconds: _Optional[float] = ..., copy_to_device_seconds: _Optional[float] = ..., computing_seconds: _Optional[float] = ..., copy_from_device_seconds: _Optional[float] = ..., sending_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...

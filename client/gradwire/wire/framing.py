@@ -35,8 +35,6 @@ from gradwire.v1.job_pb2 import (
     Checkpoint,
     End,
     Job,
-    Join,
-    Joined,
     Queued,
     Receipt,
 )
@@ -75,8 +73,8 @@ class Block:
     """The payload's checksum, when it came with one."""
 
 
-RequestMessage: TypeAlias = Job | Block | End | Join
-ResponseMessage: TypeAlias = Accepted | Queued | Block | Receipt | Joined | Checkpoint
+RequestMessage: TypeAlias = Job | Block | End
+ResponseMessage: TypeAlias = Accepted | Queued | Block | Receipt | Checkpoint
 
 
 def encode_block(
@@ -116,17 +114,6 @@ def encode_job(job: Job) -> bytes:
 def encode_end(m: int) -> bytes:
     """The request message that ends a stream of m rows."""
     return ComputeStreamRequest(end=End(m=m)).SerializeToString()
-
-
-def encode_join(token: str, connection: int) -> bytes:
-    """The request message that opens a further connection of a job."""
-    join = Join(token=token, connection=connection)
-    return ComputeStreamRequest(join=join).SerializeToString()
-
-
-def encode_joined() -> bytes:
-    """The response message that says that a connection belongs to a job."""
-    return ComputeStreamResponse(joined=Joined()).SerializeToString()
 
 
 def encode_accepted(accepted: Accepted) -> bytes:
@@ -180,10 +167,8 @@ def decode_request_by_class(message: bytes) -> RequestMessage:
             return _from_class(envelope.block)
         case "end":
             return envelope.end
-        case "join":
-            return envelope.join
         case _:
-            raise FramingError("the message holds neither job, block, end nor join")
+            raise FramingError("the message holds neither job, block nor end")
 
 
 def decode_response_by_class(message: bytes) -> ResponseMessage:
@@ -198,14 +183,12 @@ def decode_response_by_class(message: bytes) -> ResponseMessage:
             return _from_class(envelope.block)
         case "receipt":
             return envelope.receipt
-        case "joined":
-            return envelope.joined
         case "checkpoint":
             return envelope.checkpoint
         case _:
             raise FramingError(
-                "the message holds neither accepted, queued, block, receipt, joined"
-                " nor checkpoint"
+                "the message holds neither accepted, queued, block, receipt nor"
+                " checkpoint"
             )
 
 

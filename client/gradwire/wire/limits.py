@@ -18,9 +18,6 @@ MAX_COMPUTE_BYTES = MAX_PAYLOAD_BYTES - FRAMING_BYTES
 """Most elements, in bytes, in a request or a response of Compute: with what
 else they hold, both stay below the 4 MiB that gRPC takes by default."""
 
-MAX_CONNECTIONS = 16
-"""Most connections of one job."""
-
 MAX_INT64 = 2**63 - 1
 """Largest value of a size, a count or an index on the wire."""
 
@@ -32,9 +29,6 @@ SERVICE = "gradwire.v1.GradientService"
 
 CONTRACT = "gradwire.v1"
 """The contract's name and version."""
-
-CONNECTIONS = "connections"
-"""Name of the feature that a job over several connections requires."""
 
 RESUME = "resume"
 """Name of the feature of jobs that go on where others were cut off."""

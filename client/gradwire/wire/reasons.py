@@ -48,7 +48,6 @@ class Reason(enum.StrEnum):
     BUSY = enum.auto()
     DEVICE_OUT_OF_MEMORY = enum.auto()
     # the rest, one each
-    JOIN_UNKNOWN = enum.auto()
     DRAINING = enum.auto()
     DEVICE_LOST = enum.auto()
     CLIENT_IDLE = enum.auto()
@@ -74,7 +73,6 @@ _OTHER_STATUS = {
     Reason.JOB_TOO_LARGE: StatusCode.RESOURCE_EXHAUSTED,
     Reason.BUSY: StatusCode.RESOURCE_EXHAUSTED,
     Reason.DEVICE_OUT_OF_MEMORY: StatusCode.RESOURCE_EXHAUSTED,
-    Reason.JOIN_UNKNOWN: StatusCode.FAILED_PRECONDITION,
     Reason.DRAINING: StatusCode.UNAVAILABLE,
     Reason.DEVICE_LOST: StatusCode.UNAVAILABLE,
     Reason.CLIENT_IDLE: StatusCode.ABORTED,

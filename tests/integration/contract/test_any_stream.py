@@ -28,13 +28,13 @@ from tests.integration.contract.stream_machine import (
     GOOD_TIME_S,
     REFUSALS,
     AnyStream,
-    Calls,
     assert_answered,
     int32s,
     int64s,
+    opened,
     problems,
 )
-from tests.integration.contract.stream_model import JobModel
+from tests.integration.contract.stream_model import StreamModel
 from tests.integration.load.observing import CUDA_BYTES
 from tests.raw import (
     DTYPES,
@@ -64,7 +64,7 @@ def serving(**settings: Any) -> Iterator[grpc.Channel]:
     What it holds must be given back as soon as a job has ended, whatever
     became of it: all of its memory goes to the largest job that it can have.
     """
-    probe = whole_numbers(6, 6, 6).job(connections=16)
+    probe = whole_numbers(6, 6, 6).job(max_block_bytes=4 << 20)
     with running_server(block_bytes=256) as sizing, connected(sizing) as channel:
         reserved = reserved_by(channel, probe)
     with (
@@ -129,17 +129,8 @@ def by_class() -> Iterator[grpc.Channel]:
 
 def test_streams_written_message_by_message(channel, by_class):
     AnyStream.channels = channel, by_class
-    AnyStream.connections = (1,)
     run_state_machine_as_test(
         AnyStream, settings=settings(QUICK, max_examples=300, stateful_step_count=12)
-    )
-
-
-def test_streams_of_several_connections_written_message_by_message(channel, by_class):
-    AnyStream.channels = channel, by_class
-    AnyStream.connections = (2, 3)
-    run_state_machine_as_test(
-        AnyStream, settings=settings(QUICK, max_examples=300, stateful_step_count=16)
     )
 
 
@@ -176,24 +167,24 @@ def accidents(draw, messages: list[bytes]) -> list[bytes]:
 def test_good_streams_after_accidents(channel, by_class, data, problem, open_m):
     header = problem.job(open_m=open_m, job_id="any")
     with contextlib.ExitStack() as stack:
-        servers = [Calls(each, header) for each in (channel, by_class)]
-        for calls in servers:
-            stack.callback(calls.close)
-        accepted = servers[0].accepted
-        model = JobModel(accepted)
+        streams = [
+            stack.enter_context(opened(each, header)) for each in (channel, by_class)
+        ]
+        assert streams[0].outcome is not None
+        accepted = streams[0].outcome.accepted
+        model = StreamModel(accepted)
         body = [
             message.SerializeToString()
             for message in problem.body(accepted.block_rows, 200)
         ]
         for message in data.draw(accidents(body)):
-            model.streams[0].apply(message)
-            for calls in servers:
-                calls.send(0, message)
-        model.streams[0].close()
-        for calls in servers:
-            calls.half_close(0)
-        assert_answered(servers, model, problem)
-        assert servers[0].causes == servers[1].causes
+            model.apply(message)
+            for stream in streams:
+                stream.send(message)
+        model.close()
+        for stream in streams:
+            stream.half_close()
+        assert_answered(streams, model, problem)
 
 
 @given(st.lists(st.binary(max_size=60), max_size=4))

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
-from gradwire.v1 import gradient_service_pb2_grpc, job_pb2
+from gradwire.v1 import gradient_service_pb2_grpc
 from tests.credentials import (
     AUDIENCE,
     ISSUER,
@@ -182,25 +182,6 @@ def test_a_call_is_refused_before_a_message_of_it_comes(guarded):
     assert record["peer"].startswith("ipv4:127.0.0.1")
 
 
-def test_a_connection_that_joins_is_of_the_same_tenant(guarded):
-    alice, bob = guarded.of("alice"), guarded.of("bob")
-    with Stream(alice) as first:
-        first.send(PROBLEM.job(connections=2))
-        token = first.receive_accepted().accepted.join_token
-        join = Request(join=job_pb2.Join(token=token, connection=1))
-        with Stream(bob) as other:
-            other.send(join)
-            refused = other.failure()
-        assert refused.status is grpc.StatusCode.PERMISSION_DENIED
-        assert refused.reason == "NOT_ALLOWED"
-        assert token not in refused.text
-        with Stream(alice) as second:
-            second.send(join)
-            answer = second.receive()
-            assert answer is not None
-            assert answer.WhichOneof("message") == "joined"
-
-
 def test_shared_memory_is_its_tenants(guarded):
     alice, bob = guarded.of("alice"), guarded.of("bob")
     with RawRegion(alice, MIB) as region:
@@ -254,9 +235,6 @@ def test_no_secret_shows_in_the_log_or_in_an_error(guarded):
                 call()
             except grpc.RpcError as error:
                 texts += [error.details() or "", str(error.trailing_metadata())]
-    with Stream(guarded.of("alice")) as stream:
-        stream.send(PROBLEM.job(connections=2))
-        secrets.append(stream.receive_accepted().accepted.join_token)
     with RawRegion(guarded.of("alice"), MIB) as region:
         secrets.append(region.answer.token)
     guarded.server.wait_for_log(lambda record: record.get("method") == "OpenRegion")

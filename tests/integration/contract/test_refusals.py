@@ -236,7 +236,7 @@ STREAMS = [
         [job(), b""],
         "MESSAGE_MALFORMED",
         None,
-        "neither job, block, end nor join",
+        "neither job, block nor end",
     ),
     case("second-job", [job(), W, job()], "MESSAGE_UNEXPECTED", None, "job", "end"),
     case(
@@ -551,9 +551,6 @@ COMPUTES = [
         "checksum", request({"checksum": 1}), "OPTION_INVALID", "job.checksum"
     ),
     compute_case(
-        "connections", request({"connections": 2}), "OPTION_INVALID", "job.connections"
-    ),
-    compute_case(
         "request-over-4-MiB",
         request({"n": 1024, "k": 1024}),
         "STREAM_REQUIRED",
@@ -693,7 +690,6 @@ def test_every_reason_has_a_test():
         "JOB_CANCELLED",
         "DEADLINE_PASSED",
         "DRAINING",  # test_stopping.py
-        "JOIN_UNKNOWN",  # test_connections.py
         "RESUME_MISMATCH",  # test_resuming.py
         "DEVICE_LOST",  # test_devices.py
         "DEVICE_OUT_OF_MEMORY",  # test_faults.py

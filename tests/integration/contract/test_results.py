@@ -328,7 +328,6 @@ def test_the_answer_says_what_was_understood_with_every_default(channel):
         results={"y": "bfloat16", "dw": "bfloat16"},
         numerics=job_pb2.Numerics(dw_accumulator=dtype_number("float32")),
         max_block_bytes=1 << 20,
-        connections=1,
     )
     open_m = stream_job(channel, problem, open_m=True).accepted
     assert not open_m.effective_job.HasField("m")
@@ -344,8 +343,7 @@ def test_every_option_that_is_in_effect_is_answered(channel):
             dw_accumulator=dtype_number("float64"), allow_tf32=True
         ),
         max_block_bytes=77,
-        required_features=["checksum-crc32c", "connections"],
-        connections=3,
+        required_features=["checksum-crc32c", "resume"],
         checksum=matrix_pb2.CHECKSUM_CRC32C,
     )
     with Stream(channel) as stream:

@@ -201,10 +201,6 @@ def checksums(job: job_pb2.Job) -> None:
     job.checksum = matrix_pb2.CHECKSUM_CRC32C
 
 
-def connections(job):
-    job.connections = 2
-
-
 @pytest.mark.parametrize(
     ("change", "reason", "field"),
     [
@@ -232,7 +228,6 @@ def connections(job):
         (no_regions, "PLACE_INVALID", "job.x.source.region"),
         (open_m, "SHAPE_INVALID", "job.m"),
         (checksums, "OPTION_INVALID", "job.checksum"),
-        (connections, "OPTION_INVALID", "job.connections"),
     ],
     ids=lambda value: getattr(value, "__qualname__", str(value)),
 )

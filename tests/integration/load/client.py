@@ -85,7 +85,6 @@ def main(address: str, connect: str, job: str) -> None:
             "moved_bytes": receipt.bytes_received + receipt.bytes_sent,
             "m": receipt.m,
             "transport": receipt.transport,
-            "connections": receipt.connections,
         }
         print(json.dumps(seen), flush=True)
         sys.stdin.read()

@@ -52,7 +52,7 @@ def step(client: gradwire.Client, shared: gradwire.Client, number: int) -> str:
             return "shared"
         case 19:
             address = client.address
-            with gradwire.connect(address, transport="tcp", channels=2) as another:
+            with gradwire.connect(address, transport="tcp") as another:
                 another.gradients(x, w, dy)
             return "connected"
         case 23:

@@ -89,7 +89,6 @@ class SyncCaller(Caller):
     def stream(self, rows: Iterable[Any], *args: Any, **options: Any) -> Any:
         with self.client.stream(rows, *args, **options) as stream:
             blocks = list(stream)
-        self.way.joined(stream.receipt)
         return blocks, stream.dw, stream.receipt
 
 
@@ -115,7 +114,6 @@ class AsyncCaller(Caller):
         async def collect() -> Any:
             async with self.client.stream(rows, *args, **options) as stream:
                 blocks = [block async for block in stream]
-            self.way.joined(stream.receipt)
             return blocks, stream.dw, stream.receipt
 
         return self.run(collect())

@@ -29,7 +29,7 @@ def small_blocks() -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def client(small_blocks: ServerProcess) -> Iterator[gradwire.Client]:
-    """A client of that server over one connection: what others are compared with."""
+    """A client of that server over TCP: what others are compared with."""
     with gradwire.connect(
         small_blocks.address, timeout_s=60, transport="tcp"
     ) as connected:

@@ -152,12 +152,9 @@ def test_a_tensor_that_cannot_take_a_result_is_refused(
         caller.gradients(x, w, dy, out={"y": one, "dx": one})
 
 
-@pytest.mark.parametrize("connections", [1, 3])
-def test_streamed_rows_are_copied(
-    small_blocks: ServerProcess, connections: int
-) -> None:
+def test_streamed_rows_are_copied(small_blocks: ServerProcess) -> None:
     x, w, dy = oracle.operands(600, 40, 30)
-    with ways.over(connections).connect(small_blocks) as client:
+    with ways.STREAM.connect(small_blocks) as client:
         rows = [
             (OnDevice(x[first : first + 50]), OnDevice(dy[first : first + 50]))
             for first in range(0, 600, 50)

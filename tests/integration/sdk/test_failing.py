@@ -28,7 +28,6 @@ from tests.integration.sdk.ways import (
     STREAM,
     WAYS,
     Way,
-    over,
     serving_all,
 )
 from tests.serving import ServerProcess
@@ -100,7 +99,7 @@ def test_a_job_too_large_for_the_server_is_refused_before_it_is_sent() -> None:
     w = np.zeros((3000, 3000), np.float32)
     with serving_all(memory_limit=16 << 20) as server:
         for way in WAYS:
-            with way.connect(server, channels=1) as client:
+            with way.connect(server) as client:
                 seen: list[gradwire.Progress] = []
                 with pytest.raises(gradwire.JobTooLargeError) as large:
                     client.forward(
@@ -183,7 +182,7 @@ def test_a_server_that_is_about_to_stop_takes_no_new_jobs() -> None:
         others = [
             clients.enter_context(way.connect(server, retries=False)) for way in WAYS
         ]
-        stream = clients.enter_context(over(2).connect(server)).stream(rows(), W)
+        stream = clients.enter_context(STREAM.connect(server)).stream(rows(), W)
         next(stream)
         for client in others:
             refused = None
@@ -266,8 +265,8 @@ INTERRUPTED = """
 @pytest.mark.parametrize(
     ("what", "way"),
     [
-        *(("waiting", way) for way in (COMPUTE, STREAM, over(2), COPIED)),
-        *(("iterating", way) for way in (STREAM, over(2))),
+        *(("waiting", way) for way in (COMPUTE, STREAM, COPIED)),
+        ("iterating", STREAM),
     ],
     ids=str,
 )

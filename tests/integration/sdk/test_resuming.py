@@ -60,10 +60,9 @@ class Job:
         runner: asyncio.Runner,
         *,
         retries: Any = SOON,
-        channels: int = 1,
     ) -> None:
         self._runner = runner
-        options: Any = {"transport": "tcp", "retries": retries, "channels": channels}
+        options: Any = {"transport": "tcp", "retries": retries}
         if kind == "sync":
             self.client: Any = gradwire.connect(address, **options)
         else:
@@ -151,17 +150,15 @@ def boundaries(job: Job, proxy: Proxy, run: Callable[[], object], step: int) -> 
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("results", SETS, ids="+".join)
 def test_arrays_cut_off_between_any_messages(
     job_of: MakeJob,
     proxy: Proxy,
     expected: gradwire.Gradients,
     kind: str,
-    channels: int,
     results: Any,
 ) -> None:
-    job = job_of(kind, channels=channels)
+    job = job_of(kind)
     for rows in (None, 50) if "dw" in results else (None,):
 
         def run(rows: int | None = rows) -> gradwire.Gradients:
@@ -183,16 +180,14 @@ def test_arrays_cut_off_between_any_messages(
     ("kind", "source"),
     [("sync", pairs), ("sync", lists), ("async", pairs), ("async", pairs_in_time)],
 )
-@pytest.mark.parametrize("channels", [1, 3])
 def test_streams_cut_off_between_any_messages(
     job_of: MakeJob,
     proxy: Proxy,
     expected: gradwire.Gradients,
     kind: str,
     source: Any,
-    channels: int,
 ) -> None:
-    job = job_of(kind, channels=channels)
+    job = job_of(kind)
     for results in SETS[::3]:
 
         def run(results: Any = results) -> Any:
@@ -402,7 +397,7 @@ def test_under_load_a_server_that_is_started_anew_loses_no_job(
         wrong: list[str] = []
 
         def work(kind: str) -> None:
-            with gradwire.connect(address, channels=1 + (kind == "channels")) as client:
+            with gradwire.connect(address) as client:
                 client._tuning = Tuning(chunk_bytes=3000, unary=kind == "unary")
                 for _ in range(6):
                     if kind == "stream":
@@ -415,7 +410,7 @@ def test_under_load_a_server_that_is_started_anew_loses_no_job(
                         wrong.append(kind)
                     done.append(kind)
 
-        kinds = ("unary", "stream", "arrays", "channels")
+        kinds = ("unary", "stream", "arrays")
         threads = [threading.Thread(target=work, args=(kind,)) for kind in kinds]
         for thread in threads:
             thread.start()

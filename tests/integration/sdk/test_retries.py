@@ -26,7 +26,6 @@ from tests.integration.sdk.ways import (
     SHARED,
     STREAM,
     Way,
-    over,
     serving_all,
 )
 from tests.proxy import Direction, Fault, Proxy
@@ -78,7 +77,7 @@ def calling(
 
 
 @pytest.mark.parametrize("kind", CALLERS)
-@pytest.mark.parametrize("way", [COMPUTE, STREAM, over(2), SHARED, COPIED], ids=str)
+@pytest.mark.parametrize("way", [COMPUTE, STREAM, SHARED, COPIED], ids=str)
 @pytest.mark.parametrize("of", ["requests", "responses"])
 def test_a_job_whose_connection_breaks_runs_again_with_the_same_bits(
     calling: Calling,
@@ -148,18 +147,16 @@ def test_results_in_shared_memory_that_a_lost_server_may_write_to_are_given_up(
     assert caller.gradients(X, W, DY, out={"y": y}).y is y
 
 
-@pytest.mark.parametrize("way", [STREAM, over(2)], ids=str)
 @pytest.mark.parametrize("of", ["requests", "responses"])
 def test_a_stream_that_breaks_before_its_job_is_accepted_begins_anew(
     proxy: Proxy,
     small_blocks: ServerProcess,
     client: gradwire.Client,
-    way: Way,
     of: Direction,
 ) -> None:
     expected = client.gradients(X, W, DY)
     through: Any = Through(proxy, small_blocks)
-    with way.connect(through, retries=SOON) as unlucky:
+    with STREAM.connect(through, retries=SOON) as unlucky:
         proxy.arm(Fault(of, cut_after_bytes=60))
         with unlucky.stream(iter([(X, DY)]), W) as stream:
             rows = sum(len(block) for block in stream)

@@ -165,16 +165,6 @@ def test_a_server_that_is_busy_with_this_clients_jobs_gets_fewer(
         assert long.receipt.server_address not in seen
 
 
-def test_all_connections_of_a_job_go_to_one_server(
-    three: list[ServerProcess], joined: Joined
-) -> None:
-    x, w, dy = oracle.operands(8000, 30, 20)
-    caller = joined(addresses(three), channels=2)
-    result = caller.run(caller.client.gradients(x, w, dy))
-    assert result.receipt.connections == 2
-    assert caller.stream([(x, dy)], w).connections == 2
-
-
 class Dying:
     """Three servers that are killed one after the other, and their client."""
 

@@ -180,25 +180,34 @@ FORK_BESIDE_A_CALL_THAT_WAITS = """
     thread.join()
 """
 
-FORK_BESIDE_SEVERAL = """
-    import os, sys
+FORK_BESIDE_A_CALL_INSIDE_GRPC = """
+    import os, sys, threading
     import numpy as np
     import gradwire
-    client = gradwire.connect(sys.argv[1], transport="tcp", channels=3)
-    x, w = np.ones((300, 40)), np.ones((40, 30))
-    with client.stream([x] * 50, w, results="y") as stream:
-        next(stream)
-        child = os.fork()
-        if child == 0:
-            try:
-                client.forward(x, w)
-            except gradwire.ClientStateError as error:
-                print(error, flush=True)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
-        assert sum(len(block) for block in stream) < 50 * 300
-    assert stream.receipt.m == 50 * 300
-    assert stream.receipt.connections == 3
+    from gradwire import _fork
+    x = np.ones((3, 3))
+    client = gradwire.connect(sys.argv[1])
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay_inside():
+        with _fork.calling():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=stay_inside)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            client.forward(x, x)
+        except gradwire.ClientStateError as error:
+            print(error, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    leave.set()
+    thread.join()
+    client.forward(x, x)
 """
 
 FORK_AFTER_ASYNCIO = """
@@ -259,16 +268,16 @@ def test_a_client_goes_on_in_the_children_of_a_fork(
     assert printed == "all is well\n"
 
 
-def test_a_fork_beside_a_job_on_several_connections_is_told_to_the_child(
-    large_blocks: ServerProcess,
-) -> None:
-    printed = run_script(FORK_BESIDE_SEVERAL, large_blocks.address)
-    assert "ran in another thread, on an event loop or over several" in printed
-
-
 def test_a_fork_beside_a_call_that_waits_is_no_harm(occupied: ServerProcess) -> None:
     printed = run_script(FORK_BESIDE_A_CALL_THAT_WAITS, occupied.address)
     assert printed == "gradwire.v1\n"
+
+
+def test_a_fork_beside_a_call_that_stays_inside_grpc_is_told_to_the_child(
+    server_address: str,
+) -> None:
+    printed = run_script(FORK_BESIDE_A_CALL_INSIDE_GRPC, server_address)
+    assert "ran in another thread or on an event loop" in printed
 
 
 def test_a_fork_after_asyncio_is_told_to_the_child(server_address: str) -> None:

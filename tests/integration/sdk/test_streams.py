@@ -35,7 +35,6 @@ def endless() -> Iterator[Any]:
 def outcome(server: ServerProcess, job_id: str) -> str:
     """How the server says that a job ended, once it says so."""
     record = server.wait_for_log(
-        # Beside the job's own line there is one for each further connection.
         lambda r: r.get("job_id") == job_id and r["message"] == "job"
     )
     return str(record["outcome"])

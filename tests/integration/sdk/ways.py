@@ -38,15 +38,8 @@ class Way:
     inside: bool = False
     """Whether operands lie in arrays that the client has handed out."""
 
-    left_with_one: bool = False
-    """Whether jobs may find one connection only."""
-
     def __str__(self) -> str:
         return self.name
-
-    @property
-    def channels(self) -> int:
-        return int(self.options.get("channels", 1))
 
     @property
     def transport(self) -> str:
@@ -86,17 +79,6 @@ class Way:
             assert receipt.transport == "tcp"
         else:
             assert receipt.transport == self.transport
-        self.joined(receipt)
-
-    def joined(self, receipt: gradwire.Receipt) -> None:
-        """Checks that a job had all connections."""
-        assert self.left_with_one or receipt.connections == self.channels
-
-
-def over(channels: int) -> Way:
-    """So many connections."""
-    options = {"transport": "tcp", "channels": channels}
-    return Way(f"{channels}-channels", options)
 
 
 COMPUTE = Way("compute", in_one_message=True)
@@ -105,7 +87,7 @@ UNIX = Way("unix", unix=True)
 SHARED = Way("shm", {"transport": "shm"}, inside=True)
 COPIED = Way("shm-copied", {"transport": "shm"})
 
-IN_MESSAGES = (STREAM, over(2), over(4), UNIX)
+IN_MESSAGES = (STREAM, UNIX)
 IN_STEPS = (*IN_MESSAGES, SHARED, COPIED)
 WAYS = (COMPUTE, *IN_STEPS)
 

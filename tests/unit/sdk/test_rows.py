@@ -31,7 +31,7 @@ def run(items: list[Any], w: Any = W, server: FakeServer | None = None, **option
     drawn.draw(0)
     job = RowJob(read.plan(held.first), read.w, held)
     job.begin()
-    messages = (message for _, message in job.messages(drawn.portions(0)))
+    messages = job.messages(drawn.portions(0))
     blocks = []
     for answer in converse(job.exchange, messages, server or FakeServer()):
         job.receive(answer)

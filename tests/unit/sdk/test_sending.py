@@ -73,8 +73,8 @@ def play(
     for item in rows_of(options, sizes, n, k):
         if clock is not None:
             clock.now += clock.pause
-        yield from (message for _, message in exchange.row_messages(item))
-    yield from (message for _, message in exchange.end_messages())
+        yield from exchange.row_messages(item)
+    yield from exchange.end_messages()
 
 
 @given(
@@ -149,7 +149,7 @@ def test_memory_of_an_item_may_be_used_again_for_the_next() -> None:
         exchange.receive(answer)
     for number in range(8):
         rows[:] = number
-        for _, message in exchange.row_messages(item):
+        for message in exchange.row_messages(item):
             server.take(message)
     sent = np.frombuffer(bytes(server._parts[Matrix.X])).reshape(8, 3)
     assert sent[:, 0].tolist() == list(range(8))

@@ -18,7 +18,6 @@ def make_spec(
     result_dtype: Dtype | None = None,
     accumulator: Dtype | None = None,
     max_block_bytes: int = 1 << 20,
-    connections: int = 1,
     places: dict[Matrix, Place] | None = None,
 ) -> JobSpec:
     return JobSpec(
@@ -32,6 +31,5 @@ def make_spec(
         checksum=False,
         max_block_bytes=max_block_bytes,
         features=(),
-        connections=connections,
         places=places or {},
     )

@@ -136,6 +136,9 @@ async def test_a_drain_refuses_who_waits_and_lets_who_runs_finish():
     assert await reason_of(jobs.tasks["waits"]) is Reason.DRAINING
     await jobs.start("late")
     assert await reason_of(jobs.tasks["late"]) is Reason.DRAINING
+    with pytest.raises(JobError) as caught, jobs.admission.call():
+        pass
+    assert caught.value.reason is Reason.DRAINING
     idle = asyncio.ensure_future(jobs.admission.wait_idle())
     await jobs.settle()
     assert not idle.done()
@@ -173,41 +176,6 @@ async def test_open_calls_leave_room_for_the_job_that_waits():
             assert jobs.running == ["b"]
             await jobs.end("b")
     assert jobs.admission.held_bytes == 0
-
-
-def test_calls_that_jobs_expect_are_let_in_where_no_other_call_is():
-    admission = Admission(16 * MIB, max_jobs=1, max_queue=1, lanes=Lanes())
-    with admission.call(16 * MIB - CALL_BYTES), admission.joins(2):
-        with admission.call_that_may_join() as refusal:
-            assert refusal is None  # there is a place for one more of any kind
-            with (
-                admission.call_that_may_join() as first,
-                admission.call_that_may_join() as second,
-            ):
-                for refused in (first, second):
-                    assert refused is not None
-                    assert refused.reason is Reason.BUSY
-                with (
-                    pytest.raises(JobError) as caught,
-                    admission.call_that_may_join(),
-                ):
-                    pass
-                assert caught.value.reason is Reason.BUSY
-        held = admission.held_bytes
-        with admission.call():
-            assert admission.held_bytes == held + CALL_BYTES
-        admission.drain()
-        with admission.call_that_may_join() as guest:
-            assert guest is not None
-            assert guest.reason is Reason.DRAINING
-    with pytest.raises(JobError), admission.call_that_may_join():
-        pass
-
-
-def test_room_that_a_client_asks_for_is_never_that_of_calls_that_join():
-    admission = Admission(16 * MIB, max_jobs=1, max_queue=1, lanes=Lanes())
-    with admission.joins(4), pytest.raises(JobError), admission.call(17 * MIB):
-        pass
 
 
 async def test_a_job_waits_for_a_devices_memory_and_is_not_overtaken():

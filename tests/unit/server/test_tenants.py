@@ -177,21 +177,6 @@ async def test_who_finds_the_memory_full_of_anothers_jobs_can_still_ask():
     assert jobs.admission.held_bytes == 0
 
 
-def test_calls_that_may_join_are_let_in_for_their_own_tenants_jobs_alone():
-    jobs = make_jobs(memory_limit=32 * MIB)
-    admission = jobs.admission
-    with contextlib.ExitStack() as held:
-        held.enter_context(admission.call(tenant="a"))
-        held.enter_context(admission.call(12 * MIB, tenant="a"))
-        held.enter_context(admission.call(tenant="b"))
-        fill(held, admission, "b")
-        held.enter_context(admission.joins(1, "a"))
-        with pytest.raises(JobError), admission.call_that_may_join("b"):
-            pass
-        with admission.call_that_may_join("a") as refusal_if_not:
-            assert refusal_if_not is not None
-
-
 async def test_limits_that_change_hold_for_those_who_wait():
     of = {"a": Limits(max_jobs=1)}
     jobs = Jobs(Admission(256 * MIB, 9, 9, Lanes(), lambda tenant: of[tenant]))

@@ -153,8 +153,6 @@ def test_the_other_requests_are_read_as_they_were_written():
     assert framing.decode_request(framing.encode_job(job)) == job
     assert framing.decode_request(framing.encode_end(7)) == job_pb2.End(m=7)
     assert framing.decode_request(framing.encode_end(0)) == job_pb2.End()
-    join = job_pb2.Join(token="t", connection=2)
-    assert framing.decode_request(framing.encode_join("t", 2)) == join
 
 
 def test_the_other_responses_are_read_as_they_were_written():
@@ -164,7 +162,6 @@ def test_the_other_responses_are_read_as_they_were_written():
     assert decode(framing.encode_accepted(accepted)) == accepted
     assert decode(framing.encode_receipt(receipt)) == receipt
     assert decode(framing.encode_queued(2)) == job_pb2.Queued(jobs_ahead=2)
-    assert decode(framing.encode_joined()) == job_pb2.Joined()
 
 
 @pytest.mark.parametrize(("envelope", "decode", "by_class"), ENVELOPES)
