@@ -159,7 +159,7 @@ def verdicts(run: Run) -> Iterator[Verdict]:
                 ratio = None if part is None else bar.ratio(part)
                 yield Verdict(bar.name, shape, form, ratio, bar.most)
     for part in run.parts:
-        if part.link_bits_per_s == GIGABIT:
+        if part.link_bits_per_s == GIGABIT and not part.round_trip_s:
             ratio = stages("gradwire-tcp")(part)
             yield Verdict(LINK_BAR, part.shape, part.form, ratio, LINK_MOST)
 

@@ -1,8 +1,9 @@
 """The bench behind links of 1 and 10 Gbit/s: ``python -m bench.links``.
 
 Client and server have a network namespace each, joined by a pair of virtual
-Ethernet devices whose sending is limited by a token bucket, at both ends. It
-needs root, iproute2, and a kernel with veth and tbf. The shapes are those for
+Ethernet devices whose sending is limited by a token bucket, at both ends; or,
+with a delay, by `bench.delay_line`. It needs root, iproute2, and a kernel with
+veth and tbf, or tun. The shapes are those for
 which two cores compute about as long as each direction of the link carries:
 there a transport that overlaps takes as long as its longest stage, and one
 that does not as long as all three.
@@ -46,10 +47,14 @@ class LinkError(Exception):
 
 
 @contextlib.contextmanager
-def link(bits_per_s: float) -> Iterator[list[str]]:
+def link(bits_per_s: float, round_trip_s: float = 0.0) -> Iterator[list[str]]:
     """A link, and what runs a client's command at one end of it.
 
     A server that the client starts as contenders do is at the other end.
+
+    Args:
+        bits_per_s: What it carries, each way.
+        round_trip_s: How long a packet and its answer travel.
 
     Raises:
         LinkError: It cannot be made here.
@@ -64,18 +69,45 @@ def link(bits_per_s: float) -> Iterator[list[str]]:
             # The devices inside go with it.
             stack.callback(_do, "ip", "netns", "delete", name)
             _do("ip", "-n", name, "link", "set", "lo", "up")
-        pair = ("netns", client, "type", "veth", "peer", "name", _DEVICE)
-        _do("ip", "link", "add", _DEVICE, *pair, "netns", server)
-        for name, address in ((client, _CLIENT), (server, _SERVER)):
-            _do("ip", "-n", name, "address", "add", f"{address}/24", "dev", _DEVICE)
+        if round_trip_s:
+            line = _delay_line(client, server, bits_per_s, round_trip_s / 2)
+            stack.enter_context(line)
+        else:
+            pair = ("netns", client, "type", "veth", "peer", "name", _DEVICE)
+            _do("ip", "link", "add", _DEVICE, *pair, "netns", server)
+        ends = ((client, _CLIENT, _SERVER), (server, _SERVER, _CLIENT))
+        for name, here, there in ends:
+            where = ("address", "add", here, "peer", there, "dev", _DEVICE)
+            _do("ip", "-n", name, *where)
             _do("ip", "-n", name, "link", "set", _DEVICE, "up")
-            _do("tc", "-n", name, "qdisc", "add", "dev", _DEVICE, *_limit(bits_per_s))
+            if not round_trip_s:
+                limit = _limit(bits_per_s)
+                _do("tc", "-n", name, "qdisc", "add", "dev", _DEVICE, *limit)
         yield [
             *("ip", "netns", "exec", client, "env"),
             f"BENCH_SERVER_HOST={_SERVER}",
             f"BENCH_SERVER_COMMAND=ip netns exec {server}",
             f"BENCH_INTERFACE={_DEVICE}",
         ]
+
+
+@contextlib.contextmanager
+def _delay_line(
+    client: str, server: str, bits_per_s: float, delay_s: float
+) -> Iterator[None]:
+    names = [f"{_DEVICE}-{end}" for end in ("c", "s")]
+    command = [sys.executable, "-m", "bench.delay_line", *names]
+    command += ["--bits-per-s", f"{bits_per_s:.0f}", "--delay-s", f"{delay_s}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            if process.stdout is None or process.stdout.readline() != "ready\n":
+                raise LinkError("no TUN devices can be made here; see above")
+            for device, namespace in zip(names, (client, server), strict=True):
+                into = ("netns", namespace, "name", _DEVICE)
+                _do("ip", "link", "set", device, *into)
+            yield
+        finally:
+            process.kill()
 
 
 def _limit(bits_per_s: float) -> list[str]:
@@ -107,9 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report.heading(about), end="\n\n", flush=True)
         for gbits in options.gbits:
             shape = options.shape or SHAPES[gbits]
+            round_trip_s = options.round_trip_ms / 1000
             print(f"{shape} at {gbits} Gbit/s ...", file=sys.stderr, flush=True)
             try:
-                with link(gbits * 1e9) as before:
+                with link(gbits * 1e9, round_trip_s) as before:
                     turns, usages = run_shape(
                         names,
                         shape,
@@ -123,9 +156,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(error, file=sys.stderr)
                 return 1
             seen = tuple(figures(turns, names[0]))
-            part = Part(shape, options.form, seen, tuple(usages), gbits * 1e9)
+            part = Part(
+                shape, options.form, seen, tuple(usages), gbits * 1e9, round_trip_s
+            )
             writer.part(part, turns)
-            body += [(f"{gbits} Gbit/s", *row) for row in report.rows(part)]
+            name = f"{gbits} Gbit/s"
+            if round_trip_s:
+                name += f", {options.round_trip_ms:g} ms"
+            body += [(name, *row) for row in report.rows(part)]
     print(report.table(body, ("link", *report.HEAD), texts=3))
     found = [v for v in bars.verdicts(Run.read(path)) if v.holds is not None]
     if found:
@@ -144,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         type=lambda text: [int(part) for part in text.split(",")],
         default=list(SHAPES),
         help="Gbit/s each way, by commas (1,10)",
+    )
+    parser.add_argument(
+        "--round-trip-ms", type=float, default=0, help="of a packet and its answer (0)"
     )
     parser.add_argument("--shape", type=Shape.parse, help="instead of the balanced one")
     parser.add_argument(

@@ -23,6 +23,8 @@ class Part:
     usages: tuple[Usage, ...]
     link_bits_per_s: float | None = None
     """What the link between client and server carries; None: no limit."""
+    round_trip_s: float = 0.0
+    """How long a packet and its answer travel on that link."""
 
     def figure(self, contender: str) -> Figure | None:
         """The figure of a contender that took part."""
@@ -50,7 +52,8 @@ class Run:
                 about = item
             elif kind in {"figure", "usage"}:
                 of = tuple(
-                    item.get(key) for key in ("shape", "form", "link_bits_per_s")
+                    item.get(key)
+                    for key in ("shape", "form", "link_bits_per_s", "round_trip_s")
                 )
                 figures, usages = found.setdefault(of, ([], []))
                 if kind == "figure":
@@ -58,8 +61,10 @@ class Run:
                 else:
                     usages.append(_of(Usage, item))
         parts = (
-            Part(Shape.parse(shape), form, tuple(figures), tuple(usages), link)
-            for (shape, form, link), (figures, usages) in found.items()
+            Part(
+                Shape.parse(shape), form, tuple(seen), tuple(usages), link, trip or 0.0
+            )
+            for (shape, form, link, trip), (seen, usages) in found.items()
         )
         return cls(about, tuple(parts))
 
@@ -93,6 +98,7 @@ class Writer:
         of: dict[str, Any] = {"shape": str(part.shape), "form": part.form}
         if part.link_bits_per_s is not None:
             of["link_bits_per_s"] = part.link_bits_per_s
+            of["round_trip_s"] = part.round_trip_s
         lines: tuple[tuple[str, Iterable[Any]], ...] = (
             ("turn", turns),
             ("usage", part.usages),

@@ -11,7 +11,7 @@ from gradwire_server.errors import JobError
 from gradwire_server.lanes import Load
 from gradwire_server.tenants import Limits
 
-CALL_BYTES = 2 * MIB
+CALL_BYTES = 4 * MIB
 """What an open call holds before its job is admitted: what gRPC takes in
 from its client while nobody reads."""
 

@@ -16,6 +16,7 @@ from grpc import StatusCode
 
 from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire.wire.limits import SERVICE
+from gradwire_server.admission import CALL_BYTES
 from tests.integration.contract.conftest import assert_untroubled, serving_both
 from tests.integration.load.observing import wait_until
 from tests.raw import (
@@ -197,10 +198,10 @@ def test_jobs_wait_for_memory():
 
 def test_a_queue_of_large_jobs_never_stands_in_its_own_way():
     large = whole_numbers(1, 1500, 1500, results=("dw",))
-    with serving(memory_limit=16 * MIB + 16 * MIB) as (_, channel):
+    with serving(memory_limit=64 * MIB) as (_, channel):
         reserved = stream_job(channel, large).accepted.reserved_bytes
     # The open calls of those that wait must leave room for the one that runs.
-    with serving(memory_limit=reserved + 3 * MIB) as (_, channel):
+    with serving(memory_limit=reserved + CALL_BYTES + MIB) as (_, channel):
         with Stream(channel) as first:
             # Calls that all open before any is read may all be told to come back.
             first.send(large.job())

@@ -97,7 +97,7 @@ def most_is_free(channel: grpc.Channel) -> bool:
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("be_idle", 200), ("read_slowly", 24), ("write_slowly", 24)],
+    [("be_idle", 100), ("read_slowly", 24), ("write_slowly", 24)],
     ids=str,
 )
 def test_slow_clients_slow_only_themselves(server, channel, kind, count):
@@ -128,7 +128,7 @@ def test_clients_that_push_while_they_wait_fill_no_memory():
         with Stream(channel, timeout_s=60) as first:
             first.send(make_job(m=None))
             first.receive_accepted()
-            with company(server, "push", 200), probing(server):
+            with company(server, "push", 100), probing(server):
                 time.sleep(2)  # let them push
                 assert peak(server) <= LIMIT + CUDA_BYTES
         assert_memory_comes_back(server, channel, before)

@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,26 @@ def test_both_ends_of_a_link_are_limited_and_removed(possible):
             shown = subprocess.run(command, capture_output=True, text=True, check=True)
             assert "tbf" in shown.stdout
             assert "rate 1Gbit" in shown.stdout
+    assert namespaces() == before
+
+
+def test_a_link_may_take_its_time():
+    if os.geteuid() or not (shutil.which("ip") and Path("/dev/net/tun").exists()):
+        pytest.skip("needs root, iproute2 and TUN devices")
+    before = namespaces()
+    with links.link(1e9, round_trip_s=0.06) as run:
+        client = (
+            "import socket, sys, time\n"
+            "with socket.create_server(('10.77.0.1', 0)) as there:\n"
+            "    started = time.perf_counter()\n"
+            "    try:\n"
+            "        socket.create_connection(('10.77.0.2', 9), timeout=20)\n"
+            "    except ConnectionRefusedError:\n"
+            "        print(time.perf_counter() - started)\n"
+        )
+        command = [*run, sys.executable, "-c", client]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert float(done.stdout) >= 0.06
     assert namespaces() == before
 
 

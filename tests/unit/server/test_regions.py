@@ -177,7 +177,7 @@ async def test_a_process_without_descriptors_is_busy(
 
 
 async def test_regions_leave_room_for_the_calls_that_use_them() -> None:
-    admission = Admission(64 * MIB, max_jobs=4, max_queue=4, lanes=Lanes())
+    admission = Admission(128 * MIB, max_jobs=4, max_queue=4, lanes=Lanes())
     opened = Regions(admission, as_it_is)
     async with AsyncExitStack() as held:
 
