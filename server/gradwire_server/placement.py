@@ -116,22 +116,16 @@ def _read_place(job: job_pb2.Job, matrix: Matrix, regions: int) -> Place:
 
 
 def _check_overlap(spec: JobSpec) -> None:
-    taken = {operand: spec.places[operand] for operand in spec.operands}
+    taken = list(spec.operands)
     for result in spec.results:
-        place = spec.places[result]
-        end = place.offset + spec.whole_bytes(result)
-        for other, its in taken.items():
-            its_end = its.offset + spec.whole_bytes(other)
-            apart = its.region != place.region or (
-                min(end, its_end) <= max(place.offset, its.offset)
-            )
-            if not apart:
+        for other in taken:
+            if spec.share_memory(result, other):
                 raise _invalid(
                     f"{path_of(result)}.offset_bytes",
-                    f"is {place.offset}, where {result.label} would share bytes with "
-                    f"{other.label}",
+                    f"is {spec.places[result].offset}, where {result.label} would "
+                    f"share bytes with {other.label}",
                 )
-        taken[result] = place
+        taken.append(result)
 
 
 def _invalid(path: str, what: str) -> JobError:

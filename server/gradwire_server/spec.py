@@ -127,6 +127,19 @@ class JobSpec:
         """Bytes of `matrix`, once m is known."""
         return self._whole_bytes[matrix]
 
+    def share_memory(self, one: Matrix, other: Matrix) -> bool:
+        """Whether two matrices of a job in shared memory have a byte in common."""
+        if not self.places:
+            return False
+        first, second = self.places[one], self.places[other]
+        return first.region == second.region and (
+            min(
+                first.offset + self.whole_bytes(one),
+                second.offset + self.whole_bytes(other),
+            )
+            > max(first.offset, second.offset)
+        )
+
     @cached_property
     def operands_bytes(self) -> int:
         """Bytes of all operands, once m is known."""

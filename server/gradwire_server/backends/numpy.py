@@ -229,6 +229,7 @@ class NumpyJob:
         """`given` in the dtype of the sums: itself, or a copy kept here.
 
         NumPy's own products of 16-bit arrays are slow and round every step.
+        What shares memory with another operand is copied as well.
         """
         if given is None or purpose not in self._scratch:
             return given
@@ -336,12 +337,16 @@ def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]
     """Shapes of a job's scratch, in the dtype of its sums, by purpose.
 
     Operands are widened where products are summed in a wider dtype than
-    theirs, and results pass through scratch where they are rounded.
+    theirs, and results pass through scratch where they are rounded. An operand
+    that shares memory with another is copied too: NumPy multiplies a matrix by
+    its own transpose with BLAS's SYRK, which gives other bits than GEMM.
     """
     n, sums_in = spec.n, spec.dtype.sums_in
     shapes: dict[str, tuple[int, int]] = {}
-    if spec.dtype != sums_in:
-        for operand in spec.operands:
+    for position, operand in enumerate(spec.operands):
+        before = spec.operands[:position]
+        shared = any(spec.share_memory(operand, other) for other in before)
+        if shared or spec.dtype != sums_in:
             rows = n if operand is Matrix.W else block_rows
             shapes[operand.label] = (rows, spec.row_length(operand))
     for result in ROW_RESULTS:

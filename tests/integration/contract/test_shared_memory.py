@@ -243,11 +243,36 @@ def test_places_that_cannot_be_are_refused(
     assert np.array_equal(region.memory, before)
 
 
-def test_operands_may_lie_in_the_same_bytes(channel, region):
-    same = normal_numbers(50, 20, 20)
+# NumPy multiplies a matrix by its own transpose with SYRK: other bits than GEMM's.
+
+
+@pytest.mark.parametrize(("m", "n"), [(50, 20), (4096, 8), (300, 200)])
+def test_operands_may_lie_in_the_same_bytes(channel, region, m, n):
+    same = normal_numbers(m, n, n)
     problem = Problem(same.x, same.w, same.x)
     job = region.lay_out(problem)
     job.dy.shared.offset_bytes = job.x.shared.offset_bytes
+    shared_job(channel, job)
+    assert region.bits(job) == stream_job(channel, problem).bits
+
+
+def test_w_may_lie_where_dy_does(channel, region):
+    square = normal_numbers(200, 200, 200)
+    problem = Problem(square.x, square.w, square.w)
+    job = region.lay_out(problem)
+    job.dy.shared.offset_bytes = job.w.shared.offset_bytes
+    shared_job(channel, job)
+    assert region.bits(job) == stream_job(channel, problem).bits
+
+
+def test_operands_may_overlap(channel, region):
+    shift = 160
+    elements = normal_numbers(301, 320, 1).x.reshape(-1)
+    x, dy = (elements[at:][: 300 * 320].reshape(300, 320) for at in (0, shift))
+    problem = Problem(x, normal_numbers(1, 320, 320).w, dy, ("dw",))
+    job = region.lay_out(problem)
+    job.dy.shared.offset_bytes = job.x.shared.offset_bytes + shift * 4
+    region.memory[: 301 * 320 * 4] = elements.view(np.uint8)
     shared_job(channel, job)
     assert region.bits(job) == stream_job(channel, problem).bits
 

@@ -242,7 +242,10 @@ def test_a_job_takes_no_more_memory_than_was_said(dtype, result_dtype, accumulat
 @pytest.mark.parametrize("dtype", Dtype)
 def test_dw_is_summed_where_it_will_lie_and_has_the_same_bits(dtype, m):
     """Only where it lies in the dtype of the sum: others are rounded there."""
-    places = {Matrix.DW: Place(region=0, offset=0)}
+    places = {
+        matrix: Place(region=number, offset=0)
+        for number, matrix in enumerate((Matrix.X, Matrix.DY, Matrix.DW))
+    }
     elsewhere = make_spec(m, 30, 7, dtype, (Matrix.DW,))
     spec = make_spec(m, 30, 7, dtype, (Matrix.DW,), places=places)
     x, _, dy = operands(spec, m)
