@@ -23,6 +23,7 @@ RUN python -m venv /opt/gradwire
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
+COPY protos protos
 COPY server server
 
 FROM source AS build-cpu

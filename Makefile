@@ -102,7 +102,7 @@ check-containers: ## build the image and use it; needs Docker with Compose v2
 ##@ Change
 
 .PHONY: protos
-protos: $(PROTOS_VENV)/.ready ## regenerate client/gradwire/v1 from protos/
+protos: $(PROTOS_VENV)/.ready ## regenerate protos/gradwire_protocol/v1 from protos/gradwire
 	$(PROTOS_VENV)/bin/python scripts/generate-stubs
 
 .PHONY: format

@@ -13,7 +13,7 @@ d. **transports**: whole jobs over TCP, a unix socket and shared memory, with
 e. **numpy**: from what size on the GPU is faster than this host's processor.
 
 It needs CuPy, grpcio, protobuf, googleapis-common-protos, numpy and ml-dtypes,
-and the sources (``PYTHONPATH=client:server``); one file of JSON and a table are
+and the sources (``PYTHONPATH=client:protos:server``); one file of JSON and a table are
 what it leaves. With ``--backend numpy`` all but the first two run on a CPU.
 """
 

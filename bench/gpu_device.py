@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.bound import Bound
 from bench.gpu_parts import Answer, Options, median
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends import cublas
 from gradwire_server.backends.cublas import Compute, DeviceMatrix
 from gradwire_server.backends.device import Stream

@@ -24,7 +24,7 @@ from bench.gpu_copies import slowdown
 from bench.gpu_parts import Answer, Options, median
 from bench.work import Shape
 from gradwire.v1 import job_pb2
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 from gradwire_server import Settings, backends
 from gradwire_server.backends.base import Backend
 from gradwire_server.call import Counts

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 from tests.serving import BACKEND
 
 DTYPES = tuple(dtype.label for dtype in Dtype)

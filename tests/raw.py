@@ -1,6 +1,6 @@
 """The contract spoken as any language would: generated classes and gRPC alone.
 
-Nothing here comes from the SDK or from `gradwire.wire`, so that a mistake
+Nothing here comes from the SDK or from `gradwire_protocol`, so that a mistake
 that both of them share shows.
 """
 

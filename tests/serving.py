@@ -166,7 +166,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 async def _serve(settings: dict[str, Any]) -> None:
-    from gradwire.wire import framing
+    from gradwire_protocol import framing
     from gradwire_server import Server, Settings
 
     if settings.pop("by_class", False):

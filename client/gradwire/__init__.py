@@ -13,8 +13,7 @@ back while the operands are still arriving.
 from __future__ import annotations
 
 # isort: off
-from gradwire import _fork as _fork  # before all else: it decides how grpc is loaded
-from gradwire import _host as _host  # refuses a host with another byte order
+import gradwire_protocol  # noqa: F401 - first: it decides how grpc is loaded
 
 # isort: on
 from gradwire._aio import AsyncClient
@@ -66,7 +65,7 @@ from gradwire._types import (
     ServerLimits,
 )
 from gradwire._verify import Verify
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
 
 __all__ = [
     "AbortedError",

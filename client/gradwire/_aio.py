@@ -63,11 +63,11 @@ from gradwire._types import (
     server_info_of,
 )
 from gradwire._verify import VerifyLike
-from gradwire.v1.gradient_service_pb2 import (
+from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.v1.gradient_service_pb2 import (
     GetServerInfoRequest,
     GetServerInfoResponse,
 )
-from gradwire.wire.matrices import RESULTS, Matrix
 
 _Result = TypeVar("_Result")
 

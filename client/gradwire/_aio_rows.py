@@ -15,7 +15,7 @@ from collections.abc import (
 from gradwire._arrays import Operand
 from gradwire._held import HeldRows
 from gradwire._rows import iterate
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 
 _NOTHING = object()
 

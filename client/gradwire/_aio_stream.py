@@ -24,7 +24,7 @@ from gradwire._row_job import RowJob, require_receipt
 from gradwire._rows import RowReader
 from gradwire._servers import Lease
 from gradwire._types import Array, Receipt, RowBlock
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 
 if TYPE_CHECKING:
     from gradwire._aio import AsyncClient

@@ -31,7 +31,7 @@ from gradwire._sending import Sender
 from gradwire._types import Array, Receipt
 from gradwire._unary import UnaryExchange
 from gradwire._verifying import Computed, Verifier
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 
 
 class ArrayJob:

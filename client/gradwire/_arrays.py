@@ -20,7 +20,7 @@ from gradwire._devices import HostCopies, is_on_device, is_torch_tensor, to_host
 from gradwire._exceptions import InputError
 from gradwire._rounding import Rounding
 from gradwire._types import Array
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 _COMPUTES = ", ".join(dtype.label for dtype in Dtype)
 

@@ -41,9 +41,9 @@ from gradwire._tls import Tls
 from gradwire._token import TokenLike
 from gradwire._types import Receipt, ServerInfo
 from gradwire._verify import VerifyLike, parse_verify
-from gradwire.wire import limits
-from gradwire.wire.limits import RESUME
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol import limits
+from gradwire_protocol.limits import RESUME
+from gradwire_protocol.matrices import Matrix
 
 ClientT = TypeVar("ClientT")
 

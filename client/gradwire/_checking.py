@@ -13,7 +13,7 @@ from gradwire._plan import Plan
 from gradwire._types import Array, RowBlock
 from gradwire._verify import Verify
 from gradwire._verifying import Computed, Verifier
-from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
+from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
 
 
 class RowCheck:

@@ -7,8 +7,8 @@ from typing import Any
 from google.protobuf.message import Message
 
 from gradwire._exceptions import ProtocolError
-from gradwire.v1.job_pb2 import Accepted, Job
-from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
+from gradwire_protocol.v1.job_pb2 import Accepted, Job
+from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 _FILLED_IN = frozenset({"job_id", "numerics.dw_accumulator", "max_block_bytes"})
 """Options that a server chooses where a job leaves them out."""

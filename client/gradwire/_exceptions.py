@@ -40,8 +40,8 @@ from collections.abc import Mapping
 
 from grpc import StatusCode
 
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
 
 _NO_DETAILS = ErrorDetails()
 

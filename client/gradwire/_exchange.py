@@ -26,11 +26,11 @@ from gradwire._reporting import Reporter
 from gradwire._resuming import Checkpoints, Point, point_after
 from gradwire._sending import Sender
 from gradwire._types import Receipt, receipt_of
-from gradwire.v1.job_pb2 import Accepted, Checkpoint, Queued
-from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
-from gradwire.wire import framing
-from gradwire.wire.limits import RESUME
-from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
+from gradwire_protocol import framing
+from gradwire_protocol.limits import RESUME
+from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
+from gradwire_protocol.v1.job_pb2 import Accepted, Checkpoint, Queued
+from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 
 class Conversation(Protocol):

@@ -24,9 +24,9 @@ from gradwire._exceptions import (
     TlsError,
     UnavailableError,
 )
-from gradwire.wire import limits, status
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol import error_details, limits
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
 
 LATE = "the call was not done within its timeout_s"
 
@@ -134,8 +134,8 @@ def connect_error(
 
 def _attached(outcome: Outcome) -> ErrorDetails:
     for key, value in outcome.trailing_metadata() or ():
-        if key == status.TRAILER and isinstance(value, bytes):
-            return status.decode(value)
+        if key == error_details.TRAILER and isinstance(value, bytes):
+            return error_details.decode(value)
     return ErrorDetails()
 
 

@@ -4,10 +4,7 @@ A child has none of its parent's threads but the one that forked. gRPC comes
 through that only if it was asked, at its import, to hold its threads still
 across forks, and if no other thread is inside it at that moment. So:
 
-- gRPC is imported here, before anything else of gradwire imports it, with the
-  variable that asks for that set for just that moment. A program that sets
-  ``GRPC_ENABLE_FORK_SUPPORT`` itself, or imports grpc before gradwire, keeps
-  what it has chosen. (So it is with ``GRPC_VERBOSITY``.)
+- gRPC is imported with fork support (`gradwire_protocol.grpc_import`).
 - A fork first lets no new call begin and gives those that run a moment to end;
   most are short, and a gRPC at rest is the surest to survive. Then whatever
   still runs stops before it enters gRPC (`calling`, `waiting`), and the fork
@@ -19,16 +16,11 @@ across forks, and if no other thread is inside it at that moment. So:
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-
-VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
-
-_VERBOSITY = "GRPC_VERBOSITY"
 
 PATIENCE_S = 5.0
 """How long a fork waits, at most, for threads to leave gRPC. They enter it for
@@ -67,25 +59,6 @@ lost: str | None = None
 
 aio_lost: str | None = None
 """Why this process, a child, can make no calls from an event loop."""
-
-
-def import_grpc() -> None:
-    """Import grpc with fork support, unless either was settled elsewhere.
-
-    And without its lines on standard error for handshakes that fail: who
-    called is told by an exception, and whoever looks for open ports would fill
-    a server's log.
-    """
-    if "grpc" in sys.modules:
-        return
-    chosen = {VARIABLE: "1", _VERBOSITY: "ERROR"}
-    chosen = {name: value for name, value in chosen.items() if name not in os.environ}
-    os.environ.update(chosen)
-    try:
-        importlib.import_module("grpc")
-    finally:
-        for name in chosen:
-            del os.environ[name]
 
 
 def at_fork(
@@ -238,7 +211,6 @@ def _after_in_this_child() -> None:
         callback()
 
 
-import_grpc()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before,

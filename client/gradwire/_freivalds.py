@@ -37,7 +37,7 @@ from gradwire._bounds import (
 )
 from gradwire._sketch import Sketch
 from gradwire._types import Array, Doubles
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 SUSPICIOUS = 4.0
 CERTAIN = 9.0

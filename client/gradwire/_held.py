@@ -16,8 +16,8 @@ import numpy as np
 
 from gradwire._arrays import Operand
 from gradwire._rows import RowReader
-from gradwire.wire.limits import MIB
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.limits import MIB
+from gradwire_protocol.matrices import Matrix
 
 _PORTION_BYTES = 4 * MIB
 """About how much of a large item is copied at once, right before it is sent."""

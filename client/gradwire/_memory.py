@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwire._types import Array
-from gradwire.wire.limits import MIB
+from gradwire_protocol.limits import MIB
 
 KEPT_BYTES = 256 * MIB
 """Most bytes that a pool keeps free."""

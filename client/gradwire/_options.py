@@ -16,10 +16,10 @@ import numpy as np
 from gradwire._exceptions import InputError
 from gradwire._types import Progress
 from gradwire._verify import Verify, VerifyLike, parse_verify
-from gradwire.wire import checksum as checksums
-from gradwire.wire import limits
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import RESULTS, Matrix
+from gradwire_protocol import checksum as checksums
+from gradwire_protocol import limits
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import RESULTS, Matrix
 
 DtypeLike: TypeAlias = Any
 ResultDtypes: TypeAlias = "DtypeLike | Mapping[str, DtypeLike] | None"

@@ -18,8 +18,8 @@ from gradwire._devices import (
 from gradwire._exceptions import InputError
 from gradwire._plan import Plan
 from gradwire._types import Array
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
 
 _OVERLAP_WORK = 10_000
 """How hard NumPy tries to prove that two strided arrays share no element."""

@@ -11,18 +11,13 @@ from gradwire._arrays import Operand, operand
 from gradwire._devices import HostCopies
 from gradwire._exceptions import InputError
 from gradwire._options import Options
-from gradwire.v1.job_pb2 import (
-    InlineDestination,
-    InlineSource,
-    Job,
-    Numerics,
-)
-from gradwire.v1.job_pb2 import Operand as OperandMessage
-from gradwire.v1.job_pb2 import Result as ResultMessage
-from gradwire.v1.matrix_pb2 import CHECKSUM_CRC32C, CHECKSUM_UNSPECIFIED
-from gradwire.wire import limits
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import NEEDS, OPERANDS, Matrix, operands_for
+from gradwire_protocol import limits
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import NEEDS, OPERANDS, Matrix, operands_for
+from gradwire_protocol.v1.job_pb2 import InlineDestination, InlineSource, Job, Numerics
+from gradwire_protocol.v1.job_pb2 import Operand as OperandMessage
+from gradwire_protocol.v1.job_pb2 import Result as ResultMessage
+from gradwire_protocol.v1.matrix_pb2 import CHECKSUM_CRC32C, CHECKSUM_UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from gradwire._outputs import ArraySink
 from gradwire._plan import Plan
 from gradwire._sending import Sender
 from gradwire._types import Array
-from gradwire.wire import checksum
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.framing import Block
-from gradwire.wire.matrices import RESULTS, Matrix
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol import checksum
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.framing import Block
+from gradwire_protocol.matrices import RESULTS, Matrix
 
 _BY_NUMBER = {int(matrix): matrix for matrix in RESULTS}
 

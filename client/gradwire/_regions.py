@@ -16,8 +16,8 @@ import numpy as np
 
 from gradwire._exceptions import ConnectError
 from gradwire._types import Array
-from gradwire.v1.gradient_service_pb2 import OpenRegionResponse
-from gradwire.wire.limits import MIB, SHARED_ALIGNMENT
+from gradwire_protocol.limits import MIB, SHARED_ALIGNMENT
+from gradwire_protocol.v1.gradient_service_pb2 import OpenRegionResponse
 
 _ALIGNMENT = 256
 """Bytes to which arrays are aligned: more than the contract asks, and what the

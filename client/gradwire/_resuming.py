@@ -17,12 +17,17 @@ from gradwire._exceptions import CallError, GradwireError, ProtocolError
 from gradwire._plan import Plan
 from gradwire._receiving import check_crc32c
 from gradwire._types import Array
-from gradwire.v1.job_pb2 import Accepted, InlineSource, Job, NumericsFingerprint
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.framing import Block
-from gradwire.wire.limits import RESUME
-from gradwire.wire.matrices import Matrix
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.framing import Block
+from gradwire_protocol.limits import RESUME
+from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1.job_pb2 import (
+    Accepted,
+    InlineSource,
+    Job,
+    NumericsFingerprint,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradwire._exceptions import InputError
 from gradwire._types import Array
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 
 class Rounding:

@@ -27,7 +27,7 @@ from gradwire._retrying import Attempts
 from gradwire._sending import Sender
 from gradwire._types import Array, Receipt, RowBlock
 from gradwire._verifying import Computed
-from gradwire.wire.matrices import ROW_RESULTS, Matrix
+from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 
 
 class RowJob:

@@ -12,8 +12,8 @@ from gradwire._devices import HostCopies
 from gradwire._exceptions import InputError
 from gradwire._options import Options
 from gradwire._plan import Plan, check, require, with_rows
-from gradwire.wire import limits
-from gradwire.wire.matrices import ROW_OPERANDS, Matrix, operands_for
+from gradwire_protocol import limits
+from gradwire_protocol.matrices import ROW_OPERANDS, Matrix, operands_for
 
 
 class RowReader:

@@ -17,9 +17,9 @@ from gradwire._arrays import Operand
 from gradwire._exceptions import InputError
 from gradwire._plan import Plan
 from gradwire._types import Array
-from gradwire.wire import checksum, framing
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import ROW_OPERANDS, Matrix
+from gradwire_protocol import checksum, framing
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import ROW_OPERANDS, Matrix
 
 STALE_S = 0.1
 """Rows that trickle in are put together to a message for at most so long,

@@ -13,11 +13,11 @@ from gradwire._plan import Plan
 from gradwire._regions import Pool, Region, Room
 from gradwire._reporting import Reporter
 from gradwire._types import Array, Receipt, receipt_of
-from gradwire.v1.job_pb2 import Accepted, Job, Queued, SharedRegion
-from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
-from gradwire.wire import framing
-from gradwire.wire.matrices import Matrix
-from gradwire.wire.reasons import Reason
+from gradwire_protocol import framing
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1.job_pb2 import Accepted, Job, Queued, SharedRegion
+from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 if TYPE_CHECKING:
     from gradwire._array_job import ArrayJob

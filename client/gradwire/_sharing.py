@@ -19,8 +19,8 @@ from gradwire._regions import CannotShareError, Pool, Room
 from gradwire._shared import SharedJob
 from gradwire._target import is_local
 from gradwire._types import Array, ServerInfo
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.limits import MIB, SHARED_MEMORY
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.limits import MIB, SHARED_MEMORY
 
 if TYPE_CHECKING:
     from gradwire._array_job import ArrayJob

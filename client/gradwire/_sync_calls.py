@@ -23,7 +23,7 @@ from gradwire._memory import keep_messages
 from gradwire._options import MetadataPairs, Options
 from gradwire._regions import Region
 from gradwire._sharing import OPEN_TIMEOUT_S
-from gradwire.v1.gradient_service_pb2 import (
+from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
     GetServerInfoRequest,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from gradwire._arrays import Operand
 from gradwire._held import HeldRows
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 
 _NOTHING = object()
 

@@ -8,8 +8,8 @@ from ipaddress import ip_address
 from typing import Any
 
 from gradwire._exceptions import InputError
-from gradwire._version import VERSION
-from gradwire.wire import limits
+from gradwire_protocol import limits
+from gradwire_protocol.version import VERSION
 
 _ALL_OF = "dns:///"
 """Begins the address of every server that a name stands for."""

@@ -14,8 +14,8 @@ from typing import TypeAlias
 import grpc
 
 from gradwire._exceptions import InputError
-from gradwire.wire import pem
-from gradwire.wire.pem import PemError
+from gradwire_protocol import pem
+from gradwire_protocol.pem import PemError
 
 Pem: TypeAlias = "str | os.PathLike[str] | bytes"
 """A path of a file in PEM form, or what such a file holds."""

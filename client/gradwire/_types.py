@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse
-from gradwire.v1.job_pb2 import Accepted
-from gradwire.v1.job_pb2 import Device as DeviceMessage
-from gradwire.v1.job_pb2 import Receipt as ReceiptMessage
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import RESULTS
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import RESULTS
+from gradwire_protocol.v1.gradient_service_pb2 import GetServerInfoResponse
+from gradwire_protocol.v1.job_pb2 import Accepted
+from gradwire_protocol.v1.job_pb2 import Device as DeviceMessage
+from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 Array: TypeAlias = npt.NDArray[Any]
 Doubles: TypeAlias = npt.NDArray[np.float64]

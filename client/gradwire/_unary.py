@@ -12,8 +12,8 @@ from gradwire._exceptions import ProtocolError
 from gradwire._plan import Plan
 from gradwire._reporting import Reporter
 from gradwire._types import Array, Receipt, receipt_of
-from gradwire.v1.gradient_service_pb2 import ComputeRequest, ComputeResponse
-from gradwire.wire.matrices import RESULTS, Matrix
+from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.v1.gradient_service_pb2 import ComputeRequest, ComputeResponse
 
 MAX_BYTES = 1 << 20
 """Jobs with more bytes than this in either direction are streamed."""

@@ -17,9 +17,9 @@ from gradwire._products import RowProduct, SumProduct, settle, summed_again
 from gradwire._sketch import Sketch
 from gradwire._types import Array, Device, Receipt, device_of
 from gradwire._verify import Verify
-from gradwire.v1.job_pb2 import Accepted
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import NEEDS, ROW_RESULTS, Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import NEEDS, ROW_RESULTS, Matrix
+from gradwire_protocol.v1.job_pb2 import Accepted
 
 _ELEMENTS = 1 << 20
 """Elements of a matrix that are checked at once, about."""

@@ -4,6 +4,10 @@
 program that has none; ``gradwire serve`` is the command.
 """
 
+# isort: off
+import gradwire_protocol  # noqa: F401 - first: it decides how grpc is loaded
+
+# isort: on
 from gradwire_server.errors import BackendError, CredentialsError, ListenError
 from gradwire_server.server import Server
 from gradwire_server.settings import Settings

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import encode
+from gradwire_protocol.error_details import encode
+from gradwire_protocol.error_reasons import Reason
 from gradwire_server import tenants
 from gradwire_server.call import Call
 from gradwire_server.errors import JobError

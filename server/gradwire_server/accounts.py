@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from gradwire.wire.limits import MIB
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MIB
 from gradwire_server.errors import JobError
 from gradwire_server.lanes import Load
 from gradwire_server.tenants import Limits

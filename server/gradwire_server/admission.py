@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
 from gradwire_server.accounts import (
     CALL_BYTES,
     RETRY_AFTER_S,

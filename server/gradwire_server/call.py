@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gradwire.v1 import job_pb2
+from gradwire_protocol.v1 import job_pb2
 from gradwire_server.backends.base import Times
 from gradwire_server.headers import Header
 

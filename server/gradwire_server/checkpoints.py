@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
 from gradwire_server.backends.base import Array
 from gradwire_server.errors import JobError
 from gradwire_server.spec import JobSpec

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import Array, Backend, BackendJob, RowBlock, Wait
 from gradwire_server.call import Counts
 from gradwire_server.plan import Plan

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from gradwire._version import VERSION
-from gradwire.wire.limits import CONTRACT, SERVICE
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails, encode
+from gradwire_protocol.error_details import ErrorDetails, encode
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import CONTRACT, SERVICE
+from gradwire_protocol.version import VERSION
 
 
 class OtherContracts(grpc.GenericRpcHandler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gradwire.v1 import job_pb2
+from gradwire_protocol.v1 import job_pb2
 from gradwire_server.backends.base import DeviceInfo
 from gradwire_server.errors import BackendError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
 
 
 class ListenError(OSError):

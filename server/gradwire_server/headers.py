@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from gradwire.v1 import job_pb2
+from gradwire_protocol.v1 import job_pb2
 from gradwire_server.backends.base import Backend
 from gradwire_server.devices import device_message
 from gradwire_server.placement import read_places

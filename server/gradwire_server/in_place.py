@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import Array
 from gradwire_server.call import Counts
 from gradwire_server.computation import Computation

@@ -6,10 +6,10 @@ import platform
 
 import grpc
 
-from gradwire._version import VERSION
-from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse, Limits
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.limits import CONTRACT, MAX_PAYLOAD_BYTES
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.limits import CONTRACT, MAX_PAYLOAD_BYTES
+from gradwire_protocol.v1.gradient_service_pb2 import GetServerInfoResponse, Limits
+from gradwire_protocol.version import VERSION
 from gradwire_server import tenants
 from gradwire_server.devices import device_message
 from gradwire_server.service import Service

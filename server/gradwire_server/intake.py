@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gradwire.wire.checksum import crc32c
-from gradwire.wire.framing import Block
-from gradwire.wire.limits import MAX_PAYLOAD_BYTES
-from gradwire.wire.matrices import OPERANDS, Matrix
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.checksum import crc32c
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.framing import Block
+from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
+from gradwire_protocol.matrices import OPERANDS, Matrix
 from gradwire_server.errors import JobError
 from gradwire_server.plan import Plan
 from gradwire_server.spec import JobSpec

@@ -15,8 +15,8 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from gradwire.wire.framing import Block
-from gradwire.wire.matrices import ROW_RESULTS, Matrix
+from gradwire_protocol.framing import Block
+from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
 from gradwire_server.call import Counts
 from gradwire_server.checkpoints import Checkpoint, Checkpoints, HandedOver, Summed

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gradwire.v1 import job_pb2
-from gradwire.wire.limits import SHARED_ALIGNMENT, SHARED_MEMORY
-from gradwire.wire.matrices import OPERANDS, Matrix
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import SHARED_ALIGNMENT, SHARED_MEMORY
+from gradwire_protocol.matrices import OPERANDS, Matrix
+from gradwire_protocol.v1 import job_pb2
 from gradwire_server.errors import JobError
 from gradwire_server.spec import JobSpec, Place
 

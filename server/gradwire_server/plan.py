@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradwire.wire.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
+from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
 from gradwire_server.spec import JobSpec
 
 MAX_BLOCK_ROWS = 8192

@@ -22,8 +22,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.wire.limits import MAX_INT64, MIB
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MAX_INT64, MIB
 from gradwire_server.accounts import CALL_BYTES, busy
 from gradwire_server.admission import Admission
 from gradwire_server.errors import JobError

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gradwire.v1 import job_pb2
-from gradwire.wire.matrices import Matrix
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1 import job_pb2
 from gradwire_server.errors import JobError
 from gradwire_server.spec import Fingerprint, JobSpec, Resume
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import Array, RowBlock
 from gradwire_server.intake import Span
 from gradwire_server.plan import Plan

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from gradwire.wire.limits import MAX_MESSAGE_BYTES
+from gradwire_protocol.limits import MAX_MESSAGE_BYTES
 from gradwire_server import backends, listen, standard
 from gradwire_server.admission import CALL_BYTES, Admission
 from gradwire_server.auth import gate_of

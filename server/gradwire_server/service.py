@@ -17,10 +17,10 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypeAlias
 
-from gradwire.v1 import job_pb2
-from gradwire.wire.limits import SHARED_MEMORY
-from gradwire.wire.matrices import Matrix
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import SHARED_MEMORY
+from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1 import job_pb2
 from gradwire_server.admission import Admission
 from gradwire_server.backends.base import (
     Array,

@@ -18,10 +18,10 @@ from typing import TypeAlias
 
 import grpc
 
-from gradwire.v1 import gradient_service_pb2 as pb2
-from gradwire.wire import framing
-from gradwire.wire.limits import MAX_MESSAGE_BYTES, SERVICE, SHARED_MEMORY
-from gradwire.wire.reasons import Reason
+from gradwire_protocol import framing
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MAX_MESSAGE_BYTES, SERVICE, SHARED_MEMORY
+from gradwire_protocol.v1 import gradient_service_pb2 as pb2
 from gradwire_server import info, unary
 from gradwire_server.accounting import accounted
 from gradwire_server.call import Call

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gradwire.wire.limits import MIB
+from gradwire_protocol.limits import MIB
 
 
 @dataclass(frozen=True)

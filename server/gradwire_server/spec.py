@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from gradwire.v1 import job_pb2, matrix_pb2
-from gradwire.wire import checksum
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.limits import (
+from gradwire_protocol import checksum
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import (
     DEFAULT_BLOCK_BYTES,
     MAX_INT64,
     MAX_JOB_ID_LENGTH,
     MAX_PAYLOAD_BYTES,
     RESUME,
 )
-from gradwire.wire.matrices import OPERANDS, RESULTS, Matrix, operands_for
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.matrices import OPERANDS, RESULTS, Matrix, operands_for
+from gradwire_protocol.v1 import job_pb2, matrix_pb2
 from gradwire_server.errors import JobError
 
 FEATURES: tuple[str, ...] = (

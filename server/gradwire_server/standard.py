@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from gradwire.wire.limits import SERVICE
+from gradwire_protocol.limits import SERVICE
 
 _log = logging.getLogger("gradwire_server")
 

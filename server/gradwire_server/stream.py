@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from gradwire.v1 import gradient_service_pb2 as pb2
-from gradwire.v1 import job_pb2
-from gradwire.wire import framing
-from gradwire.wire.checksum import crc32c
-from gradwire.wire.reasons import Reason
+from gradwire_protocol import framing
+from gradwire_protocol.checksum import crc32c
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.v1 import gradient_service_pb2 as pb2
+from gradwire_protocol.v1 import job_pb2
 from gradwire_server.call import Call, owes_nothing
 from gradwire_server.checkpoints import Checkpoint
 from gradwire_server.errors import JobError, malformed

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import grpc
 
-from gradwire.wire import pem
-from gradwire.wire.pem import PemError
+from gradwire_protocol import pem
+from gradwire_protocol.pem import PemError
 from gradwire_server.errors import ListenError
 from gradwire_server.files import Stamp, stamp
 from gradwire_server.settings import Settings

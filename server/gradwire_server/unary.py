@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gradwire.v1 import gradient_service_pb2 as pb2
-from gradwire.wire.limits import MAX_COMPUTE_BYTES
-from gradwire.wire.matrices import OPERANDS, Matrix
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MAX_COMPUTE_BYTES
+from gradwire_protocol.matrices import OPERANDS, Matrix
+from gradwire_protocol.v1 import gradient_service_pb2 as pb2
 from gradwire_server.errors import JobError
 from gradwire_server.spec import JobSpec
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import gradwire
 from gradwire._exchange import Exchange
-from gradwire.wire import framing
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol import framing
+from gradwire_protocol.matrices import Matrix
 from tests import oracle
 from tests.fuzz.containers import Container
 from tests.fuzz.parsers import Check

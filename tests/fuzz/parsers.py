@@ -16,8 +16,9 @@ from gradwire.cli._app import app
 from gradwire.cli._errors import CommandError
 from gradwire.cli._npy import open_npy
 from gradwire.cli._settings import ServeSettings
-from gradwire.wire import framing, status
-from gradwire.wire.reasons import Reason
+from gradwire_protocol import error_details as codec
+from gradwire_protocol import framing
+from gradwire_protocol.error_reasons import Reason
 
 Check = Callable[[bytes], None]
 
@@ -55,7 +56,7 @@ def error_details() -> Iterator[Check]:
     """The trailer of an error, which a proxy may have made or damaged."""
 
     def check(data: bytes) -> None:
-        details = status.decode(data)
+        details = codec.decode(data)
         assert details.reason is None or details.reason in Reason
         assert details.retry_after_s is None or details.retry_after_s < 1e13
 

@@ -19,8 +19,9 @@ from grpc import StatusCode
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2, matrix_pb2
-from gradwire.wire import framing, status
-from gradwire.wire.reasons import Reason
+from gradwire_protocol import error_details as codec
+from gradwire_protocol import framing
+from gradwire_protocol.error_reasons import Reason
 from gradwire_server.auth.tokens import Entry, sha256_of
 from tests.fuzz import credentials
 from tests.fuzz.answers import conversation
@@ -112,13 +113,13 @@ def framings() -> Seeds:
 
 
 def error_details() -> Seeds:
-    details = status.ErrorDetails(Reason.BUSY, {"job.m": "is -1"}, {"job_id": "j"}, 1.5)
+    details = codec.ErrorDetails(Reason.BUSY, {"job.m": "is -1"}, {"job_id": "j"}, 1.5)
     for name, part in (
         ("all", details),
-        ("none", status.ErrorDetails()),
+        ("none", codec.ErrorDetails()),
         ("reason", dataclasses.replace(details, fields={}, retry_after_s=None)),
     ):
-        ((_, trailer),) = status.encode(StatusCode.RESOURCE_EXHAUSTED, "busy", part)
+        ((_, trailer),) = codec.encode(StatusCode.RESOURCE_EXHAUSTED, "busy", part)
         yield name, trailer
 
 

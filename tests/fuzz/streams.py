@@ -22,8 +22,8 @@ from grpc import StatusCode
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2
-from gradwire.wire.limits import MIB, SERVICE
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MIB, SERVICE
 from gradwire_server import Settings
 from gradwire_server.server import Server
 from gradwire_server.threaded import start_in_thread

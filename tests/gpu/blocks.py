@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock, Times
 from gradwire_server.spec import JobSpec
 

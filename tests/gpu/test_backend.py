@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock, Times
 from gradwire_server.plan import ALIGNMENT
 from gradwire_server.spec import JobSpec

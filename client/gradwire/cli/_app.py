@@ -10,9 +10,9 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 from gradwire import GradwireError
-from gradwire._version import VERSION
 from gradwire.cli import _certs, _check, _compute, _health, _info, _serve, _token
 from gradwire.cli._errors import CommandError, ExitStatus
+from gradwire_protocol.version import VERSION
 
 app = App(
     name="gradwire",

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwire._bounds import gamma, smallest_subnormal, unit_roundoff
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 Doubles = npt.NDArray[np.float64]
 

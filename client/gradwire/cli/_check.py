@@ -27,7 +27,7 @@ from gradwire.cli._options import (
 )
 from gradwire.cli._servers import connected
 from gradwire.cli._tables import console
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 app = App(
     name="check",

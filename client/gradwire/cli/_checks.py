@@ -29,7 +29,7 @@ from gradwire.cli._reference import (
     normal_products,
     rounded,
 )
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 
 @dataclass(frozen=True, slots=True)

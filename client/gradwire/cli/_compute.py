@@ -31,7 +31,7 @@ from gradwire.cli._results import ResultFiles, ResultSpec
 from gradwire.cli._servers import connected
 from gradwire.cli._tables import console, properties
 from gradwire.cli._units import format_bytes, format_seconds
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 
 _LIST = Parameter(converter=split, n_tokens=1, negative=(), show_default=False)
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwire.cli._errors import CommandError
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 Array: TypeAlias = npt.NDArray[Any]
 

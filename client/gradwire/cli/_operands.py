@@ -11,8 +11,8 @@ from typing import TypeAlias, overload
 from gradwire.cli._errors import CommandError, ExitStatus
 from gradwire.cli._npy import Array, NpyMatrix, open_npy
 from gradwire.cli._results import ResultSpec
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import NEEDS, RESULTS, Matrix, operands_for
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import NEEDS, RESULTS, Matrix, operands_for
 
 _ROWS_BYTES = 4 << 20
 """Bytes of X and dY that are read at once."""

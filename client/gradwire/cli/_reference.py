@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwire.cli._bounds import Doubles, product_bound
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 Array: TypeAlias = npt.NDArray[Any]
 Results: TypeAlias = dict[str, Array]

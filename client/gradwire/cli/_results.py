@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from gradwire.cli._errors import CommandError
 from gradwire.cli._units import format_bytes
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 
 class ResultSpec(NamedTuple):

@@ -14,10 +14,10 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from gradwire._version import VERSION
 from gradwire.cli._errors import CommandError, ExitStatus
 from gradwire.cli._logs import LogSettings
 from gradwire.cli._settings import SOURCES, ServeSettings
+from gradwire_protocol.version import VERSION
 
 _log = logging.getLogger("gradwire_server.cli")
 

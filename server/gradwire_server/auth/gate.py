@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeAlias
 
 import grpc
 
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails, encode
+from gradwire_protocol.error_details import ErrorDetails, encode
+from gradwire_protocol.error_reasons import Reason
 from gradwire_server import tenants
 from gradwire_server.auth import certificates
 from gradwire_server.auth.certificates import Context, Handler

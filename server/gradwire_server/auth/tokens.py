@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gradwire.wire.limits import MIB
+from gradwire_protocol.limits import MIB
 from gradwire_server.tenants import MAX_NAME_LENGTH, Limits, is_name
 
 PREFIX = "gw_"

@@ -25,7 +25,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 """`cublasMath_t`: parts of a sum are added in the compute type, never in the

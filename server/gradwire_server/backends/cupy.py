@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.wire.limits import MIB
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.limits import MIB
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import Array, DeviceInfo, Times
 from gradwire_server.backends.cublas import MAX_SIZE
 from gradwire_server.backends.device_job import DeviceJob

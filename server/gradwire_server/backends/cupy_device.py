@@ -17,7 +17,7 @@ from cupy.cuda import Stream as CudaStream
 from cupy.cuda.compiler import compile_using_nvrtc
 from cupy.cuda.function import Module
 
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.base import Array
 from gradwire_server.backends.cublas import (
     CUDA_TYPES,

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends import algebra, cublas
 from gradwire_server.backends.base import Array, RowBlock, Times, Wait
 from gradwire_server.backends.cublas import Compute, DeviceMatrix

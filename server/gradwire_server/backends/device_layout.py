@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import OPERANDS, ROW_OPERANDS, ROW_RESULTS, Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import OPERANDS, ROW_OPERANDS, ROW_RESULTS, Matrix
 from gradwire_server.backends.cublas import DeviceMatrix, computes_into
 from gradwire_server.plan import ALIGNMENT
 from gradwire_server.spec import JobSpec

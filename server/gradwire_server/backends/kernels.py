@@ -8,7 +8,7 @@ to even; a float64 is never rounded to float32 on its way to 16 bits.
 
 from __future__ import annotations
 
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 THREADS = 256
 """Threads of a block of the grid."""

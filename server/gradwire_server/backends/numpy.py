@@ -14,8 +14,8 @@ from queue import SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.wire.limits import MIB
-from gradwire.wire.matrices import ROW_RESULTS, Matrix
+from gradwire_protocol.limits import MIB
+from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_server.backends import algebra
 from gradwire_server.backends.base import (
     Array,

@@ -12,7 +12,7 @@ import pytest
 
 import gradwire as sdk
 from gradwire.cli._checks import CHECKS, Finding, run_checks
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.numpy import NumpyBackend
 from tests.integration.cli.conftest import gradwire, sentence, serving_with

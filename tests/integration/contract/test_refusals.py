@@ -11,7 +11,7 @@ from grpc import StatusCode
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2, matrix_pb2
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
 from tests.raw import (
     INLINE,
     CallError,

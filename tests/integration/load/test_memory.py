@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gradwire.v1 import job_pb2
-from gradwire.wire.limits import MAX_MESSAGE_BYTES
+from gradwire_protocol.limits import MAX_MESSAGE_BYTES
 from tests.integration.load.observing import (
     CUDA_BYTES,
     MIB,

@@ -19,9 +19,9 @@ import pytest
 import gradwire
 from gradwire.v1 import gradient_service_pb2_grpc
 from gradwire.v1.gradient_service_pb2 import GetServerInfoResponse
-from gradwire.wire import status
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol import error_details
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
 from tests import oracle
 from tests.serving import running_server
 
@@ -101,7 +101,7 @@ class RefusesThisContract(gradient_service_pb2_grpc.GradientServiceServicer):
     def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
         details = ErrorDetails(reason=Reason.CONTRACT_UNKNOWN)
         text = "this server speaks gradwire.v2"
-        trailers = status.encode(grpc.StatusCode.UNIMPLEMENTED, text, details)
+        trailers = error_details.encode(grpc.StatusCode.UNIMPLEMENTED, text, details)
         context.set_trailing_metadata(trailers)
         context.abort(grpc.StatusCode.UNIMPLEMENTED, text)
 

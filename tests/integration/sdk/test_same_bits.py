@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradwire.wire.limits import MIB
+from gradwire_protocol.limits import MIB
 from tests import oracle
 from tests.integration.sdk import ways
 from tests.integration.sdk.ways import Way

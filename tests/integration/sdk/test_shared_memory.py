@@ -18,7 +18,7 @@ import pytest
 import gradwire
 from gradwire._base import Tuning
 from gradwire._options import parse_options
-from gradwire.wire.matrices import OPERANDS, RESULTS
+from gradwire_protocol.matrices import OPERANDS, RESULTS
 from tests import oracle
 from tests.serving import ServerProcess, running_server
 from tests.shared import descriptors

@@ -20,7 +20,7 @@ from gradwire.cli._reference import (
     normal_products,
     rounded,
 )
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 
 def to_tf32(a: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

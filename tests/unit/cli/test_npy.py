@@ -15,7 +15,7 @@ import pytest
 
 from gradwire.cli._errors import CommandError
 from gradwire.cli._npy import open_npy
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 MATRIX = np.arange(35, dtype=np.float32).reshape(7, 5) - 11
 

@@ -17,8 +17,8 @@ from gradwire.cli._operands import (
     wanted_results,
 )
 from gradwire.cli._results import ResultSpec
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import RESULTS, Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import RESULTS, Matrix
 
 X, W, DY, Y, DX, DW, _ = Matrix
 

@@ -17,7 +17,7 @@ import pytest
 from gradwire.cli import _results
 from gradwire.cli._errors import CommandError
 from gradwire.cli._results import ResultFiles, ResultSpec
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 Y = np.arange(12, dtype=np.float32).reshape(4, 3)
 DW = np.arange(6, dtype=np.float64).reshape(2, 3)

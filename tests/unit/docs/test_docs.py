@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gradwire.cli._logs import LogSettings
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
 from gradwire_server import Settings
 
 ROOT = Path(__file__).parents[3]

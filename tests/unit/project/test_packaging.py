@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tomllib
 from importlib import metadata
@@ -13,7 +14,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[3]
-STUBS = ROOT / "client" / "gradwire" / "v1"
+STUBS = ROOT / "protos" / "gradwire_protocol" / "v1"
+PUBLIC = ROOT / "client" / "gradwire" / "v1"
 PROTOS = ROOT / "protos" / "gradwire" / "v1"
 
 
@@ -80,7 +82,26 @@ def test_the_generated_package_holds_generated_code_alone() -> None:
     expected = {f"{name}_pb2.py" for name in names}
     expected |= {f"{name}_pb2.pyi" for name in names}
     expected |= {"gradient_service_pb2_grpc.py"}
-    assert {path.name for path in STUBS.iterdir() if path.is_file()} == expected
+    found = {path.name for path in STUBS.iterdir() if path.is_file()}
+    assert found == expected | {"__init__.py"}
+
+
+def test_every_generated_module_has_its_public_name() -> None:
+    generated = {path.name for path in STUBS.glob("*.py")}
+    assert {path.name for path in PUBLIC.glob("*.py")} == generated
+    for name in (name.removesuffix(".py") for name in generated - {"__init__.py"}):
+        public = importlib.import_module(f"gradwire.v1.{name}")
+        module = importlib.import_module(f"gradwire_protocol.v1.{name}")
+        names = {name for name in vars(module) if not name.startswith("_")}
+        assert all(getattr(public, name) is getattr(module, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    "option", ["csharp_namespace", "go_package", "java_multiple_files", "java_package"]
+)
+def test_the_contract_says_what_generated_code_is_called(option: str) -> None:
+    for path in PROTOS.glob("*.proto"):
+        assert f"\noption {option} = " in path.read_text(), path
 
 
 def test_no_extra_brings_a_deep_learning_framework(pyproject: dict[str, Any]) -> None:

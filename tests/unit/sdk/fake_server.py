@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from gradwire.v1.job_pb2 import Accepted, End, Job, Receipt
-from gradwire.wire import framing
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import RESULTS, ROW_OPERANDS, Matrix
+from gradwire_protocol import framing
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import RESULTS, ROW_OPERANDS, Matrix
 
 
 class ContractError(AssertionError):

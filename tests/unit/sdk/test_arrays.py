@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import gradwire
 from gradwire._arrays import operand
 from gradwire._devices import HostCopies
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 MATRIX = np.arange(12, dtype=np.float32).reshape(3, 4)
 

@@ -10,8 +10,8 @@ import pytest
 
 import gradwire
 from gradwire import _exceptions
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
 
 CLASSES = [
     value

@@ -21,8 +21,8 @@ from gradwire._outputs import Output
 from gradwire._plan import plan_arrays
 from gradwire.v1.gradient_service_pb2 import ComputeResponse, ComputeStreamResponse
 from gradwire.v1.job_pb2 import Accepted, Job, Receipt
-from gradwire.wire import checksum, framing
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol import checksum, framing
+from gradwire_protocol.matrices import Matrix
 from tests import oracle
 from tests.unit.sdk.fake_server import FakeServer, accepted, converse
 

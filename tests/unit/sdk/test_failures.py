@@ -9,9 +9,9 @@ import gradwire
 from gradwire._endpoint import Endpoint
 from gradwire._exceptions import BY_REASON, BY_STATUS
 from gradwire._failures import call_error, connect_error
-from gradwire.wire import status
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol import error_details
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
 
 ADDRESS = Endpoint("gpu-node:50051")
 
@@ -25,7 +25,7 @@ class Outcome:
         self._code, self._text = code, text
         self._trailers: Any = None
         if attached is not None:
-            self._trailers = status.encode(code, text, attached)
+            self._trailers = error_details.encode(code, text, attached)
 
     def code(self) -> grpc.StatusCode:
         return self._code
@@ -203,7 +203,7 @@ def test_a_server_that_does_not_answer_a_handshake_is_a_connect_error() -> None:
 
 def test_damaged_details_do_not_hide_the_error() -> None:
     outcome = Outcome(grpc.StatusCode.INTERNAL, "oh")
-    outcome._trailers = ((status.TRAILER, b"\xff\xff"), ("other", "x"))
+    outcome._trailers = ((error_details.TRAILER, b"\xff\xff"), ("other", "x"))
     error = call_error(outcome, ADDRESS)
     assert type(error) is gradwire.ServerError
     assert str(error) == "oh (INTERNAL)"

@@ -10,7 +10,7 @@ from gradwire._held import _PORTION_BYTES, HeldRows
 from gradwire._options import parse_options
 from gradwire._rows import RowReader
 from gradwire._sync_rows import DrawnRows
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.matrices import Matrix
 from tests import oracle
 
 X, W, DY = oracle.operands(60, 3, 2)

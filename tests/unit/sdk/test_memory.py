@@ -8,7 +8,7 @@ import threading
 import numpy as np
 
 from gradwire._memory import ResultPool
-from gradwire.wire.limits import MIB
+from gradwire_protocol.limits import MIB
 
 F4 = np.dtype(np.float32)
 

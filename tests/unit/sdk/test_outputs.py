@@ -12,8 +12,8 @@ from gradwire._memory import ResultPool
 from gradwire._options import parse_options
 from gradwire._outputs import ArraySink, given_outputs, named_outputs
 from gradwire._plan import plan_arrays
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import RESULTS, Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import RESULTS, Matrix
 
 X, W, DY = np.ones((3, 4), "f4"), np.ones((4, 6), "f4"), np.ones((3, 6), "f4")
 

@@ -10,9 +10,9 @@ import gradwire
 from gradwire import _unary
 from gradwire._options import parse_options
 from gradwire._plan import Plan, plan_arrays
-from gradwire.wire import checksum
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import OPERANDS, Matrix
+from gradwire_protocol import checksum
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import OPERANDS, Matrix
 
 ALL = ("y", "dx", "dw")
 

@@ -16,12 +16,12 @@ from gradwire._retrying import Attempts, Retries
 from gradwire._row_job import RowJob
 from gradwire._rows import RowReader
 from gradwire.v1.job_pb2 import Accepted, Job, Numerics, NumericsFingerprint
-from gradwire.wire import checksum, framing
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.framing import Block
-from gradwire.wire.matrices import Matrix
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol import checksum, framing
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.framing import Block
+from gradwire_protocol.matrices import Matrix
 
 N, K, B = 3, 2, 16
 FLOAT64 = int(Dtype.FLOAT64)

@@ -11,8 +11,8 @@ from gradwire._exceptions import BY_STATUS, CallError
 from gradwire._failures import call_error
 from gradwire._options import parse_options
 from gradwire._retrying import Attempts, Retries, is_passing, parse_retries
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
@@ -60,7 +60,7 @@ def test_what_reasons_are_worth_a_retry(reason: Reason) -> None:
             return ""
 
         def trailing_metadata(self) -> Any:
-            from gradwire.wire.status import TRAILER, encode
+            from gradwire_protocol.error_details import TRAILER, encode
 
             details = ErrorDetails(reason=reason)
             ((_, packed),) = encode(reason.status, "", details)

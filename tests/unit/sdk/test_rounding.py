@@ -16,8 +16,8 @@ from gradwire._options import parse_options
 from gradwire._outputs import ArraySink
 from gradwire._plan import plan_arrays
 from gradwire._rounding import overflows_from
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
 from tests.unit.sdk.test_arrays import LAYOUTS
 
 NARROW = (Dtype.BFLOAT16, Dtype.FLOAT16)

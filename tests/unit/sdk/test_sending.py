@@ -16,8 +16,8 @@ from gradwire._options import parse_options
 from gradwire._plan import check, with_rows
 from gradwire._sending import STALE_S, Sender
 from gradwire.v1.job_pb2 import End
-from gradwire.wire import framing
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol import framing
+from gradwire_protocol.matrices import Matrix
 from tests.unit.sdk.fake_server import FakeServer
 
 RESULTS = [("y",), ("dx",), ("dw",), ("y", "dx"), ("y", "dx", "dw")]

@@ -20,7 +20,7 @@ from gradwire._servers import (
     none_left,
 )
 from gradwire._target import addresses_of, parse_addresses
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol.error_details import ErrorDetails
 
 LOST = gradwire.ConnectionLostError("broke", status=StatusCode.UNAVAILABLE)
 BUSY = gradwire.ServerBusyError(

@@ -4,7 +4,7 @@ import pytest
 
 import gradwire
 from gradwire._target import channel_options, grpc_target
-from gradwire.wire import limits
+from gradwire_protocol import limits
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from gradwire._freivalds import Arithmetic, compare, row_norms
 from gradwire._products import RowProduct, SumProduct
 from gradwire._sketch import Sketch
 from gradwire._verify import Verify
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 
 ROWS = 4
 

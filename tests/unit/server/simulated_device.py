@@ -18,7 +18,7 @@ from contextlib import nullcontext
 import numpy as np
 from scipy.linalg import blas
 
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.base import empty_aligned
 from gradwire_server.backends.device import Marks, Stream
 from gradwire_server.plan import ALIGNMENT

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.spec import JobSpec, Place
 
 ALL = (Matrix.Y, Matrix.DX, Matrix.DW)

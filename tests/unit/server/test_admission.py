@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from gradwire.wire.limits import MIB
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MIB
 from gradwire_server.admission import CALL_BYTES, Admission
 from gradwire_server.call import Counts
 from gradwire_server.errors import JobError

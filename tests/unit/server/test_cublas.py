@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends import cublas
 from gradwire_server.backends.cublas import Compute, DeviceMatrix
 from tests.unit.server.simulated_device import run_gemm

@@ -9,8 +9,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import DeviceLostError, Times
 from gradwire_server.backends.cupy import BLOCKS_BEGUN, CupyBackend
 from gradwire_server.backends.device_job import DeviceJob

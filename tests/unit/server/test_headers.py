@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gradwire.v1 import job_pb2
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
 from gradwire_server.backends.numpy import NumpyBackend
 from gradwire_server.errors import JobError
 from gradwire_server.headers import Headers

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwire.wire.framing import Block
-from gradwire.wire.matrices import Matrix
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.framing import Block
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.errors import JobError
 from gradwire_server.intake import Intake
 from gradwire_server.plan import make_plan

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gradwire.wire.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.device_layout import make_layout
 from gradwire_server.backends.kernels import SOURCE, THREADS, grid, kernel_name
 from tests.unit.server.specs import ALL, make_spec

@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from gradwire.wire.limits import MIB
+from gradwire_protocol.limits import MIB
 from gradwire_server.backends.memory_pool import GRAIN_BYTES, Pool, rounded_up
 from gradwire_server.backends.pinned import empty_pinned
 

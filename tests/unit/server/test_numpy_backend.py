@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends import numpy as numpy_backend
 from gradwire_server.backends.base import RowBlock, Times
 from gradwire_server.backends.numpy import NumpyBackend

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.plan import ALIGNMENT, MAX_BLOCK_ROWS, make_plan
 from tests.unit.server.specs import ALL, make_spec
 

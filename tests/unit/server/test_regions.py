@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gradwire.wire.limits import MIB
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MIB
 from gradwire_server import regions
 from gradwire_server.admission import Admission
 from gradwire_server.errors import JobError

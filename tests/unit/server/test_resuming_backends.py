@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import Matrix
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock, Times, empty_aligned
 from gradwire_server.backends.device_job import DeviceJob
 from gradwire_server.backends.numpy import NumpyBackend

@@ -6,8 +6,8 @@ import contextlib
 
 import pytest
 
-from gradwire.wire.limits import MIB
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MIB
 from gradwire_server.accounts import CALL_BYTES
 from gradwire_server.admission import Admission
 from gradwire_server.errors import JobError

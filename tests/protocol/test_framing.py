@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2, matrix_pb2
-from gradwire.wire import framing, limits
+from gradwire_protocol import framing, limits
 
 from .protobuf_bytes import messages, mutated
 

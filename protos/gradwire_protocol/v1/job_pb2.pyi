@@ -1,4 +1,4 @@
-from gradwire.v1 import matrix_pb2 as _matrix_pb2
+from gradwire_protocol.v1 import matrix_pb2 as _matrix_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message

@@ -26,19 +26,12 @@ from typing import TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from gradwire.v1.gradient_service_pb2 import (
+from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeStreamRequest,
     ComputeStreamResponse,
 )
-from gradwire.v1.job_pb2 import (
-    Accepted,
-    Checkpoint,
-    End,
-    Job,
-    Queued,
-    Receipt,
-)
-from gradwire.v1.matrix_pb2 import Block as BlockMessage
+from gradwire_protocol.v1.job_pb2 import Accepted, Checkpoint, End, Job, Queued, Receipt
+from gradwire_protocol.v1.matrix_pb2 import Block as BlockMessage
 
 _TAG_BLOCK = 0x12
 _TAG_MATRIX = 0x08

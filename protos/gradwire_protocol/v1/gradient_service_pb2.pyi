@@ -1,5 +1,5 @@
-from gradwire.v1 import job_pb2 as _job_pb2
-from gradwire.v1 import matrix_pb2 as _matrix_pb2
+from gradwire_protocol.v1 import job_pb2 as _job_pb2
+from gradwire_protocol.v1 import matrix_pb2 as _matrix_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message

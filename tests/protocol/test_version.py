@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import gradwire
-from gradwire._version import VERSION
+from gradwire_protocol.version import VERSION
 
 ROOT = Path(gradwire.__file__).parents[2]
 
@@ -42,6 +42,6 @@ def test_the_sources_alone_are_enough_to_compute():
         text=True,
         timeout=60,
         check=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}/client:{ROOT}/server"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}/client:{ROOT}/protos:{ROOT}/server"},
     )
     assert done.stdout == f"0+source {float(np.full((3, 4), 2).sum())}\n"

@@ -6,9 +6,10 @@ import pytest
 from grpc import StatusCode
 
 from gradwire.v1 import matrix_pb2
-from gradwire.wire import limits
-from gradwire.wire.dtypes import Dtype
-from gradwire.wire.matrices import (
+from gradwire_protocol import limits
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.matrices import (
     NEEDS,
     OPERANDS,
     RESULTS,
@@ -17,7 +18,6 @@ from gradwire.wire.matrices import (
     Matrix,
     operands_for,
 )
-from gradwire.wire.reasons import Reason
 
 
 def test_every_dtype_of_the_contract_is_known_by_name_and_number():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 
-def require_little_endian(byteorder: str) -> None:
+def require_little_endian(byteorder: str = sys.byteorder) -> None:
     """Refuse a host that keeps the bytes of a number in the other order.
 
     Elements travel as they lie in memory, little-endian.
@@ -20,6 +20,3 @@ def require_little_endian(byteorder: str) -> None:
         raise ImportError(
             f"gradwire needs a little-endian host, and this one is {byteorder}-endian"
         )
-
-
-require_little_endian(sys.byteorder)

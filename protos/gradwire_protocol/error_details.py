@@ -18,7 +18,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
-from gradwire.wire.reasons import Reason
+from gradwire_protocol.error_reasons import Reason
 
 TRAILER = "grpc-status-details-bin"
 DOMAIN = "gradwire"

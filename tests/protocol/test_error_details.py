@@ -7,9 +7,9 @@ from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwire.wire import status
-from gradwire.wire.reasons import Reason
-from gradwire.wire.status import ErrorDetails
+from gradwire_protocol import error_details
+from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_reasons import Reason
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 texts_by_name = st.dictionaries(texts, texts, max_size=3)
@@ -34,9 +34,9 @@ def test_details_arrive_as_they_were_sent(
 ):
     retry_after_s = None if retry_after_ns is None else retry_after_ns / 1e9
     details = ErrorDetails(reason, fields, metadata, retry_after_s)
-    ((name, value),) = status.encode(reason.status, text, details)
+    ((name, value),) = error_details.encode(reason.status, text, details)
     assert name == "grpc-status-details-bin"
-    arrived = status.decode(value)
+    arrived = error_details.decode(value)
     assert arrived.reason == reason
     assert arrived.fields == fields
     assert arrived.metadata == metadata
@@ -45,7 +45,7 @@ def test_details_arrive_as_they_were_sent(
 
 @pytest.mark.parametrize("reason", Reason)
 def test_a_stock_status_library_reads_what_is_sent(reason):
-    ((_, value),) = status.encode(
+    ((_, value),) = error_details.encode(
         reason.status,
         "the text",
         ErrorDetails(reason, {"job.n": "too small"}, {"job_id": "j"}, 1.5),
@@ -77,36 +77,42 @@ def test_details_that_a_stock_status_library_sent_are_read():
             reason="BUSY", domain="gradwire", metadata={"job_id": "j"}
         ),
     )
-    assert status.decode(value) == ErrorDetails(Reason.BUSY, {}, {"job_id": "j"}, 2.5)
+    assert error_details.decode(value) == ErrorDetails(
+        Reason.BUSY, {}, {"job_id": "j"}, 2.5
+    )
 
 
 def test_a_time_to_come_back_is_not_in_the_past():
     delay = duration_pb2.Duration(seconds=-5)
-    arrived = status.decode(trailer_of(error_details_pb2.RetryInfo(retry_delay=delay)))
+    arrived = error_details.decode(
+        trailer_of(error_details_pb2.RetryInfo(retry_delay=delay))
+    )
     assert arrived.retry_after_s == 0
 
 
 def test_only_what_is_known_is_sent():
-    ((_, value),) = status.encode(StatusCode.INTERNAL, "text", ErrorDetails())
+    ((_, value),) = error_details.encode(StatusCode.INTERNAL, "text", ErrorDetails())
     assert not status_pb2.Status.FromString(value).details
-    assert status.decode(value) == ErrorDetails()
+    assert error_details.decode(value) == ErrorDetails()
 
 
 def test_a_reason_of_another_domain_is_not_taken_for_one_of_ours():
     info = error_details_pb2.ErrorInfo(reason="BUSY", domain="proxy.example")
-    assert status.decode(trailer_of(info)).reason is None
+    assert error_details.decode(trailer_of(info)).reason is None
 
 
 def test_a_reason_of_a_newer_server_is_none_but_its_metadata_is_kept():
     info = error_details_pb2.ErrorInfo(
         reason="OF_THE_FUTURE", domain="gradwire", metadata={"job_id": "j"}
     )
-    assert status.decode(trailer_of(info)) == ErrorDetails(None, {}, {"job_id": "j"})
+    assert error_details.decode(trailer_of(info)) == ErrorDetails(
+        None, {}, {"job_id": "j"}
+    )
 
 
 def test_a_name_that_only_python_gives_a_reason_is_no_reason():
     info = error_details_pb2.ErrorInfo(reason="__class__", domain="gradwire")
-    assert status.decode(trailer_of(info)).reason is None
+    assert error_details.decode(trailer_of(info)).reason is None
 
 
 def test_a_damaged_part_leaves_no_details():
@@ -114,9 +120,9 @@ def test_a_damaged_part_leaves_no_details():
     packed.details.append(
         any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
     )
-    assert status.decode(packed.SerializeToString()) == ErrorDetails()
+    assert error_details.decode(packed.SerializeToString()) == ErrorDetails()
 
 
 @given(st.binary(max_size=64))
 def test_a_damaged_trailer_is_no_second_error(value):
-    assert isinstance(status.decode(value), ErrorDetails)
+    assert isinstance(error_details.decode(value), ErrorDetails)

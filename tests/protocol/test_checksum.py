@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradwire.wire import checksum
+from gradwire_protocol import checksum
 
 ISCSI_READ_COMMAND = bytes.fromhex(
     "01c00000 00000000 00000000 00000000"

@@ -1,0 +1,92 @@
+"""The ground stands alone: importing it loads neither SDK nor server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gradwire_protocol.byte_order import require_little_endian
+
+
+def loaded(code: str) -> set[str]:
+    """The packages that a fresh Python has loaded after some code."""
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+EVERYTHING = """
+import importlib, pkgutil, {package}
+for module in pkgutil.walk_packages({package}.__path__, "{package}."):
+    if not any(part in module.name for part in ("__main__", "cupy", ".cuda.")):
+        importlib.import_module(module.name)
+"""
+
+
+def test_the_protocol_loads_neither_sdk_nor_server() -> None:
+    code = EVERYTHING.format(package="gradwire_protocol")
+    assert not loaded(code) & {"gradwire", "gradwire_server", "gradwire_cli"}
+
+
+def test_the_server_loads_no_module_of_the_sdk() -> None:
+    code = EVERYTHING.format(package="gradwire_server")
+    assert not loaded(code) & {"gradwire", "gradwire_cli"}
+
+
+def test_the_sdk_loads_no_module_of_the_server() -> None:
+    assert not loaded("import gradwire") & {"gradwire_server", "gradwire_cli"}
+
+
+def test_importing_the_sdk_loads_no_other_array_library() -> None:
+    assert not loaded("import gradwire") & {"torch", "jax", "cupy"}
+
+
+def test_a_big_endian_host_is_refused() -> None:
+    with pytest.raises(ImportError, match="this one is big-endian"):
+        require_little_endian("big")
+
+
+def test_this_host_is_fine() -> None:
+    require_little_endian(sys.byteorder)
+
+
+@pytest.mark.parametrize("package", ["gradwire", "gradwire_server"])
+def test_grpc_is_imported_with_fork_support(package: str) -> None:
+    code = (
+        "import os\n"
+        f"import {package}\n"
+        "from grpc._cython import cygrpc\n"
+        "print(cygrpc._GRPC_ENABLE_FORK_SUPPORT)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GRPC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("package", ["gradwire", "gradwire_server"])
+@pytest.mark.parametrize(
+    ("before", "found"),
+    [("", "None"), ("os.environ['GRPC_ENABLE_FORK_SUPPORT'] = '0'", "0")],
+)
+def test_importing_leaves_the_environment_as_it_was(
+    package: str, before: str, found: str
+) -> None:
+    code = (
+        f"import os; {before}\nimport {package}\n"
+        "print(os.environ.get('GRPC_ENABLE_FORK_SUPPORT'))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == found
