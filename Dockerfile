@@ -22,18 +22,19 @@ FROM ${PYTHON_IMAGE} AS source
 RUN python -m venv /opt/gradwire
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY cli cli
 COPY client client
 COPY protos protos
 COPY server server
 
 FROM source AS build-cpu
-RUN /opt/gradwire/bin/pip install --no-cache-dir --disable-pip-version-check '.[cli,server]' \
+RUN /opt/gradwire/bin/pip install --no-cache-dir --disable-pip-version-check '.[server]' \
     && /opt/gradwire/bin/pip uninstall --yes pip setuptools
 
 FROM source AS build-gpu
 # 13, or 12 for hosts whose driver is older than 580.
 ARG CUDA=13
-RUN /opt/gradwire/bin/pip install --no-cache-dir --disable-pip-version-check ".[cli,server,cuda${CUDA}]" \
+RUN /opt/gradwire/bin/pip install --no-cache-dir --disable-pip-version-check ".[server,cuda${CUDA}]" \
     && /opt/gradwire/bin/pip uninstall --yes pip setuptools
 
 FROM ${PYTHON_IMAGE} AS base

@@ -147,27 +147,27 @@ $(VENV)/.ready-pip: | $(PY)
 
 $(VENV)/.ready-demo: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what the demo needs into $(VENV) ..."
-	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group demo
+	@$(PY) $(PIP_INSTALL) --editable '.[server]' --group demo
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what the tests need into $(VENV) ..."
-	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group dev
+	@$(PY) $(PIP_INSTALL) --editable '.[server]' --group dev
 	@touch $@
 
 $(VENV)/.ready-fuzz: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what fuzzing needs into $(VENV) ..."
-	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group fuzz
+	@$(PY) $(PIP_INSTALL) --editable '.[server]' --group fuzz
 	@touch $@
 
 $(VENV)/.ready-gpu: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what tests and bench need on a GPU into $(VENV) ..."
-	@$(PY) $(PIP_INSTALL) --editable '.[cli,server,cuda$(CUDA)]' --group gpu
+	@$(PY) $(PIP_INSTALL) --editable '.[server,cuda$(CUDA)]' --group gpu
 	@touch $@
 
 $(VENV)/.ready-bench: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what the bench needs into $(VENV) ..."
-	@$(PY) $(PIP_INSTALL) --editable '.[cli,server]' --group bench
+	@$(PY) $(PIP_INSTALL) --editable '.[server]' --group bench
 	@touch $@
 
 $(PROTOS_VENV)/.ready: pyproject.toml $(PROTOS_VENV)/bin/python

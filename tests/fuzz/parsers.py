@@ -12,10 +12,10 @@ from unittest import mock
 
 from cyclopts import CycloptsError
 
-from gradwire.cli._app import app
-from gradwire.cli._errors import CommandError
-from gradwire.cli._npy import open_npy
-from gradwire.cli._settings import ServeSettings
+from gradwire_cli.app import app
+from gradwire_cli.errors import CommandError
+from gradwire_cli.files.npy import open_npy
+from gradwire_cli.serve_settings import ServeSettings
 from gradwire_protocol import error_details as codec
 from gradwire_protocol import framing
 from gradwire_protocol.error_reasons import Reason

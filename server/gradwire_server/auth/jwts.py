@@ -137,5 +137,5 @@ def parse_keys(content: bytes, expected: Expected) -> Keys:
 
 _NO_SET = "it is no JSON Web Key Set: expected an object with keys"
 _MISSING = (
-    "JWTs need the packages PyJWT and cryptography: pip install 'gradwire[cli,server]'"
+    "JWTs need the packages PyJWT and cryptography: pip install 'gradwire[server]'"
 )

@@ -16,7 +16,7 @@ _INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver: none, or too old a one
 _NO_DEVICE = 100  # cudaErrorNoDevice
 
 _INSTALL = (
-    "pip install 'gradwire[cli,server,cuda13]', or cuda12 where the driver is older "
+    "pip install 'gradwire[server,cuda13]', or cuda12 where the driver is older "
     "than 580"
 )
 

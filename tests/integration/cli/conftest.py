@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from gradwire.cli._app import run
+from gradwire_cli.app import run
 from gradwire_server import Server, Settings
 from gradwire_server.backends.base import Backend
 from tests.serving import BACKEND
 
 TIMEOUT_S = 60.0
-COMMAND = (sys.executable, "-m", "gradwire.cli")
+COMMAND = (sys.executable, "-m", "gradwire_cli")
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:

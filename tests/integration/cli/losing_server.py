@@ -11,7 +11,7 @@ import dataclasses
 import sys
 import threading
 
-from gradwire.cli._app import run
+from gradwire_cli.app import run
 from gradwire_server import backends
 from gradwire_server.backends.base import DeviceLostError
 from gradwire_server.backends.numpy import NumpyBackend

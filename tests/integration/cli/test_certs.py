@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gradwire as sdk
-from gradwire.cli._app import run
+from gradwire_cli.app import run
 from tests.integration.cli.conftest import gradwire, refusal_here, sentence, started
 from tests.integration.cli.test_serve import addresses
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gradwire as sdk
-from gradwire.cli._checks import CHECKS, Finding, run_checks
+from gradwire_cli.checks.checks import CHECKS, Finding, run_checks
 from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.numpy import NumpyBackend

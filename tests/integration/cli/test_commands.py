@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from gradwire.cli._app import run
+from gradwire_cli.app import run
 from tests.integration.cli.conftest import (
     COMMAND,
     environment,
@@ -63,7 +63,7 @@ def test_an_unknown_command_is_a_sentence_with_the_nearest_one() -> None:
     [
         ("cyclopts", (), "gradwire[cli]"),
         ("rich", ("--help",), "gradwire[cli]"),
-        ("structlog", ("serve",), "gradwire[cli,server]"),
+        ("structlog", ("serve",), "gradwire[server]"),
     ],
 )
 def test_without_an_extra_a_sentence_says_which_to_install(
@@ -71,7 +71,7 @@ def test_without_an_extra_a_sentence_says_which_to_install(
 ) -> None:
     program = (
         "import sys; sys.modules[sys.argv.pop(1)] = None;"
-        "from gradwire.cli import main; sys.exit(main())"
+        "from gradwire_cli import main; sys.exit(main())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, missing, *arguments],
@@ -85,7 +85,7 @@ def test_without_an_extra_a_sentence_says_which_to_install(
     assert f"pip install '{extra}'" in sentence(done)
 
 
-@pytest.mark.parametrize("module", ["cyclopts", "rich", "gradwire.cli._app"])
+@pytest.mark.parametrize("module", ["cyclopts", "rich", "gradwire_cli.app"])
 def test_ctrl_c_while_the_command_is_loaded_ends_it_without_noise(module: str) -> None:
     program = """if True:
         import os, signal, sys
@@ -95,7 +95,7 @@ def test_ctrl_c_while_the_command_is_loaded_ends_it_without_noise(module: str) -
                 if name.startswith(sys.argv[1]):
                     os.kill(os.getpid(), signal.SIGINT)
 
-        from gradwire.cli import main
+        from gradwire_cli import main
         sys.meta_path.insert(0, Finder())
         sys.exit(main())
     """

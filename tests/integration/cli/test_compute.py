@@ -330,7 +330,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
 
 INTERRUPTED_IN_A_LOCK = """
 import signal, sys, threading
-from gradwire.cli import main
+from gradwire_cli import main
 
 wait = threading.Condition.wait
 waits = 0
@@ -464,7 +464,7 @@ def test_a_disk_that_fills_up_is_a_sentence(tmp_path: Path) -> None:
 def peak_bytes(*arguments: object) -> int:
     """Highest resident memory of the command."""
     program = (
-        "import resource, sys; from gradwire.cli import main; status = main();"
+        "import resource, sys; from gradwire_cli import main; status = main();"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
     )
     done = subprocess.run(

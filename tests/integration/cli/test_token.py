@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradwire.cli._app import run
+from gradwire_cli.app import run
 from gradwire_server import Settings, start_in_thread
 from gradwire_server.auth.tokens import parse_tokens
 from tests.integration.cli.conftest import refusal_here

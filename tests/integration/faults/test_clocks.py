@@ -26,8 +26,8 @@ WALL_CLOCKS = {
     "datetime.date.today",
 }
 MAY_READ_THE_CALENDAR = {
-    "client/gradwire/cli/_token.py",  # when a token was made
-    "client/gradwire/cli/_authority.py",  # from when a certificate is good
+    "cli/gradwire_cli/commands/token.py",  # when a token was made
+    "cli/gradwire_cli/certificate_authority.py",  # from when a certificate is good
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gradwire.cli._app import run
+from gradwire_cli.app import run
 from gradwire_server import backends
 from gradwire_server.backends.numpy import NumpyBackend
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwire._bounds import gamma, unit_roundoff
-from gradwire.cli._bounds import product_bound, worst
-from gradwire.cli._reference import (
+from gradwire_cli.checks.bounds import product_bound, worst
+from gradwire_cli.checks.reference import (
     Products,
     count_different,
     differences,

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gradwire.cli._errors import CommandError
-from gradwire.cli._npy import open_npy
+from gradwire_cli.errors import CommandError
+from gradwire_cli.files.npy import open_npy
 from gradwire_protocol.dtypes import Dtype
 
 MATRIX = np.arange(35, dtype=np.float32).reshape(7, 5) - 11

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._operands import (
+from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.files.operands import (
     Operands,
     open_operands,
     result_dtypes,
     wanted_results,
 )
-from gradwire.cli._results import ResultSpec
+from gradwire_cli.files.results import ResultSpec
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import RESULTS, Matrix
 

@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gradwire.cli import _results
-from gradwire.cli._errors import CommandError
-from gradwire.cli._results import ResultFiles, ResultSpec
+from gradwire_cli.errors import CommandError
+from gradwire_cli.files import results
+from gradwire_cli.files.results import ResultFiles, ResultSpec
 from gradwire_protocol.dtypes import Dtype
 
 Y = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -31,7 +31,7 @@ SPECS = {
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With and without a file system that has O_TMPFILE."""
     if request.param == "hidden files":
-        monkeypatch.setattr(_results.os, "O_TMPFILE", os.O_DIRECTORY | os.O_WRONLY)
+        monkeypatch.setattr(results.os, "O_TMPFILE", os.O_DIRECTORY | os.O_WRONLY)
     return str(request.param)
 
 

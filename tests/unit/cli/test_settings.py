@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gradwire.cli._app import app, run
-from gradwire.cli._logs import LogSettings
-from gradwire.cli._settings import ServeSettings
+from gradwire_cli.app import app, run
+from gradwire_cli.serve_settings import ServeSettings
+from gradwire_cli.terminal.logs import LogSettings
 from gradwire_server.settings import Settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradwire.cli._units import format_bytes, format_seconds, parse_bytes
+from gradwire_cli.terminal.units import format_bytes, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gradwire.cli._logs import LogSettings
+from gradwire_cli.terminal.logs import LogSettings
 from gradwire_protocol.error_reasons import Reason
 from gradwire_server import Settings
 

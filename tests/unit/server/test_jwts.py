@@ -158,7 +158,7 @@ def test_without_the_package_it_is_said_what_to_install(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "jwt", None)
-    with pytest.raises(ValueError, match=r"pip install 'gradwire\[cli,server\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'gradwire\[server\]'"):
         parse_keys(b"{}", EXPECTED)
 
 

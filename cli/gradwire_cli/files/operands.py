@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, overload
 
-from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._npy import Array, NpyMatrix, open_npy
-from gradwire.cli._results import ResultSpec
+from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.files.npy import Array, NpyMatrix, open_npy
+from gradwire_cli.files.results import ResultSpec
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import NEEDS, RESULTS, Matrix, operands_for
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.cli._errors import CommandError
+from gradwire_cli.errors import CommandError
 from gradwire_protocol.dtypes import Dtype
 
 Array: TypeAlias = npt.NDArray[Any]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 from rich.table import Table
 
-from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._tables import console
+from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.terminal.tables import console
 
 if TYPE_CHECKING:
     from gradwire_server.auth.tokens import Tokens

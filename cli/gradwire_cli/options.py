@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias
 from cyclopts import Parameter, Token
 
 from gradwire import Tls
-from gradwire.cli._errors import CommandError
+from gradwire_cli.errors import CommandError
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Where ``gradwire serve`` listens unless it is told otherwise."""

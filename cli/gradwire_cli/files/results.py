@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.cli._errors import CommandError
-from gradwire.cli._units import format_bytes
+from gradwire_cli.errors import CommandError
+from gradwire_cli.terminal.units import format_bytes
 from gradwire_protocol.dtypes import Dtype
 
 

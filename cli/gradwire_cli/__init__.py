@@ -1,6 +1,7 @@
 """The command line: ``gradwire serve``, ``compute``, ``check`` and others.
 
-It needs the extra ``cli``, and ``gradwire serve`` the extra ``server`` too.
+It knows both sides, which know nothing of it. It needs the extra ``cli``, or
+``server``, which is enough for all of it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import importlib.util
 import signal
 import sys
 
-from gradwire.cli._interrupts import Interrupted, signals_raise
-from gradwire.cli._streams import open_closed
+from gradwire_cli.terminal.signals import Interrupted, signals_raise
+from gradwire_cli.terminal.streams import open_closed
 
 __all__ = ["main"]
 
@@ -30,12 +31,12 @@ def main() -> int:
         with signals_raise():
             if any(importlib.util.find_spec(name) is None for name in _NEEDS):
                 sys.stderr.write(
-                    "gradwire: the command line is not installed; "
-                    "install it with: pip install 'gradwire[cli]'\n"
+                    "gradwire: the command line is not installed; install it with: "
+                    "pip install 'gradwire[cli]', or 'gradwire[server]' to serve\n"
                 )
                 return 1
             # Not at the top: the line above must come out where these are missing.
-            from gradwire.cli._app import run  # noqa: PLC0415
+            from gradwire_cli.app import run  # noqa: PLC0415
 
             return run(sys.argv[1:])
     except Interrupted as interrupted:

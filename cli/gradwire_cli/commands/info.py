@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 
 import gradwire
 from gradwire import Device, ServerInfo
-from gradwire.cli._options import (
+from gradwire_cli.options import (
     DEFAULT_ADDRESS,
     FLAG,
     PLAINTEXT,
@@ -20,8 +20,8 @@ from gradwire.cli._options import (
     Seconds,
     SecurityOptions,
 )
-from gradwire.cli._tables import console, properties
-from gradwire.cli._units import format_bytes
+from gradwire_cli.terminal.tables import console, properties
+from gradwire_cli.terminal.units import format_bytes
 
 app = App(name="info", help="Show what a server is, offers and allows.")
 

@@ -14,9 +14,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._logs import LogSettings
-from gradwire.cli._settings import SOURCES, ServeSettings
+from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.serve_settings import SOURCES, ServeSettings
+from gradwire_cli.terminal.logs import LogSettings
 from gradwire_protocol.version import VERSION
 
 _log = logging.getLogger("gradwire_server.cli")

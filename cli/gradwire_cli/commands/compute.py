@@ -13,13 +13,14 @@ from rich import progress
 from rich.text import Text
 
 from gradwire import Progress, Receipt
-from gradwire.cli._operands import (
+from gradwire_cli.files.operands import (
     Operands,
     open_operands,
     result_dtypes,
     wanted_results,
 )
-from gradwire.cli._options import (
+from gradwire_cli.files.results import ResultFiles, ResultSpec
+from gradwire_cli.options import (
     FLAG,
     PLAINTEXT,
     Addresses,
@@ -27,10 +28,9 @@ from gradwire.cli._options import (
     SecurityOptions,
     split,
 )
-from gradwire.cli._results import ResultFiles, ResultSpec
-from gradwire.cli._servers import connected
-from gradwire.cli._tables import console, properties
-from gradwire.cli._units import format_bytes, format_seconds
+from gradwire_cli.private_server import connected
+from gradwire_cli.terminal.tables import console, properties
+from gradwire_cli.terminal.units import format_bytes, format_seconds
 from gradwire_protocol.matrices import Matrix
 
 _LIST = Parameter(converter=split, n_tokens=1, negative=(), show_default=False)

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal  # noqa: F401 - Settings' annotations
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token
 from cyclopts.config import Env, Toml
 
-from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._units import parse_bytes
+from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.terminal.units import parse_bytes
 from gradwire_server.settings import Settings
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.cli._bounds import Doubles, product_bound
+from gradwire_cli.checks.bounds import Doubles, product_bound
 from gradwire_protocol.dtypes import Dtype
 
 Array: TypeAlias = npt.NDArray[Any]

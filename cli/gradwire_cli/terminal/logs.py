@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from gradwire.cli._errors import CommandError
+from gradwire_cli.errors import CommandError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LogSettings:
         if importlib.util.find_spec("structlog") is None:
             raise CommandError(
                 "the server's part is not installed; install it with: "
-                "pip install 'gradwire[cli,server]'"
+                "pip install 'gradwire[server]'"
             )
         on_terminal = sys.stderr.isatty()
         as_json = self.log_format == "json" or (

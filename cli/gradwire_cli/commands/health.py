@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gradwire._endpoint import Endpoint
 from gradwire._failures import connect_error
 from gradwire._options import parse_timeout
-from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._options import (
+from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.options import (
     DEFAULT_ADDRESS,
     PLAINTEXT,
     Address,

@@ -16,17 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gradwire import GradwireError
-from gradwire.cli._checks import Finding, run_checks
-from gradwire.cli._errors import CommandError, ExitStatus
-from gradwire.cli._options import (
-    FLAG,
-    PLAINTEXT,
-    Addresses,
-    Seconds,
-    SecurityOptions,
-)
-from gradwire.cli._servers import connected
-from gradwire.cli._tables import console
+from gradwire_cli.checks.checks import Finding, run_checks
+from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.options import FLAG, PLAINTEXT, Addresses, Seconds, SecurityOptions
+from gradwire_cli.private_server import connected
+from gradwire_cli.terminal.tables import console
 from gradwire_protocol.dtypes import Dtype
 
 app = App(

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from gradwire import Client
-from gradwire.cli._errors import CommandError
-from gradwire.cli._interrupts import signals_call
-from gradwire.cli._options import Security
+from gradwire_cli.errors import CommandError
+from gradwire_cli.options import Security
+from gradwire_cli.terminal.signals import signals_call
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import numpy as np
 
 from gradwire import CallError, Client, ProtocolError, Receipt, UnavailableError
 from gradwire._bounds import gamma, unit_roundoff
-from gradwire.cli._bounds import worst
-from gradwire.cli._reference import (
+from gradwire_cli.checks.bounds import worst
+from gradwire_cli.checks.reference import (
     RESULTS,
     Array,
     Products,

@@ -10,8 +10,8 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 from gradwire import GradwireError
-from gradwire.cli import _certs, _check, _compute, _health, _info, _serve, _token
-from gradwire.cli._errors import CommandError, ExitStatus
+from gradwire_cli.commands import certs, check, compute, health, info, serve, token
+from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_protocol.version import VERSION
 
 app = App(
@@ -27,9 +27,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 # By name, so that a command loads what it needs and nothing else.
-for order, command in enumerate(
-    (_serve, _compute, _check, _info, _health, _token, _certs)
-):
+for order, command in enumerate((serve, compute, check, info, health, token, certs)):
     command.app.sort_key = order
     app.command(command.app)
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from gradwire.cli._errors import CommandError, ExitStatus
+from gradwire_cli.errors import CommandError, ExitStatus
 
 _PUBLIC, _PRIVATE = 0o644, 0o600
 
@@ -54,7 +54,7 @@ def certs(
         days: How long they are good for.
     """
     # Not at the top: no other command needs it, and it takes a while.
-    from gradwire.cli._authority import Authority  # noqa: PLC0415
+    from gradwire_cli.certificate_authority import Authority  # noqa: PLC0415
 
     try:
         authority = Authority(days)

@@ -1,0 +1,7 @@
+"""``python -m gradwire_cli`` is ``gradwire``."""
+
+import sys
+
+from gradwire_cli import main
+
+sys.exit(main())

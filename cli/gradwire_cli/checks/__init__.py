@@ -1,0 +1,1 @@
+"""What ``gradwire check`` asks of a server, and what right answers are."""

@@ -1,0 +1,1 @@
+"""Matrices in files: operands that are read, results that are written."""
