@@ -16,9 +16,7 @@ from __future__ import annotations
 import gradwire_protocol  # noqa: F401 - first: it decides how grpc is loaded
 
 # isort: on
-from gradwire._aio import AsyncClient
-from gradwire._aio_stream import AsyncGradientStream
-from gradwire._exceptions import (
+from gradwire._api.errors import (
     AbortedError,
     AuthenticationError,
     CallError,
@@ -49,11 +47,7 @@ from gradwire._exceptions import (
     UnsupportedError,
     VerificationError,
 )
-from gradwire._retrying import RetryPolicy
-from gradwire._sync import Client, connect
-from gradwire._sync_stream import GradientStream
-from gradwire._tls import Tls
-from gradwire._types import (
+from gradwire._api.types import (
     Backward,
     Device,
     Gradients,
@@ -64,7 +58,13 @@ from gradwire._types import (
     ServerInfo,
     ServerLimits,
 )
-from gradwire._verify import Verify
+from gradwire._api.verify import Verify
+from gradwire._client._async.client import AsyncClient
+from gradwire._client._async.stream import AsyncGradientStream
+from gradwire._client._sync.client import Client, connect
+from gradwire._client._sync.stream import GradientStream
+from gradwire._resilience.retry import RetryPolicy
+from gradwire._transport.tls import Tls
 from gradwire_protocol.error_reasons import Reason
 
 __all__ = [

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import gradwire
-from gradwire._exchange import Exchange
+from gradwire._core.exchange import Exchange
 from gradwire_protocol import framing
 from gradwire_protocol.matrices import Matrix
 from tests import oracle

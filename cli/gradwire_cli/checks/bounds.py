@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradwire._bounds import gamma, smallest_subnormal, unit_roundoff
+from gradwire._integrity.rounding_error import gamma, smallest_subnormal, unit_roundoff
 from gradwire_protocol.dtypes import Dtype
 
 Doubles = npt.NDArray[np.float64]

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from gradwire import CallError, Client, ProtocolError, Receipt, UnavailableError
-from gradwire._bounds import gamma, unit_roundoff
+from gradwire._integrity.rounding_error import gamma, unit_roundoff
 from gradwire_cli.checks.bounds import worst
 from gradwire_cli.checks.reference import (
     RESULTS,

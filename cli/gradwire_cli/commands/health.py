@@ -8,9 +8,9 @@ import grpc
 from cyclopts import App
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from gradwire._endpoint import Endpoint
-from gradwire._failures import connect_error
-from gradwire._options import parse_timeout
+from gradwire._api.options import parse_timeout
+from gradwire._transport.endpoint import Endpoint
+from gradwire._transport.grpc.grpc_errors import connect_error
 from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_cli.options import (
     DEFAULT_ADDRESS,

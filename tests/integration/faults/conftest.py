@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 import gradwire
-from gradwire._base import Tuning
+from gradwire._client.job_factory import Tuning
 from tests.integration.load.observing import MIB, descriptors, wait_until
 from tests.proxy import Proxy
 from tests.raw import CallError, Stream, make_job

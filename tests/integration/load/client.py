@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import gradwire
-from gradwire._base import Tuning
+from gradwire._client.job_factory import Tuning
 from tests.integration.load.observing import forget_peak_of, memory_apart, peak_apart
 
 N = K = 64

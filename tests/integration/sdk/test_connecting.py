@@ -207,7 +207,7 @@ def test_a_server_that_refuses_this_contract(connect: Callable[..., None]) -> No
 
 @pytest.mark.parametrize("unary", [True, False], ids=["compute", "stream"])
 def test_a_client_that_shook_no_hands_is_told_the_same(unary: bool) -> None:
-    from gradwire._base import Tuning
+    from gradwire._client.job_factory import Tuning
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -17,7 +17,7 @@ import gradwire
 from bench import trace
 from bench.relay import Link
 from bench.timeline import Event, Timeline
-from gradwire._base import Tuning
+from gradwire._client.job_factory import Tuning
 from gradwire_server import Server, Settings
 from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.numpy import NumpyBackend

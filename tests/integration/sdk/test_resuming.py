@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire._base import Tuning
+from gradwire._client.job_factory import Tuning
 from tests import oracle
 from tests.proxy import Direction, Fault, Proxy
 from tests.serving import ServerProcess, running_server

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire._base import Tuning
-from gradwire._options import parse_options
+from gradwire._api.options import parse_options
+from gradwire._client.job_factory import Tuning
 from gradwire_protocol.matrices import OPERANDS, RESULTS
 from tests import oracle
 from tests.serving import ServerProcess, running_server

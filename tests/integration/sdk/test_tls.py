@@ -115,7 +115,7 @@ def compute(request: pytest.FixtureRequest) -> Callable[..., Any]:
 def test_jobs_over_tls_have_the_bits_of_those_in_plaintext(
     tls_server: ServerProcess, files: Files, connection: str
 ) -> None:
-    from gradwire._base import Tuning
+    from gradwire._client.job_factory import Tuning
 
     operands = oracle.operands(500, 30, 20)
     over_tls, unix = tls_server.addresses

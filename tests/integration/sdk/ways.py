@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradwire
-from gradwire._base import Tuning
+from gradwire._client.job_factory import Tuning
 from tests.serving import ServerProcess, running_server
 
 

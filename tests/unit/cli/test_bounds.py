@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwire._bounds import gamma, unit_roundoff
+from gradwire._integrity.rounding_error import gamma, unit_roundoff
 from gradwire_cli.checks.bounds import product_bound, worst
 from gradwire_cli.checks.reference import (
     Products,

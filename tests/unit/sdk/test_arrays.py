@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradwire
-from gradwire._arrays import operand
-from gradwire._devices import HostCopies
+from gradwire._arrays.device_copy import HostCopies
+from gradwire._arrays.operand import operand
 from gradwire_protocol.dtypes import Dtype
 
 MATRIX = np.arange(12, dtype=np.float32).reshape(3, 4)

@@ -9,13 +9,13 @@ import grpc
 import pytest
 
 import gradwire
-from gradwire import _exceptions
+from gradwire._api import errors
 from gradwire_protocol.error_details import ErrorDetails
 from gradwire_protocol.error_reasons import Reason
 
 CLASSES = [
     value
-    for value in vars(_exceptions).values()
+    for value in vars(errors).values()
     if inspect.isclass(value) and issubclass(value, gradwire.GradwireError)
 ]
 
@@ -23,7 +23,7 @@ CLASSES = [
 def test_the_tree_in_the_documentation_is_the_tree_of_classes() -> None:
     documented = {}
     path: list[tuple[int, str]] = []
-    for line in (_exceptions.__doc__ or "").splitlines():
+    for line in (errors.__doc__ or "").splitlines():
         match = re.match(r"^([ │├└─]*)([A-Z]\w*Error)\b", line)
         if match is None or len(match[1]) < 4:
             continue
@@ -41,13 +41,13 @@ def test_every_exception_is_public(cls: type[Exception]) -> None:
 
 
 def test_every_status_but_ok_has_a_class() -> None:
-    assert set(_exceptions.BY_STATUS) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
+    assert set(errors.BY_STATUS) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
 
 
-@pytest.mark.parametrize("reason", _exceptions.BY_REASON)
+@pytest.mark.parametrize("reason", errors.BY_REASON)
 def test_the_class_of_a_reason_is_one_of_its_statuss(reason: Reason) -> None:
-    broad = _exceptions.BY_STATUS[reason.status]
-    assert issubclass(_exceptions.BY_REASON[reason], broad)
+    broad = errors.BY_STATUS[reason.status]
+    assert issubclass(errors.BY_REASON[reason], broad)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

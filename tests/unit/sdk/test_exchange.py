@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradwire
-from gradwire._array_job import ArrayJob
-from gradwire._arrays import Operand
-from gradwire._devices import HostCopies
-from gradwire._exchange import Exchange
-from gradwire._memory import ResultPool
-from gradwire._options import parse_options
-from gradwire._outputs import Output
-from gradwire._plan import plan_arrays
+from gradwire._api.options import parse_options
+from gradwire._arrays.buffer_pool import ResultPool
+from gradwire._arrays.device_copy import HostCopies
+from gradwire._arrays.operand import Operand
+from gradwire._core.exchange import Exchange
+from gradwire._core.job_plan import plan_arrays
+from gradwire._core.outputs import Output
+from gradwire._resilience.array_job import ArrayJob
 from gradwire.v1.gradient_service_pb2 import ComputeResponse, ComputeStreamResponse
 from gradwire.v1.job_pb2 import Accepted, Job, Receipt
 from gradwire_protocol import checksum, framing

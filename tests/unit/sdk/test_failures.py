@@ -6,9 +6,9 @@ import grpc
 import pytest
 
 import gradwire
-from gradwire._endpoint import Endpoint
-from gradwire._exceptions import BY_REASON, BY_STATUS
-from gradwire._failures import call_error, connect_error
+from gradwire._api.errors import BY_REASON, BY_STATUS
+from gradwire._transport.endpoint import Endpoint
+from gradwire._transport.grpc.grpc_errors import call_error, connect_error
 from gradwire_protocol import error_details
 from gradwire_protocol.error_details import ErrorDetails
 from gradwire_protocol.error_reasons import Reason

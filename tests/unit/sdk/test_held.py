@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradwire._held import _PORTION_BYTES, HeldRows
-from gradwire._options import parse_options
-from gradwire._rows import RowReader
-from gradwire._sync_rows import DrawnRows
+from gradwire._api.options import parse_options
+from gradwire._client._sync.row_source import DrawnRows
+from gradwire._resilience.replay_buffer import _PORTION_BYTES, HeldRows
+from gradwire._resilience.row_reader import RowReader
 from gradwire_protocol.matrices import Matrix
 from tests import oracle
 

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 
-from gradwire._memory import ResultPool
+from gradwire._arrays.buffer_pool import ResultPool
 from gradwire_protocol.limits import MIB
 
 F4 = np.dtype(np.float32)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire._array_job import ArrayJob
-from gradwire._devices import HostCopies
-from gradwire._memory import ResultPool
-from gradwire._options import parse_options
-from gradwire._outputs import ArraySink, given_outputs, named_outputs
-from gradwire._plan import plan_arrays
+from gradwire._api.options import parse_options
+from gradwire._arrays.buffer_pool import ResultPool
+from gradwire._arrays.device_copy import HostCopies
+from gradwire._core.job_plan import plan_arrays
+from gradwire._core.outputs import ArraySink, given_outputs, named_outputs
+from gradwire._resilience.array_job import ArrayJob
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import RESULTS, Matrix
 

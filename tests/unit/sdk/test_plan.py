@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire import _unary
-from gradwire._options import parse_options
-from gradwire._plan import Plan, plan_arrays
+from gradwire._api.options import parse_options
+from gradwire._core import unary
+from gradwire._core.job_plan import Plan, plan_arrays
 from gradwire_protocol import checksum
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import OPERANDS, Matrix
@@ -252,10 +252,10 @@ def test_results_may_be_any_collection_of_names(names: Any) -> None:
 
 
 def test_only_small_jobs_go_in_one_message() -> None:
-    assert _unary.fits(plan(ones(10, 10), ones(10, 10), ones(10, 10)))
+    assert unary.fits_one_message(plan(ones(10, 10), ones(10, 10), ones(10, 10)))
     # An outer product has a small request and a large response.
     column, row = ones(2000, 1), ones(1, 2000)
-    assert not _unary.fits(plan(column, row, None, "y"))
-    assert not _unary.fits(plan(ones(600, 600), ones(600, 1), None, "y"))
+    assert not unary.fits_one_message(plan(column, row, None, "y"))
+    assert not unary.fits_one_message(plan(ones(600, 600), ones(600, 1), None, "y"))
     checked = plan(ones(10, 10), ones(10, 10), None, "y", checksum=True)
-    assert not _unary.fits(checked)
+    assert not unary.fits_one_message(checked)

@@ -6,17 +6,14 @@ from typing import Any
 import pytest
 
 import gradwire
-from gradwire import (
-    _aio,
-    _aio_stream,
-    _exceptions,
-    _retrying,
-    _sync,
-    _sync_stream,
-    _types,
-)
+from gradwire._api import errors, types
+from gradwire._client import _async, _sync
+from gradwire._resilience import retry
 
-MODULES = (_aio, _aio_stream, _exceptions, _retrying, _sync, _sync_stream, _types)
+MODULES = (
+    *(_async.client, _async.stream, _sync.client, _sync.stream),
+    *(errors, retry, types),
+)
 # What the SDK uses among its own modules.
 INTERNAL = {
     *("device_of", "receipt_of", "server_info_of"),

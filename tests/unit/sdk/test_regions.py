@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire._regions import Pool, Region
+from gradwire._transport.shm.segments import Pool, Region
 from gradwire.v1.gradient_service_pb2 import OpenRegionResponse
 
 SIZE = 1 << 20

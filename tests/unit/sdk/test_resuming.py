@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire._held import HeldRows
-from gradwire._options import parse_options
-from gradwire._plan import Plan
-from gradwire._resuming import Checkpoint, Checkpoints, Point, is_further, point_after
-from gradwire._retrying import Attempts, Retries
-from gradwire._row_job import RowJob
-from gradwire._rows import RowReader
+from gradwire._api.options import parse_options
+from gradwire._core.job_plan import Plan
+from gradwire._core.resume import (
+    Checkpoint,
+    Checkpoints,
+    Point,
+    is_further,
+    point_after,
+)
+from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._resilience.retry import Attempts, Retries
+from gradwire._resilience.row_reader import RowReader
+from gradwire._resilience.stream_job import RowJob
 from gradwire.v1.job_pb2 import Accepted, Job, Numerics, NumericsFingerprint
 from gradwire_protocol import checksum, framing
 from gradwire_protocol.dtypes import Dtype

@@ -7,10 +7,10 @@ import grpc
 import pytest
 
 import gradwire
-from gradwire._exceptions import BY_STATUS, CallError
-from gradwire._failures import call_error
-from gradwire._options import parse_options
-from gradwire._retrying import Attempts, Retries, is_passing, parse_retries
+from gradwire._api.errors import BY_STATUS, CallError
+from gradwire._api.options import parse_options
+from gradwire._resilience.retry import Attempts, Retries, is_passing, parse_retries
+from gradwire._transport.grpc.grpc_errors import call_error
 from gradwire_protocol.error_details import ErrorDetails
 from gradwire_protocol.error_reasons import Reason
 

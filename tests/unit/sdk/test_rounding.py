@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import gradwire
-from gradwire._arrays import operand
-from gradwire._options import parse_options
-from gradwire._outputs import ArraySink
-from gradwire._plan import plan_arrays
-from gradwire._rounding import overflows_from
+from gradwire._api.options import parse_options
+from gradwire._arrays.operand import operand
+from gradwire._arrays.wire_cast import overflows_from
+from gradwire._core.job_plan import plan_arrays
+from gradwire._core.outputs import ArraySink
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
 from tests.unit.sdk.test_arrays import LAYOUTS

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradwire
-from gradwire._held import HeldRows
-from gradwire._options import parse_options
-from gradwire._row_job import RowJob
-from gradwire._rows import RowReader
-from gradwire._sync_rows import DrawnRows
+from gradwire._api.options import parse_options
+from gradwire._client._sync.row_source import DrawnRows
+from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._resilience.row_reader import RowReader
+from gradwire._resilience.stream_job import RowJob
 from tests import oracle
 from tests.unit.sdk.fake_server import FakeServer, converse
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradwire
-from gradwire._arrays import operand
-from gradwire._exchange import Exchange
-from gradwire._options import parse_options
-from gradwire._plan import check, with_rows
-from gradwire._sending import STALE_S, Sender
+from gradwire._api.options import parse_options
+from gradwire._arrays.operand import operand
+from gradwire._core.exchange import Exchange
+from gradwire._core.job_plan import check, with_rows
+from gradwire._core.sender import STALE_S, Sender
 from gradwire.v1.job_pb2 import End
 from gradwire_protocol import framing
 from gradwire_protocol.matrices import Matrix

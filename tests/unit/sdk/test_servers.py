@@ -8,8 +8,7 @@ import pytest
 from grpc import StatusCode
 
 import gradwire
-from gradwire._retrying import Attempts, Retries, RetryPolicy
-from gradwire._servers import (
+from gradwire._resilience.load_balancer import (
     FIRST_OUT_S,
     MOST_OUT_S,
     RESOLVED_S,
@@ -19,7 +18,8 @@ from gradwire._servers import (
     Servers,
     none_left,
 )
-from gradwire._target import addresses_of, parse_addresses
+from gradwire._resilience.retry import Attempts, Retries, RetryPolicy
+from gradwire._transport.address import addresses_of, parse_addresses
 from gradwire_protocol.error_details import ErrorDetails
 
 LOST = gradwire.ConnectionLostError("broke", status=StatusCode.UNAVAILABLE)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 import gradwire
-from gradwire._target import channel_options, grpc_target
+from gradwire._transport.address import channel_options, grpc_target
 from gradwire_protocol import limits
 
 

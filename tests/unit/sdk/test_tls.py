@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import gradwire
-from gradwire._endpoint import Endpoint
-from gradwire._target import is_local
+from gradwire._transport.address import is_local
+from gradwire._transport.endpoint import Endpoint
 from tests.certificates import Authority, Identity, pem_of_key
 
 ADDRESS = "gpu-node:50051"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import gradwire
-from gradwire._endpoint import Endpoint
-from gradwire._options import parse_options
-from gradwire._token import Token
+from gradwire._api.options import parse_options
+from gradwire._transport.bearer_token import Token
+from gradwire._transport.endpoint import Endpoint
 
 SECRET = "gw_very-secret"
 

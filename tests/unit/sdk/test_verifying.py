@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradwire._freivalds import Arithmetic, compare, row_norms
-from gradwire._products import RowProduct, SumProduct
-from gradwire._sketch import Sketch
-from gradwire._verify import Verify
+from gradwire._api.verify import Verify
+from gradwire._integrity.freivalds import Arithmetic, compare, row_norms
+from gradwire._integrity.product_checks import RowProduct, SumProduct
+from gradwire._integrity.random_sums import Sketch
 from gradwire_protocol.dtypes import Dtype
 
 ROWS = 4

@@ -1,0 +1,1 @@
+"""What callers see and say: errors, results, options."""

@@ -1,0 +1,1 @@
+"""Callers' arrays: read as operands, filled with results, copied from devices."""

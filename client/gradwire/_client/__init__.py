@@ -1,0 +1,1 @@
+"""The clients: what joins arguments, jobs and calls."""

@@ -1,0 +1,1 @@
+"""The client for event loops, written by hand."""

@@ -1,0 +1,1 @@
+"""One job's conversation with a server, without I/O."""

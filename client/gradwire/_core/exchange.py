@@ -1,0 +1,252 @@
+"""One job's conversation with the server, without the I/O.
+
+An `Exchange` says what to send, and is told what came; whoever drives it only
+pumps. The two directions may run in different threads: sending is a chain of
+generators, receiving is one method, and each looks at the other's counters only.
+
+    exchange = Exchange(plan, sender, sinks)
+    send(exchange.opening())
+    ... receive messages until exchange.accepted ...
+    send everything of exchange.array_messages(operands)
+        while every message that comes goes to exchange.receive(message)
+    receipt = exchange.finish()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from gradwire._api.errors import ProtocolError
+from gradwire._api.types import Receipt, receipt_of
+from gradwire._arrays.operand import Operand
+from gradwire._core.acceptance import check_accepted, check_receipt
+from gradwire._core.job_plan import Plan
+from gradwire._core.progress import Reporter
+from gradwire._core.receiver import Receiver, Sink
+from gradwire._core.resume import Checkpoints, Point, point_after
+from gradwire._core.sender import Sender
+from gradwire_protocol import framing
+from gradwire_protocol.limits import RESUME
+from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
+from gradwire_protocol.v1.job_pb2 import Accepted, Checkpoint, Queued
+from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
+
+
+class Conversation(Protocol):
+    """What whoever pumps a stream's requests must know of it."""
+
+    accepted: Accepted | None
+    """What the server said when it took the job on."""
+
+    def opening(self) -> bytes:
+        """The first message; the next ones may go once `accepted` is set."""
+
+
+class Exchange:
+    """A job's stream, as its client sees it.
+
+    Args:
+        plan: The job.
+        sender: What is sent.
+        sinks: Where results go.
+        point: Where the job goes on; None: it begins at its beginning.
+        checkpoint_rows: How many rows there are at least between checkpoints;
+            0: only the server's last one, should it stop; None: none.
+
+    Attributes:
+        accepted: What the server said when it took the job on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sender: Sender,
+        sinks: Mapping[Matrix, Sink],
+        *,
+        point: Point | None = None,
+        checkpoint_rows: int | None = None,
+    ) -> None:
+        self.accepted: Accepted | None = None
+        self._plan = plan
+        self._job = plan.job()
+        self._point = point
+        self._checkpoints = Checkpoints(plan, point.checkpoint if point else None)
+        self._takes_checkpoints = False
+        if checkpoint_rows is not None and Matrix.DW in plan.results:
+            self._takes_checkpoints = True
+            self._job.checkpoints.rows = checkpoint_rows
+            self._job.checkpoints.SetInParent()
+        if point is not None:
+            point.write(self._job)
+        elif self._takes_checkpoints:
+            self._job.required_features.append(RESUME)
+        self._sender = sender
+        self._receiver = Receiver(plan, sinks, sender)
+        self._reporter = Reporter(plan)
+        self._receipt: ReceiptMessage | None = None
+
+    def opening(self) -> bytes:
+        """The first message; the next ones may go once `accepted` is set."""
+        return framing.encode_job(self._job)
+
+    def array_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+        """Everything after it, for operands that are all there."""
+        rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
+        yield from self.weight_messages(operands.get(Matrix.W))
+        yield from self._reported(self._sender.all_rows(rows))
+        yield from self._reported(self._sender.end())
+
+    def weight_messages(self, w: Operand | None) -> Iterator[bytes]:
+        """The messages that carry W, if the job needs it.
+
+        And behind it the sum of dW with which the job goes on.
+        """
+        if w is not None:
+            yield from self._reported(self._sender.weights(w))
+        if self._point is not None and self._point.checkpoint is not None:
+            yield from self._sender.dw_sum(self._point.checkpoint.dw)
+
+    def row_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+        """The messages that carry the next rows of X and dY."""
+        rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
+        yield from self._reported(self._sender.rows(rows))
+
+    def end_messages(self) -> Iterator[bytes]:
+        """The messages that complete the job."""
+        yield from self._reported(self._sender.last_rows())
+        yield from self._reported(self._sender.end())
+
+    def receive(self, message: bytes) -> None:
+        """Take a message from the server.
+
+        Raises:
+            ProtocolError: The contract does not allow it here.
+            ChecksumError: Its payload was damaged on the way.
+        """
+        try:
+            received = framing.decode_response(message)
+        except framing.FramingError as error:
+            raise ProtocolError(f"the server sent no message: {error}") from error
+        if self._receipt is not None:
+            raise ProtocolError("the server went on after the job's receipt")
+        if isinstance(received, framing.Block):
+            if self.accepted is None:
+                raise ProtocolError("the server sent results before it took the job on")
+            self._take(received)
+        elif isinstance(received, Queued):
+            self._report(jobs_ahead=received.jobs_ahead)
+            return
+        elif isinstance(received, Accepted):
+            self._accept(received)
+        elif isinstance(received, Checkpoint):
+            self._begin_checkpoint(received)
+            return
+        else:
+            self._receipt = received
+        self._report()
+
+    def finish(self) -> Receipt:
+        """The receipt, once the server has ended the stream with OK.
+
+        Raises:
+            ProtocolError: Something is missing.
+        """
+        if self._receipt is None or self.accepted is None:
+            raise ProtocolError("the server ended the job without a receipt")
+        self._receiver.finish()
+        check_receipt(self._receipt, self._job, self._sender.m)
+        return receipt_of(self._receipt, self.accepted)
+
+    def point(self, results_row: int | None = None) -> Point | None:
+        """Where the job can go on that was cut off; None: at its beginning.
+
+        Args:
+            results_row: Rows of which Y and dX are where they belong; None:
+                those that were taken here.
+        """
+        if self.accepted is None:
+            return self._point
+        if results_row is None:
+            self._receiver.flush()
+            results_row = self._complete_row()
+        checkpoint = self._checkpoints.within(results_row)
+        return point_after(self._plan, self.accepted, results_row, checkpoint)
+
+    @property
+    def sure_rows(self) -> int:
+        """Rows before which none is needed again for its share of dW."""
+        if self._checkpoints.unsure:
+            self._checkpoints.within(self._complete_row())
+        return self._checkpoints.sure_rows
+
+    def _complete_row(self) -> int | None:
+        """Rows of which Y and dX are here, in whole blocks from the first on.
+
+        None where neither is wanted.
+        """
+        if not any(matrix in self._plan.results for matrix in ROW_RESULTS):
+            return None
+        complete = self._receiver.complete_row() or 0
+        m, size = self._sender.m, self._sender.block_rows
+        return complete if m is None else min(complete, m // size * size)
+
+    def _accept(self, accepted: Accepted) -> None:
+        if self.accepted is not None:
+            raise ProtocolError("the server took the job on twice")
+        check_accepted(accepted, self._job)
+        point = self._point
+        if point is not None and accepted.fingerprint != point.fingerprint:
+            raise ProtocolError(
+                "the server lets the job go on where other bits come out, against what"
+                " was asked"
+            )
+        first_row = point.first_row if point else 0
+        self._sender.accept(accepted.block_rows, accepted.window_rows, first_row)
+        self._receiver.begin(point.results_from_row if point else 0)
+        self._checkpoints.accept(accepted)
+        self.accepted = accepted
+
+    def _take(self, block: framing.Block) -> None:
+        if block.matrix == Matrix.DW_SUM:
+            self._checkpoints.take(block)
+            if not self._checkpoints.coming:
+                self._checkpoints.within(self._complete_row())
+        elif self._checkpoints.coming:
+            raise ProtocolError("the server broke a checkpoint off")
+        else:
+            self._receiver.take(block)
+
+    def _begin_checkpoint(self, received: Checkpoint) -> None:
+        if not self._takes_checkpoints or self.accepted is None:
+            raise ProtocolError("the server sent a checkpoint that nobody asked for")
+        if self._checkpoints.coming:
+            raise ProtocolError("the server broke a checkpoint off")
+        sender = self._sender
+        self._checkpoints.begin(received.rows, sender.rows_sent, sender.block_rows)
+
+    def _reported(self, messages: Iterator[bytes]) -> Iterator[bytes]:
+        for message in messages:
+            yield message
+            self._report()
+
+    def _report(self, jobs_ahead: int | None = None) -> None:
+        point, plan = self._point, self._plan
+        bytes_sent = self._sender.bytes_sent
+        bytes_received = self._receiver.bytes_received
+        if point is not None and self.accepted is not None:
+            # What need not travel again counts as if it had.
+            for matrix in plan.operands:
+                if matrix is not Matrix.W:
+                    bytes_sent += plan.size_bytes(matrix, point.first_row)
+            for matrix in plan.results:
+                if matrix is not Matrix.DW:
+                    rows = min(point.results_from_row, self._sender.rows_sent)
+                    bytes_received += plan.size_bytes(matrix, rows)
+        self._reporter.report(
+            bytes_sent=bytes_sent,
+            bytes_received=bytes_received,
+            rows_sent=self._sender.rows_sent,
+            m=self._sender.m,
+            jobs_ahead=jobs_ahead,
+        )

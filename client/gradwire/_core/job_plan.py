@@ -1,0 +1,244 @@
+"""A job, planned: sizes that fit together, and the header that says so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradwire._api.errors import InputError
+from gradwire._api.options import Options
+from gradwire._arrays.device_copy import HostCopies
+from gradwire._arrays.operand import Operand, operand
+from gradwire_protocol import limits
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import NEEDS, OPERANDS, Matrix, operands_for
+from gradwire_protocol.v1.job_pb2 import InlineDestination, InlineSource, Job, Numerics
+from gradwire_protocol.v1.job_pb2 import Operand as OperandMessage
+from gradwire_protocol.v1.job_pb2 import Result as ResultMessage
+from gradwire_protocol.v1.matrix_pb2 import CHECKSUM_CRC32C, CHECKSUM_UNSPECIFIED
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is fixed about a job before it is sent."""
+
+    m: int | None
+    """Rows; None: not known yet."""
+
+    n: int
+    """Columns of X, rows of W."""
+
+    k: int
+    """Columns of W and of dY."""
+
+    dtype: Dtype
+    """Element type of the operands, as they travel."""
+
+    options: Options
+    """What the caller asked for."""
+
+    chunk_bytes: int = limits.DEFAULT_BLOCK_BYTES
+    """Largest payload of a message, in both directions."""
+
+    @property
+    def results(self) -> tuple[Matrix, ...]:
+        """The wanted results."""
+        return self.options.results
+
+    @property
+    def operands(self) -> tuple[Matrix, ...]:
+        """The operands that they need."""
+        return operands_for(self.options.results)
+
+    def result_dtype(self, result: Matrix) -> Dtype:
+        """Element type of a result, as it travels."""
+        return self.options.result_dtypes.get(result, self.dtype)
+
+    def array_dtype(self, result: Matrix) -> Dtype:
+        """Element type of the array that the caller gets for a result."""
+        if self.options.wire_dtype is None:
+            return self.result_dtype(result)
+        return self.options.result_dtypes.get(result, Dtype.FLOAT32)
+
+    def shape(self, matrix: Matrix, m: int) -> tuple[int, int]:
+        """Rows and columns of one of the six matrices, were there m rows."""
+        rows = self.n if matrix in {Matrix.W, Matrix.DW} else m
+        return rows, matrix.row_length(self.n, self.k)
+
+    def size_bytes(self, matrix: Matrix, m: int) -> int:
+        """Bytes of one of the six matrices, were there m rows."""
+        rows, columns = self.shape(matrix, m)
+        dtype = self.dtype if matrix in OPERANDS else self.result_dtype(matrix)
+        return rows * columns * dtype.itemsize
+
+    def upload_bytes(self, m: int) -> int:
+        """Bytes of all operands that are sent."""
+        return sum(self.size_bytes(matrix, m) for matrix in self.operands)
+
+    def download_bytes(self, m: int) -> int:
+        """Bytes of all wanted results."""
+        return sum(self.size_bytes(matrix, m) for matrix in self.results)
+
+    def elements_per_message(self) -> int:
+        """Elements of an operand that one message carries, at least 1."""
+        return max(1, self.chunk_bytes // self.dtype.itemsize)
+
+    def job(self) -> Job:
+        """The header, with every option that matters written out."""
+        options = self.options
+        job = Job()
+        job.CopyFrom(
+            _header(
+                (self.m, self.n, self.k),
+                self.dtype,
+                tuple((result, self.result_dtype(result)) for result in self.results),
+                options.dw_accumulator,
+                self.chunk_bytes,
+                allow_tf32=options.allow_tf32,
+                checksum=options.checksum,
+            )
+        )
+        job.job_id = options.job_id
+        return job
+
+
+@functools.lru_cache(256)
+def _header(
+    shape: tuple[int | None, int, int],
+    dtype: Dtype,
+    results: tuple[tuple[Matrix, Dtype], ...],
+    dw_accumulator: Dtype | None,
+    chunk_bytes: int,
+    *,
+    allow_tf32: bool,
+    checksum: bool,
+) -> Job:
+    """What many jobs have in common: their header, without an id."""
+    m, n, k = shape
+    job = Job(
+        m=m,
+        n=n,
+        k=k,
+        dtype=_wire(dtype),
+        numerics=Numerics(dw_accumulator=_wire(dw_accumulator), allow_tf32=allow_tf32),
+        checksum=CHECKSUM_CRC32C if checksum else CHECKSUM_UNSPECIFIED,
+        max_block_bytes=chunk_bytes,
+    )
+    for matrix in operands_for(result for result, _ in results):
+        source = OperandMessage(inline=InlineSource())
+        getattr(job, matrix.label).CopyFrom(source)
+    for matrix, its_dtype in results:
+        destination = ResultMessage(dtype=_wire(its_dtype), inline=InlineDestination())
+        getattr(job, matrix.label).CopyFrom(destination)
+    return job
+
+
+def plan_arrays(
+    given: Mapping[Matrix, object],
+    options: Options,
+    copies: HostCopies | None = None,
+) -> tuple[Plan, dict[Matrix, Operand]]:
+    """The plan of a job whose operands are all there, and the needed ones.
+
+    Args:
+        given: What the caller gave for X, W and dY; None where it gave none.
+            One that is not needed is checked too, but not sent.
+        options: What the caller asked for.
+        copies: Told of copies from a GPU's memory.
+
+    Raises:
+        InputError: An operand is missing or is none, or two do not fit.
+    """
+    require(given, options)
+    operands = {
+        matrix: operand(value, matrix.label, options.wire_dtype, copies=copies)
+        for matrix, value in given.items()
+        if value is not None
+    }
+    plan = check(operands, options)
+    return plan, {matrix: operands[matrix] for matrix in plan.operands}
+
+
+def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
+    """The plan of a job with these operands, m included.
+
+    Raises:
+        InputError: Two of them do not fit together.
+    """
+    x, w, dy = (operands.get(matrix) for matrix in OPERANDS)
+    if w is not None and w.array.ndim != 2:
+        raise InputError(
+            f"w has shape {w.array.shape}: W is one matrix, of two dimensions"
+        )
+    _same_dtype(operands)
+    if x is not None and w is not None and x.columns != w.rows:
+        raise InputError(
+            f"x has shape {x.array.shape} and w {w.array.shape}: x's columns"
+            f" ({x.columns}) must equal w's rows ({w.rows})"
+        )
+    if dy is not None and w is not None and dy.columns != w.columns:
+        raise InputError(
+            f"dy has shape {dy.array.shape} and w {w.array.shape}: dy's columns"
+            f" ({dy.columns}) must equal w's columns ({w.columns})"
+        )
+    if x is not None and dy is not None and x.lead != dy.lead:
+        raise InputError(
+            f"x has shape {x.array.shape} and dy {dy.array.shape}: "
+            + (
+                f"x's rows ({x.rows}) must equal dy's rows ({dy.rows})"
+                if len(x.lead) == len(dy.lead) == 1
+                else "all dimensions but the last must be equal"
+            )
+        )
+    some = next(iter(operands.values()))
+    if some.dtype is Dtype.FLOAT64 and options.dw_accumulator is Dtype.FLOAT32:
+        raise InputError(
+            "dw_accumulator is float32 and the operands are float64: leave it out,"
+            " or send float32 operands"
+        )
+    rows = dy if x is None else x
+    if w is not None:
+        n, k = w.rows, w.columns
+    else:
+        # Only dW goes without W, and it has both of the others.
+        n, k = operands[Matrix.X].columns, operands[Matrix.DY].columns
+    return Plan(None if rows is None else rows.rows, n, k, some.dtype, options)
+
+
+def with_rows(plan: Plan, m: int | None) -> Plan:
+    """The same plan for another number of rows; None: not known yet."""
+    return replace(plan, m=m)
+
+
+def _wire(dtype: Dtype | None) -> Any:
+    """The number on the wire, which the generated stubs type as a class."""
+    return None if dtype is None else int(dtype)
+
+
+def require(given: Mapping[Matrix, object], options: Options) -> None:
+    """Check that every operand that is needed was given.
+
+    Raises:
+        InputError: One was not.
+    """
+    for result in options.results:
+        for needed in NEEDS[result]:
+            if given.get(needed) is None:
+                first, second = (matrix.label for matrix in NEEDS[result])
+                raise InputError(
+                    f"{result.label} needs {first} and {second}, and {needed.label}"
+                    " is None"
+                )
+
+
+def _same_dtype(operands: Mapping[Matrix, Operand]) -> None:
+    (name, first), *others = operands.items()
+    for other, value in others:
+        if value.dtype is not first.dtype:
+            raise InputError(
+                f"{name.label} is {first.dtype.label} and {other.label} is"
+                f" {value.dtype.label}, and the operands of a job have one dtype:"
+                f" convert one, for example {other.label}.astype({name.label}.dtype)"
+            )

@@ -1,0 +1,299 @@
+"""Where results go: the caller's own arrays, or such as are made for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradwire._api.errors import InputError
+from gradwire._api.types import Array
+from gradwire._arrays.device_copy import (
+    dtype_name,
+    is_cupy_array,
+    is_on_device,
+    is_torch_tensor,
+)
+from gradwire._arrays.operand import Operand, as_numpy
+from gradwire._core.job_plan import Plan
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
+
+_OVERLAP_WORK = 10_000
+"""How hard NumPy tries to prove that two strided arrays share no element."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One wanted result."""
+
+    handed_back: Any
+    """What the caller gets: its own object, where it gave one."""
+
+    array: Array
+    """The host's memory that is written: leading dimensions like the operands'."""
+
+
+def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
+    """Whatever form `out` has, by result.
+
+    Args:
+        out: None, a mapping from names, a tuple or list with an entry for
+            every one of `results` (None: make one), or, where there is only
+            one result, that array itself.
+        results: What the method returns.
+
+    Raises:
+        InputError: It has none of these forms.
+    """
+    names = [matrix.label for matrix in results]
+    if out is None:
+        return {}
+    if isinstance(out, Mapping):
+        by_name = {matrix.label: matrix for matrix in results}
+        for name in out:
+            if name not in by_name:
+                raise InputError(f"out has {name!r}; it can have {', '.join(names)}")
+        given = {by_name[name]: value for name, value in out.items()}
+    elif isinstance(out, tuple | list):
+        if len(out) != len(results):
+            raise InputError(
+                f"out has {len(out)} entries; it takes {len(results)}:"
+                f" {', '.join(names)}, with None for those to be made"
+            )
+        given = dict(zip(results, out, strict=True))
+    elif len(results) == 1:
+        given = {results[0]: out}
+    else:
+        raise InputError(
+            f"out is a {type(out).__qualname__}: give a mapping such as"
+            f' {{"{names[0]}": array}}, or a tuple of {", ".join(names)}'
+        )
+    return {matrix: value for matrix, value in given.items() if value is not None}
+
+
+def given_outputs(
+    plan: Plan, operands: Mapping[Matrix, Operand], given: Mapping[Matrix, Any]
+) -> dict[Matrix, Output]:
+    """The caller's own arrays for results.
+
+    Raises:
+        InputError: An array that was given cannot take its result, or shares
+            memory with an operand or with another.
+    """
+    for matrix in given:
+        if matrix not in plan.results:
+            raise InputError(f"out has {matrix.label}, which results does not name")
+    checked: dict[Matrix, Output] = {}
+    for matrix in plan.results:
+        if matrix in given:
+            shape = output_shape(plan, operands, matrix)
+            dtype = plan.array_dtype(matrix)
+            array = _checked(given[matrix], matrix.label, shape, dtype)
+            for other, output in checked.items():
+                if output.handed_back is given[matrix]:
+                    raise InputError(
+                        f"out's {matrix.label} shares memory with out's {other.label}"
+                    )
+            checked[matrix] = Output(given[matrix], array)
+    _check_overlap({m: output.array for m, output in checked.items()}, operands)
+    return checked
+
+
+def output_shape(
+    plan: Plan, operands: Mapping[Matrix, Operand], matrix: Matrix
+) -> tuple[int, ...]:
+    """Shape of a result, with the leading dimensions of its operand."""
+    lead = _lead(matrix, operands)
+    columns = matrix.row_length(plan.n, plan.k)
+    return (*(lead if lead is not None else (plan.n,)), columns)
+
+
+class ArraySink:
+    """Takes a result's elements in order and puts them into an array.
+
+    Args:
+        array: Of any layout, of the elements' dtype or a wider one.
+        dtype: The elements', as they come.
+    """
+
+    def __init__(self, array: Array, dtype: Dtype) -> None:
+        self._target = array
+        self._dtype = dtype.numpy
+        self._columns = array.shape[-1]
+        self._lead = array.shape[:-1]
+        self._row_bytes = self._columns * dtype.itemsize
+        self._filled = 0
+        self._moved = 0
+        self._flat = array.flags.c_contiguous and array.dtype == self._dtype
+        # Elements one after the other, which are not as they come.
+        self._line: Array | None = None
+        if self._flat:
+            self._rows = array
+        elif array.flags.c_contiguous:
+            self._line = array.reshape(-1)
+            return
+        else:
+            # Rows are put together here, and moved when they are complete.
+            rows = max(1, (1 << 20) // max(1, self._row_bytes))
+            self._rows = np.empty((rows, self._columns), dtype.numpy)
+        self._bytes = self._rows.reshape(-1).view(np.uint8).data
+
+    def seek(self, row: int) -> None:
+        """The next elements are those from a row on."""
+        if self._flat:
+            self._filled = row * self._row_bytes
+        elif self._line is not None:
+            self._filled = row * self._columns
+        else:
+            self.close()
+            self._moved = row
+
+    def write(self, payload: memoryview) -> None:
+        """Take the next elements, which must not be more than are missing."""
+        if self._flat:
+            end = self._filled + len(payload)
+            self._bytes[self._filled : end] = payload
+            self._filled = end
+            return
+        if self._line is not None:
+            elements = np.frombuffer(payload, self._dtype)
+            end = self._filled + elements.size
+            self._line[self._filled : end] = elements
+            self._filled = end
+            return
+        while payload:
+            part = payload[: len(self._bytes) - self._filled]
+            self._bytes[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            payload = payload[len(part) :]
+            if self._filled == len(self._bytes):
+                self._move()
+
+    def close(self) -> None:
+        """Have every element that was taken in its place."""
+        if not self._flat and self._line is None and self._filled:
+            self._move()
+
+    def _move(self) -> None:
+        count = self._filled // self._row_bytes
+        first, last = self._moved, self._moved + count
+        where: Any = slice(first, last)
+        if len(self._lead) > 1:
+            where = np.unravel_index(np.arange(first, last), self._lead)
+        self._target[where] = self._rows[:count]
+        self._moved, self._filled = last, 0
+
+
+def _lead(matrix: Matrix, operands: Mapping[Matrix, Operand]) -> tuple[int, ...] | None:
+    """The dimensions that a result has before its columns; None for dW's."""
+    if matrix is Matrix.DW:
+        return None
+    return operands[Matrix.X if matrix is Matrix.Y else Matrix.DY].lead
+
+
+def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Array:
+    if is_torch_tensor(value) and value.requires_grad:
+        raise InputError(
+            f"out's {name} requires grad, and a result is written past autograd: pass"
+            " its .detach()"
+        )
+    if not (
+        isinstance(value, np.ndarray) or is_torch_tensor(value) or is_cupy_array(value)
+    ):
+        raise InputError(
+            f"out's {name} is a {type(value).__qualname__}: give a NumPy array, a"
+            " PyTorch tensor or a CuPy array"
+        )
+    if is_on_device(value):
+        return _room_for_device(value, name, shape, dtype)
+    array = as_numpy(value, f"out's {name}")
+    _check_shape(array, name, shape)
+    if not np.can_cast(dtype.numpy, array.dtype, "equiv"):
+        raise InputError(
+            f"out's {name} is {array.dtype}, and {name} is {dtype.label}:"
+            f' result_dtype={{"{name}": ...}} asks for another'
+        )
+    if not array.flags.writeable:
+        raise InputError(f"out's {name} is read-only")
+    if _overlaps_itself(array):
+        raise InputError(
+            f"out's {name} overlaps itself: not every element has memory of its own"
+        )
+    return array
+
+
+def _room_for_device(
+    value: Any, name: str, shape: tuple[int, ...], dtype: Dtype
+) -> Array:
+    """Host memory in which a result arrives that goes on to a GPU."""
+    _check_shape(value, name, shape)
+    if dtype_name(value) != dtype.label:
+        raise InputError(
+            f"out's {name} is {dtype_name(value)}, and {name} is {dtype.label}:"
+            f' result_dtype={{"{name}": ...}} asks for another'
+        )
+    return np.empty(shape, dtype.numpy)
+
+
+def _check_shape(value: Any, name: str, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        given = tuple(value.shape)
+        raise InputError(f"out's {name} has shape {given}, and {name} {shape}")
+
+
+def _overlaps_itself(array: Array) -> bool:
+    """Whether two elements may share memory.
+
+    None do if every step along a dimension leads past all that the dimensions
+    of smaller steps hold, as in every array that was sliced, transposed or
+    reshaped from one whose elements lie apart.
+    """
+    if not array.size:
+        return False
+    steps = sorted(
+        (abs(stride), length)
+        for length, stride in zip(array.shape, array.strides, strict=True)
+        if length > 1
+    )
+    extent = array.itemsize
+    for stride, length in steps:
+        if stride < extent:
+            return True
+        extent += (length - 1) * stride
+    return False
+
+
+def _check_overlap(
+    given: Mapping[Matrix, Array], operands: Mapping[Matrix, Operand]
+) -> None:
+    taken: list[tuple[str, Array]] = [
+        (matrix.label, value.array) for matrix, value in operands.items()
+    ]
+    for matrix, array in given.items():
+        for name, other in taken:
+            if _overlap(array, other):
+                raise InputError(
+                    f"out's {matrix.label} shares memory with {name}, which is read"
+                    " while results are written"
+                    if name in {operand.label for operand in operands}
+                    else f"out's {matrix.label} shares memory with {name}"
+                )
+        taken.append((f"out's {matrix.label}", array))
+
+
+def _overlap(one: Array, other: Array) -> bool:
+    if not np.may_share_memory(one, other):
+        return False
+    try:
+        work: Any = _OVERLAP_WORK  # NumPy's stubs know two of its values only
+        return bool(np.shares_memory(one, other, max_work=work))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def handed_back(made: Mapping[Matrix, Output], results: Iterable[Matrix]) -> list[Any]:
+    """What the caller gets, None for results that it did not want."""
+    return [made[r].handed_back if r in made else None for r in results]

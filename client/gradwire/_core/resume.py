@@ -1,0 +1,231 @@
+"""Where a job that was cut off goes on.
+
+A block of rows counts once in dW, whatever happens: the server sends the sum
+of dW over the first rows now and then (a checkpoint), and a job that goes on
+begins there. Without one it begins anew, and rows whose Y and dX are here
+already are sent for their share of dW alone. Y and dX go on with the first row
+block that is not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradwire._api.errors import CallError, GradwireError, ProtocolError
+from gradwire._api.types import Array
+from gradwire._core.job_plan import Plan
+from gradwire._core.receiver import check_crc32c
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.framing import Block
+from gradwire_protocol.limits import RESUME
+from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1.job_pb2 import (
+    Accepted,
+    InlineSource,
+    Job,
+    NumericsFingerprint,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """DW's sum over a job's first rows, in the accumulator's dtype."""
+
+    rows: int
+    dw: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Where a job goes on: on the grid of the server that it began on."""
+
+    fingerprint: NumericsFingerprint
+    """What the server said that its bits depend on."""
+    first_row: int
+    """The first row that is sent."""
+    results_from_row: int
+    """The first row of which Y and dX are wanted."""
+    checkpoint: Checkpoint | None
+    """DW's sum over the rows before the first; None where there are none."""
+
+    def write(self, job: Job) -> None:
+        """Has a header say so."""
+        job.required_features.append(RESUME)
+        job.resume.fingerprint.CopyFrom(self.fingerprint)
+        job.resume.first_row = self.first_row
+        job.resume.results_from_row = self.results_from_row
+        if self.checkpoint is not None:
+            job.resume.dw_sum.inline.CopyFrom(InlineSource())
+
+
+def point_after(
+    plan: Plan,
+    accepted: Accepted,
+    results_row: int | None,
+    checkpoint: Checkpoint | None,
+) -> Point | None:
+    """Where a job goes on that was cut off; None: at its beginning.
+
+    Args:
+        plan: The job.
+        accepted: What the server had said of it.
+        results_row: Rows of which Y and dX are here, from the first on; None
+            where dW alone is wanted.
+        checkpoint: The last one over no more rows than those.
+    """
+    size = accepted.block_rows
+    if Matrix.DW in plan.results:
+        first = 0 if checkpoint is None else checkpoint.rows
+        here = first if results_row is None else results_row
+    else:
+        here = results_row or 0
+        first = here - here % size
+        checkpoint = None
+    results_from = max(-(-here // size) * size, first)
+    if not results_from:
+        return None
+    return Point(accepted.fingerprint, first, results_from, checkpoint)
+
+
+def is_further(now: Point | None, before: Point | None) -> bool:
+    """Whether a job has got further between two failures."""
+    if now is None or before is None:
+        return now is not None
+    return (now.first_row, now.results_from_row) > (
+        before.first_row,
+        before.results_from_row,
+    )
+
+
+def cannot_go_on(error: GradwireError) -> bool:
+    """Whether a server does not let a job go on that it would let begin anew."""
+    return isinstance(error, CallError) and error.reason in {
+        Reason.RESUME_MISMATCH,
+        Reason.FEATURE_UNKNOWN,
+    }
+
+
+def needs_no_checkpoints(plan: Plan, error: GradwireError) -> bool:
+    """Whether a server has none to give, and it was nobody's wish to have them.
+
+    Behind one address there may be servers of several versions.
+    """
+    unknown = isinstance(error, CallError) and error.reason is Reason.FEATURE_UNKNOWN
+    return unknown and plan.options.checkpoint_rows is None
+
+
+class Checkpoints:
+    """The checkpoints of one job, as they come.
+
+    Of those that came whole two are kept at most: the last that no result is
+    missing for, and one before whose rows results may still be missing.
+
+    Args:
+        plan: The job.
+        begins_with: That with which the job goes on.
+    """
+
+    def __init__(self, plan: Plan, begins_with: Checkpoint | None) -> None:
+        self._plan = plan
+        self._sure = begins_with
+        self._last: Checkpoint | None = None
+        self._coming: Checkpoint | None = None
+        self._filled = 0
+        self._dtype = Dtype.FLOAT32
+
+    @property
+    def coming(self) -> bool:
+        """Whether one has begun and is not complete."""
+        return self._coming is not None
+
+    @property
+    def unsure(self) -> bool:
+        """Whether results may be missing for the last one."""
+        return self._last is not None
+
+    @property
+    def sure_rows(self) -> int:
+        """Rows of the last one that no result is missing for; 0: there is none."""
+        return self._sure.rows if self._sure else 0
+
+    def accept(self, accepted: Accepted) -> None:
+        """Take over the dtype that the server sums in.
+
+        Raises:
+            ProtocolError: It is none, or not that in which the job was summed.
+        """
+        if Matrix.DW not in self._plan.results:
+            return
+        number = int(accepted.effective_job.numerics.dw_accumulator)
+        before = self._sure.dw.dtype if self._sure else None
+        try:
+            self._dtype = Dtype(number)
+        except ValueError:
+            raise ProtocolError(
+                f"the server would sum dW in the unknown dtype {number}"
+            ) from None
+        if before is not None and self._dtype.numpy != before:
+            raise ProtocolError(
+                f"the server would sum dW in {self._dtype.label}, and the sum so far"
+                f" is {before}"
+            )
+
+    def begin(self, rows: int, rows_sent: int, block_rows: int) -> None:
+        """The server announces one.
+
+        Raises:
+            ProtocolError: It cannot be.
+        """
+        last = max((each.rows for each in (self._sure, self._last) if each), default=0)
+        if not last < rows <= rows_sent or rows % block_rows:
+            raise ProtocolError(
+                f"the server sent a checkpoint of {rows} rows after one of {last},"
+                f" when {rows_sent} were sent in blocks of {block_rows}"
+            )
+        shape = (self._plan.n, self._plan.k)
+        self._coming = Checkpoint(rows, np.empty(shape, self._dtype.numpy))
+        self._filled = 0
+        self._complete()
+
+    def take(self, block: Block) -> None:
+        """Take elements of it.
+
+        Raises:
+            ProtocolError: They are not what comes next.
+            ChecksumError: They were damaged on the way.
+        """
+        coming, payload, itemsize = self._coming, block.payload, self._dtype.itemsize
+        if coming is None or not payload:
+            raise ProtocolError("the server sent a sum of dW that it did not announce")
+        check_crc32c(self._plan.options, Matrix.DW_SUM, block.crc32c, payload)
+        room = coming.dw.reshape(-1).view(np.uint8)
+        end = self._filled + len(payload)
+        if (
+            block.index * itemsize != self._filled
+            or len(payload) % itemsize
+            or end > room.size
+        ):
+            raise ProtocolError(
+                f"the server sent {len(payload)} bytes of a sum of dW from element"
+                f" {block.index} on, after {self._filled} of {room.size} bytes"
+            )
+        room[self._filled : end] = np.frombuffer(payload, np.uint8)
+        self._filled = end
+        self._complete()
+
+    def within(self, results_row: int | None) -> Checkpoint | None:
+        """The last one of no more rows than those; None: of however many."""
+        last = self._last
+        if last is not None and (results_row is None or last.rows <= results_row):
+            self._sure, self._last = last, None
+        return self._sure
+
+    def _complete(self) -> None:
+        coming = self._coming
+        if coming is not None and self._filled == coming.dw.nbytes:
+            # The older of two that are not sure will be so first.
+            self._last = self._last or coming
+            self._coming = None

@@ -1,0 +1,231 @@
+"""What a job sends, in its order: W, the rows in turn, End.
+
+Rows travel in runs. A run ends at the next row block's boundary, or before
+it: X's rows of the run go first, then dY's, so that neither operand is ever
+ahead by more than a run, and the next rows always belong to the operand with
+fewer complete rows (X on a tie).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from gradwire._api.errors import InputError
+from gradwire._api.types import Array
+from gradwire._arrays.operand import Operand
+from gradwire._core.job_plan import Plan
+from gradwire_protocol import checksum, framing
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import ROW_OPERANDS, Matrix
+
+STALE_S = 0.1
+"""Rows that trickle in are put together to a message for at most so long,
+so that the server sees a slow caller go on."""
+
+
+class Sender:
+    """The requests of one job, after its header.
+
+    Everything is told before it is handed out to be sent: the server's
+    answer may be there before the sender runs again.
+
+    Attributes:
+        m: All rows, once that is known.
+        block_rows: Rows of a block, once the server has said.
+        rows_sent: Rows of which elements were, or are being, handed out.
+        bytes_sent: Bytes of operands that were handed out.
+        ended: Whether End was handed out.
+    """
+
+    def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
+        self.m = plan.m
+        self.ended = False
+        self.rows_sent = 0
+        self.bytes_sent = 0
+        self._plan = plan
+        self._clock = clock
+        self._last_sent = 0.0
+        self.block_rows = self._run_rows = 1
+        self._staging: _Staging | None = None
+
+    def accept(self, block_rows: int, window_rows: int, first_row: int = 0) -> None:
+        """Take over the server's grid of row blocks.
+
+        Args:
+            block_rows: Rows of a block, at least 1.
+            window_rows: How many rows one operand may be ahead, at least 1.
+            first_row: The first row that is sent; those before it count as sent.
+        """
+        self.block_rows = block_rows
+        self._run_rows = min(block_rows, window_rows)
+        self.rows_sent = first_row
+
+    def weights(self, w: Operand) -> Iterator[bytes]:
+        """The messages that carry W."""
+        yield from self._messages(Matrix.W, w, 0, w.rows, row=0)
+
+    def dw_sum(self, dw: Array) -> Iterator[bytes]:
+        """The messages that carry a sum of dW."""
+        elements = max(1, self._plan.chunk_bytes // dw.itemsize)
+        flat = dw.reshape(-1)
+        for index in range(0, flat.size, elements):
+            payload = flat[index : index + elements].view(np.uint8).data
+            yield self._encoded(Matrix.DW_SUM, index, payload)
+
+    def all_rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+        """The messages that carry all rows that were not sent yet.
+
+        Args:
+            operands: All rows of X and of dY, as far as the job needs them.
+        """
+        m = self.m or 0
+        while self.rows_sent < m:
+            first = self.rows_sent
+            count = min(self._room(), m - first)
+            yield from self._run(operands, first, count, row=first)
+
+    def rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+        """The messages that carry the next rows.
+
+        A few rows may be held back, copied, to travel with the next.
+
+        Args:
+            operands: Rows of X and of dY, as far as the job needs them:
+                equally many.
+
+        Raises:
+            InputError: They are more than the job was said to have.
+        """
+        total = next(iter(operands.values())).rows
+        told = self.rows_sent + self._held() + total
+        if self._plan.m is not None and told > self._plan.m:
+            raise InputError(f"rows gave {told} rows or more, and m is {self._plan.m}")
+        capacity = self._stage_rows()
+        start = 0
+        while start < total:
+            held, left = self._held(), total - start
+            room = self._room()
+            if held or left < min(capacity, room):
+                count = min(left, capacity - held, room - held)
+                self._stage(operands, start, count, capacity)
+                full = held + count in {capacity, room}
+                if full or self._clock() - self._last_sent > STALE_S:
+                    yield from self._flush()
+            else:
+                count = min(left, room)
+                yield from self._run(operands, start, count, row=self.rows_sent)
+            start += count
+
+    def last_rows(self) -> Iterator[bytes]:
+        """The messages that carry the rows that were held back.
+
+        Raises:
+            InputError: The rows are fewer than the job was said to have.
+        """
+        yield from self._flush()
+        if self._plan.m is not None and self.rows_sent != self._plan.m:
+            raise InputError(f"rows gave {self.rows_sent} rows, and m is {self.m}")
+        self.m = self.rows_sent
+
+    def end(self) -> Iterator[bytes]:
+        """The message that completes the job."""
+        self.ended = True
+        yield framing.encode_end(self.m or 0)
+
+    def _held(self) -> int:
+        return 0 if self._staging is None else self._staging.count
+
+    def _room(self) -> int:
+        """Rows until the run must end."""
+        to_boundary = self.block_rows - self.rows_sent % self.block_rows
+        return min(to_boundary, self._run_rows)
+
+    def _stage_rows(self) -> int:
+        """Rows that fill a message of the wider operand."""
+        columns = max(
+            operand.row_length(self._plan.n, self._plan.k)
+            for operand in ROW_OPERANDS
+            if operand in self._plan.operands
+        )
+        return max(1, self._plan.elements_per_message() // max(1, columns))
+
+    def _stage(
+        self,
+        operands: Mapping[Matrix, Operand],
+        start: int,
+        count: int,
+        capacity: int,
+    ) -> None:
+        if self._staging is None:
+            rows = min(capacity, self._run_rows)
+            self._staging = _Staging(operands, rows)
+        self._staging.put(operands, start, count)
+
+    def _flush(self) -> Iterator[bytes]:
+        if self._staging is not None and self._staging.count:
+            operands, count = self._staging.operands(), self._staging.count
+            self._staging.count = 0
+            yield from self._run(operands, 0, count, row=self.rows_sent)
+
+    def _run(
+        self,
+        operands: Mapping[Matrix, Operand],
+        start: int,
+        count: int,
+        *,
+        row: int,
+    ) -> Iterator[bytes]:
+        self.rows_sent += count
+        for matrix in ROW_OPERANDS:
+            if matrix in operands:
+                operand = operands[matrix]
+                yield from self._messages(
+                    matrix, operand, start, start + count, row=row
+                )
+        self._last_sent = self._clock()
+
+    def _messages(
+        self,
+        matrix: Matrix,
+        operand: Operand,
+        first: int,
+        last: int,
+        *,
+        row: int,
+    ) -> Iterator[bytes]:
+        """Rows [first, last) of an operand, as rows `row`, ... of the matrix."""
+        shift = (row - first) * operand.columns
+        elements = self._plan.elements_per_message()
+        for index, payload in operand.pieces(first, last, elements):
+            self.bytes_sent += len(payload)
+            yield self._encoded(matrix, index + shift, payload)
+
+    def _encoded(self, matrix: Matrix, index: int, payload: memoryview) -> bytes:
+        crc = checksum.crc32c(payload) if self._plan.options.checksum else None
+        return framing.encode_block(matrix, index, payload, crc)
+
+
+class _Staging:
+    """Rows that wait for more, in memory of their own."""
+
+    def __init__(self, like: Mapping[Matrix, Operand], rows: int) -> None:
+        self.count = 0
+        self._arrays: dict[Matrix, Array] = {
+            matrix: np.empty((rows, operand.columns), operand.dtype.numpy)
+            for matrix, operand in like.items()
+        }
+
+    def put(self, operands: Mapping[Matrix, Operand], start: int, count: int) -> None:
+        for matrix, operand in operands.items():
+            where = slice(self.count, self.count + count)
+            self._arrays[matrix][where] = operand.take(start, start + count)
+        self.count += count
+
+    def operands(self) -> dict[Matrix, Operand]:
+        return {
+            matrix: Operand(array[: self.count], Dtype.of(array.dtype))
+            for matrix, array in self._arrays.items()
+        }

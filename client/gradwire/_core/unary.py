@@ -1,0 +1,90 @@
+"""A small job in one message each way: the same checks, without a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gradwire._api.errors import ProtocolError
+from gradwire._api.types import Array, Receipt, receipt_of
+from gradwire._arrays.operand import Operand
+from gradwire._core.acceptance import check_accepted, check_receipt
+from gradwire._core.job_plan import Plan
+from gradwire._core.progress import Reporter
+from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.v1.gradient_service_pb2 import ComputeRequest, ComputeResponse
+
+MAX_BYTES = 1 << 20
+"""Jobs with more bytes than this in either direction are streamed."""
+
+
+def fits_one_message(plan: Plan) -> bool:
+    """Whether a job is small enough to be worth one message each way."""
+    return (
+        plan.m is not None
+        and not plan.options.checksum
+        and plan.upload_bytes(plan.m) <= MAX_BYTES
+        and plan.download_bytes(plan.m) <= MAX_BYTES
+    )
+
+
+class UnaryExchange:
+    """A call of Compute, as its client sees it.
+
+    Args:
+        plan: The job.
+        outputs: Where its results go: arrays of any layout.
+    """
+
+    def __init__(self, plan: Plan, outputs: Mapping[Matrix, Array]) -> None:
+        self._plan = plan
+        self._job = plan.job()
+        self._outputs = outputs
+        self._reporter = Reporter(plan)
+
+    def request(self, operands: Mapping[Matrix, Operand]) -> ComputeRequest:
+        """The message to send."""
+        self._report(sent=False, received=0)
+        payloads = {
+            matrix.label: operand.take(0, operand.rows).tobytes()
+            for matrix, operand in operands.items()
+        }
+        return ComputeRequest(job=self._job, **payloads)
+
+    def receive(self, response: ComputeResponse) -> Receipt:
+        """Take the message that came back.
+
+        Raises:
+            ProtocolError: It does not answer the request.
+        """
+        check_accepted(response.accepted, self._job)
+        m = self._job.m
+        received = 0
+        for result in RESULTS:
+            payload: bytes = getattr(response, result.label)
+            output = self._outputs.get(result)
+            size = 0 if output is None else self._plan.size_bytes(result, m)
+            if len(payload) != size:
+                raise ProtocolError(
+                    f"the server sent {len(payload)} bytes of {result.label}, which"
+                    f" has {size}"
+                )
+            if output is not None:
+                elements = np.frombuffer(payload, self._plan.result_dtype(result).numpy)
+                output[...] = elements.reshape(output.shape)
+            received += size
+        check_receipt(response.receipt, self._job, m)
+        self._report(sent=True, received=received)
+        return receipt_of(response.receipt, response.accepted)
+
+    def _report(self, *, sent: bool, received: int) -> None:
+        if self._plan.options.on_progress is None:
+            return  # what it would be told takes longer than saying nothing
+        m = self._job.m
+        self._reporter.report(
+            bytes_sent=self._plan.upload_bytes(m) if sent else 0,
+            bytes_received=received,
+            rows_sent=m if sent else 0,
+            m=m,
+        )

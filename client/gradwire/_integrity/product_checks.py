@@ -1,0 +1,178 @@
+"""The three products of a job, as they are checked: rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire._api.types import Array, Doubles
+from gradwire._integrity.freivalds import (
+    Arithmetic,
+    Findings,
+    Wrong,
+    column_squares,
+    compare,
+    row_norms,
+    worst_element,
+)
+from gradwire._integrity.random_sums import Sketch
+
+RECHECKED = 16
+"""Rows that are computed again at once, and at most for mere suspicion."""
+
+_PANEL = 512
+"""Columns that are computed again at once."""
+
+Again: TypeAlias = Callable[[npt.NDArray[np.intp]], tuple[Doubles, Doubles]]
+"""Computes rows of A B and of |A| |B| again, in float64."""
+
+
+class RowProduct:
+    """C = A B, of which B is there and rows of A and C come and go.
+
+    Args:
+        b: B, in the dtype of the sums.
+        sketch: For B's columns.
+    """
+
+    def __init__(self, b: Array, sketch: Sketch) -> None:
+        self._b = b
+        self._sketch = sketch
+        squares = column_squares(b)
+        sketch.leave_out(np.flatnonzero(~np.isfinite(squares)))
+        self._projected = sketch.of(b)
+        self._group_norms = sketch.over_groups(squares)
+
+    def wrong(self, a: Array, c: Array, arithmetic: Arithmetic) -> Wrong | None:
+        """What is most wrong in rows of C, if anything is.
+
+        Args:
+            a: The same rows of A, in the dtype of the sums.
+            c: The rows, as they came.
+            arithmetic: How they were computed.
+        """
+        length = len(self._b)
+        findings = compare(
+            c,
+            a @ self._projected,
+            self._sketch,
+            arithmetic,
+            length,
+            row_norms=row_norms(a),
+            group_norms=self._group_norms,
+        )
+        return settle(
+            findings, c, arithmetic, length, lambda rows: self._again(a[rows])
+        )
+
+    def _again(self, a: Array) -> tuple[Doubles, Doubles]:
+        a = a.astype(np.float64)
+        exact, magnitude = [], []
+        for first in range(0, self._b.shape[1], _PANEL):
+            b = self._b[:, first : first + _PANEL].astype(np.float64)
+            exact.append(a @ b)
+            magnitude.append(np.abs(a) @ np.abs(b))
+        return np.concatenate(exact, axis=1), np.concatenate(magnitude, axis=1)
+
+
+class SumProduct:
+    """C = Aᵀ B, summed over rows of A and B that come and go.
+
+    Args:
+        rows: Rows of C.
+        sketch: For B's columns.
+    """
+
+    def __init__(self, rows: int, sketch: Sketch) -> None:
+        self._sketch = sketch
+        self._expected = np.zeros((rows, sketch.sums))
+        self._a_squares = np.zeros(rows, np.longdouble)
+        self._b_squares: npt.NDArray[np.longdouble] | None = None
+        self._longest = self._total = 0
+
+    @property
+    def no_numbers(self) -> npt.NDArray[np.intp]:
+        """B's columns in which there is NaN or Inf."""
+        if self._b_squares is None:
+            return np.zeros(0, np.intp)
+        return np.flatnonzero(~np.isfinite(self._b_squares))
+
+    def add(self, a: Array, b: Array) -> None:
+        """Take the next rows, in the dtype of the sums."""
+        squares = column_squares(b)
+        bad = ~np.isfinite(squares)
+        if bad.any():
+            # They spoil the sums of their own group and no others.
+            b = np.where(bad, 0, b)
+        self._expected += a.T @ self._sketch.of(b)
+        self._a_squares += column_squares(a)
+        self._b_squares = (
+            squares if self._b_squares is None else self._b_squares + squares
+        )
+        # Within these rows it was summed in the dtype of the sums, then in float64.
+        self._longest = max(self._longest, len(a))
+        self._total += len(a)
+
+    def findings(self, c: Array, arithmetic: Arithmetic) -> tuple[Findings, int]:
+        """Rows of C that are not as expected, and the length of this check's sums."""
+        if self._b_squares is None:
+            self._b_squares = np.zeros(c.shape[1], np.longdouble)
+        single = arithmetic.operands.sums_in.itemsize == 4
+        length = self._longest if single else self._total
+        dtype = arithmetic.operands.sums_in.numpy
+        group_norms = self._sketch.over_groups(self._b_squares)
+        self._sketch.leave_out(self.no_numbers)
+        findings = compare(
+            c,
+            self._expected.astype(dtype),
+            self._sketch,
+            arithmetic,
+            length,
+            row_norms=np.sqrt(self._a_squares).astype(np.float64),
+            group_norms=group_norms,
+        )
+        return findings, length
+
+
+def settle(
+    findings: Findings, c: Array, arithmetic: Arithmetic, length: int, again: Again
+) -> Wrong | None:
+    """Compute again what is not as expected, as far as it is worth it.
+
+    Everything that cannot be right, and a few rows of what is suspicious.
+
+    Returns:
+        The element that is most wrong of the first rows that are.
+    """
+    for rows in _batches(findings):
+        exact, magnitude = again(rows)
+        wrong = worst_element(
+            rows, c[rows], arithmetic, length, exact=exact, magnitude=magnitude
+        )
+        if wrong is not None:
+            return wrong
+    return None
+
+
+def _batches(findings: Findings) -> Iterator[npt.NDArray[np.intp]]:
+    certain = findings.rows[findings.certain]
+    for first in range(0, len(certain), RECHECKED):
+        yield certain[first : first + RECHECKED]
+    merely = findings.rows[~findings.certain][:RECHECKED]
+    if len(certain) < RECHECKED and merely.size:
+        yield merely
+
+
+def summed_again(
+    parts: Iterable[tuple[Array, Array]], rows: npt.NDArray[np.intp], columns: int
+) -> tuple[Doubles, Doubles]:
+    """Rows of Aᵀ B and of |A|ᵀ |B|, from rows of A and B."""
+    exact, magnitude = np.zeros((2, len(rows), columns))
+    for a, b in parts:
+        a64, b64 = a[:, rows].astype(np.float64), b.astype(np.float64)
+        exact += a64.T @ b64
+        magnitude += np.abs(a64).T @ np.abs(b64)
+    return exact, magnitude

@@ -1,0 +1,290 @@
+"""Whether a job's results are right, as `verify=` asks; see `_freivalds`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradwire._api.errors import VerificationError
+from gradwire._api.types import Array, Device, Receipt, device_of
+from gradwire._api.verify import Verify
+from gradwire._arrays.operand import Operand
+from gradwire._core.job_plan import Plan
+from gradwire._integrity.freivalds import Arithmetic, Wrong
+from gradwire._integrity.product_checks import (
+    RowProduct,
+    SumProduct,
+    settle,
+    summed_again,
+)
+from gradwire._integrity.random_sums import Sketch
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import NEEDS, ROW_RESULTS, Matrix
+from gradwire_protocol.v1.job_pb2 import Accepted
+
+_ELEMENTS = 1 << 20
+"""Elements of a matrix that are checked at once, about."""
+
+_TENSOR_CORES = 3.0
+"""Unit roundoffs that an addition loses there: they truncate (M. Fasi, N. J.
+Higham, M. Mikaitis and S. Pranesh, Numerical behavior of NVIDIA tensor cores,
+PeerJ Computer Science 7:e330, 2021)."""
+
+_TF32 = 2 * 2.0**-10
+"""By how much a product is off whose factors were cut to TF32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Who computed a job, and on which grid."""
+
+    address: str
+    server_instance: str
+    device: Device
+    block_rows: int
+
+    @classmethod
+    def of(cls, receipt: Receipt, address: str) -> Computed:
+        """What a receipt says, of a job at an address."""
+        return cls(address, receipt.server_instance, receipt.device, receipt.block_rows)
+
+    @classmethod
+    def as_accepted(cls, accepted: Accepted, address: str) -> Computed:
+        """What a server said when it took a job on."""
+        device = device_of(accepted.device)
+        return cls(address, accepted.server_instance, device, accepted.block_rows)
+
+
+class Verifier:
+    """Checks the results of one job, rows at a time; nothing is kept of them.
+
+    Args:
+        plan: The job.
+        w: W, if the job needs it.
+        verify: How thoroughly.
+
+    Attributes:
+        seconds: What it took so far.
+    """
+
+    def __init__(self, plan: Plan, w: Operand | None, verify: Verify) -> None:
+        self.seconds = 0.0
+        self._plan = plan
+        self._verify = verify
+        self._dtype = plan.dtype.sums_in.numpy
+        # The server must not know the signs: they come from the system's entropy.
+        self._rng = np.random.default_rng()
+        self._products: dict[Matrix, RowProduct] = {}
+        self._sum: SumProduct | None = None
+        n, k = plan.n, plan.k
+        with self._working():
+            if w is not None:
+                whole = w.take(0, w.rows).astype(self._dtype, copy=False)
+                for matrix, b in ((Matrix.Y, whole), (Matrix.DX, whole.T)):
+                    if matrix in plan.results and b.shape[1]:
+                        sketch = self._sketch(matrix, len(b))
+                        self._products[matrix] = RowProduct(b, sketch)
+            if Matrix.DW in plan.results and n and k:
+                self._sum = SumProduct(n, self._sketch(Matrix.DW, plan.m or n))
+
+    @property
+    def step(self) -> int:
+        """Rows that are best checked at once."""
+        return max(1, _ELEMENTS // max(1, self._plan.n, self._plan.k))
+
+    def add(self, operands: Mapping[Matrix, Array]) -> None:
+        """Take rows of X and dY into account, of which dW is made."""
+        if self._sum is not None:
+            with self._working():
+                x, dy = (self._wide(operands[matrix]) for matrix in NEEDS[Matrix.DW])
+                for first in range(0, len(x), self.step):
+                    part = slice(first, first + self.step)
+                    self._sum.add(x[part], dy[part])
+
+    def check_rows(
+        self,
+        operands: Mapping[Matrix, Array],
+        results: Mapping[Matrix, Array],
+        first_row: int,
+        by: Computed,
+    ) -> None:
+        """Check rows of Y and dX against the same rows of X and dY.
+
+        Raises:
+            VerificationError: They are wrong.
+        """
+        with self._working():
+            for matrix, product in self._products.items():
+                a = self._wide(operands[NEEDS[matrix][0]])
+                wrong = product.wrong(a, results[matrix], self._arithmetic(matrix, by))
+                if wrong is not None:
+                    raise _wrong_element(matrix, wrong, first_row, by, self._plan)
+
+    def check_sum(self, dw: Array, m: int, by: Computed) -> None:
+        """Check dW against all rows that were taken into account.
+
+        Raises:
+            VerificationError: It is wrong.
+        """
+        if self._sum is None:
+            return
+        with self._working():
+            findings, _ = self._sum.findings(dw, self._arithmetic(Matrix.DW, by, m))
+        certain = findings.rows[findings.certain]
+        if certain.size:
+            excess = float(findings.excess[findings.certain].max())
+            raise _wrong_sum(int(certain[0]), len(certain), excess, by, self._plan)
+
+    def check_arrays(
+        self,
+        operands: Mapping[Matrix, Operand],
+        results: Mapping[Matrix, Array],
+        m: int,
+        by: Computed,
+    ) -> None:
+        """Check all results against all operands.
+
+        Raises:
+            VerificationError: One of them is wrong.
+        """
+        rows_of = {
+            matrix: Operand(results[matrix], Dtype.of(results[matrix].dtype))
+            for matrix in self._products
+        }
+        for first, taken in self._parts(operands, m):
+            last = min(first + self.step, m)
+            came = {each: rows.take(first, last) for each, rows in rows_of.items()}
+            self.check_rows(taken, came, first, by)
+            self.add(taken)
+        if self._sum is None:
+            return
+        with self._working():
+            dw = results[Matrix.DW]
+            self._again_without(self._sum.no_numbers, operands, m)
+            arithmetic = self._arithmetic(Matrix.DW, by, m)
+            findings, length = self._sum.findings(dw, arithmetic)
+
+            def again(rows: Array) -> tuple[Array, Array]:
+                parts = (
+                    (taken[Matrix.X], taken[Matrix.DY])
+                    for _, taken in self._parts(operands, m)
+                )
+                return summed_again(parts, rows, self._plan.k)
+
+            wrong = settle(findings, dw, arithmetic, length, again)
+            if wrong is not None:
+                raise _wrong_element(Matrix.DW, wrong, 0, by, self._plan)
+
+    def _again_without(
+        self, columns: Array, operands: Mapping[Matrix, Operand], m: int
+    ) -> None:
+        """Begin dW's sums anew, if there are columns that spoil them."""
+        if not columns.size:
+            return
+        sketch = self._sketch(Matrix.DW, m)
+        sketch.leave_out(columns)
+        self._sum = SumProduct(self._plan.n, sketch)
+        for _, taken in self._parts(operands, m):
+            self._sum.add(*(self._wide(taken[each]) for each in NEEDS[Matrix.DW]))
+
+    def _parts(
+        self, operands: Mapping[Matrix, Operand], m: int
+    ) -> Iterator[tuple[int, dict[Matrix, Array]]]:
+        for first in range(0, m, self.step):
+            last = min(first + self.step, m)
+            yield (
+                first,
+                {
+                    matrix: operand.take(first, last)
+                    for matrix, operand in operands.items()
+                    if matrix is not Matrix.W
+                },
+            )
+
+    def _wide(self, rows: Array) -> Array:
+        return rows.astype(self._dtype, copy=False)
+
+    def _sketch(self, matrix: Matrix, length: int) -> Sketch:
+        columns = matrix.row_length(self._plan.n, self._plan.k)
+        itemsize = self._plan.result_dtype(matrix).itemsize
+        groups = self._verify.groups_for(columns, itemsize)
+        return Sketch(
+            columns,
+            self._verify.rounds,
+            groups,
+            length,
+            dtype=self._dtype,
+            rng=self._rng,
+        )
+
+    def _arithmetic(self, matrix: Matrix, by: Computed, m: int = 0) -> Arithmetic:
+        plan = self._plan
+        if matrix in ROW_RESULTS:
+            length = plan.n if matrix is Matrix.Y else plan.k
+        else:
+            length = min(m, by.block_rows) + -(-m // by.block_rows)
+        roundoffs, coarse = 1.0, 0.0
+        if by.device.backend != "numpy":
+            tf32 = plan.options.allow_tf32 and plan.dtype is Dtype.FLOAT32
+            if tf32 or plan.dtype.itemsize == 2:
+                roundoffs = _TENSOR_CORES
+            coarse = _TF32 if tf32 else 0.0
+        return Arithmetic(
+            plan.dtype, plan.result_dtype(matrix), length, roundoffs, coarse
+        )
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            # NaN, Inf and overflow are what this looks for, not events to warn of.
+            with np.errstate(all="ignore"):
+                yield
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+
+def _wrong_element(
+    matrix: Matrix, wrong: Wrong, first_row: int, by: Computed, plan: Plan
+) -> VerificationError:
+    row = first_row + wrong.row
+    off = abs(wrong.value - wrong.exact)
+    error = _error(
+        f"{matrix.label} is wrong in row {row}, column {wrong.column}: it is"
+        f" {wrong.value:.6g}, and has to be within {wrong.bound:.3g} of"
+        f" {wrong.exact:.6g}",
+        by,
+        plan,
+    )
+    error.result, error.row, error.column = matrix.label, row, wrong.column
+    error.error, error.bound = off if np.isfinite(off) else None, wrong.bound
+    return error
+
+
+def _wrong_sum(
+    row: int, rows: int, excess: float, by: Computed, plan: Plan
+) -> VerificationError:
+    others = f" and in {rows - 1} more" if rows > 1 else ""
+    how_far = f"off by {excess:.3g} times what rounding explains"
+    error = _error(
+        f"dw is wrong in row {row}{others}: sums of its elements are"
+        f" {how_far if excess else 'no numbers'}",
+        by,
+        plan,
+    )
+    error.result, error.row = Matrix.DW.label, row
+    error.error, error.bound = (excess, 1.0) if excess else (None, None)
+    return error
+
+
+def _error(what: str, by: Computed, plan: Plan) -> VerificationError:
+    who = f"server {by.address}, instance {by.server_instance}, device"
+    who += f" {by.device.index}, {by.device.backend}: {by.device.name}"
+    job_id = plan.options.job_id
+    error = VerificationError(f"{what} ({who}, job {job_id})", job_id=job_id)
+    error.server_instance = by.server_instance
+    return error

@@ -1,0 +1,207 @@
+"""A stream's rows: as the caller's iterable gives them, and once more if need be.
+
+A job that was cut off is sent rows again that the server had already. Where
+the caller gave a sequence, they come from there. What else can be iterated is
+asked for each item once, so its rows are copied as they are sent, and held
+until they cannot be needed any more, or until they are too many.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradwire._arrays.operand import Operand
+from gradwire._resilience.row_reader import RowReader
+from gradwire_protocol.limits import MIB
+from gradwire_protocol.matrices import Matrix
+
+_PORTION_BYTES = 4 * MIB
+"""About how much of a large item is copied at once, right before it is sent."""
+
+_PORTION_OVERHEAD = 1024
+"""Bytes that a portion takes beside its elements, or somewhat less."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Portion:
+    first_row: int
+    rows: int
+    size_bytes: int
+    operands: Mapping[Matrix, Operand] | None
+    """None: they are in the caller's sequence."""
+    item: int
+
+
+class HeldRows:
+    """The rows of a stream. Threads may share it.
+
+    Items are added as they are drawn, each after the one before was sent as
+    far as its memory is concerned: then it may be used again.
+
+    Args:
+        reader: Makes operands of items.
+        limit_bytes: Most bytes that are held; 0: none.
+        again: Where the same items can be had once more, if there is such a
+            place.
+
+    Attributes:
+        count: Rows that were handed out.
+        first: Operands of the first item; None before it is there.
+        complete: Whether there are no more items.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        limit_bytes: int = 0,
+        again: Sequence[object] | None = None,
+    ) -> None:
+        self.count = 0
+        self.first: Mapping[Matrix, Operand] | None = None
+        self.complete = False
+        self._reader = reader
+        self._limit_bytes = limit_bytes
+        self._again = again
+        self._lock = threading.RLock()
+        self._portions: dict[int, _Portion] = {}
+        self._held_bytes = 0
+        self._item: Mapping[Matrix, Operand] | None = None
+        self._taken = 0
+        self._items = 0
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether rows come again from where they came from."""
+        return self._again is not None
+
+    @property
+    def oldest(self) -> int:
+        """The first row that can be had again."""
+        with self._lock:
+            return next(iter(self._portions), self.count)
+
+    def has(self, row: int) -> bool:
+        """Whether the rows from a row on can be had, now or when they are drawn."""
+        return self.oldest <= row
+
+    def drawn_beyond(self, row: int) -> bool:
+        """Whether rows from a row on need no other item to be drawn."""
+        with self._lock:
+            return row < self.count or self._left() > 0
+
+    def settle(self) -> None:
+        """The next item is about to be asked for."""
+        self._reader.settle()
+
+    def add(self, item: object) -> None:
+        """Take the next item; the one before was handed out whole.
+
+        Raises:
+            InputError: It is none, or does not fit the first.
+        """
+        operands = self._reader.read(item)
+        with self._lock:
+            self._item, self._taken = operands, 0
+            self._items += 1
+            if self.first is None:
+                self.first = operands
+
+    def portion(self, row: int) -> Mapping[Matrix, Operand] | None:
+        """Operands of the rows from a row on, so many as there are together.
+
+        None where another item has to be added first, if there is one.
+        """
+        with self._lock:
+            portion = self._find(row)
+            if portion is None and row == self.count and self._left():
+                portion = self._next()
+            if portion is None:
+                return None
+            operands = portion.operands
+            if operands is None and self._again is not None:
+                operands = self._reader.again(self._again[portion.item])
+            skipped = row - portion.first_row
+        return _behind(operands or {}, skipped)
+
+    def give_up(self) -> None:
+        """None will be needed again."""
+        with self._lock:
+            self._limit_bytes = 0
+            for portion in list(self._portions.values()):
+                self._drop(portion)
+
+    def forget_before(self, row: int) -> None:
+        """Rows before a row are not needed again."""
+        with self._lock:
+            while self._portions:
+                first = next(iter(self._portions.values()))
+                if first.first_row + first.rows > row:
+                    break
+                self._drop(first)
+
+    def _left(self) -> int:
+        """Rows of the item that is there which were not handed out."""
+        if self._item is None:
+            return 0
+        return next(iter(self._item.values())).rows - self._taken
+
+    def _next(self) -> _Portion:
+        operands, item = self._item or {}, self._items - 1
+        rows, size_bytes = self._left(), 0
+        kept: Mapping[Matrix, Operand] | None = operands
+        if self._again is not None:
+            kept = None
+        elif self._limit_bytes:
+            row_bytes = sum(
+                each.columns * each.dtype.itemsize for each in operands.values()
+            )
+            rows = min(rows, max(1, _PORTION_BYTES // max(1, row_bytes)))
+            last = self._taken + rows
+            kept = operands = {
+                matrix: Operand(np.array(each.take(self._taken, last)), each.dtype)
+                for matrix, each in operands.items()
+            }
+            size_bytes = rows * row_bytes + _PORTION_OVERHEAD
+        portion = _Portion(self.count, rows, size_bytes, kept, item)
+        self.count += rows
+        self._taken += rows
+        if self._again is not None or self._limit_bytes:
+            self._portions[portion.first_row] = portion
+            self._held_bytes += size_bytes
+            while self._held_bytes > self._limit_bytes and self._again is None:
+                self._drop(next(iter(self._portions.values())))
+        return portion if kept is not None else _given(portion, operands)
+
+    def _find(self, row: int) -> _Portion | None:
+        portion = self._portions.get(row)
+        if portion is not None or row >= self.count:
+            return portion
+        for each in self._portions.values():
+            if each.first_row <= row < each.first_row + each.rows:
+                return each
+        raise RuntimeError(f"row {row} is held no more")
+
+    def _drop(self, portion: _Portion) -> None:
+        del self._portions[portion.first_row]
+        self._held_bytes -= portion.size_bytes
+
+
+def _given(portion: _Portion, operands: Mapping[Matrix, Operand]) -> _Portion:
+    """A portion that is handed out for the first time, and is there."""
+    return _Portion(
+        portion.first_row, portion.rows, portion.size_bytes, operands, portion.item
+    )
+
+
+def _behind(operands: Mapping[Matrix, Operand], rows: int) -> Mapping[Matrix, Operand]:
+    """The same without the first rows."""
+    if not rows:
+        return operands
+    return {
+        matrix: Operand(each.array[rows:], each.dtype, each.rounding)
+        for matrix, each in operands.items()
+    }

@@ -1,0 +1,260 @@
+"""A stream's job over all of its attempts, without the I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from gradwire._api.errors import ClientStateError, GradwireError, RowsLostError
+from gradwire._api.types import Array, Receipt, RowBlock
+from gradwire._arrays.device_copy import HostCopies
+from gradwire._arrays.operand import Operand
+from gradwire._core.exchange import Exchange
+from gradwire._core.job_plan import Plan
+from gradwire._core.outputs import ArraySink
+from gradwire._core.receiver import BlockSink, Sink
+from gradwire._core.resume import Point, cannot_go_on, is_further, needs_no_checkpoints
+from gradwire._core.sender import Sender
+from gradwire._integrity.stream_verifier import RowCheck
+from gradwire._integrity.verifier import Computed
+from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._resilience.retry import Attempts
+from gradwire_protocol.matrices import ROW_RESULTS, Matrix
+
+
+class RowJob:
+    """A job whose rows come and go in parts.
+
+        job = RowJob(plan, w, held)
+        exchange = job.begin()
+        ... what messages(portions from first_row on) gives is sent, and what
+            comes goes to receive ...
+        receipt = job.finish(), or, where it failed,
+        job.cut_off(...), and begin() again
+
+    Attributes:
+        exchange: The conversation with the server, that of the last attempt.
+        options: What the caller asked for.
+        ready: Row blocks that are complete and were not handed out yet.
+        dw: dW; None where it is not wanted.
+        receipt: What became of the job, once it is done.
+        address: Of the server of the attempt that runs.
+        check: What checks the results before they are handed out, if anything.
+    """
+
+    exchange: Exchange
+    _sender: Sender
+    _blocks: dict[Matrix, BlockSink]
+
+    def __init__(
+        self,
+        plan: Plan,
+        w: Operand | None,
+        held: HeldRows,
+        copies: HostCopies | None = None,
+        checkpoint_rows: int | None = None,
+        *,
+        check: RowCheck | None = None,
+    ) -> None:
+        self.check = check
+        self.address = ""
+        self.options = plan.options
+        self._copies = copies or HostCopies()
+        self._plan = plan
+        self._held = held
+        self._checkpoint_rows = checkpoint_rows
+        self.ready: deque[RowBlock] = deque()
+        self._w = w if Matrix.W in plan.operands else None
+        self.dw: Array | None = None
+        if Matrix.DW in plan.results:
+            dtype = plan.array_dtype(Matrix.DW)
+            self.dw = np.empty((plan.n, plan.k), dtype.numpy)
+        self._next_row = 0
+        self._point: Point | None = None
+        self._cause: GradwireError | None = None
+        self.receipt: Receipt | None = None
+
+    @property
+    def first_row(self) -> int:
+        """The first row that is sent, in the attempt that has begun."""
+        return self._point.first_row if self._point else 0
+
+    def begin(self) -> Exchange:
+        """The conversation of the next attempt."""
+        plan = self._plan
+        if self._held.complete:
+            plan = replace(plan, m=self._held.count)
+        self._sender = Sender(plan)
+        self._blocks = self._block_sinks(plan)
+        sinks: dict[Matrix, Sink] = dict(self._blocks)
+        if self.dw is not None:
+            sinks[Matrix.DW] = ArraySink(self.dw, plan.result_dtype(Matrix.DW))
+        self.exchange = Exchange(
+            plan,
+            self._sender,
+            sinks,
+            point=self._point,
+            checkpoint_rows=self._checkpoint_rows,
+        )
+        return self.exchange
+
+    def messages(self, portions: Iterable[Mapping[Matrix, Operand]]) -> Iterator[bytes]:
+        """What is sent after the header, in this attempt.
+
+        Args:
+            portions: The rows from `first_row` on.
+        """
+        # Not that of a later attempt, whenever these are asked for.
+        return _messages(self.exchange, self._w, portions)
+
+    def opening_messages(self, exchange: Exchange) -> Iterator[bytes]:
+        """What is sent before any row."""
+        return exchange.weight_messages(self._w)
+
+    def receive(self, message: bytes) -> None:
+        """Take a message from the server; see `Exchange.receive`.
+
+        Raises:
+            VerificationError: It completes a block that is wrong.
+        """
+        self.exchange.receive(message)
+        # A matrix without columns has no elements, so none of it ever comes.
+        filled = [sink for sink in self._blocks.values() if sink.columns]
+        while filled and all(self._next_row in sink.complete for sink in filled):
+            self._hand_out(len(filled[0].complete[self._next_row]))
+        self._held.forget_before(self._needed_row())
+        if self.dw is not None and self._checkpoint_rows is None and self._held.oldest:
+            self._held.give_up()  # the first rows are needed, and held no more
+
+    def finish(self, attempts: Attempts | None = None) -> Receipt:
+        """The server has ended the stream with OK; see `Exchange.finish`.
+
+        Raises:
+            VerificationError: The last block or dW is wrong.
+        """
+        receipt = self._copies.told(self.exchange.finish())
+        if attempts is not None:
+            receipt = attempts.told(receipt)
+        while self._blocks and self._next_row < receipt.m:
+            self._hand_out(min(receipt.block_rows, receipt.m - self._next_row))
+        receipt = replace(receipt, server_address=self.address)
+        if self.check is not None:
+            self.check.finish(self.dw, receipt.m, Computed.of(receipt, self.address))
+            receipt = replace(receipt, verifying_s=self.check.seconds)
+        self.receipt = receipt
+        self._held.forget_before(receipt.m)
+        return receipt
+
+    def cut_off(self, error: GradwireError, attempts: Attempts) -> bool:
+        """Take the failure of an attempt; whether to begin anew, and at once.
+
+        Raises:
+            GradwireError: That of the attempt before, where results of it have
+                been handed out and the server computes other bits.
+        """
+        before = self._point
+        if before is not None and cannot_go_on(error):
+            if not self._next_row and self._held.has(0):
+                self._point = None
+                return True
+            if self._cause is not None:
+                self._cause.add_note(f"The job cannot go on elsewhere: {error}")
+                raise self._cause from error
+            return False
+        if self._checkpoint_rows is not None and needs_no_checkpoints(
+            self._plan, error
+        ):
+            self._checkpoint_rows = None
+            return True
+        self._cause = error
+        self._point = self.exchange.point(self._next_row if self._blocks else None)
+        if is_further(self._point, before):
+            attempts.progressed()
+        return False
+
+    def require_rows(self, error: GradwireError) -> None:
+        """Check that the next attempt can be sent its rows.
+
+        Args:
+            error: Why there has to be one.
+
+        Raises:
+            RowsLostError: It cannot.
+        """
+        first, oldest = self.first_row, self._held.oldest
+        if self._held.has(first):
+            return
+        lost = RowsLostError(
+            f"{error}; the job could go on, but rows {first} to {oldest - 1} would be"
+            " needed again, and are held no more: give rows as a sequence, which can"
+            " be read again, or checkpoint_rows, so that fewer rows are needed, or"
+            " RetryPolicy(held_bytes=...), so that more are held",
+            status=error.status,
+            job_id=error.job_id,
+            details=error.details,
+        )
+        lost.rows = range(first, oldest)
+        raise lost from error
+
+    def _needed_row(self) -> int:
+        """The first row that an attempt after this one may have to send."""
+        here = self._next_row - self._next_row % self._sender.block_rows
+        if self.dw is None:
+            return here
+        sure = self.exchange.sure_rows
+        # A server that stops sums no fewer rows than it has sent results of.
+        only_last = self._checkpoint_rows == 0 and not self._held.has(sure)
+        return max(sure, here) if only_last else sure
+
+    def _block_sinks(self, plan: Plan) -> dict[Matrix, BlockSink]:
+        return {
+            matrix: BlockSink(
+                plan.shape(matrix, 0)[1],
+                plan.array_dtype(matrix),
+                plan.result_dtype(matrix),
+                self._sender,
+            )
+            for matrix in ROW_RESULTS
+            if matrix in plan.results
+        }
+
+    def _hand_out(self, rows: int) -> None:
+        parts = {
+            matrix: (
+                sink.complete.pop(self._next_row) if sink.columns else sink.empty(rows)
+            )
+            for matrix, sink in self._blocks.items()
+        }
+        block = RowBlock(self._next_row, parts.get(Matrix.Y), parts.get(Matrix.DX))
+        if self.check is not None and self.exchange.accepted is not None:
+            accepted = self.exchange.accepted
+            self.check.check(block, Computed.as_accepted(accepted, self.address))
+        self.ready.append(block)
+        self._next_row += rows
+
+
+def _messages(
+    exchange: Exchange,
+    w: Operand | None,
+    portions: Iterable[Mapping[Matrix, Operand]],
+) -> Iterator[bytes]:
+    yield from exchange.weight_messages(w)
+    for operands in portions:
+        yield from exchange.row_messages(operands)
+    yield from exchange.end_messages()
+
+
+def require_receipt(job: RowJob | None) -> Receipt:
+    """What became of a stream's job, if it is done.
+
+    Raises:
+        ClientStateError: It is not, or was not even begun.
+    """
+    if job is None or job.receipt is None:
+        raise ClientStateError(
+            "dw and receipt are there once the stream has been iterated to its end"
+        )
+    return job.receipt

@@ -1,0 +1,171 @@
+"""Addresses, and the channels that are made to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+
+from gradwire._api.errors import InputError
+from gradwire_protocol import limits
+from gradwire_protocol.version import VERSION
+
+_ALL_OF = "dns:///"
+"""Begins the address of every server that a name stands for."""
+
+_MAX_SOCKET_PATH_BYTES = 107
+"""What `sockaddr_un` holds on Linux, without its final zero."""
+
+_MAX_BACKOFF_MS = 500
+"""Between two attempts to connect. Until the next one, every call fails with
+what the last one found, so this is how long a server that came back can look
+as if it had not."""
+
+
+def grpc_target(address: str) -> str:
+    """gRPC's name for an address.
+
+    Args:
+        address: ``HOST:PORT`` (an IPv6 host in brackets) or ``unix:PATH``.
+
+    Raises:
+        InputError: It is neither; the text says what to write.
+    """
+    if not isinstance(address, str):
+        raise InputError(
+            f"the address is a {type(address).__name__}; write it as a string:"
+            " HOST:PORT or unix:PATH"
+        )
+    scheme, _, path = address.partition(":")
+    if scheme == "unix":
+        if not path:
+            raise InputError(f"the address {address!r} has no path: write unix:PATH")
+        size = len(path.encode())
+        if size > _MAX_SOCKET_PATH_BYTES:
+            raise InputError(
+                f"the socket path of {address!r} has {size} bytes; a unix socket's"
+                f" has at most {_MAX_SOCKET_PATH_BYTES}"
+            )
+        return address
+    if "/" in address:
+        raise InputError(
+            f"the address {address!r} is a URL or a path: write HOST:PORT or unix:PATH"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or (":" in host and not (host[0] == "[" and host[-1] == "]")):
+        raise InputError(f"the address {address!r} has no port: write HOST:PORT")
+    if not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(
+            f"the address {address!r} has the port {port!r}; a port is a number"
+            " from 1 to 65535"
+        )
+    return f"dns:///{address}"
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Of the servers of a client."""
+
+    known: tuple[str, ...]
+    """``HOST:PORT`` or ``unix:PATH``, each once."""
+
+    names: tuple[str, ...]
+    """``HOST:PORT`` whose host's addresses are a server each."""
+
+    text: str
+    """All of them, as they were given."""
+
+    @property
+    def first(self) -> str:
+        """One of them."""
+        return (*self.known, *self.names)[0]
+
+    @property
+    def several(self) -> bool:
+        """Whether there may be more than one server."""
+        return bool(self.names) or len(self.known) > 1
+
+
+def parse_addresses(value: str | Sequence[str]) -> Addresses:
+    """The servers that an argument `address` means.
+
+    Args:
+        value: An address, or several: ``HOST:PORT``, ``unix:PATH`` or, for all
+            the addresses that a name has, ``dns:///HOST:PORT``.
+
+    Raises:
+        InputError: It means none; the text says what to write.
+    """
+    each = (
+        (value,)
+        if isinstance(value, str) or not isinstance(value, Sequence)
+        else tuple(dict.fromkeys(value))
+    )
+    if not each:
+        raise InputError("address is empty: give HOST:PORT or unix:PATH, or several")
+    known, names = [], []
+    for address in each:
+        if isinstance(address, str) and address.startswith(_ALL_OF):
+            name = address.removeprefix(_ALL_OF)
+            grpc_target(name)
+            if name.startswith("unix:"):
+                raise InputError(f"{address!r} has no host: write {_ALL_OF}HOST:PORT")
+            names.append(name)
+        else:
+            grpc_target(address)
+            known.append(address)
+    return Addresses(tuple(known), tuple(names), ", ".join(each))
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of a ``HOST:PORT`` that is one."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def addresses_of(port: int, found: Iterable[tuple[Any, ...]]) -> list[str]:
+    """``HOST:PORT`` of what `socket.getaddrinfo` found, each once."""
+    hosts = dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found)
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+
+
+def is_local(address: str) -> bool:
+    """Whether an address is surely of this host.
+
+    A name other than localhost is not: who answers for it can change.
+    """
+    return address.startswith("unix:") or _is_loopback(address)
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0]
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def channel_options(address: str) -> tuple[tuple[str, Any], ...]:
+    """The options of a channel to an address.
+
+    Each client has connections of its own, so that one client's bytes do not
+    wait behind another's. Pings keep a connection alive through middleboxes
+    while a long job computes. gRPC's own retries are off: they would hold
+    every message of a job back in memory, and cover only small calls.
+    """
+    return (
+        ("grpc.primary_user_agent", f"gradwire/{VERSION}"),
+        ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", _MAX_BACKOFF_MS),
+        ("grpc.enable_http_proxy", 0 if _is_loopback(address) else 1),
+    )

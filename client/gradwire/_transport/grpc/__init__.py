@@ -1,0 +1,1 @@
+"""Calls over gRPC, for programs that wait and for event loops."""

@@ -1,0 +1,1 @@
+"""Jobs whose matrices lie in memory that the server shares."""
