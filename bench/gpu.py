@@ -34,7 +34,8 @@ from typing import Any
 from bench import bound, gpu_copies, gpu_device, gpu_jobs, gpu_lane, machine, report
 from bench.bound import Bound
 from bench.gpu_parts import Answer, Options
-from gradwire_server import Settings, backends
+from gradwire_server import Settings
+from gradwire_server.backends import select
 
 OUT = Path(__file__).parent / "out"
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     when = datetime.now(UTC)
     path: Path = given.out or OUT / f"gpu-{when:%Y-%m-%dT%H%M%SZ}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    backend, why = backends.choose(Settings(backend=given.backend))
+    backend, why = select.choose(Settings(backend=given.backend))
     about = {
         "when": when.isoformat(timespec="seconds"),
         **machine.describe(os.cpu_count() or 1),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.gpu_parts import Answer, Options, median
-from gradwire_server.backends.device import Stream
+from gradwire_server.backends.async_device.device import Stream
 
 SIZE = 64 << 20
 _TIMES = 16
@@ -31,9 +31,9 @@ def measure(options: Options) -> Answer:
     """GB/s of each direction, through the backend's own streams."""
     if options.backend != "cupy":
         return Answer("copies", skipped="there is no device beside the processor")
-    from gradwire_server.backends.cupy import CupyBackend  # noqa: PLC0415
-    from gradwire_server.backends.cupy_host import CupyDevice, allocate  # noqa: PLC0415
-    from gradwire_server.backends.memory_pool import Pool  # noqa: PLC0415
+    from gradwire_server.backends.cuda.backend import CupyBackend  # noqa: PLC0415
+    from gradwire_server.backends.cuda.host import CupyDevice, allocate  # noqa: PLC0415
+    from gradwire_server.backends.cuda.memory_pool import Pool  # noqa: PLC0415
 
     backend = CupyBackend((0,))
     pool: Pool[Any] = Pool(allocate, kept_bytes=0)

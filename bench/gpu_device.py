@@ -14,9 +14,9 @@ from typing import Any
 from bench.bound import Bound
 from bench.gpu_parts import Answer, Options, median
 from gradwire_protocol.dtypes import Dtype
-from gradwire_server.backends import cublas
-from gradwire_server.backends.cublas import Compute, DeviceMatrix
-from gradwire_server.backends.device import Stream
+from gradwire_server.backends.async_device import gemm
+from gradwire_server.backends.async_device.device import Stream
+from gradwire_server.backends.async_device.gemm import Compute, DeviceMatrix
 
 SIDES = (1024, 4096, 8192)
 MODES = {
@@ -83,11 +83,11 @@ def _in_turns(runs: Sequence[Run], fewer: int) -> list[float]:
 def _ours(side: int, dtype: Dtype, *, tf32: bool) -> Run:
     from cupy.cuda import Event, get_elapsed_time  # noqa: PLC0415
 
-    from gradwire_server.backends import cupy_host  # noqa: PLC0415
-    from gradwire_server.backends.memory_pool import Pool  # noqa: PLC0415
+    from gradwire_server.backends.cuda import host  # noqa: PLC0415
+    from gradwire_server.backends.cuda.memory_pool import Pool  # noqa: PLC0415
 
-    pool: Pool[Any] = Pool(cupy_host.allocate, kept_bytes=0)
-    device = cupy_host.CupyDevice(0, pool)
+    pool: Pool[Any] = Pool(host.allocate, kept_bytes=0)
+    device = host.CupyDevice(0, pool)
     compute = Compute.of(dtype, allow_tf32=tf32)
     # dW is summed in float32 where operands have 16 bits, as a job has it.
     types = dict.fromkeys(("x", "w", "dy", "y", "dx"), dtype) | {"dw": dtype.sums_in}
@@ -102,17 +102,17 @@ def _ours(side: int, dtype: Dtype, *, tf32: bool) -> Run:
     for name in ("x", "w", "dy"):
         _fill(at[name])
     gemms = (
-        cublas.multiply(at["x"], at["w"], at["y"], compute),
-        cublas.multiply_transposed(at["dy"], at["w"], at["dx"], compute),
-        cublas.accumulate_transposed(at["x"], at["dy"], at["dw"], compute, first=True),
+        gemm.multiply(at["x"], at["w"], at["y"], compute),
+        gemm.multiply_transposed(at["dy"], at["w"], at["dx"], compute),
+        gemm.accumulate_transposed(at["x"], at["dy"], at["dw"], compute, first=True),
     )
     begin, end = Event(), Event()
 
     def run(count: int) -> float:
         device.record(Stream.COMPUTE, begin)
         for _ in range(count):
-            for gemm in gemms:
-                device.multiply(gemm)
+            for each in gemms:
+                device.multiply(each)
         device.record(Stream.COMPUTE, end)
         end.synchronize()
         assert memories  # they live as long as this function does

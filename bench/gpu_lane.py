@@ -25,14 +25,15 @@ from bench.gpu_parts import Answer, Options, median
 from bench.work import Shape
 from gradwire.v1 import job_pb2
 from gradwire_protocol.dtypes import Dtype
-from gradwire_server import Settings, backends
+from gradwire_server import Settings
+from gradwire_server.api.call_state import Counts
+from gradwire_server.backends import select
 from gradwire_server.backends.base import Backend
-from gradwire_server.call import Counts
-from gradwire_server.computation import Computation
-from gradwire_server.lane import Lane, TenantLane
-from gradwire_server.plan import make_plan
-from gradwire_server.ring import Ring
-from gradwire_server.spec import read_job
+from gradwire_server.backends.row_blocks import make_plan
+from gradwire_server.jobs.device_execution import Computation
+from gradwire_server.jobs.header.parse import read_job
+from gradwire_server.jobs.stream.ring_buffer import Ring
+from gradwire_server.scheduling.device_worker import Lane, TenantLane
 
 JOBS = (
     (Shape(65536, 1024, 1024), Dtype.FLOAT32),  # copies take longest
@@ -61,7 +62,7 @@ class Took:
 def measure(options: Options) -> Answer:
     """Seconds of jobs, and of the longest of their stages."""
     settings = Settings(backend=options.backend)  # type: ignore[arg-type]
-    backend, _ = backends.choose(settings)
+    backend, _ = select.choose(settings)
     lane = Lane(
         backend.devices[0].index,
         partial(backend.enter_lane, backend.devices[0].index),

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.timeline import Event
 from gradwire_server import Server, Settings
-from gradwire_server.timeline import Stage
+from gradwire_server.observability.timeline import Stage
 
 
 def events(printed: str) -> dict[str, list[Event]]:

@@ -8,10 +8,10 @@ program that has none; ``gradwire serve`` is the command.
 import gradwire_protocol  # noqa: F401 - first: it decides how grpc is loaded
 
 # isort: on
+from gradwire_server.embedded import start_in_thread
 from gradwire_server.errors import BackendError, CredentialsError, ListenError
 from gradwire_server.server import Server
 from gradwire_server.settings import Settings
-from gradwire_server.threaded import start_in_thread
 
 __all__ = [
     "BackendError",

@@ -9,21 +9,23 @@ from typing import Any
 import grpc
 
 from gradwire_protocol.limits import MAX_MESSAGE_BYTES
-from gradwire_server import backends, listen, standard
-from gradwire_server.admission import CALL_BYTES, Admission
+from gradwire_server.admission.controller import CALL_BYTES, Admission
+from gradwire_server.api.gradient_servicer import GradientServicer
+from gradwire_server.api.job_service import Service
+from gradwire_server.api.standard import health
+from gradwire_server.api.standard.guard import Bystanders
+from gradwire_server.api.standard.unknown_contracts import OtherContracts
 from gradwire_server.auth import gate_of
+from gradwire_server.backends import select
 from gradwire_server.backends.base import Backend, DeviceInfo, DeviceLostError
-from gradwire_server.bystanders import Bystanders
-from gradwire_server.contracts import OtherContracts
-from gradwire_server.devices import label, memory_limit
+from gradwire_server.backends.device_info import label, memory_limit
+from gradwire_server.backends.host_memory import keep_freed, machine_bytes
 from gradwire_server.errors import BackendError
-from gradwire_server.lanes import Lanes
-from gradwire_server.memory import keep_freed, machine_bytes
-from gradwire_server.service import Service
-from gradwire_server.servicer import GradientServicer
+from gradwire_server.observability.timeline import Observe, unobserved
+from gradwire_server.scheduling.device_selector import Lanes
 from gradwire_server.settings import Settings
-from gradwire_server.timeline import Observe, unobserved
-from gradwire_server.tls import Certificates
+from gradwire_server.transports import listener
+from gradwire_server.transports.tls import Certificates
 
 _log = logging.getLogger("gradwire_server")
 
@@ -72,13 +74,13 @@ class Server:
         self.addresses: tuple[str, ...] = ()
         """What clients connect to, once the server has started."""
         if backend is None:
-            backend, self.backend_reason = backends.choose(settings)
+            backend, self.backend_reason = select.choose(settings)
         else:
             self.backend_reason = "as given"
         self.backend_name = backend.name
         self._backend = backend
         self._service: Service | None = None
-        self._health = standard.Health()
+        self._health = health.Health()
         self._lost = asyncio.Event()
         self.lost: str | None = None
         """Which device has failed for good, and why; None while none has. Then
@@ -120,12 +122,12 @@ class Server:
         except (OSError, BackendError):
             await server.stop(None)
             for address in bound:
-                listen.remove(address)
+                listener.remove(address)
             raise
         self._service = service
         servicer = GradientServicer(service, self.backend_reason)
         server.add_generic_rpc_handlers((servicer.handler(), OtherContracts()))
-        standard.add(server, self._health)
+        health.add(server, self._health)
         await server.start()
         self._grpc = server
         self.addresses = tuple(bound)
@@ -192,7 +194,7 @@ class Server:
         if self._service is not None:
             self._service.close()
         for address in self.addresses:
-            listen.remove(address)
+            listener.remove(address)
         _log.info("stopped")
 
     def _bind(
@@ -200,7 +202,7 @@ class Server:
     ) -> str:
         credentials = None if tls is None else tls.credentials()
         insecure = self.settings.insecure
-        return listen.bind(server, address, credentials, insecure=insecure)
+        return listener.bind(server, address, credentials, insecure=insecure)
 
     async def _started(self, admission: Admission) -> Service:
         service = Service(

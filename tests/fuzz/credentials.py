@@ -6,8 +6,8 @@ import contextlib
 import json
 from collections.abc import Iterator
 
+from gradwire_server.auth.errors import RefusedError
 from gradwire_server.auth.jwts import Expected, parse_keys
-from gradwire_server.auth.refused import RefusedError
 from gradwire_server.auth.tokens import parse_tokens
 from tests.fuzz.parsers import Check
 

@@ -25,8 +25,8 @@ from gradwire.v1 import job_pb2
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import MIB, SERVICE
 from gradwire_server import Settings
+from gradwire_server.embedded import start_in_thread
 from gradwire_server.server import Server
-from gradwire_server.threaded import start_in_thread
 from tests.fuzz.containers import Container, Ending, Method
 from tests.fuzz.parsers import Check
 from tests.integration.contract.stream_machine import REFUSALS
@@ -249,7 +249,7 @@ def live_streams() -> Iterator[Check]:
         )
         with (
             # Every third stream is closed early, and would be waited for.
-            mock.patch("gradwire_server.stream._CANCELLATION_S", 0.002),
+            mock.patch("gradwire_server.api.call_stream._CANCELLATION_S", 0.002),
             start_in_thread(settings) as server,
             grpc.insecure_channel(server.addresses[0]) as channel,
         ):

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock, Times
-from gradwire_server.spec import JobSpec
+from gradwire_server.jobs.header.parse import JobSpec
 
 Begun: TypeAlias = Callable[[], None]
 """Waits for a row block, and takes its results away."""

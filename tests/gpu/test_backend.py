@@ -14,8 +14,8 @@ import pytest
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock, Times
-from gradwire_server.plan import ALIGNMENT
-from gradwire_server.spec import JobSpec
+from gradwire_server.backends.row_blocks import ALIGNMENT
+from gradwire_server.jobs.header.parse import JobSpec
 from tests import oracle
 from tests.gpu.blocks import Begun, Run, run
 from tests.unit.server.specs import ALL, make_spec
@@ -26,7 +26,7 @@ SHAPES = [(1, 1, 1), (37, 5, 3), (200, 17, 64), (64, 1, 30), (257, 257, 257)]
 
 
 def make_backend(memory_limit: int | None = None) -> Any:
-    from gradwire_server.backends.cupy import CupyBackend
+    from gradwire_server.backends.cuda.backend import CupyBackend
 
     backend = CupyBackend((0,), memory_limit)
     backend.enter_lane(0)

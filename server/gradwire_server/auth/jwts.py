@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gradwire_server.auth.refused import RefusedError
-from gradwire_server.tenants import is_name
+from gradwire_server.admission.tenancy import is_name
+from gradwire_server.auth.errors import RefusedError
 
 if TYPE_CHECKING:
     from jwt import PyJWK

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradwire_protocol.limits import MIB
-from gradwire_server.tenants import MAX_NAME_LENGTH, Limits, is_name
+from gradwire_server.admission.tenancy import MAX_NAME_LENGTH, Limits, is_name
 
 PREFIX = "gw_"
 """How every token begins, so that scanners find one that has leaked: tokens

@@ -12,9 +12,9 @@ import sys
 import threading
 
 from gradwire_cli.app import run
-from gradwire_server import backends
+from gradwire_server.backends import select
 from gradwire_server.backends.base import DeviceLostError
-from gradwire_server.backends.numpy import NumpyBackend
+from gradwire_server.backends.numpy.backend import NumpyBackend
 
 
 class LosingBackend(NumpyBackend):
@@ -48,5 +48,5 @@ def _fail(_: object) -> None:
 
 if __name__ == "__main__":
     hangs = sys.argv[1] == "hangs"
-    backends.choose = lambda _: (LosingBackend(hangs), "as given")
+    select.choose = lambda _: (LosingBackend(hangs), "as given")
     sys.exit(run(sys.argv[2:]))

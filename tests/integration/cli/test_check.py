@@ -14,7 +14,7 @@ import gradwire as sdk
 from gradwire_cli.checks.checks import CHECKS, Finding, run_checks
 from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.base import RowBlock
-from gradwire_server.backends.numpy import NumpyBackend
+from gradwire_server.backends.numpy.backend import NumpyBackend
 from tests.integration.cli.conftest import gradwire, sentence, serving_with
 from tests.serving import ServerProcess, running_server
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from gradwire.v1 import job_pb2
-from gradwire_server.admission import CALL_BYTES
+from gradwire_server.admission.controller import CALL_BYTES
 from tests.integration.contract.conftest import assert_untroubled
 from tests.integration.contract.stream_machine import (
     GOOD_TIME_S,

@@ -18,7 +18,7 @@ from grpc import StatusCode
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import gradient_service_pb2_grpc
 from gradwire_server import Server, Settings
-from gradwire_server.backends.numpy import NumpyBackend
+from gradwire_server.backends.numpy.backend import NumpyBackend
 from tests.raw import (
     CallError,
     Stream,

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import gradient_service_pb2_grpc
-from gradwire_server import bystanders
+from gradwire_server.api.standard import guard
 from tests import http2
 from tests.raw import SERVICE, assert_exact, compute_job, stream_job, whole_numbers
 from tests.serving import BACKEND, running_server
@@ -151,7 +151,7 @@ def keep_coming(begin: Callable[[], int]) -> None:
     """Begins calls until those that came before are no longer young."""
     for _ in range(20):
         begin()
-        time.sleep(bystanders.YOUNG_S / 10)
+        time.sleep(guard.YOUNG_S / 10)
 
 
 def test_who_watches_health_and_does_not_read_keeps_nobody_from_it_and_no_end():
@@ -177,7 +177,7 @@ def test_a_thousand_watches_of_health_cost_who_holds_them_and_no_other():
         watch = watch_health(channel)
         assert next(watch).status == SERVING
         first = crowd.ask(WATCH, b"")
-        for _ in range(bystanders.MOST_OPEN - 2):
+        for _ in range(guard.MOST_OPEN - 2):
             crowd.ask(WATCH, b"")
         keep_coming(lambda: crowd.ask(WATCH, b""))
         assert crowd.wait_for_end() == first
@@ -191,7 +191,7 @@ def test_requests_of_health_that_never_come_whole_keep_no_probe_from_its_answer(
         http2.Connection(server.address) as stalled,
         grpc.insecure_channel(server.address) as channel,
     ):
-        for _ in range(bystanders.MOST_COMING):
+        for _ in range(guard.MOST_COMING):
             stalled.send(stalled.begin(CHECK), b"\0\0\x10\0\0half of it")
         keep_coming(lambda: stalled.begin(CHECK))
         assert stalled.wait_for_end() == 1

@@ -16,7 +16,7 @@ from grpc import StatusCode
 
 from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire_protocol.limits import SERVICE
-from gradwire_server.admission import CALL_BYTES
+from gradwire_server.admission.controller import CALL_BYTES
 from tests.integration.contract.conftest import assert_untroubled, serving_both
 from tests.integration.load.observing import wait_until
 from tests.raw import (

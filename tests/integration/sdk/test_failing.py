@@ -236,7 +236,7 @@ async def test_cancelling_a_task_cancels_its_job(
 
 INTERRUPTED = """
     import json, sys, numpy as np, gradwire
-    from gradwire._base import Tuning
+    from gradwire._client.job_factory import Tuning
     address, what, job_id, options, unary = sys.argv[1:]
     client = gradwire.connect(address, **json.loads(options))
     client._tuning = Tuning(unary=json.loads(unary))

@@ -20,8 +20,8 @@ from bench.timeline import Event, Timeline
 from gradwire._client.job_factory import Tuning
 from gradwire_server import Server, Settings
 from gradwire_server.backends.base import RowBlock
-from gradwire_server.backends.numpy import NumpyBackend
-from gradwire_server.timeline import Stage
+from gradwire_server.backends.numpy.backend import NumpyBackend
+from gradwire_server.observability.timeline import Stage
 from tests import oracle
 
 COMPUTING_S = 0.1

@@ -184,7 +184,7 @@ FORK_BESIDE_A_CALL_INSIDE_GRPC = """
     import os, sys, threading
     import numpy as np
     import gradwire
-    from gradwire import _fork
+    from gradwire._transport.grpc import fork_support as _fork
     x = np.ones((3, 3))
     client = gradwire.connect(sys.argv[1])
     inside, leave = threading.Event(), threading.Event()

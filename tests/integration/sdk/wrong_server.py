@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from gradwire_cli.app import run
-from gradwire_server import backends
-from gradwire_server.backends.numpy import NumpyBackend
+from gradwire_server.backends import select
+from gradwire_server.backends.numpy.backend import NumpyBackend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,5 +100,5 @@ class WrongBackend(NumpyBackend):
 
 if __name__ == "__main__":
     backend = WrongBackend(Path(sys.argv[1]))
-    backends.choose = lambda _: (backend, "as given")
+    select.choose = lambda _: (backend, "as given")
     sys.exit(run(sys.argv[2:]))

@@ -19,9 +19,9 @@ import numpy as np
 from scipy.linalg import blas
 
 from gradwire_protocol.dtypes import Dtype
+from gradwire_server.backends.async_device.device import Marks, Stream
 from gradwire_server.backends.base import empty_aligned
-from gradwire_server.backends.device import Marks, Stream
-from gradwire_server.plan import ALIGNMENT
+from gradwire_server.backends.row_blocks import ALIGNMENT
 
 
 def at(address, size, dtype):
@@ -86,7 +86,7 @@ class _Memory:
 
 
 class SimulatedDevice:
-    """`gradwire_server.backends.device.Device` without a device."""
+    """`gradwire_server.backends.async_device.device.Device` without a device."""
 
     def __init__(self, seed=0):
         self._random = random.Random(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.spec import JobSpec, Place
+from gradwire_server.jobs.header.parse import JobSpec, Place
 
 ALL = (Matrix.Y, Matrix.DX, Matrix.DW)
 

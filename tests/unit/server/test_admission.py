@@ -8,10 +8,10 @@ import pytest
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import MIB
-from gradwire_server.admission import CALL_BYTES, Admission
-from gradwire_server.call import Counts
+from gradwire_server.admission.controller import CALL_BYTES, Admission
+from gradwire_server.api.call_state import Counts
 from gradwire_server.errors import JobError
-from gradwire_server.lanes import Lanes, Load
+from gradwire_server.scheduling.device_selector import Lanes, Load
 
 
 class Jobs:

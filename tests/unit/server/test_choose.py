@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from gradwire_server import BackendError, Settings, backends
-from gradwire_server.backends import cuda
+from gradwire_server import BackendError, Settings
+from gradwire_server.backends import select
+from gradwire_server.backends.cuda import diagnose
 
 
 class CudaError(RuntimeError):
@@ -25,7 +26,7 @@ def lacking(status: int, text: str, driver: int = 0) -> str:
     def count() -> int:
         raise CudaError(status, text)
 
-    why = cuda.missing_device(count, lambda: driver, lambda: 13020)
+    why = diagnose.missing_device(count, lambda: driver, lambda: 13020)
     assert why is not None
     return why
 
@@ -39,7 +40,7 @@ def has_driver(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
         if not found:
             raise OSError
 
-    monkeypatch.setattr(cuda.ctypes, "CDLL", load)
+    monkeypatch.setattr(diagnose.ctypes, "CDLL", load)
 
 
 def test_a_host_without_a_driver_is_told_so(monkeypatch):
@@ -60,7 +61,7 @@ def test_a_host_without_a_device_is_told_so(monkeypatch, count):
     if count is None:
         why = lacking(100, "cudaErrorNoDevice: no CUDA-capable device is detected")
     else:
-        why = cuda.missing_device(count, lambda: 13020, lambda: 13020)
+        why = diagnose.missing_device(count, lambda: 13020, lambda: 13020)
     assert why == "there is an NVIDIA driver, but no CUDA device"
 
 
@@ -75,7 +76,7 @@ def test_what_else_cuda_says_is_passed_on():
 
 
 def test_nothing_is_missing_where_a_device_answers():
-    assert cuda.missing_device(lambda: 1, lambda: 13020, lambda: 13020) is None
+    assert diagnose.missing_device(lambda: 1, lambda: 13020, lambda: 13020) is None
 
 
 def without_cupy(name: str) -> importlib.machinery.ModuleSpec | None:
@@ -83,21 +84,21 @@ def without_cupy(name: str) -> importlib.machinery.ModuleSpec | None:
 
 
 def test_a_package_that_is_missing_is_named_with_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(cuda, "find_spec", without_cupy)
+    monkeypatch.setattr(diagnose, "find_spec", without_cupy)
     with pytest.raises(BackendError, match=r"CuPy is not installed \(pip install"):
-        backends.choose(Settings(backend="cupy"))
+        select.choose(Settings(backend="cupy"))
 
 
 def test_auto_takes_numpy_then_and_says_why(monkeypatch):
-    monkeypatch.setattr(cuda, "find_spec", without_cupy)
-    backend, why = backends.choose(Settings(backend="auto"))
+    monkeypatch.setattr(diagnose, "find_spec", without_cupy)
+    backend, why = select.choose(Settings(backend="auto"))
     backend.close()
     assert backend.name == "numpy"
     assert why.startswith("CuPy is not installed")
 
 
 PROGRAM = """
-from gradwire_server.backends.cuda import missing
+from gradwire_server.backends.cuda.diagnose import missing
 print(missing() or "nothing")
 """
 
@@ -134,8 +135,9 @@ def test_the_real_cupy_says_that_there_is_no_driver():
 def test_no_cupy_is_imported_before_it_is_chosen():
     program = (
         "import sys, gradwire_server\n"
-        "from gradwire_server import backends, Settings\n"
-        "backends.choose(Settings(backend='numpy'))[0].close()\n"
+        "from gradwire_server import Settings\n"
+        "from gradwire_server.backends import select\n"
+        "select.choose(Settings(backend='numpy'))[0].close()\n"
         "print([name for name in sys.modules if name.startswith('cupy')])"
     )
     done = subprocess.run(

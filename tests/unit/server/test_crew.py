@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from gradwire_server.backends.crew import Crew
+from gradwire_server.backends.numpy.worker_threads import Crew
 
 
 @pytest.fixture(params=[1, 2, 4])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gradwire_protocol.dtypes import Dtype
-from gradwire_server.backends import cublas
-from gradwire_server.backends.cublas import Compute, DeviceMatrix
+from gradwire_server.backends.async_device import gemm
+from gradwire_server.backends.async_device.gemm import Compute, DeviceMatrix
 from tests.unit.server.simulated_device import run_gemm
 
 SHAPES = [(1, 1, 1), (5, 3, 2), (7, 1, 4), (7, 4, 1), (1, 6, 5), (33, 17, 64)]
@@ -35,11 +35,11 @@ def test_y_is_x_w(shape, dtype):
     x = whole_numbers(rng, rows, n, dtype=dtype)
     w = whole_numbers(rng, n, k, dtype=dtype)
     y = np.full((rows, k), np.nan, dtype.sums_in.numpy)
-    gemm = cublas.multiply(stored(x), stored(w), stored(y), compute_of(dtype))
-    assert (gemm.m, gemm.n, gemm.k) == (k, rows, n)
-    assert (gemm.lda, gemm.ldb, gemm.ldc) == (k, n, k)
-    assert (gemm.transa, gemm.transb) == (False, False)
-    run_gemm(gemm)
+    made = gemm.multiply(stored(x), stored(w), stored(y), compute_of(dtype))
+    assert (made.m, made.n, made.k) == (k, rows, n)
+    assert (made.lda, made.ldb, made.ldc) == (k, n, k)
+    assert (made.transa, made.transb) == (False, False)
+    run_gemm(made)
     assert np.array_equal(y, x.astype(float) @ w.astype(float))
 
 
@@ -50,13 +50,13 @@ def test_dx_is_dy_w_transposed(shape, dtype):
     dy = whole_numbers(rng, rows, k, dtype=dtype)
     w = whole_numbers(rng, n, k, dtype=dtype)
     dx = np.full((rows, n), np.nan, dtype.sums_in.numpy)
-    gemm = cublas.multiply_transposed(
+    made = gemm.multiply_transposed(
         stored(dy), stored(w), stored(dx), compute_of(dtype)
     )
-    assert (gemm.m, gemm.n, gemm.k) == (n, rows, k)
-    assert (gemm.lda, gemm.ldb, gemm.ldc) == (k, k, n)
-    assert (gemm.transa, gemm.transb) == (True, False)
-    run_gemm(gemm)
+    assert (made.m, made.n, made.k) == (n, rows, k)
+    assert (made.lda, made.ldb, made.ldc) == (k, k, n)
+    assert (made.transa, made.transb) == (True, False)
+    run_gemm(made)
     assert np.array_equal(dx, dy.astype(float) @ w.astype(float).T)
 
 
@@ -69,13 +69,13 @@ def test_dw_is_x_transposed_dy_and_only_then_adds(shape, dtype):
     dw = np.full((n, k), np.nan, dtype.sums_in.numpy)
     once = x.astype(float).T @ dy.astype(float)
     for first, expected in ((True, once), (False, 2 * once)):
-        gemm = cublas.accumulate_transposed(
+        made = gemm.accumulate_transposed(
             stored(x), stored(dy), stored(dw), compute_of(dtype), first=first
         )
-        assert (gemm.m, gemm.n, gemm.k) == (k, n, rows)
-        assert (gemm.lda, gemm.ldb, gemm.ldc) == (k, n, k)
-        assert (gemm.transa, gemm.transb) == (False, True)
-        run_gemm(gemm)
+        assert (made.m, made.n, made.k) == (k, n, rows)
+        assert (made.lda, made.ldb, made.ldc) == (k, n, k)
+        assert (made.transa, made.transb) == (False, True)
+        run_gemm(made)
         assert np.array_equal(dw, expected)
 
 
@@ -99,11 +99,11 @@ def test_numbers_are_those_of_cuda():
     assert of_cuda.CUBLAS_COMPUTE_32F == Compute.FLOAT32
     assert of_cuda.CUBLAS_COMPUTE_32F_FAST_TF32 == Compute.TF32
     assert of_cuda.CUBLAS_COMPUTE_64F == Compute.FLOAT64
-    assert of_cuda.CUBLAS_OP_N == cublas.NO_TRANSPOSE
-    assert of_cuda.CUBLAS_OP_T == cublas.TRANSPOSE
-    assert of_cuda.CUBLAS_GEMM_DEFAULT == cublas.DEFAULT_ALGORITHM
-    assert of_cuda.CUBLAS_POINTER_MODE_HOST == cublas.POINTER_MODE_HOST
-    assert cublas.CUDA_TYPES == {
+    assert of_cuda.CUBLAS_OP_N == gemm.NO_TRANSPOSE
+    assert of_cuda.CUBLAS_OP_T == gemm.TRANSPOSE
+    assert of_cuda.CUBLAS_GEMM_DEFAULT == gemm.DEFAULT_ALGORITHM
+    assert of_cuda.CUBLAS_POINTER_MODE_HOST == gemm.POINTER_MODE_HOST
+    assert gemm.CUDA_TYPES == {
         Dtype.FLOAT16: runtime.CUDA_R_16F,
         Dtype.BFLOAT16: runtime.CUDA_R_16BF,
         Dtype.FLOAT32: runtime.CUDA_R_32F,

@@ -11,12 +11,12 @@ import pytest
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.async_device.job import DeviceJob
 from gradwire_server.backends.base import DeviceLostError, Times
-from gradwire_server.backends.cupy import BLOCKS_BEGUN, CupyBackend
-from gradwire_server.backends.device_job import DeviceJob
-from gradwire_server.backends.memory_pool import Pool, rounded_up
-from gradwire_server.backends.pinned import empty_pinned
-from gradwire_server.spec import Place
+from gradwire_server.backends.cuda.backend import BLOCKS_BEGUN, CupyBackend
+from gradwire_server.backends.cuda.memory_pool import Pool, rounded_up
+from gradwire_server.backends.cuda.pinned import empty_pinned
+from gradwire_server.jobs.header.parse import Place
 from tests.unit.server.simulated_device import SimulatedDevice
 from tests.unit.server.specs import ALL, make_spec
 from tests.unit.server.test_device_job import pieces_of, room, run_all
@@ -37,9 +37,9 @@ def cuda():
 
 @pytest.fixture
 def errors(cuda):
-    from gradwire_server.backends import cupy_errors
+    from gradwire_server.backends.cuda import errors
 
-    return cupy_errors
+    return errors
 
 
 class Outcome(list):
@@ -54,7 +54,7 @@ class Outcome(list):
 
 def test_cupy_is_not_imported_until_a_backend_is_made():
     code = (
-        "import sys, gradwire_server.backends.cupy; "
+        "import sys, gradwire_server.backends.cuda.backend; "
         "sys.exit(any(name.partition('.')[0] in {'cupy', 'cupy_backends'} "
         "for name in sys.modules))"
     )

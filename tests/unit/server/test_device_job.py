@@ -11,10 +11,10 @@ import pytest
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.async_device.job import DeviceJob
+from gradwire_server.backends.async_device.layout import make_layout
 from gradwire_server.backends.base import RowBlock, Times, empty_aligned
-from gradwire_server.backends.device_job import DeviceJob
-from gradwire_server.backends.device_layout import make_layout
-from gradwire_server.spec import Place
+from gradwire_server.jobs.header.parse import Place
 from tests.unit.server.simulated_device import SimulatedDevice
 from tests.unit.server.specs import ALL, make_spec
 from tests.unit.server.test_numpy_backend import bounds, exact, operands

@@ -6,10 +6,10 @@ import pytest
 
 from gradwire.v1 import job_pb2
 from gradwire_protocol.error_reasons import Reason
-from gradwire_server.backends.numpy import NumpyBackend
+from gradwire_server.backends.numpy.backend import NumpyBackend
 from gradwire_server.errors import JobError
-from gradwire_server.headers import Headers
-from gradwire_server.spec import FEATURES, MAX_HEADER_BYTES
+from gradwire_server.jobs.header.cache import Headers
+from gradwire_server.jobs.header.parse import FEATURES, MAX_HEADER_BYTES
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.framing import Block
 from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.row_blocks import make_plan
 from gradwire_server.errors import JobError
-from gradwire_server.intake import Intake
-from gradwire_server.plan import make_plan
+from gradwire_server.jobs.stream.request_validator import Intake
 from tests.unit.server.specs import ALL, make_spec
 
 

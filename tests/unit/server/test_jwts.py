@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwire_server.auth import gate_of
+from gradwire_server.auth.errors import RefusedError
 from gradwire_server.auth.jwts import Expected, parse_keys
-from gradwire_server.auth.refused import RefusedError
 from gradwire_server.errors import CredentialsError
 from gradwire_server.settings import Settings
 from tests.credentials import AUDIENCE, ISSUER, Issuer

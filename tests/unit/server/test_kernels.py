@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from gradwire_protocol.dtypes import Dtype
-from gradwire_server.backends.device_layout import make_layout
-from gradwire_server.backends.kernels import SOURCE, THREADS, grid, kernel_name
+from gradwire_server.backends.async_device.layout import make_layout
+from gradwire_server.backends.cuda.kernels import SOURCE, THREADS, grid, kernel_name
 from tests.unit.server.specs import ALL, make_spec
 
 KERNELS = {

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from gradwire_server.backends.base import Wait
-from gradwire_server.lane import Lane
-from gradwire_server.turns import LEAD_S
+from gradwire_server.scheduling.device_worker import Lane
+from gradwire_server.scheduling.fair_queue import LEAD_S
 
 
 class Device:

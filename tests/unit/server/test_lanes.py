@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gradwire_server.call import Counts
-from gradwire_server.lanes import Lanes, Load, load_of
-from gradwire_server.plan import make_plan
+from gradwire_server.api.call_state import Counts
+from gradwire_server.backends.row_blocks import make_plan
+from gradwire_server.scheduling.device_selector import Lanes, Load, load_of
 from tests.unit.server.specs import make_spec
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from gradwire_server import ListenError, Server, Settings, listen
+from gradwire_server import ListenError, Server, Settings
+from gradwire_server.transports import listener
 
 
 @pytest.fixture
@@ -22,12 +23,12 @@ async def server():
 
 async def refusal(server, address):
     with pytest.raises(ListenError) as caught:
-        listen.bind(server, address)
+        listener.bind(server, address)
     return str(caught.value)
 
 
 async def test_port_0_takes_a_free_port_and_says_which(server):
-    address = listen.bind(server, "127.0.0.1:0")
+    address = listener.bind(server, "127.0.0.1:0")
     await server.start()
     host, port = address.split(":")
     with socket.create_connection((host, int(port)), timeout=5):
@@ -52,7 +53,7 @@ async def test_plaintext_where_others_can_listen_in_has_to_be_asked_for(
         "same"
     )
     with caplog.at_level(logging.WARNING, logger="gradwire_server"):
-        listen.bind(server, f"{host}:0", insecure=True)
+        listener.bind(server, f"{host}:0", insecure=True)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.address == f"{host}:0"
@@ -61,7 +62,7 @@ async def test_plaintext_where_others_can_listen_in_has_to_be_asked_for(
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3"])
 async def test_this_host_alone_may_be_served_in_plaintext(server, host, caplog):
     with caplog.at_level(logging.WARNING, logger="gradwire_server"):
-        listen.bind(server, f"{host}:0")
+        listener.bind(server, f"{host}:0")
     assert not caplog.records
 
 
@@ -92,7 +93,7 @@ async def test_a_path_that_grpc_would_read_otherwise_is_refused(server, path):
 
 
 async def test_a_unix_socket_is_its_owners_alone(server, tmp_path):
-    address = listen.bind(server, f"unix:{tmp_path}/s")
+    address = listener.bind(server, f"unix:{tmp_path}/s")
     await server.start()
     mode = (tmp_path / "s").stat().st_mode
     assert stat.S_ISSOCK(mode)

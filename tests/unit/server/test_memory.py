@@ -10,7 +10,7 @@ PROGRAM = """
 import json, sys
 import numpy as np
 import psutil
-from gradwire_server import memory
+from gradwire_server.backends import host_memory as memory
 
 if sys.argv[1] == "keep":
     assert memory.keep_freed()

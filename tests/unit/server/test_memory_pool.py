@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gradwire_protocol.limits import MIB
-from gradwire_server.backends.memory_pool import GRAIN_BYTES, Pool, rounded_up
-from gradwire_server.backends.pinned import empty_pinned
+from gradwire_server.backends.cuda.memory_pool import GRAIN_BYTES, Pool, rounded_up
+from gradwire_server.backends.cuda.pinned import empty_pinned
 
 
 class Memory:

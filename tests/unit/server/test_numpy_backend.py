@@ -13,10 +13,10 @@ from threadpoolctl import threadpool_info
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.backends import numpy as numpy_backend
 from gradwire_server.backends.base import RowBlock, Times
-from gradwire_server.backends.numpy import NumpyBackend
-from gradwire_server.spec import Place
+from gradwire_server.backends.numpy import backend as numpy_backend
+from gradwire_server.backends.numpy.backend import NumpyBackend
+from gradwire_server.jobs.header.parse import Place
 from tests.unit.server.specs import ALL, make_spec
 
 UNIT_ROUNDOFF = {

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gradwire_server.patience import patience
+from gradwire_server.api.client_timeouts import patience
 
 IDLE_S = 0.2
 

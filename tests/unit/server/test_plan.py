@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.plan import ALIGNMENT, MAX_BLOCK_ROWS, make_plan
+from gradwire_server.backends.row_blocks import ALIGNMENT, MAX_BLOCK_ROWS, make_plan
 from tests.unit.server.specs import ALL, make_spec
 
 SOME_RESULTS = [subset for size in (1, 2, 3) for subset in combinations(ALL, size)]

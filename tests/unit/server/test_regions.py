@@ -17,11 +17,11 @@ import pytest
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import MIB
-from gradwire_server import regions
-from gradwire_server.admission import Admission
+from gradwire_server.admission.controller import Admission
 from gradwire_server.errors import JobError
-from gradwire_server.lanes import Lanes
-from gradwire_server.regions import Regions
+from gradwire_server.memory import shared_regions
+from gradwire_server.memory.shared_regions import Regions
+from gradwire_server.scheduling.device_selector import Lanes
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ async def test_a_region_given_up_while_it_takes_its_pages_counts_until_it_stops(
         taking.set()
         go_on.wait(20)
 
-    monkeypatch.setattr(regions, "_allocate", allocate)
+    monkeypatch.setattr(shared_regions, "_allocate", allocate)
     opened = Regions(admission, as_it_is)
     task = asyncio.create_task(hold_open(opened, 100 * MIB))
     assert await asyncio.to_thread(taking.wait, 20)

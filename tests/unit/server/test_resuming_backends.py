@@ -7,9 +7,9 @@ import pytest
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.async_device.job import DeviceJob
 from gradwire_server.backends.base import RowBlock, Times, empty_aligned
-from gradwire_server.backends.device_job import DeviceJob
-from gradwire_server.backends.numpy import NumpyBackend
+from gradwire_server.backends.numpy.backend import NumpyBackend
 from tests.unit.server.simulated_device import SimulatedDevice
 from tests.unit.server.specs import make_spec
 from tests.unit.server.test_numpy_backend import operands

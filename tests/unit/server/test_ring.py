@@ -8,8 +8,8 @@ import random
 import pytest
 
 from gradwire_server.backends.base import empty_aligned
-from gradwire_server.plan import make_plan
-from gradwire_server.ring import Ring
+from gradwire_server.backends.row_blocks import make_plan
+from gradwire_server.jobs.stream.ring_buffer import Ring
 from tests.unit.server.specs import make_spec
 
 BLOCKS = 40

@@ -8,11 +8,11 @@ import pytest
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import MIB
-from gradwire_server.accounts import CALL_BYTES
-from gradwire_server.admission import Admission
+from gradwire_server.admission.controller import Admission
+from gradwire_server.admission.quota import CALL_BYTES
+from gradwire_server.admission.tenancy import Limits
 from gradwire_server.errors import JobError
-from gradwire_server.lanes import Lanes
-from gradwire_server.tenants import Limits
+from gradwire_server.scheduling.device_selector import Lanes
 from tests.unit.server.test_admission import Jobs
 
 

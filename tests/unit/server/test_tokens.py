@@ -7,8 +7,8 @@ import re
 
 import pytest
 
+from gradwire_server.admission.tenancy import Limits
 from gradwire_server.auth.tokens import new_token, parse_tokens, sha256_of, without
-from gradwire_server.tenants import Limits
 from tests.credentials import make_tokens
 
 TODAY = datetime.date(2026, 11, 26)

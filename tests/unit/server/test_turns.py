@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from gradwire_server.turns import LEAD_S, Turns
+from gradwire_server.scheduling.fair_queue import LEAD_S, Turns
 
 
 class Lane:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gradwire_server.auth.watched import Watched
 from gradwire_server.errors import CredentialsError
 from gradwire_server.files import stamp
+from gradwire_server.transports.file_watch import Watched
 from tests.credentials import replace_file
 
 

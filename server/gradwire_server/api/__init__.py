@@ -1,0 +1,1 @@
+"""The contract's methods: decode, call, encode."""

@@ -1,0 +1,196 @@
+"""One call's place in the memory, its error, and its line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from typing import Any, TypeAlias
+
+import grpc
+
+from gradwire_protocol.error_details import encode
+from gradwire_protocol.error_reasons import Reason
+from gradwire_server.admission import tenancy
+from gradwire_server.api.call_state import Call
+from gradwire_server.api.job_service import Service
+from gradwire_server.errors import JobError
+
+_log = logging.getLogger("gradwire_server")
+
+Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+
+
+async def accounted(
+    service: Service,
+    method: str,
+    context: Context,
+    serve: Callable[[Call], Awaitable[bytes | None]],
+) -> bytes | None:
+    """Serves a call; whatever it raises becomes a status and a log line.
+
+    An error that nobody foresaw is told to the client by an id alone; the log
+    has the id and the rest.
+
+    Returns:
+        The answer, if the method has one that gRPC is to send. The call counts
+        until that has left.
+    """
+    answer: bytes | None = None
+    call = Call(
+        method=method,
+        transport="unix" if context.peer().startswith("unix") else "tcp",
+        tenant=tenancy.current.get(),
+    )
+    try:
+        with ExitStack() as held:
+            held.enter_context(service.admission.call(tenant=call.tenant))
+            try:
+                answer, failure = await _outcome(call, context, serve)
+            finally:
+                service.job_ended(call)
+            if failure is not None:
+                await _fail(call, context, failure)
+            if answer is not None:
+                _hold_until_read(call, held.pop_all(), service.settings.idle_timeout)
+    except JobError as refused:
+        await _fail(call, context, refused)
+    return answer
+
+
+def _hold_until_read(call: Call, held: ExitStack, idle_s: float) -> None:
+    """Closes `held` when gRPC has sent the answer that the handler returns.
+
+    A client that does not read it for too long does not count any more; gRPC,
+    which cannot be told to drop it, holds this one message for it.
+    """
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("a call runs in a task")
+
+    def give_up() -> None:
+        _log.warning("the answer was not read", extra={"job_id": call.job_id})
+        task.cancel()
+
+    def left(_: object) -> None:
+        too_late.cancel()
+        held.close()
+
+    too_late = asyncio.get_running_loop().call_later(idle_s, give_up)
+    task.add_done_callback(left)
+
+
+async def _outcome(
+    call: Call, context: Context, serve: Callable[[Call], Awaitable[bytes | None]]
+) -> tuple[bytes | None, JobError | None]:
+    """Serves a call, and says what became of it in the log.
+
+    Returns:
+        The answer, or why there is none.
+
+    A failure is given back rather than raised, and without its traceback: a
+    status waits until the client has read what was sent before it, and the
+    frames of a traceback would hold the job's memory until then.
+    """
+    try:
+        answer = await serve(call)
+    except asyncio.CancelledError:
+        late = _is_late(context)
+        _write_line(
+            call,
+            logging.INFO if call.ends_by_cancelling else logging.WARNING,
+            "DEADLINE_EXCEEDED" if late else "CANCELLED",
+            reason=Reason.DEADLINE_PASSED if late else Reason.JOB_CANCELLED,
+        )
+        raise
+    except JobError as error:
+        return None, error.bare()
+    except MemoryError:
+        return None, JobError(
+            Reason.DEVICE_OUT_OF_MEMORY,
+            "there is no memory for this call, though the server's limit allows it",
+        )
+    except Exception:  # noqa: BLE001 - logged, and told by its id
+        error_id = f"error-{secrets.token_hex(6)}"
+        _log.exception(
+            "unforeseen error", extra={"error_id": error_id, "job_id": call.job_id}
+        )
+        return None, JobError(
+            Reason.UNFORESEEN,
+            f"the server failed; its log has the cause as {error_id}",
+            metadata={"error_id": error_id},
+        )
+    call.complete = True
+    _write_line(call, logging.INFO, "OK")
+    return answer, None
+
+
+def _is_late(context: Context) -> bool:
+    """Whether a cancelled call has reached its deadline.
+
+    The client's clock may be first: its cancellation then comes when a little
+    of the deadline is left here.
+    """
+    remaining = context.time_remaining()
+    return remaining is not None and remaining < _DEADLINE_SLACK_S
+
+
+_DEADLINE_SLACK_S = 0.05
+
+
+async def _fail(call: Call, context: Context, error: JobError) -> None:
+    _write_line(
+        call,
+        logging.WARNING,
+        error.reason.status.name,
+        reason=error.reason,
+        error=error.message,
+    )
+    status = error.reason.status
+    trailer = encode(status, error.message, error.details(call.job_id))
+    try:
+        await context.abort(status, error.message, trailer)
+    except grpc.aio.InternalError:
+        # The client went before it read the status; gRPC would log that.
+        raise asyncio.CancelledError from None
+
+
+def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
+    if not _log.isEnabledFor(level):
+        return
+    fields: dict[str, Any] = {
+        "job_id": call.job_id,
+        **({"tenant": call.tenant} if call.tenant else {}),
+        "method": call.method,
+        "outcome": outcome,
+        **more,
+        "transport": call.transport,
+        "total_s": round(time.perf_counter() - call.started, 6),
+    }
+    if call.read is not None:
+        spec = call.read.spec
+        fields |= {
+            "m": spec.m,
+            "n": spec.n,
+            "k": spec.k,
+            "dtype": spec.dtype.label,
+            "results": ",".join(result.label for result in spec.results),
+            "reserved_bytes": call.reserved_bytes,
+            "queued_s": round(call.queued_s, 6),
+        }
+    if call.admitted:
+        counts = call.counts
+        fields |= {
+            "m": counts.m or fields["m"],
+            "blocks": counts.blocks,
+            "bytes_received": counts.bytes_received,
+            "bytes_sent": counts.bytes_sent,
+            "device": call.accepted.device.index,
+            "receiving_s": round(call.receiving_s, 6),
+            "computing_s": round(counts.times.computing_s, 6),
+            "sending_s": round(call.sending_s, 6),
+        }
+    _log.log(level, "job", extra=fields)

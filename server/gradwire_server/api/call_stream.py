@@ -1,0 +1,182 @@
+"""Both directions of one call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from gradwire_protocol import framing
+from gradwire_protocol.checksum import crc32c
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.v1 import gradient_service_pb2 as pb2
+from gradwire_protocol.v1 import job_pb2
+from gradwire_server.api.call_state import Call, owes_nothing
+from gradwire_server.errors import JobError, malformed
+from gradwire_server.jobs.stream.checkpoints import Checkpoint
+from gradwire_server.jobs.stream.streamed_job import RunningJob
+
+if TYPE_CHECKING:
+    from gradwire_server.api.job_service import Service
+
+Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+Request = TypeVar("Request", pb2.ComputeRequest, pb2.OpenRegionRequest)
+
+
+class Stream:
+    """The messages of one call, with the patience that its client gets."""
+
+    def __init__(self, service: Service, call: Call, context: Context) -> None:
+        self._service = service
+        self._call = call
+        self._context = context
+        self._progress_at = asyncio.get_running_loop().time()
+
+    async def read_request(self, kind: type[Request]) -> Request:
+        """The one message of a method that has one."""
+        message = await self._read_bytes("a request")
+        if message is None:
+            await _refuse(None, "a request")
+        try:
+            return kind.FromString(message)
+        except DecodeError:
+            what = kind.DESCRIPTOR.full_name
+            raise malformed(f"the request is no {what}") from None
+
+    async def read_header(self) -> job_pb2.Job:
+        """The first message: a job's header."""
+        message = await self._read("a job")
+        if not isinstance(message, job_pb2.Job):
+            await _refuse(message, "a job first")
+        return message
+
+    async def tell_queued(self, jobs_ahead: int) -> None:
+        """Says how many jobs come before this one."""
+        await self.write(framing.encode_queued(jobs_ahead))
+
+    async def serve(self, job: RunningJob) -> None:
+        """Takes the operands and gives the results."""
+        self._call.idle_since = job.owes_nothing_since
+        try:
+            await both(self._receive(job), self._send(job))
+        finally:
+            # The call may outlive the job, and must not hold its memory.
+            self._call.idle_since = owes_nothing
+
+    async def _receive(self, job: RunningJob) -> None:
+        """Takes the operands, up to the half-close behind End."""
+        self._progressed()
+        while True:
+            message = await self._read("the next block of an operand, or end")
+            if isinstance(message, framing.Block):
+                await job.take(message)
+                if message.payload:  # messages without elements are no progress
+                    self._progressed()
+            elif isinstance(message, job_pb2.End):
+                await job.end(message.m)
+                self._progressed()
+                break
+            else:
+                await _refuse(message, "a block or end")
+        await self._read_half_close()
+
+    async def receive_end(self, m: int) -> None:
+        """Takes End of a job that has no blocks, and the half-close behind it."""
+        self._progressed()
+        message = await self._read("end")
+        if not isinstance(message, job_pb2.End):
+            await _refuse(message, "end, because the job is in shared memory")
+        elif message.m != m:
+            raise JobError(
+                Reason.M_MISMATCH,
+                f"end.m is {message.m}, but job.m is {m}",
+                field="end.m",
+            )
+        await self._read_half_close()
+
+    async def _read_half_close(self) -> None:
+        message = await self._read("the client's half-close after end")
+        if message is not None:
+            await _refuse(message, "nothing after end")
+
+    async def _send(self, job: RunningJob) -> None:
+        """Gives the results, in the order in which they are ready."""
+        async with aclosing(job.results()) as runs:
+            async for run in runs:
+                if isinstance(run, Checkpoint):
+                    await self.write(framing.encode_checkpoint(run.rows))
+                    continue
+                checksum = crc32c(run.payload) if job.spec.checksum else None
+                await self.write(
+                    framing.encode_block(run.matrix, run.index, run.payload, checksum)
+                )
+
+    async def write(self, message: bytes) -> None:
+        """Hands a message to gRPC; waits while the client does not read."""
+        async with self._service.client_reads(self._call):
+            try:
+                await self._context.write(message)
+            except grpc.aio.InternalError as error:
+                # The call is over: this task is about to be cancelled.
+                await asyncio.sleep(_CANCELLATION_S)
+                raise JobError(
+                    Reason.JOB_CANCELLED, "the call ended before its results were sent"
+                ) from error
+
+    async def _read(self, expected: str) -> framing.RequestMessage | None:
+        """The next message; None at the half-close."""
+        message = await self._read_bytes(expected)
+        if message is None:
+            return None
+        try:
+            return framing.decode_request(message)
+        except framing.FramingError as error:
+            raise malformed(str(error)) from None
+
+    async def _read_bytes(self, expected: str) -> bytes | None:
+        async with self._service.client_sends(self._call, self._progress_at, expected):
+            message = await self._context.read()
+        return message if isinstance(message, bytes) else None  # grpc.aio.EOF
+
+    def _progressed(self) -> None:
+        self._progress_at = asyncio.get_running_loop().time()
+
+
+async def both(
+    one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None]
+) -> None:
+    """Waits for two halves of a job; when one fails, the other is cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(one)
+            group.create_task(other)
+    except BaseExceptionGroup as failed:
+        raise first_cause(failed) from None
+
+
+def first_cause(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What failed first; what failed because of it is not told."""
+    cause = failed.exceptions[0]
+    return first_cause(cause) if isinstance(cause, BaseExceptionGroup) else cause
+
+
+async def _refuse(message: framing.RequestMessage | None, expected: str) -> NoReturn:
+    if message is None:
+        # A call that is cancelled reads as if it were half-closed. This task
+        # is cancelled too, but a moment later, and that is the true cause.
+        await asyncio.sleep(_CANCELLATION_S)
+        raise JobError(
+            Reason.END_MISSING,
+            f"the client closed the stream without end: expected {expected}",
+        )
+    came = type(message).__name__.lower()
+    raise JobError(
+        Reason.MESSAGE_UNEXPECTED, f"a message with {came} came: expected {expected}"
+    )
+
+
+_CANCELLATION_S = 0.1

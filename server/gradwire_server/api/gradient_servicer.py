@@ -1,0 +1,158 @@
+"""The methods of `gradwire.v1.GradientService`: decode, call, encode.
+
+All of them are given and give bytes. A deserializer that raises would end
+the call as UNKNOWN with the exception's text, so messages are parsed here.
+And all of them take streams, on the wire no other than single messages: gRPC
+calls a method of one request only when that is complete, and until then
+nobody would count its bytes, or lose patience with it. Compute gives one
+message and not a stream of them, because gRPC then sends it and the status
+at once, which is a good part of a small call's time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from typing import TypeAlias
+
+import grpc
+
+from gradwire_protocol import framing
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MAX_MESSAGE_BYTES, SERVICE, SHARED_MEMORY
+from gradwire_protocol.v1 import gradient_service_pb2 as pb2
+from gradwire_server.api import server_info
+from gradwire_server.api.call_scope import accounted
+from gradwire_server.api.call_state import Call
+from gradwire_server.api.call_stream import Stream, both
+from gradwire_server.api.job_service import Service
+from gradwire_server.errors import JobError
+from gradwire_server.jobs.header import unary
+
+Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class GradientServicer:
+    """The four methods.
+
+    Args:
+        service: What they call.
+        backend_reason: Why the backend was chosen, for GetServerInfo.
+    """
+
+    def __init__(self, service: Service, backend_reason: str) -> None:
+        self._service = service
+        self._backend_reason = backend_reason
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a gRPC server is given."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Compute": grpc.stream_unary_rpc_method_handler(self.compute),
+                **{
+                    name: grpc.stream_stream_rpc_method_handler(method)
+                    for name, method in (
+                        ("ComputeStream", self.compute_stream),
+                        ("OpenRegion", self.open_region),
+                        ("GetServerInfo", self.get_server_info),
+                    )
+                },
+            },
+        )
+
+    async def get_server_info(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """GetServerInfo; its request is empty, so nobody waits for it."""
+        answer = server_info.describe(self._service, self._backend_reason)
+        await context.write(answer.SerializeToString())
+
+    async def compute(self, _: AsyncIterator[bytes], context: Context) -> bytes | None:
+        """Compute: a small job, whole."""
+
+        async def serve(call: Call) -> bytes:
+            stream = Stream(self._service, call, context)
+            request = await stream.read_request(pb2.ComputeRequest)
+            spec = self._service.read_job(call, request.job)
+            operands = unary.whole_operands(spec, request)
+            size = unary.message_bytes(spec)
+            results = await self._service.run(call, size, operands)
+            response = pb2.ComputeResponse(
+                accepted=self._service.accepted(call),
+                receipt=self._service.receipt(call),
+                **{result.label: array.tobytes() for result, array in results.items()},
+            )
+            return response.SerializeToString()
+
+        return await accounted(self._service, "Compute", context, serve)
+
+    async def compute_stream(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """ComputeStream: a job of any size, block by block."""
+
+        async def serve(call: Call) -> None:
+            stream = Stream(self._service, call, context)
+            header = await stream.read_header()
+            spec = self._service.read_job(call, header)
+            message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_block_bytes)
+            if spec.places:
+                await self._compute_in_place(call, stream, message_bytes)
+                return
+            async with self._service.streamed(
+                call, message_bytes, stream.tell_queued
+            ) as job:
+                accepted = self._service.accepted(call)
+                await stream.write(framing.encode_accepted(accepted))
+                await stream.serve(job)
+                await stream.write(framing.encode_receipt(self._service.receipt(call)))
+
+        await accounted(self._service, "ComputeStream", context, serve)
+
+    async def open_region(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """OpenRegion: memory that is shared for as long as the call is open."""
+
+        async def serve(call: Call) -> None:
+            call.transport = "shm"
+            _require_shared_memory(self._service, context.peer())
+            stream = Stream(self._service, call, context)
+            asked = await stream.read_request(pb2.OpenRegionRequest)
+            regions = self._service.regions
+            async with regions.open(asked.size_bytes, call.tenant) as region:
+                answer = pb2.OpenRegionResponse(
+                    token=region.token,
+                    pid=os.getpid(),
+                    fd=region.fd,
+                    cookie=region.cookie,
+                    size_bytes=region.size_bytes,
+                )
+                await stream.write(answer.SerializeToString())
+                call.ends_by_cancelling = True
+                await asyncio.get_running_loop().create_future()
+
+        await accounted(self._service, "OpenRegion", context, serve)
+
+    async def _compute_in_place(
+        self, call: Call, stream: Stream, message_bytes: int
+    ) -> None:
+        spec = call.header.spec
+        async with self._service.in_place(
+            call, message_bytes, stream.tell_queued
+        ) as job:
+            await stream.write(framing.encode_accepted(self._service.accepted(call)))
+            await both(stream.receive_end(spec.m or 0), job.compute())
+            await stream.write(framing.encode_receipt(self._service.receipt(call)))
+
+
+def _require_shared_memory(service: Service, peer: str) -> None:
+    if SHARED_MEMORY not in service.features:
+        raise JobError(
+            Reason.FEATURE_UNKNOWN, "this server does not allow shared memory"
+        )
+    if not peer.startswith(_LOCAL_PEERS):
+        raise JobError(
+            Reason.NOT_ALLOWED,
+            "memory is shared with clients of a loopback address or a unix socket, "
+            f"and this one is {peer}",
+        )
+
+
+_LOCAL_PEERS = ("unix", "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D")

@@ -1,0 +1,231 @@
+"""Where every call passes, whatever its service, before anything of it is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+
+from gradwire_protocol.error_details import ErrorDetails, encode
+from gradwire_protocol.error_reasons import Reason
+from gradwire_server.admission import tenancy
+from gradwire_server.admission.tenancy import Limits
+from gradwire_server.auth import client_certificates
+from gradwire_server.auth.client_certificates import Context, Handler
+from gradwire_server.auth.errors import RefusedError
+from gradwire_server.auth.jwts import Expected, parse_keys
+from gradwire_server.auth.tokens import Tokens, parse_tokens
+from gradwire_server.errors import CredentialsError
+from gradwire_server.settings import Settings
+from gradwire_server.transports.file_watch import Watched
+
+_log = logging.getLogger("gradwire_server")
+
+Continuation: TypeAlias = Callable[
+    [grpc.HandlerCallDetails], Awaitable["Handler | None"]
+]
+
+HEADER = "authorization"
+_HEALTH = "/grpc.health.v1.Health/"
+
+
+class Register(Protocol):
+    """What knows tenants by their tokens."""
+
+    def tenant_of(self, token: str) -> str | None:
+        """Whose a token is; None where it is not in this register."""
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Lets calls in whose credentials prove a tenant.
+
+    A call that is not let in is answered without a message of it being read,
+    or any memory being counted for it.
+
+    Args:
+        registers: Where tokens are looked up, one after another.
+        limits: What a tenant may have of the server, unless the file of
+            tokens says otherwise.
+        tokens: That file.
+        certificates: Whether who sends no token is the tenant that the client's
+            certificate names.
+        health_open: Whether anybody may ask for the server's health.
+    """
+
+    def __init__(
+        self,
+        registers: Sequence[Watched[Any]],
+        limits: Limits,
+        tokens: Watched[Tokens] | None,
+        *,
+        certificates: bool,
+        health_open: bool,
+    ) -> None:
+        self._certificates = certificates
+        self._registers = registers
+        self._limits = limits
+        self._tokens = tokens
+        self._health_open = health_open
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """The method's handler, or one that says why the call is not let in."""
+        method = _text(handler_call_details.method)
+        if self._health_open and method.startswith(_HEALTH):
+            return await continuation(handler_call_details)
+        metadata = handler_call_details.invocation_metadata or ()
+        given = [_text(value) for key, value in metadata if key == HEADER]
+        if not given and self._certificates:
+            handler = await continuation(handler_call_details)
+            let_in = partial(_let_in_by_certificate, method)
+            return (
+                None if handler is None else client_certificates.after(let_in, handler)
+            )
+        try:
+            tenancy.current.set(self._tenant_of(given))
+        except RefusedError as refused:
+            # As a stream, however the method is: gRPC reads the message of a
+            # method that has one before it calls anybody.
+            return grpc.stream_stream_rpc_method_handler(
+                partial(_refuse_unread, method, refused)
+            )
+        return await continuation(handler_call_details)
+
+    def limits_of(self, tenant: str) -> Limits:
+        """What a tenant may have of the server."""
+        if self._tokens is None:
+            return self._limits
+        return self._tokens.value.limits_of(tenant, self._limits)
+
+    def _tenant_of(self, given: Sequence[str]) -> str:
+        if not given:
+            raise _none_given()
+        scheme, _, token = given[0].partition(" ")
+        if len(given) > 1 or scheme.lower() != "bearer" or not token.strip():
+            raise RefusedError(
+                "the metadata authorization is not one Bearer TOKEN",
+                why="authorization is not one Bearer TOKEN",
+            )
+        for register in self._registers:
+            known: Register = register.value
+            name = known.tenant_of(token.strip())
+            if name is not None:
+                return name
+        raise RefusedError(why="an unknown token")
+
+
+def gate_of(settings: Settings) -> Gate | None:
+    """The gate that the settings ask for; None where nobody is asked.
+
+    Raises:
+        CredentialsError: A file that they name cannot be used.
+    """
+    registers: list[Watched[Any]] = []
+    tokens: Watched[Tokens] | None = None
+    if settings.auth_tokens is not None:
+        tokens = Watched(settings.auth_tokens, "the tokens file", parse_tokens)
+        registers.append(tokens)
+    expected = _expected(settings)
+    if settings.auth_jwks is not None and expected is not None:
+        parse = partial(parse_keys, expected=expected)
+        registers.append(Watched(settings.auth_jwks, "the key set", parse))
+    limits = Limits(
+        settings.tenant_max_jobs,
+        settings.tenant_memory_limit,
+        settings.tenant_max_queue,
+    )
+    if settings.auth_certificates and settings.tls_client_ca is None:
+        raise CredentialsError(
+            "auth_certificates is set without tls_client_ca: clients show no "
+            "certificates then"
+        )
+    if registers or settings.auth_certificates:
+        return Gate(
+            registers,
+            limits,
+            tokens,
+            certificates=settings.auth_certificates,
+            health_open=not settings.auth_health,
+        )
+    without = "a limit of tenants" if limits != Limits() else None
+    if settings.auth_health:
+        without = "auth_health"
+    if without is not None:
+        raise CredentialsError(
+            f"{without} is given, and nobody is asked who they are: give "
+            "auth_tokens, auth_jwks or auth_certificates"
+        )
+    return None
+
+
+def _expected(settings: Settings) -> Expected | None:
+    """What JWTs have to say; None where there are none."""
+    audience, issuer = settings.auth_jwt_audience, settings.auth_jwt_issuer
+    claim = settings.auth_jwt_claim
+    if settings.auth_jwks is None:
+        if audience or issuer:
+            raise CredentialsError(
+                "auth_jwt_audience and auth_jwt_issuer are for JWTs, and there is no "
+                "auth_jwks"
+            )
+        return None
+    if not audience or not issuer or not claim:
+        raise CredentialsError(
+            "auth_jwks needs auth_jwt_audience, auth_jwt_issuer and auth_jwt_claim: "
+            "an issuer's tokens may be for others"
+        )
+    return Expected(audience, issuer, claim)
+
+
+async def _let_in_by_certificate(method: str, context: Context) -> None:
+    try:
+        name = client_certificates.tenant_of(context)
+        if name is None:
+            raise _none_given()
+    except RefusedError as refused:
+        await _refuse(method, refused, context)
+    else:
+        tenancy.current.set(name)
+
+
+async def _refuse_unread(
+    method: str, refused: RefusedError, _: AsyncIterator[bytes], context: Context
+) -> None:
+    await _refuse(method, refused, context)
+
+
+async def _refuse(method: str, refused: RefusedError, context: Context) -> None:
+    """Ends a call, and says so in the log."""
+    reason = Reason.CREDENTIALS_INVALID
+    _log.warning(
+        "refused",
+        extra={
+            "method": method[:_SHOWN],
+            "outcome": reason.status.name,
+            "reason": reason,
+            "error": refused.why,
+            "peer": context.peer(),
+        },
+    )
+    trailer = encode(reason.status, refused.told, ErrorDetails(reason))
+    await context.abort(reason.status, refused.told, trailer)
+
+
+def _none_given() -> RefusedError:
+    return RefusedError(
+        "this server asks for credentials: send the metadata authorization: "
+        "Bearer TOKEN",
+        why="no credentials",
+    )
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode(errors="replace")
+
+
+_SHOWN = 128
+"""Characters of a method's name that are logged: strangers choose it."""

@@ -1,0 +1,297 @@
+"""A job on a device that works beside the thread of its lane.
+
+While a row block is computed, the next one is copied to the device and the one
+before it is copied back:
+
+    up:       x0 dy0 | x1 dy1 | x2 dy2 | ...
+    compute:           y0 dx0 dw | y1 dx1 dw | ...
+    down:                          y0 dx0 | y1 dx1 | ...
+
+Each block lies in a slot of the job's device memory, and slots are used in
+turn. A block's products wait for its own upload, and for the download of the
+block that was in its slot; its upload waits for the products of that block,
+and its download for its own products. All of that is waited for on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends import products
+from gradwire_server.backends.async_device import gemm
+from gradwire_server.backends.async_device.device import Allocate, Device, Marks, Stream
+from gradwire_server.backends.async_device.gemm import Compute, DeviceMatrix
+from gradwire_server.backends.async_device.layout import Placed, make_layout
+from gradwire_server.backends.base import Array, RowBlock, Times, Wait
+from gradwire_server.jobs.header.parse import JobSpec
+
+
+class DeviceJob:
+    """A job on a device: its memory there, and what is done when.
+
+    Args:
+        spec: What was asked.
+        block_rows: Most rows of a block.
+        blocks_begun: Most row blocks that have begun and were not waited for.
+        device: Where.
+        times: Told how long the stages took, by the device's own clock.
+        empty: Host memory for dW, if no `dw` is given.
+        dw: Where dW goes, shape (n, k), in its dtype on the wire.
+
+    Raises:
+        MemoryError: The device has not so much memory.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        block_rows: int,
+        blocks_begun: int,
+        device: Device,
+        *,
+        times: Times,
+        empty: Allocate,
+        dw: Array | None = None,
+    ) -> None:
+        self._spec = spec
+        self._device = device
+        self._times = times
+        self._empty = empty
+        self._result = dw
+        self._compute = Compute.of(spec.dtype, allow_tf32=spec.allow_tf32)
+        layout = make_layout(spec, block_rows, blocks_begun)
+        with device.errors():
+            self._memory = device.take_memory(layout.size_bytes)
+        self._placed = Placed(spec, layout, self._memory.address)
+        self._slots: list[Marks | None] = [None] * len(layout.slots)
+        """Of each slot, the marks of its block until that was waited for."""
+        self._blocks = 0
+        self._dw_begun = False
+        """Whether there is a sum of dW, of this job's blocks or of others before."""
+
+    def take_w(self, w: Array) -> None:
+        """Copies W, shape (n, k), to the device."""
+        placed = self._placed.w
+        if placed is None or not placed.size:
+            return
+        self._upload_whole(w, placed)
+
+    def take_dw_sum(self, dw: Array) -> None:
+        """Copies a sum of dW, with which the job goes on, to the device."""
+        placed = self._sum()
+        self._dw_begun = True
+        if placed.size:
+            self._upload_whole(dw, placed)
+
+    def copy_dw_sum(self, out: Array) -> None:
+        """Copies the sum of dW over the blocks that have begun from the device."""
+        placed = self._sum()
+        if not (self._dw_begun and placed.size):
+            out.fill(0)
+            return
+        with self._begun() as marks:
+            self._device.record(Stream.COMPUTE, marks.computed)
+            self._device.wait(Stream.DOWN, marks.computed)
+            self._device.record(Stream.DOWN, marks.download_begun)
+            self._device.download(placed.address, out)
+            self._device.record(Stream.DOWN, marks.done)
+            # The next block, which adds to it, is begun after this.
+            self._device.synchronize(marks.done)
+            self._times.from_device_s += self._device.elapsed_s(
+                marks.download_begun, marks.done
+            )
+            self._device.give_marks_back(marks)
+
+    def take_block(self, block: RowBlock) -> Wait | None:
+        """Begins a row block: copies it, computes, and copies its results."""
+        if not (self._slots and block.rows):
+            # Sums of no products: cuBLAS does not take them.
+            for result in (block.y, block.dx):
+                if result is not None:
+                    result.fill(0)
+            return None
+        number = self._blocks % len(self._slots)
+        with self._begun() as marks:
+            self._upload(number, block, marks)
+            self._multiply(number, block, marks)
+            self._download(number, block, marks)
+        self._slots[number] = marks
+        self._blocks += 1
+        self._dw_begun = True
+        return partial(self._wait, number, block, marks)
+
+    def finish(self) -> Array:
+        """dW, shape (n, k), rounded once from the accumulator."""
+        spec, placed = self._spec, self._placed
+        if placed.dw is None:
+            raise RuntimeError("the job does not want dW")
+        result = self._result
+        if result is None:
+            dtype = spec.results[Matrix.DW]
+            size_bytes = spec.n * spec.k * dtype.itemsize
+            with self._device.errors():
+                memory = self._empty(size_bytes)
+            result = memory.view(dtype.numpy).reshape(spec.n, spec.k)
+        if not (self._dw_begun and placed.dw.size):
+            result.fill(0)
+            return result
+        leaves = placed.dw
+        with self._begun() as marks:
+            self._device.record(Stream.COMPUTE, marks.compute_begun)
+            if placed.rounded is not None:
+                leaves = placed.rounded
+                self._device.convert(placed.dw, leaves, add=False)
+            self._device.record(Stream.COMPUTE, marks.computed)
+            self._device.wait(Stream.DOWN, marks.computed)
+            self._device.record(Stream.DOWN, marks.download_begun)
+            self._device.download(leaves.address, result)
+            self._device.record(Stream.DOWN, marks.done)
+            self._device.synchronize(marks.done)
+            self._times.computing_s += self._device.elapsed_s(
+                marks.compute_begun, marks.computed
+            )
+            self._times.from_device_s += self._device.elapsed_s(
+                marks.download_begun, marks.done
+            )
+            self._device.give_marks_back(marks)
+        return result
+
+    def close(self) -> None:
+        """Gives the job's memory on the device back."""
+        self._memory.give_back()
+
+    def _sum(self) -> DeviceMatrix:
+        placed = self._placed.dw
+        if placed is None:
+            raise RuntimeError("the job does not want dW")
+        return placed
+
+    @contextmanager
+    def _begun(self) -> Iterator[Marks]:
+        """Marks for what is queued within; if that fails, it comes to an end.
+
+        The job's memory, here and there, is others' soon after an error.
+        """
+        with self._device.errors():
+            marks = self._device.marks()
+            try:
+                yield marks
+            except BaseException:
+                self._device.settle()
+                raise
+
+    def _upload_whole(self, array: Array, to: DeviceMatrix) -> None:
+        """Copies W, or a sum of dW, and waits for it."""
+        with self._begun() as marks:
+            self._device.record(Stream.UP, marks.upload_begun)
+            self._device.upload(array, to.address)
+            self._device.record(Stream.UP, marks.uploaded)
+            # What it came in may be gone when this job is, at any moment.
+            self._device.synchronize(marks.uploaded)
+            self._times.to_device_s += self._device.elapsed_s(
+                marks.upload_begun, marks.uploaded
+            )
+            self._device.give_marks_back(marks)
+
+    def _upload(self, slot: int, block: RowBlock, marks: Marks) -> None:
+        before = self._slots[slot]
+        if before is not None:
+            self._device.wait(Stream.UP, before.computed)
+        self._device.record(Stream.UP, marks.upload_begun)
+        for matrix, array in ((Matrix.X, block.x), (Matrix.DY, block.dy)):
+            placed = self._placed.of_rows(slot, matrix, block.rows)
+            if placed is not None and array is not None:
+                self._device.upload(array, placed.address)
+        self._device.record(Stream.UP, marks.uploaded)
+
+    def _multiply(self, slot: int, block: RowBlock, marks: Marks) -> None:
+        self._device.wait(Stream.COMPUTE, marks.uploaded)
+        before = self._slots[slot]
+        if before is not None:
+            self._device.wait(Stream.COMPUTE, before.done)
+        self._device.record(Stream.COMPUTE, marks.compute_begun)
+        of_rows = partial(self._placed.of_rows, slot, rows=block.rows)
+        products.compute_block(
+            _Products(
+                self._device, self._compute, self._placed, first=not self._dw_begun
+            ),
+            w=self._placed.w,
+            x=of_rows(matrix=Matrix.X),
+            dy=of_rows(matrix=Matrix.DY),
+            y=of_rows(matrix=Matrix.Y),
+            dx=of_rows(matrix=Matrix.DX),
+            dw=self._placed.dw,
+        )
+        self._device.record(Stream.COMPUTE, marks.computed)
+
+    def _download(self, slot: int, block: RowBlock, marks: Marks) -> None:
+        self._device.wait(Stream.DOWN, marks.computed)
+        self._device.record(Stream.DOWN, marks.download_begun)
+        for matrix, array in ((Matrix.Y, block.y), (Matrix.DX, block.dx)):
+            placed = self._placed.of_rows(slot, matrix, block.rows)
+            if placed is not None and array is not None:
+                self._device.download(placed.address, array)
+        self._device.record(Stream.DOWN, marks.done)
+
+    def _wait(self, slot: int, block: RowBlock, marks: Marks) -> None:
+        """Waits for a block, whose arrays live until then."""
+        del block
+        device, times = self._device, self._times
+        with device.errors():
+            device.synchronize(marks.done)
+            times.to_device_s += device.elapsed_s(marks.upload_begun, marks.uploaded)
+            times.computing_s += device.elapsed_s(marks.compute_begun, marks.computed)
+            times.from_device_s += device.elapsed_s(marks.download_begun, marks.done)
+        if self._slots[slot] is marks:
+            self._slots[slot] = None
+        device.give_marks_back(marks)
+
+
+class _Products:
+    """Products of a row block on a device, through cuBLAS's letters."""
+
+    def __init__(
+        self, device: Device, compute: Compute, placed: Placed, *, first: bool
+    ) -> None:
+        self._device = device
+        self._compute = compute
+        self._placed = placed
+        self._first = first
+
+    def multiply(self, a: DeviceMatrix, b: DeviceMatrix, out: DeviceMatrix) -> None:
+        computed = self._computed(a, out)
+        self._device.multiply(gemm.multiply(a, b, computed, self._compute))
+        self._round(computed, out)
+
+    def multiply_transposed(
+        self, a: DeviceMatrix, b: DeviceMatrix, out: DeviceMatrix
+    ) -> None:
+        computed = self._computed(a, out)
+        self._device.multiply(gemm.multiply_transposed(a, b, computed, self._compute))
+        self._round(computed, out)
+
+    def accumulate_transposed(
+        self, a: DeviceMatrix, b: DeviceMatrix, out: DeviceMatrix
+    ) -> None:
+        share = self._placed.share
+        into, first = (out, self._first) if share is None else (share, True)
+        self._device.multiply(
+            gemm.accumulate_transposed(a, b, into, self._compute, first=first)
+        )
+        if share is not None:
+            self._device.convert(share, out, add=not self._first)
+
+    def _computed(self, a: DeviceMatrix, out: DeviceMatrix) -> DeviceMatrix:
+        """Where a product is computed that ends up in `out`."""
+        sums = self._placed.layout.sums
+        if sums is None or gemm.computes_into(a.dtype, out.dtype):
+            return out
+        address = self._placed.address + sums
+        return DeviceMatrix(address, out.rows, out.columns, a.dtype.sums_in)
+
+    def _round(self, computed: DeviceMatrix, out: DeviceMatrix) -> None:
+        if computed is not out:
+            self._device.convert(computed, out, add=False)

@@ -1,0 +1,151 @@
+"""The CuPy backend: CUDA GPUs, through cuBLAS.
+
+CuPy is imported when a backend is made, never before.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire_protocol.limits import MIB
+from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.async_device.gemm import MAX_SIZE
+from gradwire_server.backends.async_device.job import DeviceJob
+from gradwire_server.backends.async_device.layout import make_layout
+from gradwire_server.backends.base import Array, DeviceInfo, Times
+from gradwire_server.backends.cuda.memory_pool import Pool, rounded_up
+from gradwire_server.backends.cuda.pinned import empty_pinned
+from gradwire_server.backends.host_memory import machine_bytes
+from gradwire_server.jobs.header.parse import JobSpec
+
+if TYPE_CHECKING:
+    from gradwire_server.backends.cuda.device import CupyDevice
+
+BLOCK_BYTES = 32 * MIB
+"""On an H200 the products of 16 MiB take a tenth longer, those of 64 MiB are
+hardly faster; and beginning a block takes the lane's thread 0.2 ms, whatever its
+size."""
+
+BLOCKS_BEGUN = 4
+"""Row blocks that a device has begun: one arrives, one is computed, one leaves,
+and one is next, so that copies go on while the thread begins another."""
+
+PINNED_KEPT = 16
+"""Of the machine's memory, one part in so many is kept pinned at most while no
+job uses it. Taking it anew is as dear as copying it several times."""
+
+PINNED_SPARE = 1.25
+"""By how much pinned memory that is used again may be larger than needed."""
+
+DEVICE_KEPT = 4
+"""Of a device's memory, one part in so many is kept at most while no job uses
+it."""
+
+
+class CupyBackend:
+    """Computes on GPUs.
+
+    Args:
+        devices: CUDA's numbers of them; empty: all that there are.
+        memory_limit: Most bytes of each GPU's memory that jobs take; None:
+            what it has.
+
+    Raises:
+        ImportError: CuPy or a library of CUDA is missing.
+        DeviceLostError: A GPU cannot be used, or there is no driver.
+        MemoryError: A GPU has no memory for as much as cuBLAS's own needs.
+    """
+
+    name = "cupy"
+    max_columns = MAX_SIZE
+    at_once_operations = 0
+    block_bytes = BLOCK_BYTES
+    blocks_begun = BLOCKS_BEGUN
+
+    def __init__(
+        self, devices: tuple[int, ...] = (), memory_limit: int | None = None
+    ) -> None:
+        from gradwire_server.backends.cuda import host  # noqa: PLC0415
+
+        self._host = host
+        self.devices: tuple[DeviceInfo, ...] = tuple(
+            host.inspect(index) for index in devices or host.all_devices()
+        )
+        self._pinned: Pool[Any] = Pool(
+            host.allocate_pinned,
+            kept_bytes=machine_bytes() // PINNED_KEPT,
+            spare=PINNED_SPARE,
+        )
+        self._memory: dict[int, Pool[Any]] = {
+            device.index: Pool(
+                host.allocate,
+                kept_bytes=(memory_limit or device.memory_bytes) // DEVICE_KEPT,
+                limit_bytes=memory_limit,
+            )
+            for device in self.devices
+        }
+        self._lanes: dict[int, CupyDevice] = {}
+
+    def enter_lane(self, device: int) -> None:
+        """Makes streams and a cuBLAS handle, of and for the calling thread."""
+        self._lanes[device] = self._host.CupyDevice(device, self._memory[device])
+
+    def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
+        """Bytes of the pinned memory in which dW arrives."""
+        del block_rows
+        if Matrix.DW not in spec.results or spec.places:
+            return 0
+        return rounded_up(spec.n * spec.k * spec.results[Matrix.DW].itemsize)
+
+    def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
+        """Bytes of W, dW's sum, scratch, and the row blocks that have begun."""
+        return rounded_up(make_layout(spec, block_rows, BLOCKS_BEGUN).size_bytes)
+
+    def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
+        """Pinned memory, of which some is kept when it is given back.
+
+        No more than the machine's memory by `PINNED_KEPT`, until `close`.
+        """
+        return empty_pinned(self._pinned, size_bytes)
+
+    def adopt(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Pins it, as long as an array refers to it."""
+        return self._host.register(memory, self.devices[0].index)
+
+    def open_job(
+        self,
+        spec: JobSpec,
+        block_rows: int,
+        device: int,
+        *,
+        times: Times,
+        dw: Array | None = None,
+    ) -> DeviceJob:
+        """A job on a GPU, in whose lane's thread this is called."""
+        return DeviceJob(
+            spec,
+            block_rows,
+            BLOCKS_BEGUN,
+            self._lanes[device],
+            times=times,
+            empty=self.empty,
+            dw=dw,
+        )
+
+    def close(self) -> None:
+        """Gives up streams, handles and all memory."""
+        for device in self._memory:
+            self._host.with_device(device, partial(self._give_up, device))
+        self._host.with_device(self.devices[0].index, self._pinned.clear)
+
+    def libraries(self) -> dict[str, str]:
+        """Versions of CuPy, cuBLAS, and CUDA's runtime and driver."""
+        return self._host.libraries()
+
+    def _give_up(self, device: int) -> None:
+        self._lanes.pop(device, None)
+        self._memory[device].clear()

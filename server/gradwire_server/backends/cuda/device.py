@@ -1,0 +1,194 @@
+"""A GPU as its lane's thread uses it, through CuPy's thin layers.
+
+CuPy's arrays, pools and current settings are not used: addresses are numbers,
+and every call is one of CUDA's runtime, of cuBLAS, or of a kernel of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+from cupy.cuda import Device as CudaDevice
+from cupy.cuda import Event, cublas, get_elapsed_time, runtime
+from cupy.cuda import Stream as CudaStream
+from cupy.cuda.compiler import compile_using_nvrtc
+from cupy.cuda.function import Module
+
+from gradwire_protocol.dtypes import Dtype
+from gradwire_server.backends.async_device.device import Mark, Marks, Stream
+from gradwire_server.backends.async_device.gemm import (
+    CUDA_TYPES,
+    DEFAULT_ALGORITHM,
+    DISALLOW_REDUCED_PRECISION_REDUCTION,
+    NO_TRANSPOSE,
+    POINTER_MODE_HOST,
+    TRANSPOSE,
+    DeviceMatrix,
+    Gemm,
+)
+from gradwire_server.backends.base import Array
+from gradwire_server.backends.cuda.errors import translated
+from gradwire_server.backends.cuda.kernels import SOURCE, THREADS, grid, kernel_name
+from gradwire_server.backends.cuda.memory_pool import Piece, Pool
+
+
+class CupyMemory:
+    """A piece of a GPU's memory."""
+
+    def __init__(self, piece: Piece[Any]) -> None:
+        self._piece = piece
+        self.address = int(piece.memory.ptr)
+
+    def give_back(self) -> None:
+        """Lets others have it."""
+        self._piece.give_back()
+
+
+class CupyDevice:
+    """A GPU with its streams and its cuBLAS handle, in the calling thread.
+
+    Args:
+        index: CUDA's number of it.
+        pool: Its memory.
+
+    Raises:
+        MemoryError: cuBLAS has no memory for itself.
+        DeviceLostError: The GPU cannot be used.
+    """
+
+    def __init__(self, index: int, pool: Pool[Any]) -> None:
+        self._pool = pool
+        self._streams: dict[Stream, Any] = {}
+        with self.errors():
+            CudaDevice(index).use()
+            self._streams = {each: CudaStream(non_blocking=True) for each in Stream}
+            # CuPy sets the handle's stream to the current one at every call.
+            self._streams[Stream.COMPUTE].use()
+            self._handle = CudaDevice(index).cublas_handle
+            cublas.setPointerMode(self._handle, POINTER_MODE_HOST)
+            cublas.setMathMode(self._handle, DISALLOW_REDUCED_PRECISION_REDUCTION)
+        self._marks: list[Marks] = []
+        self._module: Any = None
+        self._kernels: dict[str, Any] = {}
+        self._scalars = {
+            (dtype, value): np.array(value, dtype.numpy)
+            for dtype in (Dtype.FLOAT32, Dtype.FLOAT64)
+            for value in (0.0, 1.0)
+        }
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """CUDA's errors as those of a job."""
+        with translated(self._pool.clear, runtime.deviceSynchronize):
+            yield
+
+    def take_memory(self, size_bytes: int) -> CupyMemory:
+        """Memory of the GPU's pool."""
+        return CupyMemory(self._pool.take(size_bytes))
+
+    def marks(self) -> Marks:
+        """Events on which a thread can wait, and that know their time."""
+        if self._marks:
+            return self._marks.pop()
+        return Marks(*(Event(block=True) for _ in range(6)))
+
+    def give_marks_back(self, marks: Marks) -> None:
+        """Keeps the events for another block."""
+        self._marks.append(marks)
+
+    def upload(self, source: Array, to: int) -> None:
+        """cudaMemcpyAsync from the array's memory."""
+        if source.nbytes:
+            runtime.memcpyAsync(
+                to,
+                source.ctypes.data,
+                source.nbytes,
+                runtime.memcpyHostToDevice,
+                self._streams[Stream.UP].ptr,
+            )
+
+    def download(self, source: int, to: Array) -> None:
+        """cudaMemcpyAsync to the array's memory."""
+        if to.nbytes:
+            runtime.memcpyAsync(
+                to.ctypes.data,
+                source,
+                to.nbytes,
+                runtime.memcpyDeviceToHost,
+                self._streams[Stream.DOWN].ptr,
+            )
+
+    def multiply(self, gemm: Gemm) -> None:
+        """cublasGemmEx, with alpha and beta in the type that it computes in."""
+        scalars = gemm.compute.scalars
+        operands, result = CUDA_TYPES[gemm.operands], CUDA_TYPES[gemm.result]
+        cublas.gemmEx(
+            self._handle,
+            TRANSPOSE if gemm.transa else NO_TRANSPOSE,
+            TRANSPOSE if gemm.transb else NO_TRANSPOSE,
+            gemm.m,
+            gemm.n,
+            gemm.k,
+            self._scalars[scalars, gemm.alpha].ctypes.data,
+            gemm.a,
+            operands,
+            gemm.lda,
+            gemm.b,
+            operands,
+            gemm.ldb,
+            self._scalars[scalars, gemm.beta].ctypes.data,
+            gemm.c,
+            result,
+            gemm.ldc,
+            int(gemm.compute),
+            DEFAULT_ALGORITHM,
+        )
+
+    def convert(self, source: DeviceMatrix, to: DeviceMatrix, *, add: bool) -> None:
+        """One of our own kernels."""
+        self._kernel(kernel_name(source.dtype, to.dtype, add=add))(
+            (grid(source.size),),
+            (THREADS,),
+            tuple(map(np.uint64, (source.address, to.address, source.size))),
+            stream=self._streams[Stream.COMPUTE],
+        )
+
+    def _kernel(self, name: str) -> Any:
+        """A kernel; all are compiled when the first is asked for.
+
+        NVRTC does that within some hundredths of a second, in memory. Not
+        through CuPy's kernels, which need a folder to write to.
+        """
+        if self._module is None:
+            compiled, _ = compile_using_nvrtc(SOURCE, cache_in_memory=True)
+            self._module = Module()
+            self._module.load(compiled)
+        if name not in self._kernels:
+            self._kernels[name] = self._module.get_function(name)
+        return self._kernels[name]
+
+    def record(self, stream: Stream, mark: Mark) -> None:
+        """cudaEventRecord."""
+        mark.record(self._streams[stream])
+
+    def wait(self, stream: Stream, mark: Mark) -> None:
+        """cudaStreamWaitEvent."""
+        self._streams[stream].wait_event(mark)
+
+    def synchronize(self, mark: Mark) -> None:
+        """cudaEventSynchronize, without Python's lock."""
+        mark.synchronize()
+
+    def elapsed_s(self, begin: Mark, end: Mark) -> float:
+        """cudaEventElapsedTime."""
+        milliseconds: float = get_elapsed_time(begin, end)
+        return milliseconds / 1000
+
+    def settle(self) -> None:
+        """cudaStreamSynchronize, of each."""
+        for stream in self._streams.values():
+            with suppress(runtime.CUDARuntimeError):
+                stream.synchronize()

@@ -1,0 +1,390 @@
+"""The NumPy backend: one device, the CPU, through NumPy's BLAS."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire_protocol.limits import MIB
+from gradwire_protocol.matrices import ROW_RESULTS, Matrix
+from gradwire_server.backends.base import (
+    Array,
+    DeviceInfo,
+    RowBlock,
+    Times,
+    empty_aligned,
+)
+from gradwire_server.backends.host_memory import machine_bytes
+from gradwire_server.backends.numpy.worker_threads import (
+    Crew,
+    Piece,
+    limit_blas,
+    processors,
+)
+from gradwire_server.backends.products import compute_block
+from gradwire_server.jobs.header.parse import JobSpec
+
+PARTS = 4
+"""Most pieces into which a product is cut along its longer side, for threads
+to share, unless dW's panels have to be smaller."""
+
+PIECE = 512
+"""Rows or columns of a piece where a product has enough of them, and
+SMALL_PIECE where not: BLAS packs the operand that was not cut once for each
+piece, which should not become what takes the time."""
+
+SMALL_PIECE = 128
+
+ALONE_OPERATIONS = 1 << 22
+"""Multiplications and additions of a row block's products below which the
+lane's thread does them alone: waking another takes as long as they do."""
+
+PANEL_BYTES = 16 * MIB
+"""Most of dW's share that a thread computes before it is added, so that no
+second n x k matrix is needed."""
+
+
+class NumpyBackend:
+    """Computes on the CPU.
+
+    Args:
+        threads: How many threads compute. Each then calls BLAS with one
+            thread, to which BLAS is limited in the whole process until
+            `close`. 0: one thread, and BLAS stays as it is.
+        niceness: By how much they are nicer than the process.
+    """
+
+    name = "numpy"
+    max_columns = 2**31 - 1
+    at_once_operations = ALONE_OPERATIONS
+    block_bytes = 16 * MIB
+    blocks_begun = 1
+
+    def __init__(self, threads: int = 0, niceness: int = 0) -> None:
+        self._blas = limit_blas() if threads else None
+        self._crew = Crew(threads if self._blas else 1, niceness)
+        self.devices: tuple[DeviceInfo, ...] = (
+            DeviceInfo(
+                backend=self.name,
+                index=0,
+                name=_processor(),
+                memory_bytes=machine_bytes(),
+                library=", ".join(" ".join(item) for item in self.libraries().items()),
+                threads=1 if self._blas else _blas_threads(),
+                in_host_memory=True,
+            ),
+        )
+
+    def enter_lane(self, device: int) -> None:
+        """Makes the lane's thread one of the crew."""
+        del device
+        self._crew.enter()
+
+    def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
+        """Bytes of the accumulator, of widened copies and of scratch."""
+        scratch = sum(
+            rows * columns
+            for rows, columns in _scratch_shapes(spec, block_rows).values()
+        )
+        size = scratch * spec.dtype.sums_in.itemsize
+        if Matrix.DW in spec.results:
+            dw, result = spec.n * spec.k, spec.results[Matrix.DW]
+            if not _sums_in_place(spec):
+                size += dw * spec.accumulator.itemsize
+            size += dw * result.itemsize if result != spec.accumulator else 0
+            panel = _panel_elements(spec)
+            size += self._crew.threads * panel * spec.dtype.sums_in.itemsize
+        return size
+
+    def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
+        """0: everything is host memory."""
+        del spec, block_rows
+        return 0
+
+    def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
+        """Memory like any other, but for where it begins."""
+        return empty_aligned(size_bytes)
+
+    def adopt(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The memory itself: all of it is the device's own."""
+        return memory
+
+    def open_job(
+        self,
+        spec: JobSpec,
+        block_rows: int,
+        device: int,
+        *,
+        times: Times,
+        dw: Array | None = None,
+    ) -> NumpyJob:
+        """A job; `device` is 0."""
+        del device
+        return NumpyJob(spec, block_rows, self._crew, times, dw)
+
+    def close(self) -> None:
+        """Ends the threads, and gives BLAS its own back."""
+        self._crew.close()
+        if self._blas is not None:
+            self._blas.restore_original_limits()
+
+    def libraries(self) -> dict[str, str]:
+        """NumPy's version, and its BLAS's."""
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return {"numpy": np.__version__, blas["name"]: blas["version"]}
+
+
+class NumpyJob:
+    """A job on the CPU: W, dW's accumulator and scratch."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        block_rows: int,
+        crew: Crew,
+        times: Times,
+        dw: Array | None,
+    ) -> None:
+        self._spec = spec
+        self._times = times
+        self._crew = crew
+        self._scratch = {
+            purpose: np.empty(shape, spec.dtype.sums_in.numpy)
+            for purpose, shape in _scratch_shapes(spec, block_rows).items()
+        }
+        self._panels: SimpleQueue[Array] = SimpleQueue()
+        panel_elements = _panel_elements(spec)
+        for _ in range(crew.threads):
+            self._panels.put(np.empty(panel_elements, spec.dtype.sums_in.numpy))
+        self._w: Array | None = None
+        self._dw: Array | None = None
+        self._dw_begun = False
+        if Matrix.DW in spec.results:
+            if dw is None or not _sums_in_place(spec):
+                dw = np.empty((spec.n, spec.k), spec.accumulator.numpy)
+            self._dw = dw
+
+    def take_w(self, w: Array) -> None:
+        """Takes W, shape (n, k)."""
+        with self._times.computing(), np.errstate(all="ignore"):
+            self._w = self._widened("w", w)
+
+    def take_dw_sum(self, dw: Array) -> None:
+        """Goes on with a sum of dW."""
+        if self._dw is None:
+            raise RuntimeError("the job does not want dW")
+        np.copyto(self._dw, dw)
+        self._dw_begun = True
+
+    def take_block(self, block: RowBlock) -> None:
+        """Computes y and dx of the block and adds its share to dW."""
+        # NaN, Inf and overflow are data here, not events to warn of.
+        with self._times.computing(), np.errstate(all="ignore"):
+            products = _Products(self._panels, first=not self._dw_begun)
+            compute_block(
+                products,
+                w=self._w,
+                x=self._widened("x", block.x),
+                dy=self._widened("dy", block.dy),
+                y=self._result("y", block.y),
+                dx=self._result("dx", block.dx),
+                dw=self._dw,
+            )
+            try:
+                spec = self._spec
+                operations = 2 * len(spec.results) * block.rows * spec.n * spec.k
+                self._crew.run(products.pieces, alone=operations < ALONE_OPERATIONS)
+            finally:
+                # Pieces know their products: a cycle, which would hold the
+                # block's memory until the garbage collector comes by.
+                products.pieces.clear()
+        self._dw_begun = True
+
+    def copy_dw_sum(self, out: Array) -> None:
+        """Copies the sum of dW over the blocks so far."""
+        if self._dw is None:
+            raise RuntimeError("the job does not want dW")
+        if not self._dw_begun:
+            out.fill(0)
+        else:
+            np.copyto(out, self._dw)
+
+    def finish(self) -> Array:
+        """dW, shape (n, k), rounded once from the accumulator."""
+        if self._dw is None:
+            raise RuntimeError("the job does not want dW")
+        with self._times.computing(), np.errstate(all="ignore"):
+            if not self._dw_begun:
+                self._dw.fill(0)
+            return self._dw.astype(self._spec.results[Matrix.DW].numpy, copy=False)
+
+    def close(self) -> None:
+        """Its memory goes with it."""
+
+    def _widened(self, purpose: str, given: Array | None) -> Array | None:
+        """`given` in the dtype of the sums: itself, or a copy kept here.
+
+        NumPy's own products of 16-bit arrays are slow and round every step.
+        What shares memory with another operand is copied as well.
+        """
+        if given is None or purpose not in self._scratch:
+            return given
+        copy = self._scratch[purpose][: len(given)]
+        np.copyto(copy, given)
+        return copy
+
+    def _result(self, purpose: str, result: Array | None) -> _Result | None:
+        """Where a result is computed: in place, or where it can be rounded."""
+        if result is None:
+            return None
+        if purpose not in self._scratch:
+            return _Result(result, result)
+        return _Result(result, self._scratch[purpose][: len(result)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """Rows of Y or dX, and room in the dtype of the sums to compute them in."""
+
+    rounded: Array
+    computed: Array
+
+
+class _Products:
+    """Products through NumPy's BLAS, cut into pieces for a crew.
+
+    Transposes are flags of BLAS's call, never copies. Where a product is cut
+    depends on its shape alone, and so do its bits.
+    """
+
+    def __init__(self, panels: SimpleQueue[Array], *, first: bool) -> None:
+        self.pieces: list[Piece] = []
+        self._panels = panels
+        self._first = first
+
+    def multiply(self, a: Array, b: Array, out: _Result) -> None:
+        for rows, columns in _cuts(*out.computed.shape):
+            self.pieces.append(
+                partial(_multiply, a[rows], b[:, columns], out, (rows, columns))
+            )
+
+    def multiply_transposed(self, a: Array, b: Array, out: _Result) -> None:
+        self.multiply(a, b.T, out)
+
+    def accumulate_transposed(self, a: Array, b: Array, out: Array) -> None:
+        most = PANEL_BYTES // b.dtype.itemsize
+        # The largest pieces go first, so that no thread ends long after another.
+        self.pieces[:0] = [
+            partial(self._accumulate, a[:, rows].T, b[:, columns], out[rows, columns])
+            for rows, columns in _cuts(len(out), out.shape[1], most)
+        ]
+
+    def _accumulate(self, a: Array, b: Array, out: Array) -> None:
+        if self._first and out.dtype == b.dtype:
+            np.matmul(a, b, out=out)
+            return
+        panel = self._panels.get()
+        try:
+            share = panel[: out.size].reshape(out.shape)
+            np.matmul(a, b, out=share)
+            if self._first:
+                np.copyto(out, share)
+            else:
+                np.add(out, share, out=out)
+        finally:
+            self._panels.put(panel)
+
+
+def _multiply(a: Array, b: Array, out: _Result, part: tuple[slice, slice]) -> None:
+    np.matmul(a, b, out=out.computed[part])
+    if out.rounded is not out.computed:
+        np.copyto(out.rounded[part], out.computed[part], casting="unsafe")
+
+
+@functools.lru_cache(512)
+def _cuts(
+    rows: int, columns: int, most_elements: int | None = None
+) -> Sequence[tuple[slice, slice]]:
+    """The pieces of a product with elements: of its rows, or of its columns.
+
+    Every piece needs one operand whole, which BLAS packs again for each:
+    cutting the longer side makes that the smaller operand. The first piece is
+    as large as any.
+    """
+    if not rows or not columns:
+        return ()
+    length, other = max(rows, columns), min(rows, columns)
+    size = max(-(-length // PARTS), min(PIECE, -(-length // 2)), SMALL_PIECE)
+    if most_elements is not None:
+        size = max(min(size, most_elements // other), 1)
+    cuts = [slice(at, min(at + size, length)) for at in range(0, length, size)]
+    whole = slice(None)
+    if rows >= columns:
+        return tuple((cut, whole) for cut in cuts)
+    return tuple((whole, cut) for cut in cuts)
+
+
+def _sums_in_place(spec: JobSpec) -> bool:
+    """Whether dW's sum needs no memory but that in which dW will lie."""
+    return bool(spec.places) and spec.results.get(Matrix.DW) == spec.accumulator
+
+
+def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]]:
+    """Shapes of a job's scratch, in the dtype of its sums, by purpose.
+
+    Operands are widened where products are summed in a wider dtype than
+    theirs, and results pass through scratch where they are rounded. An operand
+    that shares memory with another is copied too: NumPy multiplies a matrix by
+    its own transpose with BLAS's SYRK, which gives other bits than GEMM.
+    """
+    n, sums_in = spec.n, spec.dtype.sums_in
+    shapes: dict[str, tuple[int, int]] = {}
+    for position, operand in enumerate(spec.operands):
+        before = spec.operands[:position]
+        shared = any(spec.share_memory(operand, other) for other in before)
+        if shared or spec.dtype != sums_in:
+            rows = n if operand is Matrix.W else block_rows
+            shapes[operand.label] = (rows, spec.row_length(operand))
+    for result in ROW_RESULTS:
+        if spec.results.get(result, sums_in) != sums_in:
+            shapes[result.label] = (block_rows, spec.row_length(result))
+    return shapes
+
+
+def _panel_elements(spec: JobSpec) -> int:
+    """Elements of the room that each thread has for a piece of dW's share."""
+    if Matrix.DW not in spec.results:
+        return 0
+    n, k = spec.n, spec.k
+    cuts = _cuts(n, k, PANEL_BYTES // spec.dtype.sums_in.itemsize)
+    if not cuts:
+        return 0
+    rows, columns = cuts[0]
+    return len(range(n)[rows]) * len(range(k)[columns])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return names[0].strip() if names else platform.machine()
+
+
+def _blas_threads() -> int:
+    """How many threads BLAS starts, as it decides when it is loaded."""
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(variable, "")
+        if value.isdigit() and int(value):
+            return int(value)
+    return processors()

@@ -1,0 +1,66 @@
+"""The three products of a row block, for any array library.
+
+    Y_b  = X_b W
+    dX_b = dY_b Wᵀ
+    dW  += X_bᵀ dY_b
+
+with X_b (rows, n), W (n, k), dY_b and Y_b (rows, k), dX_b (rows, n) and dW
+(n, k). The sum of dW over the blocks is Xᵀ dY, because a product over m rows
+is the sum of the products over any partition of them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+Operand = TypeVar("Operand")
+Result = TypeVar("Result")
+Sum = TypeVar("Sum")
+Operand_contra = TypeVar("Operand_contra", contravariant=True)
+Result_contra = TypeVar("Result_contra", contravariant=True)
+Sum_contra = TypeVar("Sum_contra", contravariant=True)
+
+
+class Products(Protocol[Operand_contra, Result_contra, Sum_contra]):
+    """How a library multiplies into memory that is already there.
+
+    What it multiplies, computes Y and dX into, and sums dW in may each be of
+    a type of its own.
+    """
+
+    def multiply(
+        self, a: Operand_contra, b: Operand_contra, out: Result_contra
+    ) -> None:
+        """Out = a b."""
+
+    def multiply_transposed(
+        self, a: Operand_contra, b: Operand_contra, out: Result_contra
+    ) -> None:
+        """Out = a bᵀ."""
+
+    def accumulate_transposed(
+        self, a: Operand_contra, b: Operand_contra, out: Sum_contra
+    ) -> None:
+        """Out += aᵀ b."""
+
+
+def compute_block(
+    products: Products[Operand, Result, Sum],
+    *,
+    w: Operand | None,
+    x: Operand | None,
+    dy: Operand | None,
+    y: Result | None,
+    dx: Result | None,
+    dw: Sum | None,
+) -> None:
+    """Computes what is wanted of a row block: what is not None of y, dx, dw.
+
+    The operands that those need are not None either.
+    """
+    if y is not None and x is not None and w is not None:
+        products.multiply(x, w, y)
+    if dx is not None and dy is not None and w is not None:
+        products.multiply_transposed(dy, w, dx)
+    if dw is not None and x is not None and dy is not None:
+        products.accumulate_transposed(x, dy, dw)

@@ -1,0 +1,1 @@
+"""A job from its header to its last result."""

@@ -1,0 +1,1 @@
+"""What a job's header asks for, checked."""

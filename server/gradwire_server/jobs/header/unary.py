@@ -1,0 +1,72 @@
+"""What Compute takes: a whole job in one message."""
+
+from __future__ import annotations
+
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MAX_COMPUTE_BYTES
+from gradwire_protocol.matrices import OPERANDS, Matrix
+from gradwire_protocol.v1 import gradient_service_pb2 as pb2
+from gradwire_server.errors import JobError
+from gradwire_server.jobs.header.parse import JobSpec
+
+
+def whole_operands(
+    spec: JobSpec, message: pb2.ComputeRequest
+) -> dict[Matrix, memoryview]:
+    """The operands of a Compute request, if it is one that can be answered."""
+    if spec.m is None:
+        raise JobError(
+            Reason.SHAPE_INVALID,
+            "job.m is absent: Compute needs it; ComputeStream does not",
+            field="job.m",
+        )
+    if spec.places:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            "job.regions is not empty: Compute takes matrices inline; ComputeStream "
+            "takes them in shared memory too",
+            field="job.regions",
+        )
+    if spec.checksum:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            "job.checksum is CHECKSUM_CRC32C: Compute has none; ComputeStream does",
+            field="job.checksum",
+        )
+    if spec.checkpoint_rows is not None or spec.resume is not None:
+        field = "job.checkpoints" if spec.resume is None else "job.resume"
+        raise JobError(
+            Reason.OPTION_INVALID,
+            f"{field} is present: Compute has none; ComputeStream does",
+            field=field,
+        )
+    for name, size in (
+        ("request", spec.operands_bytes),
+        ("response", spec.results_bytes),
+    ):
+        if size > MAX_COMPUTE_BYTES:
+            raise JobError(
+                Reason.STREAM_REQUIRED,
+                f"the {name} would hold {size} bytes of elements: Compute takes at "
+                f"most {MAX_COMPUTE_BYTES}; use ComputeStream",
+                field="job",
+            )
+    operands: dict[Matrix, memoryview] = {}
+    for operand in OPERANDS:
+        data: bytes = getattr(message, operand.label)
+        expected = spec.whole_bytes(operand) if operand in spec.operands else 0
+        if len(data) != expected:
+            short = len(data) < expected
+            raise JobError(
+                Reason.PAYLOAD_MISSING if short else Reason.PAYLOAD_EXCESS,
+                f"{operand.label} has {len(data)} bytes: expected {expected}",
+                field=operand.label,
+            )
+        if operand in spec.operands:
+            operands[operand] = memoryview(data)
+    return operands
+
+
+def message_bytes(spec: JobSpec) -> int:
+    """What a call holds: operands and results as matrices, fields and messages."""
+    return 2 * spec.operands_bytes + 3 * spec.results_bytes

@@ -1,0 +1,107 @@
+"""A job whose matrices all lie in shared memory: computed where they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from gradwire_protocol.matrices import Matrix
+from gradwire_server.api.call_state import Counts
+from gradwire_server.backends.base import Array
+from gradwire_server.jobs.device_execution import Computation
+from gradwire_server.jobs.header.parse import JobSpec
+from gradwire_server.memory.shared_regions import Region
+from gradwire_server.scheduling.device_worker import TenantLane
+
+
+class InPlaceJob:
+    """An admitted job in shared memory.
+
+    It is cut where every job of its shape is, and its blocks take turns with
+    other jobs' on the lane. What a client writes there meanwhile may spoil its
+    results; nothing here takes a size or an address from shared memory.
+
+    Args:
+        spec: What was asked.
+        computation: What computes it.
+        lane: Where.
+        counts: Told what was done.
+        regions: Where its matrices lie.
+
+    Use it as an async context manager: when it is left, for whatever cause,
+    the lane has let go of the regions.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        computation: Computation,
+        lane: TenantLane,
+        counts: Counts,
+        regions: list[Region],
+    ) -> None:
+        self._spec = spec
+        self._lane = lane
+        self._counts = counts
+        self._computation = computation
+        self._arrays = {matrix: _view(spec, matrix, regions) for matrix in spec.places}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self._lane.discard(self)
+        finally:
+            self._computation.close()
+            self._arrays.clear()
+
+    async def compute(self) -> None:
+        """Computes every result into its place.
+
+        Raises:
+            Exception: What the backend raised.
+        """
+        spec, counts, m = self._spec, self._counts, self._spec.m or 0
+        dw = self._arrays.get(Matrix.DW)
+        await self._lane.submit(self, partial(self._computation.open, dw))
+        begun: deque[asyncio.Future[None]] = deque()
+        for piece in self._computation.pieces(self._arrays, m):
+            begun.append(self._lane.begin(self, piece))
+            # Enough that the lane never waits for the event loop; few, for it
+            # holds them all.
+            if len(begun) > self._lane.most_begun + 1:
+                await begun.popleft()
+        if Matrix.DW in spec.results:
+            begun.append(self._lane.submit(self, partial(self._finish, self._arrays)))
+        while begun:
+            await begun.popleft()
+        counts.m = m
+        counts.bytes_received = spec.operands_bytes
+        counts.bytes_sent = spec.results_bytes
+
+    def _finish(self, arrays: Mapping[Matrix, Array]) -> None:
+        """Runs in the lane's thread."""
+        dw = self._computation.finish()
+        if dw is not arrays[Matrix.DW]:
+            np.copyto(arrays[Matrix.DW], dw)
+
+
+def _view(spec: JobSpec, matrix: Matrix, regions: list[Region]) -> Array:
+    place = spec.places[matrix]
+    size = spec.whole_bytes(matrix)
+    part = regions[place.region].memory[place.offset : place.offset + size]
+    columns = spec.row_length(matrix)
+    rows = spec.n if matrix in {Matrix.W, Matrix.DW} else spec.m or 0
+    return part.view(spec.dtype_of(matrix).numpy).reshape(rows, columns)

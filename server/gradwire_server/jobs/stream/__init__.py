@@ -1,0 +1,1 @@
+"""A job whose operands arrive row block by row block."""

@@ -1,0 +1,298 @@
+"""What of a request stream is valid: order, indices and byte counts.
+
+Pure bookkeeping without I/O and without the elements themselves. It is told
+of each message and answers where its bytes belong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gradwire_protocol.checksum import crc32c
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.framing import Block
+from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
+from gradwire_protocol.matrices import OPERANDS, Matrix
+from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.errors import JobError
+from gradwire_server.jobs.header.parse import JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes that belong together: to one operand of one row block, or to W."""
+
+    matrix: Matrix
+    block: int
+    """Number of the row block; 0 for W and a sum of dW."""
+    offset: int
+    """Where the bytes begin within that, or within the block's operand; bytes."""
+    payload: memoryview
+
+    @property
+    def whole(self) -> bool:
+        """Whether they are of a matrix that has no row blocks."""
+        return self.matrix in _WHOLE
+
+
+_WHOLE = (Matrix.W, Matrix.DW_SUM)
+"""What comes before all rows."""
+
+
+class Intake:
+    """The state of one request stream.
+
+    Args:
+        spec: The job that the stream announced.
+        plan: How it is cut.
+    """
+
+    def __init__(self, spec: JobSpec, plan: Plan) -> None:
+        self._spec = spec
+        self._plan = plan
+        self._received: dict[Matrix, int] = {
+            operand: spec.first_row * spec.row_length(operand)
+            for operand in spec.operands
+            if operand is not Matrix.W
+        }
+        self._received |= dict.fromkeys(_before_rows(spec), 0)
+        self._rows: int | None = None
+        """Rows that the stream brought, once it is complete."""
+
+    @property
+    def _missing_before_rows(self) -> Matrix | None:
+        for matrix in _WHOLE:
+            received = self._received.get(matrix)
+            if received is not None and received < self._spec.n * self._spec.k:
+                return matrix
+        return None
+
+    @property
+    def blocks_complete(self) -> int:
+        """How many row blocks, in order, have all of their rows.
+
+        A shorter last block counts when the stream is complete. A stream
+        whose rows have no elements has none before that.
+        """
+        if self._rows is not None:
+            return -(-self._rows // self._plan.block_rows)
+        complete = [self._complete_rows(operand) for operand in self._row_operands]
+        return min(complete, default=0) // self._plan.block_rows
+
+    def rows_of(self, number: int) -> int:
+        """Rows of the `number`-th block, which is complete."""
+        if self._rows is None:
+            return self._plan.block_rows
+        return min(self._plan.block_rows, self._rows - number * self._plan.block_rows)
+
+    def take(self, block: Block) -> Iterator[Span]:
+        """Checks a message and says where its bytes belong, piece by piece.
+
+        A piece counts as received once it is said to be `placed`: a message
+        may end in a later block than it begins in, and no block is complete
+        before all of its own pieces were placed.
+
+        Raises:
+            JobError: The message does not continue the stream. Nothing of it
+                was taken.
+        """
+        operand, payload = self._check(block)
+        itemsize = self._spec.dtype_of(operand).itemsize
+        if operand in _WHOLE:
+            yield Span(operand, 0, block.index * itemsize, payload)
+            return
+        row_length = self._spec.row_length(operand)
+        block_elements = self._plan.block_rows * row_length
+        at = block.index
+        while payload.nbytes:
+            number, first = divmod(at, block_elements)
+            piece = payload[: (block_elements - first) * itemsize]
+            at += piece.nbytes // itemsize
+            yield Span(operand, number, first * itemsize, piece)
+            payload = payload[piece.nbytes :]
+
+    def placed(self, span: Span) -> None:
+        """A piece of a message is where it belongs."""
+        itemsize = self._spec.dtype_of(span.matrix).itemsize
+        self._received[span.matrix] += span.payload.nbytes // itemsize
+
+    def end(self, m: int) -> None:
+        """The stream is complete, of a job that has m rows by its End.
+
+        Raises:
+            JobError: It is not.
+        """
+        self._check_end(m)
+        self._rows = m
+
+    def _check_end(self, m: int) -> None:
+        if m < 0:
+            raise JobError(
+                Reason.SHAPE_INVALID,
+                f"end.m is {m}: expected at least 0",
+                field="end.m",
+            )
+        if self._spec.m is not None and m != self._spec.m:
+            raise JobError(
+                Reason.M_MISMATCH,
+                f"end.m is {m}, but job.m is {self._spec.m}",
+                field="end.m",
+            )
+        if m < self._spec.first_row:
+            raise JobError(
+                Reason.M_MISMATCH,
+                f"end.m is {m}, but job.resume.first_row is {self._spec.first_row}",
+                field="end.m",
+            )
+        for operand, received in self._received.items():
+            expected = self._elements(operand, m)
+            if received != expected:
+                short = received < expected
+                raise JobError(
+                    Reason.PAYLOAD_MISSING if short else Reason.M_MISMATCH,
+                    f"end.m is {m}, so {operand.label} has {expected} elements, "
+                    f"but {received} came",
+                    field="end.m",
+                )
+
+    @property
+    def _row_operands(self) -> list[Matrix]:
+        """Row operands whose rows have elements."""
+        return [
+            operand
+            for operand in self._received
+            if operand not in _WHOLE and self._spec.row_length(operand)
+        ]
+
+    def _complete_rows(self, operand: Matrix) -> int:
+        return self._received[operand] // self._spec.row_length(operand)
+
+    def _elements(self, operand: Matrix, m: int) -> int:
+        rows = self._spec.n if operand in _WHOLE else m
+        return rows * self._spec.row_length(operand)
+
+    def _check(self, block: Block) -> tuple[Matrix, memoryview]:
+        operand = self._operand(block.matrix)
+        received = self._received[operand]
+        if block.index != received:
+            raise JobError(
+                Reason.INDEX_INVALID,
+                f"block.index is {block.index}: the next element of {operand.label} "
+                f"is {received}",
+                field="block.index",
+            )
+        itemsize = self._spec.dtype_of(operand).itemsize
+        payload = self._payload(block, itemsize)
+        count = payload.nbytes // itemsize
+        self._check_room(operand, count)
+        if count:
+            self._check_order(operand, received + count)
+        return operand, payload
+
+    def _operand(self, number: int) -> Matrix:
+        try:
+            operand = Matrix(number)
+        except ValueError:
+            operand = None
+        sums = operand is Matrix.DW_SUM and self._spec.brings_dw_sum
+        if operand is None or (operand not in OPERANDS and not sums):
+            names = ", ".join(f"{each.name} ({each.value})" for each in OPERANDS)
+            raise JobError(
+                Reason.MATRIX_INVALID,
+                f"block.matrix is {number}: expected one of {names}",
+                field="block.matrix",
+            )
+        if operand not in self._received:
+            wanted = ", ".join(result.label for result in self._spec.results)
+            raise JobError(
+                Reason.OPERAND_UNEXPECTED,
+                f"block.matrix is {operand.name}, but no wanted result ({wanted}) "
+                f"needs it",
+                field="block.matrix",
+            )
+        return operand
+
+    def _payload(self, block: Block, itemsize: int) -> memoryview:
+        payload = block.payload
+        if payload is None:
+            raise JobError(
+                Reason.OPTION_UNKNOWN,
+                "block.payload is not set, or is of a kind that this server does not "
+                "know: expected data",
+                field="block.payload",
+            )
+        if payload.nbytes % itemsize or payload.nbytes > MAX_PAYLOAD_BYTES:
+            raise JobError(
+                Reason.PAYLOAD_INVALID,
+                f"block.data has {payload.nbytes} bytes: expected a multiple of "
+                f"{itemsize}, at most {MAX_PAYLOAD_BYTES}",
+                field="block.data",
+            )
+        if (block.crc32c is not None) != self._spec.checksum:
+            raise JobError(
+                Reason.PAYLOAD_INVALID,
+                "block.crc32c is absent, but the job asks for checksums"
+                if self._spec.checksum
+                else "block.crc32c is present, but the job asks for no checksums",
+                field="block.crc32c",
+            )
+        if block.crc32c is not None and crc32c(payload) != block.crc32c:
+            raise JobError(
+                Reason.CHECKSUM_MISMATCH,
+                f"block.crc32c is {block.crc32c:#010x}, but the payload that came has "
+                f"{crc32c(payload):#010x}",
+                field="block.crc32c",
+            )
+        return payload
+
+    def _check_room(self, operand: Matrix, count: int) -> None:
+        if operand in _WHOLE:
+            rows: int | None = self._spec.n
+        elif not self._spec.row_length(operand):
+            rows = 0
+        elif self._spec.m is None:
+            rows = None
+        else:
+            rows = self._spec.m
+        if rows is None:
+            return
+        received = self._received[operand]
+        expected = rows * self._spec.row_length(operand)
+        if received + count > expected:
+            raise JobError(
+                Reason.PAYLOAD_EXCESS,
+                f"block.data brings {operand.label} to {received + count} elements: "
+                f"it has {expected}",
+                field="block.data",
+            )
+
+    def _check_order(self, operand: Matrix, elements: int) -> None:
+        missing = self._missing_before_rows
+        if missing is not None and missing is not operand:
+            raise JobError(
+                Reason.ORDER_INVALID,
+                f"block.matrix is {operand.name}, but {missing.label} is not "
+                f"complete: {self._received[missing]} of "
+                f"{self._spec.n * self._spec.k} elements came",
+                field="block.matrix",
+            )
+        if operand in _WHOLE:
+            return
+        touched = -(-elements // self._spec.row_length(operand))
+        window = self._plan.window_rows
+        for other in self._row_operands:
+            lead = touched - self._complete_rows(other)
+            if other is not operand and lead > window:
+                raise JobError(
+                    Reason.LEAD_EXCEEDED,
+                    f"{operand.label} would be {lead} rows ahead of {other.label}: "
+                    f"at most {window}",
+                    field="block.matrix",
+                )
+
+
+def _before_rows(spec: JobSpec) -> list[Matrix]:
+    """What comes before all rows."""
+    weights = [Matrix.W] if Matrix.W in spec.operands else []
+    return weights + ([Matrix.DW_SUM] if spec.brings_dw_sum else [])

@@ -1,0 +1,101 @@
+"""The memory of a job: W, a sum of dW and a ring of slots, one row block in each.
+
+All of it is slices of one region, so that a backend can take it as pinned
+memory, and another process can fill it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.base import Array, RowBlock
+from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.jobs.header.parse import JobSpec
+from gradwire_server.jobs.stream.request_validator import Span
+
+
+class Ring:
+    """Where a job's operands arrive and its row results wait to leave.
+
+    Of s slots, row block b lies in slot b mod s. It may be filled when block
+    b - s has left.
+
+    Args:
+        spec: What was asked.
+        plan: How it is cut.
+        region: The memory, of `plan.region_bytes`.
+    """
+
+    def __init__(
+        self, spec: JobSpec, plan: Plan, region: npt.NDArray[np.uint8]
+    ) -> None:
+        self._spec = spec
+        self._plan = plan
+        self._region = region
+        first = spec.first_row // plan.block_rows
+        self.released = first
+        """How many blocks have left, with those that do not come."""
+        self._turn = [first + (slot - first) % plan.slots for slot in range(plan.slots)]
+        self._freed = asyncio.Event()
+
+    def w(self) -> Array:
+        """W, shape (n, k)."""
+        return self._matrix(Matrix.W, 0, self._spec.n)
+
+    def dw_sum(self) -> Array:
+        """Room for a sum of dW, shape (n, k), in the accumulator's dtype."""
+        return self._matrix(Matrix.DW_SUM, 0, self._spec.n)
+
+    def rows(self, block: int, rows: int) -> RowBlock:
+        """The matrices of a row block with that many rows."""
+        start = self._slot_start(block)
+        arrays = {
+            matrix.label: self._matrix(matrix, start, rows)
+            if matrix in self._plan.offsets
+            else None
+            for matrix in (Matrix.X, Matrix.DY, Matrix.Y, Matrix.DX)
+        }
+        return RowBlock(rows=rows, **arrays)
+
+    def put(self, span: Span) -> None:
+        """Writes received bytes where they belong."""
+        start = 0 if span.whole else self._slot_start(span.block)
+        first = start + self._plan.offsets[span.matrix] + span.offset
+        size = span.payload.nbytes
+        self._region[first : first + size] = np.frombuffer(span.payload, np.uint8)
+
+    async def wait_for_slot(self, block: int) -> None:
+        """Waits until the slot of `block` is free for it."""
+        while self._turn[block % self._plan.slots] != block:
+            await self._freed.wait()
+
+    async def all_released(self, count: int) -> None:
+        """Waits until that many blocks have left, with those that do not come."""
+        while self.released < count:
+            await self._freed.wait()
+
+    def release(self, block: int) -> None:
+        """A block has left."""
+        self._turn[block % self._plan.slots] = block + self._plan.slots
+        self.released += 1
+        self._freed.set()
+        self._freed = asyncio.Event()
+
+    def free(self) -> None:
+        """Gives the region up; the ring is of no use any more."""
+        self._region = self._region[:0].copy()
+
+    def _slot_start(self, block: int) -> int:
+        return self._plan.slots_start + block % self._plan.slots * self._plan.slot_bytes
+
+    def _matrix(self, matrix: Matrix, start: int, rows: int) -> npt.NDArray[Any]:
+        columns = self._spec.row_length(matrix)
+        dtype = self._spec.dtype_of(matrix).numpy
+        first = start + self._plan.offsets[matrix]
+        size = rows * columns * dtype.itemsize
+        return self._region[first : first + size].view(dtype).reshape(rows, columns)

@@ -1,0 +1,307 @@
+"""A running job: its blocks' way from the intake through a lane to the outlet.
+
+It knows nothing of gRPC. One task feeds it (`take`, `end`) and another takes its
+results (`results`); both wait where the other or the lane is behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeAlias
+
+import numpy as np
+
+from gradwire_protocol.framing import Block
+from gradwire_protocol.matrices import ROW_RESULTS, Matrix
+from gradwire_server.api.call_state import Counts
+from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
+from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.jobs.device_execution import Computation
+from gradwire_server.jobs.header.parse import JobSpec
+from gradwire_server.jobs.stream.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    HandedOver,
+    Summed,
+)
+from gradwire_server.jobs.stream.request_validator import Intake
+from gradwire_server.jobs.stream.ring_buffer import Ring
+from gradwire_server.observability.timeline import ObserveJob, Stage
+from gradwire_server.scheduling.device_worker import TenantLane
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive elements of a result, ready to leave."""
+
+    matrix: Matrix
+    index: int
+    """Index of the first element within the matrix."""
+    payload: memoryview
+    """Valid until the next run is asked for."""
+
+
+_Computed: TypeAlias = tuple[int, RowBlock, asyncio.Future[None]]
+"""A block's number, its matrices, and when it is computed."""
+
+
+class RunningJob:
+    """An admitted job.
+
+    Args:
+        spec: What was asked.
+        plan: How it is cut.
+        backend: What computes it.
+        lane: Where.
+        counts: Told what was done.
+        observe: Told when it is done.
+
+    Use it as an async context manager: when it is left, for whatever cause,
+    the lane has let go of its memory.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        plan: Plan,
+        backend: Backend,
+        lane: TenantLane,
+        counts: Counts,
+        *,
+        observe: ObserveJob,
+    ) -> None:
+        self._observe = observe
+        self._counts = counts
+        self.spec = spec
+        self._plan = plan
+        self._lane = lane
+        self._computation = Computation(spec, plan, backend, lane.device, counts)
+        self._intake = Intake(spec, plan)
+        self._backend = backend
+        self._ring: Ring
+        self._submitted = spec.first_row // plan.block_rows
+        """Row blocks that were handed to the lane, with those that do not come."""
+        self._checkpoints = Checkpoints(spec)
+        self._handed_over = False
+        self._served_at = 0.0
+        self._prepared = False
+        self._computed: asyncio.Queue[_Computed | Summed | HandedOver | None]
+        self._computed = asyncio.Queue()
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._ring = await self._lane.submit(self, self._open)
+        except BaseException:
+            await self._lane.discard(self)
+            self._computation.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self._lane.discard(self)
+        finally:
+            self._computation.close()
+            self._computed = asyncio.Queue()
+            self._ring.free()
+
+    def hand_over(self) -> bool:
+        """Has the job end with a checkpoint at the end of a row block.
+
+        Whoever goes on with it then begins there. What has been handed to the
+        lane still leaves, and nothing more is taken.
+
+        Returns:
+            Whether that can be: not where the client takes no checkpoints, nor
+            where all rows are there, so that the job ends sooner by itself.
+        """
+        if self.spec.checkpoint_rows is None or self._last_block_came():
+            return False
+        if not self._handed_over:
+            self._handed_over = True
+            rows = self._submitted * self._plan.block_rows
+            self._computed.put_nowait(HandedOver(rows))
+        return True
+
+    def owes_nothing_since(self) -> float:
+        """When the last result that could leave has left; event loop's clock.
+
+        Now, while row blocks are complete whose results have not left.
+        """
+        if self._ring.released < self._submitted:
+            return asyncio.get_running_loop().time()
+        return self._served_at
+
+    async def take(self, block: Block) -> None:
+        """Takes a message's elements; waits while the ring is full.
+
+        Raises:
+            JobError: The message does not continue the stream.
+        """
+        for span in self._intake.take(block):
+            if not span.whole:
+                await self._ring.wait_for_slot(span.block)
+            block_number = None if span.whole else span.block
+            await self._unless_handed_over()
+            self._observe(Stage.RECEIVING, block_number)
+            self._ring.put(span)
+            self._observe(Stage.RECEIVING, block_number)
+            self._intake.placed(span)
+            self._counts.bytes_received += span.payload.nbytes
+            await self._submit_complete()
+
+    async def end(self, m: int) -> None:
+        """Takes the announcement that the job is complete, with m rows.
+
+        Raises:
+            JobError: It is not.
+        """
+        self._intake.end(m)
+        self._counts.m = m
+        self._counts.ended = True
+        await self._submit_complete()
+        self._computed.put_nowait(None)
+
+    async def results(self) -> AsyncGenerator[Run | Checkpoint, None]:
+        """The results as they are ready.
+
+        Y and dX block by block, dW's sum in between, where it is asked for,
+        and dW at the end.
+
+        Raises:
+            JobError: The job was handed over, and this is its end.
+            Exception: What the backend raised.
+        """
+        while (computed := await self._computed.get()) is not None:
+            if isinstance(computed, Summed):
+                for part in self._checkpoint(computed.rows, await computed.dw):
+                    yield part
+                self._checkpoints.left()
+                continue
+            if isinstance(computed, HandedOver):
+                await self._ring.all_released(self._submitted)
+                if computed.rows > self._checkpoints.rows:
+                    dw = await self._lane.submit(self, self._copy_sum)
+                    for part in self._checkpoint(computed.rows, dw):
+                        yield part
+                raise computed.error()
+            number, block, done = computed
+            await done
+            first_row = number * self._plan.block_rows
+            for matrix, array in zip(ROW_RESULTS, (block.y, block.dx), strict=True):
+                if array is not None:
+                    for run in self._runs(matrix, first_row, array):
+                        yield run
+            self._ring.release(number)
+            self._served_at = asyncio.get_running_loop().time()
+        if Matrix.DW in self.spec.results:
+            dw = await self._lane.submit(self, self._finish)
+            for run in self._runs(Matrix.DW, 0, dw):
+                yield run
+
+    def _checkpoint(self, rows: int, dw: Array) -> Iterator[Run | Checkpoint]:
+        yield Checkpoint(rows)
+        yield from self._runs(Matrix.DW_SUM, 0, dw)
+
+    async def _unless_handed_over(self) -> None:
+        """Goes on; not where the job is about to end, with this task."""
+        if self._handed_over:
+            await asyncio.get_running_loop().create_future()
+
+    def _last_block_came(self) -> bool:
+        """Whether the last row block is there, which may be a short one."""
+        rows = self._counts.m if self._counts.ended else self.spec.m
+        return rows is not None and self._submitted * self._plan.block_rows >= rows
+
+    async def _submit_complete(self) -> None:
+        """Hands to the lane, in order, the blocks that have become complete."""
+        if not self._plan.slot_bytes:  # rows without elements are done at once
+            return
+        while (rows := self._next_rows()) is not None:
+            number = self._submitted
+            await self._ring.wait_for_slot(number)
+            await self._unless_handed_over()
+            block = self._ring.rows(number, rows)
+            if number < self.spec.results_from_row // self._plan.block_rows:
+                block = replace(block, y=None, dx=None)
+            done = self._lane.begin(self, partial(self._compute, number, block))
+            self._computed.put_nowait((number, block, done))
+            self._submitted += 1
+            self._counts.blocks_received += 1
+            if rows == self._plan.block_rows:
+                self._submit_checkpoint(self._submitted * rows)
+
+    def _submit_checkpoint(self, rows: int) -> None:
+        """Has dW's sum over the blocks that were submitted sent, if it is due."""
+        if self._checkpoints.begin(rows):
+            dw = self._lane.submit(self, self._copy_sum)
+            self._computed.put_nowait(Summed(rows, dw))
+
+    def _next_rows(self) -> int | None:
+        """Rows of the next block in order; None while it is not complete."""
+        number, intake = self._submitted, self._intake
+        return intake.rows_of(number) if number < intake.blocks_complete else None
+
+    def _runs(self, matrix: Matrix, first_row: int, array: Array) -> Iterator[Run]:
+        itemsize = array.dtype.itemsize
+        size = max(self.spec.max_block_bytes // itemsize, 1)
+        first = first_row * array.shape[1]
+        elements = array.reshape(-1).view(np.uint8).data
+        whole = matrix in {Matrix.DW, Matrix.DW_SUM}
+        number = None if whole else first_row // self._plan.block_rows
+        for start in range(0, array.size, size):
+            payload = elements[start * itemsize : (start + size) * itemsize]
+            self._counts.bytes_sent += payload.nbytes
+            self._observe(Stage.SENDING, number)
+            yield Run(matrix, first + start, payload)
+            self._observe(Stage.SENDING, number)
+
+    def _open(self) -> Ring:
+        """Runs in the lane's thread."""
+        region = self._backend.empty(self._plan.region_bytes)
+        self._computation.open()
+        return Ring(self.spec, self._plan, region)
+
+    def _compute(self, number: int, block: RowBlock) -> Wait | None:
+        """Runs in the lane's thread."""
+        self._prepare()
+        self._observe(Stage.COMPUTING, number)
+        wait = self._computation.take_block(block)
+        if wait is None:
+            self._observe(Stage.COMPUTING, number)
+            return None
+        return partial(self._computed_after, wait, number)
+
+    def _copy_sum(self) -> Array:
+        """Runs in the lane's thread."""
+        dw = self._ring.dw_sum()
+        self._computation.copy_dw_sum(dw)
+        return dw
+
+    def _finish(self) -> Array:
+        """Runs in the lane's thread."""
+        self._prepare()
+        return self._computation.finish()
+
+    def _prepare(self) -> None:
+        """Has the computation take what came before all rows, once."""
+        if self._prepared:
+            return
+        self._prepared = True
+        if Matrix.W in self.spec.operands:
+            self._computation.take_w(self._ring.w())
+        if self.spec.brings_dw_sum:
+            self._computation.take_dw_sum(self._ring.dw_sum())
+
+    def _computed_after(self, wait: Wait, number: int) -> None:
+        wait()
+        self._observe(Stage.COMPUTING, number)

@@ -1,0 +1,250 @@
+"""Memory that is shared with clients of the same host.
+
+A region is a file without a name (memfd_create(2)) whose size is sealed: a
+client that could shrink it would make the server fault at its next access.
+Its pages are taken from the machine when it is made, so that no later write
+can find none left. Only whoever was told its token can have jobs use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import mmap
+import os
+import secrets
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MAX_INT64, MIB
+from gradwire_server.admission.controller import Admission
+from gradwire_server.admission.quota import CALL_BYTES, busy
+from gradwire_server.errors import JobError
+
+MAX_REGIONS = 256
+"""Most regions at once: each takes two descriptors of the process's, which
+connections need too."""
+
+_MAX_OF_TENANT = MAX_REGIONS // 4
+"""Most regions of one tenant, where there may be several."""
+
+_SPARE_SHARE = 8
+"""Which part of what a tenant's open calls may hold its regions leave: the jobs
+that are to use them are calls, too."""
+
+COOKIE_BYTES = 32
+"""Random bytes by which a client knows that it has opened the right file."""
+
+_PIECE_BYTES = 64 * MIB
+"""Memory that is taken at a time: the kernel clears it within 0.1 s or so, and
+nobody can stop it."""
+
+Adopt: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Region:
+    """Memory that a client has mapped too.
+
+    Args:
+        size_bytes: Its size, a multiple of the page size.
+        adopt: What a backend does to such memory (`Backend.adopt`).
+        tenant: Whose it is.
+    """
+
+    def __init__(self, size_bytes: int, adopt: Adopt, tenant: str = "") -> None:
+        self.size_bytes = size_bytes
+        self.tenant = tenant
+        self._adopt = adopt
+        self.token = secrets.token_urlsafe(24)
+        self.cookie = secrets.token_bytes(COOKIE_BYTES)
+        self.fd = os.memfd_create(
+            "gradwire-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        )
+        try:
+            os.ftruncate(self.fd, size_bytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.memory: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    async def take_pages(self) -> None:
+        """Takes the region's memory from the machine, and maps it.
+
+        Raises:
+            OSError: The machine has not so much.
+        """
+        given_up = threading.Event()
+        loop = asyncio.get_running_loop()
+        taking = loop.run_in_executor(None, self._take_pages, given_up)
+        # However often this task is cancelled, the region counts, and its
+        # descriptor is open, for as long as the thread takes pages for it.
+        cancelled: asyncio.CancelledError | None = None
+        while not taking.done():
+            try:
+                await asyncio.wait([taking])
+            except asyncio.CancelledError as error:
+                cancelled = error
+                given_up.set()
+        if cancelled is not None:
+            taking.exception()  # so that nobody is told of it
+            raise cancelled
+        taking.result()
+
+    def _take_pages(self, given_up: threading.Event) -> None:
+        """Runs in a thread of its own."""
+        _allocate(self.fd, self.size_bytes, given_up)
+        if given_up.is_set():
+            return
+        memory = np.frombuffer(mmap.mmap(self.fd, self.size_bytes), np.uint8)
+        memory[:COOKIE_BYTES] = np.frombuffer(self.cookie, np.uint8)
+        self.memory = self._adopt(memory)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Keeps the region's memory within this context, though it be closed."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    async def close(self) -> None:
+        """Gives the memory back, when the last job that uses it has ended."""
+        os.close(self.fd)
+        await self._unused.wait()
+        last, self.memory = [self.memory], np.empty(0, np.uint8)
+        # In a thread, and there however often this task is cancelled: the
+        # kernel takes as long as for taking them.
+        await asyncio.get_running_loop().run_in_executor(None, last.clear)
+
+
+class Regions:
+    """The open regions of one server.
+
+    Args:
+        admission: In whose memory they count.
+        adopt: What a backend does to memory that others share
+            (`Backend.adopt`).
+    """
+
+    def __init__(self, admission: Admission, adopt: Adopt) -> None:
+        self._admission = admission
+        self._adopt = adopt
+        self._open: dict[str, Region] = {}
+        self._counts: Counter[str] = Counter()
+        """How many each tenant has, those included that are being made."""
+
+    @asynccontextmanager
+    async def open(self, size_bytes: int, tenant: str = "") -> AsyncIterator[Region]:
+        """A region of a tenant's, as long as this context lasts.
+
+        Raises:
+            JobError: The size is none, larger than this server can ever
+                hold, or more than it has now.
+        """
+        if not 0 < size_bytes < MAX_INT64 - mmap.PAGESIZE:
+            raise JobError(
+                Reason.OPTION_INVALID,
+                f"size_bytes is {size_bytes}: expected at least 1",
+                field="size_bytes",
+            )
+        size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        most = self._admission.most_of_calls(tenant)
+        spare = max(CALL_BYTES, most // _SPARE_SHARE)
+        if size_bytes + CALL_BYTES + spare > most:
+            raise JobError(
+                Reason.JOB_TOO_LARGE,
+                f"the region would hold {size_bytes} bytes: this server has {most}",
+                field="size_bytes",
+            )
+        self._require_descriptors(tenant)
+        with self._admission.call(size_bytes, tenant, spare_bytes=spare):
+            self._counts[tenant] += 1
+            try:
+                async with self._opened(size_bytes, tenant) as region:
+                    yield region
+            finally:
+                self._counts[tenant] -= 1
+                self._counts += Counter()  # forgets tenants that have none
+
+    @contextmanager
+    def used(self, tokens: Sequence[str], tenant: str = "") -> Iterator[list[Region]]:
+        """The regions of these names, whose memory stays within this context.
+
+        Raises:
+            JobError: No open region has that name, or another tenant's has it.
+        """
+        with ExitStack() as stack:
+            found = []
+            for position, token in enumerate(tokens):
+                region = self._open.get(token)
+                if region is None:
+                    raise JobError(
+                        Reason.REGION_UNKNOWN,
+                        f"job.regions[{position}].token names no open region of this "
+                        f"server: it was closed, or it is another server's",
+                        field=f"job.regions[{position}].token",
+                    )
+                if region.tenant != tenant:
+                    raise JobError(
+                        Reason.NOT_ALLOWED,
+                        f"job.regions[{position}].token names a region of another "
+                        f"tenant",
+                        field=f"job.regions[{position}].token",
+                    )
+                stack.enter_context(region.used())
+                found.append(region)
+            yield found
+
+    def _require_descriptors(self, tenant: str) -> None:
+        count = self._counts.total()
+        if count >= MAX_REGIONS:
+            raise busy(f"{count} regions are open, of at most {MAX_REGIONS}", "regions")
+        own = self._counts[tenant]
+        if tenant and own >= _MAX_OF_TENANT:
+            raise busy(
+                f"{own} regions of your tenant are open, of at most {_MAX_OF_TENANT}",
+                "regions",
+            )
+
+    @asynccontextmanager
+    async def _opened(self, size_bytes: int, tenant: str) -> AsyncIterator[Region]:
+        try:
+            region = Region(size_bytes, self._adopt, tenant)
+        except OSError as error:
+            raise busy("the process has no descriptors left", "regions") from error
+        try:
+            try:
+                await region.take_pages()
+            except OSError as error:
+                raise busy(
+                    f"the machine has no {size_bytes} bytes to share", "memory"
+                ) from error
+            self._open[region.token] = region
+            yield region
+        finally:
+            self._open.pop(region.token, None)
+            await region.close()
+
+
+def _allocate(fd: int, size_bytes: int, given_up: threading.Event) -> None:
+    for first in range(0, size_bytes, _PIECE_BYTES):
+        if given_up.is_set():
+            return
+        os.posix_fallocate(fd, first, min(_PIECE_BYTES, size_bytes - first))

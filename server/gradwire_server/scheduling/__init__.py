@@ -1,0 +1,1 @@
+"""Which device a job runs on, and whose row block is next."""

@@ -1,0 +1,1 @@
+"""Where the server listens, and the files that it watches."""
