@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import bars, contenders, figure, machine, report
+from bench import contenders, machine
 from bench.driver import run_shape
-from bench.record import Part, Run, Writer
-from bench.statistics import figures
+from bench.report import bars, figure, tables
+from bench.report.record import Part, Run, Writer
+from bench.report.statistics import figures
 from bench.work import FORMS, Shape
 
 SHAPES = ("256", "1024", "2048", "4096", "16384x1024x1024", "1000000x64x64")
@@ -33,18 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         writer = Writer(lines)
         where = machine.describe(options.threads)
         writer.about({"when": when.isoformat(timespec="seconds"), **where})
-        print(report.heading(where), flush=True)
+        print(tables.heading(where), flush=True)
         complete = True
         for form in options.forms:
             body: list[tuple[str, ...]] = []
             for shape in _shapes(options):
                 try:
-                    body += report.rows(_part(writer, names, shape, form, options))
+                    body += tables.rows(_part(writer, names, shape, form, options))
                 except RuntimeError as error:
                     # The other shapes have nothing to do with it.
                     print(f"{shape}, {form}: {error}", file=sys.stderr)
                     complete = False
-            print(f"\nResults in {form} arrays:\n\n{report.table(body)}", flush=True)
+            print(f"\nResults in {form} arrays:\n\n{tables.table(body)}", flush=True)
     run = Run.read(path)
     found = [v for v in bars.verdicts(run) if v.holds is not None]
     if found:

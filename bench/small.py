@@ -34,10 +34,10 @@ from typing import Any
 import grpc
 
 import gradwire
-from bench import bound
-from bench.bound import Bound
 from bench.contenders.gradwire_sdk import Gradwire
 from bench.contenders.server_process import HOST, ServerProcess, say_ready
+from bench.report import bound
+from bench.report.bound import Bound
 from bench.work import Shape, operands
 from bench.worker import cpu_s
 

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gradwire
-from bench import observed
 from bench.child import Child
-from bench.timeline import STAGES, Timeline
+from bench.report import observed
+from bench.report.timeline import STAGES, Timeline
 from bench.work import Array, Shape, operands
 
 OUT = Path(__file__).parent / "out"
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     n, k = options.columns
     settings = {"backend": "numpy", "block_bytes": options.block_bytes}
     settings["cpu_threads"] = options.cpu_threads
-    with Child("bench.observed", json.dumps(settings)) as server:
+    with Child("bench.report.observed", json.dumps(settings)) as server:
         with gradwire.connect(server.address, transport="tcp") as client:
             rows = _block_rows(client, n, k)
             given = operands(Shape(rows, n, k))
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if bytes_per_s is None:
             bytes_per_s = rows * (n + k) * 4 / (1.1 * computing_s)
         with (
-            Child("bench.relay", server.address, str(bytes_per_s)) as link,
+            Child("bench.links.relay", server.address, str(bytes_per_s)) as link,
             gradwire.connect(link.address, transport="tcp") as client,
         ):
             receipt = _run(client, given, options.blocks)

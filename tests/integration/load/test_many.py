@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gradwire
-from bench.loadgen import OK, Kind, Load, endings, rate_of
+from bench.load.generator import OK, Kind, Load, endings, rate_of
 from tests import oracle
 from tests.integration.contract.conftest import assert_untroubled
 from tests.integration.load.observing import (

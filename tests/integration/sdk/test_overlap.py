@@ -15,8 +15,8 @@ import pytest
 
 import gradwire
 from bench import trace
-from bench.relay import Link
-from bench.timeline import Event, Timeline
+from bench.links.relay import Link
+from bench.report.timeline import Event, Timeline
 from gradwire._client.job_factory import Tuning
 from gradwire_server import Server, Settings
 from gradwire_server.backends.base import RowBlock

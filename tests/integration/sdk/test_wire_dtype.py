@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gradwire
-from bench.relay import Link
+from bench.links.relay import Link
 from tests import oracle
 from tests.integration.sdk import ways
 from tests.integration.sdk.ways import Way

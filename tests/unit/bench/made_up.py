@@ -3,7 +3,7 @@
 from typing import Any
 
 from bench.driver import Usage
-from bench.statistics import Figure
+from bench.report.statistics import Figure
 
 
 def figure(contender: str, median_s: float, **others: Any) -> Figure:

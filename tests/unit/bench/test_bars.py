@@ -4,9 +4,9 @@ import io
 
 import pytest
 
-from bench import bars
 from bench.driver import Turn
-from bench.record import Part, Run, Writer
+from bench.report import bars
+from bench.report.record import Part, Run, Writer
 from bench.work import Shape
 from tests.unit.bench.made_up import figure, usage
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench import figure, summary
-from bench.record import Part, Run
+from bench.report import figure, summary
+from bench.report.record import Part, Run
 from bench.work import Shape
 from tests.unit.bench import made_up
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from bench import gpu, gpu_jobs, gpu_lane
-from bench.bound import Bound, table
-from bench.gpu_parts import Answer, Options
+from bench.gpu import command, jobs, lane
+from bench.gpu.parts import Answer, Options
+from bench.report.bound import Bound, table
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_shared_memory_is_compared_with_the_lane_at_the_same_shape():
             ("tcp", "transport", 4.0),
         )
     ]
-    (bar,) = gpu_jobs._bars(rows, {"lane": {"rows": lane}})
+    (bar,) = jobs._bars(rows, {"lane": {"rows": lane}})
     assert bar.name == "shared memory over the lane without gRPC"
     assert bar.seen == 0.75
-    assert not list(gpu_jobs._bars(rows, {}))  # the lane was not measured
+    assert not list(jobs._bars(rows, {}))  # the lane was not measured
 
 
 def test_what_a_lane_is_held_to_knows_that_copies_share_a_bus():
@@ -59,15 +59,15 @@ def test_what_a_lane_is_held_to_knows_that_copies_share_a_bus():
         {"copies": "down alone", "up GB/s": 0.0, "down GB/s": 60.0},
         {"copies": "both at once", "up GB/s": 40.0, "down GB/s": 40.0},
     ]
-    alone, shared = gpu_lane._bars([row], {"copies": {"rows": copies}})
+    alone, shared = lane._bars([row], {"copies": {"rows": copies}})
     assert (alone.seen, alone.holds) == (1.2, False)
     assert (shared.seen, shared.holds) == (12 / 12.5, True)
-    assert len(list(gpu_lane._bars([row], {}))) == 1  # copies were not measured
+    assert len(list(lane._bars([row], {}))) == 1  # copies were not measured
 
 
 def test_a_hurry_means_fewer_rows_and_a_scale_smaller_sizes():
-    shape = gpu_lane.JOBS[0][0]
-    hurried = gpu_lane.scaled(shape, Options("numpy", quick=True, scale=16))
+    shape = lane.JOBS[0][0]
+    hurried = lane.scaled(shape, Options("numpy", quick=True, scale=16))
     assert hurried.m == shape.m // 4 // 16
     assert (hurried.n, hurried.k) == (shape.n // 16, shape.k // 16)
 
@@ -76,10 +76,10 @@ def test_a_part_that_fails_costs_the_others_nothing(monkeypatch, tmp_path, capsy
     def fails(_: Options) -> Answer:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(gpu, "PARTS", gpu.PARTS | {"lane": fails})
+    monkeypatch.setattr(command, "PARTS", command.PARTS | {"lane": fails})
     path = tmp_path / "found.json"
     asked = ["--backend", "numpy", "--parts", "lane,device", "--out", str(path)]
-    assert gpu.main(asked) == 1
+    assert command.main(asked) == 1
     found = json.loads(path.read_text())["parts"]
     assert found["lane"]["error"] == "RuntimeError: out of order"
     assert found["device"]["skipped"]
@@ -90,12 +90,12 @@ def test_everything_but_the_device_runs_on_a_processor(monkeypatch, tmp_path, ca
     monkeypatch.setattr(Options, "seconds", 0.0)
     path = tmp_path / "found.json"
     asked = ["--backend", "numpy", "--quick", "--scale", "64", "--out", str(path)]
-    assert gpu.main(asked) == 0
+    assert command.main(asked) == 0
     found = json.loads(path.read_text())
     assert found["about"]["devices"][0]["backend"] == "numpy"
-    assert [*found["parts"]] == [*gpu.PARTS]
+    assert [*found["parts"]] == [*command.PARTS]
     ways = {row["way"] for row in found["parts"]["transports"]["rows"]}
     assert ways == {"shm", "unix", "tcp"}
     assert all(row["faster"] for row in found["parts"]["numpy"]["rows"])
-    assert len(found["bars"]) == len(gpu_lane.JOBS) + 1
+    assert len(found["bars"]) == len(lane.JOBS) + 1
     assert "Everything is in" in capsys.readouterr().err

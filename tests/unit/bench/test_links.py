@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import links
-from bench.record import Run
+from bench.links.command import LinkError, link, main
+from bench.report.record import Run
 
 
 def namespaces():
@@ -22,15 +22,15 @@ def possible():
     if os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
         pytest.skip("needs root and iproute2")
     try:
-        with links.link(1e9):
+        with link(1e9):
             pass
-    except links.LinkError as error:
+    except LinkError as error:
         pytest.skip(str(error))
 
 
 def test_both_ends_of_a_link_are_limited_and_removed(possible):
     before = namespaces()
-    with links.link(1e9):
+    with link(1e9):
         made = namespaces() - before
         assert len(made) == 2
         for name in made:
@@ -45,7 +45,7 @@ def test_a_link_may_take_its_time():
     if os.geteuid() or not (shutil.which("ip") and Path("/dev/net/tun").exists()):
         pytest.skip("needs root, iproute2 and TUN devices")
     before = namespaces()
-    with links.link(1e9, round_trip_s=0.06) as run:
+    with link(1e9, round_trip_s=0.06) as run:
         client = (
             "import socket, sys, time\n"
             "with socket.create_server(('10.77.0.1', 0)) as there:\n"
@@ -64,7 +64,7 @@ def test_a_link_may_take_its_time():
 def test_client_and_server_work_at_the_two_ends(possible, tmp_path, capsys):
     out = tmp_path / "run.jsonl"
     line = f"--gbits 1 --shape 8 --rounds 1 --contenders numpy,raw-tcp --out {out}"
-    assert links.main(line.split()) == 0
+    assert main(line.split()) == 0
     (part,) = Run.read(out).parts
     assert part.link_bits_per_s == 1e9
     assert [figure.contender for figure in part.figures] == ["numpy", "raw-tcp"]
@@ -74,5 +74,5 @@ def test_client_and_server_work_at_the_two_ends(possible, tmp_path, capsys):
 def test_what_is_missing_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     line = f"--gbits 1 --contenders numpy --out {tmp_path / 'run.jsonl'}"
-    assert links.main(line.split()) == 1
+    assert main(line.split()) == 1
     assert "there is no ip: install iproute2" in capsys.readouterr().err

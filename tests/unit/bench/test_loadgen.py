@@ -10,8 +10,8 @@ import pytest
 from grpc import StatusCode
 
 import gradwire
-from bench.load import parse_mix
-from bench.loadgen import OK, Kind, Load, Made, endings, outcomes, rate_of
+from bench.load.command import parse_mix
+from bench.load.generator import OK, Kind, Load, Made, endings, outcomes, rate_of
 from bench.work import Shape
 
 

@@ -1,7 +1,7 @@
 """The bench's tables can be read."""
 
-from bench import report
-from bench.record import Part
+from bench.report import tables
+from bench.report.record import Part
 from bench.work import Shape
 from tests.unit.bench.made_up import figure, usage
 
@@ -29,7 +29,7 @@ def test_each_contender_has_a_row_with_its_figures():
     )
     local = "2.00|1.80 to 2.20|1.60|1.00||4.00|0.25|30||9"
     peer = "250|225 to 275|200|125.00|248|0.03|5.00|40|50|9"
-    assert report.rows(part) == [
+    assert tables.rows(part) == [
         ("1000x1000x500", "numpy", *local.split("|")),
         ("1000x1000x500", "peer", *peer.split("|")),
     ]
@@ -39,7 +39,7 @@ def test_the_tables_columns_line_up():
     part = Part(
         Shape(8, 8, 8), "fresh", (figure("a-long-name", 1.0),), (usage("a-long-name"),)
     )
-    lines = report.table(report.rows(part)).splitlines()
+    lines = tables.table(tables.rows(part)).splitlines()
     assert len(lines) == 3
     assert len({len(line) for line in lines}) == 1
     bars = [[i for i, c in enumerate(line) if c == "|"] for line in lines]

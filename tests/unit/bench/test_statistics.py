@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bench.driver import Turn
-from bench.statistics import bootstrap_median, figures
+from bench.report.statistics import bootstrap_median, figures
 
 
 def test_a_turn_counts_once_however_many_calls_it_held():

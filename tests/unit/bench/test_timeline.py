@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.timeline import Timeline
+from bench.report.timeline import Timeline
 
 
 def _events(*blocks):

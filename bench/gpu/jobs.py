@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import gradwire
-from bench import gpu_lane
-from bench.bound import Bound
 from bench.contenders.server_process import ServerProcess
-from bench.gpu_parts import Answer, Options, median
+from bench.gpu import lane
+from bench.gpu.parts import Answer, Options, median
+from bench.report.bound import Bound
 from bench.work import Array, Shape, copied, empty_results, operands, products
 
 TRANSPORT_ONLY = Shape(65536, 4096, 1)
@@ -29,8 +29,8 @@ Job = Callable[[], gradwire.Receipt]
 
 def measure_transports(options: Options) -> Answer:
     """GB/s each way of each way to send a job, and where its time goes."""
-    shape = gpu_lane.scaled(gpu_lane.END_TO_END[0], options)
-    empty = gpu_lane.scaled(TRANSPORT_ONLY, options)
+    shape = lane.scaled(lane.END_TO_END[0], options)
+    empty = lane.scaled(TRANSPORT_ONLY, options)
     rows = []
     with _server(options) as (tcp, unix):
         for name, address, transport in (
@@ -83,10 +83,10 @@ def measure_sizes(options: Options) -> Answer:
 def _bars(rows: Sequence[dict[str, Any]], answers: dict[str, Any]) -> Iterable[Bound]:
     rate = {(row["way"], row["what"]): row["GB/s each way"] for row in rows}
     shape = next(row["shape"] for row in rows if row["what"] == "job")
-    dtype = gpu_lane.END_TO_END[1].label
-    lane = answers.get("lane", {}).get("rows")
-    if lane:
-        through = gpu_lane.of_shape(lane, shape, dtype)["GB/s each way"]
+    dtype = lane.END_TO_END[1].label
+    beside = answers.get("lane", {}).get("rows")
+    if beside:
+        through = lane.of_shape(beside, shape, dtype)["GB/s each way"]
         name = "shared memory over the lane without gRPC"
         yield Bound(name, rate["shm", "job"] / through, LEAST_OF_LANE, at_least=True)
 
@@ -146,7 +146,7 @@ def _server(options: Options) -> Iterator[tuple[str, str]]:
     """The addresses of a server: a port of this host, and a unix socket."""
     with tempfile.TemporaryDirectory(prefix="gradwire-bench-") as folder:
         path = Path(folder, "socket")
-        server = ServerProcess.of_module("bench.gpu_server", options.backend, str(path))
+        server = ServerProcess.of_module("bench.gpu.server", options.backend, str(path))
         try:
             yield server.address, f"unix:{path}"
         finally:

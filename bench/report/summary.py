@@ -1,6 +1,6 @@
 """The short table of a run, for the README: medians in ms, a column a shape.
 
-``python -m bench.summary RUN.jsonl`` prints it, for both forms.
+``python -m bench.report.summary RUN.jsonl`` prints it, for both forms.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import report
-from bench.record import Run
+from bench.report import tables
+from bench.report.record import Run
 from bench.work import FORMS
 
 
@@ -21,16 +21,16 @@ def table(run: Run, form: str) -> str:
     body = []
     for name in names:
         figures = [part.figure(name) for part in parts]
-        cells = ("" if f is None else report.milliseconds(f.median_s) for f in figures)
+        cells = ("" if f is None else tables.milliseconds(f.median_s) for f in figures)
         body.append((name, *cells))
     head = (f"ms, {form} results", *(part.shape.label for part in parts))
-    return report.table(body, head, texts=1)
+    return tables.table(body, head, texts=1)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the tables of a run."""
     run = Run.read(Path(arguments[0]))
-    print(report.heading(run.about))
+    print(tables.heading(run.about))
     for form in FORMS:
         if any(part.form == form for part in run.parts):
             print(f"\n{table(run, form)}")

@@ -1,6 +1,6 @@
 """A run as a figure: time against size, a line for each contender.
 
-``python -m bench.figure RUN.jsonl FIGURE.svg`` writes it. Both axes are
+``python -m bench.report.figure RUN.jsonl FIGURE.svg`` writes it. Both axes are
 logarithmic. Cubes are on it, and each form of results has a panel.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.record import Part, Run
+from bench.report.record import Part, Run
 from bench.work import FORMS
 
 # gradwire in one hue, what it is measured against in others, NumPy in black.

@@ -2,7 +2,7 @@
 
 Client and server have a network namespace each, joined by a pair of virtual
 Ethernet devices whose sending is limited by a token bucket, at both ends; or,
-with a delay, by `bench.delay_line`. It needs root, iproute2, and a kernel with
+with a delay, by `bench.links.delay_line`. It needs root, iproute2, and a kernel with
 veth and tbf, or tun. The shapes are those for
 which two cores compute about as long as each direction of the link carries:
 there a transport that overlaps takes as long as its longest stage, and one
@@ -21,10 +21,11 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import bars, command, machine, report
+from bench import command, machine
 from bench.driver import run_shape
-from bench.record import Part, Run, Writer
-from bench.statistics import figures
+from bench.report import bars, tables
+from bench.report.record import Part, Run, Writer
+from bench.report.statistics import figures
 from bench.work import FORMS, Shape
 
 SHAPES = {1: Shape(32768, 2048, 2048), 10: Shape(262144, 256, 256)}
@@ -96,7 +97,7 @@ def _delay_line(
     client: str, server: str, bits_per_s: float, delay_s: float
 ) -> Iterator[None]:
     names = [f"{_DEVICE}-{end}" for end in ("c", "s")]
-    command = [sys.executable, "-m", "bench.delay_line", *names]
+    command = [sys.executable, "-m", "bench.links.delay_line", *names]
     command += ["--bits-per-s", f"{bits_per_s:.0f}", "--delay-s", f"{delay_s}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         writer = Writer(lines)
         about = machine.describe(threads)
         writer.about({"when": when.isoformat(timespec="seconds"), **about})
-        print(report.heading(about), end="\n\n", flush=True)
+        print(tables.heading(about), end="\n\n", flush=True)
         for gbits in options.gbits:
             shape = options.shape or SHAPES[gbits]
             round_trip_s = options.round_trip_ms / 1000
@@ -163,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = f"{gbits} Gbit/s"
             if round_trip_s:
                 name += f", {options.round_trip_ms:g} ms"
-            body += [(name, *row) for row in report.rows(part)]
-    print(report.table(body, ("link", *report.HEAD), texts=3))
+            body += [(name, *row) for row in tables.rows(part)]
+    print(tables.table(body, ("link", *tables.HEAD), texts=3))
     found = [v for v in bars.verdicts(Run.read(path)) if v.holds is not None]
     if found:
         print(f"\n{bars.table(found)}")
@@ -200,7 +201,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=10, help="at most (10)")
     parser.add_argument("--out", type=Path, help="file of JSON lines")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.driver import Usage
-from bench.record import Part
-from bench.statistics import Figure
+from bench.report.record import Part
+from bench.report.statistics import Figure
 
 HEAD = (
     "shape",

@@ -11,8 +11,8 @@ import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.bound import Bound
-from bench.gpu_parts import Answer, Options, median
+from bench.gpu.parts import Answer, Options, median
+from bench.report.bound import Bound
 from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.async_device import gemm
 from gradwire_server.backends.async_device.device import Stream

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import gradwire
-from bench import machine, report
+from bench import machine
 from bench.contenders.server_process import HOST, ServerProcess
-from bench.loadgen import Kind, Load, Made, endings, outcomes, rate_of
+from bench.load.generator import Kind, Load, Made, endings, outcomes, rate_of
+from bench.report import tables
 from bench.work import Shape, operands
 from bench.worker import forget_peak, peak_bytes
 
@@ -48,7 +49,7 @@ def main() -> int:
     out = options.out or Path("bench/out", time.strftime("load-%Y%m%d-%H%M%S.jsonl"))
     out.parent.mkdir(parents=True, exist_ok=True)
     about = machine.describe(os.cpu_count() or 1)
-    print(report.heading(about))
+    print(tables.heading(about))
     server = ServerProcess.start(command)
     try:
         with out.open("w") as lines:
@@ -56,7 +57,7 @@ def main() -> int:
             body = asyncio.run(_measure(server, options, lines))
     finally:
         server.stop()
-    print(report.table(body, HEAD, texts=3))
+    print(tables.table(body, HEAD, texts=3))
     print(f"\n{out}")
     return 0
 
@@ -82,7 +83,7 @@ async def _measure(
         _write(lines, "part", load=name, calls_per_second=rate, **held)
         for outcome in outcomes(made):
             _write(lines, "outcome", load=name, **asdict(outcome))
-            percentiles = map(report.milliseconds, outcome.percentiles_s.values())
+            percentiles = map(tables.milliseconds, outcome.percentiles_s.values())
             body.append(
                 (
                     name,
@@ -90,7 +91,7 @@ async def _measure(
                     outcome.reason or outcome.status,
                     str(outcome.count),
                     *percentiles,
-                    report.milliseconds(outcome.max_s),
+                    tables.milliseconds(outcome.max_s),
                 )
             )
         print(f"{name}: {rate:.1f} calls/s, {dict(endings(made))}, {held}", flush=True)
@@ -211,7 +212,3 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="file of JSON lines (bench/out/load-TIME.jsonl)"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.gpu_parts import Answer, Options, median
+from bench.gpu.parts import Answer, Options, median
 from gradwire_server.backends.async_device.device import Stream
 
 SIZE = 64 << 20

@@ -1,7 +1,7 @@
 """How fast gradwire has to be beside the others, and whether a run shows it.
 
-``python -m bench.bars RUN.jsonl ...`` prints them. A bar compares medians of one
-run, shape and form; over(c) is the median of c less that of local NumPy. A bar
+``python -m bench.report.bars RUN.jsonl ...`` prints them. A bar compares medians of
+one run, shape and form; over(c) is the median of c less that of local NumPy. A bar
 whose contenders or shape the run does not have is left open.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import report
-from bench.record import Part, Run
+from bench.report import tables
+from bench.report.record import Part, Run
 from bench.work import FORMS, Shape
 
 _1024, _2048, _4096 = (Shape(side, side, side) for side in (1024, 2048, 4096))
@@ -178,7 +178,7 @@ def table(found: Sequence[Verdict]) -> str:
         )
         for v in found
     ]
-    return report.table(body, ("bar", "shape", "form", "seen", "at most", ""), texts=3)
+    return tables.table(body, ("bar", "shape", "form", "seen", "at most", ""), texts=3)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,8 +3,8 @@
 It stands for a network that is slower than this host's own sockets, where nobody
 may shape one. It holds little itself, and between unix sockets the kernel holds
 little too (a TCP socket's send buffer grows to 4 MiB): a sender soon waits, as
-for a network. ``python -m bench.relay ADDRESS BYTES_PER_S`` is one in a process of
-its own, where it takes no turns from a client's threads.
+for a network. ``python -m bench.links.relay ADDRESS BYTES_PER_S`` is one in a process
+of its own, where it takes no turns from a client's threads.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench import report
+from bench.report import tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,4 +35,4 @@ def table(bounds: Iterable[Bound]) -> str:
         )
         for bound in bounds
     ]
-    return report.table(body, ("bar", "seen", "bound", ""), texts=1)
+    return tables.table(body, ("bar", "seen", "bound", ""), texts=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from bench.driver import Turn, Usage
-from bench.statistics import Figure
+from bench.report.statistics import Figure
 from bench.work import Shape
 
 

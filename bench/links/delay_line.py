@@ -1,4 +1,4 @@
-"""A slow link between two namespaces: ``python -m bench.delay_line``.
+"""A slow link between two namespaces: ``python -m bench.links.delay_line``.
 
 Two TUN devices, and this process between them. A packet that one device sends
 waits its turn at the link's rate, then the delay, and is given to the other
@@ -116,7 +116,7 @@ def run(one: str, other: str, bits_per_s: float, delay_s: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.delay_line")
+    parser = argparse.ArgumentParser(prog="python -m bench.links.delay_line")
     parser.add_argument("devices", nargs=2)
     parser.add_argument("--bits-per-s", type=float, required=True)
     parser.add_argument("--delay-s", type=float, required=True, help="one way")

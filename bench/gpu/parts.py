@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench import report
-from bench.bound import Bound
+from bench.report import tables
+from bench.report.bound import Bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Answer:
             return f"{self.name}: {self.skipped}"
         head = tuple(self.rows[0])
         body = [tuple(map(_cell, row.values())) for row in self.rows]
-        return f"{self.name}:\n\n{report.table(body, head, texts=2)}"
+        return f"{self.name}:\n\n{tables.table(body, head, texts=2)}"
 
 
 def median(samples: Sequence[float]) -> float:

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.bound import Bound
-from bench.gpu_copies import slowdown
-from bench.gpu_parts import Answer, Options, median
+from bench.gpu.copies import slowdown
+from bench.gpu.parts import Answer, Options, median
+from bench.report.bound import Bound
 from bench.work import Shape
 from gradwire.v1 import job_pb2
 from gradwire_protocol.dtypes import Dtype

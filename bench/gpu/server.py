@@ -1,6 +1,6 @@
 """A server for the GPU bench, in a process of its own, that needs no extra.
 
-``python -m bench.gpu_server cupy PATH`` serves on a port of this host and on a
+``python -m bench.gpu.server cupy PATH`` serves on a port of this host and on a
 unix socket at that path, with shared memory.
 """
 

@@ -1,4 +1,4 @@
-"""A server whose row blocks are timed: ``python -m bench.observed SETTINGS``.
+"""A server whose row blocks are timed: ``python -m bench.report.observed SETTINGS``.
 
 Its one argument is the settings as JSON. It prints its address, a unix socket's
 (whose buffers are small, so that what was sent has left), serves until
@@ -15,7 +15,7 @@ import time
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.timeline import Event
+from bench.report.timeline import Event
 from gradwire_server import Server, Settings
 from gradwire_server.observability.timeline import Stage
 

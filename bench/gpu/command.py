@@ -31,20 +31,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import bound, gpu_copies, gpu_device, gpu_jobs, gpu_lane, machine, report
-from bench.bound import Bound
-from bench.gpu_parts import Answer, Options
+from bench import machine
+from bench.gpu import copies, device, jobs, lane
+from bench.gpu.parts import Answer, Options
+from bench.report import bound, tables
+from bench.report.bound import Bound
 from gradwire_server import Settings
 from gradwire_server.backends import select
 
 OUT = Path(__file__).parent / "out"
 
 PARTS: dict[str, Callable[[Options], Answer]] = {
-    "device": gpu_device.measure,
-    "copies": gpu_copies.measure,
-    "lane": gpu_lane.measure,
-    "transports": gpu_jobs.measure_transports,
-    "numpy": gpu_jobs.measure_sizes,
+    "device": device.measure,
+    "copies": copies.measure,
+    "lane": lane.measure,
+    "transports": jobs.measure_transports,
+    "numpy": jobs.measure_sizes,
 }
 
 
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "when": when.isoformat(timespec="seconds"),
         **machine.describe(os.cpu_count() or 1),
         "backend": f"{backend.name} ({why})",
-        "devices": [asdict(device) for device in backend.devices],
+        "devices": [asdict(each) for each in backend.devices],
         "libraries": backend.libraries(),
     }
     backend.close()
@@ -96,7 +98,7 @@ def _heading(about: dict[str, Any]) -> str:
         for d in about["devices"]
     )
     libraries = ", ".join(f"{k} {v}" for k, v in about["libraries"].items())
-    return f"{about['backend']}: {devices}; {libraries}\n{report.heading(about)}"
+    return f"{about['backend']}: {devices}; {libraries}\n{tables.heading(about)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,7 +132,3 @@ def _parts(text: str) -> list[str]:
             f"{', '.join(unknown)}: expected some of {', '.join(PARTS)}"
         )
     return names
-
-
-if __name__ == "__main__":
-    sys.exit(main())

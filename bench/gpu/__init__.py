@@ -1,0 +1,1 @@
+"""What a GPU host makes of gradwire."""

@@ -1,0 +1,1 @@
+"""The bench behind links of a given rate and delay."""

@@ -1,0 +1,1 @@
+"""Figures of a run: statistics, tables, bars and pictures."""
