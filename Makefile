@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Its grpcio-tools needs an older protobuf than the one the tests run on.
 PROTOS_VENV ?= .venv-protos
-# More arguments for pytest: make test PYTEST_ARGS="tests/unit -k framing"
+# More arguments for pytest: make test PYTEST_ARGS="tests/protocol -k framing"
 PYTEST_ARGS ?=
 # Which CUDA a GPU host's driver is for: 13, or 12 where it is older than 580.
 CUDA ?= 13
@@ -67,16 +67,16 @@ test-big: $(VENV)/.ready-dev ## the tests that need gigabytes or minutes
 
 .PHONY: test-faults
 test-faults: $(VENV)/.ready-dev ## every fault of docs/faults.md, in every way that it counts: 15 minutes
-	$(PY) -m pytest tests/integration/faults -m 'big or not big' --timeout=3600 $(PYTEST_ARGS)
+	$(PY) -m pytest tests/thorough/faults -m 'big or not big' --timeout=3600 $(PYTEST_ARGS)
 
 .PHONY: fuzz
 fuzz: $(VENV)/.ready-fuzz ## look for inputs that parsers or a live server take badly: FUZZ_SECONDS
-	$(PY) -m tests.fuzz --seconds $(FUZZ_SECONDS)
+	$(PY) -m tests.thorough.fuzz --seconds $(FUZZ_SECONDS)
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.ready-gpu ## the tests of GPUs, and all others with servers on one; needs a CUDA device
 	GRADWIRE_TEST_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu $(PYTEST_ARGS)
-	GRADWIRE_TEST_BACKEND=cupy $(PY) -m pytest tests/integration $(PYTEST_ARGS)
+	GRADWIRE_TEST_BACKEND=cupy $(PY) -m pytest tests/contract tests/scenarios tests/examples tests/thorough $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.ready-dev check-protos ## style, types, contract, container file, scripts

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from tests.serving import ServerProcess, running_server
+from tests.support.serving import ServerProcess, running_server
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 
 import gradwire
-from tests.integration.sdk import ways
-from tests.serving import ServerProcess
+from tests.scenarios import ways
+from tests.support.serving import ServerProcess
 
 BACKEND = "cupy"
 

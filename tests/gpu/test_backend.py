@@ -16,9 +16,9 @@ from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock, Times
 from gradwire_server.backends.row_blocks import ALIGNMENT
 from gradwire_server.jobs.header.parse import JobSpec
-from tests import oracle
 from tests.gpu.blocks import Begun, Run, run
-from tests.unit.server.specs import ALL, make_spec
+from tests.server.specs import ALL, make_spec
+from tests.support import oracle
 
 MIB = 1 << 20
 NAMES = {Matrix.Y: "y", Matrix.DX: "dx", Matrix.DW: "dw"}

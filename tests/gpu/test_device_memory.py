@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import gradwire
-from tests import oracle
 from tests.gpu.conftest import BACKEND
-from tests.integration.load.observing import resident, wait_until
-from tests.integration.sdk import ways
-from tests.integration.sdk.ways import Way
-from tests.serving import ServerProcess, running_server
+from tests.scenarios import ways
+from tests.scenarios.ways import Way
+from tests.support import oracle
+from tests.support.observing import resident, wait_until
+from tests.support.serving import ServerProcess, running_server
 
 MIB = 1 << 20
 NAMES = ("y", "dx", "dw")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import gradwire
-from tests import oracle
 from tests.gpu.conftest import BACKEND
+from tests.support import oracle
 
 NAMES = ("y", "dx", "dw")
 U = 2.0**-24

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import gradwire
-from tests import oracle
 from tests.gpu.conftest import BACKEND, devices
-from tests.integration.sdk import ways
-from tests.integration.sdk.ways import Way
-from tests.serving import ServerProcess, running_server
+from tests.scenarios import ways
+from tests.scenarios.ways import Way
+from tests.support import oracle
+from tests.support.serving import ServerProcess, running_server
 
 NAMES = ("y", "dx", "dw")
 JOBS = 1000

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gradwire
-from tests import oracle
+from tests.support import oracle
 
 NAMES = ("y", "dx", "dw")
 SHAPE = (700, 130, 70)

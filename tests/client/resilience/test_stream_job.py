@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gradwire
+from gradwire._api.options import parse_options
+from gradwire._client._sync.row_source import DrawnRows
+from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._resilience.row_reader import RowReader
+from gradwire._resilience.stream_job import RowJob
+from tests.client.core.fake_server import FakeServer, converse
+from tests.support import oracle
+
+X, W, DY = oracle.operands(5, 3, 2)
+ALL = ("y", "dx", "dw")
+
+
+def reader(w: Any = W, m: Any = None, **options: Any) -> RowReader:
+    return RowReader(w, m, parse_options(**{"results": ALL} | options))
+
+
+def run(items: list[Any], w: Any = W, server: FakeServer | None = None, **options: Any):
+    read = reader(w, **options)
+    held = HeldRows(read)
+    drawn = DrawnRows(iter(items), held)
+    drawn.draw(0)
+    job = RowJob(read.plan(held.first), read.w, held)
+    job.begin()
+    messages = job.messages(drawn.portions(0))
+    blocks = []
+    for answer in converse(job.exchange, messages, server or FakeServer()):
+        job.receive(answer)
+        while job.ready:
+            blocks.append(job.ready.popleft())
+    job.finish()
+    return job, [*blocks, *job.ready]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 6), max_size=5),
+    n=st.integers(0, 3),
+    k=st.integers(0, 3),
+    results=st.sampled_from([("y",), ("dx",), ("dw",), ("y", "dx"), ALL]),
+    block_rows=st.integers(1, 4),
+    known=st.booleans(),
+)
+def test_row_blocks_come_back_in_order_and_whole(
+    sizes: list[int], n: int, k: int, results: Any, block_rows: int, known: bool
+) -> None:
+    m = sum(sizes)
+    x, w, dy = oracle.operands(m, n, k, "float64")
+    ends = np.cumsum(sizes, dtype=int)
+    items = [(x[e - s : e], dy[e - s : e]) for s, e in zip(sizes, ends, strict=True)]
+    job, blocks = run(
+        items,
+        w,
+        FakeServer(block_rows, 2 * block_rows),
+        results=results,
+        m=m if known else None,
+    )
+    rows = set(results) & {"y", "dx"}
+    starts = range(0, m, block_rows) if rows else ()
+    assert [block.first_row for block in blocks] == list(starts)
+    expected = oracle.exact(x, w, dy)
+    for block in blocks:
+        where = slice(block.first_row, block.first_row + block_rows)
+        assert len(block) == len(expected["y"][where])
+        for name in ("y", "dx"):
+            part = getattr(block, name)
+            assert (part is not None) == (name in results)
+            if part is not None:
+                assert np.allclose(part, expected[name][where])
+    assert (job.dw is not None) == ("dw" in results)
+    if job.dw is not None:
+        assert np.allclose(job.dw, expected["dw"])
+    assert job.receipt is not None
+    assert job.receipt.m == m
+
+
+@pytest.mark.parametrize(
+    ("results", "item"),
+    [
+        ("y", (X, None)),
+        ("y", X),
+        ("dx", (None, DY)),
+        ("dx", DY),
+        ("y", (X, DY)),
+        ("y", X.tolist()),
+    ],
+)
+def test_what_is_not_needed_may_be_left_out(results: str, item: Any) -> None:
+    dtype = "float64" if isinstance(item, list) else "float32"
+    _, blocks = run([item], W.astype(dtype), results=results)
+    assert sum(len(block) for block in blocks) == 5
+
+
+def test_no_rows_at_all_give_empty_results() -> None:
+    job, blocks = run([])
+    assert blocks == []
+    assert job.dw is not None
+    assert not job.dw.any()
+    assert job.dw.shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("items", "w", "options", "says"),
+    [
+        ([], None, {"results": "dw"}, "rows gave nothing and w is None"),
+        ([X], W, {}, "item 0 of rows: it is a ndarray: give pairs (x_rows, dy_rows)"),
+        ([[X, DY]], W, {}, "item 0 of rows: it is a list: give pairs"),
+        ([(X, DY, DY)], W, {}, "item 0 of rows: it is a tuple: give pairs"),
+        (
+            [(X, None)],
+            W,
+            {},
+            "item 0 of rows: dy's rows are None, and y and dx and dw cannot be without",
+        ),
+        (
+            [(X, DY[:4])],
+            W,
+            {},
+            "item 0 of rows: x has shape (5, 3) and dy (4, 2): x's rows (5) must equal",
+        ),
+        (
+            [(X, DY), (X[:, :2], DY)],
+            W,
+            {},
+            "item 1 of rows: x has shape (5, 2) and w (3, 2): x's columns (2) must",
+        ),
+        (
+            [(X, DY), (X, DY), (X.astype("f8"), DY.astype("f8"))],
+            W,
+            {},
+            "item 2 of rows: x is float64 and w is float32",
+        ),
+        (
+            [(X[0], DY[0])],
+            W,
+            {},
+            "item 0 of rows: x has shape (3,), and a matrix has two dimensions",
+        ),
+        (
+            [(X[None], DY[None])],
+            W,
+            {},
+            "item 0 of rows: x has shape (1, 5, 3): rows of a stream have two",
+        ),
+        (
+            [(X, DY), (X[:, :2], DY)],
+            None,
+            {"results": "dw"},
+            "item 1 of rows has n = 2, and item 0 had n = 3",
+        ),
+        (
+            [(X, DY), (X, DY[:, :1])],
+            None,
+            {"results": "dw"},
+            "item 1 of rows has k = 1, and item 0 had k = 2",
+        ),
+        (
+            [(X, DY), (X.astype("f8"), DY.astype("f8"))],
+            None,
+            {"results": "dw"},
+            "item 1 of rows has float64, and item 0 had float32",
+        ),
+        ([(X, DY)], None, {}, "y needs x and w, and w is None"),
+        ([(X, DY)], W, {"m": -1}, "m is -1: give the number of rows, or None"),
+        ([(X, DY)], W, {"m": 2.5}, "m is 2.5: give the number of rows, or None"),
+        ([(X, DY)], W, {"m": 2**70}, f"m is {2**70}; it can be up to {2**63 - 1}"),
+        ([(X, DY)], W, {"m": 4}, "rows gave 5 rows or more, and m is 4"),
+        ([(X, DY)], W, {"m": 6}, "rows gave 5 rows, and m is 6"),
+    ],
+)
+def test_items_that_cannot_be_are_refused_by_their_number(
+    items: Any, w: Any, options: Any, says: str
+) -> None:
+    with pytest.raises(gradwire.InputError) as refused:
+        run(items, w, **options)
+    assert says in str(refused.value)

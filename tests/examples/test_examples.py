@@ -1,0 +1,107 @@
+"""The examples do what they say, started as their docstrings say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradwire
+from tests.support.serving import BACKEND
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"GRADWIRE_BACKEND": BACKEND},
+        check=False,
+    )
+
+
+def assert_ended_well(example: subprocess.CompletedProcess[str]) -> None:
+    assert (example.returncode, example.stderr) == (0, "")
+
+
+def test_quickstart_finds_the_servers_results_right(server_address):
+    example = run("quickstart", server_address)
+    assert_ended_well(example)
+    assert re.findall(r"right: (\w+)", example.stdout) == ["True"] * 3
+
+
+def test_quickstart_needs_no_server_to_be_tried():
+    example = run("quickstart")
+    assert_ended_well(example)
+    assert re.findall(r"right: (\w+)", example.stdout) == ["True"] * 3
+
+
+def test_a_generated_stub_alone_computes_small_and_large_jobs(server_address):
+    example = run("plain_grpc_client", server_address)
+    assert_ended_well(example)
+    assert "same bits from Compute and ComputeStream: True" in example.stdout
+    assert re.findall(r"right: (\w+)", example.stdout) == ["True"] * 3
+
+
+def test_rows_from_a_generator_take_no_memory_for_their_number(server_address):
+    example = run("row_blocks", server_address)
+    assert_ended_well(example)
+    moved = int(re.search(r"([\d,]+) MiB moved", example.stdout)[1].replace(",", ""))
+    before, after = map(
+        int, re.search(r"(\d+) MiB before, (\d+) MiB after", example.stdout).groups()
+    )
+    assert moved > 900
+    assert after - before < 64
+
+
+def test_a_torch_layer_learns_through_a_server(server_address):
+    pytest.importorskip("torch")
+    example = run("torch_linear", server_address)
+    assert_ended_well(example)
+    assert float(re.search(r"gradient: (\S+)", example.stdout)[1]) < 1e-6
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", example.stdout)]
+    assert losses[-1] < losses[0] / 10
+
+
+def test_the_torch_example_says_what_it_needs(monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    example = run("torch_linear")
+    assert example.returncode == 1
+    assert example.stderr.strip() == "This example needs PyTorch: pip install torch"
+
+
+class TestDigits:
+    """``make demo``, with fewer epochs."""
+
+    @pytest.fixture(autouse=True)
+    def _needs(self):
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("sklearn")
+
+    def test_both_networks_learn_the_digits_and_a_figure_shows_it(self, tmp_path):
+        example = run("train_digits", "--epochs", 4, "--output", tmp_path)
+        assert example.returncode == 0, example.stderr
+        accuracies = re.findall(r"([\d.]+)%", example.stdout)
+        assert len(accuracies) == 2
+        assert all(float(accuracy) >= 95 for accuracy in accuracies)
+        difference = float(re.search(r"losses: (\S+)", example.stdout)[1])
+        assert difference < 1e-4
+        figure = (tmp_path / "train_digits.png").read_bytes()
+        assert figure.startswith(b"\x89PNG")
+        assert len(figure) > 30_000
+
+    def test_too_little_learned_is_a_failure_and_leaves_no_server(self, tmp_path):
+        example = run("train_digits", "--epochs", 1, "--output", tmp_path)
+        assert example.returncode == 1
+        assert "is less than 95%" in example.stderr
+        address = re.search(r"computes at (\S+)", example.stdout)[1]
+        with pytest.raises(gradwire.ConnectError):
+            gradwire.connect(address, connect_timeout_s=5)

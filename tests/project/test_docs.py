@@ -1,0 +1,65 @@
+"""The documentation is complete where it lists things, and links to what is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from gradwire_cli.terminal.logs import LogSettings
+from gradwire_protocol.error_reasons import Reason
+from gradwire_server import Settings
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+
+
+def rows(page: str) -> list[list[str]]:
+    """Cells of every row of the page's tables."""
+    text = (ROOT / "docs" / page).read_text()
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+
+
+def test_the_error_table_lists_every_reason_under_its_status():
+    listed: dict[str, str] = {}
+    status = ""
+    for cells in rows("contract.md"):
+        status = cells[0] or status
+        for name in re.findall(r"[A-Z]+(?:_[A-Z0-9]+)*", cells[1]):
+            listed.setdefault(name, status)
+    actual = {str(reason): reason.status.name for reason in Reason}
+    assert {name: listed.get(name) for name in actual} == actual
+
+
+def test_every_setting_is_listed_with_its_variable():
+    fields = [*dataclasses.fields(Settings), *dataclasses.fields(LogSettings)]
+    listed = {
+        cells[0].strip("`"): cells[1].strip("`") for cells in rows("operating.md")
+    }
+    for field in fields:
+        flag = field.name.replace("_", "-")
+        assert listed.get(flag) == f"GRADWIRE_{field.name.upper()}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            slugs = [
+                re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                for heading in headings
+            ]
+            assert anchor in slugs

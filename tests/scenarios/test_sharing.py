@@ -1,0 +1,298 @@
+"""One client of many threads, of a process that forks, of one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import gradwire
+from tests.scenarios import ways
+from tests.scenarios.ways import Way
+from tests.support import oracle
+from tests.support.serving import ServerProcess
+
+
+def test_sixteen_threads_share_a_client(
+    small_blocks: ServerProcess, client: gradwire.Client, way: Way
+) -> None:
+    shared = way.connect(small_blocks)
+    start = threading.Barrier(16)
+
+    def work(number: int) -> None:
+        x, w, dy = oracle.operands(100 + number, 20, 30, seed=number)
+        expected = client.gradients(x, w, dy)
+        start.wait()
+        for turn in range(4):
+            if way.inside and turn % 2:
+                placed = shared.empty(x.shape)
+                placed[...] = x
+                x = placed
+            result = shared.gradients(x, w, dy)
+            for one, other in zip(result, expected, strict=True):
+                assert oracle.same_bits(one, other)
+            assert shared.last_receipt is result.receipt
+            way.arrived(result.receipt)
+            blocks = list(shared.stream([(x, dy)], w))
+            assert sum(len(block) for block in blocks) == 100 + number
+
+    with shared, ThreadPoolExecutor(16) as pool:
+        for done in [pool.submit(work, number) for number in range(16)]:
+            done.result(60)
+
+
+async def test_many_coroutines_share_a_client(
+    small_blocks: ServerProcess, way: Way
+) -> None:
+    async with way.async_client(small_blocks) as client:
+        jobs = [oracle.operands(50 + i, 20, 30, seed=i) for i in range(16)]
+        results = await asyncio.gather(*(client.gradients(*job) for job in jobs))
+    for job, result in zip(jobs, results, strict=True):
+        way.arrived(result.receipt)
+        oracle.assert_right(result, *job, "float32")
+
+
+async def test_an_async_client_needs_no_context(server_address: str) -> None:
+    client = gradwire.AsyncClient(server_address)
+    x, w, dy = oracle.operands(5, 4, 3)
+    oracle.assert_right(await client.gradients(x, w, dy), x, w, dy, "float32")
+    await client.close()
+
+
+def test_an_async_client_belongs_to_the_loop_of_its_first_use(
+    server_address: str,
+) -> None:
+    operands = oracle.operands(5, 4, 3)
+    client = gradwire.AsyncClient(server_address)
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        first.run(client.gradients(*operands))
+        with pytest.raises(gradwire.ClientStateError) as refused:
+            second.run(client.gradients(*operands))
+        assert str(refused.value) == (
+            "this AsyncClient belongs to another event loop, that of its first use:"
+            " make one for each loop"
+        )
+        assert first.run(client.gradients(*operands)).receipt.m == 5
+        first.run(client.close())
+
+
+@pytest.fixture(scope="module")
+def large_blocks() -> Iterator[ServerProcess]:
+    with ways.serving_all() as server:
+        yield server
+
+
+FORK = """
+    import json, os, sys, threading
+    import numpy as np
+    import gradwire
+    address, options, busy_threads = sys.argv[1:]
+    busy_threads = int(busy_threads)
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(300, 40)), rng.normal(size=(40, 30))
+    small, large = rng.normal(size=(3000, 40)), rng.normal(size=(9000, 40))
+    client = gradwire.connect(address, **json.loads(options))
+    expected = client.forward(x, w)
+
+    stop = threading.Event()
+    running = threading.Barrier(busy_threads + 1)
+
+    def keep_busy(number):
+        client.forward(small, w)
+        running.wait()
+        while not stop.is_set():
+            # One half in one message each way, the other streamed.
+            client.forward(small if number % 2 else large, w)
+
+    threads = [
+        threading.Thread(target=keep_busy, args=(number,), daemon=True)
+        for number in range(busy_threads)
+    ]
+    for thread in threads:
+        thread.start()
+    running.wait()
+
+    def in_the_child():
+        # It has no threads but this one, and a connection of its own.
+        for _ in range(3):
+            assert np.array_equal(client.forward(x, w), expected)
+            blocks = list(client.stream([x], w, results="y"))
+            assert sum(len(block) for block in blocks) == 300
+        client.close()
+
+    children = []
+    # A stream of this thread's own is open while it forks.
+    with client.stream([x] * 50, w, results="y") as stream:
+        next(stream)
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    in_the_child()
+                    status = 0
+                finally:
+                    os._exit(status)
+            children.append(child)
+        rest = list(stream)
+    assert stream.receipt.m == 50 * 300
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+    for _ in range(3):
+        assert np.array_equal(client.forward(x, w), expected)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    client.close()
+    print("all is well")
+"""
+
+FORK_BESIDE_A_CALL_THAT_WAITS = """
+    import os, sys, threading
+    import numpy as np
+    import gradwire
+    x = np.ones((3, 3))
+    client = gradwire.connect(sys.argv[1])
+    sent = threading.Event()
+
+    def wait_in_the_queue():
+        try:
+            client.forward(x, x, on_progress=lambda _: sent.set(), timeout_s=3)
+        except gradwire.DeadlineError:
+            pass
+
+    thread = threading.Thread(target=wait_in_the_queue)
+    thread.start()
+    sent.wait()
+    child = os.fork()
+    if child == 0:
+        print(client.server_info().contract, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()
+"""
+
+FORK_BESIDE_A_CALL_INSIDE_GRPC = """
+    import os, sys, threading
+    import numpy as np
+    import gradwire
+    from gradwire._transport.grpc import fork_support as _fork
+    x = np.ones((3, 3))
+    client = gradwire.connect(sys.argv[1])
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay_inside():
+        with _fork.calling():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=stay_inside)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            client.forward(x, x)
+        except gradwire.ClientStateError as error:
+            print(error, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    leave.set()
+    thread.join()
+    client.forward(x, x)
+"""
+
+FORK_AFTER_ASYNCIO = """
+    import asyncio, os, sys
+    import numpy as np
+    import gradwire
+    x = np.ones((3, 3))
+
+    async def once():
+        async with gradwire.AsyncClient(sys.argv[1]) as client:
+            await client.forward(x, x)
+
+    asyncio.run(once())
+    child = os.fork()
+    if child == 0:
+        with gradwire.connect(sys.argv[1]) as client:
+            client.forward(x, x)
+        try:
+            asyncio.run(once())
+        except gradwire.ClientStateError as error:
+            print(error, flush=True)
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    asyncio.run(once())
+"""
+
+
+def run_script(script: str, *arguments: str) -> str:
+    """What a script prints that ends well, in an environment of its own."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GRPC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("busy_threads", "way"),
+    [
+        pytest.param(0, ways.STREAM, id="idle-tcp"),
+        pytest.param(4, ways.STREAM, id="in the middle-tcp"),
+        pytest.param(4, ways.UNIX, id="in the middle-unix"),
+        pytest.param(4, ways.COPIED, id="in the middle-shm"),
+    ],
+)
+def test_a_client_goes_on_in_the_children_of_a_fork(
+    large_blocks: ServerProcess, busy_threads: int, way: Way
+) -> None:
+    arguments = (json.dumps(dict(way.options)), str(busy_threads))
+    printed = run_script(FORK, way.address(large_blocks), *arguments)
+    assert printed == "all is well\n"
+
+
+def test_a_fork_beside_a_call_that_waits_is_no_harm(occupied: ServerProcess) -> None:
+    printed = run_script(FORK_BESIDE_A_CALL_THAT_WAITS, occupied.address)
+    assert printed == "gradwire.v1\n"
+
+
+def test_a_fork_beside_a_call_that_stays_inside_grpc_is_told_to_the_child(
+    server_address: str,
+) -> None:
+    printed = run_script(FORK_BESIDE_A_CALL_INSIDE_GRPC, server_address)
+    assert "ran in another thread or on an event loop" in printed
+
+
+def test_a_fork_after_asyncio_is_told_to_the_child(server_address: str) -> None:
+    printed = run_script(FORK_AFTER_ASYNCIO, server_address)
+    assert "forked from one that used an AsyncClient" in printed
+
+
+def test_an_async_client_of_the_parent_is_refused_in_the_child(
+    server_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = gradwire.AsyncClient(server_address)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+
+    async def use() -> Any:
+        return await client.server_info()
+
+    with pytest.raises(gradwire.ClientStateError, match="before the process forked"):
+        asyncio.run(use())

@@ -1,0 +1,348 @@
+"""Both sides make sure of each other before anything is computed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import gradwire
+from gradwire import Tls
+from gradwire_server import ListenError, Settings, start_in_thread
+from tests.scenarios.test_sharing import run_script
+from tests.support import oracle
+from tests.support.certificates import Authority
+from tests.support.serving import ServerProcess, running_server
+
+HERE = ("localhost", "127.0.0.1")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Paths of what an authority has signed, and of what a stranger has."""
+
+    directory: Path
+    ca: str
+    server: tuple[str, str]
+    client: tuple[str, str]
+    others_ca: str
+    others_client: tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture(scope="module")
+def files(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    directory = tmp_path_factory.mktemp("certificates")
+    stranger = Authority("a stranger")
+    return Files(
+        directory=directory,
+        ca=authority.write(directory),
+        server=authority.issue(*HERE).write(directory, "server"),
+        client=authority.issue(name="me").write(directory, "client"),
+        others_ca=stranger.write(directory, "others-ca"),
+        others_client=stranger.issue(name="me").write(directory, "others-client"),
+    )
+
+
+@pytest.fixture(scope="module")
+def tls_server(files: Files) -> Iterator[ServerProcess]:
+    """With TLS on a port, and a unix socket in plaintext."""
+    cert, key = files.server
+    with running_server(
+        tls_cert=cert,
+        tls_key=key,
+        listen=["127.0.0.1:0", f"unix:{files.directory / 'socket'}"],
+        allow_shared_memory=True,
+        block_bytes=4096,
+    ) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving(cert: str, key: str, client_ca: str | None = None) -> Iterator[str]:
+    """The address of a server within this process."""
+    settings = Settings(
+        listen=("127.0.0.1:0",),
+        tls_cert=Path(cert),
+        tls_key=Path(key),
+        tls_client_ca=None if client_ca is None else Path(client_ca),
+        backend="numpy",
+        cpu_threads=0,
+        keep_memory=False,
+    )
+    with start_in_thread(settings) as server:
+        yield server.addresses[0]
+
+
+@pytest.fixture(scope="module")
+def mutual(files: Files) -> Iterator[str]:
+    """A server that wants certificates of its clients."""
+    with serving(*files.server, files.ca) as address:
+        yield address
+
+
+def connect_sync(address: str, tls: Any, **options: Any) -> Any:
+    with gradwire.connect(address, tls=tls, **options) as client:
+        return client.gradients(*oracle.operands(50, 30, 20))
+
+
+def connect_async(address: str, tls: Any, **options: Any) -> Any:
+    async def run() -> Any:
+        async with gradwire.AsyncClient(address, tls=tls, **options) as client:
+            return await client.gradients(*oracle.operands(50, 30, 20))
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(params=[connect_sync, connect_async], ids=["sync", "async"])
+def compute(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    chosen: Callable[..., Any] = request.param
+    return chosen
+
+
+@pytest.mark.parametrize("connection", ["compute", "stream", "shm"])
+def test_jobs_over_tls_have_the_bits_of_those_in_plaintext(
+    tls_server: ServerProcess, files: Files, connection: str
+) -> None:
+    from gradwire._client.job_factory import Tuning
+
+    operands = oracle.operands(500, 30, 20)
+    over_tls, unix = tls_server.addresses
+    shared = connection == "shm"
+    options: dict[str, Any] = {"transport": "shm" if shared else "tcp"}
+    with (
+        gradwire.connect(unix, transport="tcp") as plain,
+        gradwire.connect(over_tls, tls=Tls(ca=files.ca), **options) as client,
+    ):
+        client._tuning = Tuning(unary=None if connection == "compute" else False)
+        expected = plain.gradients(*operands)
+        actual = client.gradients(*operands)
+    assert actual.receipt.transport == options["transport"]
+    for one, other in zip(actual[:3], expected[:3], strict=True):
+        assert oracle.same_bits(one, other)
+
+
+def test_the_standard_services_are_behind_tls_too(
+    tls_server: ServerProcess, files: Files
+) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+        ProtoReflectionDescriptorDatabase,
+    )
+
+    credentials = grpc.ssl_channel_credentials(Path(files.ca).read_bytes())
+    with grpc.secure_channel(tls_server.address, credentials) as channel:
+        request = health_pb2.HealthCheckRequest()
+        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        offered = ProtoReflectionDescriptorDatabase(channel).get_services()
+        assert "gradwire.v1.GradientService" in offered
+
+
+def test_true_trusts_whom_the_system_trusts(
+    compute: Callable[..., Any],
+    tls_server: ServerProcess,
+    files: Files,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(gradwire.TlsError, match="no authority the system trusts"):
+        compute(tls_server.address, True)
+    monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", files.ca)
+    compute(tls_server.address, True)
+
+
+def refused(
+    compute: Callable[..., Any], address: str, tls: Any
+) -> gradwire.ConnectError:
+    """How a connection is refused, which must not take until it is too late."""
+    begun = time.monotonic()
+    with pytest.raises(gradwire.ConnectError) as caught:
+        compute(address, tls, connect_timeout_s=30)
+    assert time.monotonic() - begun < 10
+    assert caught.value.status is grpc.StatusCode.UNAVAILABLE
+    return caught.value
+
+
+def test_a_server_that_a_stranger_vouches_for(
+    compute: Callable[..., Any], tls_server: ServerProcess, files: Files
+) -> None:
+    error = refused(compute, tls_server.address, Tls(ca=files.others_ca))
+    assert type(error) is gradwire.TlsError
+    assert str(error) == (
+        f"the certificate of the server at {tls_server.address} is not trusted: no"
+        " authority of tls.ca vouches for it (unable to get local issuer certificate)"
+    )
+
+
+def test_a_server_of_another_name(
+    compute: Callable[..., Any], authority: Authority, files: Files
+) -> None:
+    other = authority.issue("gpu.example").write(files.directory, "other-name")
+    with serving(*other) as address:
+        error = refused(compute, address, Tls(ca=files.ca))
+        assert type(error) is gradwire.TlsError
+        assert "is for another name than the host there" in str(error)
+        compute(address, Tls(ca=files.ca, server_name="gpu.example"))
+        error = refused(compute, address, Tls(ca=files.ca, server_name="b.example"))
+        assert "is for another name than b.example" in str(error)
+
+
+def test_a_server_whose_certificate_has_expired(
+    compute: Callable[..., Any], authority: Authority, files: Files
+) -> None:
+    expired = authority.issue(*HERE, expired=True).write(files.directory, "expired")
+    with serving(*expired) as address:
+        error = refused(compute, address, Tls(ca=files.ca))
+    assert type(error) is gradwire.TlsError
+    assert str(error) == f"the certificate of the server at {address} has expired"
+
+
+def test_a_server_in_plaintext(
+    compute: Callable[..., Any], server_address: str, files: Files
+) -> None:
+    error = refused(compute, server_address, Tls(ca=files.ca))
+    assert type(error) is gradwire.TlsError
+    assert f"what listens at {server_address} does not speak TLS" in str(error)
+
+
+def test_a_client_in_plaintext(
+    compute: Callable[..., Any], tls_server: ServerProcess
+) -> None:
+    error = refused(compute, tls_server.address, None)
+    assert "closed the connection at once: it expects TLS (tls=...)" in str(error)
+
+
+def test_a_client_that_shows_no_certificate_or_a_strangers(
+    compute: Callable[..., Any], mutual: str, files: Files
+) -> None:
+    error = refused(compute, mutual, Tls(ca=files.ca))
+    assert "it wants a client's certificate (tls.cert)" in str(error)
+    cert, key = files.others_client
+    error = refused(compute, mutual, Tls(ca=files.ca, cert=cert, key=key))
+    assert "it does not trust tls.cert" in str(error)
+
+
+def test_a_client_that_shows_its_certificate(
+    compute: Callable[..., Any], mutual: str, files: Files
+) -> None:
+    cert, key = files.client
+    compute(mutual, Tls(ca=files.ca, cert=cert, key=key))
+
+
+FORK = """
+    import os, sys
+    import numpy as np
+    import gradwire
+    x = np.ones((3, 3))
+    client = gradwire.connect(
+        sys.argv[1], tls=gradwire.Tls(ca=sys.argv[2]), transport="tcp"
+    )
+    client.forward(x, x)
+    child = os.fork()
+    if child == 0:
+        print(client.forward(x, x).sum(), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_child_of_a_fork_makes_a_connection_of_its_own(
+    tls_server: ServerProcess, files: Files
+) -> None:
+    assert run_script(FORK, tls_server.address, files.ca) == "27.0\n"
+
+
+def test_new_certificates_are_shown_from_the_next_connection_on(
+    tmp_path: Path, files: Files, authority: Authority
+) -> None:
+    renewed = Authority("a new one")
+    new_ca = renewed.write(tmp_path, "new-ca")
+    cert, key = authority.issue(*HERE).write(tmp_path, "server")
+    x, w, dy = oracle.operands(400, 30, 20)
+    with (
+        running_server(tls_cert=cert, tls_key=key, block_bytes=4096) as server,
+        gradwire.connect(server.address, tls=Tls(ca=files.ca)) as client,
+    ):
+        rows = ((x[i : i + 100], dy[i : i + 100]) for i in range(0, 400, 100))
+        with client.stream(rows, w) as stream:
+            next(stream)
+
+            # Half of what belongs together, as while somebody writes it.
+            half = renewed.issue(*HERE)
+            Path(cert).write_bytes(half.cert)
+            for _ in range(3):
+                connect_sync(server.address, Tls(ca=files.ca))
+            errors = [r for r in server.records if r["levelname"] == "ERROR"]
+            assert [r["error"] for r in errors] == [
+                f"tls_key ({key}) is not the key of the certificate"
+            ]
+
+            half.write(tmp_path, "server")
+            connect_sync(server.address, Tls(ca=new_ca))
+            assert server.wait_for_log("the certificates have changed")
+            with pytest.raises(gradwire.TlsError, match="is not trusted"):
+                connect_sync(server.address, Tls(ca=files.ca))
+
+            blocks = [block.first_row for block in stream]
+            assert blocks
+        assert stream.receipt.m == 400
+
+
+def test_every_address_shows_certificates_that_a_link_now_leads_to(
+    tmp_path: Path, files: Files, authority: Authority
+) -> None:
+    """As Kubernetes renews a mounted secret: in one step, by a link's target."""
+    renewed = Authority("a new one")
+    new_ca = renewed.write(tmp_path, "new-ca")
+    for name, signer in (("old", authority), ("new", renewed)):
+        (tmp_path / name).mkdir()
+        signer.issue(*HERE).write(tmp_path / name, "server")
+    now, later = tmp_path / "now", tmp_path / "later"
+    now.symlink_to("old")
+    later.symlink_to("new")
+    listen = ["127.0.0.1:0", "127.0.0.2:0"]
+    cert, key = str(now / "server.pem"), str(now / "server-key.pem")
+    with running_server(tls_cert=cert, tls_key=key, listen=listen) as server:
+        connect_sync(server.address, Tls(ca=files.ca))
+        later.rename(now)
+        for address in server.addresses:
+            tls = Tls(ca=new_ca, server_name="localhost")
+            gradwire.connect(address, tls=tls).close()
+        assert not [r for r in server.records if r["levelname"] == "ERROR"]
+
+
+@pytest.mark.parametrize("wrong", ["tls_cert", "tls_key", "tls_client_ca"])
+def test_a_server_does_not_start_with_files_that_cannot_be_used(
+    tmp_path: Path, files: Files, wrong: str
+) -> None:
+    names = dict(zip(("tls_cert", "tls_key"), files.server, strict=True))
+    names["tls_client_ca"] = files.ca
+    paths = {name: Path(path) for name, path in names.items()}
+    for content, text in (
+        (None, "cannot be read: No such file or directory"),
+        (b"", "holds no "),
+    ):
+        path = tmp_path / "file.pem"
+        if content is not None:
+            path.write_bytes(content)
+        settings = Settings(
+            listen=("127.0.0.1:0",), backend="numpy", **(paths | {wrong: path})
+        )
+        with (
+            pytest.raises(ListenError) as caught,
+            start_in_thread(settings),
+        ):
+            pass
+        assert f"cannot listen with TLS: {wrong} ({path}) {text}" in str(caught.value)

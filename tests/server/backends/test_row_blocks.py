@@ -1,0 +1,82 @@
+"""How jobs are cut, and where their bytes lie."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.row_blocks import ALIGNMENT, MAX_BLOCK_ROWS, make_plan
+from tests.server.specs import ALL, make_spec
+
+SOME_RESULTS = [subset for size in (1, 2, 3) for subset in combinations(ALL, size)]
+sizes = st.integers(0, 5000)
+
+
+@given(sizes, sizes, st.sampled_from(Dtype), st.integers(1, 1 << 24))
+def test_rows_of_a_block_depend_on_nothing_but_shape_dtype_and_configuration(
+    n, k, dtype, block_bytes
+):
+    rows = {
+        make_plan(spec, block_bytes, begun).block_rows
+        for m in (None, 0, 1, 10**9)
+        for results in SOME_RESULTS
+        for spec in (make_spec(m, n, k, dtype, results),)
+        for begun in (1, 3)
+    }
+    assert len(rows) == 1
+    (block_rows,) = rows
+    row_bytes = max((n + k) * dtype.itemsize, 1)
+    assert block_rows & (block_rows - 1) == 0
+    assert 1 <= block_rows <= MAX_BLOCK_ROWS
+    assert block_rows == 1 or block_rows * row_bytes <= block_bytes
+    assert block_rows == MAX_BLOCK_ROWS or 2 * block_rows * row_bytes > block_bytes
+
+
+@given(
+    st.one_of(st.none(), sizes),
+    sizes,
+    sizes,
+    st.sampled_from(Dtype),
+    st.sampled_from(SOME_RESULTS),
+    st.sampled_from(Dtype),
+    st.sampled_from((1, 3)),
+)
+def test_matrices_lie_aligned_and_apart(m, n, k, dtype, results, result_dtype, begun):
+    spec = make_spec(m, n, k, dtype, results, result_dtype)
+    plan = make_plan(spec, 1 << 20, begun)
+    ends = []
+    for matrix, offset in plan.offsets.items():
+        assert offset % ALIGNMENT == 0
+        rows = n if matrix is Matrix.W else plan.slot_rows
+        size = rows * spec.row_length(matrix) * spec.dtype_of(matrix).itemsize
+        limit = plan.w_bytes if matrix is Matrix.W else plan.slot_bytes
+        assert offset + size <= limit
+        if matrix is not Matrix.W:
+            ends.append((offset, offset + size))
+    assert all(end <= start for (_, end), (start, _) in pairwise(sorted(ends)))
+    assert plan.w_bytes % ALIGNMENT == plan.slot_bytes % ALIGNMENT == 0
+    assert plan.region_bytes == plan.w_bytes + plan.slots * plan.slot_bytes
+
+
+@pytest.mark.parametrize(
+    ("m", "slots"), [(None, 6), (10**9, 6), (129, 4), (128, 3), (1, 3), (0, 3)]
+)
+def test_a_job_holds_what_its_device_has_begun_and_one_block_at_each_end(m, slots):
+    plan = make_plan(make_spec(m, 64, 64), 1 << 16, 4)
+    assert plan.block_rows == 128
+    assert plan.slots == slots
+
+
+def test_memory_does_not_grow_with_the_rows():
+    plans = [make_plan(make_spec(m, 64, 64), 1 << 20, 1) for m in (10**5, 10**12, None)]
+    assert len({plan.region_bytes for plan in plans}) == 1
+
+
+@pytest.mark.parametrize("m", [0, 1, 7])
+def test_a_job_of_few_rows_takes_the_memory_of_few_rows(m):
+    assert make_plan(make_spec(m, 64, 64), 1 << 24, 1).slot_rows == m

@@ -1,0 +1,144 @@
+"""What of a stream is taken, and where it belongs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.framing import Block
+from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.row_blocks import make_plan
+from gradwire_server.errors import JobError
+from gradwire_server.jobs.stream.request_validator import Intake
+from tests.server.specs import ALL, make_spec
+
+
+def make_intake(m=None, n=3, k=5, results=ALL, block_rows=4):
+    spec = make_spec(m, n, k, results=results)
+    plan = make_plan(spec, block_rows * (n + k) * 4, 1)
+    assert plan.block_rows == block_rows
+    return Intake(spec, plan), spec, plan
+
+
+def take(intake, message):
+    """The message's pieces, each placed."""
+    for span in intake.take(message):
+        intake.placed(span)
+        yield span
+
+
+def block(matrix, index, elements):
+    return Block(matrix, index, memoryview(bytes(4 * elements)))
+
+
+def reason_of(call, *args):
+    with pytest.raises(JobError) as caught:
+        list(call(*args))
+    return caught.value.reason
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_every_split_puts_every_byte_where_it_belongs(data):
+    m = data.draw(st.integers(0, 30))
+    intake, spec, plan = make_intake(m if data.draw(st.booleans()) else None)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    operands = {
+        Matrix.W: rng.bytes(3 * 5 * 4),
+        Matrix.X: rng.bytes(m * 3 * 4),
+        Matrix.DY: rng.bytes(m * 5 * 4),
+    }
+    placed = {matrix: bytearray(len(full)) for matrix, full in operands.items()}
+
+    def send(matrix, count):
+        index = sent[matrix]
+        payload = memoryview(operands[matrix])[4 * index : 4 * (index + count)]
+        for span in take(intake, Block(matrix, index, payload)):
+            area = 0
+            if matrix is not Matrix.W:
+                area = span.block * plan.block_rows * spec.row_length(matrix) * 4
+            first = area + span.offset
+            placed[matrix][first : first + span.payload.nbytes] = span.payload
+        sent[matrix] += count
+
+    sent = dict.fromkeys(operands, 0)
+    while sent[Matrix.W] < 15:
+        send(Matrix.W, data.draw(st.integers(1, 15 - sent[Matrix.W])))
+    while True:
+        open_ = [
+            each
+            for each in (Matrix.X, Matrix.DY)
+            if sent[each] < m * spec.row_length(each)
+        ]
+        if not open_:
+            break
+        least = min(open_, key=lambda each: sent[each] // spec.row_length(each))
+        left = m * spec.row_length(least) - sent[least]
+        send(least, data.draw(st.integers(1, min(left, 7 * spec.row_length(least)))))
+    intake.end(m)
+    assert {matrix: bytes(area) for matrix, area in placed.items()} == operands
+    assert intake.blocks_complete == -(-m // plan.block_rows)
+    assert sum(map(intake.rows_of, range(intake.blocks_complete))) == m
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_what_the_window_allows_always_finds_a_slot(data):
+    """Otherwise the server would wait for a slot that never becomes free."""
+    intake, spec, plan = make_intake()
+    list(take(intake, block(Matrix.W, 0, 15)))
+    sent = {Matrix.X: 0, Matrix.DY: 0}
+    for _ in range(20):
+        matrix = data.draw(st.sampled_from((Matrix.X, Matrix.DY)))
+        count = data.draw(st.integers(1, 20 * spec.row_length(matrix)))
+        complete = intake.blocks_complete
+        try:
+            spans = list(take(intake, block(matrix, sent[matrix], count)))
+        except JobError:
+            continue
+        sent[matrix] += count
+        # Complete blocks leave by themselves; the message may have to wait for
+        # those that were complete before it, or that it completes itself.
+        for span in spans:
+            other = Matrix.DY if matrix is Matrix.X else Matrix.X
+            oldest = sent[other] // spec.row_length(other) // plan.block_rows
+            assert span.block < max(oldest, complete) + plan.slots
+
+
+def test_the_leading_operand_may_fill_the_window_and_not_one_element_more():
+    intake, _, plan = make_intake()
+    list(take(intake, block(Matrix.W, 0, 15)))
+    window = plan.window_rows
+    list(take(intake, block(Matrix.X, 0, 3 * window)))
+    refused = reason_of(take, intake, block(Matrix.X, 3 * window, 1))
+    assert refused is Reason.LEAD_EXCEEDED
+    list(take(intake, block(Matrix.DY, 0, 5)))
+    list(take(intake, block(Matrix.X, 3 * window, 3)))
+
+
+def test_a_single_row_operand_has_no_window():
+    intake, _, plan = make_intake(results=(Matrix.Y,))
+    list(take(intake, block(Matrix.W, 0, 15)))
+    list(take(intake, block(Matrix.X, 0, 3 * 10 * plan.window_rows)))
+    assert intake.blocks_complete == 10 * plan.window_rows // plan.block_rows
+
+
+def test_rows_without_elements_are_complete_only_at_the_end():
+    intake, _, _ = make_intake(n=0, results=(Matrix.Y,))
+    assert intake.blocks_complete == 0
+    intake.end(9)
+    assert intake.blocks_complete == 3
+    assert [intake.rows_of(each) for each in range(3)] == [4, 4, 1]
+
+
+def test_a_block_is_complete_only_when_all_of_its_own_pieces_were_given_out():
+    intake, _, _ = make_intake()
+    list(take(intake, block(Matrix.W, 0, 15)))
+    list(take(intake, block(Matrix.X, 0, 8 * 3)))  # two row blocks of X
+    complete = [
+        intake.blocks_complete for _ in take(intake, block(Matrix.DY, 0, 8 * 5))
+    ]
+    assert complete == [1, 2]

@@ -1,0 +1,73 @@
+"""The ring of slots that a stream fills."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from gradwire_server.backends.base import empty_aligned
+from gradwire_server.backends.row_blocks import make_plan
+from gradwire_server.jobs.stream.ring_buffer import Ring
+from tests.server.specs import make_spec
+
+BLOCKS = 40
+
+
+@pytest.mark.parametrize("begun", [1, 3])
+@pytest.mark.parametrize("seed", range(5))
+async def test_operands_that_do_not_keep_step_never_lock_it(begun, seed):
+    """The client sends X as far ahead of dY as it may, and stalls whenever it likes."""
+    chance = random.Random(seed)
+    spec = make_spec(m=None)
+    plan = make_plan(spec, 1, begun)
+    ring = Ring(spec, plan, empty_aligned(plan.region_bytes))
+    ahead = plan.window_rows // plan.block_rows
+    complete = [asyncio.Event() for _ in range(BLOCKS)]
+    held, most = set(), 0
+
+    async def stall():
+        for _ in range(chance.choice((0, 0, 1, 50))):
+            await asyncio.sleep(0)
+
+    async def place(block):
+        nonlocal most
+        await ring.wait_for_slot(block)
+        held.add(block)
+        most = max(most, len(held))
+        await stall()
+
+    async def send():
+        for block in range(BLOCKS + ahead):
+            if block < BLOCKS:  # X
+                await place(block)
+            if block >= ahead:  # dY
+                await place(block - ahead)
+                complete[block - ahead].set()
+
+    async def leave():
+        for block in range(BLOCKS):
+            await complete[block].wait()
+            await stall()
+            held.discard(block)
+            ring.release(block)
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(send())
+        group.create_task(leave())
+    assert ring.released == BLOCKS
+    assert most <= plan.slots == begun + 2
+
+
+def test_the_slots_of_a_ring_share_no_byte():
+    spec = make_spec(m=None)
+    plan = make_plan(spec, 4096, 1)
+    ring = Ring(spec, plan, empty_aligned(plan.region_bytes))
+    arrays = [ring.w().view("u1").reshape(-1)]
+    for block in range(plan.slots):
+        rows = ring.rows(block, plan.block_rows)
+        arrays += [each.view("u1") for each in (rows.x, rows.dy, rows.y, rows.dx)]
+    for number, array in enumerate(arrays):
+        array[...] = number
+    assert all((array == number).all() for number, array in enumerate(arrays))

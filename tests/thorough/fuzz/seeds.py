@@ -1,0 +1,183 @@
+"""Writes the inputs that fuzzing begins with: `python -m tests.thorough.fuzz.seeds`.
+
+Good ones of every kind, from which mutations lead everywhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import io
+import json
+from collections.abc import Iterator
+
+import google_crc32c
+import ml_dtypes
+import numpy as np
+from grpc import StatusCode
+
+from gradwire.v1 import gradient_service_pb2 as service_pb2
+from gradwire.v1 import job_pb2, matrix_pb2
+from gradwire_protocol import error_details as codec
+from gradwire_protocol import framing
+from gradwire_protocol.error_reasons import Reason
+from gradwire_server.auth.tokens import Entry, sha256_of
+from tests.support.raw import (
+    DTYPES,
+    INLINE,
+    NEEDS,
+    Problem,
+    Request,
+    block,
+    end,
+    whole_numbers,
+)
+from tests.thorough.fuzz import credentials
+from tests.thorough.fuzz.answers import conversation
+from tests.thorough.fuzz.containers import Ending, Method, container
+from tests.thorough.fuzz.streams import ANY_SERVER
+from tests.thorough.fuzz.targets import CORPUS
+
+Seeds = Iterator[tuple[str, bytes]]
+BLOCK_ROWS = 8
+"""Of jobs of 3 and 2 columns of float32 on the server that is fuzzed."""
+
+
+def streams() -> Seeds:
+    for dtype in DTYPES:
+        yield dtype, container(stream(whole_numbers(20, 4, 3, dtype)))
+    for result in NEEDS:
+        yield result, container(stream(whole_numbers(20, 4, 3, results=(result,))))
+    some, long = whole_numbers(12, 3, 2), whole_numbers(5 * BLOCK_ROWS, 3, 2)
+    for name, shape in (("no-rows", (0, 3, 2)), ("no-columns", (5, 0, 2))):
+        yield name, container(stream(whole_numbers(*shape)))
+    yield "open-m", container(stream(some, open_m=True))
+    yield "checksums", container(stream(some, checksum=1))
+    yield "small-results", container(stream(some, max_block_bytes=16))
+    before = {"library": "numpy", "block_rows": 4}
+    going_on = {"fingerprint": before, "first_row": 4, "results_from_row": 8}
+    yield "resume", container(stream(some, resume=going_on))
+    checkpoints = job_pb2.Checkpoints(rows=1)
+    yield "checkpoints", container(stream(long, checkpoints=checkpoints))
+    yield "resumed", container(resumed(long, 2 * BLOCK_ROWS))
+    yield "silence", container(stream(some)[:4], ending=Ending.SILENCE)
+    yield "cancel", container(stream(some)[:4], ending=Ending.CANCEL)
+    yield "nothing", container([])
+    compute = some.compute_request().SerializeToString()
+    yield "compute", container([compute], Method.COMPUTE)
+    region = service_pb2.OpenRegionRequest(size_bytes=4096).SerializeToString()
+    yield "region", container([region], Method.REGION)
+
+
+def stream(problem: Problem, **options: object) -> list[bytes]:
+    """The messages of a job, in small blocks."""
+    messages = [Request(job=problem.job(**options)), *problem.body(4, 64)]
+    for message in messages:
+        if options.get("checksum") and message.HasField("block"):
+            message.block.crc32c = google_crc32c.value(message.block.data)
+    return [message.SerializeToString() for message in messages]
+
+
+def resumed(problem: Problem, first_row: int) -> list[bytes]:
+    """The messages of a job that goes on, with a sum of dW that is all ones."""
+    _, n, k = problem.shape
+    job = problem.job(required_features=["resume"])
+    job.resume.first_row = job.resume.results_from_row = first_row
+    job.resume.fingerprint.library = ANY_SERVER
+    job.resume.dw_sum.CopyFrom(INLINE)
+    w = list(problem.blocks("w", 0, n))
+    dw_sum = block(matrix_pb2.MATRIX_DW_SUM, 0, np.ones(n * k, np.float32).tobytes())
+    rows = [
+        message
+        for row in range(first_row, problem.shape[0], 4)
+        for name in ("x", "dy")
+        for message in problem.blocks(name, row, min(row + 4, problem.shape[0]))
+    ]
+    messages = [Request(job=job), *w, dw_sum, *rows, end(problem.shape[0])]
+    return [message.SerializeToString() for message in messages]
+
+
+def answers() -> Seeds:
+    yield "good", container(conversation())
+    yield "checkpoint", container(conversation(checkpoint=True))
+
+
+def framings() -> Seeds:
+    for name, payload in (("empty", b""), ("short", b"payload"), ("long", bytes(200))):
+        yield name, framing.encode_block(3, 300, payload, 0x01020304)
+    yield "end", framing.encode_end(7)
+    yield "job", framing.encode_job(whole_numbers(1, 2, 3).job())
+    for number, message in enumerate(conversation()):
+        yield f"answer-{number}", message
+
+
+def error_details() -> Seeds:
+    details = codec.ErrorDetails(Reason.BUSY, {"job.m": "is -1"}, {"job_id": "j"}, 1.5)
+    for name, part in (
+        ("all", details),
+        ("none", codec.ErrorDetails()),
+        ("reason", dataclasses.replace(details, fields={}, retry_after_s=None)),
+    ):
+        ((_, trailer),) = codec.encode(StatusCode.RESOURCE_EXHAUSTED, "busy", part)
+        yield name, trailer
+
+
+def npy_files() -> Seeds:
+    matrix = np.arange(6).reshape(2, 3)
+    for version in ((1, 0), (2, 0), (3, 0)):
+        for dtype in ("<f2", ">f4", "<f8", ml_dtypes.bfloat16):
+            file = io.BytesIO()
+            array = np.asfortranarray(matrix.astype(dtype))
+            np.lib.format.write_array(file, array, version=version)
+            yield f"{version[0]}-{array.dtype.name}", file.getvalue()
+
+
+def settings_files() -> Seeds:
+    yield "sizes", b'memory-limit = "3GiB"\nblock_bytes = "1.5 MiB"\nmax-jobs = 7\n'
+    yield "lists", b'listen = ["127.0.0.1:1", "unix:x"]\ndevices = [0, 2]\n'
+    yield "numbers", b"grace = 0\nidle-timeout = 2.5\nallow-shared-memory = true\n"
+    yield "table", b'[server]\nlog_format = "json"\n'
+
+
+def token_files() -> Seeds:
+    today = datetime.date(2026, 11, 26)
+    entries = [Entry(name, sha256_of(name), today) for name in ("alice", "bob")]
+    yield "two", "".join(entry.toml() for entry in entries).encode()
+    yield "none", b"tokens = []\n"
+
+
+def key_files() -> Seeds:
+    for kind, key in credentials.PUBLIC_KEYS.items():
+        yield kind, json.dumps({"keys": [key]}).encode()
+
+
+def jwts() -> Seeds:
+    for name, header, claims in (
+        ("good", {"alg": "EdDSA", "kid": "ed"}, {"aud": "a", "iss": "i", "sub": "x"}),
+        ("hmac", {"alg": "HS256", "kid": "ed"}, {"aud": "a", "iss": "i", "sub": "x"}),
+        ("none", {"alg": "none"}, {}),
+    ):
+        parts = (json.dumps(header), json.dumps(claims), "x" * 64)
+        yield name, b".".join(base64.urlsafe_b64encode(p.encode()) for p in parts)
+
+
+def main() -> None:
+    for name, seeds in (
+        ("streams", streams()),
+        ("answers", answers()),
+        ("framing", framings()),
+        ("error-details", error_details()),
+        ("npy", npy_files()),
+        ("settings", settings_files()),
+        ("tokens", token_files()),
+        ("keys", key_files()),
+        ("jwts", jwts()),
+    ):
+        (CORPUS / name).mkdir(parents=True, exist_ok=True)
+        for seed, data in seeds:
+            (CORPUS / name / seed).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
