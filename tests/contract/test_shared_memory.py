@@ -392,7 +392,7 @@ def test_a_server_with_it_says_so_and_takes_it_as_a_required_feature(
 
 CLIENT = """
     import sys, time, grpc
-    from tests.shared import RawRegion
+    from tests.support.shared_memory import RawRegion
     channel = grpc.insecure_channel(sys.argv[1])
     regions = [RawRegion(channel, 4 << 20) for _ in range(3)]
     print("open", flush=True)

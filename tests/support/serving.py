@@ -1,6 +1,6 @@
 """Real servers for tests, each in a process of its own.
 
-    from tests.serving import running_server
+    from tests.support.serving import running_server
 
     with running_server(max_jobs=1) as server:
         client = gradwire.connect(server.address)
