@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -67,6 +68,9 @@ class Watched:
         assert not troubles
 
 
+_NUMBERS = itertools.count()
+
+
 def _largest_job(process: ServerProcess) -> int:
     """Rows of dW of the largest job that the server takes."""
     too_large = 1 << 20
@@ -81,17 +85,22 @@ def _largest_job(process: ServerProcess) -> int:
 
 
 def _is_admitted_at_once(process: ServerProcess, n: int) -> bool:
+    name = f"probe-{next(_NUMBERS)}"
+    admitted = False
     with (
         grpc.insecure_channel(process.address) as channel,
         Stream(channel) as stream,
     ):
-        stream.send(make_job(m=None, n=n, k=64, results=("dw",)))
+        stream.send(make_job(m=None, n=n, k=64, results=("dw",), job_id=name))
         try:
             message = stream.receive()
         except CallError as error:
             assert error.reason in {"BUSY", "JOB_TOO_LARGE"}  # noqa: PT017
-            return False
-        return message is not None and message.WhichOneof("message") == "accepted"
+        else:
+            assert message is not None
+            admitted = message.WhichOneof("message") == "accepted"
+    process.wait_for_log(name)  # it holds nothing any more
+    return admitted
 
 
 @contextmanager
