@@ -31,7 +31,7 @@ from gradwire_server.backends import select
 from gradwire_server.backends.base import Backend
 from gradwire_server.backends.row_blocks import make_plan
 from gradwire_server.jobs.device_execution import Computation
-from gradwire_server.jobs.header.parse import read_job
+from gradwire_server.jobs.header.parse import parse_header
 from gradwire_server.jobs.stream.ring_buffer import Ring
 from gradwire_server.scheduling.device_worker import Lane, TenantLane
 
@@ -153,7 +153,7 @@ async def _job(
         dtype: Of all matrices.
         ahead: Most row blocks that have begun; None: as many as it has slots.
     """
-    spec = read_job(_header(shape, dtype), backend.max_columns)
+    spec = parse_header(_header(shape, dtype), backend.max_columns)
     plan = make_plan(spec, backend.block_bytes, backend.blocks_begun)
     counts = Counts()
     computation = Computation(spec, plan, backend, lane.device, counts)

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock, Times
-from gradwire_server.jobs.header.parse import JobSpec
 
 Begun: TypeAlias = Callable[[], None]
 """Waits for a row block, and takes its results away."""

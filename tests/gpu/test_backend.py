@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock, Times
 from gradwire_server.backends.row_blocks import ALIGNMENT
-from gradwire_server.jobs.header.parse import JobSpec
 from tests.gpu.blocks import Begun, Run, run
 from tests.server.specs import ALL, make_spec
 from tests.support import oracle

@@ -10,11 +10,11 @@ from gradwire_protocol import limits
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.matrices import (
-    NEEDS,
     OPERANDS,
     RESULTS,
     ROW_OPERANDS,
     ROW_RESULTS,
+    SUMS,
     Matrix,
     operands_for,
 )
@@ -79,7 +79,9 @@ def test_operands_and_results_are_all_the_matrices():
     assert not set(OPERANDS) & set(RESULTS)
     assert set(ROW_OPERANDS) < set(OPERANDS)
     assert set(ROW_RESULTS) < set(RESULTS)
-    assert set(NEEDS) == set(RESULTS)
+    assert all(result.needs for result in RESULTS)
+    assert not any(operand.needs for operand in OPERANDS)
+    assert set(SUMS) == set(RESULTS) - set(ROW_RESULTS)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,19 @@ def test_operands_and_results_are_all_the_matrices():
 )
 def test_each_result_needs_two_operands(results, operands):
     assert operands_for(results) == operands
+
+
+def test_shapes_follow_from_m_n_and_k():
+    shapes = {m.label: m.shape(2, 3, 5) for m in Matrix}
+    assert shapes == {
+        "x": (2, 3),
+        "w": (3, 5),
+        "dy": (2, 5),
+        "y": (2, 5),
+        "dx": (2, 3),
+        "dw": (3, 5),
+        "dw_sum": (3, 5),
+    }
 
 
 def test_rows_have_n_columns_in_x_and_dx_and_k_in_the_others():

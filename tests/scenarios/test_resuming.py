@@ -435,8 +435,7 @@ def test_a_server_that_knows_of_none_of_it_computes_all_the_same(
     kind: str,
 ) -> None:
     """One that `connect` has not asked, behind a balancer for example."""
-    for module in ("_core.exchange", "_core.resume"):
-        monkeypatch.setattr(f"gradwire.{module}.RESUME", "of-the-future")
+    monkeypatch.setattr("gradwire._core.exchange.RESUME", "of-the-future")
     job = job_of(kind)
     proxy.arm(Fault("responses", cut_after_messages=30))
     result = job.gradients(("y", "dx", "dw"))

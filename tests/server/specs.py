@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.job_spec import BufferRef, JobSpec
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.jobs.header.parse import JobSpec, Place
 
 ALL = (Matrix.Y, Matrix.DX, Matrix.DW)
 
@@ -18,7 +18,7 @@ def make_spec(
     result_dtype: Dtype | None = None,
     accumulator: Dtype | None = None,
     max_block_bytes: int = 1 << 20,
-    places: dict[Matrix, Place] | None = None,
+    places: dict[Matrix, BufferRef] | None = None,
 ) -> JobSpec:
     return JobSpec(
         m=m,
@@ -26,10 +26,7 @@ def make_spec(
         k=k,
         dtype=dtype,
         results=dict.fromkeys(results, result_dtype or dtype),
-        accumulator=accumulator or dtype.sums_in,
-        allow_tf32=False,
-        checksum=False,
+        dw_accumulator=accumulator,
         max_block_bytes=max_block_bytes,
-        features=(),
-        places=places or {},
+        buffers=places or {},
     )

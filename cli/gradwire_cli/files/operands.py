@@ -12,7 +12,7 @@ from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_cli.files.npy import Array, NpyMatrix, open_npy
 from gradwire_cli.files.results import ResultSpec
 from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.matrices import NEEDS, RESULTS, Matrix, operands_for
+from gradwire_protocol.matrices import RESULTS, Matrix, operands_for
 
 _ROWS_BYTES = 4 << 20
 """Bytes of X and dY that are read at once."""
@@ -33,7 +33,7 @@ def wanted_results(
         CommandError: A name is unknown, or a file that it needs is missing.
     """
     if names is None:
-        wanted = tuple(r for r in RESULTS if all(o in files for o in NEEDS[r]))
+        wanted = tuple(r for r in RESULTS if all(o in files for o in r.needs))
         if not wanted:
             raise CommandError(
                 "two operands are the least: x and w give y, dy and w give dx, "

@@ -15,6 +15,7 @@ generators, receiving is one method, and each looks at the other's counters only
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from gradwire._api.errors import ProtocolError
@@ -69,18 +70,20 @@ class Exchange:
     ) -> None:
         self.accepted: Accepted | None = None
         self._plan = plan
-        self._job = plan.job()
         self._point = point
         self._checkpoints = Checkpoints(plan, point.checkpoint if point else None)
-        self._takes_checkpoints = False
-        if checkpoint_rows is not None and Matrix.DW in plan.results:
-            self._takes_checkpoints = True
-            self._job.checkpoints.rows = checkpoint_rows
-            self._job.checkpoints.SetInParent()
-        if point is not None:
-            point.write(self._job)
-        elif self._takes_checkpoints:
-            self._job.required_features.append(RESUME)
+        self._takes_checkpoints = checkpoint_rows is not None and (
+            Matrix.DW in plan.results
+        )
+        spec = plan.spec()
+        if self._takes_checkpoints or point is not None:
+            spec = replace(
+                spec,
+                features=(RESUME,),
+                checkpoint_rows=checkpoint_rows if self._takes_checkpoints else None,
+                resume=point.resume if point else None,
+            )
+        self._job = spec.to_message(plan.options.job_id)
         self._sender = sender
         self._receiver = Receiver(plan, sinks, sender)
         self._reporter = Reporter(plan)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from gradwire._api.errors import InputError
 from gradwire._api.options import Options
@@ -13,11 +11,9 @@ from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand, operand
 from gradwire_protocol import limits
 from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.matrices import NEEDS, OPERANDS, Matrix, operands_for
-from gradwire_protocol.v1.job_pb2 import InlineDestination, InlineSource, Job, Numerics
-from gradwire_protocol.v1.job_pb2 import Operand as OperandMessage
-from gradwire_protocol.v1.job_pb2 import Result as ResultMessage
-from gradwire_protocol.v1.matrix_pb2 import CHECKSUM_CRC32C, CHECKSUM_UNSPECIFIED
+from gradwire_protocol.job_spec import JobSpec
+from gradwire_protocol.matrices import OPERANDS, Matrix, operands_for
+from gradwire_protocol.v1.job_pb2 import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +60,7 @@ class Plan:
 
     def shape(self, matrix: Matrix, m: int) -> tuple[int, int]:
         """Rows and columns of one of the six matrices, were there m rows."""
-        rows = self.n if matrix in {Matrix.W, Matrix.DW} else m
-        return rows, matrix.row_length(self.n, self.k)
+        return matrix.shape(m, self.n, self.k)
 
     def size_bytes(self, matrix: Matrix, m: int) -> int:
         """Bytes of one of the six matrices, were there m rows."""
@@ -85,54 +80,45 @@ class Plan:
         """Elements of an operand that one message carries, at least 1."""
         return max(1, self.chunk_bytes // self.dtype.itemsize)
 
-    def job(self) -> Job:
-        """The header, with every option that matters written out."""
+    def spec(self) -> JobSpec:
+        """What its header asks for, while its matrices travel in messages."""
         options = self.options
-        job = Job()
-        job.CopyFrom(
-            _header(
-                (self.m, self.n, self.k),
-                self.dtype,
-                tuple((result, self.result_dtype(result)) for result in self.results),
-                options.dw_accumulator,
-                self.chunk_bytes,
-                allow_tf32=options.allow_tf32,
-                checksum=options.checksum,
-            )
+        return JobSpec(
+            m=self.m,
+            n=self.n,
+            k=self.k,
+            dtype=self.dtype,
+            results={result: self.result_dtype(result) for result in self.results},
+            dw_accumulator=options.dw_accumulator,
+            allow_tf32=options.allow_tf32,
+            checksum=options.checksum,
+            max_block_bytes=self.chunk_bytes,
         )
+
+    def header(self) -> Job:
+        """The header of a job that asks for no more than `spec` says.
+
+        Small jobs come in thousands, and what they have in common is made once.
+        """
+        options = self.options
+        results = tuple((result, self.result_dtype(result)) for result in self.results)
+        key = (
+            *(self.m, self.n, self.k, self.dtype, results, options.dw_accumulator),
+            *(options.allow_tf32, options.checksum, self.chunk_bytes),
+        )
+        made = _HEADERS.get(key)
+        if made is None:
+            if len(_HEADERS) >= _MOST_HEADERS:
+                _HEADERS.clear()
+            made = _HEADERS[key] = self.spec().to_message()
+        job = Job()
+        job.CopyFrom(made)
         job.job_id = options.job_id
         return job
 
 
-@functools.lru_cache(256)
-def _header(
-    shape: tuple[int | None, int, int],
-    dtype: Dtype,
-    results: tuple[tuple[Matrix, Dtype], ...],
-    dw_accumulator: Dtype | None,
-    chunk_bytes: int,
-    *,
-    allow_tf32: bool,
-    checksum: bool,
-) -> Job:
-    """What many jobs have in common: their header, without an id."""
-    m, n, k = shape
-    job = Job(
-        m=m,
-        n=n,
-        k=k,
-        dtype=_wire(dtype),
-        numerics=Numerics(dw_accumulator=_wire(dw_accumulator), allow_tf32=allow_tf32),
-        checksum=CHECKSUM_CRC32C if checksum else CHECKSUM_UNSPECIFIED,
-        max_block_bytes=chunk_bytes,
-    )
-    for matrix in operands_for(result for result, _ in results):
-        source = OperandMessage(inline=InlineSource())
-        getattr(job, matrix.label).CopyFrom(source)
-    for matrix, its_dtype in results:
-        destination = ResultMessage(dtype=_wire(its_dtype), inline=InlineDestination())
-        getattr(job, matrix.label).CopyFrom(destination)
-    return job
+_HEADERS: dict[Hashable, Job] = {}
+_MOST_HEADERS = 256
 
 
 def plan_arrays(
@@ -212,11 +198,6 @@ def with_rows(plan: Plan, m: int | None) -> Plan:
     return replace(plan, m=m)
 
 
-def _wire(dtype: Dtype | None) -> Any:
-    """The number on the wire, which the generated stubs type as a class."""
-    return None if dtype is None else int(dtype)
-
-
 def require(given: Mapping[Matrix, object], options: Options) -> None:
     """Check that every operand that is needed was given.
 
@@ -224,9 +205,9 @@ def require(given: Mapping[Matrix, object], options: Options) -> None:
         InputError: One was not.
     """
     for result in options.results:
-        for needed in NEEDS[result]:
+        for needed in result.needs:
             if given.get(needed) is None:
-                first, second = (matrix.label for matrix in NEEDS[result])
+                first, second = (matrix.label for matrix in result.needs)
                 raise InputError(
                     f"{result.label} needs {first} and {second}, and {needed.label}"
                     " is None"

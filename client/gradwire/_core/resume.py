@@ -20,14 +20,9 @@ from gradwire._core.receiver import check_crc32c
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.framing import Block
-from gradwire_protocol.limits import RESUME
+from gradwire_protocol.job_spec import Fingerprint, Resume
 from gradwire_protocol.matrices import Matrix
-from gradwire_protocol.v1.job_pb2 import (
-    Accepted,
-    InlineSource,
-    Job,
-    NumericsFingerprint,
-)
+from gradwire_protocol.v1.job_pb2 import Accepted, NumericsFingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +46,11 @@ class Point:
     checkpoint: Checkpoint | None
     """DW's sum over the rows before the first; None where there are none."""
 
-    def write(self, job: Job) -> None:
-        """Has a header say so."""
-        job.required_features.append(RESUME)
-        job.resume.fingerprint.CopyFrom(self.fingerprint)
-        job.resume.first_row = self.first_row
-        job.resume.results_from_row = self.results_from_row
-        if self.checkpoint is not None:
-            job.resume.dw_sum.inline.CopyFrom(InlineSource())
+    @property
+    def resume(self) -> Resume:
+        """What a header says of it."""
+        fingerprint = Fingerprint.from_message(self.fingerprint)
+        return Resume(self.first_row, self.results_from_row, fingerprint)
 
 
 def point_after(

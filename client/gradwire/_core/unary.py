@@ -39,7 +39,7 @@ class UnaryExchange:
 
     def __init__(self, plan: Plan, outputs: Mapping[Matrix, Array]) -> None:
         self._plan = plan
-        self._job = plan.job()
+        self._job = plan.header()
         self._outputs = outputs
         self._reporter = Reporter(plan)
 

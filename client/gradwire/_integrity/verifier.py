@@ -23,7 +23,7 @@ from gradwire._integrity.product_checks import (
 )
 from gradwire._integrity.random_sums import Sketch
 from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.matrices import NEEDS, ROW_RESULTS, Matrix
+from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_protocol.v1.job_pb2 import Accepted
 
 _ELEMENTS = 1 << 20
@@ -100,7 +100,7 @@ class Verifier:
         """Take rows of X and dY into account, of which dW is made."""
         if self._sum is not None:
             with self._working():
-                x, dy = (self._wide(operands[matrix]) for matrix in NEEDS[Matrix.DW])
+                x, dy = (self._wide(operands[matrix]) for matrix in Matrix.DW.needs)
                 for first in range(0, len(x), self.step):
                     part = slice(first, first + self.step)
                     self._sum.add(x[part], dy[part])
@@ -119,7 +119,7 @@ class Verifier:
         """
         with self._working():
             for matrix, product in self._products.items():
-                a = self._wide(operands[NEEDS[matrix][0]])
+                a = self._wide(operands[matrix.needs[0]])
                 wrong = product.wrong(a, results[matrix], self._arithmetic(matrix, by))
                 if wrong is not None:
                     raise _wrong_element(matrix, wrong, first_row, by, self._plan)
@@ -189,7 +189,7 @@ class Verifier:
         sketch.leave_out(columns)
         self._sum = SumProduct(self._plan.n, sketch)
         for _, taken in self._parts(operands, m):
-            self._sum.add(*(self._wide(taken[each]) for each in NEEDS[Matrix.DW]))
+            self._sum.add(*(self._wide(taken[each]) for each in Matrix.DW.needs))
 
     def _parts(
         self, operands: Mapping[Matrix, Operand], m: int

@@ -94,7 +94,7 @@ class GradientServicer:
             header = await stream.read_header()
             spec = self._service.read_job(call, header)
             message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_block_bytes)
-            if spec.places:
+            if spec.buffers:
                 await self._compute_in_place(call, stream, message_bytes)
                 return
             async with self._service.streamed(

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TypeAlias
 
 from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import SHARED_MEMORY
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1 import job_pb2
@@ -35,9 +36,9 @@ from gradwire_server.backends.host_memory import give_back, peak_resident_bytes
 from gradwire_server.errors import BackendError, JobError
 from gradwire_server.jobs.device_execution import Computation
 from gradwire_server.jobs.header.cache import Headers
-from gradwire_server.jobs.header.parse import FEATURES, JobSpec, job_name
+from gradwire_server.jobs.header.parse import FEATURES, parse_job_id
 from gradwire_server.jobs.header.resume import require_same_bits
-from gradwire_server.jobs.header.shared_layout import check_sizes
+from gradwire_server.jobs.header.shared_layout import check_region_sizes
 from gradwire_server.jobs.registry import Running
 from gradwire_server.jobs.shared_memory_job import InPlaceJob
 from gradwire_server.jobs.stream.streamed_job import RunningJob
@@ -121,9 +122,9 @@ class Service:
         Raises:
             JobError: The header asks for what is wrong, unknown or impossible.
         """
-        call.job_id = job_name(header)
+        call.job_id = parse_job_id(header)
         call.read = self._headers.read(header)
-        if call.read.spec.places:
+        if call.read.spec.buffers:
             call.transport = "shm"
         return call.read.spec
 
@@ -208,7 +209,7 @@ class Service:
         """
         spec, plan = call.header.spec, call.header.plan
         with self.regions.used(spec.regions, call.tenant) as regions:
-            check_sizes(spec, [region.size_bytes for region in regions])
+            check_region_sizes(spec, [region.size_bytes for region in regions])
             async with self.admitted(call, message_bytes, on_wait) as lane:
                 whole = Computation(spec, plan, self.backend, lane.device, call.counts)
                 async with InPlaceJob(spec, whole, lane, call.counts, regions) as job:

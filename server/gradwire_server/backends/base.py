@@ -20,8 +20,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_server.backends.row_blocks import ALIGNMENT
-from gradwire_server.jobs.header.parse import JobSpec
 
 Array = npt.NDArray[Any]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
-from gradwire_server.jobs.header.parse import JobSpec
 
 MAX_BLOCK_ROWS = 8192
 """Rows of a block where rows are short. A product does not get faster from

@@ -10,11 +10,11 @@ from functools import partial
 
 import numpy as np
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.api.call_state import Counts
 from gradwire_server.backends.base import Array, Backend, BackendJob, RowBlock, Wait
 from gradwire_server.backends.row_blocks import Plan
-from gradwire_server.jobs.header.parse import JobSpec
 
 
 class Computation:

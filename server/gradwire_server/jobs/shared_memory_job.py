@@ -11,11 +11,11 @@ from typing import Self
 
 import numpy as np
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.api.call_state import Counts
 from gradwire_server.backends.base import Array
 from gradwire_server.jobs.device_execution import Computation
-from gradwire_server.jobs.header.parse import JobSpec
 from gradwire_server.memory.shared_regions import Region
 from gradwire_server.scheduling.device_worker import TenantLane
 
@@ -50,7 +50,7 @@ class InPlaceJob:
         self._lane = lane
         self._counts = counts
         self._computation = computation
-        self._arrays = {matrix: _view(spec, matrix, regions) for matrix in spec.places}
+        self._arrays = {matrix: _view(spec, matrix, regions) for matrix in spec.buffers}
 
     async def __aenter__(self) -> Self:
         return self
@@ -99,8 +99,8 @@ class InPlaceJob:
 
 
 def _view(spec: JobSpec, matrix: Matrix, regions: list[Region]) -> Array:
-    place = spec.places[matrix]
-    size = spec.whole_bytes(matrix)
+    place = spec.buffers[matrix]
+    size = spec.size_bytes(matrix)
     part = regions[place.region].memory[place.offset : place.offset + size]
     columns = spec.row_length(matrix)
     rows = spec.n if matrix in {Matrix.W, Matrix.DW} else spec.m or 0

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_server.api.call_state import Counts
 from gradwire_server.backends.row_blocks import Plan
-from gradwire_server.jobs.header.parse import JobSpec
 
 
 @dataclass(slots=True, eq=False)

@@ -115,7 +115,7 @@ def test_operands_that_do_not_fit_are_refused_with_both_shapes(
     ],
 )
 def test_only_what_the_results_need_is_sent(results: Any, sent: str) -> None:
-    job = plan(ones(3, 4), ones(4, 6), ones(3, 6), results).job()
+    job = plan(ones(3, 4), ones(4, 6), ones(3, 6), results).header()
     assert " ".join(n for n in ("x", "w", "dy") if job.HasField(n)) == sent
     assert (job.m, job.n, job.k) == (3, 4, 6)
 
@@ -141,7 +141,7 @@ def test_every_option_is_in_the_header() -> None:
         allow_tf32=True,
         checksum=True,
         request_id="my job",
-    ).job()
+    ).header()
     assert job.job_id == "my job"
     assert job.dtype == job.y.dtype == Dtype.FLOAT32
     assert job.dw.dtype == Dtype.FLOAT64

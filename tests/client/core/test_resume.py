@@ -9,6 +9,7 @@ import pytest
 
 import gradwire
 from gradwire._api.options import parse_options
+from gradwire._core.exchange import Exchange
 from gradwire._core.job_plan import Plan
 from gradwire._core.resume import (
     Checkpoint,
@@ -17,6 +18,7 @@ from gradwire._core.resume import (
     is_further,
     point_after,
 )
+from gradwire._core.sender import Sender
 from gradwire._resilience.replay_buffer import HeldRows
 from gradwire._resilience.retry import Attempts, Retries
 from gradwire._resilience.row_reader import RowReader
@@ -147,8 +149,10 @@ def test_where_a_job_goes_on(
     assert (point.first_row, point.results_from_row) == expected
     assert point.fingerprint == ACCEPTED.fingerprint
     assert point.checkpoint is checkpoint
-    job = Job()
-    point.write(job)
+    goes_on = plan(*results)
+    opening = Exchange(goes_on, Sender(goes_on), {}, point=point).opening()
+    job = framing.decode_request(opening)
+    assert isinstance(job, Job)
     assert list(job.required_features) == ["resume"]
     assert job.resume.HasField("dw_sum") == (checkpoint is not None)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.job_spec import BufferRef
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.async_device.job import DeviceJob
 from gradwire_server.backends.async_device.layout import make_layout
 from gradwire_server.backends.base import RowBlock, Times, empty_aligned
-from gradwire_server.jobs.header.parse import Place
 from tests.server.backends.simulated_device import SimulatedDevice
 from tests.server.backends.test_numpy_backend import bounds, exact, operands
 from tests.server.specs import ALL, make_spec
@@ -200,7 +200,7 @@ def test_zero_sizes_give_what_numpy_gives(shape, dtype):
 
 
 def test_dw_goes_where_it_shall_lie():
-    place = {Matrix.DW: Place(region=0, offset=0)}
+    place = {Matrix.DW: BufferRef(region=0, offset=0)}
     for result_dtype in (Dtype.BFLOAT16, Dtype.FLOAT32):
         spec = make_spec(
             20, 7, 5, Dtype.BFLOAT16, ALL, result_dtype=result_dtype, places=place

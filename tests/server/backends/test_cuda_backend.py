@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.job_spec import BufferRef
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.async_device.job import DeviceJob
 from gradwire_server.backends.base import DeviceLostError, Times
 from gradwire_server.backends.cuda.backend import BLOCKS_BEGUN, CupyBackend
 from gradwire_server.backends.cuda.memory_pool import Pool, rounded_up
 from gradwire_server.backends.cuda.pinned import empty_pinned
-from gradwire_server.jobs.header.parse import Place
 from tests.server.backends.simulated_device import SimulatedDevice
 from tests.server.backends.test_async_device_job import pieces_of, room, run_all
 from tests.server.backends.test_memory_pool import System
@@ -156,7 +156,7 @@ class Bare(CupyBackend):
 def test_a_job_takes_the_memory_that_was_said(
     dtype, result_dtype, accumulator, in_place
 ):
-    places = {Matrix.DW: Place(region=0, offset=0)} if in_place else None
+    places = {Matrix.DW: BufferRef(region=0, offset=0)} if in_place else None
     spec = make_spec(50, 300, 200, dtype, ALL, result_dtype, accumulator, places=places)
     given = operands(spec, 50)
     host, device = System(), SimulatedDevice()

@@ -12,11 +12,11 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.job_spec import BufferRef
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock, Times
 from gradwire_server.backends.numpy import backend as numpy_backend
 from gradwire_server.backends.numpy.backend import NumpyBackend
-from gradwire_server.jobs.header.parse import Place
 from tests.server.specs import ALL, make_spec
 
 UNIT_ROUNDOFF = {
@@ -243,7 +243,7 @@ def test_a_job_takes_no_more_memory_than_was_said(dtype, result_dtype, accumulat
 def test_dw_is_summed_where_it_will_lie_and_has_the_same_bits(dtype, m):
     """Only where it lies in the dtype of the sum: others are rounded there."""
     places = {
-        matrix: Place(region=number, offset=0)
+        matrix: BufferRef(region=number, offset=0)
         for number, matrix in enumerate((Matrix.X, Matrix.DY, Matrix.DW))
     }
     elsewhere = make_spec(m, 30, 7, dtype, (Matrix.DW,))

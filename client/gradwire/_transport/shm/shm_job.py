@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +16,9 @@ from gradwire._core.progress import Reporter
 from gradwire._transport.shm.segments import Pool, Region, Room
 from gradwire_protocol import framing
 from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.job_spec import BufferRef
 from gradwire_protocol.matrices import Matrix
-from gradwire_protocol.v1.job_pb2 import Accepted, Job, Queued, SharedRegion
+from gradwire_protocol.v1.job_pb2 import Accepted, Job, Queued
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 if TYPE_CHECKING:
@@ -209,12 +211,10 @@ class SharedExchange:
 
 
 def _header(plan: Plan, places: Mapping[Matrix, tuple[Region, int]]) -> Job:
-    job = plan.job()
     tokens: dict[str, int] = {}
-    for matrix, (region, offset) in places.items():
-        shared = getattr(job, matrix.label).shared
-        shared.region = tokens.setdefault(region.token, len(tokens))
-        shared.offset_bytes = offset
-        shared.SetInParent()  # where both are zero as well
-    job.regions.extend(SharedRegion(token=token) for token in tokens)
-    return job
+    buffers = {
+        matrix: BufferRef(tokens.setdefault(region.token, len(tokens)), offset)
+        for matrix, (region, offset) in places.items()
+    }
+    spec = replace(plan.spec(), regions=tuple(tokens), buffers=buffers)
+    return spec.to_message(plan.options.job_id)

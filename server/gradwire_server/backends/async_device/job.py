@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends import products
 from gradwire_server.backends.async_device import gemm
@@ -26,7 +27,6 @@ from gradwire_server.backends.async_device.device import Allocate, Device, Marks
 from gradwire_server.backends.async_device.gemm import Compute, DeviceMatrix
 from gradwire_server.backends.async_device.layout import Placed, make_layout
 from gradwire_server.backends.base import Array, RowBlock, Times, Wait
-from gradwire_server.jobs.header.parse import JobSpec
 
 
 class DeviceJob:

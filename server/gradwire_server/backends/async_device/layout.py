@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import OPERANDS, ROW_OPERANDS, ROW_RESULTS, Matrix
 from gradwire_server.backends.async_device.gemm import DeviceMatrix, computes_into
 from gradwire_server.backends.row_blocks import ALIGNMENT
-from gradwire_server.jobs.header.parse import JobSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MIB
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.async_device.gemm import MAX_SIZE
@@ -20,7 +21,6 @@ from gradwire_server.backends.base import Array, DeviceInfo, Times
 from gradwire_server.backends.cuda.memory_pool import Pool, rounded_up
 from gradwire_server.backends.cuda.pinned import empty_pinned
 from gradwire_server.backends.host_memory import machine_bytes
-from gradwire_server.jobs.header.parse import JobSpec
 
 if TYPE_CHECKING:
     from gradwire_server.backends.cuda.device import CupyDevice
@@ -97,7 +97,7 @@ class CupyBackend:
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
         """Bytes of the pinned memory in which dW arrives."""
         del block_rows
-        if Matrix.DW not in spec.results or spec.places:
+        if Matrix.DW not in spec.results or spec.buffers:
             return 0
         return rounded_up(spec.n * spec.k * spec.results[Matrix.DW].itemsize)
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MIB
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_server.backends.base import (
@@ -31,7 +32,6 @@ from gradwire_server.backends.numpy.worker_threads import (
     processors,
 )
 from gradwire_server.backends.products import compute_block
-from gradwire_server.jobs.header.parse import JobSpec
 
 PARTS = 4
 """Most pieces into which a product is cut along its longer side, for threads
@@ -335,7 +335,7 @@ def _cuts(
 
 def _sums_in_place(spec: JobSpec) -> bool:
     """Whether dW's sum needs no memory but that in which dW will lie."""
-    return bool(spec.places) and spec.results.get(Matrix.DW) == spec.accumulator
+    return bool(spec.buffers) and spec.results.get(Matrix.DW) == spec.accumulator
 
 
 def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from gradwire_protocol.job_spec import Fingerprint, JobSpec
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.backends.base import Backend
 from gradwire_server.backends.device_info import device_message
 from gradwire_server.backends.row_blocks import Plan, make_plan
-from gradwire_server.jobs.header.parse import JobSpec, check_size, read_job
-from gradwire_server.jobs.header.resume import check_grid, read_resuming
-from gradwire_server.jobs.header.shared_layout import read_places
+from gradwire_server.jobs.header.parse import check_header_size, parse_header
+from gradwire_server.jobs.header.resume import check_grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Headers:
         Raises:
             JobError: It asks for what is wrong, unknown or impossible.
         """
-        check_size(header)
+        check_header_size(header)
         header.ClearField("job_id")
         encoded = header.SerializeToString()
         if len(encoded) > _SHORT:
@@ -78,13 +78,11 @@ class Headers:
 
     def _understood(self, encoded: bytes) -> Header:
         job = job_pb2.Job.FromString(encoded)
-        spec = read_job(job, self._backend.max_columns, self._features)
-        spec = read_places(job, spec, self._features)
-        spec = read_resuming(job, spec)
+        spec = parse_header(job, self._backend.max_columns, self._features)
         plan = make_plan(spec, self._block_bytes, self._backend.blocks_begun)
         check_grid(spec, plan.block_rows)
         device_bytes = self._backend.device_bytes(spec, plan.slot_rows)
-        echo = spec.echo()
+        echo = spec.to_message()
         return Header(
             spec=spec,
             plan=plan,
@@ -97,12 +95,9 @@ class Headers:
                     window_rows=plan.window_rows,
                     device_bytes=device_bytes,
                     device=device_message(device, self._device_limit),
-                    fingerprint=job_pb2.NumericsFingerprint(
-                        library=device.library,
-                        device=device.name,
-                        threads=device.threads,
-                        block_rows=plan.block_rows,
-                    ),
+                    fingerprint=Fingerprint(
+                        device.library, device.name, device.threads, plan.block_rows
+                    ).to_message(),
                     effective_job=echo,
                 )
                 for device in self._backend.devices

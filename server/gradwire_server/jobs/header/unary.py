@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MAX_COMPUTE_BYTES
 from gradwire_protocol.matrices import OPERANDS, Matrix
 from gradwire_protocol.v1 import gradient_service_pb2 as pb2
 from gradwire_server.errors import JobError
-from gradwire_server.jobs.header.parse import JobSpec
 
 
 def whole_operands(
@@ -20,7 +20,7 @@ def whole_operands(
             "job.m is absent: Compute needs it; ComputeStream does not",
             field="job.m",
         )
-    if spec.places:
+    if spec.buffers:
         raise JobError(
             Reason.OPTION_INVALID,
             "job.regions is not empty: Compute takes matrices inline; ComputeStream "
@@ -54,7 +54,7 @@ def whole_operands(
     operands: dict[Matrix, memoryview] = {}
     for operand in OPERANDS:
         data: bytes = getattr(message, operand.label)
-        expected = spec.whole_bytes(operand) if operand in spec.operands else 0
+        expected = spec.size_bytes(operand) if operand in spec.operands else 0
         if len(data) != expected:
             short = len(data) < expected
             raise JobError(

@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass
 
 from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_server.backends.base import Array
 from gradwire_server.errors import JobError
-from gradwire_server.jobs.header.parse import JobSpec
 
 
 @dataclass(frozen=True, slots=True)

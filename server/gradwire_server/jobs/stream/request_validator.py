@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from gradwire_protocol.checksum import crc32c
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.framing import Block
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
 from gradwire_protocol.matrices import OPERANDS, Matrix
 from gradwire_server.backends.row_blocks import Plan
 from gradwire_server.errors import JobError
-from gradwire_server.jobs.header.parse import JobSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import Array, RowBlock
 from gradwire_server.backends.row_blocks import Plan
-from gradwire_server.jobs.header.parse import JobSpec
 from gradwire_server.jobs.stream.request_validator import Span
 
 

@@ -16,12 +16,12 @@ from typing import Self, TypeAlias
 import numpy as np
 
 from gradwire_protocol.framing import Block
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_server.api.call_state import Counts
 from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
 from gradwire_server.backends.row_blocks import Plan
 from gradwire_server.jobs.device_execution import Computation
-from gradwire_server.jobs.header.parse import JobSpec
 from gradwire_server.jobs.stream.checkpoints import (
     Checkpoint,
     Checkpoints,

@@ -1,0 +1,276 @@
+"""What is wrong with a job's header, as far as any server would say.
+
+The fields are checked in the order in which they depend on each other. What one
+server does not offer or has no room for is for that server to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import (
+    MAX_INT64,
+    MAX_PAYLOAD_BYTES,
+    SHARED_ALIGNMENT,
+)
+from gradwire_protocol.matrices import OPERANDS, RESULTS, SUMS, Matrix, operands_for
+from gradwire_protocol.v1 import job_pb2, matrix_pb2
+
+_WIDEST = max(dtype.itemsize for dtype in Dtype)
+
+
+class HeaderError(ValueError):
+    """A header that no server can take; the text is a sentence.
+
+    Args:
+        reason: The stable reason, as in the contract.
+        message: What was given and what was expected.
+        field: Path of the field that is at fault.
+    """
+
+    def __init__(self, reason: Reason, message: str, field: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.field = field
+
+
+def check_header(job: job_pb2.Job) -> None:
+    """Check a header.
+
+    Raises:
+        HeaderError: It asks for what is wrong or unknown.
+    """
+    m = job.m if job.HasField("m") else None
+    _check_shape(m, job.n, job.k)
+    dtype = _dtype(job.dtype, "job.dtype")
+    results = _check_results(job)
+    _check_operands(job, results)
+    _check_accumulator(job.numerics.dw_accumulator, dtype)
+    if job.checksum not in {
+        matrix_pb2.CHECKSUM_UNSPECIFIED,
+        matrix_pb2.CHECKSUM_CRC32C,
+    }:
+        raise HeaderError(
+            Reason.OPTION_UNKNOWN,
+            f"job.checksum is {job.checksum}: this server does not offer it",
+            "job.checksum",
+        )
+    if not 0 <= job.max_block_bytes <= MAX_PAYLOAD_BYTES:
+        raise HeaderError(
+            Reason.OPTION_INVALID,
+            f"job.max_block_bytes is {job.max_block_bytes}: expected 0 to "
+            f"{MAX_PAYLOAD_BYTES}",
+            "job.max_block_bytes",
+        )
+    _check_shared_memory(job, (*operands_for(results), *results))
+    if job.HasField("checkpoints"):
+        _check_checkpoints(job, results)
+    if job.HasField("resume"):
+        _check_resume(job.resume, m, results)
+
+
+def path_of(matrix: Matrix) -> str:
+    """Path of the field that says where a matrix lies."""
+    kind = "source" if matrix in OPERANDS else "destination"
+    return f"job.{matrix.label}.{kind}"
+
+
+def _check_shape(m: int | None, n: int, k: int) -> None:
+    sizes = {"m": m, "n": n, "k": k}
+    for name, size in sizes.items():
+        if size is not None and size < 0:
+            raise HeaderError(
+                Reason.SHAPE_INVALID,
+                f"job.{name} is {size}: expected at least 0",
+                f"job.{name}",
+            )
+    for one, other in (("n", "k"), ("m", "n"), ("m", "k")):
+        first, second = sizes[one], sizes[other]
+        if first is None or second is None:
+            continue
+        if first * second * _WIDEST > MAX_INT64:
+            raise HeaderError(
+                Reason.SHAPE_OVERFLOW,
+                f"job.{one} = {first} times job.{other} = {second} elements have "
+                f"more bytes than 64 bits can count",
+                f"job.{one}",
+            )
+
+
+def _dtype(number: int, path: str) -> Dtype:
+    try:
+        return Dtype(number)
+    except ValueError:
+        names = ", ".join(f"{dtype.name} ({dtype.value})" for dtype in Dtype)
+        raise HeaderError(
+            Reason.DTYPE_INVALID, f"{path} is {number}: expected one of {names}", path
+        ) from None
+
+
+def _check_results(job: job_pb2.Job) -> tuple[Matrix, ...]:
+    results = []
+    for result in RESULTS:
+        path = f"job.{result.label}"
+        if not job.HasField(result.label):
+            continue
+        asked: job_pb2.Result = getattr(job, result.label)
+        if asked.WhichOneof("destination") is None:
+            raise _unknown_kind(f"{path}.destination")
+        if asked.dtype:
+            _dtype(asked.dtype, f"{path}.dtype")
+        results.append(result)
+    if not results:
+        names = ", ".join(f"job.{result.label}" for result in RESULTS)
+        raise HeaderError(
+            Reason.RESULTS_MISSING,
+            f"the job wants no result: expected at least one of {names}",
+            "job",
+        )
+    return tuple(results)
+
+
+def _check_operands(job: job_pb2.Job, results: Collection[Matrix]) -> None:
+    needed = operands_for(results)
+    wanted = ", ".join(result.label for result in results)
+    for operand in OPERANDS:
+        path = f"job.{operand.label}"
+        present = job.HasField(operand.label)
+        if present and operand not in needed:
+            raise HeaderError(
+                Reason.OPERAND_UNEXPECTED,
+                f"{path} is present, but no wanted result ({wanted}) needs it",
+                path,
+            )
+        if not present and operand in needed:
+            raise HeaderError(
+                Reason.OPERAND_MISSING,
+                f"{path} is absent, but the wanted results ({wanted}) need it",
+                path,
+            )
+        if present and getattr(job, operand.label).WhichOneof("source") is None:
+            raise _unknown_kind(f"{path}.source")
+
+
+def _unknown_kind(path: str) -> HeaderError:
+    return HeaderError(
+        Reason.OPTION_UNKNOWN,
+        f"{path} is not set, or is of a kind that this server does not know: expected "
+        f"inline",
+        path,
+    )
+
+
+def _check_accumulator(number: int, dtype: Dtype) -> None:
+    if number == matrix_pb2.DTYPE_UNSPECIFIED:
+        return
+    path = "job.numerics.dw_accumulator"
+    accumulator = _dtype(number, path)
+    if accumulator.itemsize < dtype.sums_in.itemsize:
+        raise HeaderError(
+            Reason.OPTION_INVALID,
+            f"{path} is {accumulator.name}: products of {dtype.name} operands are "
+            f"summed in {dtype.sums_in.name} or wider",
+            path,
+        )
+
+
+def _check_shared_memory(job: job_pb2.Job, matrices: Collection[Matrix]) -> None:
+    shared = [matrix for matrix in matrices if _lies_in_a_region(job, matrix)]
+    if not shared:
+        if job.regions:
+            raise _place_invalid(
+                "job.regions", "is not empty, but no matrix lies in one"
+            )
+        return
+    for matrix in matrices:
+        if matrix not in shared:
+            raise _place_invalid(
+                path_of(matrix),
+                f"is inline, but {shared[0].label} lies in shared memory: expected all "
+                f"matrices of a job in one or the other",
+            )
+    if not job.HasField("m"):
+        raise HeaderError(
+            Reason.SHAPE_INVALID,
+            "job.m is absent: a job in shared memory needs it",
+            "job.m",
+        )
+    if job.checksum:
+        raise HeaderError(
+            Reason.OPTION_INVALID,
+            "job.checksum is CHECKSUM_CRC32C: a job in shared memory has no payloads",
+            "job.checksum",
+        )
+    tokens = [region.token for region in job.regions]
+    if len(set(tokens)) < len(tokens):
+        raise _place_invalid("job.regions", "names a region twice")
+    for matrix in matrices:
+        _check_buffer(job, matrix)
+    for path in ("checkpoints", "resume"):
+        if job.HasField(path):
+            raise _invalid(path, "is present: a job in shared memory has none")
+
+
+def _lies_in_a_region(job: job_pb2.Job, matrix: Matrix) -> bool:
+    kind = path_of(matrix).rpartition(".")[2]
+    return bool(getattr(job, matrix.label).WhichOneof(kind) == "shared")
+
+
+def _check_buffer(job: job_pb2.Job, matrix: Matrix) -> None:
+    given = getattr(job, matrix.label).shared
+    if not 0 <= given.region < len(job.regions):
+        raise _place_invalid(
+            f"{path_of(matrix)}.region",
+            f"is {given.region}, and job.regions has {len(job.regions)} entries",
+        )
+    if given.offset_bytes < 0 or given.offset_bytes % SHARED_ALIGNMENT:
+        raise _place_invalid(
+            f"{path_of(matrix)}.offset_bytes",
+            f"is {given.offset_bytes}: expected a multiple of {SHARED_ALIGNMENT}, at "
+            f"least 0",
+        )
+
+
+def _check_checkpoints(job: job_pb2.Job, results: Collection[Matrix]) -> None:
+    if not any(matrix in results for matrix in SUMS):
+        raise _invalid("checkpoints", "is present, but dw is not wanted")
+    rows = job.checkpoints.rows
+    if rows < 0:
+        raise _invalid("checkpoints.rows", f"is {rows}: expected at least 0")
+
+
+def _check_resume(
+    given: job_pb2.Resume, m: int | None, results: Collection[Matrix]
+) -> None:
+    if not given.HasField("fingerprint"):
+        raise _invalid("resume.fingerprint", "is absent: Accepted has it")
+    first, results_from = given.first_row, given.results_from_row
+    if first < 0 or (m is not None and first > m):
+        expected = "at least 0" if m is None else f"0 to {m}"
+        raise _invalid("resume.first_row", f"is {first}: expected {expected}")
+    if results_from < first:
+        raise _invalid(
+            "resume.results_from_row", f"is {results_from}: expected at least {first}"
+        )
+    sums = Matrix.DW in results and bool(first)
+    path = "job.resume.dw_sum"
+    if given.HasField("dw_sum") != sums:
+        raise HeaderError(
+            Reason.OPERAND_MISSING if sums else Reason.OPERAND_UNEXPECTED,
+            f"{path} is absent, but dw is wanted and first_row is not 0"
+            if sums
+            else f"{path} is present, but dw is not wanted or first_row is 0",
+            path,
+        )
+    if sums and given.dw_sum.WhichOneof("source") != "inline":
+        raise _unknown_kind(f"{path}.source")
+
+
+def _invalid(path: str, what: str) -> HeaderError:
+    return HeaderError(Reason.OPTION_INVALID, f"job.{path} {what}", f"job.{path}")
+
+
+def _place_invalid(path: str, what: str) -> HeaderError:
+    return HeaderError(Reason.PLACE_INVALID, f"{path} {what}", path)

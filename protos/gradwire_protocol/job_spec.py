@@ -1,0 +1,285 @@
+"""What a job asks for: the one place where its header is spelled.
+
+`JobSpec.to_message` writes a header and `JobSpec.from_message` reads one. Both
+sides use them: a client for what it asks, a server for what it was asked and for
+what it says that it understood, and a client again for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.header_checks import HeaderError, check_header, path_of
+from gradwire_protocol.limits import DEFAULT_BLOCK_BYTES
+from gradwire_protocol.matrices import OPERANDS, RESULTS, Matrix, operands_for
+from gradwire_protocol.v1 import job_pb2, matrix_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class BufferRef:
+    """Where a matrix lies in shared memory."""
+
+    region: int
+    """Index of its region in `JobSpec.regions`."""
+    offset: int
+    """Where it begins, in bytes."""
+
+
+class Fingerprint(NamedTuple):
+    """What results' last bits depend on, as `gradwire.v1.NumericsFingerprint`."""
+
+    library: str
+    device: str
+    threads: int
+    block_rows: int
+
+    @classmethod
+    def from_message(cls, message: job_pb2.NumericsFingerprint) -> Fingerprint:
+        """The fingerprint that a message carries."""
+        return cls(*(getattr(message, name) for name in cls._fields))
+
+    def to_message(self) -> job_pb2.NumericsFingerprint:
+        """The message that carries it."""
+        return job_pb2.NumericsFingerprint(**self._asdict())
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Where a job goes on that was cut off."""
+
+    first_row: int
+    """The first row that is sent."""
+    results_from_row: int
+    """The first row of which row-wise results are wanted."""
+    fingerprint: Fingerprint
+    """Of the device on which it was cut off."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a job's header asks for."""
+
+    m: int | None
+    """Rows of X and dY; None while it is open."""
+    n: int
+    """Columns of X, rows of W."""
+    k: int
+    """Columns of W and of dY."""
+    dtype: Dtype
+    """Element type of the operands."""
+    results: Mapping[Matrix, Dtype]
+    """The wanted results and their element types, in the order of `RESULTS`."""
+    dw_accumulator: Dtype | None = None
+    """In which sums over row blocks are kept; None: as the server chooses."""
+    allow_tf32: bool = False
+    checksum: bool = False
+    """Whether every payload carries a CRC-32C."""
+    max_block_bytes: int = DEFAULT_BLOCK_BYTES
+    """Largest payload of a message that the client wants back."""
+    features: tuple[str, ...] = ()
+    """What the server must know."""
+    regions: tuple[str, ...] = field(default=(), repr=False)
+    """Tokens of the regions in which all matrices lie; secrets."""
+    buffers: Mapping[Matrix, BufferRef] = field(default_factory=dict)
+    """Where in them; empty where the matrices travel in messages."""
+    checkpoint_rows: int | None = None
+    """Rows between two checkpoints at least; 0: one at most, when the server ends
+    the job; None: the client takes none."""
+    resume: Resume | None = None
+    """Where the job goes on; None: it begins at its beginning."""
+
+    @property
+    def accumulator(self) -> Dtype:
+        """In which sums over row blocks are kept."""
+        return self.dw_accumulator or self.dtype.sums_in
+
+    @property
+    def first_row(self) -> int:
+        """The first row that is sent."""
+        return self.resume.first_row if self.resume else 0
+
+    @property
+    def results_from_row(self) -> int:
+        """The first row of which row-wise results are wanted."""
+        return self.resume.results_from_row if self.resume else 0
+
+    @property
+    def brings_dw_sum(self) -> bool:
+        """Whether the client sends sums over the rows before the first."""
+        return Matrix.DW in self.results and self.first_row > 0
+
+    @cached_property
+    def operands(self) -> tuple[Matrix, ...]:
+        """The operands that the wanted results need, in the order X, W, dY."""
+        return operands_for(self.results)
+
+    def row_length(self, matrix: Matrix) -> int:
+        """Columns of a matrix, in elements."""
+        return matrix.row_length(self.n, self.k)
+
+    def dtype_of(self, matrix: Matrix) -> Dtype:
+        """Element type of a matrix on the wire."""
+        if matrix is Matrix.DW_SUM:
+            return self.accumulator
+        return self.results.get(matrix, self.dtype)
+
+    def size_bytes(self, matrix: Matrix) -> int:
+        """Bytes of a matrix, once m is known."""
+        return self._sizes_bytes[matrix]
+
+    @cached_property
+    def operands_bytes(self) -> int:
+        """Bytes of all operands, once m is known."""
+        return sum(map(self.size_bytes, self.operands))
+
+    @cached_property
+    def results_bytes(self) -> int:
+        """Bytes of all results, once m is known."""
+        return sum(map(self.size_bytes, self.results))
+
+    @cached_property
+    def _sizes_bytes(self) -> dict[Matrix, int]:
+        sizes = {}
+        for matrix in Matrix:
+            rows, columns = matrix.shape(self.m or 0, self.n, self.k)
+            sizes[matrix] = rows * columns * self.dtype_of(matrix).itemsize
+        return sizes
+
+    @cached_property
+    def operations(self) -> int:
+        """Multiplications and additions of the job, once m is known."""
+        return 2 * len(self.results) * (self.m or 0) * self.n * self.k
+
+    def share_memory(self, one: Matrix, other: Matrix) -> bool:
+        """Whether two matrices of a job in shared memory have a byte in common."""
+        if not self.buffers:
+            return False
+        first, second = self.buffers[one], self.buffers[other]
+        return first.region == second.region and (
+            min(
+                first.offset + self.size_bytes(one),
+                second.offset + self.size_bytes(other),
+            )
+            > max(first.offset, second.offset)
+        )
+
+    def to_message(self, job_id: str = "") -> job_pb2.Job:
+        """The header, with every option written out that is decided."""
+        job = job_pb2.Job(
+            job_id=job_id,
+            m=self.m,
+            n=self.n,
+            k=self.k,
+            dtype=self.dtype.proto_name,
+            numerics=job_pb2.Numerics(
+                dw_accumulator=(
+                    self.dw_accumulator.proto_name if self.dw_accumulator else None
+                ),
+                allow_tf32=self.allow_tf32,
+            ),
+            checksum=(
+                matrix_pb2.CHECKSUM_CRC32C
+                if self.checksum
+                else matrix_pb2.CHECKSUM_UNSPECIFIED
+            ),
+            max_block_bytes=self.max_block_bytes,
+            required_features=self.features,
+        )
+        job.regions.extend(job_pb2.SharedRegion(token=name) for name in self.regions)
+        for result, dtype in self.results.items():
+            getattr(job, result.label).dtype = int(dtype)
+        for matrix in (*self.operands, *self.results):
+            message = getattr(job, matrix.label)
+            if self.buffers:
+                buffer = self.buffers[matrix]
+                message.shared.region = buffer.region
+                message.shared.offset_bytes = buffer.offset
+                message.shared.SetInParent()  # where both are zero as well
+            else:
+                message.inline.SetInParent()
+        if self.checkpoint_rows is not None:
+            job.checkpoints.rows = self.checkpoint_rows
+            job.checkpoints.SetInParent()
+        if self.resume is not None:
+            job.resume.fingerprint.CopyFrom(self.resume.fingerprint.to_message())
+            job.resume.first_row = self.resume.first_row
+            job.resume.results_from_row = self.resume.results_from_row
+            if self.brings_dw_sum:
+                job.resume.dw_sum.inline.SetInParent()
+        return job
+
+    @classmethod
+    def from_message(cls, job: job_pb2.Job) -> JobSpec:
+        """What a header asks for, checked as far as any server would.
+
+        Its fields are read in the order in which they depend on each other. What
+        one server does not offer or has no room for is for that server to say.
+
+        Raises:
+            HeaderError: The header asks for what is wrong or unknown.
+        """
+        check_header(job)
+        dtype = Dtype(job.dtype)
+        results = {
+            result: Dtype(getattr(job, result.label).dtype or dtype)
+            for result in RESULTS
+            if job.HasField(result.label)
+        }
+        accumulator = job.numerics.dw_accumulator
+        spec = cls(
+            m=job.m if job.HasField("m") else None,
+            n=job.n,
+            k=job.k,
+            dtype=dtype,
+            results=results,
+            dw_accumulator=Dtype(accumulator) if accumulator else None,
+            allow_tf32=job.numerics.allow_tf32,
+            checksum=job.checksum == matrix_pb2.CHECKSUM_CRC32C,
+            max_block_bytes=job.max_block_bytes or DEFAULT_BLOCK_BYTES,
+            features=tuple(dict.fromkeys(job.required_features)),
+            regions=tuple(region.token for region in job.regions),
+            buffers=_read_buffers(job),
+            checkpoint_rows=_read_checkpoint_rows(job),
+            resume=_read_resume(job),
+        )
+        spec._check_overlap()
+        return spec
+
+    def _check_overlap(self) -> None:
+        taken = list(self.operands)
+        for result in self.results:
+            for other in taken:
+                if self.share_memory(result, other):
+                    path = f"{path_of(result)}.offset_bytes"
+                    raise HeaderError(
+                        Reason.PLACE_INVALID,
+                        f"{path} is {self.buffers[result].offset}, where "
+                        f"{result.label} would share bytes with {other.label}",
+                        path,
+                    )
+            taken.append(result)
+
+
+def _read_buffers(job: job_pb2.Job) -> dict[Matrix, BufferRef]:
+    buffers = {}
+    for matrix in (*OPERANDS, *RESULTS) if job.regions else ():
+        if job.HasField(matrix.label):
+            shared = getattr(job, matrix.label).shared
+            buffers[matrix] = BufferRef(shared.region, shared.offset_bytes)
+    return buffers
+
+
+def _read_checkpoint_rows(job: job_pb2.Job) -> int | None:
+    return job.checkpoints.rows if job.HasField("checkpoints") else None
+
+
+def _read_resume(job: job_pb2.Job) -> Resume | None:
+    if not job.HasField("resume"):
+        return None
+    fingerprint = Fingerprint.from_message(job.resume.fingerprint)
+    return Resume(job.resume.first_row, job.resume.results_from_row, fingerprint)

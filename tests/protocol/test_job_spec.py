@@ -1,0 +1,125 @@
+"""A job's header: what is written is read again, and nothing of it is lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradwire.v1 import job_pb2
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.header_checks import HeaderError
+from gradwire_protocol.job_spec import BufferRef, Fingerprint, JobSpec, Resume
+from gradwire_protocol.matrices import RESULTS, Matrix, operands_for
+
+SIZES = st.integers(0, 1000)
+TEXTS = st.text(max_size=8)
+FINGERPRINTS = st.builds(Fingerprint, TEXTS, TEXTS, SIZES, SIZES)
+
+
+@st.composite
+def specs(draw: Any) -> JobSpec:
+    """Any job that a header can ask for."""
+    dtype = draw(st.sampled_from(Dtype))
+    wanted = draw(st.sets(st.sampled_from(RESULTS), min_size=1))
+    shared = draw(st.booleans())
+    m = draw(SIZES if shared else st.none() | SIZES)
+    of_dw = Matrix.DW in wanted and not shared
+    first = draw(st.integers(0, 1000 if m is None else m))
+    resume = st.builds(Resume, st.just(first), st.integers(first, 2000), FINGERPRINTS)
+    matrices = (*operands_for(wanted), *(r for r in RESULTS if r in wanted))
+    accumulators = [d for d in Dtype if d.itemsize >= dtype.sums_in.itemsize]
+    return JobSpec(
+        m=m,
+        n=draw(SIZES),
+        k=draw(SIZES),
+        dtype=dtype,
+        results={r: draw(st.sampled_from(Dtype)) for r in RESULTS if r in wanted},
+        dw_accumulator=draw(st.none() | st.sampled_from(accumulators)),
+        allow_tf32=draw(st.booleans()),
+        checksum=draw(st.booleans()) and not shared,
+        max_block_bytes=draw(st.integers(1, 4 << 20)),
+        features=draw(st.lists(TEXTS, unique=True, max_size=3).map(tuple)),
+        # Each matrix in a region of its own: none may overlap with a result.
+        regions=tuple(f"region {each.label}" for each in matrices) if shared else (),
+        buffers={
+            matrix: BufferRef(number, 64 * draw(SIZES))
+            for number, matrix in enumerate(matrices)
+        }
+        if shared
+        else {},
+        checkpoint_rows=draw(st.none() | SIZES) if of_dw else None,
+        resume=None if shared else draw(st.none() | resume),
+    )
+
+
+@given(specs(), TEXTS)
+def test_what_is_written_is_read_again(spec: JobSpec, job_id: str) -> None:
+    message = spec.to_message(job_id)
+    assert message.job_id == job_id
+    arrived = job_pb2.Job.FromString(message.SerializeToString())
+    assert JobSpec.from_message(arrived) == spec
+
+
+@given(specs())
+def test_every_field_of_a_header_is_of_the_spec(spec: JobSpec) -> None:
+    """A field that is written and not read, or the other way round, would be lost."""
+    again = JobSpec.from_message(spec.to_message()).to_message()
+    assert again == spec.to_message()
+
+
+def test_every_field_of_the_contract_is_written() -> None:
+    fingerprint = Fingerprint("library", "device", 3, 4)
+    everything = JobSpec(
+        m=8,
+        n=1,
+        k=2,
+        dtype=Dtype.FLOAT32,
+        results=dict.fromkeys(RESULTS, Dtype.FLOAT64),
+        dw_accumulator=Dtype.FLOAT64,
+        allow_tf32=True,
+        checksum=True,
+        features=("resume",),
+        checkpoint_rows=4,
+        resume=Resume(4, 8, fingerprint),
+    )
+    in_regions = JobSpec(
+        m=8,
+        n=1,
+        k=2,
+        dtype=Dtype.FLOAT32,
+        results={Matrix.Y: Dtype.FLOAT32},
+        regions=("token",),
+        buffers=dict.fromkeys((Matrix.X, Matrix.W, Matrix.Y), BufferRef(0, 64)),
+    )
+    written = {
+        field.name
+        for spec in (everything, in_regions)
+        for field, _ in spec.to_message("name").ListFields()
+    }
+    assert written == set(job_pb2.Job.DESCRIPTOR.fields_by_name)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "field"),
+    [
+        ({"n": -1}, Reason.SHAPE_INVALID, "job.n"),
+        ({"n": 1 << 40, "k": 1 << 40}, Reason.SHAPE_OVERFLOW, "job.n"),
+        ({"dtype": 9}, Reason.DTYPE_INVALID, "job.dtype"),
+        ({"max_block_bytes": 5 << 20}, Reason.OPTION_INVALID, "job.max_block_bytes"),
+    ],
+)
+def test_what_no_server_can_take_names_its_field(
+    change: dict[str, Any], reason: Reason, field: str
+) -> None:
+    header = JobSpec(
+        m=1, n=2, k=3, dtype=Dtype.FLOAT32, results={Matrix.Y: Dtype.FLOAT32}
+    ).to_message()
+    header.MergeFrom(job_pb2.Job(**change))
+    with pytest.raises(HeaderError) as caught:
+        JobSpec.from_message(header)
+    assert caught.value.reason is reason
+    assert caught.value.field == field
