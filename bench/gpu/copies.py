@@ -38,27 +38,27 @@ def measure(options: Options) -> Answer:
     backend = CupyBackend((0,))
     pool: Pool[Any] = Pool(allocate, kept_bytes=0)
     device = CupyDevice(0, pool)
-    memories = [device.take_memory(SIZE) for _ in range(2)]
+    memories = [device.allocate(SIZE) for _ in range(2)]
     arrays = [backend.empty(SIZE) for _ in range(2)]
 
     def rate(*, up: bool, down: bool) -> dict[str, float]:
-        marks = device.marks()
-        device.record(Stream.UP, marks.upload_begun)
-        device.record(Stream.DOWN, marks.download_begun)
+        events = device.events()
+        device.record(Stream.H2D, events.upload_begun)
+        device.record(Stream.D2H, events.download_begun)
         for _ in range(_TIMES):
             if up:
                 device.upload(arrays[0], memories[0].address)
             if down:
                 device.download(memories[1].address, arrays[1])
-        device.record(Stream.UP, marks.uploaded)
-        device.record(Stream.DOWN, marks.done)
-        device.settle()
+        device.record(Stream.H2D, events.uploaded)
+        device.record(Stream.D2H, events.done)
+        device.synchronize_all()
         took = {
-            "up GB/s": device.elapsed_s(marks.upload_begun, marks.uploaded),
-            "down GB/s": device.elapsed_s(marks.download_begun, marks.done),
+            "up GB/s": device.elapsed_s(events.upload_begun, events.uploaded),
+            "down GB/s": device.elapsed_s(events.download_begun, events.done),
         }
         moved = {"up GB/s": up, "down GB/s": down}
-        device.give_marks_back(marks)
+        device.release_events(events)
         return {
             name: SIZE * _TIMES / seconds / 1e9 if moved[name] else 0.0
             for name, seconds in took.items()

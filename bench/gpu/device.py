@@ -92,7 +92,7 @@ def _ours(side: int, dtype: Dtype, *, tf32: bool) -> Run:
     # dW is summed in float32 where operands have 16 bits, as a job has it.
     types = dict.fromkeys(("x", "w", "dy", "y", "dx"), dtype) | {"dw": dtype.sums_in}
     memories = {
-        name: device.take_memory(side * side * each.itemsize)
+        name: device.allocate(side * side * each.itemsize)
         for name, each in types.items()
     }
     at = {

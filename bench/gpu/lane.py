@@ -26,14 +26,14 @@ from bench.work import Shape
 from gradwire.v1 import job_pb2
 from gradwire_protocol.dtypes import Dtype
 from gradwire_server import Settings
-from gradwire_server.api.call_state import Counts
 from gradwire_server.backends import select
 from gradwire_server.backends.base import Backend
 from gradwire_server.backends.row_blocks import make_plan
-from gradwire_server.jobs.device_execution import Computation
+from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.jobs.header.parse import parse_header
-from gradwire_server.jobs.stream.ring_buffer import Ring
-from gradwire_server.scheduling.device_worker import Lane, TenantLane
+from gradwire_server.jobs.stream.ring_buffer import RingBuffer
+from gradwire_server.scheduling.device_worker import DeviceWorker, TenantHandle
+from gradwire_server.scheduling.job_progress import JobProgress
 
 JOBS = (
     (Shape(65536, 1024, 1024), Dtype.FLOAT32),  # copies take longest
@@ -63,19 +63,19 @@ def measure(options: Options) -> Answer:
     """Seconds of jobs, and of the longest of their stages."""
     settings = Settings(backend=options.backend)  # type: ignore[arg-type]
     backend, _ = select.choose(settings)
-    lane = Lane(
+    worker = DeviceWorker(
         backend.devices[0].index,
-        partial(backend.enter_lane, backend.devices[0].index),
-        most_begun=backend.blocks_begun,
+        partial(backend.init_thread, backend.devices[0].index),
+        max_in_flight=backend.pipeline_depth,
     )
     try:
         return Answer(
             "lane",
-            [_row(backend, lane.of(""), options, *job) for job in JOBS],
+            [_row(backend, worker.of(""), options, *job) for job in JOBS],
             judge=_bars,
         )
     finally:
-        lane.close()
+        worker.close()
         backend.close()
 
 
@@ -92,15 +92,15 @@ def scaled(shape: Shape, options: Options) -> Shape:
 
 
 def _row(
-    backend: Backend, lane: TenantLane, options: Options, whole: Shape, dtype: Dtype
+    backend: Backend, worker: TenantHandle, options: Options, whole: Shape, dtype: Dtype
 ) -> dict[str, Any]:
     shape = scaled(whole, options)
     overlapped: list[Took] = []
     alone: list[Took] = []
     until = time.perf_counter() + options.seconds
     while len(overlapped) < 2 or time.perf_counter() < until:
-        overlapped.append(asyncio.run(_job(backend, lane, shape, dtype)))
-        alone.append(asyncio.run(_job(backend, lane, shape, dtype, ahead=1)))
+        overlapped.append(asyncio.run(_job(backend, worker, shape, dtype)))
+        alone.append(asyncio.run(_job(backend, worker, shape, dtype, ahead=1)))
     total_s = median([each.total_s for each in overlapped[1:]])
     stages = {
         name: median([getattr(each, f"{name}_s") for each in alone[1:]])
@@ -139,7 +139,7 @@ def _longest_ms(row: dict[str, Any], slower: dict[str, float]) -> float:
 
 async def _job(
     backend: Backend,
-    lane: TenantLane,
+    worker: TenantHandle,
     shape: Shape,
     dtype: Dtype,
     ahead: int | None = None,
@@ -154,12 +154,12 @@ async def _job(
         ahead: Most row blocks that have begun; None: as many as it has slots.
     """
     spec = parse_header(_header(shape, dtype), backend.max_columns)
-    plan = make_plan(spec, backend.block_bytes, backend.blocks_begun)
-    counts = Counts()
-    computation = Computation(spec, plan, backend, lane.device, counts)
+    plan = make_plan(spec, backend.block_bytes, backend.pipeline_depth)
+    progress = JobProgress()
+    computation = DeviceExecution(spec, plan, backend, worker.device, progress)
     job = object()
-    region = await lane.submit(job, partial(backend.empty, plan.region_bytes))
-    ring = Ring(spec, plan, region)
+    region = await worker.submit(job, partial(backend.empty, plan.region_bytes))
+    ring = RingBuffer(spec, plan, region)
     _fill(ring.w(), dtype)
     for slot in range(plan.slots):
         block = ring.rows(slot, plan.slot_rows)
@@ -167,24 +167,24 @@ async def _job(
             assert operand is not None
             _fill(operand, dtype)
     begun: deque[asyncio.Future[None]] = deque()
-    await lane.submit(job, computation.open)
+    await worker.submit(job, computation.open)
     try:
         started = time.perf_counter()
-        await lane.submit(job, partial(computation.take_w, ring.w()))
+        await worker.submit(job, partial(computation.take_w, ring.w()))
         for number in range(-(-shape.m // plan.block_rows)):
             if len(begun) == (ahead or plan.slots):
                 await begun.popleft()
             rows = min(plan.block_rows, shape.m - number * plan.block_rows)
-            piece = partial(computation.take_block, ring.rows(number, rows))
-            begun.append(lane.begin(job, piece))
+            piece = partial(computation.compute_block, ring.rows(number, rows))
+            begun.append(worker.begin(job, piece))
         while begun:
             await begun.popleft()
-        await lane.submit(job, computation.finish)
+        await worker.submit(job, computation.finish)
         total_s = time.perf_counter() - started
     finally:
-        await lane.discard(job)
+        await worker.discard(job)
         computation.close()
-    times = counts.times
+    times = progress.times
     return Took(total_s, times.to_device_s, times.computing_s, times.from_device_s)
 
 

@@ -11,18 +11,18 @@ import grpc
 from gradwire_protocol.limits import MAX_MESSAGE_BYTES
 from gradwire_server.admission.controller import CALL_BYTES, Admission
 from gradwire_server.api.gradient_servicer import GradientServicer
-from gradwire_server.api.job_service import Service
+from gradwire_server.api.job_service import JobService
 from gradwire_server.api.standard import health
-from gradwire_server.api.standard.guard import Bystanders
+from gradwire_server.api.standard.guard import StandardServiceGuard
 from gradwire_server.api.standard.unknown_contracts import OtherContracts
-from gradwire_server.auth import gate_of
+from gradwire_server.auth import make_auth_interceptor
 from gradwire_server.backends import select
 from gradwire_server.backends.base import Backend, DeviceInfo, DeviceLostError
 from gradwire_server.backends.device_info import label, memory_limit
-from gradwire_server.backends.host_memory import keep_freed, machine_bytes
+from gradwire_server.backends.host_memory import machine_bytes, tune_malloc
 from gradwire_server.errors import BackendError
-from gradwire_server.observability.timeline import Observe, unobserved
-from gradwire_server.scheduling.device_selector import Lanes
+from gradwire_server.observability.timeline import Observe, no_observer
+from gradwire_server.scheduling.device_selector import DeviceSelector
 from gradwire_server.settings import Settings
 from gradwire_server.transports import listener
 from gradwire_server.transports.tls import Certificates
@@ -66,11 +66,11 @@ class Server:
         self,
         settings: Settings,
         backend: Backend | None = None,
-        observe: Observe = unobserved,
+        observe: Observe = no_observer,
     ) -> None:
         self.settings = settings
         self._observe = observe
-        self._gate = gate_of(settings)
+        self._gate = make_auth_interceptor(settings)
         self.addresses: tuple[str, ...] = ()
         """What clients connect to, once the server has started."""
         if backend is None:
@@ -79,7 +79,7 @@ class Server:
             self.backend_reason = "as given"
         self.backend_name = backend.name
         self._backend = backend
-        self._service: Service | None = None
+        self._service: JobService | None = None
         self._health = health.Health()
         self._lost = asyncio.Event()
         self.lost: str | None = None
@@ -95,14 +95,14 @@ class Server:
             BackendError: A device cannot be used.
         """
         if self.settings.keep_memory:
-            keep_freed()
+            tune_malloc()
         limit = self.settings.memory_limit
         admission = Admission(
             memory_limit=machine_bytes() // 2 if limit is None else limit,
             max_jobs=self.settings.max_jobs,
             max_queue=self.settings.max_queue,
             limits_of=None if self._gate is None else self._gate.limits_of,
-            lanes=Lanes(
+            devices=DeviceSelector(
                 [
                     memory_limit(device, self.settings.device_memory_limit)
                     for device in self._backend.devices
@@ -111,7 +111,7 @@ class Server:
         )
         tls = None if self.settings.tls_cert is None else Certificates(self.settings)
         server = grpc.aio.server(
-            interceptors=[*filter(None, [self._gate]), Bystanders()],
+            interceptors=[*filter(None, [self._gate]), StandardServiceGuard()],
             options=_CHANNEL_OPTIONS,
         )
         bound: list[str] = []
@@ -175,7 +175,7 @@ class Server:
         finally:
             await self.stop()
 
-    async def _hand_over(self, service: Service) -> None:
+    async def _hand_over(self, service: JobService) -> None:
         service.hand_over_running_jobs()
         try:
             async with asyncio.timeout(_HAND_OVER_S):
@@ -204,8 +204,8 @@ class Server:
         insecure = self.settings.insecure
         return listener.bind(server, address, credentials, insecure=insecure)
 
-    async def _started(self, admission: Admission) -> Service:
-        service = Service(
+    async def _started(self, admission: Admission) -> JobService:
+        service = JobService(
             self.settings, self._backend, admission, self._device_lost, self._observe
         )
         try:

@@ -20,7 +20,7 @@ from gradwire_server.backends.numpy.backend import NumpyBackend
 class LosingBackend(NumpyBackend):
     """Two devices, of which the second is about to fail."""
 
-    at_once_operations = 0
+    inline_below_ops = 0
 
     def __init__(self, hangs: bool) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class LosingBackend(NumpyBackend):
     def open_job(self, spec, block_rows, device, **options):
         job = super().open_job(spec, block_rows, 0, **options)
         if device == 1:
-            job.take_block = _fail
+            job.compute_block = _fail
         elif self._hangs:
-            job.take_block = _hang
+            job.compute_block = _hang
         return job
 
 

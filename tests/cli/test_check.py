@@ -45,9 +45,9 @@ class _WrongJob:
         self._w = w.copy()
         self._job.take_w(w)
 
-    def take_block(self, block: RowBlock) -> None:
+    def compute_block(self, block: RowBlock) -> None:
         number, self._blocks = self._blocks, self._blocks + 1
-        self._job.take_block(self._backend._before(block, number))
+        self._job.compute_block(self._backend._before(block, number))
         self._backend._after(block, self._w, number)
 
     def finish(self) -> Any:

@@ -202,7 +202,7 @@ def test_a_token_is_good_from_when_it_stands_in_the_file_until_it_does_not(guard
     info()
     replace_file(guarded.file, "tokens = wrong")
     info()
-    assert guarded.server.wait_for_log("what it said before still holds")
+    assert guarded.server.wait_for_log("what was loaded before stays in effect")
     replace_file(guarded.file, guarded.text)
     assert refusal(info).reason == "CREDENTIALS_INVALID"
 

@@ -45,7 +45,7 @@ class ManyDevices(NumpyBackend):
         needs: Bytes that a job takes there for each of its rows.
     """
 
-    at_once_operations = 0
+    inline_below_ops = 0
 
     def __init__(self, memory: tuple[int, ...], needs: int = 0) -> None:
         super().__init__()
@@ -65,10 +65,10 @@ class ManyDevices(NumpyBackend):
         self.before: dict[tuple[int, str], Callable[[], None]] = {}
         self.cannot_enter: int | None = None
 
-    def enter_lane(self, device):
+    def init_thread(self, device):
         if device == self.cannot_enter:
             raise DeviceLostError("it does not answer")
-        super().enter_lane(device)
+        super().init_thread(device)
 
     def device_bytes(self, spec, block_rows):
         return self._needs * (spec.m or 0)
@@ -249,7 +249,7 @@ def test_a_cancelled_job_lets_go_of_its_device_alone(busy):
         begun.set()
         assert released.wait(20)
 
-    backend.before[2 * busy, "take_block"] = hold
+    backend.before[2 * busy, "compute_block"] = hold
     with (
         serving(backend) as (_, channel, _),
         Stream(channel) as one,
@@ -273,7 +273,7 @@ def test_a_cancelled_job_lets_go_of_its_device_alone(busy):
 @pytest.mark.parametrize("call", [stream_job, compute_job])
 def test_a_device_without_memory_is_named_and_goes_on(call):
     backend = ManyDevices((MIB, MIB))
-    backend.before[0, "take_block"] = fail(MemoryError())
+    backend.before[0, "compute_block"] = fail(MemoryError())
     with serving(backend) as (_, channel, _):
         with pytest.raises(CallError) as raised:
             call(channel, PROBLEM)
@@ -286,7 +286,7 @@ def test_a_device_without_memory_is_named_and_goes_on(call):
 
 
 @pytest.mark.parametrize("call", [stream_job, compute_job])
-@pytest.mark.parametrize("step", ["open_job", "take_w", "take_block", "finish"])
+@pytest.mark.parametrize("step", ["open_job", "take_w", "compute_block", "finish"])
 def test_a_lost_device_ends_all_jobs_and_the_server_says_so(call, step, caplog):
     backend = ManyDevices((MIB, MIB))
     caplog.set_level(logging.INFO, "gradwire_server")

@@ -62,7 +62,9 @@ class _HeldJob:
 
         def held(*args, **kwargs):
             self._backend.step(name)
-            self._backend.rows += [block.rows for block in args if name == "take_block"]
+            self._backend.rows += [
+                block.rows for block in args if name == "compute_block"
+            ]
             return method(*args, **kwargs)
 
         return held
@@ -97,7 +99,7 @@ def fail(error: Exception) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("call", [stream_job, compute_job])
-@pytest.mark.parametrize("step", ["open_job", "take_w", "take_block", "finish"])
+@pytest.mark.parametrize("step", ["open_job", "take_w", "compute_block", "finish"])
 def test_what_nobody_foresaw_is_told_by_an_id_that_the_log_has(call, step, caplog):
     with serving() as (backend, channel):
         backend.before[step] = fail(RuntimeError(f"cannot open {SECRET}"))
@@ -122,7 +124,7 @@ def test_what_nobody_foresaw_is_told_by_an_id_that_the_log_has(call, step, caplo
 
 
 @pytest.mark.parametrize("call", [stream_job, compute_job])
-@pytest.mark.parametrize("step", ["open_job", "take_w", "take_block", "finish"])
+@pytest.mark.parametrize("step", ["open_job", "take_w", "compute_block", "finish"])
 def test_memory_that_is_not_there_is_told_and_the_server_goes_on(call, step):
     with serving() as (backend, channel):
         backend.before[step] = fail(MemoryError())
@@ -142,7 +144,7 @@ def test_a_job_that_fails_leaves_the_one_beside_it_alone():
         good.send(PROBLEM.job())
         outcome = good.receive_accepted()
         good.send_all(PROBLEM.blocks("w", 0, 5))
-        backend.before["take_block"] = fail(RuntimeError())
+        backend.before["compute_block"] = fail(RuntimeError())
         with pytest.raises(CallError, match="UNFORESEEN"):
             stream_job(channel, PROBLEM)
         backend.before.clear()
@@ -167,7 +169,7 @@ def test_work_stops_within_one_block(how):
         assert released.wait(20)
 
     with serving() as (backend, channel):
-        backend.before["take_block"] = hold
+        backend.before["compute_block"] = hold
         timeout_s = 20.0 if how == "cancel" else 0.5
         with Stream(channel, timeout_s=timeout_s) as stream:
             stream.send(PROBLEM.job())
@@ -184,14 +186,14 @@ def test_work_stops_within_one_block(how):
         wait_until_noticed(channel)
         released.set()
         assert_exact(stream_job(channel, PROBLEM), PROBLEM)
-        assert backend.steps.count("take_block") - BLOCKS <= 1
+        assert backend.steps.count("compute_block") - BLOCKS <= 1
         assert backend.steps.count("finish") == 1
 
 
 def test_a_client_is_not_called_idle_while_the_server_is_what_it_waits_for():
     released = threading.Event()
     with serving(idle_timeout=0.3) as (backend, channel), Stream(channel) as stream:
-        backend.before["take_block"] = lambda: released.wait(20)
+        backend.before["compute_block"] = lambda: released.wait(20)
         stream.send(PROBLEM.job())
         outcome = stream.receive_accepted()
         rows = outcome.accepted.block_rows
@@ -212,7 +214,7 @@ def test_a_small_job_takes_its_turn_between_the_blocks_of_a_large_one():
         Stream(channel) as first,
         Stream(channel) as second,
     ):
-        backend.before["take_block"] = lambda: go.wait(20)
+        backend.before["compute_block"] = lambda: go.wait(20)
         for stream, problem in ((first, PROBLEM), (second, small)):
             stream.send(problem.job())
             outcome = stream.receive_accepted()

@@ -46,7 +46,7 @@ class Run:
         self._x, w, self._dy = given
         self._spec, self._rows = spec, block_rows
         self._empty = empty or backend.empty
-        self._most = begun or backend.blocks_begun
+        self._most = begun or backend.pipeline_depth
         self._lane: deque[Begun] = deque() if lane is None else lane
         self._next = 0
         self._slots = [self._slot() for _ in range(self._most)]
@@ -75,7 +75,7 @@ class Run:
         views[Matrix.X][...] = self._x[part]
         views[Matrix.DY][...] = self._dy[part]
         wanted = {m: views[m] for m in (Matrix.Y, Matrix.DX) if m in self.results}
-        wait = self._job.take_block(
+        wait = self._job.compute_block(
             RowBlock(
                 rows=count,
                 x=views[Matrix.X],

@@ -29,7 +29,7 @@ def make_backend(memory_limit: int | None = None) -> Any:
     from gradwire_server.backends.cuda.backend import CupyBackend
 
     backend = CupyBackend((0,), memory_limit)
-    backend.enter_lane(0)
+    backend.init_thread(0)
     return backend
 
 
@@ -149,7 +149,7 @@ def test_operands_that_may_not_be_written_are_read(backend: Any) -> None:
     y, dx = (np.empty(shape, np.float32) for shape in ((40, 17), (40, 33)))
     job = backend.open_job(spec, 64, 0, times=Times())
     job.take_w(w)
-    wait = job.take_block(RowBlock(rows=40, x=x, dy=dy, y=y, dx=dx))
+    wait = job.compute_block(RowBlock(rows=40, x=x, dy=dy, y=y, dx=dx))
     if wait is not None:
         wait()
     dw = np.array(job.finish())

@@ -53,7 +53,7 @@ def test_run_after_run_and_after_a_restart(dtype: str, tf32: bool) -> None:
         assert_same(again, seen[0])
 
 
-class Turns:
+class FairQueue:
     """Rows of a job, one row block at a time, in turn with another job's."""
 
     def __init__(self, turn: threading.Barrier, x: Any, dy: Any, rows: int) -> None:
@@ -84,7 +84,7 @@ def test_two_jobs_on_one_lane_block_by_block(server: ServerProcess) -> None:
             expected = client.gradients(x, w, dy)
             rows = len(x) // 8
             for _ in range(JOBS // len(jobs)):
-                stream = client.stream(Turns(turn, x, dy, rows), w, m=len(x))
+                stream = client.stream(FairQueue(turn, x, dy, rows), w, m=len(x))
                 blocks = list(stream)
                 y = np.concatenate([block.y for block in blocks])
                 dx = np.concatenate([block.dx for block in blocks])

@@ -47,9 +47,9 @@ class _PacedJob:
         self.take_w, self.finish = job.take_w, job.finish
         self.close = job.close
 
-    def take_block(self, block: RowBlock) -> None:
+    def compute_block(self, block: RowBlock) -> None:
         until = time.monotonic() + COMPUTING_S
-        self._job.take_block(block)
+        self._job.compute_block(block)
         time.sleep(max(0, until - time.monotonic()))
 
 

@@ -291,7 +291,7 @@ def test_new_certificates_are_shown_from_the_next_connection_on(
 
             half.write(tmp_path, "server")
             connect_sync(server.address, Tls(ca=new_ca))
-            assert server.wait_for_log("the certificates have changed")
+            assert server.wait_for_log("reloaded the TLS certificates")
             with pytest.raises(gradwire.TlsError, match="is not trusted"):
                 connect_sync(server.address, Tls(ca=files.ca))
 

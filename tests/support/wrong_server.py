@@ -56,15 +56,15 @@ class WrongJob:
         self._w = w
         self._job.take_w(w)
 
-    def take_block(self, block: Any) -> None:
+    def compute_block(self, block: Any) -> None:
         fault, now = self._fault, self._blocks == self._fault.block
         self._blocks += 1
         if now and fault.kind == "left-out":
             self._without_share(block)
             return
-        self._job.take_block(block)
+        self._job.compute_block(block)
         if now and fault.kind == "twice":
-            self._job.take_block(block)
+            self._job.compute_block(block)
         elif now and fault.result in {"y", "dx"}:
             fault.spoil(getattr(block, fault.result))
 
@@ -81,7 +81,7 @@ class WrongJob:
         if block.y is None and block.dx is None:
             return
         nothing = np.zeros_like(block.x)
-        self._job.take_block(dataclasses.replace(block, x=nothing))
+        self._job.compute_block(dataclasses.replace(block, x=nothing))
         if block.y is not None:
             block.y[...] = block.x.astype(np.float64) @ self._w.astype(np.float64)
 

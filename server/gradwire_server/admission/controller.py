@@ -12,13 +12,13 @@ from gradwire_server.admission.queue import Queue
 from gradwire_server.admission.quota import (
     CALL_BYTES,
     RETRY_AFTER_S,
-    Account,
+    Quota,
     Waiting,
     draining,
 )
 from gradwire_server.admission.tenancy import Limits
 from gradwire_server.errors import JobError
-from gradwire_server.scheduling.device_selector import Lanes, Load
+from gradwire_server.scheduling.device_selector import DeviceSelector, Load
 
 __all__ = ["CALL_BYTES", "RETRY_AFTER_S", "Admission"]
 
@@ -45,10 +45,10 @@ class Admission:
         memory_limit: int,
         max_jobs: int,
         max_queue: int,
-        lanes: Lanes,
+        devices: DeviceSelector,
         limits_of: Callable[[str], Limits] | None = None,
     ) -> None:
-        self.lanes = lanes
+        self.devices = devices
         self.memory_limit = memory_limit
         self._ledger = Ledger(
             Limits(max_jobs, None, max_queue), memory_limit, limits_of
@@ -78,9 +78,9 @@ class Admission:
         """The most that a tenant can have of this server."""
         return self._ledger.limits(tenant)
 
-    def most_of_calls(self, tenant: str = "") -> int:
+    def max_calls_bytes(self, tenant: str = "") -> int:
         """The most bytes that a tenant's open calls can hold."""
-        return self._ledger.most_of_calls(tenant)
+        return self._ledger.max_calls_bytes(tenant)
 
     def drain(self) -> None:
         """Refuses every job that is not running, now and from now on."""
@@ -146,21 +146,21 @@ class Admission:
         """
         waiting = Waiting(self._ledger.open(tenant), size_bytes, load)
         try:
-            lane = await self._admit(waiting, on_wait)
+            position = await self._admit(waiting, on_wait)
             try:
-                yield lane
+                yield position
             finally:
-                self._leave(waiting, lane)
+                self._leave(waiting, position)
         finally:
             self._ledger.close(waiting.account)
 
-    def _refusal_of_call(self, size_bytes: int, account: Account) -> JobError | None:
+    def _refusal_of_call(self, size_bytes: int, account: Quota) -> JobError | None:
         if self._draining:
             return draining()
-        return self._ledger.refusal_of_call(size_bytes, account)
+        return self._ledger.check_call(size_bytes, account)
 
     def _release_call(
-        self, size_bytes: int, account: Account, holders: tuple[Account, ...]
+        self, size_bytes: int, account: Quota, holders: tuple[Quota, ...]
     ) -> None:
         self._ledger.release_call(size_bytes, account, holders)
         self._admit_waiting()
@@ -170,7 +170,7 @@ class Admission:
     ) -> int:
         account = waiting.account
         for each in (self._all, account):
-            refusal = each.refusal_of_job(waiting.size_bytes)
+            refusal = each.check_job(waiting.size_bytes)
             if refusal is not None:
                 raise refusal
         self._require_device(waiting.load.device_bytes)
@@ -178,10 +178,10 @@ class Admission:
             raise draining()
         self._queue.add(waiting)
         self._admit_waiting()
-        if waiting.lane is not None:
-            return waiting.lane
+        if waiting.position is not None:
+            return waiting.position
         for each in (account, self._all):
-            refusal = each.refusal_of_wait(waiting.size_bytes)
+            refusal = each.check_wait(waiting.size_bytes)
             if refusal is not None:
                 self._queue.remove(waiting)
                 raise refusal
@@ -196,7 +196,7 @@ class Admission:
             raise
 
     def _require_device(self, size_bytes: int) -> None:
-        most = self.lanes.most_bytes
+        most = self.devices.max_bytes
         if most is not None and size_bytes > most:
             raise JobError(
                 Reason.JOB_TOO_LARGE,
@@ -209,7 +209,7 @@ class Admission:
         self, waiting: Waiting, on_wait: Callable[[int], Awaitable[None]]
     ) -> int:
         told = -1
-        while waiting.lane is None:
+        while waiting.position is None:
             if waiting.refused is not None:
                 raise waiting.refused
             waiting.moved.clear()
@@ -219,7 +219,7 @@ class Admission:
                 await on_wait(ahead)
             else:
                 await waiting.moved.wait()
-        return waiting.lane
+        return waiting.position
 
     def _refuse(self, waiting: Waiting, refusal: JobError) -> None:
         self._queue.remove(waiting)
@@ -228,14 +228,14 @@ class Admission:
 
     def _withdraw(self, waiting: Waiting) -> None:
         """Takes a job that will not run out of the queue, or out of its place."""
-        if waiting.lane is not None:
-            self._leave(waiting, waiting.lane)
+        if waiting.position is not None:
+            self._leave(waiting, waiting.position)
         elif waiting in self._queue:
             self._queue.remove(waiting)
             self._admit_waiting()
 
-    def _leave(self, waiting: Waiting, lane: int) -> None:
-        self.lanes.take_away(waiting.load, lane)
+    def _leave(self, waiting: Waiting, position: int) -> None:
+        self.devices.release(waiting.load, position)
         for each in (waiting.account, self._all):
             each.running -= 1
             each.held_bytes -= waiting.size_bytes
@@ -256,7 +256,7 @@ class Admission:
         for first in self._queue.firsts():
             account = first.account
             self._ledger.renew(account)
-            too_large = account.refusal_of_job(first.size_bytes)
+            too_large = account.check_job(first.size_bytes)
             if too_large is not None:  # since its tenant was given less
                 self._refuse(first, too_large)
                 return True
@@ -264,8 +264,8 @@ class Admission:
                 continue  # nobody but its own tenant stands in its way
             if not self._all.has_room(first.size_bytes):
                 return False
-            first.lane = self.lanes.put(first.load)
-            if first.lane is None:
+            first.position = self.devices.assign(first.load)
+            if first.position is None:
                 return False
             self._queue.take_turn(first)
             for each in (account, self._all):

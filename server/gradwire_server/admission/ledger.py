@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gradwire_server.admission.quota import CALL_BYTES, Account, busy
+from gradwire_server.admission.quota import CALL_BYTES, Quota, busy
 from gradwire_server.admission.tenancy import Limits
 from gradwire_server.errors import JobError
 
-_KEPT_SHARE = 16
+RESERVED_FRACTION = 16
 """Which part of the memory is kept for the first open call of each tenant: what
 others hold must not keep a tenant from asking for its turn."""
 
@@ -37,13 +37,13 @@ class Ledger:
         memory_limit: int,
         limits_of: Callable[[str], Limits] | None,
     ) -> None:
-        self._kept_bytes = 0 if limits_of is None else memory_limit // _KEPT_SHARE
+        self._kept_bytes = 0 if limits_of is None else memory_limit // RESERVED_FRACTION
         self._kept_taken = 0
         shared = memory_limit - self._kept_bytes
-        self.everybody = Account(limits.within(Limits(memory_limit=shared)))
+        self.everybody = Quota(limits.within(Limits(memory_limit=shared)))
         self._calls_limit = shared if limits_of is None else shared // _CALLS_SHARE
         self._limits_of = limits_of
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, Quota] = {}
 
     @property
     def held_bytes(self) -> int:
@@ -60,24 +60,24 @@ class Ledger:
         own = Limits() if self._limits_of is None else self._limits_of(tenant)
         return self.everybody.limits.within(own)
 
-    def most_of_calls(self, tenant: str) -> int:
+    def max_calls_bytes(self, tenant: str) -> int:
         """The most bytes that a tenant's open calls can hold."""
         return min(self.limits(tenant).memory_limit or 0, self._calls_limit)
 
-    def open(self, tenant: str) -> Account:
+    def open(self, tenant: str) -> Quota:
         """A tenant's account; who takes it gives it to `close` in the end."""
         account = self._accounts.get(tenant)
         if account is None:
-            account = self._accounts[tenant] = Account(Limits(), "tenant_", tenant)
+            account = self._accounts[tenant] = Quota(Limits(), "tenant_", tenant)
         self.renew(account)
         return account
 
-    def renew(self, account: Account) -> None:
+    def renew(self, account: Quota) -> None:
         """Takes up what its tenant may have by now."""
         if self._limits_of is not None:
             account.limits = self._limits_of(account.tenant)
 
-    def close(self, account: Account) -> None:
+    def close(self, account: Quota) -> None:
         """Forgets an account if there is nothing in it.
 
         Those who call themselves whatever an issuer says are many.
@@ -85,9 +85,9 @@ class Ledger:
         if account.idle and self._accounts.get(account.tenant) is account:
             del self._accounts[account.tenant]
 
-    def refusal_of_call(self, size_bytes: int, account: Account) -> JobError | None:
+    def check_call(self, size_bytes: int, account: Quota) -> JobError | None:
         """Why there is no place for one more open call; None where there is."""
-        refusal = account.refusal_of_call(size_bytes)
+        refusal = account.check_call(size_bytes)
         if refusal is not None or self._is_kept_for(account, size_bytes):
             return refusal
         if account.calls_bytes + size_bytes > self._calls_limit < self._shared_bytes:
@@ -96,17 +96,17 @@ class Ledger:
                 f"most {self._calls_limit}, a part of the memory",
                 "memory_limit",
             )
-        return self.everybody.refusal_of_call(size_bytes)
+        return self.everybody.check_call(size_bytes)
 
-    def hold_call(self, size_bytes: int, account: Account) -> tuple[Account, ...]:
+    def hold_call(self, size_bytes: int, account: Quota) -> tuple[Quota, ...]:
         """Counts an open call that has a place.
 
         Returns:
             The accounts in which it counts.
         """
-        holders: tuple[Account, ...] = (account, self.everybody)
+        holders: tuple[Quota, ...] = (account, self.everybody)
         if self._is_kept_for(account, size_bytes):
-            account.first_call = True
+            account.has_reserved_slot = True
             self._kept_taken += 1
             holders = (account,)
         for each in holders:
@@ -115,14 +115,14 @@ class Ledger:
         return holders
 
     def release_call(
-        self, size_bytes: int, account: Account, holders: tuple[Account, ...]
+        self, size_bytes: int, account: Quota, holders: tuple[Quota, ...]
     ) -> None:
         """Counts it no longer."""
         for each in holders:
             each.calls_bytes -= size_bytes
             each.held_bytes -= size_bytes
         if self.everybody not in holders:
-            account.first_call = False
+            account.has_reserved_slot = False
             self._kept_taken -= 1
         self.close(account)
 
@@ -130,10 +130,10 @@ class Ledger:
     def _shared_bytes(self) -> int:
         return self.everybody.limits.memory_limit or 0
 
-    def _is_kept_for(self, account: Account, size_bytes: int) -> bool:
+    def _is_kept_for(self, account: Quota, size_bytes: int) -> bool:
         """Whether a call can have the place that is kept for its tenant."""
         return (
-            not account.first_call
+            not account.has_reserved_slot
             and size_bytes == CALL_BYTES
             and (self._kept_taken + 1) * CALL_BYTES <= self._kept_bytes
         )

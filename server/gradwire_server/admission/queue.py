@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from gradwire_server.admission.quota import Account, Waiting
+from gradwire_server.admission.quota import Quota, Waiting
 
 
 class Queue:
@@ -15,9 +15,9 @@ class Queue:
         everybody: The account of all tenants together.
     """
 
-    def __init__(self, everybody: Account) -> None:
+    def __init__(self, everybody: Quota) -> None:
         self._all = everybody
-        self._turns: OrderedDict[Account, None] = OrderedDict()
+        self._turns: OrderedDict[Quota, None] = OrderedDict()
         """Accounts of tenants whose jobs wait, in the order of their turns."""
 
     def __bool__(self) -> bool:

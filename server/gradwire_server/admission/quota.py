@@ -23,17 +23,17 @@ RETRY_AFTER_S = 1.0
 class Waiting:
     """A job that waits for its turn."""
 
-    account: Account
+    account: Quota
     """Its tenant's."""
     size_bytes: int
     load: Load
     moved: asyncio.Event = field(default_factory=asyncio.Event)
-    lane: int | None = None
+    position: int | None = None
     """Position of the lane that the job was given; None before it may run."""
     refused: JobError | None = None
 
 
-class Account:
+class Quota:
     """What is held, of at most so much.
 
     Open calls never hold so much that a waiting job could not run when all
@@ -55,15 +55,17 @@ class Account:
         """Of these, what open calls hold."""
         self.waiting: list[Waiting] = []
         """In the order in which they came."""
-        self.first_call = False
+        self.has_reserved_slot = False
         """Whether an open call has the place that is kept for it."""
 
     @property
     def idle(self) -> bool:
         """Whether nothing is held or waited for."""
-        return not (self.running or self.held_bytes or self.waiting or self.first_call)
+        return not (
+            self.running or self.held_bytes or self.waiting or self.has_reserved_slot
+        )
 
-    def refusal_of_job(self, size_bytes: int) -> JobError | None:
+    def check_job(self, size_bytes: int) -> JobError | None:
         """Why a job could not run if there were no other; None: it could."""
         limit = self.limits.memory_limit
         if limit is None or size_bytes + CALL_BYTES <= limit:
@@ -76,7 +78,7 @@ class Account:
             metadata={"limit": f"{self.whose}memory_limit"},
         )
 
-    def refusal_of_call(self, size_bytes: int) -> JobError | None:
+    def check_call(self, size_bytes: int) -> JobError | None:
         """Why there is no place for one more open call; None where there is."""
         limit = self.limits.memory_limit
         if limit is None:
@@ -91,7 +93,7 @@ class Account:
             return self.no_memory()
         return None
 
-    def refusal_of_wait(self, size_bytes: int) -> JobError | None:
+    def check_wait(self, size_bytes: int) -> JobError | None:
         """Why a job would wait for ever beside the open calls; None: it would not."""
         limit = self.limits.memory_limit
         if limit is not None and self.calls_bytes + size_bytes > limit:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -15,20 +15,24 @@ import grpc
 from gradwire_protocol.error_details import encode
 from gradwire_protocol.error_reasons import Reason
 from gradwire_server.admission import tenancy
-from gradwire_server.api.call_state import Call
-from gradwire_server.api.job_service import Service
+from gradwire_server.api.call_state import CallState
+from gradwire_server.api.job_service import JobService
 from gradwire_server.errors import JobError
+from gradwire_server.observability.access_log import (
+    access_log_enabled,
+    write_access_log,
+)
 
 _log = logging.getLogger("gradwire_server")
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
 
-async def accounted(
-    service: Service,
+async def call_scope(
+    service: JobService,
     method: str,
     context: Context,
-    serve: Callable[[Call], Awaitable[bytes | None]],
+    serve: Callable[[CallState], Awaitable[bytes | None]],
 ) -> bytes | None:
     """Serves a call; whatever it raises becomes a status and a log line.
 
@@ -40,7 +44,7 @@ async def accounted(
         until that has left.
     """
     answer: bytes | None = None
-    call = Call(
+    call = CallState(
         method=method,
         transport="unix" if context.peer().startswith("unix") else "tcp",
         tenant=tenancy.current.get(),
@@ -61,7 +65,7 @@ async def accounted(
     return answer
 
 
-def _hold_until_read(call: Call, held: ExitStack, idle_s: float) -> None:
+def _hold_until_read(call: CallState, held: ExitStack, idle_s: float) -> None:
     """Closes `held` when gRPC has sent the answer that the handler returns.
 
     A client that does not read it for too long does not count any more; gRPC,
@@ -84,7 +88,9 @@ def _hold_until_read(call: Call, held: ExitStack, idle_s: float) -> None:
 
 
 async def _outcome(
-    call: Call, context: Context, serve: Callable[[Call], Awaitable[bytes | None]]
+    call: CallState,
+    context: Context,
+    serve: Callable[[CallState], Awaitable[bytes | None]],
 ) -> tuple[bytes | None, JobError | None]:
     """Serves a call, and says what became of it in the log.
 
@@ -141,7 +147,7 @@ def _is_late(context: Context) -> bool:
 _DEADLINE_SLACK_S = 0.05
 
 
-async def _fail(call: Call, context: Context, error: JobError) -> None:
+async def _fail(call: CallState, context: Context, error: JobError) -> None:
     _write_line(
         call,
         logging.WARNING,
@@ -158,9 +164,12 @@ async def _fail(call: Call, context: Context, error: JobError) -> None:
         raise asyncio.CancelledError from None
 
 
-def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
-    if not _log.isEnabledFor(level):
-        return
+def _write_line(call: CallState, level: int, outcome: str, **more: Any) -> None:
+    if access_log_enabled(level):
+        write_access_log(level, _fields(call, outcome, more))
+
+
+def _fields(call: CallState, outcome: str, more: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "job_id": call.job_id,
         **({"tenant": call.tenant} if call.tenant else {}),
@@ -182,15 +191,15 @@ def _write_line(call: Call, level: int, outcome: str, **more: Any) -> None:
             "queued_s": round(call.queued_s, 6),
         }
     if call.admitted:
-        counts = call.counts
+        progress = call.progress
         fields |= {
-            "m": counts.m or fields["m"],
-            "blocks": counts.blocks,
-            "bytes_received": counts.bytes_received,
-            "bytes_sent": counts.bytes_sent,
+            "m": progress.m or fields["m"],
+            "blocks": progress.blocks,
+            "bytes_received": progress.bytes_received,
+            "bytes_sent": progress.bytes_sent,
             "device": call.accepted.device.index,
             "receiving_s": round(call.receiving_s, 6),
-            "computing_s": round(counts.times.computing_s, 6),
+            "computing_s": round(progress.times.computing_s, 6),
             "sending_s": round(call.sending_s, 6),
         }
-    _log.log(level, "job", extra=fields)
+    return fields

@@ -7,34 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gradwire_protocol.v1 import job_pb2
-from gradwire_server.backends.base import Times
 from gradwire_server.jobs.header.cache import Header
+from gradwire_server.scheduling.job_progress import JobProgress
 
 
-@dataclass(slots=True)
-class Counts:
-    """What a job has done so far."""
-
-    m: int = 0
-    """Rows of the job, once they are all there."""
-    ended: bool = False
-    """Whether they are, in a stream."""
-    blocks_received: int = 0
-    """Row blocks of a stream whose operands have come."""
-    blocks: int = 0
-    """Row blocks computed."""
-    bytes_received: int = 0
-    bytes_sent: int = 0
-    times: Times = field(default_factory=Times)
-
-
-def owes_nothing() -> float:
-    """Since when a server that runs no job owes nothing: ever since."""
+def never_busy() -> float:
+    """Idle-since clock of a call without a job: always idle."""
     return 0.0
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class CallState:
     """One call of a method that computes."""
 
     method: str
@@ -56,8 +39,8 @@ class Call:
     """Whether its client ends it so, and nothing is wrong then."""
     receiving_s: float = 0.0
     sending_s: float = 0.0
-    counts: Counts = field(default_factory=Counts)
-    idle_since: Callable[[], float] = owes_nothing
+    progress: JobProgress = field(default_factory=JobProgress)
+    idle_since: Callable[[], float] = never_busy
     """Since when the server has owed the client nothing; event loop's clock."""
 
     @property

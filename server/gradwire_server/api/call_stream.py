@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -15,23 +15,23 @@ from gradwire_protocol.checksum import crc32c
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.v1 import gradient_service_pb2 as pb2
 from gradwire_protocol.v1 import job_pb2
-from gradwire_server.api.call_state import Call, owes_nothing
+from gradwire_server.api.call_state import CallState, never_busy
+from gradwire_server.api.client_timeouts import ClientTimeouts
 from gradwire_server.errors import JobError, malformed
 from gradwire_server.jobs.stream.checkpoints import Checkpoint
-from gradwire_server.jobs.stream.streamed_job import RunningJob
-
-if TYPE_CHECKING:
-    from gradwire_server.api.job_service import Service
+from gradwire_server.jobs.stream.streamed_job import StreamedJob
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 Request = TypeVar("Request", pb2.ComputeRequest, pb2.OpenRegionRequest)
 
 
-class Stream:
-    """The messages of one call, with the patience that its client gets."""
+class CallStream:
+    """The messages of one call, each waited for as long as its client may take."""
 
-    def __init__(self, service: Service, call: Call, context: Context) -> None:
-        self._service = service
+    def __init__(
+        self, timeouts: ClientTimeouts, call: CallState, context: Context
+    ) -> None:
+        self._timeouts = timeouts
         self._call = call
         self._context = context
         self._progress_at = asyncio.get_running_loop().time()
@@ -58,16 +58,16 @@ class Stream:
         """Says how many jobs come before this one."""
         await self.write(framing.encode_queued(jobs_ahead))
 
-    async def serve(self, job: RunningJob) -> None:
+    async def serve(self, job: StreamedJob) -> None:
         """Takes the operands and gives the results."""
-        self._call.idle_since = job.owes_nothing_since
+        self._call.idle_since = job.idle_since
         try:
             await both(self._receive(job), self._send(job))
         finally:
             # The call may outlive the job, and must not hold its memory.
-            self._call.idle_since = owes_nothing
+            self._call.idle_since = never_busy
 
-    async def _receive(self, job: RunningJob) -> None:
+    async def _receive(self, job: StreamedJob) -> None:
         """Takes the operands, up to the half-close behind End."""
         self._progressed()
         while True:
@@ -103,21 +103,23 @@ class Stream:
         if message is not None:
             await _refuse(message, "nothing after end")
 
-    async def _send(self, job: RunningJob) -> None:
+    async def _send(self, job: StreamedJob) -> None:
         """Gives the results, in the order in which they are ready."""
-        async with aclosing(job.results()) as runs:
-            async for run in runs:
-                if isinstance(run, Checkpoint):
-                    await self.write(framing.encode_checkpoint(run.rows))
+        async with aclosing(job.results()) as chunks:
+            async for chunk in chunks:
+                if isinstance(chunk, Checkpoint):
+                    await self.write(framing.encode_checkpoint(chunk.rows))
                     continue
-                checksum = crc32c(run.payload) if job.spec.checksum else None
+                checksum = crc32c(chunk.payload) if job.spec.checksum else None
                 await self.write(
-                    framing.encode_block(run.matrix, run.index, run.payload, checksum)
+                    framing.encode_block(
+                        chunk.matrix, chunk.index, chunk.payload, checksum
+                    )
                 )
 
     async def write(self, message: bytes) -> None:
         """Hands a message to gRPC; waits while the client does not read."""
-        async with self._service.client_reads(self._call):
+        async with self._timeouts.client_reads(self._call):
             try:
                 await self._context.write(message)
             except grpc.aio.InternalError as error:
@@ -138,7 +140,7 @@ class Stream:
             raise malformed(str(error)) from None
 
     async def _read_bytes(self, expected: str) -> bytes | None:
-        async with self._service.client_sends(self._call, self._progress_at, expected):
+        async with self._timeouts.client_sends(self._call, self._progress_at, expected):
             message = await self._context.read()
         return message if isinstance(message, bytes) else None  # grpc.aio.EOF
 

@@ -3,21 +3,87 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from gradwire_protocol.error_reasons import Reason
+from gradwire_server.api.call_state import CallState
+from gradwire_server.errors import JobError
 
-@asynccontextmanager
-async def patience(
-    idle_s: float, idle_since: Callable[[], float] | None = None
-) -> AsyncIterator[None]:
-    """Ends what is awaited within when the client has been idle for too long.
+
+class ClientTimeouts:
+    """Ends calls whose client neither sends nor reads for too long.
 
     Args:
         idle_s: Seconds that a client may be idle.
-        idle_since: Since when it has been, by the event loop's clock; asked
-            again whenever the time seems to be up. By default since this wait
-            began.
+    """
+
+    def __init__(self, idle_s: float) -> None:
+        self.idle_s = idle_s
+
+    @asynccontextmanager
+    async def client_sends(
+        self, call: CallState, since: float, expected: str
+    ) -> AsyncIterator[None]:
+        """A wait for the client's next message, which must not take too long.
+
+        While rows of it wait to be computed, or their results to leave, the
+        client may be waiting for those: that is not its idleness.
+
+        Args:
+            call: The call.
+            since: When the client last made progress; event loop's clock.
+            expected: What should come, for the error.
+
+        Raises:
+            JobError: The client was idle for too long.
+        """
+        started = time.perf_counter()
+        try:
+            async with client_idle_timeout(
+                self.idle_s, lambda: max(since, call.idle_since())
+            ):
+                yield
+        except TimeoutError:
+            raise JobError(
+                Reason.CLIENT_IDLE,
+                f"the client sent nothing for {self.idle_s:g} s: expected {expected}",
+            ) from None
+        finally:
+            call.receiving_s += time.perf_counter() - started
+
+    @asynccontextmanager
+    async def client_reads(self, call: CallState) -> AsyncIterator[None]:
+        """A wait for the client to read, which must not take too long.
+
+        Raises:
+            JobError: The client did not read for too long.
+        """
+        started = time.perf_counter()
+        try:
+            async with client_idle_timeout(self.idle_s):
+                yield
+        except TimeoutError:
+            raise JobError(
+                Reason.CLIENT_IDLE,
+                f"the client did not read for {self.idle_s:g} s what it was sent: it "
+                f"must read while it writes",
+            ) from None
+        finally:
+            call.sending_s += time.perf_counter() - started
+
+
+@asynccontextmanager
+async def client_idle_timeout(
+    idle_s: float, idle_since: Callable[[], float] | None = None
+) -> AsyncIterator[None]:
+    """Ends what is awaited within once the client has been idle for too long.
+
+    Args:
+        idle_s: Seconds that a client may be idle.
+        idle_since: When its idleness began, by the event loop's clock; asked again
+            whenever the time seems to be up. By default when this wait began.
 
     Raises:
         TimeoutError: The client was idle for `idle_s`.
@@ -25,23 +91,23 @@ async def patience(
     loop = asyncio.get_running_loop()
     began = loop.time()
     timer: asyncio.Handle
-    looks_at = 0.0
+    due_at = 0.0
 
     def look() -> None:
         now = loop.time()
         due = idle_s + (began if idle_since is None else idle_since())
         if due > now:
             look_at(due)
-        elif now - looks_at > min(idle_s / 2, _LATE_S):
-            # It was this process that stood still: what its client did meanwhile
-            # is still to be read.
-            look_at(now + min(idle_s, _LATE_S))
+        elif now - due_at > min(idle_s / 2, MAX_LOOP_LAG_S):
+            # The process itself stood still: what the client did meanwhile is
+            # still to be read.
+            look_at(now + min(idle_s, MAX_LOOP_LAG_S))
         else:
             wait.reschedule(due)
 
     def look_at(when: float) -> None:
-        nonlocal timer, looks_at
-        looks_at = when
+        nonlocal timer, due_at
+        due_at = when
         timer = loop.call_at(when, look)
 
     # Nearly every wait ends long before this, so it is all that is done at first.
@@ -53,5 +119,6 @@ async def patience(
         timer.cancel()
 
 
-_LATE_S = 1.0
-"""A timer that is later than this was not late because the process was busy."""
+MAX_LOOP_LAG_S = 1.0
+"""A timer later than this means that the process was suspended; the client then
+gets one more second."""

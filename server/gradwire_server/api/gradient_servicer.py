@@ -23,10 +23,12 @@ from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import MAX_MESSAGE_BYTES, SERVICE, SHARED_MEMORY
 from gradwire_protocol.v1 import gradient_service_pb2 as pb2
 from gradwire_server.api import server_info
-from gradwire_server.api.call_scope import accounted
-from gradwire_server.api.call_state import Call
-from gradwire_server.api.call_stream import Stream, both
-from gradwire_server.api.job_service import Service
+from gradwire_server.api.call_scope import call_scope
+from gradwire_server.api.call_state import CallState
+from gradwire_server.api.call_stream import CallStream, both
+from gradwire_server.api.client_timeouts import ClientTimeouts
+from gradwire_server.api.job_service import JobService
+from gradwire_server.api.receipts import accepted_message, receipt_message
 from gradwire_server.errors import JobError
 from gradwire_server.jobs.header import unary
 
@@ -41,9 +43,10 @@ class GradientServicer:
         backend_reason: Why the backend was chosen, for GetServerInfo.
     """
 
-    def __init__(self, service: Service, backend_reason: str) -> None:
+    def __init__(self, service: JobService, backend_reason: str) -> None:
         self._service = service
         self._backend_reason = backend_reason
+        self._timeouts = ClientTimeouts(service.settings.idle_timeout)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a gRPC server is given."""
@@ -70,27 +73,27 @@ class GradientServicer:
     async def compute(self, _: AsyncIterator[bytes], context: Context) -> bytes | None:
         """Compute: a small job, whole."""
 
-        async def serve(call: Call) -> bytes:
-            stream = Stream(self._service, call, context)
+        async def serve(call: CallState) -> bytes:
+            stream = CallStream(self._timeouts, call, context)
             request = await stream.read_request(pb2.ComputeRequest)
             spec = self._service.read_job(call, request.job)
             operands = unary.whole_operands(spec, request)
             size = unary.message_bytes(spec)
             results = await self._service.run(call, size, operands)
             response = pb2.ComputeResponse(
-                accepted=self._service.accepted(call),
-                receipt=self._service.receipt(call),
+                accepted=accepted_message(call),
+                receipt=receipt_message(call),
                 **{result.label: array.tobytes() for result, array in results.items()},
             )
             return response.SerializeToString()
 
-        return await accounted(self._service, "Compute", context, serve)
+        return await call_scope(self._service, "Compute", context, serve)
 
     async def compute_stream(self, _: AsyncIterator[bytes], context: Context) -> None:
         """ComputeStream: a job of any size, block by block."""
 
-        async def serve(call: Call) -> None:
-            stream = Stream(self._service, call, context)
+        async def serve(call: CallState) -> None:
+            stream = CallStream(self._timeouts, call, context)
             header = await stream.read_header()
             spec = self._service.read_job(call, header)
             message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_block_bytes)
@@ -100,20 +103,20 @@ class GradientServicer:
             async with self._service.streamed(
                 call, message_bytes, stream.tell_queued
             ) as job:
-                accepted = self._service.accepted(call)
+                accepted = accepted_message(call)
                 await stream.write(framing.encode_accepted(accepted))
                 await stream.serve(job)
-                await stream.write(framing.encode_receipt(self._service.receipt(call)))
+                await stream.write(framing.encode_receipt(receipt_message(call)))
 
-        await accounted(self._service, "ComputeStream", context, serve)
+        await call_scope(self._service, "ComputeStream", context, serve)
 
     async def open_region(self, _: AsyncIterator[bytes], context: Context) -> None:
         """OpenRegion: memory that is shared for as long as the call is open."""
 
-        async def serve(call: Call) -> None:
+        async def serve(call: CallState) -> None:
             call.transport = "shm"
             _require_shared_memory(self._service, context.peer())
-            stream = Stream(self._service, call, context)
+            stream = CallStream(self._timeouts, call, context)
             asked = await stream.read_request(pb2.OpenRegionRequest)
             regions = self._service.regions
             async with regions.open(asked.size_bytes, call.tenant) as region:
@@ -128,21 +131,21 @@ class GradientServicer:
                 call.ends_by_cancelling = True
                 await asyncio.get_running_loop().create_future()
 
-        await accounted(self._service, "OpenRegion", context, serve)
+        await call_scope(self._service, "OpenRegion", context, serve)
 
     async def _compute_in_place(
-        self, call: Call, stream: Stream, message_bytes: int
+        self, call: CallState, stream: CallStream, message_bytes: int
     ) -> None:
         spec = call.header.spec
         async with self._service.in_place(
             call, message_bytes, stream.tell_queued
         ) as job:
-            await stream.write(framing.encode_accepted(self._service.accepted(call)))
+            await stream.write(framing.encode_accepted(accepted_message(call)))
             await both(stream.receive_end(spec.m or 0), job.compute())
-            await stream.write(framing.encode_receipt(self._service.receipt(call)))
+            await stream.write(framing.encode_receipt(receipt_message(call)))
 
 
-def _require_shared_memory(service: Service, peer: str) -> None:
+def _require_shared_memory(service: JobService, peer: str) -> None:
     if SHARED_MEMORY not in service.features:
         raise JobError(
             Reason.FEATURE_UNKNOWN, "this server does not allow shared memory"

@@ -23,8 +23,7 @@ from gradwire_protocol.limits import SHARED_MEMORY
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.admission.controller import Admission
-from gradwire_server.api.call_state import Call
-from gradwire_server.api.client_timeouts import patience
+from gradwire_server.api.call_state import CallState
 from gradwire_server.backends.base import (
     Array,
     Backend,
@@ -32,20 +31,20 @@ from gradwire_server.backends.base import (
     DeviceLostError,
 )
 from gradwire_server.backends.device_info import label
-from gradwire_server.backends.host_memory import give_back, peak_resident_bytes
+from gradwire_server.backends.host_memory import trim_malloc
 from gradwire_server.errors import BackendError, JobError
-from gradwire_server.jobs.device_execution import Computation
-from gradwire_server.jobs.header.cache import Headers
+from gradwire_server.jobs.device_execution import DeviceExecution
+from gradwire_server.jobs.header.cache import HeaderCache
 from gradwire_server.jobs.header.parse import FEATURES, parse_job_id
 from gradwire_server.jobs.header.resume import require_same_bits
 from gradwire_server.jobs.header.shared_layout import check_region_sizes
-from gradwire_server.jobs.registry import Running
-from gradwire_server.jobs.shared_memory_job import InPlaceJob
-from gradwire_server.jobs.stream.streamed_job import RunningJob
+from gradwire_server.jobs.registry import JobRegistry
+from gradwire_server.jobs.shared_memory_job import SharedMemoryJob
+from gradwire_server.jobs.stream.streamed_job import StreamedJob
 from gradwire_server.memory.shared_regions import Regions
-from gradwire_server.observability.timeline import Observe, unobserved
-from gradwire_server.scheduling.device_selector import load_of
-from gradwire_server.scheduling.device_worker import Lane, TenantLane
+from gradwire_server.observability.timeline import Observe, no_observer
+from gradwire_server.scheduling.device_selector import make_load
+from gradwire_server.scheduling.device_worker import DeviceWorker, TenantHandle
 from gradwire_server.settings import Settings
 
 _log = logging.getLogger("gradwire_server")
@@ -54,7 +53,7 @@ OnLost: TypeAlias = Callable[[DeviceInfo, DeviceLostError], Awaitable[None]]
 """Told which device is lost, and why."""
 
 
-class Service:
+class JobService:
     """A backend, its lanes, and the jobs on them.
 
     Args:
@@ -71,36 +70,36 @@ class Service:
         backend: Backend,
         admission: Admission,
         on_lost: OnLost,
-        observe: Observe = unobserved,
+        observe: Observe = no_observer,
     ) -> None:
         self._on_lost = on_lost
-        self._lost = False
+        self._device_is_lost = False
         self.observe = observe
         self.settings = settings
         self.backend = backend
         self.admission = admission
-        self.regions = Regions(admission, backend.adopt)
+        self.regions = Regions(admission, backend.pin)
         self.features = FEATURES
         if settings.allow_shared_memory:
             self.features += (SHARED_MEMORY,)
         self.instance = secrets.token_hex(8)
-        self.lanes = [
-            Lane(
+        self.workers = [
+            DeviceWorker(
                 device.index,
-                partial(backend.enter_lane, device.index),
-                most_begun=backend.blocks_begun,
+                partial(backend.init_thread, device.index),
+                max_in_flight=backend.pipeline_depth,
             )
             for device in backend.devices
         ]
-        self._headers = Headers(
+        self._headers = HeaderCache(
             backend,
             settings.device_memory_limit,
             self.features,
             settings.block_bytes or backend.block_bytes,
             self.instance,
         )
-        self._running = Running()
-        self._tidying: asyncio.TimerHandle | None = None
+        self._jobs = JobRegistry()
+        self._trim_timer: asyncio.TimerHandle | None = None
 
     async def ready(self) -> None:
         """Waits until every device can be used.
@@ -108,15 +107,15 @@ class Service:
         Raises:
             BackendError: One of them cannot.
         """
-        for lane, device in zip(self.lanes, self.backend.devices, strict=True):
+        for worker, device in zip(self.workers, self.backend.devices, strict=True):
             try:
-                await lane.entered()
+                await worker.entered()
             except Exception as error:
                 raise BackendError(
                     f"{label(device)} cannot be used: {error}"
                 ) from error
 
-    def read_job(self, call: Call, header: job_pb2.Job) -> JobSpec:
+    def read_job(self, call: CallState, header: job_pb2.Job) -> JobSpec:
         """Checks a header and cuts its job into blocks.
 
         Raises:
@@ -131,10 +130,10 @@ class Service:
     @asynccontextmanager
     async def admitted(
         self,
-        call: Call,
+        call: CallState,
         host_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
-    ) -> AsyncIterator[TenantLane]:
+    ) -> AsyncIterator[TenantHandle]:
         """Waits for the job's turn, and holds its memory within this context.
 
         Args:
@@ -148,7 +147,7 @@ class Service:
         """
         header = call.header
         call.reserved_bytes = host_bytes + header.backend_bytes
-        load = load_of(header.spec, header.plan, header.device_bytes, call.counts)
+        load = make_load(header.spec, header.plan, header.device_bytes, call.progress)
         async with self.admission.job(
             call.reserved_bytes, load, on_wait, call.tenant
         ) as position:
@@ -156,9 +155,9 @@ class Service:
             call.announced = header.announced[position]
             require_same_bits(header.spec, call.announced.fingerprint)
             call.admitted = True
-            async with self._running.job():
+            async with self._jobs.job():
                 try:
-                    yield self.lanes[position].of(call.tenant)
+                    yield self.workers[position].of(call.tenant)
                 except MemoryError:
                     raise self._out_of_memory(call, position) from None
                 except DeviceLostError as error:
@@ -167,10 +166,10 @@ class Service:
     @asynccontextmanager
     async def streamed(
         self,
-        call: Call,
+        call: CallState,
         message_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
-    ) -> AsyncIterator[RunningJob]:
+    ) -> AsyncIterator[StreamedJob]:
         """Admits a job and runs it while its operands come.
 
         Args:
@@ -185,21 +184,21 @@ class Service:
         host_bytes = plan.region_bytes + message_bytes
         observe = partial(self.observe, call.job_id)
         async with (
-            self.admitted(call, host_bytes, on_wait) as lane,
-            RunningJob(
-                spec, plan, self.backend, lane, call.counts, observe=observe
+            self.admitted(call, host_bytes, on_wait) as worker,
+            StreamedJob(
+                spec, plan, self.backend, worker, call.progress, observe=observe
             ) as job,
         ):
-            self._running.offer(job.hand_over)
+            self._jobs.on_drain(job.hand_over)
             yield job
 
     @asynccontextmanager
     async def in_place(
         self,
-        call: Call,
+        call: CallState,
         message_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
-    ) -> AsyncIterator[InPlaceJob]:
+    ) -> AsyncIterator[SharedMemoryJob]:
         """Admits a job whose matrices all lie in shared memory.
 
         Args:
@@ -210,13 +209,17 @@ class Service:
         spec, plan = call.header.spec, call.header.plan
         with self.regions.used(spec.regions, call.tenant) as regions:
             check_region_sizes(spec, [region.size_bytes for region in regions])
-            async with self.admitted(call, message_bytes, on_wait) as lane:
-                whole = Computation(spec, plan, self.backend, lane.device, call.counts)
-                async with InPlaceJob(spec, whole, lane, call.counts, regions) as job:
+            async with self.admitted(call, message_bytes, on_wait) as worker:
+                whole = DeviceExecution(
+                    spec, plan, self.backend, worker.device, call.progress
+                )
+                async with SharedMemoryJob(
+                    spec, whole, worker, call.progress, regions
+                ) as job:
                     yield job
 
     async def run(
-        self, call: Call, message_bytes: int, operands: Mapping[Matrix, memoryview]
+        self, call: CallState, message_bytes: int, operands: Mapping[Matrix, memoryview]
     ) -> dict[Matrix, Array]:
         """Admits a job whose operands are all there, and computes it.
 
@@ -229,97 +232,25 @@ class Service:
             The wanted results.
         """
         spec, plan = call.header.spec, call.header.plan
-        async with self.admitted(call, message_bytes, _not_told) as lane:
-            whole = Computation(spec, plan, self.backend, lane.device, call.counts)
-            if spec.operations < self.backend.at_once_operations:
+        async with self.admitted(call, message_bytes, _not_told) as worker:
+            whole = DeviceExecution(
+                spec, plan, self.backend, worker.device, call.progress
+            )
+            if spec.operations < self.backend.inline_below_ops:
                 # It is over sooner than the lane's thread would be woken, and
                 # need not wait there behind a row block of a large job.
                 results = whole.run(operands)
             else:
                 try:
-                    results = await lane.submit(call, partial(whole.run, operands))
+                    results = await worker.submit(call, partial(whole.run, operands))
                 finally:
-                    await lane.discard(call)
-        call.counts.m = spec.m or 0
-        call.counts.bytes_received = spec.operands_bytes
-        call.counts.bytes_sent = spec.results_bytes
+                    await worker.discard(call)
+        call.progress.m = spec.m or 0
+        call.progress.bytes_received = spec.operands_bytes
+        call.progress.bytes_sent = spec.results_bytes
         return results
 
-    def accepted(self, call: Call) -> job_pb2.Accepted:
-        """What the client is told before it sends W."""
-        accepted = job_pb2.Accepted()
-        accepted.CopyFrom(call.accepted)
-        accepted.effective_job.job_id = call.job_id
-        accepted.reserved_bytes = call.reserved_bytes
-        return accepted
-
-    def receipt(self, call: Call) -> job_pb2.Receipt:
-        """What the client is told at the end."""
-        counts = call.counts
-        return job_pb2.Receipt(
-            job_id=call.job_id,
-            server_instance=self.instance,
-            m=counts.m,
-            blocks=counts.blocks,
-            bytes_received=counts.bytes_received,
-            bytes_sent=counts.bytes_sent,
-            queued_seconds=call.queued_s,
-            receiving_seconds=call.receiving_s,
-            copy_to_device_seconds=counts.times.to_device_s,
-            computing_seconds=counts.times.computing_s,
-            copy_from_device_seconds=counts.times.from_device_s,
-            sending_seconds=call.sending_s,
-            total_seconds=time.perf_counter() - call.started,
-            device=call.accepted.device,
-            peak_memory_bytes=peak_resident_bytes(),
-            transport=call.transport,
-        )
-
-    @asynccontextmanager
-    async def client_sends(
-        self, call: Call, since: float, what: str
-    ) -> AsyncIterator[None]:
-        """A wait for the client's next message, which must not be too long.
-
-        While rows of it wait to be computed, or their results to leave, the
-        client may be waiting for those: that is not its idleness.
-
-        Args:
-            call: The call.
-            since: When the client last made progress; event loop's clock.
-            what: What it is waited for.
-        """
-        idle_s = self.settings.idle_timeout
-        started = time.perf_counter()
-        try:
-            async with patience(idle_s, lambda: max(since, call.idle_since())):
-                yield
-        except TimeoutError:
-            raise JobError(
-                Reason.CLIENT_IDLE,
-                f"the client sent nothing for {idle_s:g} s: expected {what}",
-            ) from None
-        finally:
-            call.receiving_s += time.perf_counter() - started
-
-    @asynccontextmanager
-    async def client_reads(self, call: Call) -> AsyncIterator[None]:
-        """A wait for the client to read, which must not be too long."""
-        idle_s = self.settings.idle_timeout
-        started = time.perf_counter()
-        try:
-            async with patience(idle_s):
-                yield
-        except TimeoutError:
-            raise JobError(
-                Reason.CLIENT_IDLE,
-                f"the client did not read for {idle_s:g} s what it was sent: it must "
-                f"read while it writes",
-            ) from None
-        finally:
-            call.sending_s += time.perf_counter() - started
-
-    def job_ended(self, call: Call) -> None:
+    def job_ended(self, call: CallState) -> None:
         """Has free memory given back when no job has ended for a while.
 
         An exception and the frames that it went through often refer to each
@@ -329,34 +260,36 @@ class Service:
         if call.admitted and not call.complete:
             gc.collect()
         loop = asyncio.get_running_loop()
-        if self._tidying is not None:
-            self._tidying.cancel()
-        self._tidying = loop.call_later(_QUIET_S, loop.run_in_executor, None, give_back)
+        if self._trim_timer is not None:
+            self._trim_timer.cancel()
+        self._trim_timer = loop.call_later(
+            IDLE_TRIM_S, loop.run_in_executor, None, trim_malloc
+        )
 
     def hand_over_running_jobs(self) -> None:
         """Has jobs end with a checkpoint that the grace period did not suffice for.
 
         Those that cannot are ended.
         """
-        self._running.hand_over(_grace_is_over())
+        self._jobs.hand_over(_grace_is_over())
 
     def end_running_jobs(self) -> None:
         """Ends the jobs that still run."""
-        self._running.end(_grace_is_over())
+        self._jobs.cancel_all(_grace_is_over())
 
     def close(self) -> None:
         """Ends the lanes' threads and the backend."""
-        for lane in self.lanes:
-            lane.close()
+        for worker in self.workers:
+            worker.close()
         try:
             self.backend.close()
         except Exception as error:
-            if not self._lost:
+            if not self._device_is_lost:
                 raise
             # What was on a device that is lost cannot be given back to it.
             _log.debug("the backend did not close: %s", error)
 
-    def _out_of_memory(self, call: Call, position: int) -> JobError:
+    def _out_of_memory(self, call: CallState, position: int) -> JobError:
         of_device = call.header.device_bytes
         size = f"{call.reserved_bytes} bytes of memory"
         if of_device:
@@ -380,15 +313,15 @@ class Service:
             "a device of this server failed for good: the job was ended, and the "
             "server stops",
         )
-        if not self._lost:
-            self._lost = True
+        if not self._device_is_lost:
+            self._device_is_lost = True
             self.admission.drain()
             await self._on_lost(device, error)
-            self._running.end(lost)
+            self._jobs.cancel_all(lost)
         return lost
 
 
-_QUIET_S = 15.0
+IDLE_TRIM_S = 15.0
 """Memory that is given back has to be had again, which costs time. Steps of a
 training loop follow each other sooner than this, with a step of validation or
 a slow batch between them too."""

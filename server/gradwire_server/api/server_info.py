@@ -11,11 +11,11 @@ from gradwire_protocol.limits import CONTRACT, MAX_PAYLOAD_BYTES
 from gradwire_protocol.v1.gradient_service_pb2 import GetServerInfoResponse, Limits
 from gradwire_protocol.version import VERSION
 from gradwire_server.admission import tenancy
-from gradwire_server.api.job_service import Service
+from gradwire_server.api.job_service import JobService
 from gradwire_server.backends.device_info import device_message
 
 
-def describe(service: Service, backend_reason: str) -> GetServerInfoResponse:
+def describe(service: JobService, backend_reason: str) -> GetServerInfoResponse:
     """The answer to GetServerInfo.
 
     Args:

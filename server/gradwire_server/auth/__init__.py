@@ -1,5 +1,5 @@
 """Who may call: tokens, JWTs, and the tenants whose they are."""
 
-from gradwire_server.auth.interceptor import Gate, gate_of
+from gradwire_server.auth.interceptor import AuthInterceptor, make_auth_interceptor
 
-__all__ = ["Gate", "gate_of"]
+__all__ = ["AuthInterceptor", "make_auth_interceptor"]

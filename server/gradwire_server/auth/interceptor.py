@@ -20,7 +20,7 @@ from gradwire_server.auth.jwts import Expected, parse_keys
 from gradwire_server.auth.tokens import Tokens, parse_tokens
 from gradwire_server.errors import CredentialsError
 from gradwire_server.settings import Settings
-from gradwire_server.transports.file_watch import Watched
+from gradwire_server.transports.file_watch import FileError, WatchedFiles, watch_file
 
 _log = logging.getLogger("gradwire_server")
 
@@ -32,14 +32,14 @@ HEADER = "authorization"
 _HEALTH = "/grpc.health.v1.Health/"
 
 
-class Register(Protocol):
+class TokenRegistry(Protocol):
     """What knows tenants by their tokens."""
 
     def tenant_of(self, token: str) -> str | None:
         """Whose a token is; None where it is not in this register."""
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Lets calls in whose credentials prove a tenant.
 
     A call that is not let in is answered without a message of it being read,
@@ -57,9 +57,9 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def __init__(
         self,
-        registers: Sequence[Watched[Any]],
+        registers: Sequence[WatchedFiles[Any]],
         limits: Limits,
-        tokens: Watched[Tokens] | None,
+        tokens: WatchedFiles[Tokens] | None,
         *,
         certificates: bool,
         health_open: bool,
@@ -111,28 +111,31 @@ class Gate(grpc.aio.ServerInterceptor):
                 why="authorization is not one Bearer TOKEN",
             )
         for register in self._registers:
-            known: Register = register.value
+            known: TokenRegistry = register.value
             name = known.tenant_of(token.strip())
             if name is not None:
                 return name
         raise RefusedError(why="an unknown token")
 
 
-def gate_of(settings: Settings) -> Gate | None:
+def make_auth_interceptor(settings: Settings) -> AuthInterceptor | None:
     """The gate that the settings ask for; None where nobody is asked.
 
     Raises:
         CredentialsError: A file that they name cannot be used.
     """
-    registers: list[Watched[Any]] = []
-    tokens: Watched[Tokens] | None = None
-    if settings.auth_tokens is not None:
-        tokens = Watched(settings.auth_tokens, "the tokens file", parse_tokens)
-        registers.append(tokens)
+    registers: list[WatchedFiles[Any]] = []
+    tokens: WatchedFiles[Tokens] | None = None
     expected = _expected(settings)
-    if settings.auth_jwks is not None and expected is not None:
-        parse = partial(parse_keys, expected=expected)
-        registers.append(Watched(settings.auth_jwks, "the key set", parse))
+    try:
+        if settings.auth_tokens is not None:
+            tokens = watch_file(settings.auth_tokens, "the tokens file", parse_tokens)
+            registers.append(tokens)
+        if settings.auth_jwks is not None and expected is not None:
+            parse = partial(parse_keys, expected=expected)
+            registers.append(watch_file(settings.auth_jwks, "the key set", parse))
+    except FileError as error:
+        raise CredentialsError(str(error)) from None
     limits = Limits(
         settings.tenant_max_jobs,
         settings.tenant_memory_limit,
@@ -144,7 +147,7 @@ def gate_of(settings: Settings) -> Gate | None:
             "certificates then"
         )
     if registers or settings.auth_certificates:
-        return Gate(
+        return AuthInterceptor(
             registers,
             limits,
             tokens,

@@ -110,7 +110,7 @@ class BackendJob(Protocol):
         Only where dW is wanted, before any row block. `dw` may change after it.
         """
 
-    def take_block(self, block: RowBlock) -> Wait | None:
+    def compute_block(self, block: RowBlock) -> Wait | None:
         """Computes the block's Y and dX, and adds its share to dW.
 
         Blocks come in order. None: y and dx hold the results. Otherwise they
@@ -148,20 +148,20 @@ class Backend(Protocol):
     max_columns: int
     """Largest n and largest k that it takes."""
 
-    at_once_operations: int
+    inline_below_ops: int
     """Multiplications and additions of a job below which it may run in any
     thread, beside the lane's: waking that takes as long. 0 where none may."""
 
     block_bytes: int
     """Bytes of a row block's operands with which it computes fast."""
 
-    blocks_begun: int
+    pipeline_depth: int
     """Most row blocks that a device has begun before the first is waited for;
     1 where it does one after the other."""
 
     devices: tuple[DeviceInfo, ...]
 
-    def enter_lane(self, device: int) -> None:
+    def init_thread(self, device: int) -> None:
         """Called once in the thread of each lane, before any of its jobs.
 
         Args:
@@ -190,7 +190,7 @@ class Backend(Protocol):
             MemoryError: There is not so much.
         """
 
-    def adopt(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def pin(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Host memory that others share, made fast to copy to and from.
 
         Where that cannot be, it stays as it is. Called in any thread.

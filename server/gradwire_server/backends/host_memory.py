@@ -39,12 +39,12 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def keep_freed() -> bool:
+def tune_malloc() -> bool:
     """Has freed memory kept for what is allocated next, in the whole process.
 
     Pages that are touched for the first time are dear, on virtual machines
     dearer than the products that are written to them; and the C library
-    gives large ones back to the machine at every job's end. `give_back`
+    gives large ones back to the machine at every job's end. `trim_malloc`
     still lets go of them.
 
     What Python has made so far is set aside from its garbage collection, so
@@ -65,7 +65,7 @@ def keep_freed() -> bool:
     return all(done)
 
 
-def give_back() -> None:
+def trim_malloc() -> None:
     """Returns memory that is free within this process to the machine.
 
     The C library keeps what gRPC's buffers took in a burst. Where it offers

@@ -45,7 +45,7 @@ class Plan:
     slot_bytes: int
     """Bytes of one slot, aligned; 0 where rows have no elements at all."""
 
-    blocks_begun: int = 1
+    pipeline_depth: int = 1
     """Most row blocks of the job that its device has begun and not done."""
 
     sum_bytes: int = 0
@@ -58,7 +58,7 @@ class Plan:
     @property
     def slots(self) -> int:
         """Row blocks that the job holds."""
-        return self.blocks_begun + RING_ENDS
+        return self.pipeline_depth + RING_ENDS
 
     @property
     def window_rows(self) -> int:
@@ -80,17 +80,17 @@ class Plan:
         return max(self.slots_start + self.slots * self.slot_bytes, self.least_bytes)
 
 
-def make_plan(spec: JobSpec, block_bytes: int, blocks_begun: int) -> Plan:
+def make_plan(spec: JobSpec, block_bytes: int, pipeline_depth: int) -> Plan:
     """The plan of a job.
 
     Args:
         spec: What was asked.
         block_bytes: Bytes of a block's operands at which the server aims.
-        blocks_begun: Most row blocks that its device has begun and not done.
+        pipeline_depth: Most row blocks that its device has begun and not done.
     """
     block_rows = rows_of_a_block(spec, block_bytes)
     if spec.m is not None:
-        blocks_begun = min(blocks_begun, max(-(-spec.m // block_rows), 1))
+        pipeline_depth = min(pipeline_depth, max(-(-spec.m // block_rows), 1))
     slot_rows = block_rows if spec.m is None else min(block_rows, spec.m)
     offsets: dict[Matrix, int] = {}
     w_bytes = 0
@@ -116,7 +116,7 @@ def make_plan(spec: JobSpec, block_bytes: int, blocks_begun: int) -> Plan:
         offsets,
         w_bytes,
         slot_bytes,
-        blocks_begun,
+        pipeline_depth,
         sum_bytes,
         least_bytes,
     )

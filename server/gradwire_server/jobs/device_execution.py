@@ -12,12 +12,12 @@ import numpy as np
 
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.api.call_state import Counts
 from gradwire_server.backends.base import Array, Backend, BackendJob, RowBlock, Wait
 from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.scheduling.job_progress import JobProgress
 
 
-class Computation:
+class DeviceExecution:
     """A job of a backend.
 
     Args:
@@ -25,17 +25,22 @@ class Computation:
         plan: How it is cut.
         backend: What computes it.
         device: On which of its devices.
-        counts: Told what was done.
+        progress: Told what was done.
     """
 
     def __init__(
-        self, spec: JobSpec, plan: Plan, backend: Backend, device: int, counts: Counts
+        self,
+        spec: JobSpec,
+        plan: Plan,
+        backend: Backend,
+        device: int,
+        progress: JobProgress,
     ) -> None:
         self._spec = spec
         self._plan = plan
         self._backend = backend
         self._device = device
-        self._counts = counts
+        self._progress = progress
         self._job: BackendJob | None = None
 
     def open(self, dw: Array | None = None) -> None:
@@ -48,7 +53,7 @@ class Computation:
             self._spec,
             self._plan.slot_rows,
             self._device,
-            times=self._counts.times,
+            times=self._progress.times,
             dw=dw,
         )
 
@@ -70,15 +75,15 @@ class Computation:
         """Copies dW's sum over the row blocks so far, not rounded."""
         self._opened.copy_dw_sum(out)
 
-    def take_block(self, block: RowBlock) -> Wait | None:
+    def compute_block(self, block: RowBlock) -> Wait | None:
         """Computes the block's Y and dX, and adds its share to dW.
 
         Returns:
             What to wait for until that is done; None: it is.
         """
-        wait = self._opened.take_block(block)
+        wait = self._opened.compute_block(block)
         if wait is None:
-            self._counts.blocks += 1
+            self._progress.blocks += 1
             return None
         return partial(self._block_computed, wait)
 
@@ -130,11 +135,11 @@ class Computation:
         if Matrix.W in arrays:
             yield partial(self.take_w, arrays[Matrix.W])
         for block in self._blocks(arrays, m):
-            yield partial(self.take_block, block)
+            yield partial(self.compute_block, block)
 
     def _block_computed(self, wait: Wait) -> None:
         wait()
-        self._counts.blocks += 1
+        self._progress.blocks += 1
 
     def _blocks(self, arrays: Mapping[Matrix, Array], m: int) -> Iterator[RowBlock]:
         for first in range(0, m if self._plan.slot_bytes else 0, self._plan.block_rows):

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from gradwire_server.errors import JobError
 
 
-class Running:
+class JobRegistry:
     """The tasks of running jobs."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Running:
         finally:
             self._tasks.pop(task, None)
 
-    def offer(self, hand_over: Callable[[], bool]) -> None:
+    def on_drain(self, hand_over: Callable[[], bool]) -> None:
         """The calling task's job can be ended in better order than others.
 
         Args:
@@ -58,7 +58,7 @@ class Running:
             if not hand_over():
                 task.cancel(_ENDED)
 
-    def end(self, cause: JobError) -> None:
+    def cancel_all(self, cause: JobError) -> None:
         """Ends all of them but the caller's own.
 
         Args:

@@ -13,14 +13,14 @@ import numpy as np
 
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.api.call_state import Counts
 from gradwire_server.backends.base import Array
-from gradwire_server.jobs.device_execution import Computation
+from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.memory.shared_regions import Region
-from gradwire_server.scheduling.device_worker import TenantLane
+from gradwire_server.scheduling.device_worker import TenantHandle
+from gradwire_server.scheduling.job_progress import JobProgress
 
 
-class InPlaceJob:
+class SharedMemoryJob:
     """An admitted job in shared memory.
 
     It is cut where every job of its shape is, and its blocks take turns with
@@ -31,7 +31,7 @@ class InPlaceJob:
         spec: What was asked.
         computation: What computes it.
         lane: Where.
-        counts: Told what was done.
+        progress: Told what was done.
         regions: Where its matrices lie.
 
     Use it as an async context manager: when it is left, for whatever cause,
@@ -41,14 +41,14 @@ class InPlaceJob:
     def __init__(
         self,
         spec: JobSpec,
-        computation: Computation,
-        lane: TenantLane,
-        counts: Counts,
+        computation: DeviceExecution,
+        worker: TenantHandle,
+        progress: JobProgress,
         regions: list[Region],
     ) -> None:
         self._spec = spec
-        self._lane = lane
-        self._counts = counts
+        self._worker = worker
+        self._progress = progress
         self._computation = computation
         self._arrays = {matrix: _view(spec, matrix, regions) for matrix in spec.buffers}
 
@@ -62,7 +62,7 @@ class InPlaceJob:
         trace: TracebackType | None,
     ) -> None:
         try:
-            await self._lane.discard(self)
+            await self._worker.discard(self)
         finally:
             self._computation.close()
             self._arrays.clear()
@@ -73,23 +73,23 @@ class InPlaceJob:
         Raises:
             Exception: What the backend raised.
         """
-        spec, counts, m = self._spec, self._counts, self._spec.m or 0
+        spec, progress, m = self._spec, self._progress, self._spec.m or 0
         dw = self._arrays.get(Matrix.DW)
-        await self._lane.submit(self, partial(self._computation.open, dw))
+        await self._worker.submit(self, partial(self._computation.open, dw))
         begun: deque[asyncio.Future[None]] = deque()
         for piece in self._computation.pieces(self._arrays, m):
-            begun.append(self._lane.begin(self, piece))
+            begun.append(self._worker.begin(self, piece))
             # Enough that the lane never waits for the event loop; few, for it
             # holds them all.
-            if len(begun) > self._lane.most_begun + 1:
+            if len(begun) > self._worker.max_in_flight + 1:
                 await begun.popleft()
         if Matrix.DW in spec.results:
-            begun.append(self._lane.submit(self, partial(self._finish, self._arrays)))
+            begun.append(self._worker.submit(self, partial(self._finish, self._arrays)))
         while begun:
             await begun.popleft()
-        counts.m = m
-        counts.bytes_received = spec.operands_bytes
-        counts.bytes_sent = spec.results_bytes
+        progress.m = m
+        progress.bytes_received = spec.operands_bytes
+        progress.bytes_sent = spec.results_bytes
 
     def _finish(self, arrays: Mapping[Matrix, Array]) -> None:
         """Runs in the lane's thread."""

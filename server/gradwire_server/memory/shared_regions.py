@@ -46,7 +46,7 @@ _PIECE_BYTES = 64 * MIB
 """Memory that is taken at a time: the kernel clears it within 0.1 s or so, and
 nobody can stop it."""
 
-Adopt: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
+Pin: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -56,14 +56,14 @@ class Region:
 
     Args:
         size_bytes: Its size, a multiple of the page size.
-        adopt: What a backend does to such memory (`Backend.adopt`).
+        pin: What a backend does to such memory (`Backend.pin`).
         tenant: Whose it is.
     """
 
-    def __init__(self, size_bytes: int, adopt: Adopt, tenant: str = "") -> None:
+    def __init__(self, size_bytes: int, pin: Pin, tenant: str = "") -> None:
         self.size_bytes = size_bytes
         self.tenant = tenant
-        self._adopt = adopt
+        self._pin = pin
         self.token = secrets.token_urlsafe(24)
         self.cookie = secrets.token_bytes(COOKIE_BYTES)
         self.fd = os.memfd_create(
@@ -110,7 +110,7 @@ class Region:
             return
         memory = np.frombuffer(mmap.mmap(self.fd, self.size_bytes), np.uint8)
         memory[:COOKIE_BYTES] = np.frombuffer(self.cookie, np.uint8)
-        self.memory = self._adopt(memory)
+        self.memory = self._pin(memory)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -139,13 +139,13 @@ class Regions:
 
     Args:
         admission: In whose memory they count.
-        adopt: What a backend does to memory that others share
-            (`Backend.adopt`).
+        pin: What a backend does to memory that others share
+            (`Backend.pin`).
     """
 
-    def __init__(self, admission: Admission, adopt: Adopt) -> None:
+    def __init__(self, admission: Admission, pin: Pin) -> None:
         self._admission = admission
-        self._adopt = adopt
+        self._pin = pin
         self._open: dict[str, Region] = {}
         self._counts: Counter[str] = Counter()
         """How many each tenant has, those included that are being made."""
@@ -165,7 +165,7 @@ class Regions:
                 field="size_bytes",
             )
         size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        most = self._admission.most_of_calls(tenant)
+        most = self._admission.max_calls_bytes(tenant)
         spare = max(CALL_BYTES, most // _SPARE_SHARE)
         if size_bytes + CALL_BYTES + spare > most:
             raise JobError(
@@ -226,7 +226,7 @@ class Regions:
     @asynccontextmanager
     async def _opened(self, size_bytes: int, tenant: str) -> AsyncIterator[Region]:
         try:
-            region = Region(size_bytes, self._adopt, tenant)
+            region = Region(size_bytes, self._pin, tenant)
         except OSError as error:
             raise busy("the process has no descriptors left", "regions") from error
         try:

@@ -39,5 +39,5 @@ ObserveJob: TypeAlias = Callable[[Stage, int | None], object]
 """The same for one job, whose id it knows."""
 
 
-def unobserved(job_id: str, stage: Stage, block: int | None) -> None:
+def no_observer(job_id: str, stage: Stage, block: int | None) -> None:
     """Nobody looks."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gradwire_protocol.job_spec import JobSpec
-from gradwire_server.api.call_state import Counts
 from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.scheduling.job_progress import JobProgress
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +31,7 @@ class Load:
     sent do not count."""
     device_bytes: int
     """What it holds of its device's memory."""
-    counts: Counts
+    progress: JobProgress
     """Told by the job how far it has come, in whatever thread."""
     first_row: int = 0
     """The first row that is sent."""
@@ -39,40 +39,42 @@ class Load:
     @property
     def done(self) -> int:
         """Operations that are done."""
-        rows = self.counts.blocks * self.block_rows
+        rows = self.progress.blocks * self.block_rows
         return self.row_operations * (rows if self.m is None else min(rows, self.m))
 
     @property
-    def to_do(self) -> int:
+    def remaining_ops(self) -> int:
         """Operations that are not.
 
         Where m is open: those of the row blocks that have come, and of one
         more, because there is no telling.
         """
-        done = self.counts.blocks * self.block_rows
+        done = self.progress.blocks * self.block_rows
         if self.m is not None:
             rows = self.m
-        elif self.counts.ended:
-            rows = self.counts.m - self.first_row
+        elif self.progress.ended:
+            rows = self.progress.m - self.first_row
         else:
-            rows = (self.counts.blocks_received + 1) * self.block_rows
+            rows = (self.progress.blocks_received + 1) * self.block_rows
         return self.row_operations * max(rows - done, 0)
 
 
-def load_of(spec: JobSpec, plan: Plan, device_bytes: int, counts: Counts) -> Load:
+def make_load(
+    spec: JobSpec, plan: Plan, device_bytes: int, progress: JobProgress
+) -> Load:
     """The load that a job is."""
     return Load(
         row_operations=2 * len(spec.results) * spec.n * spec.k,
         block_rows=plan.block_rows,
         m=None if spec.m is None else spec.m - spec.first_row,
         device_bytes=device_bytes,
-        counts=counts,
+        progress=progress,
         first_row=spec.first_row,
     )
 
 
 @dataclass(slots=True, eq=False)
-class _Lane:
+class _DeviceLoad:
     limit_bytes: int | None
     held_bytes: int = 0
     jobs: list[Load] = field(default_factory=list)
@@ -91,11 +93,11 @@ class _Lane:
         done, computing_s = self.done, self.computing_s
         for job in self.jobs:
             done += job.done
-            computing_s += job.counts.times.computing_s
+            computing_s += job.progress.times.computing_s
         return done, computing_s
 
 
-class Lanes:
+class DeviceSelector:
     """The lanes of a server, by their position.
 
     Args:
@@ -104,20 +106,20 @@ class Lanes:
     """
 
     def __init__(self, limits: Sequence[int | None] = (None,)) -> None:
-        self._lanes = [_Lane(limit) for limit in limits]
+        self._devices = [_DeviceLoad(limit) for limit in limits]
 
     @property
-    def most_bytes(self) -> int | None:
+    def max_bytes(self) -> int | None:
         """What a job may hold of a device at most; None: any amount."""
-        limits = [lane.limit_bytes for lane in self._lanes]
+        limits = [lane.limit_bytes for lane in self._devices]
         known = [limit for limit in limits if limit is not None]
         return max(known) if len(known) == len(limits) else None
 
     def held_bytes(self, position: int) -> int:
         """What jobs hold of a lane's device."""
-        return self._lanes[position].held_bytes
+        return self._devices[position].held_bytes
 
-    def put(self, job: Load) -> int | None:
+    def assign(self, job: Load) -> int | None:
         """Gives a job its lane, and its bytes there.
 
         Returns:
@@ -125,23 +127,23 @@ class Lanes:
         """
         position = self._first_free(job.device_bytes)
         if position is not None:
-            lane = self._lanes[position]
+            lane = self._devices[position]
             lane.jobs.append(job)
             lane.held_bytes += job.device_bytes
         return position
 
-    def take_away(self, job: Load, position: int) -> None:
+    def release(self, job: Load, position: int) -> None:
         """The job has left its lane; how fast it was is remembered."""
-        lane = self._lanes[position]
+        lane = self._devices[position]
         lane.jobs.remove(job)
         lane.held_bytes -= job.device_bytes
         lane.done += job.done
-        lane.computing_s += job.counts.times.computing_s
+        lane.computing_s += job.progress.times.computing_s
 
     def _first_free(self, size_bytes: int) -> int | None:
         fitting = [
             position
-            for position, lane in enumerate(self._lanes)
+            for position, lane in enumerate(self._devices)
             if lane.holds(size_bytes)
         ]
         if len(fitting) < 2:
@@ -150,9 +152,9 @@ class Lanes:
         return min(fitting, key=lambda position: self._order(position, rates))
 
     def _order(self, position: int, rates: list[float]) -> tuple[float, int, int]:
-        jobs = self._lanes[position].jobs
-        to_do = sum(job.to_do for job in jobs)
-        return to_do / rates[position], len(jobs), position
+        jobs = self._devices[position].jobs
+        remaining_ops = sum(job.remaining_ops for job in jobs)
+        return remaining_ops / rates[position], len(jobs), position
 
     def _rates(self) -> list[float]:
         """Operations a second of each lane.
@@ -160,7 +162,7 @@ class Lanes:
         One that has shown none counts as the others together have shown; all
         are equal before any has.
         """
-        shown = [lane.shown() for lane in self._lanes]
+        shown = [lane.shown() for lane in self._devices]
         known = [(done, s) for done, s in shown if done and s > 0]
         usual = sum(d for d, _ in known) / sum(s for _, s in known) if known else 1.0
         return [done / s if done and s > 0 else usual for done, s in shown]

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from gradwire_server.backends.base import Wait
-from gradwire_server.scheduling.fair_queue import Turns
+from gradwire_server.scheduling.fair_queue import FairQueue
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def _nothing() -> None:
     pass
 
 
-class Lane:
+class DeviceWorker:
     """A thread that does the work of many jobs, one piece of each in turn.
 
     Args:
@@ -65,15 +65,15 @@ class Lane:
         self,
         device: int,
         enter: Callable[[], None] = _nothing,
-        most_begun: int = 1,
+        max_in_flight: int = 1,
     ) -> None:
         self.device = device
         self._enter = enter
-        self.most_begun = most_begun
-        self._turns: Turns[_Work] = Turns()
+        self.max_in_flight = max_in_flight
+        self._queue: FairQueue[_Work] = FairQueue()
         self._doing: list[Hashable] = []
         """Jobs of the piece that is being done, and of those that have begun."""
-        self._settled_at = 0.0
+        self._finished_at = 0.0
         """When the last piece was done: what began before began its work then."""
         self._closed = False
         self._entered: Future[None] = Future()
@@ -91,13 +91,13 @@ class Lane:
         """
         await asyncio.wrap_future(self._entered)
 
-    def of(self, tenant: str) -> TenantLane:
+    def of(self, tenant: str) -> TenantHandle:
         """The lane as the jobs of a tenant see it."""
-        return TenantLane(self, tenant)
+        return TenantHandle(self, tenant)
 
     async def _discard(self, tenant: str, job: Hashable) -> None:
         with self._changed:
-            for work in self._turns.drop(tenant, job):
+            for work in self._queue.drop(tenant, job):
                 work.done.cancel()
             if job not in self._doing:
                 return
@@ -126,7 +126,7 @@ class Lane:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the lane is closed")
-            self._turns.put(tenant, job, work)
+            self._queue.put(tenant, job, work)
             self._changed.notify_all()
         return work.done
 
@@ -143,7 +143,7 @@ class Lane:
         self._entered.set_result(None)
         begun: deque[tuple[_Work, Wait]] = deque()
         while self._begin_next(begun) or begun:
-            if begun and (len(begun) == self.most_begun or not self._turns):
+            if begun and (len(begun) == self.max_in_flight or not self._queue):
                 self._end(*begun.popleft())
 
     def _begin_next(self, begun: deque[tuple[_Work, Wait]]) -> bool:
@@ -163,10 +163,10 @@ class Lane:
         """The next piece; None: there is none now, or there will be none."""
         with self._changed:
             if not at_once:
-                self._changed.wait_for(lambda: self._closed or self._turns)
-            if self._closed or not self._turns:
+                self._changed.wait_for(lambda: self._closed or self._queue)
+            if self._closed or not self._queue:
                 return None
-            work = self._turns.take()
+            work = self._queue.take()
             work.begun_at = time.perf_counter()
             self._doing.append(work.job)
             return work
@@ -200,8 +200,8 @@ class Lane:
     def _settle(self, work: _Work, result: object, error: Exception | None) -> None:
         now = time.perf_counter()
         with self._changed:
-            self._turns.took(work.tenant, now - max(work.begun_at, self._settled_at))
-            self._settled_at = now
+            self._queue.charge(work.tenant, now - max(work.begun_at, self._finished_at))
+            self._finished_at = now
             self._doing.remove(work.job)
             self._changed.notify_all()
 
@@ -222,7 +222,7 @@ class Lane:
             _log.debug("a result came after its event loop was closed")
 
 
-class TenantLane:
+class TenantHandle:
     """A lane as the jobs of one tenant see it.
 
     Args:
@@ -230,10 +230,10 @@ class TenantLane:
         tenant: Whose turn it is when its work is done.
     """
 
-    def __init__(self, lane: Lane, tenant: str) -> None:
-        self.device = lane.device
-        self.most_begun = lane.most_begun
-        self._lane = lane
+    def __init__(self, worker: DeviceWorker, tenant: str) -> None:
+        self.device = worker.device
+        self.max_in_flight = worker.max_in_flight
+        self._worker = worker
         self._tenant = tenant
 
     def submit(self, job: Hashable, run: Callable[[], T]) -> asyncio.Future[T]:
@@ -245,7 +245,7 @@ class TenantLane:
             A future of the calling event loop with what `run` returns or
             raises.
         """
-        return self._lane._put(self._tenant, job, run, begins=False)
+        return self._worker._put(self._tenant, job, run, begins=False)
 
     def begin(
         self, job: Hashable, run: Callable[[], Wait | None]
@@ -256,7 +256,7 @@ class TenantLane:
             A future of the calling event loop, done when the work is, with
             what `run` or the wait that it returns raises.
         """
-        return self._lane._put(self._tenant, job, run, begins=True)
+        return self._worker._put(self._tenant, job, run, begins=True)
 
     async def discard(self, job: Hashable) -> None:
         """Drops the job's waiting work and waits for what is being done.
@@ -265,4 +265,4 @@ class TenantLane:
         any more. It takes at most as long as the pieces that have begun, and
         finishes even if the caller is cancelled meanwhile.
         """
-        await self._lane._discard(self._tenant, job)
+        await self._worker._discard(self._tenant, job)

@@ -15,23 +15,23 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-LEAD_S = 0.1
+MAX_LEAD_S = 0.1
 """Seconds of work that a tenant may be ahead of others and still have its turn:
 among pieces of milliseconds, turns are what is fair."""
 
-_MOST_REMEMBERED = 64
+_MAX_REMEMBERED = 64
 
 
-class Turns(Generic[T]):
+class FairQueue(Generic[T]):
     """Pieces of work that wait, each of a job of a tenant."""
 
     def __init__(self) -> None:
         self._tenants: OrderedDict[str, OrderedDict[Hashable, deque[T]]]
         self._tenants = OrderedDict()
-        self._had_s: dict[str, float] = {}
+        self._usage_s: dict[str, float] = {}
         """How much each tenant has had, counted as if it had always had as much
         as the others while it wanted nothing."""
-        self._least_s = 0.0
+        self._min_usage_s = 0.0
         """The least that a tenant had had when a piece was last taken."""
 
     def __bool__(self) -> bool:
@@ -40,17 +40,17 @@ class Turns(Generic[T]):
     def put(self, tenant: str, job: Hashable, piece: T) -> None:
         """A piece waits, behind the job's earlier ones."""
         if tenant not in self._tenants:
-            self._join(tenant)
+            self._activate(tenant)
         jobs = self._tenants.setdefault(tenant, OrderedDict())
         jobs.setdefault(job, deque()).append(piece)
 
     def take(self) -> T:
         """The piece whose turn it is; there must be one."""
-        self._least_s = min(self._had_s[tenant] for tenant in self._tenants)
+        self._min_usage_s = min(self._usage_s[tenant] for tenant in self._tenants)
         tenant, jobs = next(
             (tenant, jobs)
             for tenant, jobs in self._tenants.items()
-            if self._had_s[tenant] <= self._least_s + LEAD_S
+            if self._usage_s[tenant] <= self._min_usage_s + MAX_LEAD_S
         )
         job, pieces = next(iter(jobs.items()))
         piece = pieces.popleft()
@@ -64,9 +64,9 @@ class Turns(Generic[T]):
             del self._tenants[tenant]
         return piece
 
-    def took(self, tenant: str, seconds: float) -> None:
+    def charge(self, tenant: str, seconds: float) -> None:
         """A piece of a tenant's is done, and has taken so long."""
-        self._had_s[tenant] = self._had_s.get(tenant, self._least_s) + seconds
+        self._usage_s[tenant] = self._usage_s.get(tenant, self._min_usage_s) + seconds
 
     def drop(self, tenant: str, job: Hashable) -> deque[T]:
         """The pieces of a job, which wait no longer."""
@@ -78,13 +78,15 @@ class Turns(Generic[T]):
             del self._tenants[tenant]
         return pieces
 
-    def _join(self, tenant: str) -> None:
+    def _activate(self, tenant: str) -> None:
         """A tenant wants work again; what it did not want is not made up for."""
-        had_s = self._had_s.get(tenant, 0.0)
-        self._had_s[tenant] = max(had_s, self._least_s)
-        if len(self._had_s) > _MOST_REMEMBERED + len(self._tenants):
-            self._had_s = {
+        usage_s = self._usage_s.get(tenant, 0.0)
+        self._usage_s[tenant] = max(usage_s, self._min_usage_s)
+        if len(self._usage_s) > _MAX_REMEMBERED + len(self._tenants):
+            self._usage_s = {
                 each: seconds
-                for each, seconds in self._had_s.items()
-                if seconds > self._least_s or each in self._tenants or each == tenant
+                for each, seconds in self._usage_s.items()
+                if seconds > self._min_usage_s
+                or each in self._tenants
+                or each == tenant
             }

@@ -3,75 +3,132 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
-
-from gradwire_server.errors import CredentialsError
-from gradwire_server.files import Stamp, stamp
+from typing import Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
 _log = logging.getLogger("gradwire_server")
 
+Signature: TypeAlias = "tuple[int, ...] | None"
 
-class Watched(Generic[T]):
-    """What a file says, read again when it has changed.
 
-    Whether it has is looked at whenever its value is asked for, which takes
-    microseconds: a token that was revoked is refused at the next call. A new
-    file that cannot be used changes nothing but the log; one that cannot be read
-    is tried again at every call, because what keeps it from that (its owner, too
-    many open files) may pass.
+class FileError(ValueError):
+    """A file cannot be used; the text names it and says why."""
+
+
+class FileUnreadableError(FileError):
+    """A file cannot be read now, which may pass though the file stays as it is."""
+
+
+class WatchedFiles(Generic[T]):
+    """What some files say together, loaded again when one of them has changed.
+
+    Whether one has is looked at whenever the value is asked for, in whatever
+    thread. That takes microseconds, so that a token that was revoked is refused at
+    the next call. New files that cannot be used change nothing but the log. Files
+    that cannot be read are tried again each time, because the cause (their owner,
+    too many open files) may pass.
 
     Args:
-        path: The file.
-        what: What to call it in errors and in the log.
-        parse: Makes the value of the file's content; raises ValueError with a
-            text that is fit for the log.
+        paths: The files.
+        what: What to call them in the log.
+        load: Reads the files, with `read_file`, and makes the value of them.
 
     Raises:
-        CredentialsError: The file cannot be read, or does not hold what it
-            should.
+        FileError: They cannot be used.
     """
 
-    def __init__(
-        self, path: Path | str, what: str, parse: Callable[[bytes], T]
-    ) -> None:
-        self.path = Path(path)
+    def __init__(self, paths: Sequence[Path], what: str, load: Callable[[], T]) -> None:
+        self._paths = paths
         self._what = what
-        self._parse = parse
-        self._complained: str | None = None
-        self._seen = stamp(self.path)
-        try:
-            self._value = parse(self.path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CredentialsError(self._complaint(error)) from None
+        self._load = load
+        self._lock = threading.Lock()
+        self._last_error: str | None = None
+        self._seen = self._signatures()
+        self._value = load()
 
     @property
     def value(self) -> T:
-        """What the file says, or said when it was last right."""
-        # Before reading: a file that changes meanwhile is read once more.
-        now = stamp(self.path)
-        if now != self._seen:
-            self._read_again(now)
-        return self._value
+        """What the files say, or said when they were last right."""
+        with self._lock:
+            # Before reading: a file that changes meanwhile is read once more.
+            now = self._signatures()
+            if now != self._seen:
+                self._load_again(now)
+            return self._value
 
-    def _read_again(self, now: Stamp) -> None:
+    def _load_again(self, now: list[Signature]) -> None:
         try:
-            content = self.path.read_bytes()
-            self._seen = now
-            self._value = self._parse(content)
-        except (OSError, ValueError) as error:
-            complaint = self._complaint(error)
-            if complaint != self._complained:
-                self._complained = complaint
-                _log.error(f"{complaint}; what it said before still holds")
+            self._value = self._load()
+        except FileError as error:
+            if not isinstance(error, FileUnreadableError):
+                self._seen = now
+            if str(error) != self._last_error:
+                self._last_error = str(error)
+                _log.error(
+                    f"{self._what} cannot be reloaded; what was loaded before stays in "
+                    f"effect",
+                    extra={"error": str(error)},
+                )
         else:
-            self._complained = None
-            _log.info(f"{self._what} has changed", extra={"path": str(self.path)})
+            self._seen, self._last_error = now, None
+            _log.info(f"reloaded {self._what}")
 
-    def _complaint(self, error: OSError | ValueError) -> str:
-        if isinstance(error, OSError):
-            return f"{self._what} {self.path} cannot be read: {error.strerror or error}"
-        return f"{self._what} {self.path} cannot be used: {error}"
+    def _signatures(self) -> list[Signature]:
+        return [file_signature(path) for path in self._paths]
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """A file's content.
+
+    Args:
+        path: The file.
+        name: What to call it in the error.
+
+    Raises:
+        FileUnreadableError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        cause = error.strerror or error
+        raise FileUnreadableError(f"{name} {path} cannot be read: {cause}") from None
+
+
+def watch_file(
+    path: Path | str, what: str, parse: Callable[[bytes], T]
+) -> WatchedFiles[T]:
+    """One watched file.
+
+    Args:
+        path: The file.
+        what: What to call it.
+        parse: Makes the value of its content; raises ValueError with a text that
+            is fit for the log.
+
+    Raises:
+        FileError: It cannot be used.
+    """
+    path = Path(path)
+
+    def load() -> T:
+        content = read_file(path, what)
+        try:
+            return parse(content)
+        except ValueError as error:
+            raise FileError(f"{what} {path} cannot be used: {error}") from None
+
+    return WatchedFiles([path], what, load)
+
+
+def file_signature(path: Path) -> Signature:
+    """What differs once a file, or who may read it, does; None: there is no file."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - looked at at every call
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -9,9 +9,9 @@ import pytest
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import MIB
 from gradwire_server.admission.controller import CALL_BYTES, Admission
-from gradwire_server.api.call_state import Counts
 from gradwire_server.errors import JobError
-from gradwire_server.scheduling.device_selector import Lanes, Load
+from gradwire_server.scheduling.device_selector import DeviceSelector, Load
+from gradwire_server.scheduling.job_progress import JobProgress
 
 
 class Jobs:
@@ -21,7 +21,7 @@ class Jobs:
         self.admission = admission
         self.told = {}
         self.running = []
-        self.lanes = {}
+        self.devices = {}
         self.ends = {}
         self.tasks = {}
 
@@ -46,16 +46,18 @@ class Jobs:
         async def on_wait(ahead):
             self.told[name].append(ahead)
 
-        load = Load(1, 1, 1, device_bytes, Counts())
-        async with self.admission.job(size_bytes, load, on_wait, tenant) as lane:
+        load = Load(1, 1, 1, device_bytes, JobProgress())
+        async with self.admission.job(size_bytes, load, on_wait, tenant) as position:
             self.running.append(name)
-            self.lanes[name] = lane
+            self.devices[name] = position
             await self.ends[name].wait()
             self.running.remove(name)
 
 
-def make_jobs(memory_limit=16 * MIB, max_jobs=2, max_queue=2, lanes=None):
-    return Jobs(Admission(memory_limit, max_jobs, max_queue, lanes or Lanes()))
+def make_jobs(memory_limit=16 * MIB, max_jobs=2, max_queue=2, devices=None):
+    return Jobs(
+        Admission(memory_limit, max_jobs, max_queue, devices or DeviceSelector())
+    )
 
 
 async def reason_of(task):
@@ -147,10 +149,10 @@ async def test_a_drain_refuses_who_waits_and_lets_who_runs_finish():
 
 
 async def test_open_calls_hold_memory_too():
-    admission = Admission(16 * MIB, 2, 2, Lanes())
+    admission = Admission(16 * MIB, 2, 2, DeviceSelector())
     with admission.call(), admission.call():
         assert admission.held_bytes == 2 * CALL_BYTES
-    full = Admission(CALL_BYTES, 2, 2, Lanes())
+    full = Admission(CALL_BYTES, 2, 2, DeviceSelector())
     with full.call(), pytest.raises(JobError) as caught, full.call():
         pass
     assert caught.value.reason is Reason.BUSY
@@ -179,25 +181,28 @@ async def test_open_calls_leave_room_for_the_job_that_waits():
 
 
 async def test_a_job_waits_for_a_devices_memory_and_is_not_overtaken():
-    jobs = make_jobs(max_jobs=9, max_queue=9, lanes=Lanes((6, 8)))
+    jobs = make_jobs(max_jobs=9, max_queue=9, devices=DeviceSelector((6, 8)))
     await jobs.start("a", device_bytes=4)
     await jobs.start("b", device_bytes=4)
     await jobs.start("large", device_bytes=7)
     await jobs.start("small", device_bytes=1)
-    assert jobs.lanes == {"a": 0, "b": 1}
+    assert jobs.devices == {"a": 0, "b": 1}
     assert jobs.told["large"] == [2]
     await jobs.end("a")
     assert jobs.running == ["b"]
     await jobs.end("b")
-    assert jobs.lanes["large"] == 1
-    assert jobs.lanes["small"] == 0
+    assert jobs.devices["large"] == 1
+    assert jobs.devices["small"] == 0
     for name in ("large", "small"):
         await jobs.end(name)
-    assert [jobs.admission.lanes.held_bytes(lane) for lane in (0, 1)] == [0, 0]
+    assert [jobs.admission.devices.held_bytes(position) for position in (0, 1)] == [
+        0,
+        0,
+    ]
 
 
 async def test_a_job_that_no_device_can_ever_hold_is_refused_for_good():
-    jobs = make_jobs(lanes=Lanes((6, 8)))
+    jobs = make_jobs(devices=DeviceSelector((6, 8)))
     await jobs.start("vast", device_bytes=9)
     with pytest.raises(JobError, match=r"9 bytes of a device's memory.* 8") as caught:
         await jobs.tasks["vast"]
@@ -205,7 +210,7 @@ async def test_a_job_that_no_device_can_ever_hold_is_refused_for_good():
 
 
 async def test_a_job_that_gives_up_waiting_for_a_device_makes_way():
-    jobs = make_jobs(max_jobs=9, lanes=Lanes((8,)))
+    jobs = make_jobs(max_jobs=9, devices=DeviceSelector((8,)))
     await jobs.start("a", device_bytes=5)
     await jobs.start("large", device_bytes=7)
     await jobs.start("small", device_bytes=1)
@@ -214,4 +219,4 @@ async def test_a_job_that_gives_up_waiting_for_a_device_makes_way():
     assert jobs.running == ["a", "small"]
     await jobs.end("a")
     await jobs.end("small")
-    assert jobs.admission.lanes.held_bytes(0) == 0
+    assert jobs.admission.devices.held_bytes(0) == 0

@@ -12,7 +12,7 @@ from gradwire_server.admission.controller import Admission
 from gradwire_server.admission.quota import CALL_BYTES
 from gradwire_server.admission.tenancy import Limits
 from gradwire_server.errors import JobError
-from gradwire_server.scheduling.device_selector import Lanes
+from gradwire_server.scheduling.device_selector import DeviceSelector
 from tests.server.admission.test_controller import Jobs
 
 
@@ -22,7 +22,9 @@ def make_jobs(memory_limit=256 * MIB, max_jobs=1, max_queue=1000, **of):
     def limits_of(tenant):
         return of.get(tenant, Limits())
 
-    return Jobs(Admission(memory_limit, max_jobs, max_queue, Lanes(), limits_of))
+    return Jobs(
+        Admission(memory_limit, max_jobs, max_queue, DeviceSelector(), limits_of)
+    )
 
 
 async def refusal(jobs, name):
@@ -179,7 +181,7 @@ async def test_who_finds_the_memory_full_of_anothers_jobs_can_still_ask():
 
 async def test_limits_that_change_hold_for_those_who_wait():
     of = {"a": Limits(max_jobs=1)}
-    jobs = Jobs(Admission(256 * MIB, 9, 9, Lanes(), lambda tenant: of[tenant]))
+    jobs = Jobs(Admission(256 * MIB, 9, 9, DeviceSelector(), lambda tenant: of[tenant]))
     for name, size_bytes in (("a0", MIB), ("a1", 50 * MIB), ("a2", 10 * MIB)):
         await jobs.start(name, size_bytes, tenant="a")
     of["a"] = Limits(max_jobs=1, memory_limit=40 * MIB)

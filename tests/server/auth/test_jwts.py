@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwire_server.auth import gate_of
+from gradwire_server.auth import make_auth_interceptor
 from gradwire_server.auth.errors import RefusedError
 from gradwire_server.auth.jwts import Expected, parse_keys
 from gradwire_server.errors import CredentialsError
@@ -174,4 +174,4 @@ def test_without_the_package_it_is_said_what_to_install(monkeypatch):
 )
 def test_settings_that_need_others_say_which(given, says):
     with pytest.raises(CredentialsError, match=says):
-        gate_of(Settings(**given))
+        make_auth_interceptor(Settings(**given))

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.linalg import blas
 
 from gradwire_protocol.dtypes import Dtype
-from gradwire_server.backends.async_device.device import Marks, Stream
+from gradwire_server.backends.async_device.device import Events, Stream
 from gradwire_server.backends.base import empty_aligned
 from gradwire_server.backends.row_blocks import ALIGNMENT
 
@@ -77,7 +77,7 @@ class _Memory:
         assert not size_bytes or self.address % ALIGNMENT == 0
         device.taken_bytes += size_bytes
 
-    def give_back(self):
+    def free(self):
         if self._bytes.size:
             assert not any(self._device.queues.values()), "still in use"
             self._bytes.fill(0xFF)
@@ -100,17 +100,17 @@ class SimulatedDevice:
     def errors(self):
         return nullcontext()
 
-    def take_memory(self, size_bytes):
+    def allocate(self, size_bytes):
         return _Memory(self, size_bytes)
 
-    def marks(self):
+    def events(self):
         self.marks_out += 1
-        return Marks(*(_Mark() for _ in range(6)))
+        return Events(*(_Mark() for _ in range(6)))
 
-    def give_marks_back(self, marks):
+    def release_events(self, events):
         assert not any(
-            mark.queued != mark.reached
-            for mark in (getattr(marks, name) for name in Marks.__slots__)
+            event.queued != event.reached
+            for event in (getattr(events, name) for name in Events.__slots__)
         )
         self.marks_out -= 1
 
@@ -123,7 +123,7 @@ class SimulatedDevice:
             assert data is not None, "gone before it was copied"
             at(to, data.size, Dtype.of(data.dtype))[...] = data.reshape(-1)
 
-        self.queues[Stream.UP].append(copy)
+        self.queues[Stream.H2D].append(copy)
 
     def download(self, source, to):
         alive = weakref.ref(to)
@@ -134,7 +134,7 @@ class SimulatedDevice:
             assert data is not None, "gone before it was copied"
             data.reshape(-1)[...] = at(source, data.size, Dtype.of(data.dtype))
 
-        self.queues[Stream.DOWN].append(copy)
+        self.queues[Stream.D2H].append(copy)
 
     def multiply(self, gemm):
         assert gemm.m
@@ -160,28 +160,28 @@ class SimulatedDevice:
         assert not add or to.dtype is Dtype.FLOAT64
         self.queues[Stream.COMPUTE].append(run)
 
-    def record(self, stream, mark):
-        mark.queued += 1
-        number = mark.queued
+    def record(self, stream, event):
+        event.queued += 1
+        number = event.queued
 
         def reach():
-            mark.reached = number
-            mark.time = self._clock
+            event.reached = number
+            event.time = self._clock
 
         self.queues[stream].append(reach)
 
-    def wait(self, stream, mark):
-        self.queues[stream].append((mark, mark.queued))
+    def wait(self, stream, event):
+        self.queues[stream].append((event, event.queued))
 
-    def synchronize(self, mark):
-        number = mark.queued
-        while mark.reached < number:
+    def synchronize(self, event):
+        number = event.queued
+        while event.reached < number:
             self._go_on()
 
     def elapsed_s(self, begin, end):
         return (end.time - begin.time) / 1000
 
-    def settle(self):
+    def synchronize_all(self):
         while any(self.queues.values()):
             self._go_on()
 

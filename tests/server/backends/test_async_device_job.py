@@ -54,7 +54,7 @@ def pieces_of(spec, job, given, results, block_rows):
     if Matrix.W in spec.operands:
         yield partial(job.take_w, w)
     for block in blocks_of(spec, x, dy, results, block_rows):
-        yield partial(job.take_block, block)
+        yield partial(job.compute_block, block)
 
 
 def room(spec, m):

@@ -14,7 +14,7 @@ from gradwire_protocol.job_spec import BufferRef
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.async_device.job import DeviceJob
 from gradwire_server.backends.base import DeviceLostError, Times
-from gradwire_server.backends.cuda.backend import BLOCKS_BEGUN, CupyBackend
+from gradwire_server.backends.cuda.backend import PIPELINE_DEPTH, CupyBackend
 from gradwire_server.backends.cuda.memory_pool import Pool, rounded_up
 from gradwire_server.backends.cuda.pinned import empty_pinned
 from tests.server.backends.simulated_device import SimulatedDevice
@@ -164,7 +164,7 @@ def test_a_job_takes_the_memory_that_was_said(
     job = DeviceJob(
         spec,
         16,
-        BLOCKS_BEGUN,
+        PIPELINE_DEPTH,
         device,
         times=Times(),
         empty=lambda size_bytes: empty_pinned(pool, size_bytes),

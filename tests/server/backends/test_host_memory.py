@@ -13,7 +13,7 @@ import psutil
 from gradwire_server.backends import host_memory as memory
 
 if sys.argv[1] == "keep":
-    assert memory.keep_freed()
+    assert memory.tune_malloc()
 process = psutil.Process()
 MIB = 1 << 20
 resident = [process.memory_info().rss // MIB]
@@ -21,7 +21,7 @@ array = np.ones(100 * MIB, np.uint8)
 resident.append(process.memory_info().rss // MIB)
 del array
 resident.append(process.memory_info().rss // MIB)
-memory.give_back()
+memory.trim_malloc()
 resident.append(process.memory_info().rss // MIB)
 print(json.dumps(resident))
 """

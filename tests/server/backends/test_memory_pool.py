@@ -51,8 +51,8 @@ def test_memory_that_is_given_back_serves_the_next_of_its_size():
     pool = make_pool(system)
     first = pool.take(MIB)
     address = first.memory.ptr
-    first.give_back()
-    first.give_back()
+    first.free()
+    first.free()
     second, third = pool.take(MIB - 5), pool.take(MIB)
     assert second.memory.ptr == address
     assert third.memory.ptr != address
@@ -64,7 +64,7 @@ def test_no_piece_is_larger_than_was_asked_for_by_more_than_the_spare():
     system = System()
     exact, loose = make_pool(system), make_pool(system, spare=1.25)
     for pool in (exact, loose):
-        pool.take(MIB).give_back()
+        pool.take(MIB).free()
         assert pool.take(MIB // 2).size_bytes == MIB // 2
     assert exact.take(MIB * 15 // 16).size_bytes == MIB * 15 // 16
     assert loose.take(MIB * 15 // 16).size_bytes == MIB
@@ -75,10 +75,10 @@ def test_no_more_is_kept_than_the_bound():
     pool = make_pool(system, kept_bytes=3 * MIB)
     pieces = [pool.take(MIB) for _ in range(10)]
     for piece in pieces:
-        piece.give_back()
+        piece.free()
     del pieces, piece
-    pool.take(2 * MIB).give_back()
-    pool.take(GRAIN_BYTES).give_back()
+    pool.take(2 * MIB).free()
+    pool.take(GRAIN_BYTES).free()
     assert system.taken_bytes <= 3 * MIB + GRAIN_BYTES
     pool.clear()
     assert pool.taken_bytes == system.taken_bytes == 0
@@ -88,9 +88,9 @@ def test_many_small_pieces_are_not_kept():
     system = System()
     pool = make_pool(system)
     for piece in [pool.take(1) for _ in range(500)]:
-        piece.give_back()
+        piece.free()
     del piece
-    pool.take(MIB).give_back()
+    pool.take(MIB).free()
     assert system.taken_bytes < 100 * GRAIN_BYTES + MIB
 
 
@@ -98,24 +98,24 @@ def test_what_is_kept_makes_room_within_the_limit():
     system = System()
     pool = make_pool(system, limit_bytes=4 * MIB)
     kept, used = pool.take(2 * MIB), pool.take(MIB)
-    kept.give_back()
+    kept.free()
     del kept
     pool.take(3 * MIB)
     with pytest.raises(MemoryError, match="in use"):
         pool.take(2 * MIB)
-    used.give_back()
+    used.free()
     assert pool.taken_bytes <= 4 * MIB
 
 
 def test_what_is_kept_makes_room_where_the_system_has_no_more():
     system = System(4 * MIB)
     pool = make_pool(system)
-    pool.take(3 * MIB).give_back()
+    pool.take(3 * MIB).free()
     large = pool.take(4 * MIB)
     with pytest.raises(MemoryError, match="the system"):
         pool.take(MIB)
     assert pool.taken_bytes == system.taken_bytes == 4 * MIB
-    large.give_back()
+    large.free()
     assert pool.take(4 * MIB).size_bytes == 4 * MIB
 
 

@@ -39,7 +39,7 @@ def run(spec, x, w, dy, block_rows, backend=None):
     job.take_w(w)
     for first in range(0, m, block_rows):
         rows = slice(first, min(first + block_rows, m))
-        job.take_block(
+        job.compute_block(
             RowBlock(
                 rows=rows.stop - rows.start,
                 x=x[rows],
@@ -127,7 +127,7 @@ def test_dw_in_panels_is_dw(monkeypatch, dtype, n, k):
     spec = make_spec(50, n, k, dtype)
     x, w, dy = operands(spec, 50)
     whole = run(spec, x, w, dy, block_rows=16)
-    monkeypatch.setattr(numpy_backend, "PANEL_BYTES", 4 * 7 * 8)
+    monkeypatch.setattr(numpy_backend, "DW_TILE_BYTES", 4 * 7 * 8)
     panels = run(spec, x, w, dy, block_rows=16)
     limits = bounds(spec, x, w, dy, blocks=4)[Matrix.DW]
     difference = whole[Matrix.DW].astype(float) - panels[Matrix.DW].astype(float)
@@ -227,7 +227,7 @@ def test_a_job_takes_no_more_memory_than_was_said(dtype, result_dtype, accumulat
     try:
         job = NumpyBackend().open_job(spec, 128, 0, times=Times())
         job.take_w(w)
-        job.take_block(blocks)
+        job.compute_block(blocks)
         dw = job.finish()
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -256,7 +256,9 @@ def test_dw_is_summed_where_it_will_lie_and_has_the_same_bits(dtype, m):
         for first in range(0, m, 16):
             part = slice(first, min(first + 16, m))
             rows = part.stop - first
-            job.take_block(RowBlock(rows=rows, x=x[part], dy=dy[part], y=None, dx=None))
+            job.compute_block(
+                RowBlock(rows=rows, x=x[part], dy=dy[part], y=None, dx=None)
+            )
         found.append(job.finish())
         in_place = place is not None and dtype is dtype.sums_in
         assert (found[-1] is place) == in_place
@@ -273,7 +275,7 @@ def test_a_block_is_let_go_of_without_the_garbage_collector():
     seen = weakref.ref(x)
     gc.disable()
     try:
-        job.take_block(
+        job.compute_block(
             RowBlock(rows=8, x=x, dy=dy, y=np.empty_like(dy), dx=np.empty_like(x))
         )
         del x

@@ -36,7 +36,7 @@ def add_blocks(job, x, dy, first, last):
     for row in range(first, last, B):
         rows = slice(row, min(row + B, last))
         block = RowBlock(len(x[rows]), x[rows].copy(), dy[rows].copy(), None, None)
-        wait = job.take_block(block)
+        wait = job.compute_block(block)
         if wait is not None:
             wait()
 

@@ -8,12 +8,12 @@ import threading
 
 import pytest
 
-from gradwire_server.backends.numpy.worker_threads import Crew
+from gradwire_server.backends.numpy.worker_threads import WorkerThreads
 
 
 @pytest.fixture(params=[1, 2, 4])
 def crew(request):
-    crew = Crew(request.param)
+    crew = WorkerThreads(request.param)
     yield crew
     crew.close()
 
@@ -37,7 +37,7 @@ def test_what_a_piece_raises_reaches_the_caller_and_the_crew_goes_on(crew):
 
 
 def test_pieces_run_side_by_side():
-    crew = Crew(2)
+    crew = WorkerThreads(2)
     meeting = threading.Barrier(2, timeout=10)
     crew.run([meeting.wait, meeting.wait])
     crew.close()
@@ -45,7 +45,7 @@ def test_pieces_run_side_by_side():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness")
 def test_those_who_work_are_nicer_than_the_process():
-    crew, met = Crew(2, niceness=3), threading.Barrier(2, timeout=10)
+    crew, met = WorkerThreads(2, niceness=3), threading.Barrier(2, timeout=10)
     before, seen = os.getpriority(os.PRIO_PROCESS, 0), set()
 
     def piece():

@@ -8,14 +8,14 @@ from gradwire.v1 import job_pb2
 from gradwire_protocol.error_reasons import Reason
 from gradwire_server.backends.numpy.backend import NumpyBackend
 from gradwire_server.errors import JobError
-from gradwire_server.jobs.header.cache import Headers
+from gradwire_server.jobs.header.cache import HeaderCache
 from gradwire_server.jobs.header.parse import FEATURES, MAX_HEADER_BYTES
 
 
 @pytest.fixture
 def headers():
     backend = NumpyBackend()
-    yield Headers(backend, None, FEATURES, 1 << 20, "here")
+    yield HeaderCache(backend, None, FEATURES, 1 << 20, "here")
     backend.close()
 
 

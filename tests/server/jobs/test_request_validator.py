@@ -12,7 +12,7 @@ from gradwire_protocol.framing import Block
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.row_blocks import make_plan
 from gradwire_server.errors import JobError
-from gradwire_server.jobs.stream.request_validator import Intake
+from gradwire_server.jobs.stream.request_validator import RequestValidator
 from tests.server.specs import ALL, make_spec
 
 
@@ -20,13 +20,13 @@ def make_intake(m=None, n=3, k=5, results=ALL, block_rows=4):
     spec = make_spec(m, n, k, results=results)
     plan = make_plan(spec, block_rows * (n + k) * 4, 1)
     assert plan.block_rows == block_rows
-    return Intake(spec, plan), spec, plan
+    return RequestValidator(spec, plan), spec, plan
 
 
-def take(intake, message):
+def accept(intake, message):
     """The message's pieces, each placed."""
-    for span in intake.take(message):
-        intake.placed(span)
+    for span in intake.accept(message):
+        intake.commit(span)
         yield span
 
 
@@ -51,17 +51,17 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
         Matrix.X: rng.bytes(m * 3 * 4),
         Matrix.DY: rng.bytes(m * 5 * 4),
     }
-    placed = {matrix: bytearray(len(full)) for matrix, full in operands.items()}
+    commit = {matrix: bytearray(len(full)) for matrix, full in operands.items()}
 
     def send(matrix, count):
         index = sent[matrix]
         payload = memoryview(operands[matrix])[4 * index : 4 * (index + count)]
-        for span in take(intake, Block(matrix, index, payload)):
+        for span in accept(intake, Block(matrix, index, payload)):
             area = 0
             if matrix is not Matrix.W:
                 area = span.block * plan.block_rows * spec.row_length(matrix) * 4
             first = area + span.offset
-            placed[matrix][first : first + span.payload.nbytes] = span.payload
+            commit[matrix][first : first + span.payload.nbytes] = span.payload
         sent[matrix] += count
 
     sent = dict.fromkeys(operands, 0)
@@ -79,7 +79,7 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
         left = m * spec.row_length(least) - sent[least]
         send(least, data.draw(st.integers(1, min(left, 7 * spec.row_length(least)))))
     intake.end(m)
-    assert {matrix: bytes(area) for matrix, area in placed.items()} == operands
+    assert {matrix: bytes(area) for matrix, area in commit.items()} == operands
     assert intake.blocks_complete == -(-m // plan.block_rows)
     assert sum(map(intake.rows_of, range(intake.blocks_complete))) == m
 
@@ -89,14 +89,14 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
 def test_what_the_window_allows_always_finds_a_slot(data):
     """Otherwise the server would wait for a slot that never becomes free."""
     intake, spec, plan = make_intake()
-    list(take(intake, block(Matrix.W, 0, 15)))
+    list(accept(intake, block(Matrix.W, 0, 15)))
     sent = {Matrix.X: 0, Matrix.DY: 0}
     for _ in range(20):
         matrix = data.draw(st.sampled_from((Matrix.X, Matrix.DY)))
         count = data.draw(st.integers(1, 20 * spec.row_length(matrix)))
         complete = intake.blocks_complete
         try:
-            spans = list(take(intake, block(matrix, sent[matrix], count)))
+            spans = list(accept(intake, block(matrix, sent[matrix], count)))
         except JobError:
             continue
         sent[matrix] += count
@@ -110,19 +110,19 @@ def test_what_the_window_allows_always_finds_a_slot(data):
 
 def test_the_leading_operand_may_fill_the_window_and_not_one_element_more():
     intake, _, plan = make_intake()
-    list(take(intake, block(Matrix.W, 0, 15)))
+    list(accept(intake, block(Matrix.W, 0, 15)))
     window = plan.window_rows
-    list(take(intake, block(Matrix.X, 0, 3 * window)))
-    refused = reason_of(take, intake, block(Matrix.X, 3 * window, 1))
+    list(accept(intake, block(Matrix.X, 0, 3 * window)))
+    refused = reason_of(accept, intake, block(Matrix.X, 3 * window, 1))
     assert refused is Reason.LEAD_EXCEEDED
-    list(take(intake, block(Matrix.DY, 0, 5)))
-    list(take(intake, block(Matrix.X, 3 * window, 3)))
+    list(accept(intake, block(Matrix.DY, 0, 5)))
+    list(accept(intake, block(Matrix.X, 3 * window, 3)))
 
 
 def test_a_single_row_operand_has_no_window():
     intake, _, plan = make_intake(results=(Matrix.Y,))
-    list(take(intake, block(Matrix.W, 0, 15)))
-    list(take(intake, block(Matrix.X, 0, 3 * 10 * plan.window_rows)))
+    list(accept(intake, block(Matrix.W, 0, 15)))
+    list(accept(intake, block(Matrix.X, 0, 3 * 10 * plan.window_rows)))
     assert intake.blocks_complete == 10 * plan.window_rows // plan.block_rows
 
 
@@ -136,9 +136,9 @@ def test_rows_without_elements_are_complete_only_at_the_end():
 
 def test_a_block_is_complete_only_when_all_of_its_own_pieces_were_given_out():
     intake, _, _ = make_intake()
-    list(take(intake, block(Matrix.W, 0, 15)))
-    list(take(intake, block(Matrix.X, 0, 8 * 3)))  # two row blocks of X
+    list(accept(intake, block(Matrix.W, 0, 15)))
+    list(accept(intake, block(Matrix.X, 0, 8 * 3)))  # two row blocks of X
     complete = [
-        intake.blocks_complete for _ in take(intake, block(Matrix.DY, 0, 8 * 5))
+        intake.blocks_complete for _ in accept(intake, block(Matrix.DY, 0, 8 * 5))
     ]
     assert complete == [1, 2]

@@ -21,12 +21,14 @@ from gradwire_server.admission.controller import Admission
 from gradwire_server.errors import JobError
 from gradwire_server.memory import shared_regions
 from gradwire_server.memory.shared_regions import Regions
-from gradwire_server.scheduling.device_selector import Lanes
+from gradwire_server.scheduling.device_selector import DeviceSelector
 
 
 @pytest.fixture
 def admission() -> Admission:
-    return Admission(memory_limit=256 * MIB, max_jobs=1, max_queue=1, lanes=Lanes())
+    return Admission(
+        memory_limit=256 * MIB, max_jobs=1, max_queue=1, devices=DeviceSelector()
+    )
 
 
 def as_it_is(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -139,11 +141,11 @@ async def test_what_a_backend_did_to_a_region_ends_before_its_memory_goes(
             assert self._memory[0] == 7  # it is still mapped
             ended.set()
 
-    def adopt(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def pin(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         return np.asarray(Owner(memory))
 
     async def use() -> None:
-        async with Regions(admission, adopt).open(MIB) as region:
+        async with Regions(admission, pin).open(MIB) as region:
             region.memory[0] = 7
             opened.set()
             await asyncio.Event().wait()
@@ -177,7 +179,7 @@ async def test_a_process_without_descriptors_is_busy(
 
 
 async def test_regions_leave_room_for_the_calls_that_use_them() -> None:
-    admission = Admission(128 * MIB, max_jobs=4, max_queue=4, lanes=Lanes())
+    admission = Admission(128 * MIB, max_jobs=4, max_queue=4, devices=DeviceSelector())
     opened = Regions(admission, as_it_is)
     async with AsyncExitStack() as held:
 

@@ -4,110 +4,110 @@ from __future__ import annotations
 
 import pytest
 
-from gradwire_server.api.call_state import Counts
 from gradwire_server.backends.row_blocks import make_plan
-from gradwire_server.scheduling.device_selector import Lanes, Load, load_of
+from gradwire_server.scheduling.device_selector import DeviceSelector, Load, make_load
+from gradwire_server.scheduling.job_progress import JobProgress
 from tests.server.specs import make_spec
 
 
 def load(rows=10, *, device_bytes=0, row_operations=1):
     """A job with blocks of one row; m is open where `rows` is None."""
-    return Load(row_operations, 1, rows, device_bytes, Counts())
+    return Load(row_operations, 1, rows, device_bytes, JobProgress())
 
 
 def done(job, blocks, seconds=0.0):
-    job.counts.blocks = blocks
-    job.counts.times.computing_s = seconds
+    job.progress.blocks = blocks
+    job.progress.times.computing_s = seconds
 
 
 def test_a_job_goes_where_least_is_still_to_do():
-    lanes = Lanes((None, None, None))
+    lanes = DeviceSelector((None, None, None))
     jobs = [load(rows) for rows in (30, 20, 10)]
-    assert [lanes.put(job) for job in jobs] == [0, 1, 2]
-    assert lanes.put(load(1)) == 2
+    assert [lanes.assign(job) for job in jobs] == [0, 1, 2]
+    assert lanes.assign(load(1)) == 2
     done(jobs[0], 25)
-    assert lanes.put(load(1)) == 0
+    assert lanes.assign(load(1)) == 0
 
 
 def test_where_as_much_is_to_do_the_fewest_jobs_decide_and_then_the_order():
-    lanes = Lanes((None, None))
-    assert lanes.put(load(4)) == 0
-    assert lanes.put(load(1)) == 1
-    assert lanes.put(load(3)) == 1
-    assert lanes.put(load(1)) == 0  # 4 and 4 to do: it has one job, the other two
-    idle = Lanes((None, None))
-    assert idle.put(load(5)) == 0
+    lanes = DeviceSelector((None, None))
+    assert lanes.assign(load(4)) == 0
+    assert lanes.assign(load(1)) == 1
+    assert lanes.assign(load(3)) == 1
+    assert lanes.assign(load(1)) == 0  # 4 and 4 to do: it has one job, the other two
+    idle = DeviceSelector((None, None))
+    assert idle.assign(load(5)) == 0
 
 
 def test_a_fast_lane_has_more_to_do_and_is_free_as_soon():
-    lanes = Lanes((None, None))
+    lanes = DeviceSelector((None, None))
     for seconds, position in ((4.0, 0), (1.0, 1)):
         job = load(100)
-        lanes.put(job)
+        lanes.assign(job)
         if position:
             done(job, 100, seconds)
         else:
             slow = job
     done(slow, 100, 4.0)
-    lanes.take_away(slow, 0)
-    lanes.take_away(job, 1)
+    lanes.release(slow, 0)
+    lanes.release(job, 1)
     # 25 and 100 operations a second are known now.
-    assert lanes.put(load(10)) == 0
-    assert lanes.put(load(30)) == 1
-    assert lanes.put(load(1)) == 1  # 0.4 s against 0.3 s
+    assert lanes.assign(load(10)) == 0
+    assert lanes.assign(load(30)) == 1
+    assert lanes.assign(load(1)) == 1  # 0.4 s against 0.3 s
 
 
 def test_a_lane_that_has_shown_nothing_counts_as_the_others():
-    lanes = Lanes((None, None))
+    lanes = DeviceSelector((None, None))
     first = load(100)
-    lanes.put(first)
+    lanes.assign(first)
     done(first, 50, 1.0)
-    assert lanes.put(load(49)) == 1
-    assert lanes.put(load(1)) == 1  # 50 to do against 49
-    assert lanes.put(load(1)) == 0  # 50 each: it has one job, the other two
+    assert lanes.assign(load(49)) == 1
+    assert lanes.assign(load(1)) == 1  # 50 to do against 49
+    assert lanes.assign(load(1)) == 0  # 50 each: it has one job, the other two
 
 
 def test_a_job_of_unknown_length_counts_what_has_come_and_one_block():
     job = load(None)
-    assert job.to_do == 1
-    job.counts.blocks_received = 3
-    assert job.to_do == 4
-    job.counts.blocks = 3
-    assert job.to_do == 1
-    job.counts.ended, job.counts.m = True, 3
-    assert job.to_do == 0
+    assert job.remaining_ops == 1
+    job.progress.blocks_received = 3
+    assert job.remaining_ops == 4
+    job.progress.blocks = 3
+    assert job.remaining_ops == 1
+    job.progress.ended, job.progress.m = True, 3
+    assert job.remaining_ops == 0
 
 
 def test_the_operations_of_a_job_are_those_of_its_products():
     spec = make_spec(m=10, n=3, k=4)
-    job = load_of(spec, make_plan(spec, 1 << 20, 1), 0, Counts())
-    assert job.to_do == spec.operations
+    job = make_load(spec, make_plan(spec, 1 << 20, 1), 0, JobProgress())
+    assert job.remaining_ops == spec.operations
     assert job.done == 0
-    job.counts.blocks = 1  # the only one, and larger than the job
-    assert (job.to_do, job.done) == (0, spec.operations)
+    job.progress.blocks = 1  # the only one, and larger than the job
+    assert (job.remaining_ops, job.done) == (0, spec.operations)
 
 
 def test_memory_comes_before_speed_and_is_given_back():
-    lanes = Lanes((10, 20))
-    assert lanes.most_bytes == 20
+    lanes = DeviceSelector((10, 20))
+    assert lanes.max_bytes == 20
     large = load(100, device_bytes=15)
-    assert lanes.put(large) == 1
+    assert lanes.assign(large) == 1
     other = load(1000, device_bytes=8)
-    assert lanes.put(other) == 0
-    assert lanes.put(load(1, device_bytes=6)) is None
-    assert lanes.put(load(1, device_bytes=5)) == 1
-    lanes.take_away(other, 0)
+    assert lanes.assign(other) == 0
+    assert lanes.assign(load(1, device_bytes=6)) is None
+    assert lanes.assign(load(1, device_bytes=5)) == 1
+    lanes.release(other, 0)
     assert lanes.held_bytes(0) == 0
-    assert lanes.put(load(1, device_bytes=10)) == 0
+    assert lanes.assign(load(1, device_bytes=10)) == 0
 
 
 def test_a_device_without_memory_of_its_own_holds_any_job():
-    assert Lanes((None, 10)).most_bytes is None
-    assert Lanes((None,)).put(load(1, device_bytes=1 << 60)) == 0
+    assert DeviceSelector((None, 10)).max_bytes is None
+    assert DeviceSelector((None,)).assign(load(1, device_bytes=1 << 60)) == 0
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_equal_jobs_are_dealt_evenly(count):
-    lanes = Lanes((None,) * count)
-    positions = [lanes.put(load()) for _ in range(3 * count)]
+    lanes = DeviceSelector((None,) * count)
+    positions = [lanes.assign(load()) for _ in range(3 * count)]
     assert positions == list(range(count)) * 3

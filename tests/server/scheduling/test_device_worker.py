@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from gradwire_server.backends.base import Wait
-from gradwire_server.scheduling.device_worker import Lane
-from gradwire_server.scheduling.fair_queue import LEAD_S
+from gradwire_server.scheduling.device_worker import DeviceWorker
+from gradwire_server.scheduling.fair_queue import MAX_LEAD_S
 
 
 class Device:
@@ -50,7 +50,7 @@ class Device:
 
 @pytest.fixture
 def whole_wide_lane():
-    lane = Lane(0, most_begun=2)
+    lane = DeviceWorker(0, max_in_flight=2)
     yield lane
     lane.close()
 
@@ -62,7 +62,7 @@ def wide_lane(whole_wide_lane):
 
 @pytest.fixture
 def whole_lane():
-    lane = Lane(0)
+    lane = DeviceWorker(0)
     yield lane
     lane.close()
 
@@ -115,7 +115,7 @@ async def test_a_tenant_whose_pieces_take_long_lets_others_by(whole_lane):
     gate, order = threading.Event(), []
 
     def work_long() -> None:
-        time.sleep(1.5 * LEAD_S)
+        time.sleep(1.5 * MAX_LEAD_S)
         order.append("wide")
 
     work = [whole_lane.of("").submit("gate", gate.wait)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from gradwire_server.scheduling.fair_queue import LEAD_S, Turns
+from gradwire_server.scheduling.fair_queue import MAX_LEAD_S, FairQueue
 
 
-class Lane:
+class DeviceWorker:
     """Works for tenants that always want more, by a clock of its own."""
 
     def __init__(self) -> None:
-        self.turns: Turns[str] = Turns()
+        self.turns: FairQueue[str] = FairQueue()
         self.pieces_s: dict[str, float] = {}
 
     def wants(self, tenant: str, piece_s: float) -> None:
@@ -22,29 +22,29 @@ class Lane:
     def next(self) -> str:
         """Whose the next piece is; it is done, and the tenant wants another."""
         tenant = self.turns.take()
-        self.turns.took(tenant, self.pieces_s[tenant])
+        self.turns.charge(tenant, self.pieces_s[tenant])
         self.turns.put(tenant, "job", tenant)
         return tenant
 
 
 def test_tenants_get_as_much_of_a_lane_however_long_their_pieces_take() -> None:
-    lane = Lane()
+    lane = DeviceWorker()
     for tenant, piece_s in (("wide", 1.0), ("usual", 0.05), ("small", 0.01)):
         lane.wants(tenant, piece_s)
     pieces = Counter(lane.next() for _ in range(2000))
-    had_s = {tenant: pieces[tenant] * lane.pieces_s[tenant] for tenant in pieces}
-    assert max(had_s.values()) - min(had_s.values()) <= 1.0 + LEAD_S
+    usage_s = {tenant: pieces[tenant] * lane.pieces_s[tenant] for tenant in pieces}
+    assert max(usage_s.values()) - min(usage_s.values()) <= 1.0 + MAX_LEAD_S
 
 
 def test_short_pieces_are_done_in_turn() -> None:
-    lane = Lane()
+    lane = DeviceWorker()
     for tenant in ("one", "two", "three"):
-        lane.wants(tenant, LEAD_S / 50)
+        lane.wants(tenant, MAX_LEAD_S / 50)
     assert [lane.next() for _ in range(30)] == ["one", "two", "three"] * 10
 
 
 def test_what_a_tenant_did_not_want_is_not_made_up_for() -> None:
-    lane = Lane()
+    lane = DeviceWorker()
     lane.wants("first", 0.5)
     for _ in range(100):
         lane.next()
@@ -55,7 +55,7 @@ def test_what_a_tenant_did_not_want_is_not_made_up_for() -> None:
 
 
 def test_tenants_that_came_once_are_forgotten() -> None:
-    lane = Lane()
+    lane = DeviceWorker()
     lane.wants("always", 0.01)
     for number in range(1000):
         name = f"once{number}"
@@ -63,6 +63,6 @@ def test_tenants_that_came_once_are_forgotten() -> None:
         lane.pieces_s[name] = 0.01
         for _ in range(2):
             tenant = lane.turns.take()
-            lane.turns.took(tenant, 0.01)
+            lane.turns.charge(tenant, 0.01)
         lane.turns.put("always", "job", "always")
-    assert len(lane.turns._had_s) < 300
+    assert len(lane.turns._usage_s) < 300

@@ -21,7 +21,7 @@ from tests.thorough.faults.jobs import DY, JOBS, M, W, X, bits, compute
 from tests.thorough.faults.table import FAULTS
 
 NPY_HEADER_BYTES = 128
-COMPUTING = ("open_job", "take_w", "take_block", "finish")
+COMPUTING = ("open_job", "take_w", "compute_block", "finish")
 
 
 @pytest.fixture

@@ -40,12 +40,12 @@ MAX_BYTES = 4096
 _OWN = "/gradwire."
 
 
-class Bystanders(grpc.aio.ServerInterceptor):
+class StandardServiceGuard(grpc.aio.ServerInterceptor):
     """Lets calls of other services than gradwire's hold only a little."""
 
     def __init__(self) -> None:
-        self._open = _Places(MOST_OPEN)
-        self._coming = _Places(MOST_COMING)
+        self._open = Slots(MOST_OPEN)
+        self._coming = Slots(MOST_COMING)
 
     async def intercept_service(
         self,
@@ -83,18 +83,18 @@ class Bystanders(grpc.aio.ServerInterceptor):
     async def _streamed(
         self, handler: Handler, requests: AsyncIterator[Any], context: Context
     ) -> None:
-        with self._coming.one(context.peer()):
+        with self._coming.acquire(context.peer()):
             await _answer(handler, requests, context)
 
     async def _one(
         self, handler: Handler, requests: AsyncIterator[Any], context: Context
     ) -> None:
-        with self._coming.one(context.peer()):
+        with self._coming.acquire(context.peer()):
             request = await anext(requests, None)
         if request is None:
             status = grpc.StatusCode.INVALID_ARGUMENT
             await context.abort(status, "the call has no message: expected one")
-        with self._open.one(context.peer()):
+        with self._open.acquire(context.peer()):
             await _answer(handler, request, context)
 
 
@@ -102,7 +102,7 @@ class _EndedError(Exception):
     """Another call has taken the place of this one."""
 
 
-class _Places:
+class Slots:
     """So many calls at once; who comes when there are more takes one's place.
 
     Args:
@@ -115,7 +115,7 @@ class _Places:
         """The calls, the oldest first, the connection of each, and since when."""
 
     @contextmanager
-    def one(self, connection: str) -> Iterator[None]:
+    def acquire(self, connection: str) -> Iterator[None]:
         """A place for the call whose task this is, within this context.
 
         Raises:

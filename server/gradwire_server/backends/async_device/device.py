@@ -1,8 +1,8 @@
 """What a job asks of a device that works beside the thread that talks to it.
 
-Everything but `synchronize`, `settle` and taking memory only queues work on
+Everything but `synchronize`, `synchronize_all` and taking memory only queues work on
 one of three streams. Work on one stream is done in the order in which it was
-queued; between streams there is no order but that of marks.
+queued; between streams there is no order but that of events.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from gradwire_server.backends.base import Array
 class Stream(enum.Enum):
     """A queue of work on the device."""
 
-    UP = enum.auto()
+    H2D = enum.auto()
     """Copies to the device."""
     COMPUTE = enum.auto()
     """Products, and what is done with them there."""
-    DOWN = enum.auto()
+    D2H = enum.auto()
     """Copies from the device."""
 
 
-Mark: TypeAlias = Any
-"""A point in a stream's work, with its time: what CUDA calls an event."""
+Event: TypeAlias = Any
+"""A point in a stream's work, with its time."""
 
 
 @dataclass(slots=True, eq=False)
-class Marks:
-    """The marks of one row block, from its first copy to its last."""
+class Events:
+    """The events of one row block, from its first copy to its last."""
 
-    upload_begun: Mark
-    uploaded: Mark
-    compute_begun: Mark
-    computed: Mark
-    download_begun: Mark
-    done: Mark
+    upload_begun: Event
+    uploaded: Event
+    compute_begun: Event
+    computed: Event
+    download_begun: Event
+    done: Event
 
 
 class DeviceMemory(Protocol):
@@ -49,7 +49,7 @@ class DeviceMemory(Protocol):
 
     address: int
 
-    def give_back(self) -> None:
+    def free(self) -> None:
         """Lets others have it; in any thread, and more than once."""
 
 
@@ -62,21 +62,21 @@ class Device(Protocol):
         That is `MemoryError` and `DeviceLostError`; others stay what they are.
         """
 
-    def take_memory(self, size_bytes: int) -> DeviceMemory:
+    def allocate(self, size_bytes: int) -> DeviceMemory:
         """Memory that begins at a multiple of `ALIGNMENT`.
 
         Raises:
             MemoryError: There is not so much.
         """
 
-    def marks(self) -> Marks:
-        """Marks that nobody uses."""
+    def events(self) -> Events:
+        """Events that nobody uses."""
 
-    def give_marks_back(self, marks: Marks) -> None:
-        """Lets others have them; what they mark was waited for."""
+    def release_events(self, events: Events) -> None:
+        """Lets others have them; they were waited for."""
 
     def upload(self, source: Array, to: int) -> None:
-        """Copies an array to an address, on `Stream.UP`.
+        """Copies an array to an address, on `Stream.H2D`.
 
         The array stays alive and as it is until that is done.
         """
@@ -95,24 +95,24 @@ class Device(Protocol):
         """
 
     def download(self, source: int, to: Array) -> None:
-        """Copies from an address to an array, on `Stream.DOWN`.
+        """Copies from an address to an array, on `Stream.D2H`.
 
         The array stays alive until that is done.
         """
 
-    def record(self, stream: Stream, mark: Mark) -> None:
+    def record(self, stream: Stream, event: Event) -> None:
         """Marks the end of what was queued on a stream so far."""
 
-    def wait(self, stream: Stream, mark: Mark) -> None:
-        """Has what is queued on a stream from now on wait for a mark."""
+    def wait(self, stream: Stream, event: Event) -> None:
+        """Has what is queued on a stream from now on wait for an event."""
 
-    def synchronize(self, mark: Mark) -> None:
-        """Returns when a mark is reached; other threads run meanwhile."""
+    def synchronize(self, event: Event) -> None:
+        """Returns when an event is reached; other threads run meanwhile."""
 
-    def elapsed_s(self, begin: Mark, end: Mark) -> float:
-        """Seconds between two marks that were reached."""
+    def elapsed_s(self, begin: Event, end: Event) -> float:
+        """Seconds between two events that were reached."""
 
-    def settle(self) -> None:
+    def synchronize_all(self) -> None:
         """Returns when nothing that was queued is being done any more.
 
         It never raises: a device that is lost does nothing any more.

@@ -23,7 +23,12 @@ from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends import products
 from gradwire_server.backends.async_device import gemm
-from gradwire_server.backends.async_device.device import Allocate, Device, Marks, Stream
+from gradwire_server.backends.async_device.device import (
+    Allocate,
+    Device,
+    Events,
+    Stream,
+)
 from gradwire_server.backends.async_device.gemm import Compute, DeviceMatrix
 from gradwire_server.backends.async_device.layout import Placed, make_layout
 from gradwire_server.backends.base import Array, RowBlock, Times, Wait
@@ -49,7 +54,7 @@ class DeviceJob:
         self,
         spec: JobSpec,
         block_rows: int,
-        blocks_begun: int,
+        pipeline_depth: int,
         device: Device,
         *,
         times: Times,
@@ -62,11 +67,11 @@ class DeviceJob:
         self._empty = empty
         self._result = dw
         self._compute = Compute.of(spec.dtype, allow_tf32=spec.allow_tf32)
-        layout = make_layout(spec, block_rows, blocks_begun)
+        layout = make_layout(spec, block_rows, pipeline_depth)
         with device.errors():
-            self._memory = device.take_memory(layout.size_bytes)
+            self._memory = device.allocate(layout.size_bytes)
         self._placed = Placed(spec, layout, self._memory.address)
-        self._slots: list[Marks | None] = [None] * len(layout.slots)
+        self._slots: list[Events | None] = [None] * len(layout.slots)
         """Of each slot, the marks of its block until that was waited for."""
         self._blocks = 0
         self._dw_begun = False
@@ -92,20 +97,20 @@ class DeviceJob:
         if not (self._dw_begun and placed.size):
             out.fill(0)
             return
-        with self._begun() as marks:
-            self._device.record(Stream.COMPUTE, marks.computed)
-            self._device.wait(Stream.DOWN, marks.computed)
-            self._device.record(Stream.DOWN, marks.download_begun)
+        with self._begun() as events:
+            self._device.record(Stream.COMPUTE, events.computed)
+            self._device.wait(Stream.D2H, events.computed)
+            self._device.record(Stream.D2H, events.download_begun)
             self._device.download(placed.address, out)
-            self._device.record(Stream.DOWN, marks.done)
+            self._device.record(Stream.D2H, events.done)
             # The next block, which adds to it, is begun after this.
-            self._device.synchronize(marks.done)
+            self._device.synchronize(events.done)
             self._times.from_device_s += self._device.elapsed_s(
-                marks.download_begun, marks.done
+                events.download_begun, events.done
             )
-            self._device.give_marks_back(marks)
+            self._device.release_events(events)
 
-    def take_block(self, block: RowBlock) -> Wait | None:
+    def compute_block(self, block: RowBlock) -> Wait | None:
         """Begins a row block: copies it, computes, and copies its results."""
         if not (self._slots and block.rows):
             # Sums of no products: cuBLAS does not take them.
@@ -114,14 +119,14 @@ class DeviceJob:
                     result.fill(0)
             return None
         number = self._blocks % len(self._slots)
-        with self._begun() as marks:
-            self._upload(number, block, marks)
-            self._multiply(number, block, marks)
-            self._download(number, block, marks)
-        self._slots[number] = marks
+        with self._begun() as events:
+            self._upload(number, block, events)
+            self._multiply(number, block, events)
+            self._download(number, block, events)
+        self._slots[number] = events
         self._blocks += 1
         self._dw_begun = True
-        return partial(self._wait, number, block, marks)
+        return partial(self._wait, number, block, events)
 
     def finish(self) -> Array:
         """dW, shape (n, k), rounded once from the accumulator."""
@@ -139,29 +144,29 @@ class DeviceJob:
             result.fill(0)
             return result
         leaves = placed.dw
-        with self._begun() as marks:
-            self._device.record(Stream.COMPUTE, marks.compute_begun)
+        with self._begun() as events:
+            self._device.record(Stream.COMPUTE, events.compute_begun)
             if placed.rounded is not None:
                 leaves = placed.rounded
                 self._device.convert(placed.dw, leaves, add=False)
-            self._device.record(Stream.COMPUTE, marks.computed)
-            self._device.wait(Stream.DOWN, marks.computed)
-            self._device.record(Stream.DOWN, marks.download_begun)
+            self._device.record(Stream.COMPUTE, events.computed)
+            self._device.wait(Stream.D2H, events.computed)
+            self._device.record(Stream.D2H, events.download_begun)
             self._device.download(leaves.address, result)
-            self._device.record(Stream.DOWN, marks.done)
-            self._device.synchronize(marks.done)
+            self._device.record(Stream.D2H, events.done)
+            self._device.synchronize(events.done)
             self._times.computing_s += self._device.elapsed_s(
-                marks.compute_begun, marks.computed
+                events.compute_begun, events.computed
             )
             self._times.from_device_s += self._device.elapsed_s(
-                marks.download_begun, marks.done
+                events.download_begun, events.done
             )
-            self._device.give_marks_back(marks)
+            self._device.release_events(events)
         return result
 
     def close(self) -> None:
         """Gives the job's memory on the device back."""
-        self._memory.give_back()
+        self._memory.free()
 
     def _sum(self) -> DeviceMatrix:
         placed = self._placed.dw
@@ -170,49 +175,49 @@ class DeviceJob:
         return placed
 
     @contextmanager
-    def _begun(self) -> Iterator[Marks]:
+    def _begun(self) -> Iterator[Events]:
         """Marks for what is queued within; if that fails, it comes to an end.
 
         The job's memory, here and there, is others' soon after an error.
         """
         with self._device.errors():
-            marks = self._device.marks()
+            events = self._device.events()
             try:
-                yield marks
+                yield events
             except BaseException:
-                self._device.settle()
+                self._device.synchronize_all()
                 raise
 
     def _upload_whole(self, array: Array, to: DeviceMatrix) -> None:
         """Copies W, or a sum of dW, and waits for it."""
-        with self._begun() as marks:
-            self._device.record(Stream.UP, marks.upload_begun)
+        with self._begun() as events:
+            self._device.record(Stream.H2D, events.upload_begun)
             self._device.upload(array, to.address)
-            self._device.record(Stream.UP, marks.uploaded)
+            self._device.record(Stream.H2D, events.uploaded)
             # What it came in may be gone when this job is, at any moment.
-            self._device.synchronize(marks.uploaded)
+            self._device.synchronize(events.uploaded)
             self._times.to_device_s += self._device.elapsed_s(
-                marks.upload_begun, marks.uploaded
+                events.upload_begun, events.uploaded
             )
-            self._device.give_marks_back(marks)
+            self._device.release_events(events)
 
-    def _upload(self, slot: int, block: RowBlock, marks: Marks) -> None:
+    def _upload(self, slot: int, block: RowBlock, events: Events) -> None:
         before = self._slots[slot]
         if before is not None:
-            self._device.wait(Stream.UP, before.computed)
-        self._device.record(Stream.UP, marks.upload_begun)
+            self._device.wait(Stream.H2D, before.computed)
+        self._device.record(Stream.H2D, events.upload_begun)
         for matrix, array in ((Matrix.X, block.x), (Matrix.DY, block.dy)):
             placed = self._placed.of_rows(slot, matrix, block.rows)
             if placed is not None and array is not None:
                 self._device.upload(array, placed.address)
-        self._device.record(Stream.UP, marks.uploaded)
+        self._device.record(Stream.H2D, events.uploaded)
 
-    def _multiply(self, slot: int, block: RowBlock, marks: Marks) -> None:
-        self._device.wait(Stream.COMPUTE, marks.uploaded)
+    def _multiply(self, slot: int, block: RowBlock, events: Events) -> None:
+        self._device.wait(Stream.COMPUTE, events.uploaded)
         before = self._slots[slot]
         if before is not None:
             self._device.wait(Stream.COMPUTE, before.done)
-        self._device.record(Stream.COMPUTE, marks.compute_begun)
+        self._device.record(Stream.COMPUTE, events.compute_begun)
         of_rows = partial(self._placed.of_rows, slot, rows=block.rows)
         products.compute_block(
             _Products(
@@ -225,29 +230,29 @@ class DeviceJob:
             dx=of_rows(matrix=Matrix.DX),
             dw=self._placed.dw,
         )
-        self._device.record(Stream.COMPUTE, marks.computed)
+        self._device.record(Stream.COMPUTE, events.computed)
 
-    def _download(self, slot: int, block: RowBlock, marks: Marks) -> None:
-        self._device.wait(Stream.DOWN, marks.computed)
-        self._device.record(Stream.DOWN, marks.download_begun)
+    def _download(self, slot: int, block: RowBlock, events: Events) -> None:
+        self._device.wait(Stream.D2H, events.computed)
+        self._device.record(Stream.D2H, events.download_begun)
         for matrix, array in ((Matrix.Y, block.y), (Matrix.DX, block.dx)):
             placed = self._placed.of_rows(slot, matrix, block.rows)
             if placed is not None and array is not None:
                 self._device.download(placed.address, array)
-        self._device.record(Stream.DOWN, marks.done)
+        self._device.record(Stream.D2H, events.done)
 
-    def _wait(self, slot: int, block: RowBlock, marks: Marks) -> None:
+    def _wait(self, slot: int, block: RowBlock, events: Events) -> None:
         """Waits for a block, whose arrays live until then."""
         del block
         device, times = self._device, self._times
         with device.errors():
-            device.synchronize(marks.done)
-            times.to_device_s += device.elapsed_s(marks.upload_begun, marks.uploaded)
-            times.computing_s += device.elapsed_s(marks.compute_begun, marks.computed)
-            times.from_device_s += device.elapsed_s(marks.download_begun, marks.done)
-        if self._slots[slot] is marks:
+            device.synchronize(events.done)
+            times.to_device_s += device.elapsed_s(events.upload_begun, events.uploaded)
+            times.computing_s += device.elapsed_s(events.compute_begun, events.computed)
+            times.from_device_s += device.elapsed_s(events.download_begun, events.done)
+        if self._slots[slot] is events:
             self._slots[slot] = None
-        device.give_marks_back(marks)
+        device.release_events(events)
 
 
 class _Products:

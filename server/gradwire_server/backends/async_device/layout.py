@@ -33,13 +33,13 @@ class Layout:
     size_bytes: int
 
 
-def make_layout(spec: JobSpec, block_rows: int, blocks_begun: int) -> Layout:
+def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
     """The layout of a job.
 
     Args:
         spec: What was asked.
         block_rows: Most rows of a block.
-        blocks_begun: Most row blocks that the device has begun.
+        pipeline_depth: Most row blocks that the device has begun.
     """
     end = 0
 
@@ -77,7 +77,7 @@ def make_layout(spec: JobSpec, block_rows: int, blocks_begun: int) -> Layout:
             for matrix in (*ROW_OPERANDS, *ROW_RESULTS)
             if matrix in spec.operands or matrix in spec.results
         }
-        for _ in range(_slots(spec, block_rows, blocks_begun))
+        for _ in range(_slots(spec, block_rows, pipeline_depth))
     )
     return Layout(w, dw, share, rounded, sums, slots, end)
 
@@ -127,9 +127,9 @@ class Placed:
         return DeviceMatrix(self.address + offset, self.spec.n, self.spec.k, dtype)
 
 
-def _slots(spec: JobSpec, block_rows: int, blocks_begun: int) -> int:
+def _slots(spec: JobSpec, block_rows: int, pipeline_depth: int) -> int:
     if not block_rows or not spec.n or not spec.k:
         return 0
     if spec.m is None:
-        return blocks_begun
-    return min(blocks_begun, -(-spec.m // block_rows))
+        return pipeline_depth
+    return min(pipeline_depth, -(-spec.m // block_rows))

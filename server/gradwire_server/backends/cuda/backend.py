@@ -30,7 +30,7 @@ BLOCK_BYTES = 32 * MIB
 hardly faster; and beginning a block takes the lane's thread 0.2 ms, whatever its
 size."""
 
-BLOCKS_BEGUN = 4
+PIPELINE_DEPTH = 4
 """Row blocks that a device has begun: one arrives, one is computed, one leaves,
 and one is next, so that copies go on while the thread begins another."""
 
@@ -62,9 +62,9 @@ class CupyBackend:
 
     name = "cupy"
     max_columns = MAX_SIZE
-    at_once_operations = 0
+    inline_below_ops = 0
     block_bytes = BLOCK_BYTES
-    blocks_begun = BLOCKS_BEGUN
+    pipeline_depth = PIPELINE_DEPTH
 
     def __init__(
         self, devices: tuple[int, ...] = (), memory_limit: int | None = None
@@ -90,7 +90,7 @@ class CupyBackend:
         }
         self._lanes: dict[int, CupyDevice] = {}
 
-    def enter_lane(self, device: int) -> None:
+    def init_thread(self, device: int) -> None:
         """Makes streams and a cuBLAS handle, of and for the calling thread."""
         self._lanes[device] = self._host.CupyDevice(device, self._memory[device])
 
@@ -103,7 +103,7 @@ class CupyBackend:
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
         """Bytes of W, dW's sum, scratch, and the row blocks that have begun."""
-        return rounded_up(make_layout(spec, block_rows, BLOCKS_BEGUN).size_bytes)
+        return rounded_up(make_layout(spec, block_rows, PIPELINE_DEPTH).size_bytes)
 
     def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
         """Pinned memory, of which some is kept when it is given back.
@@ -112,7 +112,7 @@ class CupyBackend:
         """
         return empty_pinned(self._pinned, size_bytes)
 
-    def adopt(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def pin(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Pins it, as long as an array refers to it."""
         return self._host.register(memory, self.devices[0].index)
 
@@ -129,7 +129,7 @@ class CupyBackend:
         return DeviceJob(
             spec,
             block_rows,
-            BLOCKS_BEGUN,
+            PIPELINE_DEPTH,
             self._lanes[device],
             times=times,
             empty=self.empty,

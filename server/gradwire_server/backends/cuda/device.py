@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from cupy.cuda import Device as CudaDevice
-from cupy.cuda import Event, cublas, get_elapsed_time, runtime
+from cupy.cuda import Event as CudaEvent
 from cupy.cuda import Stream as CudaStream
+from cupy.cuda import cublas, get_elapsed_time, runtime
 from cupy.cuda.compiler import compile_using_nvrtc
 from cupy.cuda.function import Module
 
 from gradwire_protocol.dtypes import Dtype
-from gradwire_server.backends.async_device.device import Mark, Marks, Stream
+from gradwire_server.backends.async_device.device import Event, Events, Stream
 from gradwire_server.backends.async_device.gemm import (
     CUDA_TYPES,
     DEFAULT_ALGORITHM,
@@ -42,9 +43,9 @@ class CupyMemory:
         self._piece = piece
         self.address = int(piece.memory.ptr)
 
-    def give_back(self) -> None:
+    def free(self) -> None:
         """Lets others have it."""
-        self._piece.give_back()
+        self._piece.free()
 
 
 class CupyDevice:
@@ -70,7 +71,7 @@ class CupyDevice:
             self._handle = CudaDevice(index).cublas_handle
             cublas.setPointerMode(self._handle, POINTER_MODE_HOST)
             cublas.setMathMode(self._handle, DISALLOW_REDUCED_PRECISION_REDUCTION)
-        self._marks: list[Marks] = []
+        self._events: list[Events] = []
         self._module: Any = None
         self._kernels: dict[str, Any] = {}
         self._scalars = {
@@ -85,19 +86,19 @@ class CupyDevice:
         with translated(self._pool.clear, runtime.deviceSynchronize):
             yield
 
-    def take_memory(self, size_bytes: int) -> CupyMemory:
+    def allocate(self, size_bytes: int) -> CupyMemory:
         """Memory of the GPU's pool."""
         return CupyMemory(self._pool.take(size_bytes))
 
-    def marks(self) -> Marks:
+    def events(self) -> Events:
         """Events on which a thread can wait, and that know their time."""
-        if self._marks:
-            return self._marks.pop()
-        return Marks(*(Event(block=True) for _ in range(6)))
+        if self._events:
+            return self._events.pop()
+        return Events(*(CudaEvent(block=True) for _ in range(6)))
 
-    def give_marks_back(self, marks: Marks) -> None:
+    def release_events(self, events: Events) -> None:
         """Keeps the events for another block."""
-        self._marks.append(marks)
+        self._events.append(events)
 
     def upload(self, source: Array, to: int) -> None:
         """cudaMemcpyAsync from the array's memory."""
@@ -107,7 +108,7 @@ class CupyDevice:
                 source.ctypes.data,
                 source.nbytes,
                 runtime.memcpyHostToDevice,
-                self._streams[Stream.UP].ptr,
+                self._streams[Stream.H2D].ptr,
             )
 
     def download(self, source: int, to: Array) -> None:
@@ -118,7 +119,7 @@ class CupyDevice:
                 source,
                 to.nbytes,
                 runtime.memcpyDeviceToHost,
-                self._streams[Stream.DOWN].ptr,
+                self._streams[Stream.D2H].ptr,
             )
 
     def multiply(self, gemm: Gemm) -> None:
@@ -170,24 +171,24 @@ class CupyDevice:
             self._kernels[name] = self._module.get_function(name)
         return self._kernels[name]
 
-    def record(self, stream: Stream, mark: Mark) -> None:
+    def record(self, stream: Stream, event: Event) -> None:
         """cudaEventRecord."""
-        mark.record(self._streams[stream])
+        event.record(self._streams[stream])
 
-    def wait(self, stream: Stream, mark: Mark) -> None:
+    def wait(self, stream: Stream, event: Event) -> None:
         """cudaStreamWaitEvent."""
-        self._streams[stream].wait_event(mark)
+        self._streams[stream].wait_event(event)
 
-    def synchronize(self, mark: Mark) -> None:
+    def synchronize(self, event: Event) -> None:
         """cudaEventSynchronize, without Python's lock."""
-        mark.synchronize()
+        event.synchronize()
 
-    def elapsed_s(self, begin: Mark, end: Mark) -> float:
+    def elapsed_s(self, begin: Event, end: Event) -> float:
         """cudaEventElapsedTime."""
         milliseconds: float = get_elapsed_time(begin, end)
         return milliseconds / 1000
 
-    def settle(self) -> None:
+    def synchronize_all(self) -> None:
         """cudaStreamSynchronize, of each."""
         for stream in self._streams.values():
             with suppress(runtime.CUDARuntimeError):

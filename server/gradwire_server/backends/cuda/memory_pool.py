@@ -44,7 +44,7 @@ class Piece(Generic[T]):
         self.size_bytes = size_bytes
         self._given: deque[Piece[T]] | None = given
 
-    def give_back(self) -> None:
+    def free(self) -> None:
         """Lets others have it; in any thread, and more than once.
 
         It takes no lock and frees nothing, because it may be called by the

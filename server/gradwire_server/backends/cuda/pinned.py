@@ -25,7 +25,7 @@ class _Owner:
         }
 
     def __del__(self) -> None:
-        self._piece.give_back()
+        self._piece.free()
 
 
 def empty_pinned(pool: Pool[Any], size_bytes: int) -> npt.NDArray[np.uint8]:

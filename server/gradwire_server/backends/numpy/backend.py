@@ -26,8 +26,8 @@ from gradwire_server.backends.base import (
 )
 from gradwire_server.backends.host_memory import machine_bytes
 from gradwire_server.backends.numpy.worker_threads import (
-    Crew,
     Piece,
+    WorkerThreads,
     limit_blas,
     processors,
 )
@@ -44,11 +44,11 @@ piece, which should not become what takes the time."""
 
 SMALL_PIECE = 128
 
-ALONE_OPERATIONS = 1 << 22
+INLINE_BELOW_OPS = 1 << 22
 """Multiplications and additions of a row block's products below which the
 lane's thread does them alone: waking another takes as long as they do."""
 
-PANEL_BYTES = 16 * MIB
+DW_TILE_BYTES = 16 * MIB
 """Most of dW's share that a thread computes before it is added, so that no
 second n x k matrix is needed."""
 
@@ -65,13 +65,13 @@ class NumpyBackend:
 
     name = "numpy"
     max_columns = 2**31 - 1
-    at_once_operations = ALONE_OPERATIONS
+    inline_below_ops = INLINE_BELOW_OPS
     block_bytes = 16 * MIB
-    blocks_begun = 1
+    pipeline_depth = 1
 
     def __init__(self, threads: int = 0, niceness: int = 0) -> None:
         self._blas = limit_blas() if threads else None
-        self._crew = Crew(threads if self._blas else 1, niceness)
+        self._threads = WorkerThreads(threads if self._blas else 1, niceness)
         self.devices: tuple[DeviceInfo, ...] = (
             DeviceInfo(
                 backend=self.name,
@@ -84,10 +84,10 @@ class NumpyBackend:
             ),
         )
 
-    def enter_lane(self, device: int) -> None:
+    def init_thread(self, device: int) -> None:
         """Makes the lane's thread one of the crew."""
         del device
-        self._crew.enter()
+        self._threads.enter()
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
         """Bytes of the accumulator, of widened copies and of scratch."""
@@ -101,8 +101,8 @@ class NumpyBackend:
             if not _sums_in_place(spec):
                 size += dw * spec.accumulator.itemsize
             size += dw * result.itemsize if result != spec.accumulator else 0
-            panel = _panel_elements(spec)
-            size += self._crew.threads * panel * spec.dtype.sums_in.itemsize
+            panel = _dw_tile_elements(spec)
+            size += self._threads.count * panel * spec.dtype.sums_in.itemsize
         return size
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
@@ -114,7 +114,7 @@ class NumpyBackend:
         """Memory like any other, but for where it begins."""
         return empty_aligned(size_bytes)
 
-    def adopt(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def pin(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The memory itself: all of it is the device's own."""
         return memory
 
@@ -129,11 +129,11 @@ class NumpyBackend:
     ) -> NumpyJob:
         """A job; `device` is 0."""
         del device
-        return NumpyJob(spec, block_rows, self._crew, times, dw)
+        return NumpyJob(spec, block_rows, self._threads, times, dw)
 
     def close(self) -> None:
         """Ends the threads, and gives BLAS its own back."""
-        self._crew.close()
+        self._threads.close()
         if self._blas is not None:
             self._blas.restore_original_limits()
 
@@ -150,21 +150,21 @@ class NumpyJob:
         self,
         spec: JobSpec,
         block_rows: int,
-        crew: Crew,
+        threads: WorkerThreads,
         times: Times,
         dw: Array | None,
     ) -> None:
         self._spec = spec
         self._times = times
-        self._crew = crew
+        self._threads = threads
         self._scratch = {
             purpose: np.empty(shape, spec.dtype.sums_in.numpy)
             for purpose, shape in _scratch_shapes(spec, block_rows).items()
         }
-        self._panels: SimpleQueue[Array] = SimpleQueue()
-        panel_elements = _panel_elements(spec)
-        for _ in range(crew.threads):
-            self._panels.put(np.empty(panel_elements, spec.dtype.sums_in.numpy))
+        self._dw_tiles: SimpleQueue[Array] = SimpleQueue()
+        panel_elements = _dw_tile_elements(spec)
+        for _ in range(threads.count):
+            self._dw_tiles.put(np.empty(panel_elements, spec.dtype.sums_in.numpy))
         self._w: Array | None = None
         self._dw: Array | None = None
         self._dw_begun = False
@@ -185,11 +185,11 @@ class NumpyJob:
         np.copyto(self._dw, dw)
         self._dw_begun = True
 
-    def take_block(self, block: RowBlock) -> None:
+    def compute_block(self, block: RowBlock) -> None:
         """Computes y and dx of the block and adds its share to dW."""
         # NaN, Inf and overflow are data here, not events to warn of.
         with self._times.computing(), np.errstate(all="ignore"):
-            products = _Products(self._panels, first=not self._dw_begun)
+            products = _Products(self._dw_tiles, first=not self._dw_begun)
             compute_block(
                 products,
                 w=self._w,
@@ -202,7 +202,7 @@ class NumpyJob:
             try:
                 spec = self._spec
                 operations = 2 * len(spec.results) * block.rows * spec.n * spec.k
-                self._crew.run(products.pieces, alone=operations < ALONE_OPERATIONS)
+                self._threads.run(products.pieces, inline=operations < INLINE_BELOW_OPS)
             finally:
                 # Pieces know their products: a cycle, which would hold the
                 # block's memory until the garbage collector comes by.
@@ -268,11 +268,11 @@ class _Products:
 
     def __init__(self, panels: SimpleQueue[Array], *, first: bool) -> None:
         self.pieces: list[Piece] = []
-        self._panels = panels
+        self._dw_tiles = panels
         self._first = first
 
     def multiply(self, a: Array, b: Array, out: _Result) -> None:
-        for rows, columns in _cuts(*out.computed.shape):
+        for rows, columns in _tiles(*out.computed.shape):
             self.pieces.append(
                 partial(_multiply, a[rows], b[:, columns], out, (rows, columns))
             )
@@ -281,18 +281,18 @@ class _Products:
         self.multiply(a, b.T, out)
 
     def accumulate_transposed(self, a: Array, b: Array, out: Array) -> None:
-        most = PANEL_BYTES // b.dtype.itemsize
+        most = DW_TILE_BYTES // b.dtype.itemsize
         # The largest pieces go first, so that no thread ends long after another.
         self.pieces[:0] = [
             partial(self._accumulate, a[:, rows].T, b[:, columns], out[rows, columns])
-            for rows, columns in _cuts(len(out), out.shape[1], most)
+            for rows, columns in _tiles(len(out), out.shape[1], most)
         ]
 
     def _accumulate(self, a: Array, b: Array, out: Array) -> None:
         if self._first and out.dtype == b.dtype:
             np.matmul(a, b, out=out)
             return
-        panel = self._panels.get()
+        panel = self._dw_tiles.get()
         try:
             share = panel[: out.size].reshape(out.shape)
             np.matmul(a, b, out=share)
@@ -301,7 +301,7 @@ class _Products:
             else:
                 np.add(out, share, out=out)
         finally:
-            self._panels.put(panel)
+            self._dw_tiles.put(panel)
 
 
 def _multiply(a: Array, b: Array, out: _Result, part: tuple[slice, slice]) -> None:
@@ -311,7 +311,7 @@ def _multiply(a: Array, b: Array, out: _Result, part: tuple[slice, slice]) -> No
 
 
 @functools.lru_cache(512)
-def _cuts(
+def _tiles(
     rows: int, columns: int, most_elements: int | None = None
 ) -> Sequence[tuple[slice, slice]]:
     """The pieces of a product with elements: of its rows, or of its columns.
@@ -360,12 +360,12 @@ def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]
     return shapes
 
 
-def _panel_elements(spec: JobSpec) -> int:
+def _dw_tile_elements(spec: JobSpec) -> int:
     """Elements of the room that each thread has for a piece of dW's share."""
     if Matrix.DW not in spec.results:
         return 0
     n, k = spec.n, spec.k
-    cuts = _cuts(n, k, PANEL_BYTES // spec.dtype.sums_in.itemsize)
+    cuts = _tiles(n, k, DW_TILE_BYTES // spec.dtype.sums_in.itemsize)
     if not cuts:
         return 0
     rows, columns = cuts[0]

@@ -29,7 +29,7 @@ _log = logging.getLogger("gradwire_server")
 Piece: TypeAlias = Callable[[], None]
 
 
-class Crew:
+class WorkerThreads:
     """A lane's thread and its helpers.
 
     Args:
@@ -39,7 +39,7 @@ class Crew:
     """
 
     def __init__(self, threads: int, niceness: int = 0) -> None:
-        self.threads = threads
+        self.count = threads
         # Threads begin with the niceness of the one that starts them, which may
         # be the lane's: so all of them are given the same.
         self._niceness = niceness and min(_own_niceness() + niceness, 19)
@@ -58,17 +58,17 @@ class Crew:
         """Ends the helpers."""
         self._pool.shutdown()
 
-    def run(self, pieces: Sequence[Piece], *, alone: bool = False) -> None:
+    def run(self, pieces: Sequence[Piece], *, inline: bool = False) -> None:
         """Does the pieces, in any order, and returns when all are done.
 
         Args:
             pieces: What is to be done.
-            alone: Whether the calling thread does it without the helpers.
+            inline: Whether the calling thread does it without the helpers.
 
         Raises:
             Exception: What a piece raised.
         """
-        if alone:
+        if inline:
             for piece in pieces:
                 piece()
             return
@@ -83,7 +83,7 @@ class Crew:
                     return
                 piece()
 
-        helpers = min(self.threads, len(pieces)) - 1
+        helpers = min(self.count, len(pieces)) - 1
         done = [self._pool.submit(work) for _ in range(helpers)]
         try:
             work()

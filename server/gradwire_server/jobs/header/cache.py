@@ -34,7 +34,7 @@ class Header:
     """What is said of every job with this header, on each device."""
 
 
-class Headers:
+class HeaderCache:
     """Reads headers, and remembers what came of the last ones.
 
     Args:
@@ -79,7 +79,7 @@ class Headers:
     def _understood(self, encoded: bytes) -> Header:
         job = job_pb2.Job.FromString(encoded)
         spec = parse_header(job, self._backend.max_columns, self._features)
-        plan = make_plan(spec, self._block_bytes, self._backend.blocks_begun)
+        plan = make_plan(spec, self._block_bytes, self._backend.pipeline_depth)
         check_grid(spec, plan.block_rows)
         device_bytes = self._backend.device_bytes(spec, plan.slot_rows)
         echo = spec.to_message()

@@ -19,7 +19,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Summed:
+class CheckpointReady:
     """dW's sum over the first rows, and when it is there."""
 
     rows: int
@@ -27,7 +27,7 @@ class Summed:
 
 
 @dataclass(frozen=True, slots=True)
-class HandedOver:
+class DrainPoint:
     """The job ends here, with dW's sum over its first rows."""
 
     rows: int

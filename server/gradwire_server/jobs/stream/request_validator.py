@@ -31,7 +31,7 @@ class Span:
     payload: memoryview
 
     @property
-    def whole(self) -> bool:
+    def not_row_blocked(self) -> bool:
         """Whether they are of a matrix that has no row blocks."""
         return self.matrix in _WHOLE
 
@@ -40,7 +40,7 @@ _WHOLE = (Matrix.W, Matrix.DW_SUM)
 """What comes before all rows."""
 
 
-class Intake:
+class RequestValidator:
     """The state of one request stream.
 
     Args:
@@ -86,7 +86,7 @@ class Intake:
             return self._plan.block_rows
         return min(self._plan.block_rows, self._rows - number * self._plan.block_rows)
 
-    def take(self, block: Block) -> Iterator[Span]:
+    def accept(self, block: Block) -> Iterator[Span]:
         """Checks a message and says where its bytes belong, piece by piece.
 
         A piece counts as received once it is said to be `placed`: a message
@@ -112,7 +112,7 @@ class Intake:
             yield Span(operand, number, first * itemsize, piece)
             payload = payload[piece.nbytes :]
 
-    def placed(self, span: Span) -> None:
+    def commit(self, span: Span) -> None:
         """A piece of a message is where it belongs."""
         itemsize = self._spec.dtype_of(span.matrix).itemsize
         self._received[span.matrix] += span.payload.nbytes // itemsize

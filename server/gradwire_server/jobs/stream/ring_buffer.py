@@ -19,7 +19,7 @@ from gradwire_server.backends.row_blocks import Plan
 from gradwire_server.jobs.stream.request_validator import Span
 
 
-class Ring:
+class RingBuffer:
     """Where a job's operands arrive and its row results wait to leave.
 
     Of s slots, row block b lies in slot b mod s. It may be filled when block
@@ -64,7 +64,7 @@ class Ring:
 
     def put(self, span: Span) -> None:
         """Writes received bytes where they belong."""
-        start = 0 if span.whole else self._slot_start(span.block)
+        start = 0 if span.not_row_blocked else self._slot_start(span.block)
         first = start + self._plan.offsets[span.matrix] + span.offset
         size = span.payload.nbytes
         self._region[first : first + size] = np.frombuffer(span.payload, np.uint8)

@@ -18,24 +18,24 @@ import numpy as np
 from gradwire_protocol.framing import Block
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
-from gradwire_server.api.call_state import Counts
 from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
 from gradwire_server.backends.row_blocks import Plan
-from gradwire_server.jobs.device_execution import Computation
+from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.jobs.stream.checkpoints import (
     Checkpoint,
+    CheckpointReady,
     Checkpoints,
-    HandedOver,
-    Summed,
+    DrainPoint,
 )
-from gradwire_server.jobs.stream.request_validator import Intake
-from gradwire_server.jobs.stream.ring_buffer import Ring
+from gradwire_server.jobs.stream.request_validator import RequestValidator
+from gradwire_server.jobs.stream.ring_buffer import RingBuffer
 from gradwire_server.observability.timeline import ObserveJob, Stage
-from gradwire_server.scheduling.device_worker import TenantLane
+from gradwire_server.scheduling.device_worker import TenantHandle
+from gradwire_server.scheduling.job_progress import JobProgress
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ResultChunk:
     """Consecutive elements of a result, ready to leave."""
 
     matrix: Matrix
@@ -49,7 +49,7 @@ _Computed: TypeAlias = tuple[int, RowBlock, asyncio.Future[None]]
 """A block's number, its matrices, and when it is computed."""
 
 
-class RunningJob:
+class StreamedJob:
     """An admitted job.
 
     Args:
@@ -57,7 +57,7 @@ class RunningJob:
         plan: How it is cut.
         backend: What computes it.
         lane: Where.
-        counts: Told what was done.
+        progress: Told what was done.
         observe: Told when it is done.
 
     Use it as an async context manager: when it is left, for whatever cause,
@@ -69,35 +69,35 @@ class RunningJob:
         spec: JobSpec,
         plan: Plan,
         backend: Backend,
-        lane: TenantLane,
-        counts: Counts,
+        worker: TenantHandle,
+        progress: JobProgress,
         *,
         observe: ObserveJob,
     ) -> None:
         self._observe = observe
-        self._counts = counts
+        self._progress = progress
         self.spec = spec
         self._plan = plan
-        self._lane = lane
-        self._computation = Computation(spec, plan, backend, lane.device, counts)
-        self._intake = Intake(spec, plan)
+        self._worker = worker
+        self._execution = DeviceExecution(spec, plan, backend, worker.device, progress)
+        self._validator = RequestValidator(spec, plan)
         self._backend = backend
-        self._ring: Ring
+        self._ring: RingBuffer
         self._submitted = spec.first_row // plan.block_rows
         """Row blocks that were handed to the lane, with those that do not come."""
         self._checkpoints = Checkpoints(spec)
         self._handed_over = False
         self._served_at = 0.0
         self._prepared = False
-        self._computed: asyncio.Queue[_Computed | Summed | HandedOver | None]
+        self._computed: asyncio.Queue[_Computed | CheckpointReady | DrainPoint | None]
         self._computed = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         try:
-            self._ring = await self._lane.submit(self, self._open)
+            self._ring = await self._worker.submit(self, self._open)
         except BaseException:
-            await self._lane.discard(self)
-            self._computation.close()
+            await self._worker.discard(self)
+            self._execution.close()
             raise
         return self
 
@@ -108,9 +108,9 @@ class RunningJob:
         trace: TracebackType | None,
     ) -> None:
         try:
-            await self._lane.discard(self)
+            await self._worker.discard(self)
         finally:
-            self._computation.close()
+            self._execution.close()
             self._computed = asyncio.Queue()
             self._ring.free()
 
@@ -129,10 +129,10 @@ class RunningJob:
         if not self._handed_over:
             self._handed_over = True
             rows = self._submitted * self._plan.block_rows
-            self._computed.put_nowait(HandedOver(rows))
+            self._computed.put_nowait(DrainPoint(rows))
         return True
 
-    def owes_nothing_since(self) -> float:
+    def idle_since(self) -> float:
         """When the last result that could leave has left; event loop's clock.
 
         Now, while row blocks are complete whose results have not left.
@@ -147,16 +147,16 @@ class RunningJob:
         Raises:
             JobError: The message does not continue the stream.
         """
-        for span in self._intake.take(block):
-            if not span.whole:
+        for span in self._validator.accept(block):
+            if not span.not_row_blocked:
                 await self._ring.wait_for_slot(span.block)
-            block_number = None if span.whole else span.block
+            block_number = None if span.not_row_blocked else span.block
             await self._unless_handed_over()
             self._observe(Stage.RECEIVING, block_number)
             self._ring.put(span)
             self._observe(Stage.RECEIVING, block_number)
-            self._intake.placed(span)
-            self._counts.bytes_received += span.payload.nbytes
+            self._validator.commit(span)
+            self._progress.bytes_received += span.payload.nbytes
             await self._submit_complete()
 
     async def end(self, m: int) -> None:
@@ -165,13 +165,13 @@ class RunningJob:
         Raises:
             JobError: It is not.
         """
-        self._intake.end(m)
-        self._counts.m = m
-        self._counts.ended = True
+        self._validator.end(m)
+        self._progress.m = m
+        self._progress.ended = True
         await self._submit_complete()
         self._computed.put_nowait(None)
 
-    async def results(self) -> AsyncGenerator[Run | Checkpoint, None]:
+    async def results(self) -> AsyncGenerator[ResultChunk | Checkpoint, None]:
         """The results as they are ready.
 
         Y and dX block by block, dW's sum in between, where it is asked for,
@@ -182,15 +182,15 @@ class RunningJob:
             Exception: What the backend raised.
         """
         while (computed := await self._computed.get()) is not None:
-            if isinstance(computed, Summed):
+            if isinstance(computed, CheckpointReady):
                 for part in self._checkpoint(computed.rows, await computed.dw):
                     yield part
                 self._checkpoints.left()
                 continue
-            if isinstance(computed, HandedOver):
+            if isinstance(computed, DrainPoint):
                 await self._ring.all_released(self._submitted)
                 if computed.rows > self._checkpoints.rows:
-                    dw = await self._lane.submit(self, self._copy_sum)
+                    dw = await self._worker.submit(self, self._copy_sum)
                     for part in self._checkpoint(computed.rows, dw):
                         yield part
                 raise computed.error()
@@ -199,18 +199,18 @@ class RunningJob:
             first_row = number * self._plan.block_rows
             for matrix, array in zip(ROW_RESULTS, (block.y, block.dx), strict=True):
                 if array is not None:
-                    for run in self._runs(matrix, first_row, array):
+                    for run in self._chunks(matrix, first_row, array):
                         yield run
             self._ring.release(number)
             self._served_at = asyncio.get_running_loop().time()
         if Matrix.DW in self.spec.results:
-            dw = await self._lane.submit(self, self._finish)
-            for run in self._runs(Matrix.DW, 0, dw):
+            dw = await self._worker.submit(self, self._finish)
+            for run in self._chunks(Matrix.DW, 0, dw):
                 yield run
 
-    def _checkpoint(self, rows: int, dw: Array) -> Iterator[Run | Checkpoint]:
+    def _checkpoint(self, rows: int, dw: Array) -> Iterator[ResultChunk | Checkpoint]:
         yield Checkpoint(rows)
-        yield from self._runs(Matrix.DW_SUM, 0, dw)
+        yield from self._chunks(Matrix.DW_SUM, 0, dw)
 
     async def _unless_handed_over(self) -> None:
         """Goes on; not where the job is about to end, with this task."""
@@ -219,7 +219,7 @@ class RunningJob:
 
     def _last_block_came(self) -> bool:
         """Whether the last row block is there, which may be a short one."""
-        rows = self._counts.m if self._counts.ended else self.spec.m
+        rows = self._progress.m if self._progress.ended else self.spec.m
         return rows is not None and self._submitted * self._plan.block_rows >= rows
 
     async def _submit_complete(self) -> None:
@@ -233,25 +233,28 @@ class RunningJob:
             block = self._ring.rows(number, rows)
             if number < self.spec.results_from_row // self._plan.block_rows:
                 block = replace(block, y=None, dx=None)
-            done = self._lane.begin(self, partial(self._compute, number, block))
+            done = self._worker.begin(self, partial(self._compute, number, block))
             self._computed.put_nowait((number, block, done))
             self._submitted += 1
-            self._counts.blocks_received += 1
+            self._progress.blocks_received += 1
             if rows == self._plan.block_rows:
                 self._submit_checkpoint(self._submitted * rows)
 
     def _submit_checkpoint(self, rows: int) -> None:
         """Has dW's sum over the blocks that were submitted sent, if it is due."""
         if self._checkpoints.begin(rows):
-            dw = self._lane.submit(self, self._copy_sum)
-            self._computed.put_nowait(Summed(rows, dw))
+            dw = self._worker.submit(self, self._copy_sum)
+            self._computed.put_nowait(CheckpointReady(rows, dw))
 
     def _next_rows(self) -> int | None:
         """Rows of the next block in order; None while it is not complete."""
-        number, intake = self._submitted, self._intake
-        return intake.rows_of(number) if number < intake.blocks_complete else None
+        number, validator = self._submitted, self._validator
+        complete = number < validator.blocks_complete
+        return validator.rows_of(number) if complete else None
 
-    def _runs(self, matrix: Matrix, first_row: int, array: Array) -> Iterator[Run]:
+    def _chunks(
+        self, matrix: Matrix, first_row: int, array: Array
+    ) -> Iterator[ResultChunk]:
         itemsize = array.dtype.itemsize
         size = max(self.spec.max_block_bytes // itemsize, 1)
         first = first_row * array.shape[1]
@@ -260,22 +263,22 @@ class RunningJob:
         number = None if whole else first_row // self._plan.block_rows
         for start in range(0, array.size, size):
             payload = elements[start * itemsize : (start + size) * itemsize]
-            self._counts.bytes_sent += payload.nbytes
+            self._progress.bytes_sent += payload.nbytes
             self._observe(Stage.SENDING, number)
-            yield Run(matrix, first + start, payload)
+            yield ResultChunk(matrix, first + start, payload)
             self._observe(Stage.SENDING, number)
 
-    def _open(self) -> Ring:
+    def _open(self) -> RingBuffer:
         """Runs in the lane's thread."""
         region = self._backend.empty(self._plan.region_bytes)
-        self._computation.open()
-        return Ring(self.spec, self._plan, region)
+        self._execution.open()
+        return RingBuffer(self.spec, self._plan, region)
 
     def _compute(self, number: int, block: RowBlock) -> Wait | None:
         """Runs in the lane's thread."""
         self._prepare()
         self._observe(Stage.COMPUTING, number)
-        wait = self._computation.take_block(block)
+        wait = self._execution.compute_block(block)
         if wait is None:
             self._observe(Stage.COMPUTING, number)
             return None
@@ -284,13 +287,13 @@ class RunningJob:
     def _copy_sum(self) -> Array:
         """Runs in the lane's thread."""
         dw = self._ring.dw_sum()
-        self._computation.copy_dw_sum(dw)
+        self._execution.copy_dw_sum(dw)
         return dw
 
     def _finish(self) -> Array:
         """Runs in the lane's thread."""
         self._prepare()
-        return self._computation.finish()
+        return self._execution.finish()
 
     def _prepare(self) -> None:
         """Has the computation take what came before all rows, once."""
@@ -298,9 +301,9 @@ class RunningJob:
             return
         self._prepared = True
         if Matrix.W in self.spec.operands:
-            self._computation.take_w(self._ring.w())
+            self._execution.take_w(self._ring.w())
         if self.spec.brings_dw_sum:
-            self._computation.take_dw_sum(self._ring.dw_sum())
+            self._execution.take_dw_sum(self._ring.dw_sum())
 
     def _computed_after(self, wait: Wait, number: int) -> None:
         wait()
