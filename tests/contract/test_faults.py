@@ -62,9 +62,8 @@ class _HeldJob:
 
         def held(*args, **kwargs):
             self._backend.step(name)
-            self._backend.rows += [
-                block.rows for block in args if name == "compute_block"
-            ]
+            if name == "compute_block":
+                self._backend.rows += [block.rows for block in args]
             return method(*args, **kwargs)
 
         return held

@@ -25,15 +25,15 @@ from gradwire._core.job_plan import Plan, plan_arrays
 from gradwire._core.outputs import given_outputs, named_outputs
 from gradwire._core.unary import fits_one_message
 from gradwire._resilience.array_job import ArrayJob
-from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.retry import Attempts, Retries, RetriesLike, parse_retries
 from gradwire._resilience.row_reader import RowReader
-from gradwire._resilience.stream_job import RowJob
+from gradwire._resilience.stream_job import StreamJob
 from gradwire._transport.address import parse_addresses
 from gradwire._transport.bearer_token import TokenLike
 from gradwire._transport.endpoint import Endpoint, Endpoints
 from gradwire._transport.grpc import fork_support
-from gradwire._transport.shm.policy import Sharing
+from gradwire._transport.shm.policy import ShmPolicy
 from gradwire._transport.tls import Tls
 from gradwire_protocol import limits
 from gradwire_protocol.limits import RESUME
@@ -106,7 +106,7 @@ class BaseClient:
                     " one address"
                 )
             wanted = "tcp"
-        self._sharing = Sharing(wanted, self._address)
+        self._sharing = ShmPolicy(wanted, self._address)
 
     @property
     def address(self) -> str:
@@ -122,7 +122,7 @@ class BaseClient:
     def _require_private(self, metadata: MetadataPairs) -> None:
         (self._endpoints or self._endpoint).require_private(metadata)
 
-    def _named(self, address: str, known: Mapping[str, ClientT]) -> ClientT:
+    def _lookup(self, address: str, known: Mapping[str, ClientT]) -> ClientT:
         if address not in known:
             raise InputError(
                 f"address is {address!r}; this client's servers are {', '.join(known)}"
@@ -161,7 +161,7 @@ class BaseClient:
         if fork_support.lost is not None:
             raise ClientStateError(fork_support.lost)
 
-    def _keep(self, receipt: Receipt) -> Receipt:
+    def _remember_receipt(self, receipt: Receipt) -> Receipt:
         self._local.receipt = receipt
         return receipt
 
@@ -194,14 +194,14 @@ class BaseClient:
     def _row_job(
         self,
         reader: RowReader,
-        held: HeldRows,
-    ) -> RowJob:
+        held: ReplayBuffer,
+    ) -> StreamJob:
         """A stream's job, now that its first item is known, if it has any."""
         plan = replace(reader.plan(held.first), chunk_bytes=self._tuning.chunk_bytes)
         checkpoint_rows = self._checkpoint_rows(plan.options)
         if checkpoint_rows == 0 and plan.options.checkpoint_rows is None:
             checkpoint_rows = self._checkpoint_rows_held(plan, held)
-        return RowJob(
+        return StreamJob(
             plan,
             reader.w,
             held,
@@ -210,15 +210,15 @@ class BaseClient:
             check=reader.check,
         )
 
-    def _held_rows(self, reader: RowReader, rows: object) -> HeldRows:
+    def _held_rows(self, reader: RowReader, rows: object) -> ReplayBuffer:
         """Room for a stream's rows, as far as they may be needed again."""
         policy = self._retries.policy
         if policy.attempts == 1:
-            return HeldRows(reader)
+            return ReplayBuffer(reader)
         again = rows if isinstance(rows, Sequence) else None
-        return HeldRows(reader, policy.held_bytes, again)
+        return ReplayBuffer(reader, policy.held_bytes, again)
 
-    def _checkpoint_rows_held(self, plan: Plan, held: HeldRows) -> int:
+    def _checkpoint_rows_held(self, plan: Plan, held: ReplayBuffer) -> int:
         """How often a stream asks for checkpoints of its own accord; 0: never.
 
         So often that the rows behind the last one are held, with those that are
@@ -264,7 +264,7 @@ class BaseClient:
         """Whether a job shall go through shared memory."""
         if self._tuning.unary or job.plan.options.checksum:
             return False
-        return self._sharing.suits(job)
+        return self._sharing.should_use(job)
 
     def _require_contract(self, info: ServerInfo) -> ServerInfo:
         if info.contract != limits.CONTRACT:

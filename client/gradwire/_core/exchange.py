@@ -25,7 +25,7 @@ from gradwire._core.acceptance import check_accepted, check_receipt
 from gradwire._core.job_plan import Plan
 from gradwire._core.progress import Reporter
 from gradwire._core.receiver import Receiver, Sink
-from gradwire._core.resume import Checkpoints, Point, point_after
+from gradwire._core.resume import Checkpoints, ResumePoint, point_after
 from gradwire._core.sender import Sender
 from gradwire_protocol import framing
 from gradwire_protocol.limits import RESUME
@@ -34,7 +34,7 @@ from gradwire_protocol.v1.job_pb2 import Accepted, Checkpoint, Queued
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 
-class Conversation(Protocol):
+class ExchangeProtocol(Protocol):
     """What whoever pumps a stream's requests must know of it."""
 
     accepted: Accepted | None
@@ -44,7 +44,7 @@ class Conversation(Protocol):
         """The first message; the next ones may go once `accepted` is set."""
 
 
-class Exchange:
+class JobExchange:
     """A job's stream, as its client sees it.
 
     Args:
@@ -65,7 +65,7 @@ class Exchange:
         sender: Sender,
         sinks: Mapping[Matrix, Sink],
         *,
-        point: Point | None = None,
+        point: ResumePoint | None = None,
         checkpoint_rows: int | None = None,
     ) -> None:
         self.accepted: Accepted | None = None
@@ -161,7 +161,7 @@ class Exchange:
         check_receipt(self._receipt, self._job, self._sender.m)
         return receipt_of(self._receipt, self.accepted)
 
-    def point(self, results_row: int | None = None) -> Point | None:
+    def resume_point(self, results_row: int | None = None) -> ResumePoint | None:
         """Where the job can go on that was cut off; None: at its beginning.
 
         Args:
@@ -177,11 +177,11 @@ class Exchange:
         return point_after(self._plan, self.accepted, results_row, checkpoint)
 
     @property
-    def sure_rows(self) -> int:
+    def committed_rows(self) -> int:
         """Rows before which none is needed again for its share of dW."""
         if self._checkpoints.unsure:
             self._checkpoints.within(self._complete_row())
-        return self._checkpoints.sure_rows
+        return self._checkpoints.committed_rows
 
     def _complete_row(self) -> int | None:
         """Rows of which Y and dX are here, in whole blocks from the first on.

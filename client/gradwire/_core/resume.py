@@ -34,7 +34,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class ResumePoint:
     """Where a job goes on: on the grid of the server that it began on."""
 
     fingerprint: NumericsFingerprint
@@ -58,7 +58,7 @@ def point_after(
     accepted: Accepted,
     results_row: int | None,
     checkpoint: Checkpoint | None,
-) -> Point | None:
+) -> ResumePoint | None:
     """Where a job goes on that was cut off; None: at its beginning.
 
     Args:
@@ -79,10 +79,10 @@ def point_after(
     results_from = max(-(-here // size) * size, first)
     if not results_from:
         return None
-    return Point(accepted.fingerprint, first, results_from, checkpoint)
+    return ResumePoint(accepted.fingerprint, first, results_from, checkpoint)
 
 
-def is_further(now: Point | None, before: Point | None) -> bool:
+def made_progress(now: ResumePoint | None, before: ResumePoint | None) -> bool:
     """Whether a job has got further between two failures."""
     if now is None or before is None:
         return now is not None
@@ -92,7 +92,7 @@ def is_further(now: Point | None, before: Point | None) -> bool:
     )
 
 
-def cannot_go_on(error: GradwireError) -> bool:
+def resume_refused(error: GradwireError) -> bool:
     """Whether a server does not let a job go on that it would let begin anew."""
     return isinstance(error, CallError) and error.reason in {
         Reason.RESUME_MISMATCH,
@@ -139,7 +139,7 @@ class Checkpoints:
         return self._last is not None
 
     @property
-    def sure_rows(self) -> int:
+    def committed_rows(self) -> int:
         """Rows of the last one that no result is missing for; 0: there is none."""
         return self._sure.rows if self._sure else 0
 

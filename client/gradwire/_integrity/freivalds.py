@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwire._api.types import Array, Doubles
-from gradwire._integrity.random_sums import Sketch
+from gradwire._integrity.random_sums import RandomSums
 from gradwire._integrity.rounding_error import (
     can_be_squared,
     gamma,
@@ -126,7 +126,7 @@ class Findings(NamedTuple):
 def compare(
     result: Array,
     expected: Array,
-    sketch: Sketch,
+    sketch: RandomSums,
     arithmetic: Arithmetic,
     length: int,
     *,

@@ -18,7 +18,7 @@ from gradwire._integrity.freivalds import (
     row_norms,
     worst_element,
 )
-from gradwire._integrity.random_sums import Sketch
+from gradwire._integrity.random_sums import RandomSums
 
 RECHECKED = 16
 """Rows that are computed again at once, and at most for mere suspicion."""
@@ -38,7 +38,7 @@ class RowProduct:
         sketch: For B's columns.
     """
 
-    def __init__(self, b: Array, sketch: Sketch) -> None:
+    def __init__(self, b: Array, sketch: RandomSums) -> None:
         self._b = b
         self._sketch = sketch
         squares = column_squares(b)
@@ -86,7 +86,7 @@ class SumProduct:
         sketch: For B's columns.
     """
 
-    def __init__(self, rows: int, sketch: Sketch) -> None:
+    def __init__(self, rows: int, sketch: RandomSums) -> None:
         self._sketch = sketch
         self._expected = np.zeros((rows, sketch.sums))
         self._a_squares = np.zeros(rows, np.longdouble)

@@ -23,7 +23,7 @@ _DENSE = 128
 than picking columns as long as there are few."""
 
 
-class Sketch:
+class RandomSums:
     """Random groups and signs for so many columns.
 
     Args:

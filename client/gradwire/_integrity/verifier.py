@@ -21,7 +21,7 @@ from gradwire._integrity.product_checks import (
     settle,
     summed_again,
 )
-from gradwire._integrity.random_sums import Sketch
+from gradwire._integrity.random_sums import RandomSums
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_protocol.v1.job_pb2 import Accepted
@@ -208,11 +208,11 @@ class Verifier:
     def _wide(self, rows: Array) -> Array:
         return rows.astype(self._dtype, copy=False)
 
-    def _sketch(self, matrix: Matrix, length: int) -> Sketch:
+    def _sketch(self, matrix: Matrix, length: int) -> RandomSums:
         columns = matrix.row_length(self._plan.n, self._plan.k)
         itemsize = self._plan.result_dtype(matrix).itemsize
         groups = self._verify.groups_for(columns, itemsize)
-        return Sketch(
+        return RandomSums(
             columns,
             self._verify.rounds,
             groups,

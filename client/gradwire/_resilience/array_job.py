@@ -11,10 +11,15 @@ from gradwire._api.types import Array, Receipt
 from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies, is_on_device, to_device
 from gradwire._arrays.operand import Operand
-from gradwire._core.exchange import Exchange
+from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
 from gradwire._core.outputs import ArraySink, Output, handed_back, output_shape
-from gradwire._core.resume import Point, cannot_go_on, is_further, needs_no_checkpoints
+from gradwire._core.resume import (
+    ResumePoint,
+    made_progress,
+    needs_no_checkpoints,
+    resume_refused,
+)
 from gradwire._core.sender import Sender
 from gradwire._core.unary import UnaryExchange
 from gradwire._integrity.verifier import Computed, Verifier
@@ -36,7 +41,7 @@ class ArrayJob:
         copies: HostCopies,
         checkpoint_rows: int | None = None,
     ) -> None:
-        self.point: Point | None = None
+        self.resume_point: ResumePoint | None = None
         """Where the next attempt goes on; None: at the beginning."""
         self._checkpoint_rows = checkpoint_rows
         self._copies = copies
@@ -46,29 +51,29 @@ class ArrayJob:
         self._memory = memory
         self._outputs = dict(given)
 
-    def exchange(self) -> Exchange:
+    def exchange(self) -> JobExchange:
         """The conversation, as a stream."""
-        return Exchange(
+        return JobExchange(
             self.plan,
             Sender(self.plan),
             self._sinks(),
-            point=self.point,
+            point=self.resume_point,
             checkpoint_rows=self._checkpoint_rows,
         )
 
     def cut_off(
-        self, exchange: Exchange, error: GradwireError, attempts: Attempts
+        self, exchange: JobExchange, error: GradwireError, attempts: Attempts
     ) -> bool:
         """Take the failure of a stream; whether to begin anew, and at once."""
-        before = self.point
-        if before is not None and cannot_go_on(error):
-            self.point = None
+        before = self.resume_point
+        if before is not None and resume_refused(error):
+            self.resume_point = None
             return True
         if self._checkpoint_rows == 0 and needs_no_checkpoints(self.plan, error):
             self._checkpoint_rows = None
             return True
-        self.point = exchange.point()
-        if is_further(self.point, before):
+        self.resume_point = exchange.resume_point()
+        if made_progress(self.resume_point, before):
             attempts.progressed()
         return False
 
@@ -76,7 +81,7 @@ class ArrayJob:
         """The conversation, as one message each way."""
         return UnaryExchange(self.plan, self._made_outputs())
 
-    def messages(self, exchange: Exchange) -> Iterator[bytes]:
+    def messages(self, exchange: JobExchange) -> Iterator[bytes]:
         """What the stream sends after its opening."""
         return exchange.array_messages(self.operands)
 
@@ -99,7 +104,7 @@ class ArrayJob:
             VerificationError: One is wrong.
         """
         # Should they be wrong, nothing of them is to be gone on with.
-        self.point = None
+        self.resume_point = None
         receipt = replace(receipt, server_address=address)
         if not self.plan.options.verify:
             return receipt

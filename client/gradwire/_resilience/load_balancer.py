@@ -49,7 +49,7 @@ SOON_S = 1.0
 
 
 @dataclass(eq=False, slots=True)
-class Member(Generic[ClientT]):
+class ServerState(Generic[ClientT]):
     """One of the servers."""
 
     address: str
@@ -69,10 +69,10 @@ class Member(Generic[ClientT]):
     failures: int = 0
     """How often in a row it could not be had."""
 
-    out_until: float = 0.0
+    ejected_until: float = 0.0
     """Until when it is left out."""
 
-    doubtful: bool = False
+    needs_probe: bool = False
     """Whether it must be asked before it is given a job."""
 
     asking: bool = False
@@ -82,7 +82,7 @@ class Member(Generic[ClientT]):
     """Whether its name has another address now."""
 
 
-class Servers(Generic[ClientT]):
+class LoadBalancer(Generic[ClientT]):
     """The servers of a client. Threads may share them.
 
     Args:
@@ -110,10 +110,10 @@ class Servers(Generic[ClientT]):
         self._turns = 0
         self._resolve_at = clock()
         self._unresolved: dict[str, GradwireError] = {}
-        self._members = [Member(each, make(each, None)) for each in addresses]
+        self._members = [ServerState(each, make(each, None)) for each in addresses]
 
     @property
-    def members(self) -> list[Member[ClientT]]:
+    def members(self) -> list[ServerState[ClientT]]:
         """Those that there are now."""
         with self._lock:
             return [member for member in self._members if not member.gone]
@@ -143,7 +143,7 @@ class Servers(Generic[ClientT]):
             for address in addresses:
                 if address not in there:
                     client = self._make(address, name)
-                    self._members.append(Member(address, client, name))
+                    self._members.append(ServerState(address, client, name))
             for member in self._members:
                 if member.name == name:
                     member.gone = member.address not in addresses
@@ -169,7 +169,7 @@ class Servers(Generic[ClientT]):
 
     def choose(
         self, avoid: Collection[str] = (), unusable: Collection[str] = ()
-    ) -> Member[ClientT] | None:
+    ) -> ServerState[ClientT] | None:
         """The server for the next job, which it has from here on.
 
         Args:
@@ -183,7 +183,7 @@ class Servers(Generic[ClientT]):
                 for member in self._members
                 if not member.gone and member.address not in unusable
             ]
-            ready = [m for m in there if m.out_until <= now and not m.asking]
+            ready = [m for m in there if m.ejected_until <= now and not m.asking]
             # Where all are left out, any that answers after all will do.
             chosen = min(
                 ready or there,
@@ -194,42 +194,44 @@ class Servers(Generic[ClientT]):
                 self._turns += 1
                 chosen.turn = self._turns
                 chosen.running += 1
-                chosen.asking = chosen.doubtful
+                chosen.asking = chosen.needs_probe
             return chosen
 
-    def give_back(self, member: Member[ClientT]) -> None:
+    def release(self, member: ServerState[ClientT]) -> None:
         """The job that it had is over."""
         with self._lock:
             member.running = max(0, member.running - 1)
             member.asking = False
 
-    def well(self, member: Member[ClientT]) -> None:
+    def mark_healthy(self, member: ServerState[ClientT]) -> None:
         """It can be had."""
         with self._lock:
-            member.failures, member.out_until = 0, 0.0
-            member.doubtful = member.asking = False
+            member.failures, member.ejected_until = 0, 0.0
+            member.needs_probe = member.asking = False
 
-    def failed(self, member: Member[ClientT], error: GradwireError) -> None:
+    def record_failure(
+        self, member: ServerState[ClientT], error: GradwireError
+    ) -> None:
         """Take the way in which a call ended there."""
         with self._lock:
             now = self._clock()
             if isinstance(error, VerificationError):
-                member.out_until = now + WRONG_OUT_S
+                member.ejected_until = now + WRONG_OUT_S
             elif isinstance(error, ExhaustedError):
-                member.out_until = now + (error.retry_after_s or 0.0)
+                member.ejected_until = now + (error.retry_after_s or 0.0)
             elif _cannot_be_had(error):
                 member.failures += 1
                 out_s = min(MOST_OUT_S, FIRST_OUT_S * 2 ** min(member.failures - 1, 8))
-                member.out_until = now + self._draw(out_s / 2, out_s)
-                member.doubtful = True
+                member.ejected_until = now + self._draw(out_s / 2, out_s)
+                member.needs_probe = True
                 self._resolve_at = min(self._resolve_at, now + SOON_S)
 
-    def others_ready(self, member: Member[ClientT]) -> bool:
+    def has_healthy_other(self, member: ServerState[ClientT]) -> bool:
         """Whether there are others that are not left out."""
         with self._lock:
             now = self._clock()
             return any(
-                other.out_until <= now and not other.gone
+                other.ejected_until <= now and not other.gone
                 for other in self._members
                 if other is not member
             )
@@ -259,8 +261,8 @@ class Lease(Generic[ClientT]):
     def __init__(
         self,
         client: ClientT,
-        servers: Servers[ClientT] | None = None,
-        member: Member[ClientT] | None = None,
+        servers: LoadBalancer[ClientT] | None = None,
+        member: ServerState[ClientT] | None = None,
         attempts: Attempts | None = None,
     ) -> None:
         self.client = client
@@ -285,13 +287,13 @@ class Lease(Generic[ClientT]):
         if servers is None or member is None:
             return
         if error is None:
-            servers.well(member)
+            servers.mark_healthy(member)
         elif isinstance(error, GradwireError):
-            servers.failed(member, error)
+            servers.record_failure(member, error)
             if self._attempts is not None:
                 self._attempts.avoid.add(member.address)
-                self._attempts.elsewhere = servers.others_ready(member)
-        servers.give_back(member)
+                self._attempts.retry_on_other_server = servers.has_healthy_other(member)
+        servers.release(member)
 
 
 def require_jobs(info: ServerInfo, address: str) -> ServerInfo:

@@ -36,7 +36,7 @@ class _Portion:
     item: int
 
 
-class HeldRows:
+class ReplayBuffer:
     """The rows of a stream. Threads may share it.
 
     Items are added as they are drawn, each after the one before was sent as
@@ -79,14 +79,14 @@ class HeldRows:
         return self._again is not None
 
     @property
-    def oldest(self) -> int:
+    def first_available(self) -> int:
         """The first row that can be had again."""
         with self._lock:
             return next(iter(self._portions), self.count)
 
     def has(self, row: int) -> bool:
         """Whether the rows from a row on can be had, now or when they are drawn."""
-        return self.oldest <= row
+        return self.first_available <= row
 
     def drawn_beyond(self, row: int) -> bool:
         """Whether rows from a row on need no other item to be drawn."""
@@ -127,14 +127,14 @@ class HeldRows:
             skipped = row - portion.first_row
         return _behind(operands or {}, skipped)
 
-    def give_up(self) -> None:
+    def disable(self) -> None:
         """None will be needed again."""
         with self._lock:
             self._limit_bytes = 0
             for portion in list(self._portions.values()):
                 self._drop(portion)
 
-    def forget_before(self, row: int) -> None:
+    def discard_before(self, row: int) -> None:
         """Rows before a row are not needed again."""
         with self._lock:
             while self._portions:

@@ -206,7 +206,7 @@ class Attempts:
     def __init__(
         self, retries: Retries, timeout_s: float | None, job_id: str | None = None
     ) -> None:
-        self.made = 1
+        self.count = 1
         self.causes: list[str] = []
         self.begun = retries.clock()
         self._retries = retries
@@ -215,7 +215,7 @@ class Attempts:
         self._final = False
         self._in_vain = 0
         self.avoid: set[str] = set()
-        self.elsewhere = False
+        self.retry_on_other_server = False
 
     def options(self, options: Options) -> Options:
         """The options of the attempt that is due: with what is left of time."""
@@ -228,7 +228,7 @@ class Attempts:
             return None
         return self._timeout_s - (self._retries.clock() - self.begun)
 
-    def forbid(self) -> None:
+    def make_final(self) -> None:
         """The attempt that runs is the last, however it ends."""
         self._final = True
 
@@ -248,10 +248,10 @@ class Attempts:
         kind = error.status.name if error.status else type(error).__name__
         cause = error.reason or kind
         if delay_s is None:
-            error.attempts = self.made
-            if self.made > 1:
+            error.attempts = self.count
+            if self.count > 1:
                 error.add_note(
-                    f"This was attempt {self.made}; those before it ended with"
+                    f"This was attempt {self.count}; those before it ended with"
                     f" {', '.join(self.causes)}."
                 )
             return None
@@ -259,40 +259,40 @@ class Attempts:
         _log.warning(
             "%s: attempt %d ended with %s, and the next one begins in %.3f s: %s",
             f"job {self._job_id}" if self._job_id else "a call",
-            self.made,
+            self.count,
             cause,
             delay_s,
             error,
             extra={
                 "job_id": self._job_id,
-                "attempt": self.made,
+                "attempt": self.count,
                 "status": error.status.name if error.status else None,
                 "reason": error.reason,
                 "delay_s": delay_s,
             },
         )
-        self.made += 1
+        self.count += 1
         return delay_s
 
     def succeeded(self) -> None:
         """The attempt that ran came to a good end."""
         self._retries.succeeded()
 
-    def told(self, receipt: Receipt) -> Receipt:
+    def annotate(self, receipt: Receipt) -> Receipt:
         """The receipt, with how many attempts there were, and why."""
-        if self.made == 1:
+        if self.count == 1:
             return receipt
-        return replace(receipt, attempts=self.made, retried=tuple(self.causes))
+        return replace(receipt, attempts=self.count, retried=tuple(self.causes))
 
     def _delay_s(self, error: GradwireError) -> float | None:
-        wrong = isinstance(error, VerificationError) and self.elsewhere
+        wrong = isinstance(error, VerificationError) and self.retry_on_other_server
         if not (is_passing(error) or wrong) or not self._retries.failed():
             return None
         policy = self._retries.policy
         if self._final or self._in_vain >= policy.attempts:
             return None
         delay_s = self._retries.draw(0.0, policy.backoff_s(self._in_vain))
-        if not self.elsewhere:
+        if not self.retry_on_other_server:
             told_s = error.retry_after_s or 0.0
             if told_s > _LONGEST_S:
                 return None

@@ -12,20 +12,25 @@ from gradwire._api.errors import ClientStateError, GradwireError, RowsLostError
 from gradwire._api.types import Array, Receipt, RowBlock
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
-from gradwire._core.exchange import Exchange
+from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
 from gradwire._core.outputs import ArraySink
 from gradwire._core.receiver import BlockSink, Sink
-from gradwire._core.resume import Point, cannot_go_on, is_further, needs_no_checkpoints
+from gradwire._core.resume import (
+    ResumePoint,
+    made_progress,
+    needs_no_checkpoints,
+    resume_refused,
+)
 from gradwire._core.sender import Sender
 from gradwire._integrity.stream_verifier import RowCheck
 from gradwire._integrity.verifier import Computed
-from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.retry import Attempts
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 
 
-class RowJob:
+class StreamJob:
     """A job whose rows come and go in parts.
 
         job = RowJob(plan, w, held)
@@ -45,7 +50,7 @@ class RowJob:
         check: What checks the results before they are handed out, if anything.
     """
 
-    exchange: Exchange
+    exchange: JobExchange
     _sender: Sender
     _blocks: dict[Matrix, BlockSink]
 
@@ -53,7 +58,7 @@ class RowJob:
         self,
         plan: Plan,
         w: Operand | None,
-        held: HeldRows,
+        held: ReplayBuffer,
         copies: HostCopies | None = None,
         checkpoint_rows: int | None = None,
         *,
@@ -73,7 +78,7 @@ class RowJob:
             dtype = plan.array_dtype(Matrix.DW)
             self.dw = np.empty((plan.n, plan.k), dtype.numpy)
         self._next_row = 0
-        self._point: Point | None = None
+        self._point: ResumePoint | None = None
         self._cause: GradwireError | None = None
         self.receipt: Receipt | None = None
 
@@ -82,7 +87,7 @@ class RowJob:
         """The first row that is sent, in the attempt that has begun."""
         return self._point.first_row if self._point else 0
 
-    def begin(self) -> Exchange:
+    def begin(self) -> JobExchange:
         """The conversation of the next attempt."""
         plan = self._plan
         if self._held.complete:
@@ -92,7 +97,7 @@ class RowJob:
         sinks: dict[Matrix, Sink] = dict(self._blocks)
         if self.dw is not None:
             sinks[Matrix.DW] = ArraySink(self.dw, plan.result_dtype(Matrix.DW))
-        self.exchange = Exchange(
+        self.exchange = JobExchange(
             plan,
             self._sender,
             sinks,
@@ -110,7 +115,7 @@ class RowJob:
         # Not that of a later attempt, whenever these are asked for.
         return _messages(self.exchange, self._w, portions)
 
-    def opening_messages(self, exchange: Exchange) -> Iterator[bytes]:
+    def opening_messages(self, exchange: JobExchange) -> Iterator[bytes]:
         """What is sent before any row."""
         return exchange.weight_messages(self._w)
 
@@ -125,9 +130,13 @@ class RowJob:
         filled = [sink for sink in self._blocks.values() if sink.columns]
         while filled and all(self._next_row in sink.complete for sink in filled):
             self._hand_out(len(filled[0].complete[self._next_row]))
-        self._held.forget_before(self._needed_row())
-        if self.dw is not None and self._checkpoint_rows is None and self._held.oldest:
-            self._held.give_up()  # the first rows are needed, and held no more
+        self._held.discard_before(self._needed_row())
+        if (
+            self.dw is not None
+            and self._checkpoint_rows is None
+            and self._held.first_available
+        ):
+            self._held.disable()  # the first rows are needed, and held no more
 
     def finish(self, attempts: Attempts | None = None) -> Receipt:
         """The server has ended the stream with OK; see `Exchange.finish`.
@@ -137,7 +146,7 @@ class RowJob:
         """
         receipt = self._copies.told(self.exchange.finish())
         if attempts is not None:
-            receipt = attempts.told(receipt)
+            receipt = attempts.annotate(receipt)
         while self._blocks and self._next_row < receipt.m:
             self._hand_out(min(receipt.block_rows, receipt.m - self._next_row))
         receipt = replace(receipt, server_address=self.address)
@@ -145,7 +154,7 @@ class RowJob:
             self.check.finish(self.dw, receipt.m, Computed.of(receipt, self.address))
             receipt = replace(receipt, verifying_s=self.check.seconds)
         self.receipt = receipt
-        self._held.forget_before(receipt.m)
+        self._held.discard_before(receipt.m)
         return receipt
 
     def cut_off(self, error: GradwireError, attempts: Attempts) -> bool:
@@ -156,7 +165,7 @@ class RowJob:
                 been handed out and the server computes other bits.
         """
         before = self._point
-        if before is not None and cannot_go_on(error):
+        if before is not None and resume_refused(error):
             if not self._next_row and self._held.has(0):
                 self._point = None
                 return True
@@ -170,8 +179,10 @@ class RowJob:
             self._checkpoint_rows = None
             return True
         self._cause = error
-        self._point = self.exchange.point(self._next_row if self._blocks else None)
-        if is_further(self._point, before):
+        self._point = self.exchange.resume_point(
+            self._next_row if self._blocks else None
+        )
+        if made_progress(self._point, before):
             attempts.progressed()
         return False
 
@@ -184,7 +195,7 @@ class RowJob:
         Raises:
             RowsLostError: It cannot.
         """
-        first, oldest = self.first_row, self._held.oldest
+        first, oldest = self.first_row, self._held.first_available
         if self._held.has(first):
             return
         lost = RowsLostError(
@@ -204,7 +215,7 @@ class RowJob:
         here = self._next_row - self._next_row % self._sender.block_rows
         if self.dw is None:
             return here
-        sure = self.exchange.sure_rows
+        sure = self.exchange.committed_rows
         # A server that stops sums no fewer rows than it has sent results of.
         only_last = self._checkpoint_rows == 0 and not self._held.has(sure)
         return max(sure, here) if only_last else sure
@@ -237,7 +248,7 @@ class RowJob:
 
 
 def _messages(
-    exchange: Exchange,
+    exchange: JobExchange,
     w: Operand | None,
     portions: Iterable[Mapping[Matrix, Operand]],
 ) -> Iterator[bytes]:
@@ -247,7 +258,7 @@ def _messages(
     yield from exchange.end_messages()
 
 
-def require_receipt(job: RowJob | None) -> Receipt:
+def require_receipt(job: StreamJob | None) -> Receipt:
     """What became of a stream's job, if it is done.
 
     Raises:

@@ -96,7 +96,7 @@ def read_file(path: Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         cause = error.strerror or error
-        raise FileUnreadableError(f"{name} {path} cannot be read: {cause}") from None
+        raise FileUnreadableError(f"{name} cannot be read: {cause}") from None
 
 
 def watch_file(
@@ -116,7 +116,7 @@ def watch_file(
     path = Path(path)
 
     def load() -> T:
-        content = read_file(path, what)
+        content = read_file(path, f"{what} {path}")
         try:
             return parse(content)
         except ValueError as error:

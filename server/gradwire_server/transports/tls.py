@@ -81,9 +81,10 @@ class Certificates:
 
     def _checked(self, name: str, check: Callable[[bytes], None]) -> bytes:
         path = self._files[name]
-        content = read_file(path, name)
+        shown = f"{name} ({path})"
+        content = read_file(path, shown)
         try:
             check(content)
         except PemError as error:
-            raise FileError(f"{name} {path} {error}") from None
+            raise FileError(f"{shown} {error}") from None
         return content

@@ -15,7 +15,7 @@ from gradwire._api.options import parse_options
 from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
-from gradwire._core.exchange import Exchange
+from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import plan_arrays
 from gradwire._core.outputs import Output
 from gradwire._resilience.array_job import ArrayJob
@@ -81,7 +81,7 @@ def test_a_job_of_any_shape_gives_right_results(
 
 def conversation(
     change: Callable[[list[bytes]], list[bytes]], **options: Any
-) -> Exchange:
+) -> JobExchange:
     """A job whose answers, after Accepted, are changed on the way."""
     job = small_job(**options)
     exchange = job.exchange()

@@ -9,20 +9,20 @@ import pytest
 
 import gradwire
 from gradwire._api.options import parse_options
-from gradwire._core.exchange import Exchange
+from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
 from gradwire._core.resume import (
     Checkpoint,
     Checkpoints,
-    Point,
-    is_further,
+    ResumePoint,
+    made_progress,
     point_after,
 )
 from gradwire._core.sender import Sender
-from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.retry import Attempts, Retries
 from gradwire._resilience.row_reader import RowReader
-from gradwire._resilience.stream_job import RowJob
+from gradwire._resilience.stream_job import StreamJob
 from gradwire.v1.job_pb2 import Accepted, Job, Numerics, NumericsFingerprint
 from gradwire_protocol import checksum, framing
 from gradwire_protocol.dtypes import Dtype
@@ -86,9 +86,9 @@ def test_the_last_one_counts_for_which_no_result_is_missing() -> None:
     assert sure is not None
     assert (sure.rows, sure.dw[0, 0]) == (32, 1)
     send(one, 64, 3)
-    assert one.sure_rows == 32
+    assert one.committed_rows == 32
     assert one.within(64) is not None
-    assert one.sure_rows == 64
+    assert one.committed_rows == 64
 
 
 @pytest.mark.parametrize("rows", [0, 16, 40, 1008, -16])
@@ -150,7 +150,7 @@ def test_where_a_job_goes_on(
     assert point.fingerprint == ACCEPTED.fingerprint
     assert point.checkpoint is checkpoint
     goes_on = plan(*results)
-    opening = Exchange(goes_on, Sender(goes_on), {}, point=point).opening()
+    opening = JobExchange(goes_on, Sender(goes_on), {}, point=point).opening()
     job = framing.decode_request(opening)
     assert isinstance(job, Job)
     assert list(job.required_features) == ["resume"]
@@ -158,15 +158,15 @@ def test_where_a_job_goes_on(
 
 
 def test_which_of_two_points_is_further() -> None:
-    def at(first: int, results: int) -> Point:
-        return Point(ACCEPTED.fingerprint, first, results, None)
+    def at(first: int, results: int) -> ResumePoint:
+        return ResumePoint(ACCEPTED.fingerprint, first, results, None)
 
-    assert is_further(at(0, 16), None)
-    assert is_further(at(16, 32), at(16, 16))
-    assert is_further(at(32, 32), at(16, 64))
-    assert not is_further(at(16, 16), at(16, 16))
-    assert not is_further(None, at(16, 16))
-    assert not is_further(None, None)
+    assert made_progress(at(0, 16), None)
+    assert made_progress(at(16, 32), at(16, 16))
+    assert made_progress(at(32, 32), at(16, 64))
+    assert not made_progress(at(16, 16), at(16, 16))
+    assert not made_progress(None, at(16, 16))
+    assert not made_progress(None, None)
 
 
 def refusal(reason: Reason) -> gradwire.CallError:
@@ -182,10 +182,10 @@ def test_a_server_without_checkpoints_does_without_unless_they_were_asked_for(
     parsed = parse_options(results="dw", checkpoint_rows=asked)
     reader = RowReader(None, None, parsed)
     pair = np.ones((4, N), np.float32), np.ones((4, K), np.float32)
-    held = HeldRows(reader, 1 << 20)
+    held = ReplayBuffer(reader, 1 << 20)
     held.add(pair)
     attempts = Attempts(Retries(gradwire.RetryPolicy()), None)
-    job = RowJob(reader.plan(held.first), None, held, checkpoint_rows=asked or 0)
+    job = StreamJob(reader.plan(held.first), None, held, checkpoint_rows=asked or 0)
     opening = framing.decode_request(job.begin().opening())
     assert isinstance(opening, Job)
     assert list(opening.required_features) == ["resume"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import gradwire
 from gradwire._api.options import parse_options
 from gradwire._arrays.operand import operand
-from gradwire._core.exchange import Exchange
+from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import check, with_rows
 from gradwire._core.sender import STALE_S, Sender
 from gradwire.v1.job_pb2 import End
@@ -65,7 +65,7 @@ def play(
     plan = with_rows(check({Matrix.W: w}, options), m)
     plan = replace(plan, chunk_bytes=chunk_bytes)
     sender = Sender(plan, clock or Clock())
-    exchange = Exchange(plan, sender, {})
+    exchange = JobExchange(plan, sender, {})
     for answer in server.open(exchange.opening()):
         exchange.receive(answer)
     if Matrix.W in plan.operands:
@@ -144,7 +144,7 @@ def test_memory_of_an_item_may_be_used_again_for_the_next() -> None:
     plan = with_rows(check(item, options), None)
     server = FakeServer(block_rows=8, window_rows=16)
     sender = Sender(plan, Clock())
-    exchange = Exchange(plan, sender, {})
+    exchange = JobExchange(plan, sender, {})
     for answer in server.open(exchange.opening()):
         exchange.receive(answer)
     for number in range(8):

@@ -11,7 +11,7 @@ import pytest
 from gradwire._api.verify import Verify
 from gradwire._integrity.freivalds import Arithmetic, compare, row_norms
 from gradwire._integrity.product_checks import RowProduct, SumProduct
-from gradwire._integrity.random_sums import Sketch
+from gradwire._integrity.random_sums import RandomSums
 from gradwire_protocol.dtypes import Dtype
 
 ROWS = 4
@@ -41,9 +41,9 @@ class Product:
         typical = np.sqrt(np.mean(bound**2, axis=1))
         return cls(a, b, c, exact, typical, arithmetic)
 
-    def sketch(self, verify: Verify, seed: int) -> Sketch:
+    def sketch(self, verify: Verify, seed: int) -> RandomSums:
         length, columns = self.b.shape
-        return Sketch(
+        return RandomSums(
             columns,
             verify.rounds,
             verify.groups_for(columns, self.c.dtype.itemsize),
@@ -158,7 +158,7 @@ def test_errors_that_may_cancel_are_missed_as_seldom_as_stated(rounds: int) -> N
     missed = sum(
         RowProduct(
             product.b,
-            Sketch(
+            RandomSums(
                 8, rounds, 1, 64, dtype=product.b.dtype, rng=np.random.default_rng(s)
             ),
         ).wrong(product.a, wrong, product.arithmetic)
@@ -184,7 +184,9 @@ def test_dw_of_a_stream_is_checked_without_its_rows() -> None:
     dw = x.T @ dy
     arithmetic = Arithmetic(Dtype.FLOAT32, Dtype.FLOAT32, 250 + 4)
     for seed, factor in enumerate((0, 0, 0, 24, 24, 24)):
-        sketch = Sketch(64, 2, 16, 1000, dtype=x.dtype, rng=np.random.default_rng(seed))
+        sketch = RandomSums(
+            64, 2, 16, 1000, dtype=x.dtype, rng=np.random.default_rng(seed)
+        )
         sums = SumProduct(64, sketch)
         for first in range(0, 1000, 100):
             sums.add(x[first : first + 100], dy[first : first + 100])
@@ -206,7 +208,7 @@ def test_dw_of_a_stream_is_right_however_large_or_small_it_is(
     x, dy = x.astype(np.float32), dy.astype(np.float32)
     with np.errstate(all="ignore"):
         dw = (x.T @ dy).astype(dtype.numpy)
-        sketch = Sketch(64, 2, 16, 300, dtype=x.dtype, rng=np.random.default_rng(0))
+        sketch = RandomSums(64, 2, 16, 300, dtype=x.dtype, rng=np.random.default_rng(0))
         sums = SumProduct(64, sketch)
         sums.add(x, dy)
         findings, _ = sums.findings(dw, Arithmetic(dtype, dtype, 300))

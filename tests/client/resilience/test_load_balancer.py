@@ -15,7 +15,7 @@ from gradwire._resilience.load_balancer import (
     SOON_S,
     WRONG_OUT_S,
     Lease,
-    Servers,
+    LoadBalancer,
     none_left,
 )
 from gradwire._resilience.retry import Attempts, Retries, RetryPolicy
@@ -43,8 +43,8 @@ def clock() -> Clock:
     return Clock()
 
 
-def servers(clock: Clock, *addresses: str, names: Any = ()) -> Servers[str]:
-    made: Servers[str] = Servers(
+def servers(clock: Clock, *addresses: str, names: Any = ()) -> LoadBalancer[str]:
+    made: LoadBalancer[str] = LoadBalancer(
         lambda address, name: f"client of {address}",
         addresses,
         names,
@@ -54,11 +54,11 @@ def servers(clock: Clock, *addresses: str, names: Any = ()) -> Servers[str]:
     return made
 
 
-def chosen(some: Servers[str], **options: Any) -> str:
+def chosen(some: LoadBalancer[str], **options: Any) -> str:
     """Where the next job goes, which is over at once."""
     member = some.choose(**options)
     assert member is not None
-    some.give_back(member)
+    some.release(member)
     return member.address
 
 
@@ -68,7 +68,7 @@ def test_equals_take_turns_and_the_least_busy_comes_first(clock: Clock) -> None:
     busy = some.choose()
     assert busy is not None
     assert [chosen(some) for _ in range(4)] == ["b", "c", "b", "c"]
-    some.give_back(busy)
+    some.release(busy)
     assert chosen(some) == "a"
 
 
@@ -84,8 +84,8 @@ def test_one_that_cannot_be_had_is_left_out_for_longer_each_time(clock: Clock) -
     (a, _) = some.members
     out_s = FIRST_OUT_S
     for _ in range(8):
-        some.failed(a, LOST)
-        assert a.doubtful
+        some.record_failure(a, LOST)
+        assert a.needs_probe
         assert [chosen(some) for _ in range(2)] == ["b", "b"]
         clock.now += out_s - 0.01
         assert [chosen(some) for _ in range(2)] == ["b", "b"]
@@ -94,10 +94,10 @@ def test_one_that_cannot_be_had_is_left_out_for_longer_each_time(clock: Clock) -
         asked = some.choose()
         assert asked is a
         assert [chosen(some) for _ in range(2)] == ["b", "b"]
-        some.give_back(asked)
+        some.release(asked)
         out_s = min(MOST_OUT_S, 2 * out_s)
-    some.well(a)
-    assert not a.doubtful
+    some.mark_healthy(a)
+    assert not a.needs_probe
     assert {chosen(some) for _ in range(2)} == {"a", "b"}
 
 
@@ -106,25 +106,25 @@ def test_one_that_is_busy_or_wrong_is_left_out_and_need_not_be_asked(
     clock: Clock, error: gradwire.GradwireError, out_s: float
 ) -> None:
     some = servers(clock, "a", "b")
-    some.failed(some.members[0], error)
+    some.record_failure(some.members[0], error)
     clock.now += out_s - 0.01
     assert [chosen(some) for _ in range(2)] == ["b", "b"]
     clock.now += 0.02
     assert {chosen(some) for _ in range(2)} == {"a", "b"}
-    assert not some.members[0].doubtful
+    assert not some.members[0].needs_probe
 
 
 def test_a_callers_own_mistake_is_not_the_servers(clock: Clock) -> None:
     some = servers(clock, "a", "b")
-    some.failed(some.members[0], gradwire.RequestError("no"))
-    some.failed(some.members[1], gradwire.DeadlineError("late"))
+    some.record_failure(some.members[0], gradwire.RequestError("no"))
+    some.record_failure(some.members[1], gradwire.DeadlineError("late"))
     assert {chosen(some) for _ in range(2)} == {"a", "b"}
 
 
 def test_where_all_are_left_out_any_will_do(clock: Clock) -> None:
     some = servers(clock, "a", "b")
     for member in some.members:
-        some.failed(member, LOST)
+        some.record_failure(member, LOST)
     assert {chosen(some) for _ in range(2)} == {"a", "b"}
 
 
@@ -166,11 +166,11 @@ def test_a_name_is_looked_up_now_and_then_and_soon_after_a_failure(
     # One that is gone is given no jobs, and closed when it has none.
     assert some.resolved("host:1", ["b", "d"]) == []
     assert [member.address for member in some.members] == ["a", "b", "d"]
-    some.give_back(running)
+    some.release(running)
     assert some.resolved("host:1", ["d"]) == ["client of b", "client of c"]
     clock.now += RESOLVED_S - 5
     assert some.names_due() == ()
-    some.failed(some.members[0], LOST)
+    some.record_failure(some.members[0], LOST)
     clock.now += SOON_S
     assert some.names_due() == ("host:1",)
     some.not_resolved("host:1", OSError(1, "nobody knows"))

@@ -114,7 +114,7 @@ def test_an_attempt_that_gets_further_begins_the_count_anew() -> None:
     assert [one.after(lost()) for _ in range(2)] == [1, 2]
     one.progressed()
     assert [one.after(lost()) for _ in range(3)] == [1, 2, None]
-    assert one.made == 5
+    assert one.count == 5
 
 
 def test_what_the_server_says_comes_before_the_backoff() -> None:
@@ -180,11 +180,11 @@ def test_each_retry_leaves_a_record_with_job_cause_and_delay(
     (record,) = caplog.records
     assert record.name == "gradwire"
     assert record.levelno == logging.WARNING
-    told = {
+    annotate = {
         name: vars(record)[name]
         for name in ("job_id", "attempt", "status", "reason", "delay_s")
     }
-    assert told == {
+    assert annotate == {
         "job_id": "job-1",
         "attempt": 1,
         "status": "UNAVAILABLE",

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import gradwire
 from gradwire._api.options import parse_options
-from gradwire._client._sync.row_source import DrawnRows
-from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._client._sync.row_source import RowSource
+from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.row_reader import RowReader
-from gradwire._resilience.stream_job import RowJob
+from gradwire._resilience.stream_job import StreamJob
 from tests.client.core.fake_server import FakeServer, converse
 from tests.support import oracle
 
@@ -26,10 +26,10 @@ def reader(w: Any = W, m: Any = None, **options: Any) -> RowReader:
 
 def run(items: list[Any], w: Any = W, server: FakeServer | None = None, **options: Any):
     read = reader(w, **options)
-    held = HeldRows(read)
-    drawn = DrawnRows(iter(items), held)
+    held = ReplayBuffer(read)
+    drawn = RowSource(iter(items), held)
     drawn.draw(0)
-    job = RowJob(read.plan(held.first), read.w, held)
+    job = StreamJob(read.plan(held.first), read.w, held)
     job.begin()
     messages = job.messages(drawn.portions(0))
     blocks = []

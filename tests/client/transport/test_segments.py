@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire._transport.shm.segments import Pool, Region
+from gradwire._transport.shm.segments import Pool, Segment
 from gradwire.v1.gradient_service_pb2 import OpenRegionResponse
 
 SIZE = 1 << 20
@@ -42,7 +42,7 @@ def closed() -> list[str]:
 @pytest.fixture
 def pool(fd: int, closed: list[str]) -> Pool:
     made = Pool()
-    made.add(Region(answer(fd), lambda: closed.append("t")), [])
+    made.add(Segment(answer(fd), lambda: closed.append("t")), [])
     return made
 
 
@@ -51,31 +51,31 @@ def pool(fd: int, closed: list[str]) -> Pool:
 )
 def test_another_file_is_never_taken_for_the_region(fd: int, fields: dict) -> None:
     with pytest.raises(gradwire.ConnectError, match="cannot be opened from here"):
-        Region(answer(fd, **fields), lambda: None)
+        Segment(answer(fd, **fields), lambda: None)
 
 
 def test_a_path_to_no_region_is_not_even_opened(tmp_path: object) -> None:
     reading, writing = os.pipe()
     try:
         with pytest.raises(gradwire.ConnectError):
-            Region(answer(writing), lambda: None)
+            Segment(answer(writing), lambda: None)
     finally:
         os.close(reading)
         os.close(writing)
 
 
 def test_memory_is_free_again_when_the_last_view_has_died(pool: Pool) -> None:
-    (room,) = pool.take([SIZE]) or []
+    (room,) = pool.allocate([SIZE]) or []
     view = room.array.view(np.float32).reshape(512, 512)[5:, 3:].T
     del room
     gc.collect()
-    assert pool.take([256]) is None
+    assert pool.allocate([256]) is None
     memory = memoryview(view)
     del view
-    assert pool.take([256]) is None
+    assert pool.allocate([256]) is None
     del memory
     gc.collect()
-    assert pool.take([SIZE]) is not None
+    assert pool.allocate([SIZE]) is not None
 
 
 def test_rooms_never_overlap_and_all_memory_comes_back(pool: Pool) -> None:
@@ -84,7 +84,9 @@ def test_rooms_never_overlap_and_all_memory_comes_back(pool: Pool) -> None:
     for _ in range(2000):
         if rooms and dice.random() < 0.5:
             rooms.pop(dice.randrange(len(rooms)))
-        taken = pool.take([dice.randrange(1, 20_000) for _ in range(dice.randrange(4))])
+        taken = pool.allocate(
+            [dice.randrange(1, 20_000) for _ in range(dice.randrange(4))]
+        )
         rooms += taken or []
         spans = sorted((r.offset, r.offset + r.array.nbytes) for r in rooms)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
@@ -93,16 +95,16 @@ def test_rooms_never_overlap_and_all_memory_comes_back(pool: Pool) -> None:
     rooms.clear()
     taken = None
     gc.collect()
-    assert pool.take([SIZE]) is not None
+    assert pool.allocate([SIZE]) is not None
 
 
 def test_all_rooms_or_none(pool: Pool) -> None:
-    assert pool.take([SIZE // 2, SIZE // 2, 1]) is None
-    assert pool.take([SIZE // 2, SIZE // 2]) is not None
+    assert pool.allocate([SIZE // 2, SIZE // 2, 1]) is None
+    assert pool.allocate([SIZE // 2, SIZE // 2]) is not None
 
 
 def test_an_array_is_found_where_a_job_can_use_it(pool: Pool) -> None:
-    (room,) = pool.take([64 * 64]) or []
+    (room,) = pool.allocate([64 * 64]) or []
     matrix = room.array.view(np.float32).reshape(64, 16)
     for usable in (matrix, matrix[3:], matrix[1:2], matrix.reshape(4, 16, 16)[1]):
         region, offset = pool.find(usable) or (None, -1)
@@ -124,10 +126,10 @@ def test_an_array_is_found_where_a_job_can_use_it(pool: Pool) -> None:
 def test_nothing_is_found_in_a_region_that_has_ended(
     pool: Pool, closed: list[str]
 ) -> None:
-    (room,) = pool.take([4096]) or []
+    (room,) = pool.allocate([4096]) or []
     room.region.on_end()()
     assert pool.find(room.array) is None
-    assert pool.take([1]) is None
+    assert pool.allocate([1]) is None
     room.array[:] = 7
     assert (room.array == 7).all()
 
@@ -135,11 +137,11 @@ def test_nothing_is_found_in_a_region_that_has_ended(
 def test_what_is_retired_is_closed_and_its_arrays_stay_valid(
     pool: Pool, closed: list[str]
 ) -> None:
-    (room,) = pool.take([4096]) or []
-    pool.retire([room.region])
+    (room,) = pool.allocate([4096]) or []
+    pool.invalidate([room.region])
     assert closed == ["t"]
     room.array[:] = 7
-    assert pool.take([1]) is None
+    assert pool.allocate([1]) is None
 
 
 @pytest.mark.parametrize(
@@ -161,14 +163,14 @@ def test_much_unused_memory_is_given_back_but_never_the_largest_region(
             fds.append(os.memfd_create("gradwire-region"))
             os.ftruncate(fds[-1], size)
             os.pwrite(fds[-1], COOKIE, 0)
-            region = Region(
+            region = Segment(
                 answer(fds[-1], size_bytes=size, token=str(number)),
                 lambda number=number: closed.append(str(number)),
             )
             rooms = pool.add(region, [mmap.PAGESIZE])
         del rooms
         gc.collect()
-        pool.take([1])
+        pool.allocate([1])
         assert closed == given_back
     finally:
         for opened in fds:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import gradwire
-from gradwire._core.exchange import Exchange
+from gradwire._core.exchange import JobExchange
 from gradwire_protocol import framing
 from gradwire_protocol.matrices import Matrix
 from tests.client.core.fake_server import FakeServer, converse
@@ -37,7 +37,7 @@ def any_answers() -> Iterator[Check]:
 
     def check(data: bytes) -> None:
         job = array_job(*OPERANDS, request_id=JOB_ID, checkpoint_rows=4)
-        exchange: Exchange = job.exchange()
+        exchange: JobExchange = job.exchange()
         exchange.opening()
         sent = False
         try:

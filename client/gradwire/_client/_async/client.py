@@ -42,13 +42,13 @@ from gradwire._api.types import (
 from gradwire._api.verify import VerifyLike
 from gradwire._client._async.stream import AsyncGradientStream
 from gradwire._client.job_factory import BaseClient
-from gradwire._core.exchange import Exchange
+from gradwire._core.exchange import JobExchange
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.load_balancer import (
     ASK_S,
     Lease,
-    Member,
-    Servers,
+    LoadBalancer,
+    ServerState,
     none_left,
     require_jobs,
 )
@@ -60,8 +60,8 @@ from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.async_call import AsyncCall, AsyncConnection
 from gradwire._transport.grpc.grpc_errors import call_error, connect_error
 from gradwire._transport.shm.policy import EmptyArray, may_be_smaller
-from gradwire._transport.shm.segments import Room
-from gradwire._transport.shm.shm_job import SharedJob
+from gradwire._transport.shm.segments import Allocation
+from gradwire._transport.shm.shm_job import ShmJob
 from gradwire._transport.tls import Tls
 from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -129,7 +129,7 @@ class AsyncClient(BaseClient):
         self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connected: AsyncConnection | None = None
-        self._servers: Servers[AsyncClient] | None = None
+        self._servers: LoadBalancer[AsyncClient] | None = None
         if self._endpoints is not None:
             tls_of = self._endpoints.tls_of
 
@@ -144,7 +144,7 @@ class AsyncClient(BaseClient):
                 )
 
             known, names = self._addresses.known, self._addresses.names
-            self._servers = Servers(member, known, names)
+            self._servers = LoadBalancer(member, known, names)
 
     async def __aenter__(self) -> AsyncClient:
         """Shake hands with the server.
@@ -156,9 +156,9 @@ class AsyncClient(BaseClient):
             if self._servers is not None:
                 await self._handshakes(self._servers, self._connect_timeout_s)
             else:
-                await self._asked(self._connect_timeout_s)
+                await self._probe(self._connect_timeout_s)
             if self._sharing.demanded:
-                await self._rooms([1])
+                await self._allocate([1])
         except BaseException:
             await self.close()
             raise
@@ -194,7 +194,7 @@ class AsyncClient(BaseClient):
         """
         seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
         if address is not None:
-            client = await self._at(address)
+            client = await self._client_for(address)
             if client is not self:
                 return await client.server_info(timeout_s=seconds)
         attempts = Attempts(self._retries, seconds)
@@ -228,7 +228,7 @@ class AsyncClient(BaseClient):
         self._require_open()
         wanted = EmptyArray(shape, dtype)
         return wanted.made(
-            await self._rooms(wanted.sizes) if self._sharing.on else None
+            await self._allocate(wanted.sizes) if self._sharing.on else None
         )
 
     async def gradients(
@@ -438,14 +438,14 @@ class AsyncClient(BaseClient):
 
     async def _run(self, job: ArrayJob) -> Receipt:
         attempts = self._attempts(job.plan.options)
-        attempt = partial(self._tried, job, attempts)
+        attempt = partial(self._attempt, job, attempts)
         receipt = await self._retried(attempts, attempt)
-        return self._keep(job.delivered(attempts.told(receipt)))
+        return self._remember_receipt(job.delivered(attempts.annotate(receipt)))
 
-    async def _tried(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+    async def _attempt(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job, once, on the server that is best for it."""
         with await self._lease(attempts) as lease:
-            receipt, at = await lease.client._computed(job, attempts), lease.client
+            receipt, at = await lease.client._execute(job, attempts), lease.client
             if job.to_verify:
                 return await asyncio.to_thread(job.verified, receipt, at.address)
             return job.verified(receipt, at.address)
@@ -464,11 +464,11 @@ class AsyncClient(BaseClient):
         causes = servers.unresolved()
         while (member := servers.choose(attempts.avoid, causes)) is not None:
             lease = Lease(member.client, servers, member, attempts)
-            if not member.doubtful:
+            if not member.needs_probe:
                 return lease
             try:
                 seconds = at_most(ASK_S, attempts.left_s)
-                require_jobs(await member.client._asked(seconds), member.address)
+                require_jobs(await member.client._probe(seconds), member.address)
             except GradwireError as error:
                 causes[member.address] = error
                 lease.ended(error)
@@ -476,12 +476,12 @@ class AsyncClient(BaseClient):
                 lease.ended(error)
                 raise
             else:
-                servers.well(member)
+                servers.mark_healthy(member)
                 self._learn_of(servers.all_clients())
                 return lease
         raise none_left(causes)
 
-    async def _resolve(self, servers: Servers[AsyncClient]) -> None:
+    async def _resolve(self, servers: LoadBalancer[AsyncClient]) -> None:
         """Look up the names whose addresses may have changed."""
         loop = asyncio.get_running_loop()
         for name in servers.names_due():
@@ -494,7 +494,7 @@ class AsyncClient(BaseClient):
             for gone in servers.resolved(name, addresses_of(port, found)):
                 await gone.close()
 
-    async def _asked(self, timeout_s: float | None) -> ServerInfo:
+    async def _probe(self, timeout_s: float | None) -> ServerInfo:
         """What the server says that it is, if it is one to go on with.
 
         Raises:
@@ -507,51 +507,51 @@ class AsyncClient(BaseClient):
         return self._require_contract(server_info_of(answer))
 
     async def _handshakes(
-        self, servers: Servers[AsyncClient], timeout_s: float | None
+        self, servers: LoadBalancer[AsyncClient], timeout_s: float | None
     ) -> None:
         """Ask all servers, side by side."""
         await self._resolve(servers)
-        causes, well = servers.unresolved(), False
+        causes, mark_healthy = servers.unresolved(), False
 
-        async def ask(member: Member[AsyncClient]) -> bool:
+        async def ask(member: ServerState[AsyncClient]) -> bool:
             try:
-                require_jobs(await member.client._asked(timeout_s), member.address)
+                require_jobs(await member.client._probe(timeout_s), member.address)
             except GradwireError as error:
                 causes[member.address] = error
-                servers.failed(member, error)
+                servers.record_failure(member, error)
                 return False
-            servers.well(member)
+            servers.mark_healthy(member)
             return True
 
         for member in servers.members:
-            member.doubtful = True
+            member.needs_probe = True
         waiting = {asyncio.create_task(ask(member)) for member in servers.members}
         try:
             while waiting:
                 done, waiting = await asyncio.wait(
                     waiting,
-                    timeout=ASK_S if well else None,
+                    timeout=ASK_S if mark_healthy else None,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if not done:
                     break
                 for task in done:
-                    well |= task.result()
+                    mark_healthy |= task.result()
         finally:
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-        if not well:
+        if not mark_healthy:
             raise none_left(causes)
         self._learn_of(servers.all_clients())
 
-    async def _at(self, address: str) -> AsyncClient:
+    async def _client_for(self, address: str) -> AsyncClient:
         """The client of one server."""
         if self._servers is None:
-            return self._named(address, {self._address: self})
+            return self._lookup(address, {self._address: self})
         await self._resolve(self._servers)
         members = self._servers.members
-        return self._named(address, {each.address: each.client for each in members})
+        return self._lookup(address, {each.address: each.client for each in members})
 
     async def _retried(
         self, attempts: Attempts, attempt: Callable[[], Awaitable[_Result]]
@@ -567,15 +567,15 @@ class AsyncClient(BaseClient):
             else:
                 attempts.succeeded()
                 return result
-            await self._rest(delay_s)
+            await self._sleep(delay_s)
 
-    async def _rest(self, seconds: float) -> None:
+    async def _sleep(self, seconds: float) -> None:
         """Wait, unless the client is closed meanwhile."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
 
-    async def _computed(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+    async def _execute(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job, once."""
         options = job.plan.options
         if self._shares(job):
@@ -593,7 +593,7 @@ class AsyncClient(BaseClient):
                     raise
 
     async def _stream(
-        self, job: ArrayJob, exchange: Exchange, options: Options
+        self, job: ArrayJob, exchange: JobExchange, options: Options
     ) -> Receipt:
         async with AsyncCall(
             self._connection(),
@@ -610,7 +610,7 @@ class AsyncClient(BaseClient):
     ) -> Receipt | None:
         """Compute a job in shared memory; None where there is none for it."""
         shared = self._sharing.place(job)
-        rooms = await self._rooms(shared.sizes)
+        rooms = await self._allocate(shared.sizes)
         if rooms is None:
             return None
         shared.place(rooms)
@@ -630,14 +630,14 @@ class AsyncClient(BaseClient):
         except BaseException as error:
             if not shared.worth_another_try(error) or not again:
                 if shared.at_risk:
-                    attempts.forbid()
+                    attempts.make_final()
                 raise
         else:
             await _beside(shared, shared.copy_out)
             return receipt
         return await self._run_shared(job, attempts, again=False)
 
-    async def _rooms(self, sizes: Sequence[int]) -> list[Room] | None:
+    async def _allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Room in shared memory; None where there is none.
 
         Raises:
@@ -647,7 +647,7 @@ class AsyncClient(BaseClient):
             return []
         connection = self._connection()
         pool = self._sharing.pool
-        rooms = pool.take(sizes)
+        rooms = pool.allocate(sizes)
         if rooms is not None:
             return rooms
         refusal: GradwireError | None = None
@@ -661,7 +661,7 @@ class AsyncClient(BaseClient):
             else:
                 return pool.add(region, sizes)
         if refusal is not None:
-            self._sharing.refused(refusal)
+            self._sharing.on_refusal(refusal)
         return None
 
     async def _compute(self, job: ArrayJob, options: Options) -> Receipt:
@@ -706,7 +706,7 @@ class AsyncClient(BaseClient):
         return self._connected
 
 
-async def _beside(shared: SharedJob, copy: Callable[[], None]) -> None:
+async def _beside(shared: ShmJob, copy: Callable[[], None]) -> None:
     """Copy where the event loop's others do not notice, if it takes a while."""
     if shared.copies:
         await asyncio.to_thread(copy)

@@ -13,14 +13,14 @@ from collections.abc import (
 )
 
 from gradwire._arrays.operand import Operand
-from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.row_reader import iterate
 from gradwire_protocol.matrices import Matrix
 
 _NOTHING = object()
 
 
-class AsyncDrawnRows:
+class AsyncRowSource:
     """The caller's items, drawn by whichever task needs the next one.
 
     An asynchronous iterable is asked in a task of its own, the same for all
@@ -29,7 +29,7 @@ class AsyncDrawnRows:
     """
 
     def __init__(
-        self, rows: Iterable[object] | AsyncIterable[object], held: HeldRows
+        self, rows: Iterable[object] | AsyncIterable[object], held: ReplayBuffer
     ) -> None:
         self._rows = rows if isinstance(rows, AsyncIterable) else iterate(rows)
         self._held = held

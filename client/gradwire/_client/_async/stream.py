@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, TypeVar
 from gradwire._api.errors import GradwireError, VerificationError
 from gradwire._api.types import Array, Receipt, RowBlock
 from gradwire._arrays.operand import Operand
-from gradwire._client._async.row_source import AsyncDrawnRows
-from gradwire._core.exchange import Exchange
+from gradwire._client._async.row_source import AsyncRowSource
+from gradwire._core.exchange import JobExchange
 from gradwire._resilience.load_balancer import Lease
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.row_reader import RowReader
-from gradwire._resilience.stream_job import RowJob, require_receipt
+from gradwire._resilience.stream_job import StreamJob, require_receipt
 from gradwire._transport.grpc.async_call import AsyncCall
 from gradwire_protocol.matrices import Matrix
 
@@ -55,9 +55,9 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
     ) -> None:
         self._client = client
         self._held = client._held_rows(reader, rows)
-        self._rows = AsyncDrawnRows(rows, self._held)
+        self._rows = AsyncRowSource(rows, self._held)
         self._reader = reader
-        self._job: RowJob | None = None
+        self._job: StreamJob | None = None
         self._call: AsyncCall | None = None
         self._attempts: Attempts | None = None
         self._lease: Lease[AsyncClient] | None = None
@@ -92,7 +92,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                         if delay_s is None:
                             raise
                         await self._again()
-                        await self._client._rest(delay_s)
+                        await self._client._sleep(delay_s)
             except BaseException as error:
                 self._leave(error)
                 await self.aclose()
@@ -137,7 +137,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         """
         return require_receipt(self._job)
 
-    async def _opened(self) -> tuple[RowJob, AsyncCall]:
+    async def _opened(self) -> tuple[StreamJob, AsyncCall]:
         if self._job is None or self._attempts is None:
             await self._rows.draw(0)
             self._attempts = self._client._attempts(self._reader.options)
@@ -186,7 +186,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             self._job.require_rows(error)
         return delay_s
 
-    async def _read(self, job: RowJob, call: AsyncCall) -> None:
+    async def _read(self, job: StreamJob, call: AsyncCall) -> None:
         try:
             message = await anext(call)
         except StopAsyncIteration:
@@ -194,14 +194,14 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             if attempts is not None:
                 attempts.succeeded()
                 receipt = await _beside(job, lambda: job.finish(attempts))
-                self._client._keep(receipt)
+                self._client._remember_receipt(receipt)
             self._leave()
             self._over = True
         else:
             await _beside(job, lambda: job.receive(message))
 
 
-async def _beside(job: RowJob, take: Callable[[], _Taken]) -> _Taken:
+async def _beside(job: StreamJob, take: Callable[[], _Taken]) -> _Taken:
     """Take what came where the event loop's others do not notice, if it is checked."""
     if job.check is None:
         return take()
@@ -209,8 +209,8 @@ async def _beside(job: RowJob, take: Callable[[], _Taken]) -> _Taken:
 
 
 async def _messages(
-    job: RowJob,
-    exchange: Exchange,
+    job: StreamJob,
+    exchange: JobExchange,
     portions: AsyncIterator[Mapping[Matrix, Operand]],
 ) -> AsyncGenerator[bytes]:
     for message in job.opening_messages(exchange):

@@ -36,13 +36,13 @@ from gradwire._api.verify import VerifyLike
 from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._client._sync.stream import GradientStream
 from gradwire._client.job_factory import BaseClient
-from gradwire._core.exchange import Exchange
+from gradwire._core.exchange import JobExchange
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.load_balancer import (
     ASK_S,
     Lease,
-    Member,
-    Servers,
+    LoadBalancer,
+    ServerState,
     none_left,
     require_jobs,
 )
@@ -54,7 +54,7 @@ from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import call_error, connect_error
 from gradwire._transport.grpc.sync_call import Call, Connection, call_unary
 from gradwire._transport.shm.policy import EmptyArray, may_be_smaller
-from gradwire._transport.shm.segments import Pool, Room
+from gradwire._transport.shm.segments import Allocation, Pool
 from gradwire._transport.tls import Tls
 from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -190,7 +190,7 @@ class Client(BaseClient):
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._connected: Connection | None = None
-        self._servers: Servers[Client] | None = None
+        self._servers: LoadBalancer[Client] | None = None
         if self._endpoints is not None:
             tls_of = self._endpoints.tls_of
 
@@ -205,7 +205,7 @@ class Client(BaseClient):
                 )
 
             known, names = self._addresses.known, self._addresses.names
-            self._servers = Servers(member, known, names)
+            self._servers = LoadBalancer(member, known, names)
         _clients.add(self)
 
     def __enter__(self) -> Client:
@@ -241,9 +241,9 @@ class Client(BaseClient):
         seconds = parse_timeout(connect_timeout_s, "connect_timeout_s")
         if self._servers is not None:
             return self._handshakes(self._servers, seconds)
-        info = self._asked(seconds)
+        info = self._probe(seconds)
         if self._sharing.demanded:
-            self._rooms([1])
+            self._allocate([1])
         return info
 
     def server_info(
@@ -266,7 +266,7 @@ class Client(BaseClient):
         """
         seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
         if address is not None:
-            client = self._at(address)
+            client = self._client_for(address)
             if client is not self:
                 return client.server_info(timeout_s=seconds)
         attempts = Attempts(self._retries, seconds)
@@ -315,7 +315,7 @@ class Client(BaseClient):
         """
         self._require_open()
         wanted = EmptyArray(shape, dtype)
-        return wanted.made(self._rooms(wanted.sizes) if self._sharing.on else None)
+        return wanted.made(self._allocate(wanted.sizes) if self._sharing.on else None)
 
     def gradients(
         self,
@@ -605,13 +605,13 @@ class Client(BaseClient):
 
     def _run(self, job: ArrayJob) -> Receipt:
         attempts = self._attempts(job.plan.options)
-        receipt = self._retried(attempts, partial(self._tried, job, attempts))
-        return self._keep(job.delivered(attempts.told(receipt)))
+        receipt = self._retried(attempts, partial(self._attempt, job, attempts))
+        return self._remember_receipt(job.delivered(attempts.annotate(receipt)))
 
-    def _tried(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+    def _attempt(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job, once, on the server that is best for it."""
         with self._lease(attempts) as lease:
-            receipt = lease.client._computed(job, attempts)
+            receipt = lease.client._execute(job, attempts)
             return job.verified(receipt, lease.client.address)
 
     def _lease(self, attempts: Attempts) -> Lease[Client]:
@@ -628,10 +628,10 @@ class Client(BaseClient):
         causes = servers.unresolved()
         while (member := servers.choose(attempts.avoid, causes)) is not None:
             lease = Lease(member.client, servers, member, attempts)
-            if not member.doubtful:
+            if not member.needs_probe:
                 return lease
             try:
-                info = member.client._asked(at_most(ASK_S, attempts.left_s))
+                info = member.client._probe(at_most(ASK_S, attempts.left_s))
                 require_jobs(info, member.address)
             except GradwireError as error:
                 causes[member.address] = error
@@ -640,12 +640,12 @@ class Client(BaseClient):
                 lease.ended(error)
                 raise
             else:
-                servers.well(member)
+                servers.mark_healthy(member)
                 self._learn_of(servers.all_clients())
                 return lease
         raise none_left(causes)
 
-    def _resolve(self, servers: Servers[Client]) -> None:
+    def _resolve(self, servers: LoadBalancer[Client]) -> None:
         """Look up the names whose addresses may have changed."""
         for name in servers.names_due():
             host, port = host_and_port(name)
@@ -657,7 +657,7 @@ class Client(BaseClient):
             for gone in servers.resolved(name, addresses_of(port, found)):
                 gone.close()
 
-    def _asked(self, timeout_s: float | None) -> ServerInfo:
+    def _probe(self, timeout_s: float | None) -> ServerInfo:
         """What the server says that it is, if it is one to go on with.
 
         Raises:
@@ -670,23 +670,23 @@ class Client(BaseClient):
         return self._require_contract(server_info_of(answer))
 
     def _handshakes(
-        self, servers: Servers[Client], timeout_s: float | None
+        self, servers: LoadBalancer[Client], timeout_s: float | None
     ) -> ServerInfo:
         """Ask all servers, side by side."""
         self._resolve(servers)
         members = servers.members
-        answers: SimpleQueue[tuple[Member[Client], ServerInfo | GradwireError]]
+        answers: SimpleQueue[tuple[ServerState[Client], ServerInfo | GradwireError]]
         answers = SimpleQueue()
 
-        def ask(member: Member[Client]) -> None:
+        def ask(member: ServerState[Client]) -> None:
             try:
-                info = member.client._asked(timeout_s)
+                info = member.client._probe(timeout_s)
                 answers.put((member, require_jobs(info, member.address)))
             except GradwireError as error:
                 answers.put((member, error))
 
         for member in members:
-            member.doubtful = True
+            member.needs_probe = True
             threading.Thread(target=ask, args=(member,), daemon=True).start()
         first: ServerInfo | None = None
         causes = servers.unresolved()
@@ -697,22 +697,22 @@ class Client(BaseClient):
                 break
             if isinstance(answer, GradwireError):
                 causes[member.address] = answer
-                servers.failed(member, answer)
+                servers.record_failure(member, answer)
             else:
-                servers.well(member)
+                servers.mark_healthy(member)
                 first = first or answer
         if first is None:
             raise none_left(causes)
         self._learn_of(servers.all_clients())
         return first
 
-    def _at(self, address: str) -> Client:
+    def _client_for(self, address: str) -> Client:
         """The client of one server."""
         if self._servers is None:
-            return self._named(address, {self._address: self})
+            return self._lookup(address, {self._address: self})
         self._resolve(self._servers)
         members = self._servers.members
-        return self._named(address, {each.address: each.client for each in members})
+        return self._lookup(address, {each.address: each.client for each in members})
 
     def _retried(self, attempts: Attempts, attempt: Callable[[], _Result]) -> _Result:
         """What the first attempt gives that does not fail, or is the last."""
@@ -726,13 +726,13 @@ class Client(BaseClient):
             else:
                 attempts.succeeded()
                 return result
-            self._rest(delay_s)
+            self._sleep(delay_s)
 
-    def _rest(self, seconds: float) -> None:
+    def _sleep(self, seconds: float) -> None:
         """Wait, unless the client is closed meanwhile."""
         self._closing.wait(seconds)
 
-    def _computed(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+    def _execute(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job, once."""
         options = job.plan.options
         if self._shares(job):
@@ -749,7 +749,9 @@ class Client(BaseClient):
                 if not job.cut_off(exchange, error, attempts):
                     raise
 
-    def _stream(self, job: ArrayJob, exchange: Exchange, options: Options) -> Receipt:
+    def _stream(
+        self, job: ArrayJob, exchange: JobExchange, options: Options
+    ) -> Receipt:
         messages = partial(job.messages, exchange)
         with Call(self._connection(), exchange, messages, options) as call:
             for message in call:
@@ -761,7 +763,7 @@ class Client(BaseClient):
     ) -> Receipt | None:
         """Compute a job in shared memory; None where there is none for it."""
         shared = self._sharing.place(job)
-        rooms = self._rooms(shared.sizes)
+        rooms = self._allocate(shared.sizes)
         if rooms is None:
             return None
         shared.place(rooms)
@@ -776,14 +778,14 @@ class Client(BaseClient):
         except BaseException as error:
             if not shared.worth_another_try(error) or not again:
                 if shared.at_risk:
-                    attempts.forbid()
+                    attempts.make_final()
                 raise
         else:
             shared.copy_out()
             return receipt
         return self._run_shared(job, attempts, again=False)
 
-    def _rooms(self, sizes: Sequence[int]) -> list[Room] | None:
+    def _allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Room in shared memory; None where there is none.
 
         Raises:
@@ -793,7 +795,7 @@ class Client(BaseClient):
             return []
         connection = self._connection()
         pool = self._sharing.pool
-        rooms = pool.take(sizes)
+        rooms = pool.allocate(sizes)
         if rooms is not None:
             return rooms
         refusal: GradwireError | None = None
@@ -807,7 +809,7 @@ class Client(BaseClient):
             else:
                 return pool.add(region, sizes)
         if refusal is not None:
-            self._sharing.refused(refusal)
+            self._sharing.on_refusal(refusal)
         return None
 
     def _compute(self, job: ArrayJob, options: Options) -> Receipt:
@@ -836,7 +838,7 @@ class Client(BaseClient):
     def _after_fork(self) -> None:
         # The parent's channels and regions are not this process's to use, nor
         # to close; and their locks may have been held by threads not here.
-        _inherited.append((self._connected, self._sharing.renew()))
+        _inherited.append((self._connected, self._sharing.after_fork()))
         self._connected = None
         self._memory = ResultPool()
         self._lock = threading.Lock()

@@ -6,20 +6,20 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from gradwire._arrays.operand import Operand
-from gradwire._resilience.replay_buffer import HeldRows
+from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire_protocol.matrices import Matrix
 
 _NOTHING = object()
 
 
-class DrawnRows:
+class RowSource:
     """The caller's items, drawn by whichever thread needs the next one.
 
     That of an attempt which has failed may still be waiting for an item: the
     next attempt's then waits for the same one.
     """
 
-    def __init__(self, items: Iterator[object], held: HeldRows) -> None:
+    def __init__(self, items: Iterator[object], held: ReplayBuffer) -> None:
         self._items = items
         self._held = held
         self._turn = threading.Lock()

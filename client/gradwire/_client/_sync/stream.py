@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from gradwire._api.errors import GradwireError, VerificationError
 from gradwire._api.types import Array, Receipt, RowBlock
-from gradwire._client._sync.row_source import DrawnRows
+from gradwire._client._sync.row_source import RowSource
 from gradwire._resilience.load_balancer import Lease
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.row_reader import RowReader, iterate
-from gradwire._resilience.stream_job import RowJob, require_receipt
+from gradwire._resilience.stream_job import StreamJob, require_receipt
 from gradwire._transport.grpc.sync_call import Call
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class GradientStream(Iterator[RowBlock]):
     ) -> None:
         self._client = client
         self._held = client._held_rows(reader, rows)
-        self._rows = DrawnRows(iterate(rows), self._held)
+        self._rows = RowSource(iterate(rows), self._held)
         self._reader = reader
-        self._job: RowJob | None = None
+        self._job: StreamJob | None = None
         self._call: Call | None = None
         self._attempts: Attempts | None = None
         self._lease: Lease[Client] | None = None
@@ -75,7 +75,7 @@ class GradientStream(Iterator[RowBlock]):
                         if delay_s is None:
                             raise
                         self._again()
-                        self._client._rest(delay_s)
+                        self._client._sleep(delay_s)
             except BaseException as error:
                 self._leave(error)
                 self.close()
@@ -116,7 +116,7 @@ class GradientStream(Iterator[RowBlock]):
         """
         return require_receipt(self._job)
 
-    def _opened(self) -> tuple[RowJob, Call]:
+    def _opened(self) -> tuple[StreamJob, Call]:
         if self._job is None or self._attempts is None:
             self._rows.draw(0)
             self._attempts = self._client._attempts(self._reader.options)
@@ -165,13 +165,13 @@ class GradientStream(Iterator[RowBlock]):
             self._job.require_rows(error)
         return delay_s
 
-    def _read(self, job: RowJob, call: Call) -> None:
+    def _read(self, job: StreamJob, call: Call) -> None:
         try:
             message = next(call)
         except StopIteration:
             if self._attempts is not None:
                 self._attempts.succeeded()
-                self._client._keep(job.finish(self._attempts))
+                self._client._remember_receipt(job.finish(self._attempts))
             self._leave()
             self._over = True
         else:

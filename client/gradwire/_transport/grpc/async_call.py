@@ -26,12 +26,12 @@ from gradwire._client.job_factory import (
     GET_SERVER_INFO,
     OPEN_REGION,
 )
-from gradwire._core.exchange import Conversation
+from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import call_error
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
-from gradwire._transport.shm.segments import Region
+from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
@@ -80,19 +80,19 @@ class AsyncConnection:
             self.channel.stream_stream(COMPUTE_STREAM)
         )
 
-    async def open_region(self, size_bytes: int, metadata: MetadataPairs) -> Region:
+    async def open_region(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
         """A region, which lasts until it is closed.
 
         Raises:
             GradwireError: The server refuses it, or it cannot be opened here.
         """
         rpc = self._region(OpenRegionRequest(size_bytes=size_bytes), metadata=metadata)
-        region: Region | None = None
+        region: Segment | None = None
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 answer = await rpc.read()
             if isinstance(answer, OpenRegionResponse):
-                region = Region(answer, partial(_cancel, rpc, self._loop))
+                region = Segment(answer, partial(_cancel, rpc, self._loop))
         except TimeoutError:
             rpc.cancel()
             raise ConnectError(
@@ -123,7 +123,7 @@ class AsyncCall:
     def __init__(
         self,
         connection: AsyncConnection,
-        exchange: Conversation,
+        exchange: ExchangeProtocol,
         messages: Callable[[], AsyncGenerator[bytes]],
         options: Options,
     ) -> None:

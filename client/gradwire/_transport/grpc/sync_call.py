@@ -22,12 +22,12 @@ from gradwire._client.job_factory import (
     GET_SERVER_INFO,
     OPEN_REGION,
 )
-from gradwire._core.exchange import Conversation
+from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import call_error
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
-from gradwire._transport.shm.segments import Region
+from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
@@ -77,7 +77,7 @@ class Connection:
             self.channel.stream_stream(COMPUTE_STREAM)
         )
 
-    def open_region(self, size_bytes: int, metadata: MetadataPairs) -> Region:
+    def open_region(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
         """A region, which lasts until it is closed.
 
         Raises:
@@ -99,7 +99,7 @@ class Connection:
         try:
             with fork_support.waiting():
                 answer = next(rpc)
-            region = Region(answer, end)
+            region = Segment(answer, end)
         except BaseException as error:
             end()
             if isinstance(error, StopIteration):
@@ -158,7 +158,7 @@ class Call:
     def __init__(
         self,
         connection: Connection,
-        exchange: Conversation,
+        exchange: ExchangeProtocol,
         messages: Callable[[], Iterator[bytes]],
         options: Options,
     ) -> None:

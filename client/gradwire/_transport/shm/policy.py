@@ -17,8 +17,8 @@ from gradwire._api.errors import (
 from gradwire._api.options import DtypeLike, parse_dtype, parse_shape
 from gradwire._api.types import Array, ServerInfo
 from gradwire._transport.address import is_local
-from gradwire._transport.shm.segments import CannotShareError, Pool, Room
-from gradwire._transport.shm.shm_job import SharedJob
+from gradwire._transport.shm.segments import Allocation, CannotShareError, Pool
+from gradwire._transport.shm.shm_job import ShmJob
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.limits import MIB, SHARED_MEMORY
 
@@ -35,7 +35,7 @@ there travel in messages from this size on: those take no memory."""
 _FOR_GOOD = (CannotShareError, ContractError, NotAllowedError, UnsupportedError)
 
 
-class Sharing:
+class ShmPolicy:
     """The regions of one client, and its choice of transport.
 
     Args:
@@ -72,7 +72,7 @@ class Sharing:
         if self._allowed and not self.demanded:
             self._possible = offered and self._local
 
-    def suits(self, job: ArrayJob) -> bool:
+    def should_use(self, job: ArrayJob) -> bool:
         """Whether a job shall go through shared memory.
 
         Where that was not demanded, small jobs whose arrays lie elsewhere go
@@ -94,11 +94,11 @@ class Sharing:
         copied -= sum(operand.size_bytes for operand in inside)
         return not (job.unary and not inside) and copied <= _MOST_COPIED_BYTES
 
-    def place(self, job: ArrayJob) -> SharedJob:
+    def place(self, job: ArrayJob) -> ShmJob:
         """The job's places, as far as its arrays lie in regions."""
-        return SharedJob(job, self.pool)
+        return ShmJob(job, self.pool)
 
-    def refused(self, error: GradwireError) -> None:
+    def on_refusal(self, error: GradwireError) -> None:
         """Take a region's refusal: do without, for good where it is final.
 
         Raises:
@@ -109,7 +109,7 @@ class Sharing:
         if isinstance(error, _FOR_GOOD):
             self._possible = False
 
-    def renew(self) -> Pool:
+    def after_fork(self) -> Pool:
         """Begin anew in the child of a fork.
 
         Returns:
@@ -133,7 +133,7 @@ class EmptyArray:
         count = int(np.prod(self.shape, dtype=object))
         self.sizes = [count * self.dtype.itemsize]
 
-    def made(self, rooms: Sequence[Room] | None) -> Array:
+    def made(self, rooms: Sequence[Allocation] | None) -> Array:
         """The array: in this room, or of the process's own memory."""
         if rooms is None:
             return np.empty(self.shape, self.dtype.numpy)

@@ -35,7 +35,7 @@ class CannotShareError(ConnectError):
     """Memory cannot be shared with the server, now or later."""
 
 
-class Region:
+class Segment:
     """Memory that both sides have mapped.
 
     Args:
@@ -83,7 +83,7 @@ class Region:
 
         return ended
 
-    def take(self, size_bytes: int) -> int | None:
+    def allocate(self, size_bytes: int) -> int | None:
         """Where so many bytes, a multiple of the alignment, are free now."""
         for position, (offset, free) in enumerate(self._holes):
             if free >= size_bytes:
@@ -94,7 +94,7 @@ class Region:
                 return offset
         return None
 
-    def give(self, offset: int, size_bytes: int) -> None:
+    def free(self, offset: int, size_bytes: int) -> None:
         """These bytes are free again."""
         position = bisect.bisect(self._holes, (offset, 0))
         if position < len(self._holes) and self._holes[position][0] == (
@@ -117,11 +117,11 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Allocation:
     """Bytes of a region, free until the last view of `array` has died."""
 
     array: Array
-    region: Region
+    region: Segment
     offset: int
 
 
@@ -134,12 +134,12 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._regions: list[Region] = []
+        self._regions: list[Segment] = []
         # Arrays die wherever the interpreter happens to be, under the lock
         # as well, so that must not be taken there.
-        self._died: deque[tuple[Region, int, int]] = deque()
+        self._died: deque[tuple[Segment, int, int]] = deque()
 
-    def take(self, sizes: Sequence[int]) -> list[Room] | None:
+    def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Rooms of so many bytes each; None where not all of them fit."""
         with self._lock:
             self._tidy()
@@ -153,7 +153,7 @@ class Pool:
         best = max(least, _LEAST_BYTES, min(present, _MOST_AHEAD_BYTES))
         return [best, least] if best > least else [least]
 
-    def add(self, region: Region, sizes: Sequence[int]) -> list[Room]:
+    def add(self, region: Segment, sizes: Sequence[int]) -> list[Allocation]:
         """Make use of a new region, first for rooms of these sizes."""
         with self._lock:
             rooms = self._take([region], sizes)
@@ -162,7 +162,7 @@ class Pool:
             self._regions.append(region)
             return rooms
 
-    def find(self, array: Array) -> tuple[Region, int] | None:
+    def find(self, array: Array) -> tuple[Segment, int] | None:
         """The region in which an array lies as jobs need it, and where there.
 
         None for an array that does not, or of another layout or byte order.
@@ -178,7 +178,7 @@ class Pool:
                     return (region, offset) if usable else None
         return None
 
-    def retire(self, regions: Iterable[Region]) -> None:
+    def invalidate(self, regions: Iterable[Segment]) -> None:
         """Close regions for good: what lies there is ordinary memory from now."""
         for region in regions:
             region.close()
@@ -193,32 +193,32 @@ class Pool:
             region.close()
 
     def _take(
-        self, regions: Sequence[Region], sizes: Sequence[int]
-    ) -> list[Room] | None:
-        taken: list[tuple[Region, int, int]] = []
+        self, regions: Sequence[Segment], sizes: Sequence[int]
+    ) -> list[Allocation] | None:
+        taken: list[tuple[Segment, int, int]] = []
         for size in map(_aligned, sizes):
             for region in regions:
-                offset = region.take(size)
+                offset = region.allocate(size)
                 if offset is not None:
                     taken.append((region, offset, size))
                     break
             else:
                 for region, offset, given in taken:
-                    region.give(offset, given)
+                    region.free(offset, given)
                 return None
         rooms = []
         for size, where in zip(sizes, taken, strict=True):
             region, offset, taken_bytes = where
             array = region.array(offset, taken_bytes)
             weakref.finalize(array, self._died.append, where).atexit = False
-            rooms.append(Room(array[:size], region, offset))
+            rooms.append(Allocation(array[:size], region, offset))
         return rooms
 
     def _tidy(self) -> None:
         """Collects dead arrays' bytes, and closes what is too much."""
         while self._died:
             region, offset, size = self._died.popleft()
-            region.give(offset, size)
+            region.free(offset, size)
         unused = [region for region in self._regions if region.alive and region.unused]
         # The largest is kept whatever its size: it is what a loop of large jobs
         # needs next, and taking its pages again costs more than it computes.

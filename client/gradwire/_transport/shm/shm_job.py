@@ -13,7 +13,7 @@ from gradwire._api.types import Array, Receipt, receipt_of
 from gradwire._core.acceptance import check_accepted, check_receipt
 from gradwire._core.job_plan import Plan
 from gradwire._core.progress import Reporter
-from gradwire._transport.shm.segments import Pool, Region, Room
+from gradwire._transport.shm.segments import Allocation, Pool, Segment
 from gradwire_protocol import framing
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import BufferRef
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradwire._resilience.array_job import ArrayJob
 
 
-class SharedJob:
+class ShmJob:
     """Places for a job's matrices in a client's regions.
 
     Operands and results that lie there are used where they are; for the
@@ -48,7 +48,7 @@ class SharedJob:
         self.at_risk = False
         self._job = job
         self._pool = pool
-        self._places: dict[Matrix, tuple[Region, int]] = {}
+        self._places: dict[Matrix, tuple[Segment, int]] = {}
         self._room: dict[Matrix, Array] = {}
         plan = job.plan
         # What travels in another dtype cannot be used where it lies.
@@ -78,7 +78,7 @@ class SharedJob:
         ]
         self.sizes = [plan.size_bytes(matrix, plan.m or 0) for matrix in self._missing]
 
-    def place(self, rooms: Sequence[Room]) -> None:
+    def place(self, rooms: Sequence[Allocation]) -> None:
         """Use these for what does not lie in a region yet."""
         for matrix, room in zip(self._missing, rooms, strict=True):
             self._places[matrix] = (room.region, room.offset)
@@ -103,9 +103,9 @@ class SharedJob:
             if matrix in self._room:
                 operand.copy_to(self._room[matrix])
 
-    def exchange(self) -> SharedExchange:
+    def exchange(self) -> ShmExchange:
         """The conversation."""
-        return SharedExchange(self._job.plan, self._places)
+        return ShmExchange(self._job.plan, self._places)
 
     def copy_out(self) -> None:
         """Have the results where the caller gets them."""
@@ -130,23 +130,25 @@ class SharedJob:
         """
         reason = error.reason if isinstance(error, CallError) else None
         if reason is Reason.REGION_UNKNOWN:
-            self._pool.retire({region for region, _ in self._places.values()})
+            self._pool.invalidate({region for region, _ in self._places.values()})
             return True
         if reason is None:
             results = self._job.plan.results
-            self._pool.retire({self._places[matrix][0] for matrix in results})
+            self._pool.invalidate({self._places[matrix][0] for matrix in results})
             self.at_risk = any(matrix not in self._room for matrix in results)
         return False
 
 
-class SharedExchange:
+class ShmExchange:
     """A stream without blocks, as its client sees it.
 
     Attributes:
         accepted: What the server said when it took the job on.
     """
 
-    def __init__(self, plan: Plan, places: Mapping[Matrix, tuple[Region, int]]) -> None:
+    def __init__(
+        self, plan: Plan, places: Mapping[Matrix, tuple[Segment, int]]
+    ) -> None:
         self.accepted: Accepted | None = None
         self._plan = plan
         self._m = plan.m or 0
@@ -210,7 +212,7 @@ class SharedExchange:
         )
 
 
-def _header(plan: Plan, places: Mapping[Matrix, tuple[Region, int]]) -> Job:
+def _header(plan: Plan, places: Mapping[Matrix, tuple[Segment, int]]) -> Job:
     tokens: dict[str, int] = {}
     buffers = {
         matrix: BufferRef(tokens.setdefault(region.token, len(tokens)), offset)
