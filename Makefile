@@ -82,6 +82,8 @@ test-gpu: $(VENV)/.ready-gpu ## the tests of GPUs, and all others with servers o
 lint: $(VENV)/.ready-dev check-protos ## style, types, contract, container file, scripts
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(PY) scripts/generate-sync --check
+	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/mypy
 	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/shellcheck .ci/run scripts/check-containers scripts/check-contract
@@ -104,6 +106,10 @@ check-containers: ## build the image and use it; needs Docker with Compose v2
 .PHONY: protos
 protos: $(PROTOS_VENV)/.ready ## regenerate protos/gradwire_protocol/v1 from protos/gradwire
 	$(PROTOS_VENV)/bin/python scripts/generate-stubs
+
+.PHONY: sync
+sync: $(VENV)/.ready-dev ## regenerate the synchronous client from the asynchronous one
+	$(PY) scripts/generate-sync
 
 .PHONY: format
 format: $(VENV)/.ready-dev ## format the code and the contract

@@ -41,11 +41,15 @@ def connected(
             tls, token = None, None
         else:
             at, tls, token = list(addresses), security.wanted, security.token
-        client = stack.enter_context(
-            Client(at, timeout_s=timeout_s, tls=tls, token=token)
+        client = Client(
+            at,
+            connect_timeout_s=connect_timeout_s,
+            timeout_s=timeout_s,
+            tls=tls,
+            token=token,
         )
         stack.enter_context(signals_call(client.close))
-        client.handshake(connect_timeout_s)
+        stack.enter_context(client)
         yield client, name
 
 

@@ -61,8 +61,9 @@ from gradwire._api.types import (
 from gradwire._api.verify import Verify
 from gradwire._client._async.client import AsyncClient
 from gradwire._client._async.stream import AsyncGradientStream
-from gradwire._client._sync.client import Client, connect
+from gradwire._client._sync.client import Client
 from gradwire._client._sync.stream import GradientStream
+from gradwire._client.connect import connect
 from gradwire._resilience.retry import RetryPolicy
 from gradwire._transport.tls import Tls
 from gradwire_protocol.error_reasons import Reason

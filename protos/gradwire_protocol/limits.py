@@ -27,6 +27,11 @@ MAX_JOB_ID_LENGTH = 128
 SERVICE = "gradwire.v1.GradientService"
 """Full name of the service."""
 
+COMPUTE = f"/{SERVICE}/Compute"
+COMPUTE_STREAM = f"/{SERVICE}/ComputeStream"
+OPEN_REGION = f"/{SERVICE}/OpenRegion"
+GET_SERVER_INFO = f"/{SERVICE}/GetServerInfo"
+
 CONTRACT = "gradwire.v1"
 """The contract's name and version."""
 

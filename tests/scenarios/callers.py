@@ -26,7 +26,7 @@ class Caller:
 
     def tune(self, **tuning: Any) -> None:
         """Has jobs cut into other messages; without arguments, as ever."""
-        self.client._tuning = self.way.tuning(**tuning)
+        self.client._engine.jobs.tuning = self.way.tuning(**tuning)
 
     def empty(self, shape: Any, dtype: Any = np.float32) -> Any:
         """An array as this way's callers have them."""

@@ -212,7 +212,7 @@ def test_a_client_that_shook_no_hands_is_told_the_same(unary: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     client = gradwire.Client(f"127.0.0.1:{port}")
-    client._tuning = Tuning(unary=unary)
+    client._engine.jobs.tuning = Tuning(unary=unary)
     with pytest.raises(gradwire.ConnectError, match="nothing listens at") as refused:
         client.gradients(*oracle.operands(3, 4, 5), request_id="never")
     assert refused.value.job_id == "never"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ FLIPS = 100
 
 def outcome(address: str, operands: Any, expected: Any) -> str:
     """What becomes of a job: "right", or the name of its error."""
-    with gradwire.Client(address, transport="tcp", retries=False) as client:
+    with closing(gradwire.Client(address, transport="tcp", retries=False)) as client:
         try:
             came = client.gradients(*operands, checksum=True, timeout_s=2)
         except gradwire.GradwireError as error:

@@ -239,7 +239,7 @@ INTERRUPTED = """
     from gradwire._client.job_factory import Tuning
     address, what, job_id, options, unary = sys.argv[1:]
     client = gradwire.connect(address, **json.loads(options))
-    client._tuning = Tuning(unary=json.loads(unary))
+    client._engine.jobs.tuning = Tuning(unary=json.loads(unary))
     x = np.ones((10, 10), "f4")
 
     def rows():

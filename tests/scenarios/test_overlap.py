@@ -92,7 +92,7 @@ def test_stages_of_a_balanced_job_overlap(tmp_path: Path) -> None:
         gradwire.connect(link.address, timeout_s=60) as client,
     ):
         # Small messages, so that a block's first and last are seen apart.
-        client._tuning = Tuning(chunk_bytes=1 << 16)
+        client._engine.jobs.tuning = Tuning(chunk_bytes=1 << 16)
         # Others may take the processor away for a while, but not every time.
         while len(shares) < ATTEMPTS and max(shares, default=0.0) < 0.8:
             result = client.gradients(x, w, dy)
@@ -117,7 +117,7 @@ def test_without_rows_or_results_nothing_is_seen_of_them(tmp_path: Path) -> None
         observed_server(tmp_path, seen) as address,
         gradwire.connect(address) as client,
     ):
-        client._tuning = Tuning(unary=False)
+        client._engine.jobs.tuning = Tuning(unary=False)
         receipt = client.gradients(x, w, None, results="y").receipt
     timeline = Timeline.of(seen[receipt.job_id])
     assert timeline.count == 0

@@ -69,7 +69,7 @@ class Job:
             self.client = gradwire.AsyncClient(address, **options)
             runner.run(self.client.__aenter__())
         self.is_async = kind == "async"
-        self.client._tuning = Tuning(chunk_bytes=3000, unary=False)
+        self.client._engine.jobs.tuning = Tuning(chunk_bytes=3000, unary=False)
 
     def gradients(self, results: Any, **options: Any) -> gradwire.Gradients:
         called = self.client.gradients(X, W, DY, results=results, **options)
@@ -399,7 +399,9 @@ def test_under_load_a_server_that_is_started_anew_loses_no_job(
 
         def work(kind: str) -> None:
             with gradwire.connect(address) as client:
-                client._tuning = Tuning(chunk_bytes=3000, unary=kind == "unary")
+                client._engine.jobs.tuning = Tuning(
+                    chunk_bytes=3000, unary=kind == "unary"
+                )
                 for _ in range(6):
                     if kind == "stream":
                         stream = client.stream(pairs(), W)

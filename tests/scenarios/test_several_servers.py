@@ -175,7 +175,9 @@ class Dying:
         self.killed: list[str] = []
 
     def kill_whose_job_runs(self) -> None:
-        (member,) = [m for m in self.caller.client._servers.members if m.running]
+        (member,) = [
+            m for m in self.caller.client._engine._servers.members if m.running
+        ]
         self.killed.append(member.address)
         next(s for s in self.servers if s.address == member.address).kill()
 

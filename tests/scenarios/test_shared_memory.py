@@ -94,8 +94,9 @@ def test_arrays_of_the_client_are_used_where_they_are(shm: Any, tcp: Any) -> Non
     arrays = [inside(shm, operand) for operand in operands]
     out = tuple(shm.empty(result.shape) for result in expected)
     given = dict(zip(OPERANDS, arrays, strict=True))
-    job = shm._array_job(given, out, RESULTS, parse_options(results=NAMES))
-    assert shm._sharing.place(job).sizes == []
+    job = shm._engine.jobs.array_job(given, out, RESULTS, parse_options(results=NAMES))
+    place = shm._engine.shm.place
+    assert place(job.plan, job.operands, job.outputs).sizes == []
     actual = shm.gradients(*arrays, out=out)
     assert all(one is other for one, other in zip(actual, out, strict=True))
     assert_same(actual, expected)
@@ -103,7 +104,7 @@ def test_arrays_of_the_client_are_used_where_they_are(shm: Any, tcp: Any) -> Non
 
 def test_results_are_views_of_shared_memory(shm: Any) -> None:
     y, _, _ = shm.gradients(*oracle.operands(M, N, K, "float32"))
-    assert shm._sharing.pool.find(y) is not None
+    assert shm._engine.shm.pool.find(y) is not None
     again = shm.forward(y, np.ones((K, 4), "f4"))
     assert oracle.same_bits(again, shm.forward(y.copy(), np.ones((K, 4), "f4")))
 
@@ -112,7 +113,7 @@ def test_slices_of_the_clients_arrays_are_used_in_place(shm: Any, tcp: Any) -> N
     x, w, dy = oracle.operands(M, 32, 48, "float32")
     big = inside(shm, x)
     part, dy_part = big[16:96], dy[16:96]
-    assert shm._sharing.pool.find(part) is not None
+    assert shm._engine.shm.pool.find(part) is not None
     assert_same(shm.gradients(part, w, dy_part), tcp.gradients(x[16:96], w, dy_part))
     out = shm.empty((M, 48))
     out[...] = 7
@@ -126,7 +127,7 @@ def test_whatever_cannot_be_used_in_place_is_copied(shm: Any, tcp: Any) -> None:
     x, w, dy = oracle.operands(M, N, K, "float32")
     expected = tcp.gradients(x, w, dy)
     odd = inside(shm, np.concatenate([x[:1], x]))[1:]  # not at 64 bytes
-    assert shm._sharing.pool.find(odd) is None
+    assert shm._engine.shm.pool.find(odd) is None
     turned = inside(shm, w.T).T
     swapped = dy.astype(dy.dtype.newbyteorder())
     dw = np.empty((2 * N, K), "f4")[::2]
@@ -150,7 +151,7 @@ def test_the_memory_of_dead_arrays_serves_the_next_job(sharing: Any) -> None:
         for _ in range(12):  # 25 MB of results and operands, in a region of 16 MiB
             client.gradients(*operands)
             gc.collect()
-        assert len(client._sharing.pool._regions) == 1
+        assert len(client._engine.shm.pool._regions) == 1
 
 
 def test_arrays_outlive_their_client(sharing: Any, tcp: Any) -> None:
@@ -256,19 +257,19 @@ def test_where_memory_runs_out_auto_goes_on_in_messages() -> None:
 def test_a_job_whose_region_was_lost_is_tried_again(shm: Any, tcp: Any) -> None:
     operands = oracle.operands(M, N, K, "float32")
     arrays = [inside(shm, operand) for operand in operands]
-    place = shm._sharing.place
+    place = shm._engine.shm.place
 
-    def lose(job: Any) -> Any:
-        shared = place(job)
-        for region in list(shm._sharing.pool._regions):
+    def lose(*job: Any) -> Any:
+        shared = place(*job)
+        for region in list(shm._engine.shm.pool._regions):
             region._end()
-        shm._sharing.place = place
+        shm._engine.shm.place = place
         time.sleep(0.2)  # the server has closed them; only this client may not know
-        for region in shm._sharing.pool._regions:
+        for region in shm._engine.shm.pool._regions:
             region.alive = True
         return shared
 
-    shm._sharing.place = lose
+    shm._engine.shm.place = lose
     actual = shm.gradients(*arrays)
     assert_same(actual, tcp.gradients(*operands))
     assert actual.receipt.transport == "shm"
@@ -282,7 +283,7 @@ def test_after_a_deadline_results_memory_is_not_used_again(sharing: Any) -> None
         out = client.empty((200_000, 64))
         with pytest.raises(gradwire.DeadlineError):
             client.forward(x, w, out=out, timeout_s=0.03)
-        assert client._sharing.pool.find(out) is None
+        assert client._engine.shm.pool.find(out) is None
         fresh = client.empty((200_000, 64))
         assert not np.may_share_memory(fresh, out)
         y = client.forward(x, w, out=out)
@@ -294,7 +295,7 @@ def test_what_the_server_refuses_leaves_regions_in_use(shm: Any) -> None:
     x = inside(shm, np.ones((50, 16), "f4"))
     with pytest.raises(gradwire.RequestError, match="k is"):
         shm.forward(np.empty((0, 0), "f4"), np.empty((0, 2**31), "f4"))
-    assert shm._sharing.pool.find(x) is not None
+    assert shm._engine.shm.pool.find(x) is not None
 
 
 FORK = """
@@ -306,18 +307,18 @@ FORK = """
     with gradwire.connect(sys.argv[1], transport="shm", timeout_s=30) as client:
         shared = client.empty(x.shape)
         shared[...] = x
-        tokens = {region.token for region in client._sharing.pool._regions}
+        tokens = {region.token for region in client._engine.shm.pool._regions}
         pid = os.fork()
         if pid == 0:
             assert (client.forward(shared, w) == 40).all()
-            own = {region.token for region in client._sharing.pool._regions}
+            own = {region.token for region in client._engine.shm.pool._regions}
             assert own
             assert not own & tokens
             client.close()
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
         assert (client.forward(shared, w) == 40).all()
-        assert {r.token for r in client._sharing.pool._regions} == tokens
+        assert {r.token for r in client._engine.shm.pool._regions} == tokens
     print("all is well")
 """
 
@@ -336,6 +337,6 @@ def test_a_forked_child_opens_regions_of_its_own(sharing: Any) -> None:
 
 def test_small_jobs_may_be_forced_into_messages(sharing: Any) -> None:
     with gradwire.connect(sharing.address, transport="shm") as client:
-        client._tuning = Tuning(unary=True)
+        client._engine.jobs.tuning = Tuning(unary=True)
         result = client.gradients(*oracle.operands(M, N, K, "float32"))
         assert result.receipt.transport == "tcp"

@@ -125,7 +125,9 @@ def test_jobs_over_tls_have_the_bits_of_those_in_plaintext(
         gradwire.connect(unix, transport="tcp") as plain,
         gradwire.connect(over_tls, tls=Tls(ca=files.ca), **options) as client,
     ):
-        client._tuning = Tuning(unary=None if connection == "compute" else False)
+        client._engine.jobs.tuning = Tuning(
+            unary=None if connection == "compute" else False
+        )
         expected = plain.gradients(*operands)
         actual = client.gradients(*operands)
     assert actual.receipt.transport == options["transport"]

@@ -60,7 +60,7 @@ class Way:
         client = gradwire.connect(
             self.address(server), **({"timeout_s": 60} | self.options | options)
         )
-        client._tuning = self.tuning()
+        client._engine.jobs.tuning = self.tuning()
         return client
 
     def async_client(
@@ -70,7 +70,7 @@ class Way:
         client = gradwire.AsyncClient(
             self.address(server), **({"timeout_s": 60} | self.options | options)
         )
-        client._tuning = self.tuning()
+        client._engine.jobs.tuning = self.tuning()
         return client
 
     def arrived(self, receipt: gradwire.Receipt, *, checksum: bool = False) -> None:

@@ -9,7 +9,8 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from inspect import get_annotations
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 
@@ -31,6 +32,8 @@ _LONGEST_TIMEOUT_S = 365 * 86_400.0
 """gRPC cannot count much longer ones, and nobody sits out this one."""
 
 TRANSPORTS = ("auto", "tcp", "shm")
+
+_ALL_RESULTS = tuple(matrix.label for matrix in RESULTS)
 
 _LEAST_TIMEOUT_S = 0.001
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
@@ -77,47 +80,73 @@ class Options:
     """Rows after which the server sends dW's sum; None: as is best."""
 
 
-def parse_options(
-    *,
-    results: str | Iterable[str],
-    result_dtype: ResultDtypes = None,
-    wire_dtype: DtypeLike = None,
-    dw_accumulator: DtypeLike = None,
-    allow_tf32: bool = False,
-    checksum: bool = False,
-    verify: VerifyLike = None,
-    timeout_s: float | None = None,
-    on_progress: OnProgress | None = None,
-    request_id: str | None = None,
-    metadata: Metadata = (),
-    checkpoint_rows: int | None = None,
-) -> Options:
-    """The options, checked.
+class ForwardOptions(TypedDict, total=False):
+    """The options of `Client.forward`, which every call has; see `Client.gradients`."""
+
+    result_dtype: ResultDtypes
+    wire_dtype: DtypeLike
+    allow_tf32: bool
+    checksum: bool
+    verify: VerifyLike
+    timeout_s: float | None
+    on_progress: OnProgress | None
+    request_id: str | None
+    metadata: Metadata
+
+
+class BackwardOptions(ForwardOptions, total=False):
+    """The options of `Client.backward`."""
+
+    dw_accumulator: DtypeLike
+    checkpoint_rows: int | None
+
+
+class GradientsOptions(BackwardOptions, total=False):
+    """The options of `Client.gradients` and `Client.stream`."""
+
+    results: str | Iterable[str]
+
+
+def check_names(call: str, given: Mapping[str, Any], known: type) -> None:
+    """Check the names of keyword arguments, as Python checks a signature's.
 
     Raises:
-        InputError: One of them cannot be; the text names it.
+        TypeError: A name is unknown.
     """
-    wanted = _results(results)
+    for name in given:
+        if name not in get_annotations(known):
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
+
+
+def parse_options(**given: Unpack[GradientsOptions]) -> Options:
+    """The options of a call, checked.
+
+    Raises:
+        InputError: A value is invalid; the text names its option.
+    """
+    wanted = _results(given.get("results", _ALL_RESULTS))
+    checksum = bool(given.get("checksum"))
     if checksum and not checksums.AVAILABLE:
         raise InputError(
             "checksum=True needs the package google-crc32c, which comes with"
             " gradwire[cli]: pip install google-crc32c"
         )
+    on_progress = given.get("on_progress")
     if on_progress is not None and not callable(on_progress):
         raise InputError(f"on_progress is {on_progress!r}, which cannot be called")
     return Options(
         results=wanted,
-        result_dtypes=_result_dtypes(result_dtype, wanted),
-        wire_dtype=_wire_dtype(wire_dtype),
-        dw_accumulator=_accumulator(dw_accumulator),
-        allow_tf32=bool(allow_tf32),
-        checksum=bool(checksum),
-        verify=parse_verify(verify),
-        timeout_s=parse_timeout(timeout_s, "timeout_s"),
+        result_dtypes=_result_dtypes(given.get("result_dtype"), wanted),
+        wire_dtype=_wire_dtype(given.get("wire_dtype")),
+        dw_accumulator=_accumulator(given.get("dw_accumulator")),
+        allow_tf32=bool(given.get("allow_tf32")),
+        checksum=checksum,
+        verify=parse_verify(given.get("verify")),
+        timeout_s=parse_timeout(given.get("timeout_s"), "timeout_s"),
         on_progress=on_progress,
-        job_id=_job_id(request_id),
-        metadata=parse_metadata(metadata),
-        checkpoint_rows=_checkpoint_rows(checkpoint_rows),
+        job_id=_job_id(given.get("request_id")),
+        metadata=parse_metadata(given.get("metadata", ())),
+        checkpoint_rows=_checkpoint_rows(given.get("checkpoint_rows")),
     )
 
 

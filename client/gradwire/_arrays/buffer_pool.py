@@ -106,7 +106,7 @@ def _died(
         alive.take_back(memory)
 
 
-def keep_messages() -> None:
+def raise_mmap_threshold() -> None:
     """Has the C library keep the memory of messages for the next ones.
 
     Where it is glibc: it hands freed memory back to the machine from a size

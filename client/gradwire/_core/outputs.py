@@ -10,11 +10,14 @@ import numpy as np
 
 from gradwire._api.errors import InputError
 from gradwire._api.types import Array
+from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import (
+    HostCopies,
     dtype_name,
     is_cupy_array,
     is_on_device,
     is_torch_tensor,
+    to_device,
 )
 from gradwire._arrays.operand import Operand, as_numpy
 from gradwire._core.job_plan import Plan
@@ -102,6 +105,63 @@ def given_outputs(
     return checked
 
 
+class ArrayOutputs:
+    """Where a job's results go: the caller's arrays, or arrays made when needed.
+
+    Args:
+        plan: The job.
+        operands: Whose leading dimensions the results get.
+        given: The caller's own arrays.
+        memory: Where arrays for the other results come from.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        operands: Mapping[Matrix, Operand],
+        given: Mapping[Matrix, Output],
+        memory: ResultPool,
+    ) -> None:
+        self._plan = plan
+        self._operands = operands
+        self._memory = memory
+        self._outputs = dict(given)
+
+    def present(self) -> dict[Matrix, Array]:
+        """The results' arrays that are there already."""
+        return {matrix: output.array for matrix, output in self._outputs.items()}
+
+    def all(self) -> dict[Matrix, Array]:
+        """All results' arrays; they are made for those that have none."""
+        for matrix in self._plan.results:
+            if matrix not in self._outputs:
+                dtype = self._plan.array_dtype(matrix).numpy
+                array = self._memory.empty(self._shape(matrix), dtype)
+                self._outputs[matrix] = Output(array, array)
+        return self.present()
+
+    def hand_back(self, matrix: Matrix, elements: Array) -> None:
+        """Make a result that has no array yet of these elements."""
+        array = elements.reshape(self._shape(matrix))
+        self._outputs[matrix] = Output(array, array)
+
+    def copy_to_devices(self, copies: HostCopies) -> None:
+        """Copy results to the caller's arrays that lie in a GPU's memory."""
+        for output in self._outputs.values():
+            if is_on_device(output.handed_back):
+                with copies.copying():
+                    to_device(output.array, output.handed_back)
+                copies.size_bytes += output.array.nbytes
+
+    def results(self, wanted: Iterable[Matrix]) -> list[Any]:
+        """What the caller gets of these, None for those it did not want."""
+        made = self._outputs
+        return [made[each].handed_back if each in made else None for each in wanted]
+
+    def _shape(self, matrix: Matrix) -> tuple[int, ...]:
+        return output_shape(self._plan, self._operands, matrix)
+
+
 def output_shape(
     plan: Plan, operands: Mapping[Matrix, Operand], matrix: Matrix
 ) -> tuple[int, ...]:
@@ -109,82 +169,6 @@ def output_shape(
     lead = _lead(matrix, operands)
     columns = matrix.row_length(plan.n, plan.k)
     return (*(lead if lead is not None else (plan.n,)), columns)
-
-
-class ArraySink:
-    """Takes a result's elements in order and puts them into an array.
-
-    Args:
-        array: Of any layout, of the elements' dtype or a wider one.
-        dtype: The elements', as they come.
-    """
-
-    def __init__(self, array: Array, dtype: Dtype) -> None:
-        self._target = array
-        self._dtype = dtype.numpy
-        self._columns = array.shape[-1]
-        self._lead = array.shape[:-1]
-        self._row_bytes = self._columns * dtype.itemsize
-        self._filled = 0
-        self._moved = 0
-        self._flat = array.flags.c_contiguous and array.dtype == self._dtype
-        # Elements one after the other, which are not as they come.
-        self._line: Array | None = None
-        if self._flat:
-            self._rows = array
-        elif array.flags.c_contiguous:
-            self._line = array.reshape(-1)
-            return
-        else:
-            # Rows are put together here, and moved when they are complete.
-            rows = max(1, (1 << 20) // max(1, self._row_bytes))
-            self._rows = np.empty((rows, self._columns), dtype.numpy)
-        self._bytes = self._rows.reshape(-1).view(np.uint8).data
-
-    def seek(self, row: int) -> None:
-        """The next elements are those from a row on."""
-        if self._flat:
-            self._filled = row * self._row_bytes
-        elif self._line is not None:
-            self._filled = row * self._columns
-        else:
-            self.close()
-            self._moved = row
-
-    def write(self, payload: memoryview) -> None:
-        """Take the next elements, which must not be more than are missing."""
-        if self._flat:
-            end = self._filled + len(payload)
-            self._bytes[self._filled : end] = payload
-            self._filled = end
-            return
-        if self._line is not None:
-            elements = np.frombuffer(payload, self._dtype)
-            end = self._filled + elements.size
-            self._line[self._filled : end] = elements
-            self._filled = end
-            return
-        while payload:
-            part = payload[: len(self._bytes) - self._filled]
-            self._bytes[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            payload = payload[len(part) :]
-            if self._filled == len(self._bytes):
-                self._move()
-
-    def close(self) -> None:
-        """Have every element that was taken in its place."""
-        if not self._flat and self._line is None and self._filled:
-            self._move()
-
-    def _move(self) -> None:
-        count = self._filled // self._row_bytes
-        first, last = self._moved, self._moved + count
-        where: Any = slice(first, last)
-        if len(self._lead) > 1:
-            where = np.unravel_index(np.arange(first, last), self._lead)
-        self._target[where] = self._rows[:count]
-        self._moved, self._filled = last, 0
 
 
 def _lead(matrix: Matrix, operands: Mapping[Matrix, Operand]) -> tuple[int, ...] | None:
@@ -292,8 +276,3 @@ def _overlap(one: Array, other: Array) -> bool:
         return bool(np.shares_memory(one, other, max_work=work))
     except np.exceptions.TooHardError:
         return True
-
-
-def handed_back(made: Mapping[Matrix, Output], results: Iterable[Matrix]) -> list[Any]:
-    """What the caller gets, None for results that it did not want."""
-    return [made[r].handed_back if r in made else None for r in results]

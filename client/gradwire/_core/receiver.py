@@ -10,8 +10,8 @@ import numpy as np
 from gradwire._api.errors import ChecksumError, ProtocolError
 from gradwire._api.options import Options
 from gradwire._api.types import Array
+from gradwire._arrays.array_sink import ArraySink
 from gradwire._core.job_plan import Plan
-from gradwire._core.outputs import ArraySink
 from gradwire._core.sender import Sender
 from gradwire_protocol import checksum
 from gradwire_protocol.dtypes import Dtype

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from gradwire._api.errors import GradwireError
-from gradwire._api.types import Array, Receipt
-from gradwire._arrays.buffer_pool import ResultPool
-from gradwire._arrays.device_copy import HostCopies, is_on_device, to_device
+from gradwire._api.types import Receipt
+from gradwire._arrays.array_sink import ArraySink
+from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
 from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
-from gradwire._core.outputs import ArraySink, Output, handed_back, output_shape
+from gradwire._core.outputs import ArrayOutputs
 from gradwire._core.resume import (
     ResumePoint,
     made_progress,
@@ -34,10 +33,9 @@ class ArrayJob:
         self,
         plan: Plan,
         operands: Mapping[Matrix, Operand],
-        given: Mapping[Matrix, Output],
+        outputs: ArrayOutputs,
         *,
         unary: bool,
-        memory: ResultPool,
         copies: HostCopies,
         checkpoint_rows: int | None = None,
     ) -> None:
@@ -48,8 +46,7 @@ class ArrayJob:
         self.plan = plan
         self.operands = operands
         self.unary = unary
-        self._memory = memory
-        self._outputs = dict(given)
+        self.outputs = outputs
 
     def exchange(self) -> JobExchange:
         """The conversation, as a stream."""
@@ -79,7 +76,7 @@ class ArrayJob:
 
     def unary_exchange(self) -> UnaryExchange:
         """The conversation, as one message each way."""
-        return UnaryExchange(self.plan, self._made_outputs())
+        return UnaryExchange(self.plan, self.outputs.all())
 
     def messages(self, exchange: JobExchange) -> Iterator[bytes]:
         """What the stream sends after its opening."""
@@ -111,47 +108,20 @@ class ArrayJob:
         w = self.operands.get(Matrix.W)
         verifier = Verifier(self.plan, w, self.plan.options.verify)
         by = Computed.of(receipt, address)
-        verifier.check_arrays(self.operands, self.present_outputs(), receipt.m, by)
+        verifier.check_arrays(self.operands, self.outputs.present(), receipt.m, by)
         return replace(receipt, verifying_s=verifier.seconds)
 
-    def delivered(self, receipt: Receipt) -> Receipt:
-        """Results are where the caller wants them; what became of the job.
+    def deliver(self, receipt: Receipt) -> Receipt:
+        """Have results where the caller wants them.
 
-        Those for which `out` has an array in a GPU's memory are copied there.
+        Returns:
+            The receipt, with what was copied from and to a GPU's memory.
         """
-        for output in self._outputs.values():
-            if is_on_device(output.handed_back):
-                with self._copies.copying():
-                    to_device(output.array, output.handed_back)
-                self._copies.size_bytes += output.array.nbytes
+        self.outputs.copy_to_devices(self._copies)
         return self._copies.told(receipt)
-
-    def results(self, *wanted: Matrix) -> list[Any]:
-        """What the caller gets of these, None for those it did not want."""
-        return handed_back(self._outputs, wanted)
-
-    def present_outputs(self) -> dict[Matrix, Array]:
-        """The results' arrays that are there already."""
-        return {matrix: output.array for matrix, output in self._outputs.items()}
-
-    def hand_back(self, matrix: Matrix, elements: Array) -> None:
-        """Make a result that has no array yet of these elements."""
-        shape = output_shape(self.plan, self.operands, matrix)
-        array = elements.reshape(shape)
-        self._outputs[matrix] = Output(array, array)
 
     def _sinks(self) -> dict[Matrix, ArraySink]:
         return {
             matrix: ArraySink(array, self.plan.result_dtype(matrix))
-            for matrix, array in self._made_outputs().items()
+            for matrix, array in self.outputs.all().items()
         }
-
-    def _made_outputs(self) -> dict[Matrix, Array]:
-        """All results' arrays; they are made for those that have none."""
-        for matrix in self.plan.results:
-            if matrix not in self._outputs:
-                shape = output_shape(self.plan, self.operands, matrix)
-                dtype = self.plan.array_dtype(matrix).numpy
-                array = self._memory.empty(shape, dtype)
-                self._outputs[matrix] = Output(array, array)
-        return self.present_outputs()

@@ -29,7 +29,7 @@ from gradwire._api.errors import (
 from gradwire._api.types import ServerInfo
 from gradwire._resilience.retry import Attempts, is_passing
 
-ClientT = TypeVar("ClientT")
+EngineT = TypeVar("EngineT")
 
 FIRST_OUT_S = 0.5
 MOST_OUT_S = 10.0
@@ -49,13 +49,13 @@ SOON_S = 1.0
 
 
 @dataclass(eq=False, slots=True)
-class ServerState(Generic[ClientT]):
+class ServerState(Generic[EngineT]):
     """One of the servers."""
 
     address: str
 
-    client: ClientT
-    """The client of this server alone."""
+    engine: EngineT
+    """Makes the calls to this server alone."""
 
     name: str | None = None
     """The name that has this address, where it is one's."""
@@ -82,11 +82,11 @@ class ServerState(Generic[ClientT]):
     """Whether its name has another address now."""
 
 
-class LoadBalancer(Generic[ClientT]):
+class LoadBalancer(Generic[EngineT]):
     """The servers of a client. Threads may share them.
 
     Args:
-        make: Makes the client of an address; the second argument is the name
+        make: Makes the engine of an address; the second argument is the name
             that has it, where it is one's.
         addresses: Those that are known.
         names: ``HOST:PORT`` of those whose addresses are to be looked up.
@@ -96,7 +96,7 @@ class LoadBalancer(Generic[ClientT]):
 
     def __init__(
         self,
-        make: Callable[[str, str | None], ClientT],
+        make: Callable[[str, str | None], EngineT],
         addresses: Sequence[str],
         names: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
@@ -113,15 +113,15 @@ class LoadBalancer(Generic[ClientT]):
         self._members = [ServerState(each, make(each, None)) for each in addresses]
 
     @property
-    def members(self) -> list[ServerState[ClientT]]:
+    def members(self) -> list[ServerState[EngineT]]:
         """Those that there are now."""
         with self._lock:
             return [member for member in self._members if not member.gone]
 
-    def all_clients(self) -> list[ClientT]:
-        """The clients of all of them, and of those that are gone."""
+    def engines(self) -> list[EngineT]:
+        """The engines of all servers, including those that are gone."""
         with self._lock:
-            return [member.client for member in self._members]
+            return [member.engine for member in self._members]
 
     def names_due(self) -> tuple[str, ...]:
         """The names to be looked up now; whoever asks does it."""
@@ -131,26 +131,26 @@ class LoadBalancer(Generic[ClientT]):
             self._resolve_at = self._clock() + RESOLVED_S
             return self._names
 
-    def resolved(self, name: str, addresses: Sequence[str]) -> list[ClientT]:
+    def resolved(self, name: str, addresses: Sequence[str]) -> list[EngineT]:
         """Take the addresses that a name has now.
 
         Returns:
-            Clients of those that are gone and have no job: to be closed.
+            The engines of servers that are gone and have no job: to be closed.
         """
         with self._lock:
             self._unresolved.pop(name, None)
             there = {member.address for member in self._members}
             for address in addresses:
                 if address not in there:
-                    client = self._make(address, name)
-                    self._members.append(ServerState(address, client, name))
+                    engine = self._make(address, name)
+                    self._members.append(ServerState(address, engine, name))
             for member in self._members:
                 if member.name == name:
                     member.gone = member.address not in addresses
             idle = [each for each in self._members if each.gone and not each.running]
             for member in idle:
                 self._members.remove(member)
-            return [member.client for member in idle]
+            return [member.engine for member in idle]
 
     def not_resolved(self, name: str, error: OSError) -> None:
         """A name has no address, or nobody says; those that it had are kept."""
@@ -169,7 +169,7 @@ class LoadBalancer(Generic[ClientT]):
 
     def choose(
         self, avoid: Collection[str] = (), unusable: Collection[str] = ()
-    ) -> ServerState[ClientT] | None:
+    ) -> ServerState[EngineT] | None:
         """The server for the next job, which it has from here on.
 
         Args:
@@ -197,20 +197,20 @@ class LoadBalancer(Generic[ClientT]):
                 chosen.asking = chosen.needs_probe
             return chosen
 
-    def release(self, member: ServerState[ClientT]) -> None:
+    def release(self, member: ServerState[EngineT]) -> None:
         """The job that it had is over."""
         with self._lock:
             member.running = max(0, member.running - 1)
             member.asking = False
 
-    def mark_healthy(self, member: ServerState[ClientT]) -> None:
+    def mark_healthy(self, member: ServerState[EngineT]) -> None:
         """It can be had."""
         with self._lock:
             member.failures, member.ejected_until = 0, 0.0
             member.needs_probe = member.asking = False
 
     def record_failure(
-        self, member: ServerState[ClientT], error: GradwireError
+        self, member: ServerState[EngineT], error: GradwireError
     ) -> None:
         """Take the way in which a call ended there."""
         with self._lock:
@@ -226,7 +226,7 @@ class LoadBalancer(Generic[ClientT]):
                 member.needs_probe = True
                 self._resolve_at = min(self._resolve_at, now + SOON_S)
 
-    def has_healthy_other(self, member: ServerState[ClientT]) -> bool:
+    def has_healthy_other(self, member: ServerState[EngineT]) -> bool:
         """Whether there are others that are not left out."""
         with self._lock:
             now = self._clock()
@@ -243,29 +243,29 @@ class LoadBalancer(Generic[ClientT]):
             member.running, member.asking = 0, False
 
 
-class Lease(Generic[ClientT]):
+class Lease(Generic[EngineT]):
     """A server for one attempt of a call.
 
     As a context manager it ends as the attempt does.
 
     Args:
-        client: The client of that server alone.
+        engine: Makes the calls to that server alone.
         servers: All of them; None where there is one only.
         member: That server among them.
         attempts: The call's: told where it has failed.
 
     Attributes:
-        client: The client of that server alone.
+        engine: Makes the calls to that server alone.
     """
 
     def __init__(
         self,
-        client: ClientT,
-        servers: LoadBalancer[ClientT] | None = None,
-        member: ServerState[ClientT] | None = None,
+        engine: EngineT,
+        servers: LoadBalancer[EngineT] | None = None,
+        member: ServerState[EngineT] | None = None,
         attempts: Attempts | None = None,
     ) -> None:
-        self.client = client
+        self.engine = engine
         self._servers = servers
         self._member = member
         self._attempts = attempts

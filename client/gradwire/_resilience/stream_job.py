@@ -10,11 +10,11 @@ import numpy as np
 
 from gradwire._api.errors import ClientStateError, GradwireError, RowsLostError
 from gradwire._api.types import Array, Receipt, RowBlock
+from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
 from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
-from gradwire._core.outputs import ArraySink
 from gradwire._core.receiver import BlockSink, Sink
 from gradwire._core.resume import (
     ResumePoint,

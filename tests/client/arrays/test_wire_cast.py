@@ -12,10 +12,10 @@ from hypothesis.extra import numpy as hnp
 
 import gradwire
 from gradwire._api.options import parse_options
+from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.operand import operand
 from gradwire._arrays.wire_cast import overflows_from
 from gradwire._core.job_plan import plan_arrays
-from gradwire._core.outputs import ArraySink
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
 from tests.client.arrays.test_operand import LAYOUTS

@@ -17,12 +17,12 @@ from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
 from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import plan_arrays
-from gradwire._core.outputs import Output
+from gradwire._core.outputs import ArrayOutputs, Output
 from gradwire._resilience.array_job import ArrayJob
 from gradwire.v1.gradient_service_pb2 import ComputeResponse, ComputeStreamResponse
 from gradwire.v1.job_pb2 import Accepted, Job, Receipt
 from gradwire_protocol import checksum, framing
-from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.matrices import RESULTS, Matrix
 from tests.client.core.fake_server import FakeServer, accepted, converse
 from tests.support import oracle
 
@@ -45,9 +45,8 @@ def array_job(
     return ArrayJob(
         plan,
         operands,
-        {},
+        ArrayOutputs(plan, operands, {}, ResultPool()),
         unary=False,
-        memory=ResultPool(),
         copies=HostCopies(),
         checkpoint_rows=checkpoint_rows,
     )
@@ -75,7 +74,7 @@ def test_a_job_of_any_shape_gives_right_results(
     for answer in converse(exchange, job.messages(exchange), server):
         exchange.receive(answer)
     receipt = exchange.finish()
-    results = job.results(Matrix.Y, Matrix.DX, Matrix.DW)
+    results = job.outputs.results(RESULTS)
     oracle.assert_right(gradwire.Gradients(*results, receipt), x, w, dy, dtype)
 
 
@@ -343,9 +342,8 @@ def test_results_in_one_message_reach_arrays_of_any_layout() -> None:
     y, dx, dw = np.empty((2, M, K))[0], np.empty((N, M)).T, np.empty((2 * N, K))[::2]
     out = {Matrix.Y: y, Matrix.DX: dx, Matrix.DW: dw}
     outputs = {matrix: Output(array, array) for matrix, array in out.items()}
-    whole = ArrayJob(
-        plan, operands, outputs, unary=True, memory=ResultPool(), copies=HostCopies()
-    )
+    into = ArrayOutputs(plan, operands, outputs, ResultPool())
+    whole = ArrayJob(plan, operands, into, unary=True, copies=HostCopies())
     whole.unary_exchange().receive(response)
     assert dx.tobytes() == x.tobytes()
     assert dw.tobytes() == w.tobytes()

@@ -7,11 +7,10 @@ import pytest
 
 import gradwire
 from gradwire._api.options import parse_options
+from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.buffer_pool import ResultPool
-from gradwire._arrays.device_copy import HostCopies
 from gradwire._core.job_plan import plan_arrays
-from gradwire._core.outputs import ArraySink, given_outputs, named_outputs
-from gradwire._resilience.array_job import ArrayJob
+from gradwire._core.outputs import ArrayOutputs, given_outputs, named_outputs
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import RESULTS, Matrix
 
@@ -35,11 +34,9 @@ def test_arrays_are_made_where_none_are_given() -> None:
         {Matrix.X: X, Matrix.W: W, Matrix.DY: DY},
         parse_options(results=("y", "dx", "dw")),
     )
-    job = ArrayJob(
-        plan, operands, {}, unary=False, memory=ResultPool(), copies=HostCopies()
-    )
-    job.exchange()
-    shapes = [array.shape for array in job.results(*RESULTS)]
+    outputs = ArrayOutputs(plan, operands, {}, ResultPool())
+    outputs.all()
+    shapes = [array.shape for array in outputs.results(RESULTS)]
     assert shapes == [(3, 6), (3, 4), (4, 6)]
 
 

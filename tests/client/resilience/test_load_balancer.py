@@ -145,7 +145,7 @@ def test_a_call_is_made_again_at_once_where_there_is_another_server(
         )
         member = some.choose()
         assert member is not None
-        lease = Lease(member.client, some, member, attempts)
+        lease = Lease(member.engine, some, member, attempts)
         lease.ended(error)
         lease.ended(None)  # no matter
         assert member.running == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gradwire._api.options import parse_options
-from gradwire._client._sync.row_source import RowSource
+from gradwire._client._sync.row_source import SyncRowSource
 from gradwire._resilience.replay_buffer import _PORTION_BYTES, ReplayBuffer
 from gradwire._resilience.row_reader import RowReader
 from gradwire_protocol.matrices import Matrix
@@ -28,10 +28,10 @@ def items(size: int = 7) -> Iterator[Any]:
         yield parts
 
 
-def rows(drawn: RowSource, first: int, last: int | None = None) -> Any:
+def rows(drawn: SyncRowSource, first: int, last: int | None = None) -> Any:
     """X's rows from a row on, to the end or at least up to another."""
     parts, count = [np.empty((0, 3), np.float32)], first
-    for portion in drawn.portions(first):
+    for portion in drawn.chunks(first):
         x = portion[Matrix.X]
         parts.append(np.array(x.take(0, x.rows)))
         count += x.rows
@@ -42,7 +42,7 @@ def rows(drawn: RowSource, first: int, last: int | None = None) -> Any:
 
 def test_rows_come_again_though_their_memory_was_used_again() -> None:
     held = ReplayBuffer(reader(), 1 << 20)
-    drawn = RowSource(items(), held)
+    drawn = SyncRowSource(items(), held)
     assert oracle.same_bits(rows(drawn, 0, 20), X[:21])
     assert oracle.same_bits(rows(drawn, 0), X)
     assert held.complete
@@ -53,7 +53,7 @@ def test_rows_come_again_though_their_memory_was_used_again() -> None:
 def test_a_sequence_is_read_again_and_not_copied() -> None:
     pairs = [(X[a : a + 7], DY[a : a + 7]) for a in range(0, 60, 7)]
     held = ReplayBuffer(reader(), 0, pairs)
-    drawn = RowSource(iter(pairs), held)
+    drawn = SyncRowSource(iter(pairs), held)
     rows(drawn, 0)
     portion = held.portion(0)
     assert portion is not None
@@ -63,7 +63,7 @@ def test_a_sequence_is_read_again_and_not_copied() -> None:
 
 def test_what_is_not_needed_again_is_forgotten() -> None:
     held = ReplayBuffer(reader(), 1 << 20)
-    rows(RowSource(items(), held), 0)
+    rows(SyncRowSource(items(), held), 0)
     held.discard_before(20)
     assert held.first_available == 14
     assert held.has(14)
@@ -75,7 +75,7 @@ def test_what_is_not_needed_again_is_forgotten() -> None:
 @pytest.mark.parametrize("limit", [0, 1, 3000])
 def test_no_more_than_the_limit_is_held(limit: int) -> None:
     held = ReplayBuffer(reader(), limit)
-    assert oracle.same_bits(rows(RowSource(items(), held), 0), X)
+    assert oracle.same_bits(rows(SyncRowSource(items(), held), 0), X)
     assert held._held_bytes <= limit
     assert held.first_available > 0
 
@@ -84,8 +84,8 @@ def test_of_a_large_item_a_portion_is_copied_at_a_time() -> None:
     x = np.zeros((3 * _PORTION_BYTES // 12, 3), np.float32)
     dy = np.zeros((len(x), 2), np.float32)
     held = ReplayBuffer(reader(), 1 << 30)
-    drawn = RowSource(iter([(x, dy)]), held)
-    portions = drawn.portions(0)
+    drawn = SyncRowSource(iter([(x, dy)]), held)
+    portions = drawn.chunks(0)
     next(portions)
     assert held._held_bytes < 1.1 * _PORTION_BYTES
     rest = sum(part[Matrix.X].rows for part in portions)
@@ -93,8 +93,8 @@ def test_of_a_large_item_a_portion_is_copied_at_a_time() -> None:
 
 
 def test_an_attempt_that_has_failed_takes_no_more_rows() -> None:
-    drawn = RowSource(items(), ReplayBuffer(reader(), 1 << 20))
-    failed = drawn.portions(0)
+    drawn = SyncRowSource(items(), ReplayBuffer(reader(), 1 << 20))
+    failed = drawn.chunks(0)
     next(failed)
     assert oracle.same_bits(rows(drawn, 0), X)
     assert list(failed) == []
@@ -105,7 +105,7 @@ def test_what_the_iterable_raised_is_raised_again_and_no_short_job_made_of_it() 
         yield X[:5], DY[:5]
         raise OSError("the disk is gone")
 
-    drawn = RowSource(breaks(), ReplayBuffer(reader(), 1 << 20))
+    drawn = SyncRowSource(breaks(), ReplayBuffer(reader(), 1 << 20))
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
             rows(drawn, 0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import gradwire
 from gradwire._api.options import parse_options
-from gradwire._client._sync.row_source import RowSource
+from gradwire._client._sync.row_source import SyncRowSource
 from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob
@@ -27,11 +27,11 @@ def reader(w: Any = W, m: Any = None, **options: Any) -> RowReader:
 def run(items: list[Any], w: Any = W, server: FakeServer | None = None, **options: Any):
     read = reader(w, **options)
     held = ReplayBuffer(read)
-    drawn = RowSource(iter(items), held)
-    drawn.draw(0)
+    drawn = SyncRowSource(iter(items), held)
+    drawn.fetch(0)
     job = StreamJob(read.plan(held.first), read.w, held)
     job.begin()
-    messages = job.messages(drawn.portions(0))
+    messages = job.messages(drawn.chunks(0))
     blocks = []
     for answer in converse(job.exchange, messages, server or FakeServer()):
         job.receive(answer)

@@ -81,7 +81,7 @@ def test_no_repr_shows_a_secret():
     metadata = {"authorization": f"Bearer {SECRET}"}
     options = parse_options(results="y", metadata=metadata)
     client = gradwire.Client("127.0.0.1:1", token=SECRET)
-    shown = [client, client._endpoint, client._endpoint._token, options]
+    shown = [client, client._engine._endpoint, client._engine._endpoint._token, options]
     assert SECRET not in repr(shown)
     with pytest.raises(gradwire.InputError) as refused:
         parse_options(results="y", metadata={"authorization": f"{SECRET}\n"})

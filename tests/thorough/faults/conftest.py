@@ -134,7 +134,7 @@ def both_clients(address: str, **options: Any) -> Iterator[dict[str, Client]]:
     options = {"transport": "tcp", "retries": SOON} | options
     with asyncio.Runner() as runner, connected(address, **options) as client:
         async_client = gradwire.AsyncClient(address, **options)
-        async_client._tuning = client._tuning
+        async_client._engine.jobs.tuning = client._engine.jobs.tuning
         runner.run(async_client.__aenter__())
         try:
             yield {"Client": client, "AsyncClient": _Waiting(async_client, runner)}
@@ -189,5 +189,5 @@ def connected(address: str, **options: Any) -> gradwire.Client:
     """A client that streams even small jobs, in small messages."""
     options = {"transport": "tcp", "retries": SOON} | options
     client = gradwire.connect(address, **options)
-    client._tuning = Tuning(unary=False, chunk_bytes=MESSAGE_BYTES)
+    client._engine.jobs.tuning = Tuning(unary=False, chunk_bytes=MESSAGE_BYTES)
     return client

@@ -64,7 +64,7 @@ def main(address: str, connect: str, job: str) -> None:
     wanted = json.loads(job)
     options = wanted.pop("options", {})
     with gradwire.connect(address, timeout_s=100, **json.loads(connect)) as client:
-        client._tuning = Tuning(unary=False)
+        client._engine.jobs.tuning = Tuning(unary=False)
         stream(client, 1000, 2)
         if "times" in wanted:
             stream(client, wanted["rows"], 2, **options)

@@ -1,101 +1,43 @@
-"""The client for programs with an event loop: `AsyncClient`."""
+"""`AsyncClient`: the methods that a program calls."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
-import socket
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Sequence,
-)
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import AsyncIterable, Iterable, Sequence
+from typing import Any, Unpack
 
-import grpc
-
-from gradwire._api.errors import ClientStateError, GradwireError
 from gradwire._api.options import (
+    BackwardOptions,
     DtypeLike,
-    Metadata,
-    OnProgress,
-    Options,
-    ResultDtypes,
-    at_most,
+    ForwardOptions,
+    GradientsOptions,
+    check_names,
     parse_options,
     parse_timeout,
 )
-from gradwire._api.types import (
-    Array,
-    Backward,
-    Gradients,
-    Receipt,
-    ServerInfo,
-    server_info_of,
-)
-from gradwire._api.verify import VerifyLike
+from gradwire._api.types import Array, Backward, Gradients, ServerInfo
+from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.stream import AsyncGradientStream
-from gradwire._client.job_factory import BaseClient
-from gradwire._core.exchange import JobExchange
-from gradwire._resilience.array_job import ArrayJob
-from gradwire._resilience.load_balancer import (
-    ASK_S,
-    Lease,
-    LoadBalancer,
-    ServerState,
-    none_left,
-    require_jobs,
-)
-from gradwire._resilience.retry import Attempts, RetriesLike
+from gradwire._client.client_base import ClientBase
+from gradwire._client.options import ClientOptions
 from gradwire._resilience.row_reader import RowReader
-from gradwire._transport.address import addresses_of, host_and_port
-from gradwire._transport.bearer_token import TokenLike
-from gradwire._transport.grpc import fork_support
-from gradwire._transport.grpc.async_call import AsyncCall, AsyncConnection
-from gradwire._transport.grpc.grpc_errors import call_error, connect_error
-from gradwire._transport.shm.policy import EmptyArray, may_be_smaller
-from gradwire._transport.shm.segments import Allocation
-from gradwire._transport.shm.shm_job import ShmJob
-from gradwire._transport.tls import Tls
+from gradwire._transport.shm.policy import EmptyArray
 from gradwire_protocol.matrices import RESULTS, Matrix
-from gradwire_protocol.v1.gradient_service_pb2 import (
-    GetServerInfoRequest,
-    GetServerInfoResponse,
-)
-
-_Result = TypeVar("_Result")
 
 
-class AsyncClient(BaseClient):
-    """A server's gradients, for programs with an event loop.
+class AsyncClient(ClientBase):
+    """A client for programs with an event loop.
 
-    Making one does no I/O; entering it as a context manager shakes hands as
-    `connect` does. Without that, the first call makes the connection. It
-    belongs to the event loop of its first use. Coroutines may share it.
+    Making a client does no I/O. Entering it as a context manager asks the server
+    about itself, as `connect` does; otherwise the first call makes the connection.
+    A client belongs to the event loop of its first use. Coroutines may share it.
 
     Args:
-        address: ``HOST:PORT`` or ``unix:PATH``, or several; see `connect`.
-        connect_timeout_s: Seconds that the server has to answer on entering.
-        timeout_s: Seconds for every call that names none itself; None: as
-            long as it takes.
-        metadata: Sent with every call.
-        transport: As for `connect`; "auto" is "tcp" where the client is not
-            entered.
-        tls: Whether and how the server proves who it is; see `connect`.
-        token: Sent with every call; see `connect`. What returns one is called
-            on the event loop, which it must not keep.
-        retries: When a call that failed is made again; see `connect`.
-        verify: How results are checked here; see `connect`.
+        address: ``HOST:PORT``, ``unix:PATH``, or several addresses; see `connect`.
+        **options: See `connect`.
 
     Raises:
-        InputError: The address or the transport is none, or a file of `tls`
-            or the token cannot be used.
+        InputError: An argument is invalid, or a file of `tls` or the token cannot
+            be used.
 
     Example:
         >>> async with gradwire.AsyncClient("gpu-node:50051") as client:
@@ -103,133 +45,109 @@ class AsyncClient(BaseClient):
     """
 
     def __init__(
-        self,
-        address: str | Sequence[str],
-        *,
-        connect_timeout_s: float | None = 10.0,
-        timeout_s: float | None = None,
-        metadata: Metadata = (),
-        transport: str = "auto",
-        tls: Tls | bool | None = None,
-        token: TokenLike | None = None,
-        retries: RetriesLike = True,
-        verify: VerifyLike = None,
+        self, address: str | Sequence[str], **options: Unpack[ClientOptions]
     ) -> None:
-        super().__init__(
-            address,
-            timeout_s=timeout_s,
-            metadata=metadata,
-            transport=transport,
-            tls=tls,
-            token=token,
-            retries=retries,
-            verify=verify,
-        )
-        self._closing = asyncio.Event()
-        self._connect_timeout_s = parse_timeout(connect_timeout_s, "connect_timeout_s")
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._connected: AsyncConnection | None = None
-        self._servers: LoadBalancer[AsyncClient] | None = None
-        if self._endpoints is not None:
-            tls_of = self._endpoints.tls_of
-
-            def member(address: str, name: str | None) -> AsyncClient:
-                return AsyncClient(
-                    address,
-                    metadata=metadata,
-                    transport="tcp",
-                    tls=tls_of(name),
-                    token=token,
-                    retries=retries,
-                )
-
-            known, names = self._addresses.known, self._addresses.names
-            self._servers = LoadBalancer(member, known, names)
+        check_names("AsyncClient", options, ClientOptions)
+        self._engine = AsyncEngine(address, options)
+        super().__init__(self._engine)
 
     async def __aenter__(self) -> AsyncClient:
-        """Shake hands with the server.
+        """Shake hands with the server, unless that was done.
 
         Raises:
+            ClientStateError: The client was closed.
             ConnectError: As for `connect`.
         """
-        try:
-            if self._servers is not None:
-                await self._handshakes(self._servers, self._connect_timeout_s)
-            else:
-                await self._probe(self._connect_timeout_s)
-            if self._sharing.demanded:
-                await self._allocate([1])
-        except BaseException:
-            await self.close()
-            raise
+        self._engine.require_open()
+        if not self._greeted:
+            try:
+                await self.handshake()
+            except BaseException:
+                await self.close()
+                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; calls that still run are cancelled."""
-        self._closed = True
-        self._closing.set()
-        connected, self._connected = self._connected, None
-        for member in self._servers.all_clients() if self._servers else ():
-            await member.close()
-        self._sharing.pool.close()
-        self._memory.close()
-        if connected is not None:
-            await connected.channel.close()
+        """Close the connection and cancel running calls."""
+        await self._engine.aclose()
+
+    async def handshake(self) -> ServerInfo:
+        """Ask the server about itself, and refuse a server that cannot be used.
+
+        Of several servers, at least one has to answer. A server that does not
+        answer within a second after the first is left out for now.
+
+        Returns:
+            The server's answer; of several servers, the first.
+
+        Raises:
+            ConnectError: As for `connect`.
+        """
+        info = await self._engine.handshake()
+        self._greeted = True
+        return info
 
     async def server_info(
         self, *, timeout_s: float | None = None, address: str | None = None
     ) -> ServerInfo:
-        """What the server is, offers and allows; see `Client.server_info`.
+        """What the server is, offers and allows.
+
+        Args:
+            timeout_s: Seconds that the server has to answer.
+            address: Which of several servers; None: the server of the next job.
 
         Raises:
-            InputError: There is none of that address.
-            CallError: It did not say.
+            InputError: There is no server at that address.
+            CallError: The server did not answer.
 
         Example:
             >>> (await client.server_info()).limits.max_jobs
             64
         """
-        seconds = parse_timeout(timeout_s, "timeout_s") or self._timeout_s
-        if address is not None:
-            client = await self._client_for(address)
-            if client is not self:
-                return await client.server_info(timeout_s=seconds)
-        attempts = Attempts(self._retries, seconds)
-
-        async def attempt() -> ServerInfo:
-            with await self._lease(attempts) as lease:
-                try:
-                    answer = await lease.client._info(attempts.left_s)
-                except grpc.RpcError as error:
-                    raise call_error(error, lease.client._endpoint) from None
-                return server_info_of(answer)
-
-        return await self._retried(attempts, attempt)
+        seconds = parse_timeout(timeout_s, "timeout_s") or self._engine.jobs.timeout_s
+        return await self._engine.server_info(seconds, address)
 
     async def empty(
         self, shape: int | Sequence[int], dtype: DtypeLike = "float32"
     ) -> Array:
-        """An array whose elements need not travel; see `Client.empty`.
+        """An array in memory that the server shares, or else an ordinary array.
+
+        The elements of an array in shared memory do not travel. As an operand or as
+        `out` of `gradients`, `forward` and `backward`, the array is used in place,
+        and so is every C-contiguous part of it that begins at a multiple of 64
+        bytes; other operands are copied to shared memory first. The memory is
+        reused once the last view of it is gone, and stays valid after the client is
+        closed. Do not change an array while a job reads it.
+
+        A job can fail without an answer of the server (after its deadline, a
+        cancellation, or a broken connection). The server may then still write to
+        the arrays of its `out` for as long as a row block takes. Such a job is not
+        tried again, and the arrays are ordinary arrays from then on.
+
+        Args:
+            shape: The array's shape.
+            dtype: A dtype that gradwire computes.
 
         Returns:
             An array, not initialised.
 
         Raises:
-            InputError: The shape or the dtype is none.
-            GradwireError: ``transport="shm"``, and the server has no more
-                memory.
+            InputError: The shape or the dtype is invalid.
+            GradwireError: ``transport="shm"``, and the server has no more memory.
 
         Example:
             >>> x = await client.empty((4096, 1024))
+            >>> x[:] = rows
+            >>> y = await client.forward(x, w)
         """
-        self._require_open()
+        self._engine.require_open()
         wanted = EmptyArray(shape, dtype)
-        return wanted.made(
-            await self._allocate(wanted.sizes) if self._sharing.on else None
-        )
+        if not self._engine.shm.on:
+            return wanted.made(None)
+        return wanted.made(await self._engine.allocate(wanted.sizes))
 
     async def gradients(
         self,
@@ -237,96 +155,107 @@ class AsyncClient(BaseClient):
         w: Any,
         dy: Any,
         *,
-        results: str | Iterable[str] = ("y", "dx", "dw"),
         out: Any = None,
-        result_dtype: ResultDtypes = None,
-        wire_dtype: DtypeLike = None,
-        dw_accumulator: DtypeLike = None,
-        allow_tf32: bool = False,
-        checksum: bool = False,
-        verify: VerifyLike = None,
-        timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
-        request_id: str | None = None,
-        metadata: Metadata = (),
-        checkpoint_rows: int | None = None,
+        **options: Unpack[GradientsOptions],
     ) -> Gradients:
-        """Y = X W, dX = dY Wᵀ and dW = Xᵀ dY; see `Client.gradients`.
+        """Compute Y = X W, dX = dY Wᵀ and dW = Xᵀ dY, or those that are wanted.
+
+        All operands have one dtype: float16, bfloat16, float32 or float64. Nested
+        lists of Python floats are float64. NumPy's array-likes are accepted in any
+        memory layout. CuPy arrays, CUDA tensors of PyTorch and other arrays that
+        DLPack can copy to host memory are copied (see `Receipt.host_copy_bytes`).
+
+        Args:
+            x: X, shape (..., n); the leading dimensions count as rows. None if no
+                wanted result needs it; the same holds for `w` and `dy`.
+            w: W, shape (n, k).
+            dy: dY = dL/dY, shape (..., k), with X's leading dimensions.
+            out: Arrays for the results: a mapping such as ``{"dw": array}``, or a
+                tuple (y, dx, dw) with None for arrays to be made. NumPy or CuPy
+                arrays or PyTorch tensors, on any device, of the results' shapes
+                and dtypes. Their contents are undefined after a failure.
+            **options: All of them are optional.
+
+        Keyword Args:
+            results: Any of ``"y"``, ``"dx"`` and ``"dw"``; all by default.
+            result_dtype: The results' dtype: one for all, or a mapping such as
+                ``{"dw": "float32"}``. By default, the operands' dtype.
+            wire_dtype: ``"bfloat16"`` or ``"float16"``: float32 operands are
+                rounded to it and travel in half the bytes, and so do the results
+                that `result_dtype` does not name; docs/gradients.md states the
+                loss. A result that is too large becomes Inf. A finite operand
+                that is too large raises InputError and cancels the job.
+            dw_accumulator: ``"float32"`` or ``"float64"``: the dtype in which dW
+                is summed over row blocks.
+            allow_tf32: Whether float32 products may use TF32; False by default.
+            checksum: Whether a CRC-32C protects every payload; False by default.
+            verify: Whether the client checks the results, with random sums that
+                cost O(m n + n k + m k): True, a number of rounds, or a `Verify`;
+                None: as the client's `verify` says. docs/gradients.md states the
+                errors found.
+            timeout_s: Seconds for the whole call, retries included.
+            on_progress: Called with a `Progress` now and then, never concurrently,
+                maybe in another thread. An exception that it raises cancels the
+                job and is raised here.
+            request_id: The job's id in the server's log, in the receipt and in
+                errors: 1 to 128 printable ASCII characters.
+            metadata: Metadata of the gRPC call: ``{"traceparent": "00-..."}``.
+            checkpoint_rows: The least number of rows between two checkpoints, from
+                which a job continues after a failure (docs/failing.md). Each is as
+                large as dW. 0: only when the server stops. None: the client
+                decides.
 
         Returns:
-            The tuple (y, dx, dw); None for results that are not wanted.
+            The tuple (y, dx, dw) of NumPy arrays of shapes (..., k), (..., n) and
+            (n, k), or the arrays of `out`; None for results that are not wanted.
+            Its `receipt` says how the job was computed.
 
         Raises:
-            InputError: An argument is refused; nothing was sent.
-            GradwireError: The job failed; see the tree.
+            InputError: An argument is invalid; nothing was sent.
+            VerificationError: `verify` found a wrong result.
+            GradwireError: The job failed; each subclass is one kind of failure.
 
         Example:
             >>> y, dx, dw = await client.gradients(x, w, dy)
+            >>> (await client.gradients(x, None, dy, results="dw")).dw.shape
+            (784, 10)
         """
-        options = parse_options(
-            results=results,
-            result_dtype=result_dtype,
-            wire_dtype=wire_dtype,
-            dw_accumulator=dw_accumulator,
-            allow_tf32=allow_tf32,
-            checksum=checksum,
-            verify=verify,
-            timeout_s=timeout_s,
-            on_progress=on_progress,
-            request_id=request_id,
-            metadata=metadata,
-            checkpoint_rows=checkpoint_rows,
-        )
+        check_names("gradients", options, GradientsOptions)
         given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
-        job = self._array_job(given, out, RESULTS, options)
-        receipt = await self._run(job)
-        y, dx, dw = job.results(*RESULTS)
+        job = self._engine.jobs.array_job(given, out, RESULTS, parse_options(**options))
+        receipt = self._remember(await self._engine.run(job))
+        y, dx, dw = job.outputs.results(RESULTS)
         return Gradients(y, dx, dw, receipt)
 
     async def forward(
-        self,
-        x: Any,
-        w: Any,
-        *,
-        out: Any = None,
-        result_dtype: ResultDtypes = None,
-        wire_dtype: DtypeLike = None,
-        allow_tf32: bool = False,
-        checksum: bool = False,
-        verify: VerifyLike = None,
-        timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
-        request_id: str | None = None,
-        metadata: Metadata = (),
+        self, x: Any, w: Any, *, out: Any = None, **options: Unpack[ForwardOptions]
     ) -> Any:
-        """Y = X W alone; see `Client.forward`.
+        """Compute Y = X W.
+
+        Args:
+            x: X, shape (..., n).
+            w: W, shape (n, k).
+            out: An array for Y, as for `gradients`.
+            **options: As for `gradients`, except `results`, `dw_accumulator` and
+                `checkpoint_rows`.
 
         Returns:
-            Y, shape (..., k); or `out`, where that was given.
+            Y, shape (..., k); or `out`, if it was given.
 
         Raises:
-            InputError: An argument is refused; nothing was sent.
-            GradwireError: The job failed; see the tree.
+            InputError: An argument is invalid; nothing was sent.
+            GradwireError: The job failed; each subclass is one kind of failure.
 
         Example:
-            >>> y = await client.forward(x, w)
+            >>> (await client.forward(x, w)).shape
+            (60000, 10)
         """
-        options = parse_options(
-            results="y",
-            result_dtype=result_dtype,
-            wire_dtype=wire_dtype,
-            allow_tf32=allow_tf32,
-            checksum=checksum,
-            verify=verify,
-            timeout_s=timeout_s,
-            on_progress=on_progress,
-            request_id=request_id,
-            metadata=metadata,
-        )
-        given = {Matrix.X: x, Matrix.W: w}
-        job = self._array_job(given, out, (Matrix.Y,), options)
-        await self._run(job)
-        return job.results(Matrix.Y)[0]
+        check_names("forward", options, ForwardOptions)
+        given, returns = {Matrix.X: x, Matrix.W: w}, (Matrix.Y,)
+        parsed = parse_options(results="y", **options)
+        job = self._engine.jobs.array_job(given, out, returns, parsed)
+        self._remember(await self._engine.run(job))
+        return job.outputs.results(returns)[0]
 
     async def backward(
         self,
@@ -335,48 +264,34 @@ class AsyncClient(BaseClient):
         dy: Any,
         *,
         out: Any = None,
-        result_dtype: ResultDtypes = None,
-        wire_dtype: DtypeLike = None,
-        dw_accumulator: DtypeLike = None,
-        allow_tf32: bool = False,
-        checksum: bool = False,
-        verify: VerifyLike = None,
-        timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
-        request_id: str | None = None,
-        metadata: Metadata = (),
-        checkpoint_rows: int | None = None,
+        **options: Unpack[BackwardOptions],
     ) -> Backward:
-        """The two gradients, dX = dY Wᵀ and dW = Xᵀ dY; see `Client.backward`.
+        """Compute the gradients dX = dY Wᵀ and dW = Xᵀ dY.
+
+        Args:
+            x: X, shape (..., n).
+            w: W, shape (n, k).
+            dy: dY = dL/dY, shape (..., k).
+            out: Arrays for the results, as for `gradients`; a tuple is (dx, dw).
+            **options: As for `gradients`, except `results`.
 
         Returns:
             The tuple (dx, dw) of shapes (..., n) and (n, k).
 
         Raises:
-            InputError: An argument is refused; nothing was sent.
-            GradwireError: The job failed; see the tree.
+            InputError: An argument is invalid; nothing was sent.
+            GradwireError: The job failed; each subclass is one kind of failure.
 
         Example:
             >>> dx, dw = await client.backward(x, w, dy)
         """
-        options = parse_options(
-            results=("dx", "dw"),
-            result_dtype=result_dtype,
-            wire_dtype=wire_dtype,
-            dw_accumulator=dw_accumulator,
-            allow_tf32=allow_tf32,
-            checksum=checksum,
-            verify=verify,
-            timeout_s=timeout_s,
-            on_progress=on_progress,
-            request_id=request_id,
-            metadata=metadata,
-            checkpoint_rows=checkpoint_rows,
-        )
+        check_names("backward", options, BackwardOptions)
         given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
-        job = self._array_job(given, out, (Matrix.DX, Matrix.DW), options)
-        receipt = await self._run(job)
-        dx, dw = job.results(Matrix.DX, Matrix.DW)
+        returns = (Matrix.DX, Matrix.DW)
+        parsed = parse_options(results=("dx", "dw"), **options)
+        job = self._engine.jobs.array_job(given, out, returns, parsed)
+        receipt = self._remember(await self._engine.run(job))
+        dx, dw = job.outputs.results(returns)
         return Backward(dx, dw, receipt)
 
     def stream(
@@ -385,335 +300,49 @@ class AsyncClient(BaseClient):
         w: Any = None,
         *,
         m: int | None = None,
-        results: str | Iterable[str] = ("y", "dx", "dw"),
-        result_dtype: ResultDtypes = None,
-        wire_dtype: DtypeLike = None,
-        dw_accumulator: DtypeLike = None,
-        allow_tf32: bool = False,
-        checksum: bool = False,
-        verify: VerifyLike = None,
-        timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
-        request_id: str | None = None,
-        metadata: Metadata = (),
-        checkpoint_rows: int | None = None,
+        **options: Unpack[GradientsOptions],
     ) -> AsyncGradientStream:
-        """The gradients of rows that need not be there all at once.
+        """Compute the gradients of rows that arrive in parts.
 
-        As `Client.stream`, but that `rows` may be an asynchronous iterable
-        too, and that every item is asked for on the event loop: one that
-        takes its time should be asynchronous.
+        Client and server hold a few blocks of rows, however many rows there are.
+
+        Args:
+            rows: An iterable, or an asynchronous iterable, of pairs (x_rows,
+                dy_rows) of shapes (r, n) and (r, k); r may differ from item to
+                item. An operand that no wanted result needs is None; if one
+                operand is needed alone, an item may be that operand. Items are
+                requested on the event loop, ahead of the results: an iterable
+                that takes long should be asynchronous. The memory of an item may
+                be reused once the next item is requested. The items of a sequence
+                are read again if the job continues after a failure; rows of other
+                iterables are copied for that (docs/failing.md). An exception of
+                the iterable cancels the job and is raised here.
+            w: W, shape (n, k); None if only dW is wanted.
+            m: The number of all rows, if it is known.
+            **options: As for `gradients`. `verify` checks a block before it is
+                handed out, and dW at the end. `timeout_s` is for the whole stream.
 
         Returns:
-            An asynchronous iterator of `RowBlock`, which has `dw` and
-            `receipt` once it is exhausted.
+            An asynchronous iterator of `RowBlock`, with `dw` and `receipt` once it
+            is exhausted. Iterating begins the job. A stream that is left early, by
+            ``break``, an exception or garbage collection, cancels its job; as a
+            context manager it does so at once.
 
         Raises:
-            InputError: An argument is refused. One that only the iterable's
-                items show to be wrong is refused while iterating.
+            InputError: An argument is invalid. An invalid item raises while
+                iterating.
+            RowsLostError: While iterating: the job failed, and rows that are
+                needed again are no longer held.
 
         Example:
             >>> async with client.stream(pairs(), w) as stream:
             ...     async for block in stream:
             ...         save(block.first_row, block.y, block.dx)
-            >>> stream.dw
+            >>> stream.dw.shape
+            (784, 10)
         """
-        options = parse_options(
-            results=results,
-            result_dtype=result_dtype,
-            wire_dtype=wire_dtype,
-            dw_accumulator=dw_accumulator,
-            allow_tf32=allow_tf32,
-            checksum=checksum,
-            verify=verify,
-            timeout_s=timeout_s,
-            on_progress=on_progress,
-            request_id=request_id,
-            metadata=metadata,
-            checkpoint_rows=checkpoint_rows,
-        )
-        self._require_open()
-        reader = RowReader(w, m, self._with_defaults(options))
-        return AsyncGradientStream(self, rows, reader)
-
-    async def _run(self, job: ArrayJob) -> Receipt:
-        attempts = self._attempts(job.plan.options)
-        attempt = partial(self._attempt, job, attempts)
-        receipt = await self._retried(attempts, attempt)
-        return self._remember_receipt(job.delivered(attempts.annotate(receipt)))
-
-    async def _attempt(self, job: ArrayJob, attempts: Attempts) -> Receipt:
-        """Compute a job, once, on the server that is best for it."""
-        with await self._lease(attempts) as lease:
-            receipt, at = await lease.client._execute(job, attempts), lease.client
-            if job.to_verify:
-                return await asyncio.to_thread(job.verified, receipt, at.address)
-            return job.verified(receipt, at.address)
-
-    async def _lease(self, attempts: Attempts) -> Lease[AsyncClient]:
-        """A server for an attempt.
-
-        Raises:
-            ConnectError: There are several, and none can be had.
-        """
-        servers = self._servers
-        if servers is None:
-            return Lease(self)
-        self._require_open()
-        await self._resolve(servers)
-        causes = servers.unresolved()
-        while (member := servers.choose(attempts.avoid, causes)) is not None:
-            lease = Lease(member.client, servers, member, attempts)
-            if not member.needs_probe:
-                return lease
-            try:
-                seconds = at_most(ASK_S, attempts.left_s)
-                require_jobs(await member.client._probe(seconds), member.address)
-            except GradwireError as error:
-                causes[member.address] = error
-                lease.ended(error)
-            except BaseException as error:
-                lease.ended(error)
-                raise
-            else:
-                servers.mark_healthy(member)
-                self._learn_of(servers.all_clients())
-                return lease
-        raise none_left(causes)
-
-    async def _resolve(self, servers: LoadBalancer[AsyncClient]) -> None:
-        """Look up the names whose addresses may have changed."""
-        loop = asyncio.get_running_loop()
-        for name in servers.names_due():
-            host, port = host_and_port(name)
-            try:
-                found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            except OSError as error:
-                servers.not_resolved(name, error)
-                continue
-            for gone in servers.resolved(name, addresses_of(port, found)):
-                await gone.close()
-
-    async def _probe(self, timeout_s: float | None) -> ServerInfo:
-        """What the server says that it is, if it is one to go on with.
-
-        Raises:
-            ConnectError: It does not answer, or it is not.
-        """
-        try:
-            answer = await self._info(timeout_s)
-        except grpc.RpcError as error:
-            raise connect_error(error, self._endpoint, timeout_s or 0) from None
-        return self._require_contract(server_info_of(answer))
-
-    async def _handshakes(
-        self, servers: LoadBalancer[AsyncClient], timeout_s: float | None
-    ) -> None:
-        """Ask all servers, side by side."""
-        await self._resolve(servers)
-        causes, mark_healthy = servers.unresolved(), False
-
-        async def ask(member: ServerState[AsyncClient]) -> bool:
-            try:
-                require_jobs(await member.client._probe(timeout_s), member.address)
-            except GradwireError as error:
-                causes[member.address] = error
-                servers.record_failure(member, error)
-                return False
-            servers.mark_healthy(member)
-            return True
-
-        for member in servers.members:
-            member.needs_probe = True
-        waiting = {asyncio.create_task(ask(member)) for member in servers.members}
-        try:
-            while waiting:
-                done, waiting = await asyncio.wait(
-                    waiting,
-                    timeout=ASK_S if mark_healthy else None,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if not done:
-                    break
-                for task in done:
-                    mark_healthy |= task.result()
-        finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-        if not mark_healthy:
-            raise none_left(causes)
-        self._learn_of(servers.all_clients())
-
-    async def _client_for(self, address: str) -> AsyncClient:
-        """The client of one server."""
-        if self._servers is None:
-            return self._lookup(address, {self._address: self})
-        await self._resolve(self._servers)
-        members = self._servers.members
-        return self._lookup(address, {each.address: each.client for each in members})
-
-    async def _retried(
-        self, attempts: Attempts, attempt: Callable[[], Awaitable[_Result]]
-    ) -> _Result:
-        """What the first attempt gives that does not fail, or is the last."""
-        while True:
-            try:
-                result = await attempt()
-            except GradwireError as error:
-                delay_s = attempts.after(error)
-                if delay_s is None:
-                    raise
-            else:
-                attempts.succeeded()
-                return result
-            await self._sleep(delay_s)
-
-    async def _sleep(self, seconds: float) -> None:
-        """Wait, unless the client is closed meanwhile."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._closing.wait()
-
-    async def _execute(self, job: ArrayJob, attempts: Attempts) -> Receipt:
-        """Compute a job, once."""
-        options = job.plan.options
-        if self._shares(job):
-            receipt = await self._run_shared(job, attempts)
-            if receipt is not None:
-                return receipt
-        if job.unary:
-            return await self._compute(job, attempts.options(options))
-        while True:
-            exchange = job.exchange()
-            try:
-                return await self._stream(job, exchange, attempts.options(options))
-            except GradwireError as error:
-                if not job.cut_off(exchange, error, attempts):
-                    raise
-
-    async def _stream(
-        self, job: ArrayJob, exchange: JobExchange, options: Options
-    ) -> Receipt:
-        async with AsyncCall(
-            self._connection(),
-            exchange,
-            lambda: _messages(job.messages(exchange)),
-            options,
-        ) as call:
-            async for message in call:
-                exchange.receive(message)
-            return exchange.finish()
-
-    async def _run_shared(
-        self, job: ArrayJob, attempts: Attempts, *, again: bool = True
-    ) -> Receipt | None:
-        """Compute a job in shared memory; None where there is none for it."""
-        shared = self._sharing.place(job)
-        rooms = await self._allocate(shared.sizes)
-        if rooms is None:
-            return None
-        shared.place(rooms)
-        await _beside(shared, shared.copy_in)
-        exchange = shared.exchange()
-        options = attempts.options(job.plan.options)
-        try:
-            async with AsyncCall(
-                self._connection(),
-                exchange,
-                lambda: _messages(exchange.messages()),
-                options,
-            ) as call:
-                async for message in call:
-                    exchange.receive(message)
-                receipt = exchange.finish()
-        except BaseException as error:
-            if not shared.worth_another_try(error) or not again:
-                if shared.at_risk:
-                    attempts.make_final()
-                raise
-        else:
-            await _beside(shared, shared.copy_out)
-            return receipt
-        return await self._run_shared(job, attempts, again=False)
-
-    async def _allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
-        """Room in shared memory; None where there is none.
-
-        Raises:
-            GradwireError: There is none, and it is demanded.
-        """
-        if not sizes:
-            return []
-        connection = self._connection()
-        pool = self._sharing.pool
-        rooms = pool.allocate(sizes)
-        if rooms is not None:
-            return rooms
-        refusal: GradwireError | None = None
-        for size_bytes in pool.bytes_to_open(sizes):
-            try:
-                region = await connection.open_region(size_bytes, self._metadata)
-            except GradwireError as error:
-                refusal = error
-                if not may_be_smaller(error):
-                    break
-            else:
-                return pool.add(region, sizes)
-        if refusal is not None:
-            self._sharing.on_refusal(refusal)
-        return None
-
-    async def _compute(self, job: ArrayJob, options: Options) -> Receipt:
-        exchange = job.unary_exchange()
-        try:
-            connection, request = self._connection(), exchange.request(job.operands)
-            with fork_support.aio_calling():
-                response = await connection.compute(
-                    request, timeout=options.timeout_s, metadata=options.metadata
-                )
-        except grpc.RpcError as error:
-            raise call_error(error, self._endpoint, options.job_id) from None
-        return exchange.receive(response)
-
-    async def _info(self, timeout_s: float | None) -> GetServerInfoResponse:
-        connection = self._connection()
-        with fork_support.aio_calling():
-            return await connection.info(
-                GetServerInfoRequest(), timeout=timeout_s, metadata=self._metadata
-            )
-
-    def _connection(self) -> AsyncConnection:
-        self._require_open()
-        self._require_calls()
-        if fork_support.aio_lost is not None:
-            raise ClientStateError(fork_support.aio_lost)
-        loop = asyncio.get_running_loop()
-        if os.getpid() != self._pid:
-            raise ClientStateError(
-                "this AsyncClient was made before the process forked: make another"
-                " in the child"
-            )
-        if self._loop is None:
-            self._loop = loop
-        elif self._loop is not loop:
-            raise ClientStateError(
-                "this AsyncClient belongs to another event loop, that of its first"
-                " use: make one for each loop"
-            )
-        if self._connected is None:
-            self._connected = AsyncConnection(self._endpoint)
-        return self._connected
-
-
-async def _beside(shared: ShmJob, copy: Callable[[], None]) -> None:
-    """Copy where the event loop's others do not notice, if it takes a while."""
-    if shared.copies:
-        await asyncio.to_thread(copy)
-    else:
-        copy()
-
-
-async def _messages(messages: Iterator[bytes]) -> AsyncGenerator[bytes]:
-    for message in messages:
-        yield message
+        check_names("stream", options, GradientsOptions)
+        parsed = parse_options(**options)
+        self._engine.require_open()
+        reader = RowReader(w, m, self._engine.jobs.with_defaults(parsed))
+        return AsyncGradientStream(self._engine, rows, reader, self._remember)

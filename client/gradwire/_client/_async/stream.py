@@ -1,44 +1,31 @@
-"""What `AsyncClient.stream` returns."""
+"""`AsyncGradientStream`: the results of a stream of rows."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Callable,
-    Iterable,
-    Mapping,
-)
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from typing import TypeVar
 
 from gradwire._api.errors import GradwireError, VerificationError
 from gradwire._api.types import Array, Receipt, RowBlock
-from gradwire._arrays.operand import Operand
+from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.row_source import AsyncRowSource
-from gradwire._core.exchange import JobExchange
 from gradwire._resilience.load_balancer import Lease
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob, require_receipt
+from gradwire._transport.async_io import AsyncLock, run_beside
 from gradwire._transport.grpc.async_call import AsyncCall
-from gradwire_protocol.matrices import Matrix
 
-if TYPE_CHECKING:
-    from gradwire._client._async.client import AsyncClient
-
-
-_Taken = TypeVar("_Taken")
+R = TypeVar("R")
 
 
 class AsyncGradientStream(AsyncIterator[RowBlock]):
     """The results of `AsyncClient.stream`: an iterator of row blocks.
 
-    Once it is exhausted, `dw` and `receipt` are there. Left early, it
-    cancels its job: at once as a context manager, else when it is collected.
-    Coroutines may share one: each block goes to one of them.
+    `dw` and `receipt` are available once the stream is exhausted. A stream that is
+    left early cancels its job: at once as a context manager, else when it is
+    garbage collected. Coroutines may share a stream: each block goes to one of them.
 
     Example:
         >>> async with client.stream(pairs, w) as stream:
@@ -49,20 +36,22 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
 
     def __init__(
         self,
-        client: AsyncClient,
+        engine: AsyncEngine,
         rows: Iterable[object] | AsyncIterable[object],
         reader: RowReader,
+        remember: Callable[[Receipt], Receipt],
     ) -> None:
-        self._client = client
-        self._held = client._held_rows(reader, rows)
-        self._rows = AsyncRowSource(rows, self._held)
+        self._engine = engine
+        self._remember = remember
+        self._buffer = engine.jobs.replay_buffer(reader, rows)
+        self._rows = AsyncRowSource(rows, self._buffer)
         self._reader = reader
         self._job: StreamJob | None = None
         self._call: AsyncCall | None = None
         self._attempts: Attempts | None = None
-        self._lease: Lease[AsyncClient] | None = None
+        self._lease: Lease[AsyncEngine] | None = None
         self._over = False
-        self._turn = asyncio.Lock()
+        self._turn = AsyncLock()
 
     async def __aenter__(self) -> AsyncGradientStream:
         return self
@@ -79,22 +68,22 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         Raises:
             StopAsyncIteration: The job is done.
             GradwireError: The job failed.
-            BaseException: What the caller's iterable raised, unchanged.
+            BaseException: An exception of the caller's iterable, unchanged.
         """
         async with self._turn:
             try:
                 while not self._over and not (self._job and self._job.ready):
                     try:
-                        await self._read(*await self._opened())
+                        await self._read(*await self._begun())
                     except GradwireError as error:
-                        self._leave(error)
+                        self._release(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
-                        await self._again()
-                        await self._client._sleep(delay_s)
+                        await self._end_call()
+                        await self._engine.sleep(delay_s)
             except BaseException as error:
-                self._leave(error)
+                self._release(error)
                 await self.aclose()
                 raise
             if self._job is None or not self._job.ready:
@@ -109,11 +98,11 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         await self._rows.aclose()
         if self._job is not None:
             self._job.ready.clear()
-        self._leave(GeneratorExit())
+        self._release(GeneratorExit())
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
-            self._leave(GeneratorExit())
+            self._release(GeneratorExit())
             if self._call is not None:
                 self._call.abandon()
             self._rows.abandon()
@@ -123,62 +112,55 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         """DW, shape (n, k), once the stream is exhausted; None if not wanted.
 
         Raises:
-            ClientStateError: It is not exhausted.
+            ClientStateError: The stream is not exhausted.
         """
         require_receipt(self._job)
         return self._job.dw if self._job else None
 
     @property
     def receipt(self) -> Receipt:
-        """What became of the job, once the stream is exhausted.
+        """The job's receipt, once the stream is exhausted.
 
         Raises:
-            ClientStateError: It is not exhausted.
+            ClientStateError: The stream is not exhausted.
         """
         return require_receipt(self._job)
 
-    async def _opened(self) -> tuple[StreamJob, AsyncCall]:
+    async def _begun(self) -> tuple[StreamJob, AsyncCall]:
+        """The job and its call, begun now if they have not."""
         if self._job is None or self._attempts is None:
-            await self._rows.draw(0)
-            self._attempts = self._client._attempts(self._reader.options)
-            self._job = self._client._row_job(self._reader, self._held)
+            await self._rows.fetch(0)
+            self._attempts = self._engine.attempts(self._reader.options)
+            self._job = self._engine.jobs.stream_job(self._reader, self._buffer)
         if self._lease is None:
-            self._lease = await self._client._lease(self._attempts)
+            self._lease = await self._engine.lease(self._attempts)
         if self._call is None:
-            job, client = self._job, self._lease.client
-            job.address = client.address
-            exchange = job.begin()
-            portions = self._rows.portions(job.first_row)
-            self._call = AsyncCall(
-                client._connection(),
-                exchange,
-                lambda: _messages(job, exchange, portions),
-                self._attempts.options(job.options),
-            )
+            chunks = self._rows.chunks(self._job.first_row)
+            self._call = self._lease.engine.call(self._job, chunks, self._attempts)
         return self._job, self._call
 
-    async def _again(self) -> None:
-        """Announce the job anew, where it is."""
+    async def _end_call(self) -> None:
+        """End the call of an attempt that failed; the next one begins another."""
         if self._call is not None:
             await self._call.cancel()
         self._call = None
 
-    def _leave(self, error: BaseException | None = None) -> None:
-        """The server has the job no more; None: it came to a good end."""
+    def _release(self, error: BaseException | None = None) -> None:
+        """Release the server; `error` is how the attempt ended there."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.ended(error)
 
     def _delay_s(self, error: GradwireError) -> float | None:
-        """When the job goes on after it failed; None: never.
+        """Seconds until the next attempt after a failure; None: there is none.
 
         Raises:
-            RowsLostError: It would, but for rows that are held no more.
+            RowsLostError: An attempt would need rows that are no longer held.
         """
         if self._attempts is None or self._job is None:
             return None
         if isinstance(error, VerificationError):
-            return None  # what was summed of dW so far may be wrong as well
+            return None  # the sums of dW so far may be wrong as well
         if self._call is not None and self._job.cut_off(error, self._attempts):
             return 0.0
         delay_s = self._attempts.after(error)
@@ -193,30 +175,15 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             attempts = self._attempts
             if attempts is not None:
                 attempts.succeeded()
-                receipt = await _beside(job, lambda: job.finish(attempts))
-                self._client._remember_receipt(receipt)
-            self._leave()
+                self._remember(await _checked(job, lambda: job.finish(attempts)))
+            self._release()
             self._over = True
         else:
-            await _beside(job, lambda: job.receive(message))
+            await _checked(job, lambda: job.receive(message))
 
 
-async def _beside(job: StreamJob, take: Callable[[], _Taken]) -> _Taken:
-    """Take what came where the event loop's others do not notice, if it is checked."""
+async def _checked(job: StreamJob, take: Callable[[], R]) -> R:
+    """Take results; verifying them happens beside the event loop."""
     if job.check is None:
         return take()
-    return await asyncio.to_thread(take)
-
-
-async def _messages(
-    job: StreamJob,
-    exchange: JobExchange,
-    portions: AsyncIterator[Mapping[Matrix, Operand]],
-) -> AsyncGenerator[bytes]:
-    for message in job.opening_messages(exchange):
-        yield message
-    async for operands in portions:
-        for message in exchange.row_messages(operands):
-            yield message
-    for message in exchange.end_messages():
-        yield message
+    return await run_beside(take)

@@ -1,48 +1,49 @@
-"""A stream's items as threads draw them."""
+# Generated from _async/row_source.py by scripts/generate-sync: edit that file.
+
+"""A stream's rows, as whatever sends them fetches them."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from gradwire._arrays.operand import Operand
+from gradwire._core.rows import END_OF_ROWS
 from gradwire._resilience.replay_buffer import ReplayBuffer
+from gradwire._transport.sync_io import SyncItems, SyncLock
 from gradwire_protocol.matrices import Matrix
 
-_NOTHING = object()
 
+class SyncRowSource:
+    """The caller's rows, fetched by whatever needs the next ones.
 
-class RowSource:
-    """The caller's items, drawn by whichever thread needs the next one.
-
-    That of an attempt which has failed may still be waiting for an item: the
-    next attempt's then waits for the same one.
+    An attempt that has failed may still be waiting for an item: the next attempt
+    then waits for the same one.
     """
 
-    def __init__(self, items: Iterator[object], held: ReplayBuffer) -> None:
-        self._items = items
-        self._held = held
-        self._turn = threading.Lock()
+    def __init__(self, rows: Iterable[object], buffer: ReplayBuffer) -> None:
+        self._items = SyncItems(rows)
+        self._buffer = buffer
+        self._turn = SyncLock()
         self._attempt = 0
         self._error: BaseException | None = None
 
-    def portions(self, row: int) -> Iterator[Mapping[Matrix, Operand]]:
-        """The rows from a row on; those that were given out before end."""
+    def chunks(self, row: int) -> Iterator[Mapping[Matrix, Operand]]:
+        """The rows from a row on; chunks of an earlier call end."""
         self._attempt += 1
-        return self._portions(row, self._attempt)
+        return self._chunks(row, self._attempt)
 
-    def _portions(self, row: int, attempt: int) -> Iterator[Mapping[Matrix, Operand]]:
-        # What a thread of an attempt that has failed still takes would have rows
-        # dropped that the one of this attempt has not sent again yet.
+    def _chunks(self, row: int, attempt: int) -> Iterator[Mapping[Matrix, Operand]]:
+        # What an attempt that has failed still took would have rows dropped that
+        # this attempt has not sent again yet.
         while attempt == self._attempt:
-            portion = self._held.portion(row)
-            if portion is not None:
-                yield portion
-                row += next(iter(portion.values())).rows
-            elif not self.draw(row):
+            chunk = self._buffer.portion(row)
+            if chunk is not None:
+                yield chunk
+                row += next(iter(chunk.values())).rows
+            elif not self.fetch(row):
                 return
 
-    def draw(self, row: int) -> bool:
+    def fetch(self, row: int) -> bool:
         """Have an item drawn, unless the rows from a row on are there.
 
         Returns:
@@ -54,17 +55,25 @@ class RowSource:
         with self._turn:
             if self._error is not None:
                 raise self._error
-            if self._held.drawn_beyond(row):
+            if self._buffer.drawn_beyond(row):
                 return True
-            if self._held.complete:
+            if self._buffer.complete:
                 return False
+            self._buffer.settle()
+            item = self._items.next()
             try:
-                self._held.settle()
-                item = next(self._items, _NOTHING)
-                if item is not _NOTHING:
-                    self._held.add(item)
+                if item is not END_OF_ROWS:
+                    self._buffer.add(item)
             except BaseException as error:
                 self._error = error
                 raise
-            self._held.complete = item is _NOTHING
-            return item is not _NOTHING
+            self._buffer.complete = item is END_OF_ROWS
+            return item is not END_OF_ROWS
+
+    def close(self) -> None:
+        """Ask for no more items."""
+        self._items.close()
+
+    def abandon(self) -> None:
+        """The same, where the owner is collected as garbage."""
+        self._items.abandon()

@@ -1,51 +1,59 @@
-"""What `Client.stream` returns."""
+# Generated from _async/stream.py by scripts/generate-sync: edit that file.
+
+"""`GradientStream`: the results of a stream of rows."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from gradwire._api.errors import GradwireError, VerificationError
 from gradwire._api.types import Array, Receipt, RowBlock
-from gradwire._client._sync.row_source import RowSource
+from gradwire._client._sync.engine import SyncEngine
+from gradwire._client._sync.row_source import SyncRowSource
 from gradwire._resilience.load_balancer import Lease
 from gradwire._resilience.retry import Attempts
-from gradwire._resilience.row_reader import RowReader, iterate
+from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob, require_receipt
-from gradwire._transport.grpc.sync_call import Call
+from gradwire._transport.grpc.sync_call import SyncCall
+from gradwire._transport.sync_io import SyncLock, run_beside
 
-if TYPE_CHECKING:
-    from gradwire._client._sync.client import Client
+R = TypeVar("R")
 
 
 class GradientStream(Iterator[RowBlock]):
     """The results of `Client.stream`: an iterator of row blocks.
 
-    Once it is exhausted, `dw` and `receipt` are there. Left early, it
-    cancels its job. Threads may share one: each block goes to one of them.
+    `dw` and `receipt` are available once the stream is exhausted. A stream that is
+    left early cancels its job: at once as a context manager, else when it is
+    garbage collected. Threads may share a stream: each block goes to one of them.
 
     Example:
-        >>> stream = client.stream(pairs, w, results=("dx", "dw"))
-        >>> for block in stream:
-        ...     print(block.first_row, block.dx.shape)
+        >>> with client.stream(pairs, w) as stream:
+        ...     for block in stream:
+        ...         print(block.first_row, block.dx.shape)
         >>> stream.dw
     """
 
     def __init__(
-        self, client: Client, rows: Iterable[object], reader: RowReader
+        self,
+        engine: SyncEngine,
+        rows: Iterable[object],
+        reader: RowReader,
+        remember: Callable[[Receipt], Receipt],
     ) -> None:
-        self._client = client
-        self._held = client._held_rows(reader, rows)
-        self._rows = RowSource(iterate(rows), self._held)
+        self._engine = engine
+        self._remember = remember
+        self._buffer = engine.jobs.replay_buffer(reader, rows)
+        self._rows = SyncRowSource(rows, self._buffer)
         self._reader = reader
         self._job: StreamJob | None = None
-        self._call: Call | None = None
+        self._call: SyncCall | None = None
         self._attempts: Attempts | None = None
-        self._lease: Lease[Client] | None = None
+        self._lease: Lease[SyncEngine] | None = None
         self._over = False
-        self._turn = threading.RLock()
+        self._turn = SyncLock()
 
     def __enter__(self) -> GradientStream:
         return self
@@ -62,22 +70,22 @@ class GradientStream(Iterator[RowBlock]):
         Raises:
             StopIteration: The job is done.
             GradwireError: The job failed.
-            BaseException: What the caller's iterable raised, unchanged.
+            BaseException: An exception of the caller's iterable, unchanged.
         """
         with self._turn:
             try:
                 while not self._over and not (self._job and self._job.ready):
                     try:
-                        self._read(*self._opened())
+                        self._read(*self._begun())
                     except GradwireError as error:
-                        self._leave(error)
+                        self._release(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
-                        self._again()
-                        self._client._sleep(delay_s)
+                        self._end_call()
+                        self._engine.sleep(delay_s)
             except BaseException as error:
-                self._leave(error)
+                self._release(error)
                 self.close()
                 raise
             if self._job is None or not self._job.ready:
@@ -89,75 +97,72 @@ class GradientStream(Iterator[RowBlock]):
         self._over = True
         if self._call is not None:
             self._call.cancel()
+        self._rows.close()
         if self._job is not None:
             self._job.ready.clear()
-        self._leave(GeneratorExit())
+        self._release(GeneratorExit())
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
-            self.close()
+            self._release(GeneratorExit())
+            if self._call is not None:
+                self._call.abandon()
+            self._rows.abandon()
 
     @property
     def dw(self) -> Array | None:
         """DW, shape (n, k), once the stream is exhausted; None if not wanted.
 
         Raises:
-            ClientStateError: It is not exhausted.
+            ClientStateError: The stream is not exhausted.
         """
         require_receipt(self._job)
         return self._job.dw if self._job else None
 
     @property
     def receipt(self) -> Receipt:
-        """What became of the job, once the stream is exhausted.
+        """The job's receipt, once the stream is exhausted.
 
         Raises:
-            ClientStateError: It is not exhausted.
+            ClientStateError: The stream is not exhausted.
         """
         return require_receipt(self._job)
 
-    def _opened(self) -> tuple[StreamJob, Call]:
+    def _begun(self) -> tuple[StreamJob, SyncCall]:
+        """The job and its call, begun now if they have not."""
         if self._job is None or self._attempts is None:
-            self._rows.draw(0)
-            self._attempts = self._client._attempts(self._reader.options)
-            self._job = self._client._row_job(self._reader, self._held)
+            self._rows.fetch(0)
+            self._attempts = self._engine.attempts(self._reader.options)
+            self._job = self._engine.jobs.stream_job(self._reader, self._buffer)
         if self._lease is None:
-            self._lease = self._client._lease(self._attempts)
+            self._lease = self._engine.lease(self._attempts)
         if self._call is None:
-            job, client = self._job, self._lease.client
-            job.address = client.address
-            exchange = job.begin()
-            messages = job.messages(self._rows.portions(job.first_row))
-            self._call = Call(
-                client._connection(),
-                exchange,
-                lambda: messages,
-                self._attempts.options(job.options),
-            )
+            chunks = self._rows.chunks(self._job.first_row)
+            self._call = self._lease.engine.call(self._job, chunks, self._attempts)
         return self._job, self._call
 
-    def _again(self) -> None:
-        """Announce the job anew, where it is."""
+    def _end_call(self) -> None:
+        """End the call of an attempt that failed; the next one begins another."""
         if self._call is not None:
             self._call.cancel()
         self._call = None
 
-    def _leave(self, error: BaseException | None = None) -> None:
-        """The server has the job no more; None: it came to a good end."""
+    def _release(self, error: BaseException | None = None) -> None:
+        """Release the server; `error` is how the attempt ended there."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.ended(error)
 
     def _delay_s(self, error: GradwireError) -> float | None:
-        """When the job goes on after it failed; None: never.
+        """Seconds until the next attempt after a failure; None: there is none.
 
         Raises:
-            RowsLostError: It would, but for rows that are held no more.
+            RowsLostError: An attempt would need rows that are no longer held.
         """
         if self._attempts is None or self._job is None:
             return None
         if isinstance(error, VerificationError):
-            return None  # what was summed of dW so far may be wrong as well
+            return None  # the sums of dW so far may be wrong as well
         if self._call is not None and self._job.cut_off(error, self._attempts):
             return 0.0
         delay_s = self._attempts.after(error)
@@ -165,14 +170,22 @@ class GradientStream(Iterator[RowBlock]):
             self._job.require_rows(error)
         return delay_s
 
-    def _read(self, job: StreamJob, call: Call) -> None:
+    def _read(self, job: StreamJob, call: SyncCall) -> None:
         try:
             message = next(call)
         except StopIteration:
-            if self._attempts is not None:
-                self._attempts.succeeded()
-                self._client._remember_receipt(job.finish(self._attempts))
-            self._leave()
+            attempts = self._attempts
+            if attempts is not None:
+                attempts.succeeded()
+                self._remember(_checked(job, lambda: job.finish(attempts)))
+            self._release()
             self._over = True
         else:
-            job.receive(message)
+            _checked(job, lambda: job.receive(message))
+
+
+def _checked(job: StreamJob, take: Callable[[], R]) -> R:
+    """Take results, which are verified if the caller wants that."""
+    if job.check is None:
+        return take()
+    return run_beside(take)

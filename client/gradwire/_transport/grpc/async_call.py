@@ -3,12 +3,15 @@
 A task writes while the caller's coroutine reads, so both directions go on at
 once. One task alone writes, and nothing is read after a read was cancelled:
 gRPC allows neither.
+
+`sync_call` has the same names, with Sync instead of Async.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -17,19 +20,19 @@ import grpc
 import grpc.aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
-from gradwire._api.errors import ConnectError, JobCancelledError, ProtocolError
-from gradwire._api.options import MetadataPairs, Options
-from gradwire._arrays.buffer_pool import keep_messages
-from gradwire._client.job_factory import (
-    COMPUTE,
-    COMPUTE_STREAM,
-    GET_SERVER_INFO,
-    OPEN_REGION,
+from gradwire._api.errors import (
+    ClientStateError,
+    ConnectError,
+    JobCancelledError,
+    ProtocolError,
 )
+from gradwire._api.options import MetadataPairs, Options
+from gradwire._arrays.buffer_pool import raise_mmap_threshold
 from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
-from gradwire._transport.grpc.grpc_errors import call_error
+from gradwire._transport.grpc.grpc_errors import call_error, connect_error
+from gradwire._transport.grpc.methods import Methods
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -41,58 +44,137 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     OpenRegionResponse,
 )
 
-_StreamCall: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
+_StreamStreamCall: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+class AsyncConnector:
+    """Connects to a server when that is needed first.
+
+    The connection belongs to the event loop of its first use, and to the process
+    that made the connector.
+
+    Args:
+        endpoint: Where the server is.
+        on_fork: Called in the child of a fork; not here, where a child cannot go
+            on.
+    """
+
+    def __init__(self, endpoint: Endpoint, on_fork: Callable[[], object]) -> None:
+        del on_fork
+        self._endpoint = endpoint
+        self._pid = os.getpid()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connection: AsyncConnection | None = None
+        self._closed = False
+
+    def connection(self) -> AsyncConnection:
+        """The connection.
+
+        Raises:
+            ClientStateError: It cannot be used from here.
+        """
+        fork_support.require_calls()
+        if self._closed:
+            raise ClientStateError(f"the connection to {self._endpoint} was closed")
+        if fork_support.aio_lost is not None:
+            raise ClientStateError(fork_support.aio_lost)
+        loop = asyncio.get_running_loop()
+        if os.getpid() != self._pid:
+            raise ClientStateError(
+                "this AsyncClient was made before the process forked: make another"
+                " in the child"
+            )
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise ClientStateError(
+                "this AsyncClient belongs to another event loop, that of its first"
+                " use: make one for each loop"
+            )
+        if self._connection is None:
+            self._connection = AsyncConnection(self._endpoint)
+        return self._connection
+
+    async def aclose(self) -> None:
+        """Close the connection; calls that still run are cancelled."""
+        self._closed = True
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.channel.close()
 
 
 class AsyncConnection:
     """A channel, and the service's calls on it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        keep_messages()
+        raise_mmap_threshold()
         self.endpoint = endpoint
         self._loop = asyncio.get_running_loop()
         fork_support.aio_began()
         self.channel = endpoint.aio_channel()
-        authorized = endpoint.authorized
-        self.compute = authorized(
-            self.channel.unary_unary(
-                COMPUTE,
-                request_serializer=ComputeRequest.SerializeToString,
-                response_deserializer=ComputeResponse.FromString,
-            )
-        )
-        self.info = authorized(
-            self.channel.unary_unary(
-                GET_SERVER_INFO,
-                request_serializer=GetServerInfoRequest.SerializeToString,
-                response_deserializer=GetServerInfoResponse.FromString,
-            )
-        )
-        self._region = authorized(
-            self.channel.unary_stream(
-                OPEN_REGION,
-                request_serializer=OpenRegionRequest.SerializeToString,
-                response_deserializer=OpenRegionResponse.FromString,
-            )
-        )
-        # Without serializers both sides of the stream are given plain bytes.
-        self.stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = authorized(
-            self.channel.stream_stream(COMPUTE_STREAM)
-        )
+        self.methods = Methods(self.channel, endpoint)
 
-    async def open_region(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
-        """A region, which lasts until it is closed.
+    async def compute(
+        self, request: ComputeRequest, options: Options
+    ) -> ComputeResponse:
+        """What Compute answers.
+
+        Raises:
+            GradwireError: It ended with a status other than OK.
+        """
+        try:
+            with fork_support.aio_calling():
+                response: ComputeResponse = await self.methods.compute(
+                    request, timeout=options.timeout_s, metadata=options.metadata
+                )
+        except grpc.RpcError as error:
+            raise call_error(error, self.endpoint, options.job_id) from None
+        return response
+
+    async def server_info(
+        self,
+        timeout_s: float | None,
+        metadata: MetadataPairs,
+        *,
+        connecting: bool = False,
+    ) -> GetServerInfoResponse:
+        """What GetServerInfo answers.
+
+        Args:
+            timeout_s: Seconds that it has for that.
+            metadata: Sent with the call.
+            connecting: Whether nothing is known of the server yet, so that what
+                does not answer rightly may be another server.
+
+        Raises:
+            GradwireError: It ended with a status other than OK.
+        """
+        try:
+            with fork_support.aio_calling():
+                response: GetServerInfoResponse = await self.methods.server_info(
+                    GetServerInfoRequest(), timeout=timeout_s, metadata=metadata
+                )
+        except grpc.RpcError as error:
+            if connecting:
+                raise connect_error(error, self.endpoint, timeout_s or 0) from None
+            raise call_error(error, self.endpoint) from None
+        return response
+
+    async def open_segment(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
+        """Memory that the server shares, until it is closed.
 
         Raises:
             GradwireError: The server refuses it, or it cannot be opened here.
         """
-        rpc = self._region(OpenRegionRequest(size_bytes=size_bytes), metadata=metadata)
-        region: Segment | None = None
+        rpc = self.methods.open_region(
+            OpenRegionRequest(size_bytes=size_bytes), metadata=metadata
+        )
+        segment: Segment | None = None
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 answer = await rpc.read()
             if isinstance(answer, OpenRegionResponse):
-                region = Segment(answer, partial(_cancel, rpc, self._loop))
+                segment = Segment(answer, partial(_cancel, rpc, self._loop))
         except TimeoutError:
             rpc.cancel()
             raise ConnectError(
@@ -104,10 +186,10 @@ class AsyncConnection:
         except BaseException:
             rpc.cancel()
             raise
-        if region is None:
+        if segment is None:
             raise ProtocolError("the server ended a region at once")
-        rpc.add_done_callback(region.on_end())
-        return region
+        rpc.add_done_callback(segment.on_end())
+        return segment
 
 
 class AsyncCall:
@@ -130,12 +212,12 @@ class AsyncCall:
         self._endpoint = connection.endpoint
         self._job_id = options.job_id
         self._exchange = exchange
-        self._feed = Feed(exchange.opening(), messages)
-        self._rpc = connection.stream(
+        self._requests = RequestWriter(exchange.opening(), messages)
+        self._rpc = connection.methods.stream(
             timeout=options.timeout_s, metadata=options.metadata
         )
         self._loop = asyncio.get_running_loop()
-        self._writer = self._loop.create_task(self._feed.run(self._rpc))
+        self._writer = self._loop.create_task(self._requests.run(self._rpc))
 
     async def __aenter__(self) -> AsyncCall:
         return self
@@ -155,12 +237,12 @@ class AsyncCall:
             BaseException: What the messages raised, unchanged.
         """
         if self._exchange.accepted is not None:
-            self._feed.settled.set()
+            self._requests.settled.set()
         try:
             message = await self._rpc.read()
         except asyncio.CancelledError:
             # gRPC raises this too where the writer has cancelled the call.
-            self._feed.raise_error()
+            self._requests.raise_error()
             task = asyncio.current_task()
             if task is not None and not task.cancelling():
                 raise JobCancelledError(
@@ -170,11 +252,11 @@ class AsyncCall:
                 ) from None
             raise
         except grpc.RpcError as error:
-            self._feed.raise_error()
+            self._requests.raise_error()
             raise call_error(error, self._endpoint, self._job_id) from None
         if isinstance(message, bytes):
             return message
-        self._feed.raise_error()
+        self._requests.raise_error()
         raise StopAsyncIteration
 
     async def cancel(self) -> None:
@@ -192,8 +274,8 @@ class AsyncCall:
         self._writer.cancel()
 
 
-class Feed:
-    """The requests of one call, as its writer draws them."""
+class RequestWriter:
+    """The requests of one call, which one task alone writes."""
 
     def __init__(
         self, opening: bytes, messages: Callable[[], AsyncGenerator[bytes]]
@@ -203,7 +285,7 @@ class Feed:
         self._messages = messages
         self._error: BaseException | None = None
 
-    async def run(self, rpc: _StreamCall) -> None:
+    async def run(self, rpc: _StreamStreamCall) -> None:
         """The header, then, once the server took the job on, the rest."""
         try:
             # The writer lives as long as its call or almost.
@@ -215,7 +297,7 @@ class Feed:
             self._error = error
             rpc.cancel()
 
-    async def _write_all(self, rpc: _StreamCall) -> None:
+    async def _write_all(self, rpc: _StreamStreamCall) -> None:
         with contextlib.suppress(grpc.RpcError):
             await rpc.wait_for_connection()
         if not await _write(rpc, self._opening):

@@ -22,6 +22,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from gradwire._api.errors import ClientStateError
+
 PATIENCE_S = 5.0
 """How long a fork waits, at most, for threads to leave gRPC. They enter it for
 moments only."""
@@ -59,6 +61,17 @@ lost: str | None = None
 
 aio_lost: str | None = None
 """Why this process, a child, can make no calls from an event loop."""
+
+
+def require_calls() -> None:
+    """Check that this process can make calls.
+
+    Raises:
+        ClientStateError: It cannot: it was forked at a moment that gRPC does not
+            survive.
+    """
+    if lost is not None:
+        raise ClientStateError(lost)
 
 
 def at_fork(

@@ -1,4 +1,4 @@
-"""Running calls, for programs that wait.
+"""Running calls, for programs that wait; see `async_call`.
 
 gRPC takes requests from an iterator, which it runs in a thread of its own,
 while the caller's thread reads: so both directions go on at once.
@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeVar
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
-from gradwire._api.errors import ProtocolError
+from gradwire._api.errors import ClientStateError, ProtocolError
 from gradwire._api.options import MetadataPairs, Options
-from gradwire._arrays.buffer_pool import keep_messages
-from gradwire._client.job_factory import (
-    COMPUTE,
-    COMPUTE_STREAM,
-    GET_SERVER_INFO,
-    OPEN_REGION,
-)
+from gradwire._arrays.buffer_pool import raise_mmap_threshold
 from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
-from gradwire._transport.grpc.grpc_errors import call_error
+from gradwire._transport.grpc.grpc_errors import call_error, connect_error
+from gradwire._transport.grpc.methods import Methods
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -34,58 +31,124 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     GetServerInfoRequest,
     GetServerInfoResponse,
     OpenRegionRequest,
-    OpenRegionResponse,
 )
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
-Rpc: TypeAlias = "grpc._CallIterator[bytes]"
+
+class SyncConnector:
+    """Connects to a server when that is needed first, and again in a child.
+
+    Args:
+        endpoint: Where the server is.
+        on_fork: Called in the child of a fork: nothing of the parent's may be
+            used there, nor closed.
+    """
+
+    def __init__(self, endpoint: Endpoint, on_fork: Callable[[], object]) -> None:
+        self._endpoint = endpoint
+        self._on_fork = weakref.WeakMethod(on_fork)
+        self._lock = threading.Lock()
+        self._connection: SyncConnection | None = None
+        self._closed = False
+        _connectors.add(self)
+
+    def connection(self) -> SyncConnection:
+        """The connection.
+
+        Raises:
+            ClientStateError: This process can make no calls.
+        """
+        with self._lock, fork_support.calling():
+            fork_support.require_calls()
+            # `close` may have run in another thread since the client looked.
+            if self._closed:
+                raise ClientStateError(f"the connection to {self._endpoint} was closed")
+            if self._connection is None:
+                self._connection = SyncConnection(self._endpoint)
+            return self._connection
+
+    def close(self) -> None:
+        """Close the connection; calls that still run are cancelled."""
+        with self._lock:
+            self._closed = True
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            with fork_support.calling():
+                connection.channel.close()
+
+    def after_fork(self) -> None:
+        """Begin anew in the child: locks may have been held by threads not here."""
+        _inherited.append(self._connection)
+        self._connection = None
+        self._lock = threading.Lock()
+        on_fork = self._on_fork()
+        if on_fork is not None:
+            on_fork()
 
 
-class Connection:
+class SyncConnection:
     """A channel, and the service's calls on it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        keep_messages()
+        raise_mmap_threshold()
         self.endpoint = endpoint
         self.channel = endpoint.channel()
-        authorized = endpoint.authorized
-        self.compute = authorized(
-            self.channel.unary_unary(
-                COMPUTE,
-                request_serializer=ComputeRequest.SerializeToString,
-                response_deserializer=ComputeResponse.FromString,
-            )
-        )
-        self.info = authorized(
-            self.channel.unary_unary(
-                GET_SERVER_INFO,
-                request_serializer=GetServerInfoRequest.SerializeToString,
-                response_deserializer=GetServerInfoResponse.FromString,
-            )
-        )
-        self._region = authorized(
-            self.channel.unary_stream(
-                OPEN_REGION,
-                request_serializer=OpenRegionRequest.SerializeToString,
-                response_deserializer=OpenRegionResponse.FromString,
-            )
-        )
-        # Without serializers both sides of the stream are given plain bytes.
-        self.stream: grpc.StreamStreamMultiCallable[bytes, bytes] = authorized(
-            self.channel.stream_stream(COMPUTE_STREAM)
-        )
+        self.methods = Methods(self.channel, endpoint)
 
-    def open_region(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
-        """A region, which lasts until it is closed.
+    def compute(self, request: ComputeRequest, options: Options) -> ComputeResponse:
+        """What Compute answers.
+
+        Raises:
+            GradwireError: It ended with a status other than OK.
+        """
+        try:
+            response: ComputeResponse = call_unary(
+                self.methods.compute, request, options.timeout_s, options.metadata
+            )
+        except grpc.RpcError as error:
+            raise call_error(error, self.endpoint, options.job_id) from None
+        return response
+
+    def server_info(
+        self,
+        timeout_s: float | None,
+        metadata: MetadataPairs,
+        *,
+        connecting: bool = False,
+    ) -> GetServerInfoResponse:
+        """What GetServerInfo answers.
+
+        Args:
+            timeout_s: Seconds that it has for that.
+            metadata: Sent with the call.
+            connecting: Whether nothing is known of the server yet, so that what
+                does not answer rightly may be another server.
+
+        Raises:
+            GradwireError: It ended with a status other than OK.
+        """
+        request = GetServerInfoRequest()
+        try:
+            response: GetServerInfoResponse = call_unary(
+                self.methods.server_info, request, timeout_s, metadata
+            )
+        except grpc.RpcError as error:
+            if connecting:
+                raise connect_error(error, self.endpoint, timeout_s or 0) from None
+            raise call_error(error, self.endpoint) from None
+        return response
+
+    def open_segment(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
+        """Memory that the server shares, until it is closed.
 
         Raises:
             GradwireError: The server refuses it, or it cannot be opened here.
         """
         request = OpenRegionRequest(size_bytes=size_bytes)
         with fork_support.calling():
-            rpc = self._region(request, metadata=metadata)
+            rpc = self.methods.open_region(request, metadata=metadata)
         process = os.getpid()
 
         def end() -> None:
@@ -99,7 +162,7 @@ class Connection:
         try:
             with fork_support.waiting():
                 answer = next(rpc)
-            region = Segment(answer, end)
+            segment = Segment(answer, end)
         except BaseException as error:
             end()
             if isinstance(error, StopIteration):
@@ -109,17 +172,17 @@ class Connection:
             raise
         finally:
             too_late.cancel()
-        ended = region.on_end()
+        ended = segment.on_end()
         if not rpc.add_callback(ended):
             ended()
-        return region
+        return segment
 
 
 def call_unary(
     method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
     request: _Request,
     timeout_s: float | None,
-    metadata: Sequence[tuple[str, str | bytes]],
+    metadata: MetadataPairs,
 ) -> _Response:
     """What a method with one message each way answers.
 
@@ -143,7 +206,7 @@ def call_unary(
         running.end()
 
 
-class Call:
+class SyncCall:
     """A running ComputeStream: an iterator of the server's messages.
 
     As a context manager it is cancelled unless it came to its end.
@@ -157,7 +220,7 @@ class Call:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: SyncConnection,
         exchange: ExchangeProtocol,
         messages: Callable[[], Iterator[bytes]],
         options: Options,
@@ -165,17 +228,17 @@ class Call:
         self._endpoint = connection.endpoint
         self._job_id = options.job_id
         self._exchange = exchange
-        self._feed = Feed(exchange.opening(), messages)
+        self._requests = RequestIterator(exchange.opening(), messages)
         with fork_support.calling():
-            self._rpc = connection.stream(
-                self._feed.requests(),
+            self._rpc = connection.methods.stream(
+                self._requests.requests(),
                 timeout=options.timeout_s,
                 metadata=options.metadata,
             )
             self._running = fork_support.Running()
-        self._feed.attach(self._rpc.cancel)
+        self._requests.attach(self._rpc.cancel)
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> SyncCall:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -193,29 +256,33 @@ class Call:
             BaseException: What the messages raised, unchanged.
         """
         if self._exchange.accepted is not None:
-            self._feed.go()
+            self._requests.go()
         try:
             with fork_support.waiting():
                 message: bytes = next(self._rpc)
         except StopIteration:
-            self._feed.raise_error()
+            self._requests.raise_error()
             raise
         except grpc.RpcError as error:
-            self._feed.raise_error()
+            self._requests.raise_error()
             raise call_error(error, self._endpoint, self._job_id) from None
         return message
+
+    def abandon(self) -> None:
+        """The same, where the owner is collected as garbage."""
+        self.cancel()
 
     def cancel(self) -> None:
         """End the call, unless it has ended."""
         if self._running.inherited:
             return
         self._running.end()
-        self._feed.stop()
+        self._requests.stop()
         with fork_support.calling():
             self._rpc.cancel()
 
 
-class Feed:
+class RequestIterator:
     """The requests of one call, as gRPC's thread draws them."""
 
     def __init__(self, opening: bytes, messages: Callable[[], Iterator[bytes]]) -> None:
@@ -275,3 +342,34 @@ class Feed:
             cancel = self._cancel
         if cancel is not None:
             cancel()
+
+
+_connectors: weakref.WeakSet[SyncConnector] = weakref.WeakSet()
+_inherited: list[SyncConnection | None] = []
+
+
+def _channels() -> list[grpc.Channel]:
+    connections = [connector._connection for connector in list(_connectors)]
+    return [each.channel for each in connections if each is not None]
+
+
+# gRPC would cancel the parent's calls in the child, for which it takes locks
+# that a thread of the parent may hold. It is kept from knowing the channels.
+
+
+def _before_fork() -> None:
+    for channel in _channels():
+        cygrpc.fork_unregister_channel(channel)
+
+
+def _after_fork_in_parent() -> None:
+    for channel in _channels():
+        cygrpc.fork_register_channel(channel)
+
+
+def _after_fork_in_child() -> None:
+    for connector in list(_connectors):
+        connector.after_fork()
+
+
+fork_support.at_fork(_before_fork, _after_fork_in_parent, _after_fork_in_child)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +16,15 @@ from gradwire._api.errors import (
 )
 from gradwire._api.options import DtypeLike, parse_dtype, parse_shape
 from gradwire._api.types import Array, ServerInfo
+from gradwire._arrays.operand import Operand
+from gradwire._core.job_plan import Plan
+from gradwire._core.outputs import ArrayOutputs
 from gradwire._transport.address import is_local
 from gradwire._transport.shm.segments import Allocation, CannotShareError, Pool
 from gradwire._transport.shm.shm_job import ShmJob
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.limits import MIB, SHARED_MEMORY
-
-if TYPE_CHECKING:
-    from gradwire._resilience.array_job import ArrayJob
+from gradwire_protocol.matrices import Matrix
 
 OPEN_TIMEOUT_S = 10.0
 """A server opens a region or refuses it at once; this is for a dead one."""
@@ -72,7 +73,9 @@ class ShmPolicy:
         if self._allowed and not self.demanded:
             self._possible = offered and self._local
 
-    def should_use(self, job: ArrayJob) -> bool:
+    def should_use(
+        self, plan: Plan, operands: Mapping[Matrix, Operand], *, unary: bool
+    ) -> bool:
         """Whether a job shall go through shared memory.
 
         Where that was not demanded, small jobs whose arrays lie elsewhere go
@@ -80,23 +83,24 @@ class ShmPolicy:
         """
         if self.demanded:
             return True
-        if not self._possible or not job.plan.m:
+        if not self._possible or not plan.m:
             return False
-        operands = job.operands.values()
         inside = [
             operand
-            for operand in operands
+            for operand in operands.values()
             if operand.rounding is None and self.pool.find(operand.array) is not None
         ]
         if len(inside) == len(operands):
             return True
-        copied = sum(operand.size_bytes for operand in operands)
+        copied = sum(operand.size_bytes for operand in operands.values())
         copied -= sum(operand.size_bytes for operand in inside)
-        return not (job.unary and not inside) and copied <= _MOST_COPIED_BYTES
+        return not (unary and not inside) and copied <= _MOST_COPIED_BYTES
 
-    def place(self, job: ArrayJob) -> ShmJob:
+    def place(
+        self, plan: Plan, operands: Mapping[Matrix, Operand], outputs: ArrayOutputs
+    ) -> ShmJob:
         """The job's places, as far as its arrays lie in regions."""
-        return ShmJob(job, self.pool)
+        return ShmJob(plan, operands, outputs, self.pool)
 
     def on_refusal(self, error: GradwireError) -> None:
         """Take a region's refusal: do without, for good where it is final.

@@ -1,28 +1,20 @@
-"""A job in shared memory: where its matrices lie, and its conversation."""
+"""Where the matrices of a job in shared memory lie."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gradwire._api.errors import CallError, ProtocolError
-from gradwire._api.types import Array, Receipt, receipt_of
-from gradwire._core.acceptance import check_accepted, check_receipt
+from gradwire._api.errors import CallError
+from gradwire._api.types import Array
+from gradwire._arrays.operand import Operand
 from gradwire._core.job_plan import Plan
-from gradwire._core.progress import Reporter
+from gradwire._core.outputs import ArrayOutputs
 from gradwire._transport.shm.segments import Allocation, Pool, Segment
-from gradwire_protocol import framing
+from gradwire._transport.shm.shm_exchange import ShmExchange
 from gradwire_protocol.error_reasons import Reason
-from gradwire_protocol.job_spec import BufferRef
 from gradwire_protocol.matrices import Matrix
-from gradwire_protocol.v1.job_pb2 import Accepted, Job, Queued
-from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
-
-if TYPE_CHECKING:
-    from gradwire._resilience.array_job import ArrayJob
 
 
 class ShmJob:
@@ -32,7 +24,7 @@ class ShmJob:
     others room is needed, out of which results without an array of the
     caller's are handed back.
 
-        shared = SharedJob(job, pool)
+        shared = ShmJob(plan, operands, outputs, pool)
         shared.place(rooms of shared.sizes)
         shared.copy_in()
         ... run shared.exchange() ...
@@ -44,13 +36,20 @@ class ShmJob:
             gave as `out`, so that no other attempt may.
     """
 
-    def __init__(self, job: ArrayJob, pool: Pool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        operands: Mapping[Matrix, Operand],
+        outputs: ArrayOutputs,
+        pool: Pool,
+    ) -> None:
         self.at_risk = False
-        self._job = job
+        self._plan = plan
+        self._operands = operands
+        self._outputs = outputs
         self._pool = pool
         self._places: dict[Matrix, tuple[Segment, int]] = {}
         self._room: dict[Matrix, Array] = {}
-        plan = job.plan
         # What travels in another dtype cannot be used where it lies.
         self._widened = {
             matrix
@@ -59,12 +58,12 @@ class ShmJob:
         }
         present = {
             matrix: value.array
-            for matrix, value in job.operands.items()
+            for matrix, value in operands.items()
             if value.rounding is None
         }
         present |= {
             matrix: array
-            for matrix, array in job.present_outputs().items()
+            for matrix, array in outputs.present().items()
             if matrix not in self._widened
         }
         for matrix, array in present.items():
@@ -87,9 +86,9 @@ class ShmJob:
     @property
     def copies(self) -> bool:
         """Whether elements have to be copied, before or after."""
-        given = self._job.present_outputs()
+        given = self._outputs.present()
         return any(
-            matrix in self._job.operands or matrix in given or matrix in self._widened
+            matrix in self._operands or matrix in given or matrix in self._widened
             for matrix in self._room
         )
 
@@ -99,17 +98,17 @@ class ShmJob:
         Raises:
             InputError: An element is too large for 16 bits.
         """
-        for matrix, operand in self._job.operands.items():
+        for matrix, operand in self._operands.items():
             if matrix in self._room:
                 operand.copy_to(self._room[matrix])
 
     def exchange(self) -> ShmExchange:
         """The conversation."""
-        return ShmExchange(self._job.plan, self._places)
+        return ShmExchange(self._plan, self._places)
 
     def copy_out(self) -> None:
         """Have the results where the caller gets them."""
-        plan, given = self._job.plan, self._job.present_outputs()
+        plan, given = self._plan, self._outputs.present()
         for matrix in plan.results:
             if matrix not in self._room:
                 continue
@@ -117,9 +116,11 @@ class ShmJob:
             if matrix in given:
                 np.copyto(given[matrix], room.reshape(given[matrix].shape))
             elif matrix in self._widened:
-                self._job.hand_back(matrix, room.astype(plan.array_dtype(matrix).numpy))
+                self._outputs.hand_back(
+                    matrix, room.astype(plan.array_dtype(matrix).numpy)
+                )
             else:
-                self._job.hand_back(matrix, room)
+                self._outputs.hand_back(matrix, room)
 
     def worth_another_try(self, error: BaseException) -> bool:
         """What a failed job means for its regions; whether they were the cause.
@@ -133,90 +134,7 @@ class ShmJob:
             self._pool.invalidate({region for region, _ in self._places.values()})
             return True
         if reason is None:
-            results = self._job.plan.results
+            results = self._plan.results
             self._pool.invalidate({self._places[matrix][0] for matrix in results})
             self.at_risk = any(matrix not in self._room for matrix in results)
         return False
-
-
-class ShmExchange:
-    """A stream without blocks, as its client sees it.
-
-    Attributes:
-        accepted: What the server said when it took the job on.
-    """
-
-    def __init__(
-        self, plan: Plan, places: Mapping[Matrix, tuple[Segment, int]]
-    ) -> None:
-        self.accepted: Accepted | None = None
-        self._plan = plan
-        self._m = plan.m or 0
-        self._job = _header(plan, places)
-        self._reporter = Reporter(plan)
-        self._receipt: ReceiptMessage | None = None
-
-    def opening(self) -> bytes:
-        """The first message; the next ones may go once `accepted` is set."""
-        return framing.encode_job(self._job)
-
-    def messages(self) -> Iterator[bytes]:
-        """Everything after it."""
-        yield framing.encode_end(self._m)
-
-    def receive(self, message: bytes) -> None:
-        """Take a message from the server.
-
-        Raises:
-            ProtocolError: The contract does not allow it here.
-        """
-        try:
-            received = framing.decode_response(message)
-        except framing.FramingError as error:
-            raise ProtocolError(f"the server sent no message: {error}") from error
-        if self._receipt is not None:
-            raise ProtocolError("the server went on after the job's receipt")
-        if isinstance(received, Queued):
-            self._report(jobs_ahead=received.jobs_ahead)
-            return
-        if isinstance(received, Accepted):
-            if self.accepted is not None:
-                raise ProtocolError("the server took the job on twice")
-            check_accepted(received, self._job)
-            self.accepted = received
-        elif isinstance(received, ReceiptMessage):
-            self._receipt = received
-        else:
-            raise ProtocolError("the server sent elements of a job in shared memory")
-        self._report()
-
-    def finish(self) -> Receipt:
-        """The receipt, once the server has ended the stream with OK.
-
-        Raises:
-            ProtocolError: There is none.
-        """
-        if self._receipt is None or self.accepted is None:
-            raise ProtocolError("the server ended the job without a receipt")
-        check_receipt(self._receipt, self._job, self._m)
-        return receipt_of(self._receipt, self.accepted)
-
-    def _report(self, jobs_ahead: int | None = None) -> None:
-        m, there, done = self._m, self.accepted is not None, self._receipt is not None
-        self._reporter.report(
-            bytes_sent=self._plan.upload_bytes(m) if there else 0,
-            bytes_received=self._plan.download_bytes(m) if done else 0,
-            rows_sent=m if there else 0,
-            m=m,
-            jobs_ahead=jobs_ahead,
-        )
-
-
-def _header(plan: Plan, places: Mapping[Matrix, tuple[Segment, int]]) -> Job:
-    tokens: dict[str, int] = {}
-    buffers = {
-        matrix: BufferRef(tokens.setdefault(region.token, len(tokens)), offset)
-        for matrix, (region, offset) in places.items()
-    }
-    spec = replace(plan.spec(), regions=tuple(tokens), buffers=buffers)
-    return spec.to_message(plan.options.job_id)

@@ -1,0 +1,443 @@
+"""The engine of `AsyncClient`: it makes the calls, and makes them again."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+from gradwire._api.errors import GradwireError
+from gradwire._api.options import Options, at_most
+from gradwire._api.types import Receipt, ServerInfo, server_info_of
+from gradwire._arrays.operand import Operand
+from gradwire._client.engine_base import EngineBase, look_up_address, member_options
+from gradwire._client.options import ClientOptions
+from gradwire._core.exchange import JobExchange
+from gradwire._resilience.array_job import ArrayJob
+from gradwire._resilience.load_balancer import (
+    ASK_S,
+    Lease,
+    LoadBalancer,
+    none_left,
+    require_jobs,
+)
+from gradwire._resilience.retry import Attempts
+from gradwire._resilience.stream_job import StreamJob
+from gradwire._transport.address import addresses_of, host_and_port
+from gradwire._transport.async_io import (
+    AsyncAnswers,
+    AsyncFlag,
+    iterate,
+    look_up,
+    run_beside,
+)
+from gradwire._transport.grpc.async_call import (
+    AsyncCall,
+    AsyncConnection,
+    AsyncConnector,
+)
+from gradwire._transport.shm.policy import may_be_smaller
+from gradwire._transport.shm.segments import Allocation, Pool
+from gradwire._transport.shm.shm_job import ShmJob
+from gradwire_protocol.matrices import Matrix
+
+R = TypeVar("R")
+
+
+class AsyncEngine(EngineBase):
+    """Makes the calls of a client, to one server or to several.
+
+    The engine of several servers has an engine for each of them.
+
+    Args:
+        address: As for `connect`.
+        options: As for `connect`.
+
+    Raises:
+        InputError: An argument is invalid.
+    """
+
+    client_name = "AsyncClient"
+
+    def __init__(self, address: str | Sequence[str], options: ClientOptions) -> None:
+        super().__init__(address, options)
+        self._closing = AsyncFlag()
+        self._connector = AsyncConnector(self._endpoint, self.after_fork)
+        self._servers: LoadBalancer[AsyncEngine] | None = None
+        if self._endpoints is not None:
+            endpoints = self._endpoints
+
+            def member(address: str, name: str | None) -> AsyncEngine:
+                return AsyncEngine(address, member_options(options, endpoints, name))
+
+            addresses = self._addresses
+            self._servers = LoadBalancer(member, addresses.known, addresses.names)
+
+    async def handshake(self) -> ServerInfo:
+        """Ask the servers about themselves.
+
+        Of several servers, at least one has to answer. A server that does not
+        answer within `ASK_S` seconds after the first is left out for now.
+
+        Returns:
+            The first answer.
+
+        Raises:
+            ConnectError: No server answered, or the server cannot be used.
+        """
+        timeout_s, servers = self.connect_timeout_s, self._servers
+        if servers is None:
+            info = await self._probe(timeout_s)
+            if self.shm.demanded:
+                await self.allocate([1])
+            return info
+        await self._resolve(servers)
+        members, causes = servers.members, servers.unresolved()
+        for member in members:
+            member.needs_probe = True
+        first: ServerInfo | None = None
+        answers = AsyncAnswers({m: partial(m.engine._ask, timeout_s) for m in members})
+        try:
+            while answered := await answers.next(None if first is None else ASK_S):
+                member, answer = answered
+                if isinstance(answer, ServerInfo):
+                    servers.mark_healthy(member)
+                    first = first or answer
+                elif isinstance(answer, GradwireError):
+                    causes[member.address] = answer
+                    servers.record_failure(member, answer)
+                else:
+                    raise answer
+        finally:
+            await answers.aclose()
+        if first is None:
+            raise none_left(causes)
+        self._learn_features(servers.engines())
+        return first
+
+    async def server_info(
+        self, timeout_s: float | None, address: str | None = None
+    ) -> ServerInfo:
+        """What a server says about itself.
+
+        Args:
+            timeout_s: Seconds that the server has to answer; None: no limit.
+            address: Which of several servers; None: the next job's.
+
+        Raises:
+            InputError: There is no server at that address.
+            GradwireError: The server did not answer.
+        """
+        if address is not None:
+            engine = await self._engine_at(address)
+            if engine is not self:
+                return await engine.server_info(timeout_s)
+        attempts = Attempts(self._retries, timeout_s)
+
+        async def attempt() -> ServerInfo:
+            with await self.lease(attempts) as lease:
+                return await lease.engine._server_info(attempts.left_s)
+
+        return await self._retry(attempts, attempt)
+
+    async def run(self, job: ArrayJob) -> Receipt:
+        """Compute a job, at the second or a later attempt if need be.
+
+        Raises:
+            GradwireError: The last attempt failed.
+        """
+        attempts = self.attempts(job.plan.options)
+
+        async def attempt() -> Receipt:
+            with await self.lease(attempts) as lease:
+                address = lease.engine.address
+                receipt = await lease.engine._execute(job, attempts)
+                if job.to_verify:
+                    return await run_beside(lambda: job.verified(receipt, address))
+                return job.verified(receipt, address)
+
+        receipt = await self._retry(attempts, attempt)
+        return job.deliver(attempts.annotate(receipt))
+
+    async def lease(self, attempts: Attempts) -> Lease[AsyncEngine]:
+        """Choose the server for an attempt.
+
+        Raises:
+            ConnectError: There are several servers, and none can be used.
+        """
+        servers = self._servers
+        if servers is None:
+            return Lease(self)
+        self.require_open()
+        await self._resolve(servers)
+        causes = servers.unresolved()
+        while (member := servers.choose(attempts.avoid, causes)) is not None:
+            lease = Lease(member.engine, servers, member, attempts)
+            if not member.needs_probe:
+                return lease
+            try:
+                info = await member.engine._probe(at_most(ASK_S, attempts.left_s))
+                require_jobs(info, member.address)
+            except GradwireError as error:
+                causes[member.address] = error
+                lease.ended(error)
+            except BaseException as error:
+                lease.ended(error)
+                raise
+            else:
+                servers.mark_healthy(member)
+                self._learn_features(servers.engines())
+                return lease
+        raise none_left(causes)
+
+    def call(
+        self,
+        job: StreamJob,
+        chunks: AsyncGenerator[Mapping[Matrix, Operand]],
+        attempts: Attempts,
+    ) -> AsyncCall:
+        """Begin an attempt at a stream's job, on this engine's server.
+
+        Args:
+            job: The job.
+            chunks: Its rows, from the job's `first_row` on.
+            attempts: The call's attempts.
+        """
+        job.address = self.address
+        exchange = job.begin()
+        return AsyncCall(
+            self._connection(),
+            exchange,
+            lambda: _stream_messages(job, exchange, chunks),
+            attempts.options(job.options),
+        )
+
+    async def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
+        """Allocate shared memory.
+
+        Args:
+            sizes: Bytes of each allocation.
+
+        Returns:
+            The allocations; None where the server shares no more memory.
+
+        Raises:
+            GradwireError: The same, for ``transport="shm"``.
+        """
+        if not sizes:
+            return []
+        connection, pool = self._connection(), self.shm.pool
+        allocations = pool.allocate(sizes)
+        if allocations is not None:
+            return allocations
+        refusal: GradwireError | None = None
+        for size_bytes in pool.bytes_to_open(sizes):
+            try:
+                segment = await connection.open_segment(size_bytes, self.jobs.metadata)
+            except GradwireError as error:
+                refusal = error
+                if not may_be_smaller(error):
+                    break
+            else:
+                return pool.add(segment, sizes)
+        if refusal is not None:
+            self.shm.on_refusal(refusal)
+        return None
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait, unless the client is closed meanwhile."""
+        await self._closing.wait(seconds)
+
+    async def aclose(self) -> None:
+        """Close the connections and cancel running calls."""
+        self.closed = True
+        self._closing.set()
+        for member in self._servers.engines() if self._servers else ():
+            await member.aclose()
+        self.shm.pool.close()
+        self.jobs.memory.close()
+        await self._connector.aclose()
+
+    def after_fork(self) -> None:
+        """Start anew in the child of a fork.
+
+        The parent's shared memory and locks are not the child's to use or close.
+        """
+        _inherited.append(self.shm.after_fork())
+        self.jobs.after_fork()
+        self._closing = AsyncFlag()
+        if self.closed:
+            self._closing.set()
+        self._retries.renew()
+        if self._servers is not None:
+            self._servers.renew()
+
+    async def _execute(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+        """Compute a job on this engine's server, in the fastest possible way."""
+        options = job.plan.options
+        if self._should_use_shm(job):
+            receipt = await self._run_in_shm(job, attempts)
+            if receipt is not None:
+                return receipt
+        if job.unary:
+            return await self._compute(job, attempts.options(options))
+        while True:
+            exchange = job.exchange()
+            try:
+                return await self._stream(job, exchange, attempts.options(options))
+            except GradwireError as error:
+                if not job.cut_off(exchange, error, attempts):
+                    raise
+
+    async def _compute(self, job: ArrayJob, options: Options) -> Receipt:
+        connection, exchange = self._connection(), job.unary_exchange()
+        response = await connection.compute(exchange.request(job.operands), options)
+        return exchange.receive(response)
+
+    async def _stream(
+        self, job: ArrayJob, exchange: JobExchange, options: Options
+    ) -> Receipt:
+        async with AsyncCall(
+            self._connection(),
+            exchange,
+            lambda: iterate(job.messages(exchange)),
+            options,
+        ) as call:
+            async for message in call:
+                exchange.receive(message)
+            return exchange.finish()
+
+    async def _run_in_shm(
+        self, job: ArrayJob, attempts: Attempts, *, again: bool = True
+    ) -> Receipt | None:
+        """Compute a job in shared memory; None where none can be allocated."""
+        shared = self.shm.place(job.plan, job.operands, job.outputs)
+        allocations = await self.allocate(shared.sizes)
+        if allocations is None:
+            return None
+        shared.place(allocations)
+        await _copy(shared, shared.copy_in)
+        exchange = shared.exchange()
+        options = attempts.options(job.plan.options)
+        try:
+            async with AsyncCall(
+                self._connection(),
+                exchange,
+                lambda: iterate(exchange.messages()),
+                options,
+            ) as call:
+                async for message in call:
+                    exchange.receive(message)
+                receipt = exchange.finish()
+        except BaseException as error:
+            if not shared.worth_another_try(error) or not again:
+                if shared.at_risk:
+                    attempts.make_final()
+                raise
+        else:
+            await _copy(shared, shared.copy_out)
+            return receipt
+        return await self._run_in_shm(job, attempts, again=False)
+
+    async def _probe(self, timeout_s: float | None) -> ServerInfo:
+        """Ask the server about itself, and check that this client can use it.
+
+        Raises:
+            ConnectError: The server does not answer, or cannot be used.
+        """
+        return self._learn(await self._server_info(timeout_s, connecting=True))
+
+    async def _ask(self, timeout_s: float | None) -> ServerInfo | Exception:
+        """Ask the server about itself; the error is returned instead of raised."""
+        try:
+            return require_jobs(await self._probe(timeout_s), self.address)
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            return error
+
+    async def _server_info(
+        self, timeout_s: float | None, *, connecting: bool = False
+    ) -> ServerInfo:
+        connection, metadata = self._connection(), self.jobs.metadata
+        return server_info_of(
+            await connection.server_info(timeout_s, metadata, connecting=connecting)
+        )
+
+    async def _resolve(self, servers: LoadBalancer[AsyncEngine]) -> None:
+        """Look up the names whose addresses may have changed."""
+        for name in servers.names_due():
+            host, port = host_and_port(name)
+            try:
+                found = await look_up(host, port)
+            except OSError as error:
+                servers.not_resolved(name, error)
+                continue
+            for gone in servers.resolved(name, addresses_of(port, found)):
+                await gone.aclose()
+
+    async def _engine_at(self, address: str) -> AsyncEngine:
+        """The engine of one server.
+
+        Raises:
+            InputError: There is no server at that address.
+        """
+        if self._servers is None:
+            return look_up_address(address, {self.address: self})
+        await self._resolve(self._servers)
+        members = self._servers.members
+        return look_up_address(address, {each.address: each.engine for each in members})
+
+    async def _retry(
+        self, attempts: Attempts, attempt: Callable[[], Awaitable[R]]
+    ) -> R:
+        """The result of the first attempt that succeeds.
+
+        Raises:
+            GradwireError: The last attempt failed.
+        """
+        while True:
+            try:
+                result = await attempt()
+            except GradwireError as error:
+                delay_s = attempts.after(error)
+                if delay_s is None:
+                    raise
+            else:
+                attempts.succeeded()
+                return result
+            await self.sleep(delay_s)
+
+    def _connection(self) -> AsyncConnection:
+        """The connection to the server, made now if there is none.
+
+        Raises:
+            ClientStateError: The client is closed, or cannot make calls here.
+        """
+        self.require_open()
+        return self._connector.connection()
+
+
+_inherited: list[Pool] = []
+"""The shared memory of the parents of this process, kept open."""
+
+
+async def _copy(shared: ShmJob, copy: Callable[[], None]) -> None:
+    """Copy elements beside the event loop; a call without copies needs no thread."""
+    if shared.copies:
+        await run_beside(copy)
+    else:
+        copy()
+
+
+async def _stream_messages(
+    job: StreamJob,
+    exchange: JobExchange,
+    chunks: AsyncGenerator[Mapping[Matrix, Operand]],
+) -> AsyncGenerator[bytes]:
+    """What a stream sends after its header."""
+    for message in job.opening_messages(exchange):
+        yield message
+    async for operands in chunks:
+        for message in exchange.row_messages(operands):
+            yield message
+    for message in exchange.end_messages():
+        yield message

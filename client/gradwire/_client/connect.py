@@ -1,0 +1,64 @@
+"""`connect`: the shortest way to a client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from gradwire._api.options import check_names
+from gradwire._client._sync.client import Client
+from gradwire._client.options import ClientOptions
+
+
+def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> Client:
+    """Connect to a server, or to several servers.
+
+    Args:
+        address: ``HOST:PORT`` or ``unix:PATH``. Or several of them, or
+            ``dns:///HOST:PORT`` for every address of a DNS name: each job goes to the
+            server with the fewest jobs of this client. A server that fails is left
+            out for a while, and its job is tried on another, as `retries` says
+            (docs/several-servers.md).
+        **options: All of them are optional.
+
+    Keyword Args:
+        connect_timeout_s: Seconds that the server has to answer: 10 by default;
+            None: no limit.
+        timeout_s: Seconds for every call that does not say itself; None, the
+            default: no limit.
+        metadata: Sent with every call: ``{"traceparent": "00-..."}``.
+        transport: How elements travel. ``"tcp"``: in messages, over the connection
+            that the address names. ``"shm"``: through memory that the server shares,
+            if it is allowed to; see `Client.empty`. ``"auto"``, the default: through
+            shared memory if the server allows it and is surely on this host.
+        tls: None, the default: plaintext, for this host and for networks that you
+            trust; an ``authorization`` in the metadata is refused for other hosts.
+            True: TLS, to a server with a certificate of an authority that the system
+            trusts. A `Tls` names other authorities, and the client's certificate.
+        token: Sent with every call to a server that asks for a token: a string, or
+            a function that returns one. The function is called for each call, so the
+            token can be renewed; its exceptions are raised by the call. An
+            `AsyncClient` calls it on the event loop, which it must not block. A
+            token is refused if it would go to another host in plaintext.
+        retries: When a failed call is made again: True, the default, as
+            `RetryPolicy` says; False: never.
+        verify: Whether the client checks results, for every call that does not say
+            itself; see `Client.gradients`.
+
+    Returns:
+        A client, once the server has answered.
+
+    Raises:
+        InputError: An argument is invalid, or a file of `tls` or the token cannot
+            be used.
+        ConnectError: No server answers at the address (of several addresses: at
+            any), the answer is not a gradwire server's (`ContractError`: it is that
+            of another version of the contract), the server is not to be trusted
+            (`TlsError`), or it does not share memory with ``transport="shm"``.
+
+    Example:
+        >>> with gradwire.connect("gpu-node:50051") as client:
+        ...     y, dx, dw = client.gradients(x, w, dy)
+    """
+    check_names("connect", options, ClientOptions)
+    return Client(address, **options).__enter__()

@@ -1,0 +1,150 @@
+"""What the engines of both clients have in common: everything but waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeVar
+
+from gradwire._api.errors import ClientStateError, ContractError, InputError
+from gradwire._api.options import Options, parse_timeout, parse_transport
+from gradwire._api.types import ServerInfo
+from gradwire._api.verify import parse_verify
+from gradwire._client.job_factory import JobFactory
+from gradwire._client.options import ClientOptions
+from gradwire._resilience.array_job import ArrayJob
+from gradwire._resilience.retry import Attempts, Retries, parse_retries
+from gradwire._transport.address import parse_addresses
+from gradwire._transport.endpoint import Endpoint, Endpoints
+from gradwire._transport.shm.policy import ShmPolicy
+from gradwire_protocol import limits
+
+EngineT = TypeVar("EngineT")
+
+_CONNECT_TIMEOUT_S = 10.0
+
+
+class EngineBase:
+    """A client's server, or servers, and the calls that are made there.
+
+    Args:
+        address: As for `connect`.
+        options: As for `connect`.
+
+    Raises:
+        InputError: One of them cannot be.
+
+    Attributes:
+        address: As it was given; of several, all of them.
+        jobs: Makes the jobs.
+        closed: Whether no more calls can be made.
+        connect_timeout_s: Seconds that the server has to answer at first.
+    """
+
+    client_name: ClassVar[str]
+    """What the client is called, for errors."""
+
+    def __init__(self, address: str | Sequence[str], options: ClientOptions) -> None:
+        self._options = options
+        self._addresses = parse_addresses(address)
+        self.address = self._addresses.text
+        tls, token = options.get("tls"), options.get("token")
+        # Where there are several, each has an engine of its own.
+        self._endpoint = Endpoint(self._addresses.first, tls, token)
+        self._endpoints = None
+        if self._addresses.several:
+            self._endpoints = Endpoints(self._addresses, tls, token)
+        self._retries = Retries(parse_retries(options.get("retries", True)))
+        self.jobs = JobFactory(
+            self._retries.policy,
+            parse_verify(options.get("verify")),
+            parse_timeout(options.get("timeout_s"), "timeout_s"),
+            options.get("metadata", ()),
+            (self._endpoints or self._endpoint).require_private,
+        )
+        self.connect_timeout_s = parse_timeout(
+            options.get("connect_timeout_s", _CONNECT_TIMEOUT_S), "connect_timeout_s"
+        )
+        self.closed = False
+        transport = parse_transport(options.get("transport", "auto"))
+        if self._addresses.several:
+            if transport == "shm":
+                raise InputError(
+                    'transport is "shm", and memory is shared with one server: give'
+                    " one address"
+                )
+            transport = "tcp"
+        self.shm = ShmPolicy(transport, self.address)
+
+    def require_open(self) -> None:
+        """Check that calls can be made.
+
+        Raises:
+            ClientStateError: The client was closed.
+        """
+        if self.closed:
+            raise ClientStateError(
+                f"this {self.client_name} of {self.address} was closed: make another"
+            )
+
+    def attempts(self, options: Options) -> Attempts:
+        """Those of a job that begins now."""
+        return Attempts(self._retries, options.timeout_s, options.job_id)
+
+    def _learn_features(self, engines: Sequence[EngineBase]) -> None:
+        """Of several servers, take what all offer that have said what they do."""
+        offered = [each.jobs.features for each in engines if each.jobs.features]
+        if offered:
+            self.jobs.features = frozenset.intersection(*offered)
+
+    def _learn(self, info: ServerInfo) -> ServerInfo:
+        """Go by what a server says of itself.
+
+        Raises:
+            ContractError: It speaks another contract.
+            CannotShareError: It does not share memory, which is demanded.
+        """
+        if info.contract != limits.CONTRACT:
+            raise ContractError(
+                f"the server at {self.address} (gradwire {info.version}) speaks"
+                f" {info.contract or 'no contract that it names'}, and this client"
+                f" speaks {limits.CONTRACT}: one of them has to be updated"
+            )
+        self.shm.learn(info)
+        self.jobs.features = frozenset(info.features)
+        return info
+
+    def _should_use_shm(self, job: ArrayJob) -> bool:
+        """Whether a job shall go through shared memory."""
+        if self.jobs.tuning.unary or job.plan.options.checksum:
+            return False
+        return self.shm.should_use(job.plan, job.operands, unary=job.unary)
+
+
+def member_options(
+    options: ClientOptions, endpoints: Endpoints, name: str | None
+) -> ClientOptions:
+    """The options of the engine of one of several servers.
+
+    Args:
+        options: The options of the client.
+        endpoints: All servers.
+        name: The DNS name that has the server's address, if it was given by name.
+    """
+    own: ClientOptions = {"transport": "tcp", "tls": endpoints.tls_of(name)}
+    for key in ("metadata", "token", "retries"):
+        if key in options:
+            own[key] = options[key]
+    return own
+
+
+def look_up_address(address: str, known: Mapping[str, EngineT]) -> EngineT:
+    """The engine of one of a client's servers.
+
+    Raises:
+        InputError: It has none of that address.
+    """
+    if address not in known:
+        raise InputError(
+            f"address is {address!r}; this client's servers are {', '.join(known)}"
+        )
+    return known[address]

@@ -1,0 +1,56 @@
+"""The service's methods on a channel, of whichever kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradwire._transport.endpoint import Endpoint
+from gradwire_protocol.limits import (
+    COMPUTE,
+    COMPUTE_STREAM,
+    GET_SERVER_INFO,
+    OPEN_REGION,
+)
+from gradwire_protocol.v1.gradient_service_pb2 import (
+    ComputeRequest,
+    ComputeResponse,
+    GetServerInfoRequest,
+    GetServerInfoResponse,
+    OpenRegionRequest,
+    OpenRegionResponse,
+)
+
+
+class Methods:
+    """What is called on a channel, with the token that the endpoint wants.
+
+    Args:
+        channel: A `grpc.Channel` or a `grpc.aio.Channel`.
+        endpoint: Where it leads.
+    """
+
+    def __init__(self, channel: Any, endpoint: Endpoint) -> None:
+        authorized = endpoint.authorized
+        self.compute = authorized(
+            channel.unary_unary(
+                COMPUTE,
+                request_serializer=ComputeRequest.SerializeToString,
+                response_deserializer=ComputeResponse.FromString,
+            )
+        )
+        self.server_info = authorized(
+            channel.unary_unary(
+                GET_SERVER_INFO,
+                request_serializer=GetServerInfoRequest.SerializeToString,
+                response_deserializer=GetServerInfoResponse.FromString,
+            )
+        )
+        self.open_region = authorized(
+            channel.unary_stream(
+                OPEN_REGION,
+                request_serializer=OpenRegionRequest.SerializeToString,
+                response_deserializer=OpenRegionResponse.FromString,
+            )
+        )
+        # Without serializers both sides of the stream are given plain bytes.
+        self.stream = authorized(channel.stream_stream(COMPUTE_STREAM))

@@ -1,0 +1,101 @@
+"""The conversation of a job in shared memory: a stream without elements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from gradwire._api.errors import ProtocolError
+from gradwire._api.types import Receipt, receipt_of
+from gradwire._core.acceptance import check_accepted, check_receipt
+from gradwire._core.job_plan import Plan
+from gradwire._core.progress import Reporter
+from gradwire._transport.shm.segments import Segment
+from gradwire_protocol import framing
+from gradwire_protocol.job_spec import BufferRef
+from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1.job_pb2 import Accepted, Job, Queued
+from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
+
+
+class ShmExchange:
+    """A stream without blocks, as its client sees it.
+
+    Attributes:
+        accepted: What the server said when it took the job on.
+    """
+
+    def __init__(
+        self, plan: Plan, places: Mapping[Matrix, tuple[Segment, int]]
+    ) -> None:
+        self.accepted: Accepted | None = None
+        self._plan = plan
+        self._m = plan.m or 0
+        self._job = _header(plan, places)
+        self._reporter = Reporter(plan)
+        self._receipt: ReceiptMessage | None = None
+
+    def opening(self) -> bytes:
+        """The first message; the next ones may go once `accepted` is set."""
+        return framing.encode_job(self._job)
+
+    def messages(self) -> Iterator[bytes]:
+        """Everything after it."""
+        yield framing.encode_end(self._m)
+
+    def receive(self, message: bytes) -> None:
+        """Take a message from the server.
+
+        Raises:
+            ProtocolError: The contract does not allow it here.
+        """
+        try:
+            received = framing.decode_response(message)
+        except framing.FramingError as error:
+            raise ProtocolError(f"the server sent no message: {error}") from error
+        if self._receipt is not None:
+            raise ProtocolError("the server went on after the job's receipt")
+        if isinstance(received, Queued):
+            self._report(jobs_ahead=received.jobs_ahead)
+            return
+        if isinstance(received, Accepted):
+            if self.accepted is not None:
+                raise ProtocolError("the server took the job on twice")
+            check_accepted(received, self._job)
+            self.accepted = received
+        elif isinstance(received, ReceiptMessage):
+            self._receipt = received
+        else:
+            raise ProtocolError("the server sent elements of a job in shared memory")
+        self._report()
+
+    def finish(self) -> Receipt:
+        """The receipt, once the server has ended the stream with OK.
+
+        Raises:
+            ProtocolError: There is none.
+        """
+        if self._receipt is None or self.accepted is None:
+            raise ProtocolError("the server ended the job without a receipt")
+        check_receipt(self._receipt, self._job, self._m)
+        return receipt_of(self._receipt, self.accepted)
+
+    def _report(self, jobs_ahead: int | None = None) -> None:
+        m, there, done = self._m, self.accepted is not None, self._receipt is not None
+        self._reporter.report(
+            bytes_sent=self._plan.upload_bytes(m) if there else 0,
+            bytes_received=self._plan.download_bytes(m) if done else 0,
+            rows_sent=m if there else 0,
+            m=m,
+            jobs_ahead=jobs_ahead,
+        )
+
+
+def _header(plan: Plan, places: Mapping[Matrix, tuple[Segment, int]]) -> Job:
+    tokens: dict[str, int] = {}
+    buffers = {
+        matrix: BufferRef(tokens.setdefault(region.token, len(tokens)), offset)
+        for matrix, (region, offset) in places.items()
+    }
+    spec = replace(plan.spec(), regions=tuple(tokens), buffers=buffers)
+    return spec.to_message(plan.options.job_id)
