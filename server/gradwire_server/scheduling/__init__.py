@@ -1,1 +1,1 @@
-"""Which device a job runs on, and whose row block is next."""
+"""Choice of a job's device, and the order of row blocks on it."""

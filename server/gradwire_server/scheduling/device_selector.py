@@ -1,9 +1,8 @@
-"""Which device a job runs on: bookkeeping of what each has to do and to hold.
+"""Choice of a job's device, by remaining work and free memory.
 
-A job goes to the lane that will be free first, of those whose device has the
-memory for it. A lane will be free when the operations are done that its jobs
-still have to do, at the rate that it has shown. Of lanes that will be free at
-the same time the one with the fewest jobs is taken, and of those the first.
+A job goes to the device that will be free first among the devices with enough memory. A
+device is free when the remaining operations of its jobs are done, at its measured rate.
+Ties go to the device with the fewest jobs, then to the first.
 """
 
 from __future__ import annotations
@@ -18,36 +17,34 @@ from gradwire_server.scheduling.job_progress import JobProgress
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """What a job is for the lane that it runs on.
+    """A job's load on its device.
 
     Operations are multiplications and additions.
     """
 
     row_operations: int
-    """Operations of a row."""
+    """Operations per row."""
     block_rows: int
     m: int | None
-    """Rows of the job; None while nobody knows. Those before the first that is
-    sent do not count."""
+    """Rows from `first_row` on; None while unknown."""
     device_bytes: int
-    """What it holds of its device's memory."""
+    """Bytes that the job reserves of its device's memory."""
     progress: JobProgress
-    """Told by the job how far it has come, in whatever thread."""
+    """Counters that the job updates from any thread."""
     first_row: int = 0
-    """The first row that is sent."""
+    """First row that the client sends."""
 
     @property
     def done(self) -> int:
-        """Operations that are done."""
+        """Operations done."""
         rows = self.progress.blocks * self.block_rows
         return self.row_operations * (rows if self.m is None else min(rows, self.m))
 
     @property
     def remaining_ops(self) -> int:
-        """Operations that are not.
+        """Operations still to do.
 
-        Where m is open: those of the row blocks that have come, and of one
-        more, because there is no telling.
+        While m is unknown, count the row blocks received so far and one more.
         """
         done = self.progress.blocks * self.block_rows
         if self.m is not None:
@@ -62,7 +59,7 @@ class Load:
 def make_load(
     spec: JobSpec, plan: Plan, device_bytes: int, progress: JobProgress
 ) -> Load:
-    """The load that a job is."""
+    """Return a job's load."""
     return Load(
         row_operations=2 * len(spec.results) * spec.n * spec.k,
         block_rows=plan.block_rows,
@@ -79,17 +76,17 @@ class _DeviceLoad:
     held_bytes: int = 0
     jobs: list[Load] = field(default_factory=list)
     done: int = 0
-    """Operations of jobs that have left."""
+    """Operations done by jobs that have left."""
     computing_s: float = 0.0
-    """How long those took."""
+    """Computing time of the jobs that have left."""
 
-    def holds(self, size_bytes: int) -> bool:
+    def has_room(self, size_bytes: int) -> bool:
         return self.limit_bytes is None or (
             self.held_bytes + size_bytes <= self.limit_bytes
         )
 
-    def shown(self) -> tuple[int, float]:
-        """Operations that were done here, and the seconds that they took."""
+    def measured(self) -> tuple[int, float]:
+        """Return the operations done on this device, and their seconds."""
         done, computing_s = self.done, self.computing_s
         for job in self.jobs:
             done += job.done
@@ -98,11 +95,11 @@ class _DeviceLoad:
 
 
 class DeviceSelector:
-    """The lanes of a server, by their position.
+    """The devices of a server, by position.
 
     Args:
-        limits: Most bytes of each one's device that jobs may hold; None where
-            the device has no memory of its own.
+        limits: Most bytes of each device's memory that jobs may hold; None for a device
+            without its own memory.
     """
 
     def __init__(self, limits: Sequence[int | None] = (None,)) -> None:
@@ -110,41 +107,41 @@ class DeviceSelector:
 
     @property
     def max_bytes(self) -> int | None:
-        """What a job may hold of a device at most; None: any amount."""
-        limits = [lane.limit_bytes for lane in self._devices]
+        """Most device memory that one job can hold, in bytes; None: unlimited."""
+        limits = [device.limit_bytes for device in self._devices]
         known = [limit for limit in limits if limit is not None]
         return max(known) if len(known) == len(limits) else None
 
     def held_bytes(self, position: int) -> int:
-        """What jobs hold of a lane's device."""
+        """Return the bytes that jobs hold of a device's memory."""
         return self._devices[position].held_bytes
 
     def assign(self, job: Load) -> int | None:
-        """Gives a job its lane, and its bytes there.
+        """Choose a job's device and reserve the job's bytes there.
 
         Returns:
-            The lane's position; None: no device has the memory now.
+            The device's position, or None if no device has enough memory now.
         """
         position = self._first_free(job.device_bytes)
         if position is not None:
-            lane = self._devices[position]
-            lane.jobs.append(job)
-            lane.held_bytes += job.device_bytes
+            device = self._devices[position]
+            device.jobs.append(job)
+            device.held_bytes += job.device_bytes
         return position
 
     def release(self, job: Load, position: int) -> None:
-        """The job has left its lane; how fast it was is remembered."""
-        lane = self._devices[position]
-        lane.jobs.remove(job)
-        lane.held_bytes -= job.device_bytes
-        lane.done += job.done
-        lane.computing_s += job.progress.times.computing_s
+        """Remove a job from its device, and keep its work in the measured rate."""
+        device = self._devices[position]
+        device.jobs.remove(job)
+        device.held_bytes -= job.device_bytes
+        device.done += job.done
+        device.computing_s += job.progress.times.computing_s
 
     def _first_free(self, size_bytes: int) -> int | None:
         fitting = [
             position
-            for position, lane in enumerate(self._devices)
-            if lane.holds(size_bytes)
+            for position, device in enumerate(self._devices)
+            if device.has_room(size_bytes)
         ]
         if len(fitting) < 2:
             return fitting[0] if fitting else None
@@ -157,12 +154,12 @@ class DeviceSelector:
         return remaining_ops / rates[position], len(jobs), position
 
     def _rates(self) -> list[float]:
-        """Operations a second of each lane.
+        """Return the operations per second of each device.
 
-        One that has shown none counts as the others together have shown; all
-        are equal before any has.
+        A device without measurements gets the pooled rate of the others. Without any
+        measurements all rates are equal.
         """
-        shown = [lane.shown() for lane in self._devices]
-        known = [(done, s) for done, s in shown if done and s > 0]
+        measured = [device.measured() for device in self._devices]
+        known = [(done, s) for done, s in measured if done and s > 0]
         usual = sum(d for d, _ in known) / sum(s for _, s in known) if known else 1.0
-        return [done / s if done and s > 0 else usual for done, s in shown]
+        return [done / s if done and s > 0 else usual for done, s in measured]

@@ -1,15 +1,14 @@
-"""A lane: one device, the one thread that talks to it, and fair turns.
+"""One device, the single thread that drives it, and fair scheduling of its work.
 
-The unit of scheduling is a row block, not a job: a lane takes one piece of
-work from each tenant that has some, in turn, and from each of its jobs in
-turn, so that a small job never waits for a large one to end, nor a tenant
-with one job for another's thousand. Tenants whose pieces take longer have fewer
-turns (`fair_queue`). It never waits for bytes or for a reader: only work whose
-operands are complete is handed to it.
+The unit of scheduling is a row block, not a job. The worker takes one piece of work
+from each tenant in turn, and from each of a tenant's jobs in turn. A small job
+therefore never waits for a large one to end, and a tenant with one job never waits for
+another tenant's thousand. Tenants with longer pieces get fewer turns (`fair_queue`).
+The worker never waits for bytes or for a reader: it receives only work with complete
+operands.
 
-A device that works beside the lane's thread is given more row blocks while
-it has some: the lane waits for the first of them when there is nothing more
-to begin, or when the device has enough.
+An asynchronous device gets more row blocks while it is busy. The worker waits for the
+oldest one when no work is queued or when enough is in flight.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class _Work:
     done: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
     begins: bool
-    """Whether `run` says what to wait for."""
+    """Whether `run` may return a wait for asynchronous work."""
     begun_at: float = 0.0
 
 
@@ -49,16 +48,16 @@ def _nothing() -> None:
 
 
 class DeviceWorker:
-    """A thread that does the work of many jobs, one piece of each in turn.
+    """A thread that runs the work of many jobs, one piece of each in turn.
 
     Args:
-        device: Number of the device of its backend.
-        enter: What its thread does first.
-        most_begun: Most pieces that have begun and were not waited for.
+        device: Number of the device in its backend.
+        enter: Called first in the thread.
+        max_in_flight: Most pieces begun and not yet waited for.
 
     Attributes:
-        device: See there.
-        most_begun: See there.
+        device: Number of the device in its backend.
+        max_in_flight: Most pieces begun and not yet waited for.
     """
 
     def __init__(
@@ -72,27 +71,28 @@ class DeviceWorker:
         self.max_in_flight = max_in_flight
         self._queue: FairQueue[_Work] = FairQueue()
         self._doing: list[Hashable] = []
-        """Jobs of the piece that is being done, and of those that have begun."""
+        """Jobs of the current piece and of the pieces in flight."""
         self._finished_at = 0.0
-        """When the last piece was done: what began before began its work then."""
+        """When the last piece finished. The time of a piece begun earlier counts from
+        then."""
         self._closed = False
         self._entered: Future[None] = Future()
         self._changed = threading.Condition()
         self._thread = threading.Thread(
-            target=self._serve, name=f"gradwire-lane-{device}", daemon=True
+            target=self._serve, name=f"gradwire-device-{device}", daemon=True
         )
         self._thread.start()
 
     async def entered(self) -> None:
-        """Waits until the thread has begun.
+        """Wait until the thread has started.
 
         Raises:
-            Exception: What `enter` raised; then the lane does no work.
+            Exception: The error of `enter`; the worker then does no work.
         """
         await asyncio.wrap_future(self._entered)
 
     def of(self, tenant: str) -> TenantHandle:
-        """The lane as the jobs of a tenant see it."""
+        """Return a tenant's view of the worker."""
         return TenantHandle(self, tenant)
 
     async def _discard(self, tenant: str, job: Hashable) -> None:
@@ -112,7 +112,7 @@ class DeviceWorker:
             raise cancelled
 
     def close(self) -> None:
-        """Ends the thread after the work that it is doing."""
+        """Finish the work in progress, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -125,7 +125,7 @@ class DeviceWorker:
         work = _Work(tenant, job, run, loop.create_future(), loop, begins)
         with self._changed:
             if self._closed:
-                raise RuntimeError("the lane is closed")
+                raise RuntimeError("the device worker is closed")
             self._queue.put(tenant, job, work)
             self._changed.notify_all()
         return work.done
@@ -137,7 +137,7 @@ class DeviceWorker:
     def _serve(self) -> None:
         try:
             self._enter()
-        except Exception as error:  # noqa: BLE001 - told to who waits for it
+        except Exception as error:  # noqa: BLE001 - `entered` raises it
             self._entered.set_exception(error)
             return
         self._entered.set_result(None)
@@ -147,9 +147,10 @@ class DeviceWorker:
                 self._end(*begun.popleft())
 
     def _begin_next(self, begun: deque[tuple[_Work, Wait]]) -> bool:
-        """Does the next piece, or begins it; whether there was one.
+        """Run or begin the next piece; return whether there was one.
 
-        Nothing here keeps the piece, which would hold a job's memory.
+        A method of its own, so that no local variable of the loop keeps a piece and its
+        job's memory.
         """
         work = self._next(at_once=bool(begun))
         if work is None:
@@ -160,7 +161,7 @@ class DeviceWorker:
         return True
 
     def _next(self, *, at_once: bool) -> _Work | None:
-        """The next piece; None: there is none now, or there will be none."""
+        """Return the next piece; None if there is none now or the worker is closed."""
         with self._changed:
             if not at_once:
                 self._changed.wait_for(lambda: self._closed or self._queue)
@@ -172,11 +173,11 @@ class DeviceWorker:
             return work
 
     def _do(self, work: _Work) -> Wait | None:
-        """Does a piece.
+        """Run a piece.
 
         Returns:
-            What is to be waited for; None: nothing is, and who waits for the
-            piece was told.
+            The wait for asynchronous work, or None if the piece is finished and its
+            future is settled.
         """
         try:
             result = work.run()
@@ -210,8 +211,8 @@ class DeviceWorker:
                 return
             if error is not None:
                 work.done.set_exception(error)
-                # A job that an earlier piece has ended does not ask any more,
-                # and asyncio would log that nobody did.
+                # Marks the error as retrieved: a job ended by an earlier error
+                # does not await this future, and asyncio would log that.
                 work.done.exception()
             else:
                 work.done.set_result(result)
@@ -223,11 +224,11 @@ class DeviceWorker:
 
 
 class TenantHandle:
-    """A lane as the jobs of one tenant see it.
+    """A device worker as seen by the jobs of one tenant.
 
     Args:
-        lane: The lane.
-        tenant: Whose turn it is when its work is done.
+        worker: The device worker.
+        tenant: The tenant charged for the work.
     """
 
     def __init__(self, worker: DeviceWorker, tenant: str) -> None:
@@ -237,32 +238,31 @@ class TenantHandle:
         self._tenant = tenant
 
     def submit(self, job: Hashable, run: Callable[[], T]) -> asyncio.Future[T]:
-        """Does `run` when it is the job's turn, after the job's earlier work.
+        """Run `run` when it is the job's turn, after the job's earlier work.
 
-        What that has begun need not be done by then.
+        Asynchronous work begun earlier may still be in flight then.
 
         Returns:
-            A future of the calling event loop with what `run` returns or
-            raises.
+            A future of the calling event loop with the result or error of `run`.
         """
         return self._worker._put(self._tenant, job, run, begins=False)
 
     def begin(
         self, job: Hashable, run: Callable[[], Wait | None]
     ) -> asyncio.Future[None]:
-        """As `submit`, for work that may only have begun when `run` returns.
+        """Run `run` as `submit` does, for work still in flight when `run` returns.
 
         Returns:
-            A future of the calling event loop, done when the work is, with
-            what `run` or the wait that it returns raises.
+            A future of the calling event loop, done when the work is. It raises the
+            error of `run` or of the returned wait.
         """
         return self._worker._put(self._tenant, job, run, begins=True)
 
     async def discard(self, job: Hashable) -> None:
-        """Drops the job's waiting work and waits for what is being done.
+        """Drop the job's queued work and wait for its work in progress.
 
-        When this returns, the lane and its device touch nothing of the job
-        any more. It takes at most as long as the pieces that have begun, and
-        finishes even if the caller is cancelled meanwhile.
+        Afterwards the worker and its device touch no memory of the job. The wait takes
+        at most as long as the pieces in flight, and finishes even if the caller is
+        cancelled.
         """
         await self._worker._discard(self._tenant, job)

@@ -1,10 +1,10 @@
-"""Whose turn it is: tenants in turn, and each tenant's jobs in turn.
+"""Fair queueing: tenants take turns, and so do each tenant's jobs.
 
-Of T tenants and a tenant with J jobs that all have work, each tenant gets
-every T-th piece, and each of those J jobs every T·J-th: how many jobs one
-tenant has makes no difference to another. Nor does how long its pieces take: a
-row block of a wide product may take a thousand times as long as another's, and
-a tenant that has had more of the lane's time than others lets those by.
+If T tenants have work, each gets every T-th piece; each of a tenant's J jobs gets every
+T·J-th. A tenant's number of jobs therefore does not affect other tenants. Neither does
+the duration of its pieces: a row block of a wide product may take a thousand times as
+long as another. A tenant that has used more device time than the others is skipped
+until they catch up.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 MAX_LEAD_S = 0.1
-"""Seconds of work that a tenant may be ahead of others and still have its turn:
-among pieces of milliseconds, turns are what is fair."""
+"""Seconds of device time by which a tenant may lead and still have its turn: among
+pieces of milliseconds, equal turns are fair."""
 
 _MAX_REMEMBERED = 64
 
 
 class FairQueue(Generic[T]):
-    """Pieces of work that wait, each of a job of a tenant."""
+    """Queued pieces of work, by tenant and job."""
 
     def __init__(self) -> None:
         self._tenants: OrderedDict[str, OrderedDict[Hashable, deque[T]]]
         self._tenants = OrderedDict()
         self._usage_s: dict[str, float] = {}
-        """How much each tenant has had, counted as if it had always had as much
-        as the others while it wanted nothing."""
+        """Device time of each tenant. A tenant that was idle is raised to the minimum
+        of the others when it has work again."""
         self._min_usage_s = 0.0
-        """The least that a tenant had had when a piece was last taken."""
+        """Smallest usage of a queued tenant at the last `take`."""
 
     def __bool__(self) -> bool:
         return bool(self._tenants)
 
     def put(self, tenant: str, job: Hashable, piece: T) -> None:
-        """A piece waits, behind the job's earlier ones."""
+        """Queue a piece behind the job's earlier ones."""
         if tenant not in self._tenants:
             self._activate(tenant)
         jobs = self._tenants.setdefault(tenant, OrderedDict())
         jobs.setdefault(job, deque()).append(piece)
 
     def take(self) -> T:
-        """The piece whose turn it is; there must be one."""
+        """Remove and return the next piece; the queue must not be empty."""
         self._min_usage_s = min(self._usage_s[tenant] for tenant in self._tenants)
         tenant, jobs = next(
             (tenant, jobs)
@@ -65,11 +65,11 @@ class FairQueue(Generic[T]):
         return piece
 
     def charge(self, tenant: str, seconds: float) -> None:
-        """A piece of a tenant's is done, and has taken so long."""
+        """Add the duration of a finished piece to its tenant's usage."""
         self._usage_s[tenant] = self._usage_s.get(tenant, self._min_usage_s) + seconds
 
     def drop(self, tenant: str, job: Hashable) -> deque[T]:
-        """The pieces of a job, which wait no longer."""
+        """Remove and return a job's queued pieces."""
         jobs = self._tenants.get(tenant)
         if jobs is None:
             return deque()
@@ -79,7 +79,7 @@ class FairQueue(Generic[T]):
         return pieces
 
     def _activate(self, tenant: str) -> None:
-        """A tenant wants work again; what it did not want is not made up for."""
+        """Admit a tenant that has work again, without credit for its idle time."""
         usage_s = self._usage_s.get(tenant, 0.0)
         self._usage_s[tenant] = max(usage_s, self._min_usage_s)
         if len(self._usage_s) > _MAX_REMEMBERED + len(self._tenants):

@@ -1,4 +1,4 @@
-"""What a job has done so far."""
+"""A job's progress counters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gradwire_server.backends.base import Times
 
 @dataclass(slots=True)
 class JobProgress:
-    """What a job has done so far, told in whatever thread does it."""
+    """A job's progress, updated from any thread."""
 
     m: int = 0
-    """Rows of the job, once they are all there."""
+    """Rows of the job; 0 until all have arrived."""
     ended: bool = False
-    """Whether they are, in a stream."""
+    """Whether all rows of a stream have arrived."""
     blocks_received: int = 0
-    """Row blocks of a stream whose operands have come."""
+    """Row blocks of a stream with complete operands."""
     blocks: int = 0
     """Row blocks computed."""
     bytes_received: int = 0
