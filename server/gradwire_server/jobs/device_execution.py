@@ -1,6 +1,6 @@
-"""A job on its device, with what it does counted.
+"""A job's execution on its device, with progress counters.
 
-It runs in the thread of its lane, but for jobs too small for that.
+It runs in the device worker's thread, except for jobs small enough to run inline.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gradwire_server.scheduling.job_progress import JobProgress
 
 
 class DeviceExecution:
-    """A job of a backend.
+    """A job on one device of a backend.
 
     Args:
-        spec: What was asked.
-        plan: How it is cut.
-        backend: What computes it.
-        device: On which of its devices.
-        progress: Told what was done.
+        spec: The job's specification.
+        plan: Its row blocks.
+        backend: The backend.
+        device: Index of the device.
+        progress: Counters to update.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class DeviceExecution:
         self._job: BackendJob | None = None
 
     def open(self, dw: Array | None = None) -> None:
-        """Takes the memory that the job needs on its device.
+        """Allocate the job's memory on its device.
 
         Args:
-            dw: Where dW will lie, for a job that has places.
+            dw: Memory for dW, for a job in shared memory.
         """
         self._job = self._backend.open_job(
             self._spec,
@@ -58,28 +58,28 @@ class DeviceExecution:
         )
 
     def close(self) -> None:
-        """Gives it back."""
+        """Free the job's memory on its device."""
         job, self._job = self._job, None
         if job is not None:
             job.close()
 
     def take_w(self, w: Array) -> None:
-        """Takes W, before any row block."""
+        """Take W, before any row block."""
         self._opened.take_w(w)
 
     def take_dw_sum(self, dw: Array) -> None:
-        """Takes dW's sum over the rows before the first block, before that."""
+        """Take dW's sum over the rows before the first block, before any block."""
         self._opened.take_dw_sum(dw)
 
     def copy_dw_sum(self, out: Array) -> None:
-        """Copies dW's sum over the row blocks so far, not rounded."""
+        """Copy dW's sum over the row blocks so far, not rounded."""
         self._opened.copy_dw_sum(out)
 
     def compute_block(self, block: RowBlock) -> Wait | None:
-        """Computes the block's Y and dX, and adds its share to dW.
+        """Compute the block's Y and dX, and add its share to dW.
 
         Returns:
-            What to wait for until that is done; None: it is.
+            A wait for asynchronous work, or None if the block is computed.
         """
         wait = self._opened.compute_block(block)
         if wait is None:
@@ -88,17 +88,17 @@ class DeviceExecution:
         return partial(self._block_computed, wait)
 
     def finish(self) -> Array:
-        """dW, in its dtype on the wire."""
+        """Return dW in its wire dtype."""
         return self._opened.finish()
 
     def run(self, operands: Mapping[Matrix, memoryview]) -> dict[Matrix, Array]:
-        """Computes a whole job whose operands are all there.
+        """Compute a whole job with complete operands.
 
         Args:
             operands: Elements of each operand.
 
         Returns:
-            The wanted results.
+            The requested results.
         """
         spec, m = self._spec, self._spec.m or 0
         arrays = {
@@ -126,10 +126,10 @@ class DeviceExecution:
     def pieces(
         self, arrays: Mapping[Matrix, Array], m: int
     ) -> Iterator[Callable[[], Wait | None]]:
-        """The work between `open` and `finish`, each piece at most a row block.
+        """Yield the work between `open` and `finish`, at most a row block each.
 
         Args:
-            arrays: Every operand, and room for Y and dX, whole.
+            arrays: Every operand, and memory for Y and dX, whole.
             m: Rows of the job.
         """
         if Matrix.W in arrays:

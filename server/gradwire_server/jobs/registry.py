@@ -1,4 +1,4 @@
-"""The jobs that run, so that all of them can be ended at once."""
+"""The running jobs, so that all of them can be ended at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class JobRegistry:
 
     @asynccontextmanager
     async def job(self) -> AsyncIterator[None]:
-        """The calling task runs a job within this context.
+        """Register the calling task as a running job within this context.
 
         Raises:
             JobError: All jobs were ended meanwhile.
@@ -38,20 +38,20 @@ class JobRegistry:
             self._tasks.pop(task, None)
 
     def on_drain(self, hand_over: Callable[[], bool]) -> None:
-        """The calling task's job can be ended in better order than others.
+        """Register a graceful end for the calling task's job.
 
         Args:
-            hand_over: Has it end by itself, soon; whether that can be.
+            hand_over: Makes the job end by itself soon; returns False if it cannot.
         """
         task = asyncio.current_task()
         if task in self._tasks:
             self._tasks[task] = hand_over
 
     def hand_over(self, cause: JobError) -> None:
-        """Has all of them end by themselves, soon, or ends them.
+        """Make every job end by itself soon, or cancel it.
 
         Args:
-            cause: What each of those ends with.
+            cause: Error of the cancelled jobs.
         """
         self._cause = cause
         for task, hand_over in list(self._tasks.items()):
@@ -59,10 +59,10 @@ class JobRegistry:
                 task.cancel(_ENDED)
 
     def cancel_all(self, cause: JobError) -> None:
-        """Ends all of them but the caller's own.
+        """Cancel all jobs except the caller's.
 
         Args:
-            cause: What each ends with.
+            cause: Error of the cancelled jobs.
         """
         self._cause = cause
         for task in set(self._tasks) - {asyncio.current_task()}:

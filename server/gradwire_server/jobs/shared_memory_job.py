@@ -1,4 +1,4 @@
-"""A job whose matrices all lie in shared memory: computed where they are."""
+"""A job with all its matrices in shared memory, computed in place."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from gradwire_server.scheduling.job_progress import JobProgress
 class SharedMemoryJob:
     """An admitted job in shared memory.
 
-    It is cut where every job of its shape is, and its blocks take turns with
-    other jobs' on the lane. What a client writes there meanwhile may spoil its
-    results; nothing here takes a size or an address from shared memory.
+    It has the same row blocks as any job of its shape, and they take turns with other
+    jobs' blocks on the device worker. A client that writes to the matrices meanwhile
+    may spoil the results; no size or address is read from shared memory.
 
     Args:
-        spec: What was asked.
-        computation: What computes it.
-        lane: Where.
-        progress: Told what was done.
-        regions: Where its matrices lie.
+        spec: The job's specification.
+        computation: Its execution on a device.
+        worker: The device worker.
+        progress: Counters to update.
+        regions: The regions with its matrices.
 
-    Use it as an async context manager: when it is left, for whatever cause,
-    the lane has let go of the regions.
+    Use it as an async context manager: after exit, for any cause, the worker no longer
+    uses the regions.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class SharedMemoryJob:
             self._arrays.clear()
 
     async def compute(self) -> None:
-        """Computes every result into its place.
+        """Compute every result into its buffer.
 
         Raises:
-            Exception: What the backend raised.
+            Exception: The backend's error.
         """
         spec, progress, m = self._spec, self._progress, self._spec.m or 0
         dw = self._arrays.get(Matrix.DW)
@@ -79,8 +79,8 @@ class SharedMemoryJob:
         begun: deque[asyncio.Future[None]] = deque()
         for piece in self._computation.pieces(self._arrays, m):
             begun.append(self._worker.begin(self, piece))
-            # Enough that the lane never waits for the event loop; few, for it
-            # holds them all.
+            # Enough pieces that the worker never waits for the event loop, and
+            # few, because its queue keeps them all.
             if len(begun) > self._worker.max_in_flight + 1:
                 await begun.popleft()
         if Matrix.DW in spec.results:
@@ -92,16 +92,16 @@ class SharedMemoryJob:
         progress.bytes_sent = spec.results_bytes
 
     def _finish(self, arrays: Mapping[Matrix, Array]) -> None:
-        """Runs in the lane's thread."""
+        """Finish dW; runs in the worker thread."""
         dw = self._computation.finish()
         if dw is not arrays[Matrix.DW]:
             np.copyto(arrays[Matrix.DW], dw)
 
 
 def _view(spec: JobSpec, matrix: Matrix, regions: list[Region]) -> Array:
-    place = spec.buffers[matrix]
+    buffer = spec.buffers[matrix]
     size = spec.size_bytes(matrix)
-    part = regions[place.region].memory[place.offset : place.offset + size]
+    part = regions[buffer.region].memory[buffer.offset : buffer.offset + size]
     columns = spec.row_length(matrix)
     rows = spec.n if matrix in {Matrix.W, Matrix.DW} else spec.m or 0
     return part.view(spec.dtype_of(matrix).numpy).reshape(rows, columns)

@@ -1,1 +1,1 @@
-"""What a job's header asks for, checked."""
+"""Parsing and checks of job headers."""

@@ -1,7 +1,7 @@
-"""What follows from a job's header, found out once for many jobs.
+"""A cache of parsed headers, for many jobs.
 
-A training loop sends the same header, but for the job's id, with every step,
-and reading one takes longer than computing a small job.
+A training loop sends the same header at every step, except for the job's id, and
+parsing one takes longer than computing a small job.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from gradwire_server.jobs.header.resume import check_grid
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header, understood."""
+    """A parsed header."""
 
     spec: JobSpec
-    """What is asked."""
+    """The job's specification."""
     plan: Plan
-    """How it is cut."""
+    """Its row blocks."""
     backend_bytes: int
-    """What its backend takes for it of the host's memory."""
+    """Host memory that the backend allocates for the job, in bytes."""
     device_bytes: int
-    """What it takes of a device's memory."""
+    """Device memory of the job, in bytes."""
     announced: tuple[job_pb2.Accepted, ...]
-    """What is said of every job with this header, on each device."""
+    """The Accepted message of every job with this header, for each device."""
 
 
 class HeaderCache:
-    """Reads headers, and remembers what came of the last ones.
+    """Parses headers and caches the latest ones.
 
     Args:
-        backend: What computes.
-        device_limit: What the operator allows jobs of a device's memory.
-        features: What this server offers.
+        backend: The backend.
+        device_limit: Operator's limit on each device's memory for jobs, in bytes.
+        features: The server's features.
         block_bytes: Bytes of a row block's operands.
-        instance: The server's name.
+        instance: Name of the server instance.
     """
 
     def __init__(
@@ -58,25 +58,26 @@ class HeaderCache:
         self._features = features
         self._block_bytes = block_bytes
         self._instance = instance
-        self._remembered = functools.lru_cache(_REMEMBERED)(self._understood)
+        self._parse_cached = functools.lru_cache(_MAX_CACHED)(self._parse)
 
     def read(self, header: job_pb2.Job) -> Header:
-        """Checks a header and cuts its job into blocks.
+        """Check a header and cut its job into row blocks.
 
         Args:
-            header: Loses its id, which nothing here depends on.
+            header: The header. Its id is cleared: nothing here depends on it.
 
         Raises:
-            JobError: It asks for what is wrong, unknown or impossible.
+            JobError: The header is invalid, or asks for an unknown or impossible
+                option.
         """
         check_header_size(header)
         header.ClearField("job_id")
         encoded = header.SerializeToString()
-        if len(encoded) > _SHORT:
-            return self._understood(encoded)
-        return self._remembered(encoded)
+        if len(encoded) > _MAX_CACHED_BYTES:
+            return self._parse(encoded)
+        return self._parse_cached(encoded)
 
-    def _understood(self, encoded: bytes) -> Header:
+    def _parse(self, encoded: bytes) -> Header:
         job = job_pb2.Job.FromString(encoded)
         spec = parse_header(job, self._backend.max_columns, self._features)
         plan = make_plan(spec, self._block_bytes, self._backend.pipeline_depth)
@@ -105,8 +106,8 @@ class HeaderCache:
         )
 
 
-_REMEMBERED = 256
+_MAX_CACHED = 256
 
-_SHORT = 512
-"""Bytes of a header that is remembered, beyond all that the SDK sends: those of
-strangers should not fill memory that is not counted."""
+_MAX_CACHED_BYTES = 512
+"""Largest header to cache, in bytes; the SDK's are smaller. Larger headers, from
+strangers, should not fill memory that admission does not count."""

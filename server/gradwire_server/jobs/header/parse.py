@@ -1,4 +1,4 @@
-"""A job's header, checked against what this server offers."""
+"""Parsing of a job's header, checked against the server's features."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ FEATURES: tuple[str, ...] = (
     *(("checksum-crc32c",) if checksum.AVAILABLE else ()),
     RESUME,
 )
-"""Names that a job may require, beyond what every server of v1 has."""
+"""Features that a job may require, in addition to those of every v1 server."""
 
 MAX_HEADER_BYTES = 16 * 1024
-"""Bytes of a header, which is kept while its job waits and comes back in the
-echo; one with every option set has a few hundred."""
+"""Maximum bytes of a header. It is kept while its job waits, and returned in the echo.
+With every option set, a header has a few hundred bytes."""
 
 
 def parse_job_id(job: job_pb2.Job) -> str:
-    """The id by which a job is known: its own, or a fresh one.
+    """Return the job's id, or a new one if the header has none.
 
     Raises:
         JobError: The id is too long or not printable.
@@ -44,10 +44,10 @@ def parse_job_id(job: job_pb2.Job) -> str:
 
 
 def check_header_size(job: job_pb2.Job) -> None:
-    """Checks that a header does not fill memory.
+    """Check that a header is small enough to keep.
 
     Raises:
-        JobError: It has more than `MAX_HEADER_BYTES`.
+        JobError: The header has more than `MAX_HEADER_BYTES`.
     """
     size = job.ByteSize()
     if size > MAX_HEADER_BYTES:
@@ -63,15 +63,15 @@ def parse_header(
     max_columns: int,
     features: tuple[str, ...] = FEATURES,
 ) -> JobSpec:
-    """What a header asks for, with every default filled in.
+    """Return the job's specification, with every default filled in.
 
     Args:
         job: The header.
-        max_columns: Largest n and k that the backend takes.
-        features: What this server offers.
+        max_columns: Largest n and k that the backend accepts.
+        features: The server's features.
 
     Raises:
-        JobError: The header asks for what is wrong, unknown or impossible.
+        JobError: The header is invalid, or asks for an unknown or impossible option.
     """
     try:
         spec = JobSpec.from_message(job)

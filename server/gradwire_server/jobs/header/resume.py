@@ -1,8 +1,8 @@
-"""Jobs that go on where others were cut off.
+"""Checks of resumed jobs.
 
-Such a job has the row blocks of the whole job and begins with a later one, with
-the sums over the rows before it: the same products, added in the same order. That
-holds where the device computes the same bits, which its fingerprint says.
+A resumed job has the row blocks of the whole job. It begins at a later block, with the
+sum over the earlier rows, and adds the same products in the same order. The result is
+the same if the device computes the same bits, as its fingerprint tells.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from gradwire_server.errors import JobError
 
 
 def require_same_bits(spec: JobSpec, here: job_pb2.NumericsFingerprint) -> None:
-    """Checks that a job goes on where the same bits come out.
+    """Check that a resumed job gets the same bits on this device.
 
     Args:
-        spec: What was asked.
-        here: The fingerprint of the device on which it would run.
+        spec: The job's specification.
+        here: Fingerprint of the job's device.
 
     Raises:
-        JobError: Other bits come out here.
+        JobError: The fingerprints differ.
     """
     if spec.resume is None:
         return
@@ -33,10 +33,10 @@ def require_same_bits(spec: JobSpec, here: job_pb2.NumericsFingerprint) -> None:
 
 
 def check_grid(spec: JobSpec, block_rows: int) -> None:
-    """Checks that a job goes on at the beginning of a row block.
+    """Check that a job resumes at the beginning of a row block.
 
     Raises:
-        JobError: It does not, or would have other row blocks here.
+        JobError: It does not, or the row blocks here have another size.
     """
     if spec.resume is None:
         return
@@ -54,7 +54,7 @@ def check_grid(spec: JobSpec, block_rows: int) -> None:
 
 
 def _mismatch(name: str, was: object, would_be: object) -> JobError:
-    # A client's own text is cut to what is worth reading.
+    # Truncated, because the client chose the text.
     return JobError(
         Reason.RESUME_MISMATCH,
         f"job.resume.fingerprint.{name} is {repr(was)[:100]}, and is "

@@ -1,4 +1,4 @@
-"""Whether a job's matrices fit into the regions in which they are said to lie."""
+"""Check that a job's matrices fit into their shared regions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gradwire_server.errors import JobError
 
 
 def check_region_sizes(spec: JobSpec, sizes_bytes: Sequence[int]) -> None:
-    """Checks that every matrix ends within its region.
+    """Check that every matrix ends within its region.
 
     Args:
         spec: A job in shared memory.
-        sizes_bytes: Of each of its regions.
+        sizes_bytes: Size of each of its regions.
 
     Raises:
-        JobError: One does not.
+        JobError: A matrix does not end within its region.
     """
     for matrix, buffer in spec.buffers.items():
         end = buffer.offset + spec.size_bytes(matrix)

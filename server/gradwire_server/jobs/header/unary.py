@@ -1,4 +1,4 @@
-"""What Compute takes: a whole job in one message."""
+"""Compute requests: a whole job in one message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from gradwire_server.errors import JobError
 def whole_operands(
     spec: JobSpec, message: pb2.ComputeRequest
 ) -> dict[Matrix, memoryview]:
-    """The operands of a Compute request, if it is one that can be answered."""
+    """Check a Compute request and return its operands.
+
+    Raises:
+        JobError: The request is invalid, or needs ComputeStream.
+    """
     if spec.m is None:
         raise JobError(
             Reason.SHAPE_INVALID,
@@ -68,5 +72,9 @@ def whole_operands(
 
 
 def message_bytes(spec: JobSpec) -> int:
-    """What a call holds: operands and results as matrices, fields and messages."""
+    """Return the bytes that a Compute call holds.
+
+    Operands count twice (message and field), results three times (array, field and
+    message).
+    """
     return 2 * spec.operands_bytes + 3 * spec.results_bytes

@@ -1,1 +1,1 @@
-"""A job whose operands arrive row block by row block."""
+"""Streamed jobs: operands arrive row block by row block."""

@@ -1,4 +1,4 @@
-"""Sums of dW on their way to a client, so that a job can go on from there."""
+"""Checkpoints: sums of dW sent to a client, from which a job can resume."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gradwire_server.errors import JobError
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Says that the runs that follow are dW's sum over the first rows."""
+    """Announces that the next chunks are dW's sum over the first `rows` rows."""
 
     rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointReady:
-    """dW's sum over the first rows, and when it is there."""
+    """A future of dW's sum over the first `rows` rows."""
 
     rows: int
     dw: asyncio.Future[Array]
@@ -28,12 +28,12 @@ class CheckpointReady:
 
 @dataclass(frozen=True, slots=True)
 class DrainPoint:
-    """The job ends here, with dW's sum over its first rows."""
+    """The job's end, with dW's sum over the first `rows` rows."""
 
     rows: int
 
     def error(self) -> JobError:
-        """What it ends with."""
+        """Return the error that ends the job."""
         return JobError(
             Reason.DRAINING,
             f"the server stops, and its grace period is over: the job was ended, and "
@@ -42,28 +42,30 @@ class DrainPoint:
 
 
 class Checkpoints:
-    """When a job's checkpoints are due; there is room for one at a time.
+    """Decides when a job's checkpoints are due, one at a time.
+
+    There is memory for one.
 
     Args:
-        spec: What was asked.
+        spec: The job's specification.
 
     Attributes:
-        rows: Those of the last one, or those before the first row that is sent.
+        rows: Rows of the last checkpoint; at first, the rows before `first_row`.
     """
 
     def __init__(self, spec: JobSpec) -> None:
         self.rows = spec.first_row
-        self._apart = spec.checkpoint_rows or 0
-        self._on_its_way = False
+        self._interval = spec.checkpoint_rows or 0
+        self._in_flight = False
 
     def begin(self, rows: int) -> bool:
-        """Whether one of so many rows is due, which has begun then."""
-        if not self._apart or self._on_its_way or rows < self.rows + self._apart:
+        """Begin a checkpoint of `rows` rows if one is due; return whether it is."""
+        if not self._interval or self._in_flight or rows < self.rows + self._interval:
             return False
         self.rows = rows
-        self._on_its_way = True
+        self._in_flight = True
         return True
 
     def left(self) -> None:
-        """The last one has left."""
-        self._on_its_way = False
+        """Mark the current checkpoint as sent."""
+        self._in_flight = False

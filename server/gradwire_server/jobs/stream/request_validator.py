@@ -1,7 +1,7 @@
-"""What of a request stream is valid: order, indices and byte counts.
+"""Validation of a request stream: order, indices and byte counts.
 
-Pure bookkeeping without I/O and without the elements themselves. It is told
-of each message and answers where its bytes belong.
+It does no I/O and stores no elements. For each message it returns where the bytes
+belong.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from gradwire_server.errors import JobError
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes that belong together: to one operand of one row block, or to W."""
+    """Bytes of one operand of one row block, or of a matrix without row blocks."""
 
     matrix: Matrix
     block: int
     """Number of the row block; 0 for W and a sum of dW."""
     offset: int
-    """Where the bytes begin within that, or within the block's operand; bytes."""
+    """Byte offset in the matrix, or in the block's operand."""
     payload: memoryview
 
     @property
     def not_row_blocked(self) -> bool:
-        """Whether they are of a matrix that has no row blocks."""
+        """Whether the matrix has no row blocks."""
         return self.matrix in _WHOLE
 
 
 _WHOLE = (Matrix.W, Matrix.DW_SUM)
-"""What comes before all rows."""
+"""Matrices that precede all rows."""
 
 
 class RequestValidator:
     """The state of one request stream.
 
     Args:
-        spec: The job that the stream announced.
-        plan: How it is cut.
+        spec: The stream's job.
+        plan: Its row blocks.
     """
 
     def __init__(self, spec: JobSpec, plan: Plan) -> None:
@@ -58,7 +58,7 @@ class RequestValidator:
         }
         self._received |= dict.fromkeys(_before_rows(spec), 0)
         self._rows: int | None = None
-        """Rows that the stream brought, once it is complete."""
+        """Rows of the job; None until the stream is complete."""
 
     @property
     def _missing_before_rows(self) -> Matrix | None:
@@ -70,10 +70,10 @@ class RequestValidator:
 
     @property
     def blocks_complete(self) -> int:
-        """How many row blocks, in order, have all of their rows.
+        """Number of row blocks, in order, with all their rows.
 
-        A shorter last block counts when the stream is complete. A stream
-        whose rows have no elements has none before that.
+        A shorter last block counts once the stream is complete. If rows have no
+        elements, no block counts before that.
         """
         if self._rows is not None:
             return -(-self._rows // self._plan.block_rows)
@@ -81,21 +81,19 @@ class RequestValidator:
         return min(complete, default=0) // self._plan.block_rows
 
     def rows_of(self, number: int) -> int:
-        """Rows of the `number`-th block, which is complete."""
+        """Return the rows of the `number`-th block, which must be complete."""
         if self._rows is None:
             return self._plan.block_rows
         return min(self._plan.block_rows, self._rows - number * self._plan.block_rows)
 
     def accept(self, block: Block) -> Iterator[Span]:
-        """Checks a message and says where its bytes belong, piece by piece.
+        """Check a message and yield its pieces, each with its destination.
 
-        A piece counts as received once it is said to be `placed`: a message
-        may end in a later block than it begins in, and no block is complete
-        before all of its own pieces were placed.
+        A piece counts as received after `commit`. A message may span several blocks,
+        and a block is complete only when all of its pieces are committed.
 
         Raises:
-            JobError: The message does not continue the stream. Nothing of it
-                was taken.
+            JobError: The message does not continue the stream; nothing was accepted.
         """
         operand, payload = self._check(block)
         itemsize = self._spec.dtype_of(operand).itemsize
@@ -113,15 +111,15 @@ class RequestValidator:
             payload = payload[piece.nbytes :]
 
     def commit(self, span: Span) -> None:
-        """A piece of a message is where it belongs."""
+        """Count a piece as received, once its bytes are stored."""
         itemsize = self._spec.dtype_of(span.matrix).itemsize
         self._received[span.matrix] += span.payload.nbytes // itemsize
 
     def end(self, m: int) -> None:
-        """The stream is complete, of a job that has m rows by its End.
+        """Complete the stream, with m rows as stated by its End.
 
         Raises:
-            JobError: It is not.
+            JobError: The stream is not complete.
         """
         self._check_end(m)
         self._rows = m
@@ -158,7 +156,7 @@ class RequestValidator:
 
     @property
     def _row_operands(self) -> list[Matrix]:
-        """Row operands whose rows have elements."""
+        """Row operands with at least one element per row."""
         return [
             operand
             for operand in self._received
@@ -293,6 +291,6 @@ class RequestValidator:
 
 
 def _before_rows(spec: JobSpec) -> list[Matrix]:
-    """What comes before all rows."""
+    """Return the matrices that precede all rows."""
     weights = [Matrix.W] if Matrix.W in spec.operands else []
     return weights + ([Matrix.DW_SUM] if spec.brings_dw_sum else [])

@@ -1,7 +1,7 @@
-"""The memory of a job: W, a sum of dW and a ring of slots, one row block in each.
+"""A job's memory: W, a sum of dW, and a ring of slots with one row block each.
 
-All of it is slices of one region, so that a backend can take it as pinned
-memory, and another process can fill it.
+All of it is slices of one region, so that a backend can pin the region and another
+process can fill it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from gradwire_server.jobs.stream.request_validator import Span
 
 
 class RingBuffer:
-    """Where a job's operands arrive and its row results wait to leave.
+    """Memory for a job's incoming operands and outgoing row results.
 
-    Of s slots, row block b lies in slot b mod s. It may be filled when block
-    b - s has left.
+    With s slots, row block b lies in slot b mod s. The slot is free for block b once
+    block b - s was sent.
 
     Args:
-        spec: What was asked.
-        plan: How it is cut.
-        region: The memory, of `plan.region_bytes`.
+        spec: The job's specification.
+        plan: Its row blocks.
+        region: The memory, `plan.region_bytes` long.
     """
 
     def __init__(
@@ -39,20 +39,22 @@ class RingBuffer:
         self._region = region
         first = spec.first_row // plan.block_rows
         self.released = first
-        """How many blocks have left, with those that do not come."""
-        self._turn = [first + (slot - first) % plan.slots for slot in range(plan.slots)]
+        """Row blocks sent, including the blocks before `first_row`."""
+        self._slot_owner = [
+            first + (slot - first) % plan.slots for slot in range(plan.slots)
+        ]
         self._freed = asyncio.Event()
 
     def w(self) -> Array:
-        """W, shape (n, k)."""
+        """Return W, shape (n, k)."""
         return self._matrix(Matrix.W, 0, self._spec.n)
 
     def dw_sum(self) -> Array:
-        """Room for a sum of dW, shape (n, k), in the accumulator's dtype."""
+        """Return memory for dW's sum, shape (n, k), in the accumulator's dtype."""
         return self._matrix(Matrix.DW_SUM, 0, self._spec.n)
 
     def rows(self, block: int, rows: int) -> RowBlock:
-        """The matrices of a row block with that many rows."""
+        """Return the matrices of a row block with `rows` rows."""
         start = self._slot_start(block)
         arrays = {
             matrix.label: self._matrix(matrix, start, rows)
@@ -63,31 +65,31 @@ class RingBuffer:
         return RowBlock(rows=rows, **arrays)
 
     def put(self, span: Span) -> None:
-        """Writes received bytes where they belong."""
+        """Copy received bytes to their destination."""
         start = 0 if span.not_row_blocked else self._slot_start(span.block)
         first = start + self._plan.offsets[span.matrix] + span.offset
         size = span.payload.nbytes
         self._region[first : first + size] = np.frombuffer(span.payload, np.uint8)
 
     async def wait_for_slot(self, block: int) -> None:
-        """Waits until the slot of `block` is free for it."""
-        while self._turn[block % self._plan.slots] != block:
+        """Wait until the slot of `block` is free for it."""
+        while self._slot_owner[block % self._plan.slots] != block:
             await self._freed.wait()
 
     async def all_released(self, count: int) -> None:
-        """Waits until that many blocks have left, with those that do not come."""
+        """Wait until `released` reaches `count`."""
         while self.released < count:
             await self._freed.wait()
 
     def release(self, block: int) -> None:
-        """A block has left."""
-        self._turn[block % self._plan.slots] = block + self._plan.slots
+        """Free the slot of a block that was sent."""
+        self._slot_owner[block % self._plan.slots] = block + self._plan.slots
         self.released += 1
         self._freed.set()
         self._freed = asyncio.Event()
 
     def free(self) -> None:
-        """Gives the region up; the ring is of no use any more."""
+        """Drop the region; the ring is unusable afterwards."""
         self._region = self._region[:0].copy()
 
     def _slot_start(self, block: int) -> int:

@@ -1,7 +1,7 @@
-"""A running job: its blocks' way from the intake through a lane to the outlet.
+"""A streamed job: row blocks on their way from validation to the results.
 
-It knows nothing of gRPC. One task feeds it (`take`, `end`) and another takes its
-results (`results`); both wait where the other or the lane is behind.
+It does not depend on gRPC. One task feeds it (`take`, `end`), another reads its results
+(`results`). Each waits while the other or the device worker is behind.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ from gradwire_server.scheduling.job_progress import JobProgress
 
 @dataclass(frozen=True, slots=True)
 class ResultChunk:
-    """Consecutive elements of a result, ready to leave."""
+    """Consecutive elements of a result, ready to send."""
 
     matrix: Matrix
     index: int
     """Index of the first element within the matrix."""
     payload: memoryview
-    """Valid until the next run is asked for."""
+    """Valid until the next chunk is requested."""
 
 
 _Computed: TypeAlias = tuple[int, RowBlock, asyncio.Future[None]]
-"""A block's number, its matrices, and when it is computed."""
+"""A block's number, its matrices, and the future of its computation."""
 
 
 class StreamedJob:
     """An admitted job.
 
     Args:
-        spec: What was asked.
-        plan: How it is cut.
-        backend: What computes it.
-        lane: Where.
-        progress: Told what was done.
-        observe: Told when it is done.
+        spec: The job's specification.
+        plan: Its row blocks.
+        backend: The backend.
+        worker: The device worker.
+        progress: Counters to update.
+        observe: Called for each event of a stage.
 
-    Use it as an async context manager: when it is left, for whatever cause,
-    the lane has let go of its memory.
+    Use it as an async context manager: after exit, for any cause, the worker no longer
+    uses the job's memory.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class StreamedJob:
         self._backend = backend
         self._ring: RingBuffer
         self._submitted = spec.first_row // plan.block_rows
-        """Row blocks that were handed to the lane, with those that do not come."""
+        """Row blocks submitted to the worker, including the blocks before
+        `first_row`."""
         self._checkpoints = Checkpoints(spec)
         self._handed_over = False
         self._served_at = 0.0
@@ -115,14 +116,14 @@ class StreamedJob:
             self._ring.free()
 
     def hand_over(self) -> bool:
-        """Has the job end with a checkpoint at the end of a row block.
+        """Make the job end with a checkpoint at the end of a row block.
 
-        Whoever goes on with it then begins there. What has been handed to the
-        lane still leaves, and nothing more is taken.
+        The job can resume from there elsewhere. Results of submitted blocks are still
+        sent; no further message is taken.
 
         Returns:
-            Whether that can be: not where the client takes no checkpoints, nor
-            where all rows are there, so that the job ends sooner by itself.
+            False if the job does not end this way: the client takes no checkpoints, or
+            all rows have arrived and the job ends sooner by itself.
         """
         if self.spec.checkpoint_rows is None or self._last_block_came():
             return False
@@ -133,16 +134,16 @@ class StreamedJob:
         return True
 
     def idle_since(self) -> float:
-        """When the last result that could leave has left; event loop's clock.
+        """Return when the last available result was sent; event loop's clock.
 
-        Now, while row blocks are complete whose results have not left.
+        Return the current time while complete row blocks have unsent results.
         """
         if self._ring.released < self._submitted:
             return asyncio.get_running_loop().time()
         return self._served_at
 
     async def take(self, block: Block) -> None:
-        """Takes a message's elements; waits while the ring is full.
+        """Take a message's elements; wait while the ring is full.
 
         Raises:
             JobError: The message does not continue the stream.
@@ -160,10 +161,10 @@ class StreamedJob:
             await self._submit_complete()
 
     async def end(self, m: int) -> None:
-        """Takes the announcement that the job is complete, with m rows.
+        """Complete the job's operands, with m rows.
 
         Raises:
-            JobError: It is not.
+            JobError: The operands are not complete.
         """
         self._validator.end(m)
         self._progress.m = m
@@ -172,14 +173,14 @@ class StreamedJob:
         self._computed.put_nowait(None)
 
     async def results(self) -> AsyncGenerator[ResultChunk | Checkpoint, None]:
-        """The results as they are ready.
+        """Yield the results as they become ready.
 
-        Y and dX block by block, dW's sum in between, where it is asked for,
-        and dW at the end.
+        Y and dX come block by block, requested checkpoints of dW in between, and dW at
+        the end.
 
         Raises:
-            JobError: The job was handed over, and this is its end.
-            Exception: What the backend raised.
+            JobError: The job was handed over and ends here.
+            Exception: The backend's error.
         """
         while (computed := await self._computed.get()) is not None:
             if isinstance(computed, CheckpointReady):
@@ -199,32 +200,32 @@ class StreamedJob:
             first_row = number * self._plan.block_rows
             for matrix, array in zip(ROW_RESULTS, (block.y, block.dx), strict=True):
                 if array is not None:
-                    for run in self._chunks(matrix, first_row, array):
-                        yield run
+                    for chunk in self._chunks(matrix, first_row, array):
+                        yield chunk
             self._ring.release(number)
             self._served_at = asyncio.get_running_loop().time()
         if Matrix.DW in self.spec.results:
             dw = await self._worker.submit(self, self._finish)
-            for run in self._chunks(Matrix.DW, 0, dw):
-                yield run
+            for chunk in self._chunks(Matrix.DW, 0, dw):
+                yield chunk
 
     def _checkpoint(self, rows: int, dw: Array) -> Iterator[ResultChunk | Checkpoint]:
         yield Checkpoint(rows)
         yield from self._chunks(Matrix.DW_SUM, 0, dw)
 
     async def _unless_handed_over(self) -> None:
-        """Goes on; not where the job is about to end, with this task."""
+        """Block forever if the job was handed over: this task is about to end."""
         if self._handed_over:
             await asyncio.get_running_loop().create_future()
 
     def _last_block_came(self) -> bool:
-        """Whether the last row block is there, which may be a short one."""
+        """Return whether the last row block, possibly a short one, was submitted."""
         rows = self._progress.m if self._progress.ended else self.spec.m
         return rows is not None and self._submitted * self._plan.block_rows >= rows
 
     async def _submit_complete(self) -> None:
-        """Hands to the lane, in order, the blocks that have become complete."""
-        if not self._plan.slot_bytes:  # rows without elements are done at once
+        """Submit to the worker, in order, the blocks that are now complete."""
+        if not self._plan.slot_bytes:  # rows without elements need no computation
             return
         while (rows := self._next_rows()) is not None:
             number = self._submitted
@@ -241,13 +242,13 @@ class StreamedJob:
                 self._submit_checkpoint(self._submitted * rows)
 
     def _submit_checkpoint(self, rows: int) -> None:
-        """Has dW's sum over the blocks that were submitted sent, if it is due."""
+        """Queue dW's sum over the submitted blocks, if a checkpoint is due."""
         if self._checkpoints.begin(rows):
             dw = self._worker.submit(self, self._copy_sum)
             self._computed.put_nowait(CheckpointReady(rows, dw))
 
     def _next_rows(self) -> int | None:
-        """Rows of the next block in order; None while it is not complete."""
+        """Return the rows of the next block in order; None until it is complete."""
         number, validator = self._submitted, self._validator
         complete = number < validator.blocks_complete
         return validator.rows_of(number) if complete else None
@@ -269,13 +270,13 @@ class StreamedJob:
             self._observe(Stage.SENDING, number)
 
     def _open(self) -> RingBuffer:
-        """Runs in the lane's thread."""
+        """Allocate the job's memory; runs in the worker thread."""
         region = self._backend.empty(self._plan.region_bytes)
         self._execution.open()
         return RingBuffer(self.spec, self._plan, region)
 
     def _compute(self, number: int, block: RowBlock) -> Wait | None:
-        """Runs in the lane's thread."""
+        """Compute a row block; runs in the worker thread."""
         self._prepare()
         self._observe(Stage.COMPUTING, number)
         wait = self._execution.compute_block(block)
@@ -285,18 +286,18 @@ class StreamedJob:
         return partial(self._computed_after, wait, number)
 
     def _copy_sum(self) -> Array:
-        """Runs in the lane's thread."""
+        """Copy dW's sum into the ring; runs in the worker thread."""
         dw = self._ring.dw_sum()
         self._execution.copy_dw_sum(dw)
         return dw
 
     def _finish(self) -> Array:
-        """Runs in the lane's thread."""
+        """Return dW; runs in the worker thread."""
         self._prepare()
         return self._execution.finish()
 
     def _prepare(self) -> None:
-        """Has the computation take what came before all rows, once."""
+        """Pass the matrices that precede all rows to the device, once."""
         if self._prepared:
             return
         self._prepared = True
