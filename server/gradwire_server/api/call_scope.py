@@ -1,4 +1,4 @@
-"""One call's place in the memory, its error, and its line in the log."""
+"""One call's reserved memory, error status and log line."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ async def call_scope(
     context: Context,
     serve: Callable[[CallState], Awaitable[bytes | None]],
 ) -> bytes | None:
-    """Serves a call; whatever it raises becomes a status and a log line.
+    """Serve a call; turn any exception into a status and a log line.
 
-    An error that nobody foresaw is told to the client by an id alone; the log
-    has the id and the rest.
+    An unexpected error reaches the client as an id only; the log has the id and the
+    traceback.
 
     Returns:
-        The answer, if the method has one that gRPC is to send. The call counts
-        until that has left.
+        The response for gRPC to send, if the method has one. The call holds its memory
+        until the response is sent.
     """
     answer: bytes | None = None
     call = CallState(
@@ -66,10 +66,10 @@ async def call_scope(
 
 
 def _hold_until_read(call: CallState, held: ExitStack, idle_s: float) -> None:
-    """Closes `held` when gRPC has sent the answer that the handler returns.
+    """Close `held` when gRPC has sent the handler's response.
 
-    A client that does not read it for too long does not count any more; gRPC,
-    which cannot be told to drop it, holds this one message for it.
+    A client that does not read for `idle_s` no longer counts. gRPC cannot drop the
+    response and keeps it in memory.
     """
     task = asyncio.current_task()
     if task is None:
@@ -79,12 +79,12 @@ def _hold_until_read(call: CallState, held: ExitStack, idle_s: float) -> None:
         _log.warning("the answer was not read", extra={"job_id": call.job_id})
         task.cancel()
 
-    def left(_: object) -> None:
+    def sent(_: object) -> None:
         too_late.cancel()
         held.close()
 
     too_late = asyncio.get_running_loop().call_later(idle_s, give_up)
-    task.add_done_callback(left)
+    task.add_done_callback(sent)
 
 
 async def _outcome(
@@ -92,14 +92,14 @@ async def _outcome(
     context: Context,
     serve: Callable[[CallState], Awaitable[bytes | None]],
 ) -> tuple[bytes | None, JobError | None]:
-    """Serves a call, and says what became of it in the log.
+    """Serve a call; log its success or cancellation.
+
+    An error is returned rather than raised, and without its traceback: a status is sent
+    only after the client has read the earlier messages, and a traceback's frames would
+    hold the job's memory until then.
 
     Returns:
-        The answer, or why there is none.
-
-    A failure is given back rather than raised, and without its traceback: a
-    status waits until the client has read what was sent before it, and the
-    frames of a traceback would hold the job's memory until then.
+        The response and the error, at most one of them.
     """
     try:
         answer = await serve(call)
@@ -119,7 +119,7 @@ async def _outcome(
             Reason.DEVICE_OUT_OF_MEMORY,
             "there is no memory for this call, though the server's limit allows it",
         )
-    except Exception:  # noqa: BLE001 - logged, and told by its id
+    except Exception:  # noqa: BLE001 - logged; the client gets the id
         error_id = f"error-{secrets.token_hex(6)}"
         _log.exception(
             "unforeseen error", extra={"error_id": error_id, "job_id": call.job_id}
@@ -135,10 +135,10 @@ async def _outcome(
 
 
 def _is_late(context: Context) -> bool:
-    """Whether a cancelled call has reached its deadline.
+    """Return whether a cancelled call has reached its deadline.
 
-    The client's clock may be first: its cancellation then comes when a little
-    of the deadline is left here.
+    The client's clock may be ahead: its cancellation then arrives slightly before the
+    deadline here.
     """
     remaining = context.time_remaining()
     return remaining is not None and remaining < _DEADLINE_SLACK_S
@@ -160,7 +160,7 @@ async def _fail(call: CallState, context: Context, error: JobError) -> None:
     try:
         await context.abort(status, error.message, trailer)
     except grpc.aio.InternalError:
-        # The client went before it read the status; gRPC would log that.
+        # The client left before reading the status; gRPC would log this error.
         raise asyncio.CancelledError from None
 
 

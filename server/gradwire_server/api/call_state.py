@@ -1,4 +1,4 @@
-"""One call: what is known of it, from its first byte to its log line."""
+"""The state of one call, from its first byte to its log line."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ def never_busy() -> float:
 
 @dataclass(slots=True, eq=False)
 class CallState:
-    """One call of a method that computes."""
+    """State of a Compute, ComputeStream or OpenRegion call."""
 
     method: str
     transport: str
     tenant: str = ""
-    """On whose behalf; empty where nobody is asked."""
+    """The caller's tenant; empty without authentication."""
     job_id: str = ""
     read: Header | None = None
-    """Its job's header, once it was read."""
+    """The job's header, once parsed."""
     admitted: bool = False
     complete: bool = False
-    """Whether everything was answered."""
+    """Whether the call was answered completely."""
     reserved_bytes: int = 0
     announced: job_pb2.Accepted | None = None
-    """What is said of its job where that runs, once it was admitted."""
+    """The job's Accepted message, once admitted."""
     started: float = field(default_factory=time.perf_counter)
     queued_s: float = 0.0
     ends_by_cancelling: bool = False
-    """Whether its client ends it so, and nothing is wrong then."""
+    """Whether the client normally ends the call by cancelling it."""
     receiving_s: float = 0.0
     sending_s: float = 0.0
     progress: JobProgress = field(default_factory=JobProgress)
     idle_since: Callable[[], float] = never_busy
-    """Since when the server has owed the client nothing; event loop's clock."""
+    """Returns since when the server has owed the client nothing; event loop's clock."""
 
     @property
     def accepted(self) -> job_pb2.Accepted:
-        """What is said of its job, which was admitted."""
+        """The job's Accepted message; the job must be admitted."""
         if self.announced is None:
             raise RuntimeError("the job was not admitted")
         return self.announced
 
     @property
     def header(self) -> Header:
-        """Its job's header, which was read."""
+        """The job's header; it must be parsed."""
         if self.read is None:
             raise RuntimeError("the job's header was not read")
         return self.read

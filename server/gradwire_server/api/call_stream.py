@@ -1,4 +1,4 @@
-"""Both directions of one call."""
+"""The request and response messages of one call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Request = TypeVar("Request", pb2.ComputeRequest, pb2.OpenRegionRequest)
 
 
 class CallStream:
-    """The messages of one call, each waited for as long as its client may take."""
+    """The messages of one call, read and written with client idle timeouts."""
 
     def __init__(
         self, timeouts: ClientTimeouts, call: CallState, context: Context
@@ -37,7 +37,7 @@ class CallStream:
         self._progress_at = asyncio.get_running_loop().time()
 
     async def read_request(self, kind: type[Request]) -> Request:
-        """The one message of a method that has one."""
+        """Return the request of a method with a single request message."""
         message = await self._read_bytes("a request")
         if message is None:
             await _refuse(None, "a request")
@@ -48,18 +48,18 @@ class CallStream:
             raise malformed(f"the request is no {what}") from None
 
     async def read_header(self) -> job_pb2.Job:
-        """The first message: a job's header."""
+        """Return the first message, a job's header."""
         message = await self._read("a job")
         if not isinstance(message, job_pb2.Job):
             await _refuse(message, "a job first")
         return message
 
     async def tell_queued(self, jobs_ahead: int) -> None:
-        """Says how many jobs come before this one."""
+        """Send the number of jobs ahead of this one."""
         await self.write(framing.encode_queued(jobs_ahead))
 
     async def serve(self, job: StreamedJob) -> None:
-        """Takes the operands and gives the results."""
+        """Receive the operands and send the results."""
         self._call.idle_since = job.idle_since
         try:
             await both(self._receive(job), self._send(job))
@@ -68,7 +68,7 @@ class CallStream:
             self._call.idle_since = never_busy
 
     async def _receive(self, job: StreamedJob) -> None:
-        """Takes the operands, up to the half-close behind End."""
+        """Receive the operands, up to the half-close after End."""
         self._progressed()
         while True:
             message = await self._read("the next block of an operand, or end")
@@ -85,7 +85,7 @@ class CallStream:
         await self._read_half_close()
 
     async def receive_end(self, m: int) -> None:
-        """Takes End of a job that has no blocks, and the half-close behind it."""
+        """Receive the End of a job in shared memory, and the half-close after it."""
         self._progressed()
         message = await self._read("end")
         if not isinstance(message, job_pb2.End):
@@ -104,7 +104,7 @@ class CallStream:
             await _refuse(message, "nothing after end")
 
     async def _send(self, job: StreamedJob) -> None:
-        """Gives the results, in the order in which they are ready."""
+        """Send the results in the order in which they become ready."""
         async with aclosing(job.results()) as chunks:
             async for chunk in chunks:
                 if isinstance(chunk, Checkpoint):
@@ -118,7 +118,7 @@ class CallStream:
                 )
 
     async def write(self, message: bytes) -> None:
-        """Hands a message to gRPC; waits while the client does not read."""
+        """Pass a message to gRPC; wait while the client does not read."""
         async with self._timeouts.client_reads(self._call):
             try:
                 await self._context.write(message)
@@ -130,7 +130,7 @@ class CallStream:
                 ) from error
 
     async def _read(self, expected: str) -> framing.RequestMessage | None:
-        """The next message; None at the half-close."""
+        """Return the next message, or None at the half-close."""
         message = await self._read_bytes(expected)
         if message is None:
             return None
@@ -151,7 +151,7 @@ class CallStream:
 async def both(
     one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None]
 ) -> None:
-    """Waits for two halves of a job; when one fails, the other is cancelled."""
+    """Wait for two halves of a job; if one fails, cancel the other."""
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(one)
@@ -161,15 +161,15 @@ async def both(
 
 
 def first_cause(failed: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What failed first; what failed because of it is not told."""
+    """Return the first error; later errors are its consequences."""
     cause = failed.exceptions[0]
     return first_cause(cause) if isinstance(cause, BaseExceptionGroup) else cause
 
 
 async def _refuse(message: framing.RequestMessage | None, expected: str) -> NoReturn:
     if message is None:
-        # A call that is cancelled reads as if it were half-closed. This task
-        # is cancelled too, but a moment later, and that is the true cause.
+        # A cancelled call reads like a half-closed one. Give this task's own
+        # cancellation, the true cause, time to arrive.
         await asyncio.sleep(_CANCELLATION_S)
         raise JobError(
             Reason.END_MISSING,

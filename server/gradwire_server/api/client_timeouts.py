@@ -1,4 +1,4 @@
-"""How long a client is waited for."""
+"""Client idle timeouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradwire_server.errors import JobError
 
 
 class ClientTimeouts:
-    """Ends calls whose client neither sends nor reads for too long.
+    """Ends calls of clients that neither send nor read for too long.
 
     Args:
         idle_s: Seconds that a client may be idle.
@@ -26,15 +26,15 @@ class ClientTimeouts:
     async def client_sends(
         self, call: CallState, since: float, expected: str
     ) -> AsyncIterator[None]:
-        """A wait for the client's next message, which must not take too long.
+        """Limit the wait for the client's next message.
 
-        While rows of it wait to be computed, or their results to leave, the
-        client may be waiting for those: that is not its idleness.
+        While received rows wait to be computed, or their results to be sent, the client
+        may be waiting for the server, and does not count as idle.
 
         Args:
             call: The call.
             since: When the client last made progress; event loop's clock.
-            expected: What should come, for the error.
+            expected: Name of the expected message, for the error.
 
         Raises:
             JobError: The client was idle for too long.
@@ -55,7 +55,7 @@ class ClientTimeouts:
 
     @asynccontextmanager
     async def client_reads(self, call: CallState) -> AsyncIterator[None]:
-        """A wait for the client to read, which must not take too long.
+        """Limit the wait for the client to read.
 
         Raises:
             JobError: The client did not read for too long.
@@ -78,12 +78,13 @@ class ClientTimeouts:
 async def client_idle_timeout(
     idle_s: float, idle_since: Callable[[], float] | None = None
 ) -> AsyncIterator[None]:
-    """Ends what is awaited within once the client has been idle for too long.
+    """Limit the time in this context by the client's idle time.
 
     Args:
         idle_s: Seconds that a client may be idle.
-        idle_since: When its idleness began, by the event loop's clock; asked again
-            whenever the time seems to be up. By default when this wait began.
+        idle_since: Returns when the client became idle, by the event loop's clock;
+            called again whenever the time seems to be up. Default: the start of this
+            context.
 
     Raises:
         TimeoutError: The client was idle for `idle_s`.
@@ -99,8 +100,8 @@ async def client_idle_timeout(
         if due > now:
             look_at(due)
         elif now - due_at > min(idle_s / 2, MAX_LOOP_LAG_S):
-            # The process itself stood still: what the client did meanwhile is
-            # still to be read.
+            # The process was suspended: read the messages that arrived
+            # meanwhile before the client counts as idle.
             look_at(now + min(idle_s, MAX_LOOP_LAG_S))
         else:
             wait.reschedule(due)
@@ -110,7 +111,7 @@ async def client_idle_timeout(
         due_at = when
         timer = loop.call_at(when, look)
 
-    # Nearly every wait ends long before this, so it is all that is done at first.
+    # Nearly every wait ends before this timer, so nothing else is set up at first.
     look_at(idle_s + (began if idle_since is None else idle_since()))
     try:
         async with asyncio.timeout(None) as wait:

@@ -1,12 +1,12 @@
 """The methods of `gradwire.v1.GradientService`: decode, call, encode.
 
-All of them are given and give bytes. A deserializer that raises would end
-the call as UNKNOWN with the exception's text, so messages are parsed here.
-And all of them take streams, on the wire no other than single messages: gRPC
-calls a method of one request only when that is complete, and until then
-nobody would count its bytes, or lose patience with it. Compute gives one
-message and not a stream of them, because gRPC then sends it and the status
-at once, which is a good part of a small call's time.
+Every method receives and returns bytes. gRPC ends a call as UNKNOWN with the
+exception's text if a deserializer raises, so messages are parsed here.
+
+Every method is registered with streamed requests (the same bytes on the wire). For a
+single request gRPC buffers the whole message before the call, so neither memory
+accounting nor idle timeouts would apply until then. Compute returns a single response,
+because gRPC then sends it together with the status, a good part of a small call's time.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class GradientServicer:
-    """The four methods.
+    """Handlers of the four methods.
 
     Args:
-        service: What they call.
+        service: The job service.
         backend_reason: Why the backend was chosen, for GetServerInfo.
     """
 
@@ -49,7 +49,7 @@ class GradientServicer:
         self._timeouts = ClientTimeouts(service.settings.idle_timeout)
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """What a gRPC server is given."""
+        """Return the handler to register with a gRPC server."""
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
@@ -66,12 +66,12 @@ class GradientServicer:
         )
 
     async def get_server_info(self, _: AsyncIterator[bytes], context: Context) -> None:
-        """GetServerInfo; its request is empty, so nobody waits for it."""
+        """Answer GetServerInfo, without waiting for its empty request."""
         answer = server_info.describe(self._service, self._backend_reason)
         await context.write(answer.SerializeToString())
 
     async def compute(self, _: AsyncIterator[bytes], context: Context) -> bytes | None:
-        """Compute: a small job, whole."""
+        """Serve Compute: a small job in one message."""
 
         async def serve(call: CallState) -> bytes:
             stream = CallStream(self._timeouts, call, context)
@@ -90,7 +90,7 @@ class GradientServicer:
         return await call_scope(self._service, "Compute", context, serve)
 
     async def compute_stream(self, _: AsyncIterator[bytes], context: Context) -> None:
-        """ComputeStream: a job of any size, block by block."""
+        """Serve ComputeStream: a job of any size, block by block."""
 
         async def serve(call: CallState) -> None:
             stream = CallStream(self._timeouts, call, context)
@@ -111,7 +111,7 @@ class GradientServicer:
         await call_scope(self._service, "ComputeStream", context, serve)
 
     async def open_region(self, _: AsyncIterator[bytes], context: Context) -> None:
-        """OpenRegion: memory that is shared for as long as the call is open."""
+        """Serve OpenRegion: memory shared for as long as the call is open."""
 
         async def serve(call: CallState) -> None:
             call.transport = "shm"

@@ -1,8 +1,8 @@
-"""What the service does with a job, whichever call it came by.
+"""Admission and execution of jobs, common to all methods.
 
-The servicer decodes and encodes; this module admits a job, lets its two
-halves (taking operands, giving results) run side by side, keeps the clients'
-idle times, and accounts for it all in the receipt and the log.
+The servicer decodes and encodes messages. This module parses a job's header, waits for
+its admission, runs it on a device worker, and ends it when the server stops or a device
+fails.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ from gradwire_server.settings import Settings
 _log = logging.getLogger("gradwire_server")
 
 OnLost: TypeAlias = Callable[[DeviceInfo, DeviceLostError], Awaitable[None]]
-"""Told which device is lost, and why."""
+"""Called with the lost device and the error."""
 
 
 class JobService:
-    """A backend, its lanes, and the jobs on them.
+    """A backend, its device workers, and the jobs on them.
 
     Args:
-        settings: What the operator chose.
-        backend: What computes.
-        admission: Who may run.
-        on_lost: Told when a device is lost; jobs are ended after it.
-        observe: Told when row blocks are received, computed and sent.
+        settings: The operator's settings.
+        backend: The backend.
+        admission: The admission control.
+        on_lost: Called when a device is lost, before the jobs are ended.
+        observe: Called when row blocks are received, computed and sent.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class JobService:
         self._trim_timer: asyncio.TimerHandle | None = None
 
     async def ready(self) -> None:
-        """Waits until every device can be used.
+        """Wait until every device is usable.
 
         Raises:
-            BackendError: One of them cannot.
+            BackendError: A device is not usable.
         """
         for worker, device in zip(self.workers, self.backend.devices, strict=True):
             try:
@@ -116,10 +116,11 @@ class JobService:
                 ) from error
 
     def read_job(self, call: CallState, header: job_pb2.Job) -> JobSpec:
-        """Checks a header and cuts its job into blocks.
+        """Check a header and cut its job into row blocks.
 
         Raises:
-            JobError: The header asks for what is wrong, unknown or impossible.
+            JobError: The header is invalid, or asks for an unknown or impossible
+                option.
         """
         call.job_id = parse_job_id(header)
         call.read = self._headers.read(header)
@@ -134,16 +135,15 @@ class JobService:
         host_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
     ) -> AsyncIterator[TenantHandle]:
-        """Waits for the job's turn, and holds its memory within this context.
+        """Wait for the job's turn, and hold its memory within this context.
 
         Args:
-            call: A call whose header was read.
-            host_bytes: What the job holds of the host's memory beside what its
-                backend takes.
-            on_wait: Told how many jobs are ahead.
+            call: A call with a parsed header.
+            host_bytes: Host memory of the job, without the backend's part.
+            on_wait: Called with the number of jobs ahead.
 
         Yields:
-            The lane that the job is to run on.
+            The worker of the job's device.
         """
         header = call.header
         call.reserved_bytes = host_bytes + header.backend_bytes
@@ -170,12 +170,12 @@ class JobService:
         message_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
     ) -> AsyncIterator[StreamedJob]:
-        """Admits a job and runs it while its operands come.
+        """Admit a job, and run it while its operands arrive.
 
         Args:
-            call: A call whose header was read.
-            message_bytes: What its messages hold.
-            on_wait: Told how many jobs are ahead.
+            call: A call with a parsed header.
+            message_bytes: Memory of the call's messages.
+            on_wait: Called with the number of jobs ahead.
 
         Yields:
             The job.
@@ -199,50 +199,55 @@ class JobService:
         message_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
     ) -> AsyncIterator[SharedMemoryJob]:
-        """Admits a job whose matrices all lie in shared memory.
+        """Admit a job with all its matrices in shared memory.
 
         Args:
-            call: A call whose header was read.
-            message_bytes: What its messages hold.
-            on_wait: Told how many jobs are ahead.
+            call: A call with a parsed header.
+            message_bytes: Memory of the call's messages.
+            on_wait: Called with the number of jobs ahead.
+
+        Yields:
+            The job.
         """
         spec, plan = call.header.spec, call.header.plan
         with self.regions.used(spec.regions, call.tenant) as regions:
             check_region_sizes(spec, [region.size_bytes for region in regions])
             async with self.admitted(call, message_bytes, on_wait) as worker:
-                whole = DeviceExecution(
+                execution = DeviceExecution(
                     spec, plan, self.backend, worker.device, call.progress
                 )
                 async with SharedMemoryJob(
-                    spec, whole, worker, call.progress, regions
+                    spec, execution, worker, call.progress, regions
                 ) as job:
                     yield job
 
     async def run(
         self, call: CallState, message_bytes: int, operands: Mapping[Matrix, memoryview]
     ) -> dict[Matrix, Array]:
-        """Admits a job whose operands are all there, and computes it.
+        """Admit a job with complete operands, and compute it.
 
         Args:
-            call: A call whose header was read.
-            message_bytes: What its messages hold, operands and results counted.
+            call: A call with a parsed header.
+            message_bytes: Memory of the call's messages, with operands and results.
             operands: Elements of each operand.
 
         Returns:
-            The wanted results.
+            The requested results.
         """
         spec, plan = call.header.spec, call.header.plan
         async with self.admitted(call, message_bytes, _not_told) as worker:
-            whole = DeviceExecution(
+            execution = DeviceExecution(
                 spec, plan, self.backend, worker.device, call.progress
             )
             if spec.operations < self.backend.inline_below_ops:
-                # It is over sooner than the lane's thread would be woken, and
-                # need not wait there behind a row block of a large job.
-                results = whole.run(operands)
+                # Faster than waking the worker thread, and without a wait there
+                # behind a row block of a large job.
+                results = execution.run(operands)
             else:
                 try:
-                    results = await worker.submit(call, partial(whole.run, operands))
+                    results = await worker.submit(
+                        call, partial(execution.run, operands)
+                    )
                 finally:
                     await worker.discard(call)
         call.progress.m = spec.m or 0
@@ -251,11 +256,11 @@ class JobService:
         return results
 
     def job_ended(self, call: CallState) -> None:
-        """Has free memory given back when no job has ended for a while.
+        """Return free memory to the system if no other job ends for a while.
 
-        An exception and the frames that it went through often refer to each
-        other, and the frames to the job's memory: a job that was cut off has
-        them collected now, lest many of them together outgrow the limit.
+        An exception and its traceback's frames often form a reference cycle that holds
+        the job's memory. After a failed job the cycle is collected at once, because
+        many together could exceed the memory limit.
         """
         if call.admitted and not call.complete:
             gc.collect()
@@ -267,18 +272,18 @@ class JobService:
         )
 
     def hand_over_running_jobs(self) -> None:
-        """Has jobs end with a checkpoint that the grace period did not suffice for.
+        """End the running jobs after the grace period.
 
-        Those that cannot are ended.
+        A job ends with a checkpoint if it can; otherwise it is cancelled.
         """
         self._jobs.hand_over(_grace_is_over())
 
     def end_running_jobs(self) -> None:
-        """Ends the jobs that still run."""
+        """Cancel the running jobs."""
         self._jobs.cancel_all(_grace_is_over())
 
     def close(self) -> None:
-        """Ends the lanes' threads and the backend."""
+        """End the device workers and close the backend."""
         for worker in self.workers:
             worker.close()
         try:
@@ -286,7 +291,7 @@ class JobService:
         except Exception as error:
             if not self._device_is_lost:
                 raise
-            # What was on a device that is lost cannot be given back to it.
+            # Memory on a lost device cannot be freed.
             _log.debug("the backend did not close: %s", error)
 
     def _out_of_memory(self, call: CallState, position: int) -> JobError:
@@ -302,10 +307,10 @@ class JobService:
         )
 
     async def _device_lost(self, position: int, error: DeviceLostError) -> JobError:
-        """Ends what runs, on whatever device; the process is of no use any more.
+        """Cancel the other jobs, on all devices: the process is no longer usable.
 
         Returns:
-            What the job ends with that has found out.
+            The error of the job that found the device lost.
         """
         device = self.backend.devices[position]
         lost = JobError(
@@ -322,9 +327,9 @@ class JobService:
 
 
 IDLE_TRIM_S = 15.0
-"""Memory that is given back has to be had again, which costs time. Steps of a
-training loop follow each other sooner than this, with a step of validation or
-a slow batch between them too."""
+"""Seconds without an ended job after which free memory is returned to the system. To
+allocate it again costs time, and the steps of a training loop follow each other sooner
+than this, even with a validation step or a slow batch in between."""
 
 
 def _grace_is_over() -> JobError:
@@ -335,4 +340,4 @@ def _grace_is_over() -> JobError:
 
 
 async def _not_told(_: int) -> None:
-    """A unary call cannot say that it waits."""
+    """Ignore the number of jobs ahead: a unary call cannot report it."""

@@ -1,4 +1,4 @@
-"""What a client is told of its job: before its operands, and at the end."""
+"""The messages about a job: Accepted before its operands, Receipt at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradwire_server.backends.host_memory import peak_resident_bytes
 
 
 def accepted_message(call: CallState) -> job_pb2.Accepted:
-    """What the client is told before it sends W."""
+    """Return the Accepted message, sent before the client sends W."""
     accepted = job_pb2.Accepted()
     accepted.CopyFrom(call.accepted)
     accepted.effective_job.job_id = call.job_id
@@ -19,7 +19,7 @@ def accepted_message(call: CallState) -> job_pb2.Accepted:
 
 
 def receipt_message(call: CallState) -> job_pb2.Receipt:
-    """What the client is told at the end."""
+    """Return the Receipt message, sent at the end."""
     progress = call.progress
     return job_pb2.Receipt(
         job_id=call.job_id,

@@ -1,4 +1,4 @@
-"""What a server says of itself."""
+"""The answer to GetServerInfo."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gradwire_server.backends.device_info import device_message
 
 
 def describe(service: JobService, backend_reason: str) -> GetServerInfoResponse:
-    """The answer to GetServerInfo.
+    """Return the answer to GetServerInfo.
 
     Args:
-        service: The service.
+        service: The job service.
         backend_reason: Why its backend was chosen.
     """
     backend, admission = service.backend, service.admission

@@ -1,9 +1,9 @@
-"""Memory that is shared with clients of the same host.
+"""Memory shared with clients on the same host.
 
-A region is a file without a name (memfd_create(2)) whose size is sealed: a
-client that could shrink it would make the server fault at its next access.
-Its pages are taken from the machine when it is made, so that no later write
-can find none left. Only whoever was told its token can have jobs use it.
+A region is a file without a name (memfd_create(2)) and with a sealed size: if a client
+could shrink it, the server's next access would fault. Its pages are allocated at
+creation, so that no later write runs out of memory. Only a client that knows its token
+can use it for jobs.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from gradwire_server.admission.quota import CALL_BYTES, busy
 from gradwire_server.errors import JobError
 
 MAX_REGIONS = 256
-"""Most regions at once: each takes two descriptors of the process's, which
-connections need too."""
+"""Most regions at once. Each takes two of the process's file descriptors, and
+connections need some too."""
 
 _MAX_OF_TENANT = MAX_REGIONS // 4
-"""Most regions of one tenant, where there may be several."""
+"""Most regions of one tenant, with authentication."""
 
 _SPARE_SHARE = 8
-"""Which part of what a tenant's open calls may hold its regions leave: the jobs
-that are to use them are calls, too."""
+"""A tenant's regions leave at least one eighth of the memory for its open calls,
+because the jobs that use the regions are calls too."""
 
 COOKIE_BYTES = 32
-"""Random bytes by which a client knows that it has opened the right file."""
+"""Random bytes that prove to a client that it has opened the right file."""
 
 _PIECE_BYTES = 64 * MIB
-"""Memory that is taken at a time: the kernel clears it within 0.1 s or so, and
-nobody can stop it."""
+"""Bytes to allocate at a time: the kernel clears them in about 0.1 s and cannot be
+interrupted."""
 
 Pin: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
 
@@ -52,12 +52,12 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Region:
-    """Memory that a client has mapped too.
+    """Memory mapped by both the server and a client.
 
     Args:
         size_bytes: Its size, a multiple of the page size.
-        pin: What a backend does to such memory (`Backend.pin`).
-        tenant: Whose it is.
+        pin: Pins the memory (`Backend.pin`).
+        tenant: Its owner.
     """
 
     def __init__(self, size_bytes: int, pin: Pin, tenant: str = "") -> None:
@@ -81,16 +81,16 @@ class Region:
         self._unused.set()
 
     async def take_pages(self) -> None:
-        """Takes the region's memory from the machine, and maps it.
+        """Allocate the region's pages and map them.
 
         Raises:
-            OSError: The machine has not so much.
+            OSError: The machine does not have enough memory.
         """
         given_up = threading.Event()
         loop = asyncio.get_running_loop()
         taking = loop.run_in_executor(None, self._take_pages, given_up)
-        # However often this task is cancelled, the region counts, and its
-        # descriptor is open, for as long as the thread takes pages for it.
+        # Even if this task is cancelled repeatedly, the region counts and its
+        # descriptor stays open for as long as the thread allocates pages.
         cancelled: asyncio.CancelledError | None = None
         while not taking.done():
             try:
@@ -99,12 +99,12 @@ class Region:
                 cancelled = error
                 given_up.set()
         if cancelled is not None:
-            taking.exception()  # so that nobody is told of it
+            taking.exception()  # or asyncio logs that it was never retrieved
             raise cancelled
         taking.result()
 
     def _take_pages(self, given_up: threading.Event) -> None:
-        """Runs in a thread of its own."""
+        """Allocate the pages and map them; runs in an executor's thread."""
         _allocate(self.fd, self.size_bytes, given_up)
         if given_up.is_set():
             return
@@ -114,7 +114,7 @@ class Region:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Keeps the region's memory within this context, though it be closed."""
+        """Keep the region's memory within this context, even if it is closed."""
         self._users += 1
         self._unused.clear()
         try:
@@ -125,12 +125,12 @@ class Region:
                 self._unused.set()
 
     async def close(self) -> None:
-        """Gives the memory back, when the last job that uses it has ended."""
+        """Free the memory once the last job that uses it has ended."""
         os.close(self.fd)
         await self._unused.wait()
         last, self.memory = [self.memory], np.empty(0, np.uint8)
-        # In a thread, and there however often this task is cancelled: the
-        # kernel takes as long as for taking them.
+        # In a thread, which goes on even if this task is cancelled: the kernel
+        # frees pages as slowly as it allocates them.
         await asyncio.get_running_loop().run_in_executor(None, last.clear)
 
 
@@ -138,9 +138,8 @@ class Regions:
     """The open regions of one server.
 
     Args:
-        admission: In whose memory they count.
-        pin: What a backend does to memory that others share
-            (`Backend.pin`).
+        admission: The admission control, for the regions' memory.
+        pin: Pins shared memory (`Backend.pin`).
     """
 
     def __init__(self, admission: Admission, pin: Pin) -> None:
@@ -148,15 +147,15 @@ class Regions:
         self._pin = pin
         self._open: dict[str, Region] = {}
         self._counts: Counter[str] = Counter()
-        """How many each tenant has, those included that are being made."""
+        """Regions of each tenant, including unfinished ones."""
 
     @asynccontextmanager
     async def open(self, size_bytes: int, tenant: str = "") -> AsyncIterator[Region]:
-        """A region of a tenant's, as long as this context lasts.
+        """Hold a region of a tenant's within this context.
 
         Raises:
-            JobError: The size is none, larger than this server can ever
-                hold, or more than it has now.
+            JobError: The size is invalid, or larger than this server can ever hold; or
+                there is no memory or descriptor for the region now.
         """
         if not 0 < size_bytes < MAX_INT64 - mmap.PAGESIZE:
             raise JobError(
@@ -185,10 +184,10 @@ class Regions:
 
     @contextmanager
     def used(self, tokens: Sequence[str], tenant: str = "") -> Iterator[list[Region]]:
-        """The regions of these names, whose memory stays within this context.
+        """Hold the regions with these tokens within this context.
 
         Raises:
-            JobError: No open region has that name, or another tenant's has it.
+            JobError: A token names no open region, or another tenant's.
         """
         with ExitStack() as stack:
             found = []

@@ -1,10 +1,10 @@
-"""Calls of gRPC's standard services: few at once, and small.
+"""Limits for gRPC's standard services: the number and size of their calls.
 
-Admission does not count them, because health has to be told whatever is taken.
-But anybody may ask for it, and a call holds its message, of up to 4 MiB, for as
-long as its client likes. So they are bounded here, in number and in size. One
-too many ends another one, never itself: who holds hundreds open does not keep
-a probe from its answer.
+Admission does not count these calls, because health must be reported even when all
+memory is taken. But any client may make them, and each call holds its message of up to
+4 MiB for as long as its client likes. So their number and size are limited here. A call
+beyond the limit ends another one, never itself: a client with hundreds of open calls
+does not keep a probe from its answer.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 MOST_OPEN = 1024
-"""Calls whose requests have come: gRPC's clients can watch a server's health
-for as long as they are connected, each of them."""
+"""Calls with a complete request. Each gRPC client may watch a server's health for as
+long as it is connected."""
 
 MOST_COMING = 32
-"""Calls of which a message is still to come, and may be large."""
+"""Calls with a message still to come, possibly a large one."""
 
 YOUNG_S = 1.0
-"""Within which no call is ended: many that come together and are answered in
-milliseconds are no crowd."""
+"""Age below which no call is ended: many simultaneous calls, each answered in
+milliseconds, are no overload."""
 
 MAX_BYTES = 4096
-"""Of a request: it names a service, a symbol or a file."""
+"""Maximum bytes of a request: it names a service, a symbol or a file."""
 
 _OWN = "/gradwire."
 
 
 class StandardServiceGuard(grpc.aio.ServerInterceptor):
-    """Lets calls of other services than gradwire's hold only a little."""
+    """Limits the memory held by calls of services other than gradwire's."""
 
     def __init__(self) -> None:
         self._open = Slots(MOST_OPEN)
@@ -52,15 +52,15 @@ class StandardServiceGuard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """The method's handler, within bounds."""
+        """Return the method's handler, with limits."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if isinstance(method, bytes):
             method = method.decode(errors="replace")
         if handler is None or method.startswith(_OWN):
             return handler
-        # As a stream, however the method is: gRPC reads the message of a method
-        # that has one before it calls anybody, however long that takes.
+        # Always with streamed requests: for a single request gRPC reads the whole
+        # message before it calls the handler, however long that takes.
         bounded: Handler = grpc.stream_stream_rpc_method_handler(
             partial(self._serve, handler),
             response_serializer=handler.response_serializer,
@@ -99,27 +99,27 @@ class StandardServiceGuard(grpc.aio.ServerInterceptor):
 
 
 class _EndedError(Exception):
-    """Another call has taken the place of this one."""
+    """Another call has taken this call's slot."""
 
 
 class Slots:
-    """So many calls at once; who comes when there are more takes one's place.
+    """A limited number of calls; one more call takes an old call's slot.
 
     Args:
-        most: How many, beside those that are young.
+        most: The number of calls. It is exceeded if all are too young to end.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._taken: dict[asyncio.Task[Any], tuple[str, float]] = {}
-        """The calls, the oldest first, the connection of each, and since when."""
+        """Connection and start time of each call; the oldest call first."""
 
     @contextmanager
     def acquire(self, connection: str) -> Iterator[None]:
-        """A place for the call whose task this is, within this context.
+        """Hold a slot for the calling task within this context.
 
         Raises:
-            _EndedError: Another one has taken it.
+            _EndedError: Another call has taken the slot.
         """
         task = asyncio.current_task()
         if task is None:
@@ -139,13 +139,13 @@ class Slots:
             self._taken.pop(task, None)
 
     def _end_one(self, latest: float) -> bool:
-        """Ends the oldest call of the connection that has most of them.
+        """End the oldest call of the connection with the most calls.
 
         Args:
-            latest: When that must have come at the latest.
+            latest: Start time after which a call is too young to end.
 
         Returns:
-            Whether it has.
+            Whether a call was ended.
         """
         counts = Counter(connection for connection, _ in self._taken.values())
         ((most, _),) = counts.most_common(1)

@@ -1,7 +1,7 @@
 """gRPC's standard services: health, reflection, channelz.
 
-They come with the extra `server`. Without it the server does its work all
-the same, and its log says what is missing.
+They need the extra `server`. Without it the server works without them, and logs a
+warning.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 
 class Health:
-    """What grpc.health.v1 answers, for the server ("") and for its service.
+    """The state of grpc.health.v1, for the server ("") and for its service.
 
-    The package's own servicer holds a lock while it writes to a client: one
-    that does not read keeps it from telling the others, and a server that
-    wants to tell it so from stopping.
+    The package's own servicer is not used: it holds a lock while it writes to a client.
+    A client that does not read would block the updates for other clients, and a server
+    that announces its stop.
     """
 
     def __init__(self) -> None:
@@ -47,19 +47,19 @@ class Health:
         self._changed = asyncio.Event()
 
     def serving(self) -> None:
-        """New jobs are welcome."""
+        """Report that new jobs are accepted."""
         if AVAILABLE:
             self._set(health_pb2.HealthCheckResponse.SERVING)
 
     def not_serving(self) -> None:
-        """New jobs are refused, for good."""
+        """Report that new jobs are refused, for good."""
         if AVAILABLE:
             self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def Check(  # noqa: N802 - as the protocol names it
         self, request: HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> HealthCheckResponse | None:
-        """The status now."""
+        """Return the current status."""
         status = self._status.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
@@ -68,7 +68,7 @@ class Health:
     async def List(  # noqa: N802 - as the protocol names it
         self, _: HealthListRequest, __: grpc.aio.ServicerContext[Any, Any]
     ) -> HealthListResponse:
-        """All statuses now."""
+        """Return all current statuses."""
         statuses = {
             name: health_pb2.HealthCheckResponse(status=status)
             for name, status in self._status.items()
@@ -78,7 +78,7 @@ class Health:
     async def Watch(  # noqa: N802 - as the protocol names it
         self, request: HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        """The status now, and whenever it is another one."""
+        """Send the current status, and every change."""
         told = None
         while True:
             changed = self._changed
@@ -97,7 +97,7 @@ class Health:
 
 
 def add(server: grpc.aio.Server, status: Health) -> None:
-    """Adds the standard services to a server that has not started."""
+    """Add the standard services to a server that has not started."""
     if not AVAILABLE:
         _log.warning(
             "health, reflection and channelz are not served: "

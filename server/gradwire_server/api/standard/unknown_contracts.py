@@ -1,4 +1,4 @@
-"""What a client of another version of the contract is told."""
+"""The answer to clients of another version of the contract."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gradwire_protocol.version import VERSION
 
 
 class OtherContracts(grpc.GenericRpcHandler):
-    """Answers calls of `gradwire.*` services that this server does not have."""
+    """Refuses calls of `gradwire.*` services that this server does not have."""
 
     def service(
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[bytes, bytes] | None:
-        """A handler that refuses; None for what is not gradwire's."""
+        """Return a handler that refuses; None for other packages' services."""
         method = handler_call_details.method
         if isinstance(method, bytes):
             method = method.decode(errors="replace")
@@ -42,4 +42,4 @@ class OtherContracts(grpc.GenericRpcHandler):
 
 
 _SHOWN = 128
-"""Characters of a method's name that are repeated; metadata has little room."""
+"""Characters of a method's name to repeat; metadata has little room."""
