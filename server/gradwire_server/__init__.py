@@ -1,7 +1,7 @@
 """The gradwire server: the gradients of a matrix product, as a gRPC service.
 
-`Server` serves in the running event loop; `start_in_thread` serves within a
-program that has none; ``gradwire serve`` is the command.
+`Server` serves in the running event loop; `start_in_thread` serves in a program without
+one; ``gradwire serve`` is the command.
 """
 
 # isort: off

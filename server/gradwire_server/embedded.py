@@ -18,21 +18,20 @@ _LOOPBACK = "127.0.0.1:0"
 
 @contextmanager
 def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
-    """Serves within this process until the context is left.
+    """Serve in this process until the context is left.
 
     Args:
-        settings: By default a unix socket in a fresh directory that only this
-            user can enter (where its path is too long for one, a port of
-            this host's own), NumPy, and the process's BLAS and memory left as
-            they are.
+        settings: Default: a unix socket in a fresh directory that only this user can
+            enter (a loopback port if its path cannot be a socket's), NumPy, and the
+            process's BLAS and memory allocator unchanged.
 
     Yields:
-        The server, started; its `addresses` are what clients connect to.
+        The started server; clients connect to its `addresses`.
 
     Raises:
         ListenError: An address cannot be listened on.
         BackendError: The backend cannot be used here.
-        CredentialsError: A file that says who may call cannot be used.
+        CredentialsError: A file with credentials cannot be used.
     """
     with TemporaryDirectory(prefix="gradwire-") as directory:
         if settings is None:
@@ -65,10 +64,10 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
 
 
 async def _last_tasks() -> None:
-    """Lets calls that were just cut off come to their end.
+    """Let interrupted calls finish.
 
-    asyncio complains of tasks whose loop is closed over them, and gRPC of its
-    own tasks if anybody else cancels them.
+    asyncio complains about pending tasks of a closed loop, and gRPC about its own tasks
+    if others cancel them.
     """
     if others := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(others, timeout=_LAST_TASKS_S)

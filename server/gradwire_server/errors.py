@@ -1,4 +1,4 @@
-"""What a server says when it cannot do what it was asked."""
+"""Errors of the server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gradwire_protocol.error_reasons import Reason
 
 
 class ListenError(OSError):
-    """An address cannot be listened on; the text says which and why."""
+    """An address cannot be listened on; the text names it and the cause."""
 
 
 class BackendError(RuntimeError):
@@ -17,18 +17,18 @@ class BackendError(RuntimeError):
 
 
 class CredentialsError(ValueError):
-    """Callers cannot be told apart as was asked; the text says what is wrong."""
+    """The authentication settings cannot be used; the text gives the cause."""
 
 
 class JobError(Exception):
-    """A job that fails for a reason that its caller is told.
+    """A failure of a job, reported to its client.
 
     Args:
         reason: The stable reason, which also decides the status.
-        message: One sentence: what was given and what was expected.
-        field: Path of the field of the request that is at fault.
+        message: One sentence with the given and the expected value.
+        field: Path of the invalid field in the request.
         retry_after_s: Seconds after which the same call may succeed.
-        metadata: What else travels with the reason.
+        metadata: Further metadata to send with the reason.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class JobError(Exception):
         self.metadata = dict(metadata or {})
 
     def bare(self) -> JobError:
-        """The same error, without what it was raised from and where."""
+        """Return the same error without its cause and traceback."""
         return JobError(
             self.reason,
             self.message,
@@ -58,7 +58,7 @@ class JobError(Exception):
         )
 
     def details(self, job_id: str) -> ErrorDetails:
-        """What travels beside the status and the message."""
+        """Return the details to send with the status and the message."""
         return ErrorDetails(
             reason=self.reason,
             fields={self.field: self.message} if self.field else {},
@@ -68,5 +68,5 @@ class JobError(Exception):
 
 
 def malformed(what: str) -> JobError:
-    """The error of bytes that are not the message that was due."""
+    """Return the error for bytes that are not the expected message."""
     return JobError(Reason.MESSAGE_MALFORMED, what)

@@ -1,4 +1,4 @@
-"""A server's life: bind, serve, drain, close."""
+"""The life of a server: bind, serve, drain, close."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # What a call may send that nobody reads yet, as admission counts it. The
-    # window that gRPC estimates by probing grows to several MiB a call: 200
-    # waiting clients would fill a GiB.
+    # A call's receive window, as counted by admission. With bandwidth probing
+    # the window grows to several MiB per call: 200 waiting clients would fill
+    # a GiB.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", CALL_BYTES),
-    # NATs and load balancers forget connections that are silent for minutes,
-    # and a computation may be.
+    # NATs and load balancers drop connections after minutes of silence, and a
+    # computation may take as long.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -53,13 +53,13 @@ class Server:
     """A gradwire server in the running event loop.
 
     Args:
-        settings: What the operator chose.
-        backend: What computes; by default what the settings choose.
-        observe: Told when row blocks are received, computed and sent.
+        settings: The operator's settings.
+        backend: The backend; by default the settings choose it.
+        observe: Called when row blocks are received, computed and sent.
 
     Raises:
-        BackendError: The backend cannot be used here; the text says why.
-        CredentialsError: A file that says who may call cannot be used.
+        BackendError: The backend cannot be used here; the text gives the cause.
+        CredentialsError: A file with credentials cannot be used.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Server:
         self._observe = observe
         self._gate = make_auth_interceptor(settings)
         self.addresses: tuple[str, ...] = ()
-        """What clients connect to, once the server has started."""
+        """Addresses for clients, once the server has started."""
         if backend is None:
             backend, self.backend_reason = select.choose(settings)
         else:
@@ -83,15 +83,16 @@ class Server:
         self._health = health.Health()
         self._lost = asyncio.Event()
         self.lost: str | None = None
-        """Which device has failed for good, and why; None while none has. Then
-        the process is of no use any more, and should end."""
+        """The device that failed for good, and the cause; None before. The process is
+        then no longer usable, and should end."""
         self._grpc: grpc.aio.Server | None = None
 
     async def start(self) -> None:
-        """Listens on every address and serves.
+        """Listen on every address and serve.
 
         Raises:
-            ListenError: An address cannot be listened on; none is then.
+            ListenError: An address cannot be listened on; the server then listens on
+                none.
             BackendError: A device cannot be used.
         """
         if self.settings.keep_memory:
@@ -145,20 +146,20 @@ class Server:
         )
 
     async def wait_lost(self) -> None:
-        """Waits until a device has failed for good, see `lost`.
+        """Wait until a device has failed for good (see `lost`).
 
-        Health says NOT_SERVING then, new jobs are refused and running ones are
-        ended.
+        Health then reports NOT_SERVING, new jobs are refused and running jobs are
+        cancelled.
         """
         await self._lost.wait()
 
     async def drain(self) -> None:
-        """Stops in good order.
+        """Stop gracefully.
 
-        Health turns NOT_SERVING and new jobs are refused; running ones have
-        the grace period to finish. Those that it does not suffice for are
-        handed over, with a checkpoint where their clients take one, or ended.
-        Then the server closes. Cancelled, it stops at once.
+        Health reports NOT_SERVING, new jobs are refused, and running jobs have the
+        grace period to finish. After it a job ends with a checkpoint if its client
+        takes checkpoints; otherwise it is cancelled. Then the server closes. If this
+        call is cancelled, the server stops at once.
         """
         if self._service is None:
             return
@@ -185,7 +186,7 @@ class Server:
             await service.admission.wait_idle()
 
     async def stop(self) -> None:
-        """Closes the listeners and ends what still runs."""
+        """Close the listeners and end all open calls."""
         server, self._grpc = self._grpc, None
         if server is None:
             return
@@ -235,5 +236,4 @@ class Server:
 _FLUSH_S = 0.5
 
 _HAND_OVER_S = 5.0
-"""How long jobs that are handed over have for the row blocks that have begun, and
-for a checkpoint."""
+"""Seconds for handed-over jobs to finish the row blocks begun and send a checkpoint."""

@@ -1,4 +1,4 @@
-"""The settings of a server: the one place that documents them."""
+"""The settings of a server, and their documentation."""
 
 from __future__ import annotations
 
@@ -11,68 +11,64 @@ from gradwire_protocol.limits import MIB
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator may choose.
+    """The operator's settings.
 
-    Each field is a flag of ``gradwire serve`` (``--max-jobs``), an
-    environment variable (``GRADWIRE_MAX_JOBS``) and a key of its TOML file
-    (``max-jobs``).
+    Each field is a flag of ``gradwire serve`` (``--max-jobs``), an environment variable
+    (``GRADWIRE_MAX_JOBS``) and a key of its TOML file (``max-jobs``).
 
     Raises:
-        ValueError: A value is out of its range; the text names the field.
+        ValueError: A value is out of range; the text names the field.
     """
 
     listen: tuple[str, ...] = ("127.0.0.1:50051",)
-    """Address to listen on, HOST:PORT or unix:PATH; may be given repeatedly.
-    Port 0 takes a free one."""
+    """Address to listen on, HOST:PORT or unix:PATH; may be given repeatedly. Port 0
+    takes a free port."""
 
     tls_cert: Path | None = None
-    """PEM file with the certificate that the server shows, and what leads from
-    it to its authority. With it all TCP addresses speak TLS; unix sockets
-    never do. It and the two below are read anew when they change."""
+    """PEM file with the server's certificate and its chain up to the authority. With it
+    all TCP addresses use TLS; unix sockets never do. This file and the two below are
+    reloaded when they change."""
 
     tls_key: Path | None = None
     """PEM file with the private key of tls-cert, not encrypted."""
 
     tls_client_ca: Path | None = None
-    """PEM file with the authorities that sign clients' certificates: who has
-    none of theirs cannot connect. Unset: anybody can."""
+    """PEM file with the authorities that sign clients' certificates: a client without a
+    certificate of theirs cannot connect. Unset: any client can."""
 
     insecure: bool = False
-    """Whether addresses other than loopback and unix sockets may do without
-    TLS. Then everybody on that network may read along."""
+    """Whether addresses other than loopback and unix sockets may be served without TLS.
+    Everybody on that network can then read the traffic."""
 
     backend: Literal["auto", "numpy", "cupy"] = "auto"
-    """What computes: numpy (the CPU), cupy (CUDA devices), or auto, which
-    takes cupy where a device answers and numpy otherwise."""
+    """Backend: numpy (the CPU), cupy (CUDA devices), or auto: cupy if a CUDA device
+    responds, otherwise numpy."""
 
     devices: tuple[int, ...] = ()
-    """Numbers of the devices that compute, as 0,2. Unset: all that answer.
-    numpy has one, 0."""
+    """Numbers of the devices to compute on, as 0,2. Unset: all that respond. numpy has
+    one, 0."""
 
     device_memory_limit: int | None = None
-    """Most bytes of each device's own memory that the jobs on it may hold
-    together. Unset: nine tenths of what it has. Where the device is the CPU it
-    has no effect."""
+    """Most bytes of each device's own memory that the jobs on it may hold together.
+    Unset: nine tenths of the device's memory. No effect if the device is the CPU."""
 
     cpu_threads: int | None = None
-    """Threads that compute with NumPy, each with one thread of BLAS, to which
-    BLAS is limited in the whole process. Unset: one for each processor. 0:
-    one, and BLAS keeps its own threads."""
+    """Threads that compute with NumPy, each with one BLAS thread; BLAS is limited to
+    one in the whole process. Unset: one for each processor. 0: one thread, and BLAS
+    keeps its own threads."""
 
     cpu_niceness: int = 5
-    """By how much the threads that compute with NumPy are nicer than the rest
-    of the server (nice(1), 0 to 19), so that messages and small calls do not
-    wait until a large product is done. Where threads have none of their own
-    (they do on Linux) it has no effect."""
+    """Added niceness of the threads that compute with NumPy (nice(1), 0 to 19), so that
+    messages and small calls do not wait for a large product. No effect where threads
+    have no niceness of their own (on Linux they do)."""
 
     memory_limit: int | None = None
-    """Most bytes that all jobs and open calls may hold together. Unset: half
-    of the memory that the machine or the container has."""
+    """Most bytes that all jobs and open calls may hold together. Unset: half of the
+    machine's or container's memory."""
 
     keep_memory: bool = True
-    """Whether memory that a job frees is kept for the next one, in the whole
-    process, until none has run for 15 seconds. Where the C library is
-    not glibc it has no effect."""
+    """Whether the process keeps the memory freed by a job for the next job, until no
+    job has run for 15 seconds. No effect if the C library is not glibc."""
 
     max_jobs: int = 64
     """Most jobs that run at once."""
@@ -81,46 +77,43 @@ class Settings:
     """Most jobs that wait for their turn; one more is refused as BUSY."""
 
     block_bytes: int | None = None
-    """Bytes of the operands' rows that are computed together. With n, k and
-    the dtype it decides how many rows a block has, and so a result's last
-    bits. Unset: 16 MiB with numpy, 32 MiB with cupy."""
+    """Bytes of the operands' rows that are computed together. With n, k and the dtype
+    it decides how many rows a block has, and so a result's last bits. Unset: 16 MiB
+    with numpy, 32 MiB with cupy."""
 
     allow_shared_memory: bool = False
-    """Whether clients of the same host may have jobs computed in memory that
-    the server shares with them. What they hold counts in memory-limit."""
+    """Whether clients on the same host may have jobs computed in memory shared with the
+    server. Shared memory counts in memory-limit."""
 
     auth_tokens: Path | None = None
-    """File of hashed tokens with the tenant of each, see gradwire token. Where
-    this, auth-jwks or auth-certificates is given, every call has to prove its
-    tenant."""
+    """File of hashed tokens with the tenant of each, see gradwire token. If this,
+    auth-jwks or auth-certificates is given, every call must prove its tenant."""
 
     auth_jwks: Path | None = None
-    """JSON Web Key Set with the public keys of an issuer whose JWTs are taken
-    as tokens."""
+    """JSON Web Key Set with the public keys of an issuer; the issuer's JWTs are
+    accepted as tokens."""
 
     auth_jwt_audience: str | None = None
-    """Audience (aud) that JWTs must name: an issuer's tokens may be for others.
+    """Audience (aud) that JWTs must name: an issuer's tokens may be for other services.
     Needed with auth-jwks."""
 
     auth_jwt_issuer: str | None = None
-    """Issuer (iss) that JWTs must name; needed with auth-jwks."""
+    """Issuer (iss) that JWTs must name. Needed with auth-jwks."""
 
     auth_jwt_claim: str = "sub"
-    """Claim of a JWT that names the tenant."""
+    """JWT claim that names the tenant."""
 
     auth_certificates: bool = False
-    """Whether a client that sends no token is the tenant that its certificate
-    names: by its common name, or else by its one alternative name. Needs
-    tls-client-ca."""
+    """Whether the certificate of a client without a token names its tenant: by the
+    common name, or else by the only subject alternative name. Needs tls-client-ca."""
 
     auth_health: bool = False
-    """Whether asking for the server's health needs a token too. Probes of
-    containers and load balancers have none."""
+    """Whether health checks need a token too. Probes of containers and load balancers
+    have none."""
 
     tenant_max_jobs: int | None = None
-    """Most jobs of one tenant that run at once. Unset: as many as of all
-    together. So it is with the other limits of a tenant, for all of which the
-    file of auth-tokens may have others for some."""
+    """Most jobs of one tenant that run at once. Unset: no limit per tenant. The
+    auth-tokens file may override this and the other limits per tenant."""
 
     tenant_memory_limit: int | None = None
     """Most bytes that the jobs and open calls of one tenant may hold."""
@@ -129,12 +122,12 @@ class Settings:
     """Most jobs of one tenant that wait for their turn."""
 
     idle_timeout: float = 60.0
-    """Seconds after which a job is ended whose client does not send what the
-    server waits for, or does not read what it was sent."""
+    """Seconds after which a job is ended if its client does not send the expected
+    message or does not read its results."""
 
     grace: float = 30.0
-    """Seconds that running jobs have to finish when the server stops. What is not
-    done then is ended, with a checkpoint for clients that take one."""
+    """Seconds for running jobs to finish when the server stops. After that a job is
+    ended, with a checkpoint if its client takes checkpoints."""
 
     def __post_init__(self) -> None:
         if not self.listen:

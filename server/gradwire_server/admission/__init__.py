@@ -1,1 +1,1 @@
-"""Who may run: the memory, the queue and the turns of tenants."""
+"""Admission control: memory, the queue, and the turns of tenants."""

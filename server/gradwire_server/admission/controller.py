@@ -1,4 +1,4 @@
-"""Who may run: jobs by the bytes that they reserve, tenants in turn."""
+"""Admission control: jobs by their reserved bytes, tenants in turn."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ __all__ = ["CALL_BYTES", "RETRY_AFTER_S", "Admission"]
 class Admission:
     """The memory and the turns of one server.
 
-    A tenant's jobs are admitted first come, first served, and tenants in turn.
-    A large job whose turn has come and that waits for memory is not overtaken
-    for ever by small ones that would fit; one that waits because its tenant
-    has all that it may have lets other tenants by.
+    A tenant's jobs are admitted first come, first served, and tenants take turns. A job
+    that waits for memory blocks later jobs (no starvation). A job blocked only by its
+    tenant's quota does not.
 
     Args:
         memory_limit: Most bytes that jobs and open calls may hold.
         max_jobs: Most jobs that run at once.
         max_queue: Most jobs that wait.
-        lanes: Where they run.
-        limits_of: What a tenant may have of all this; None where all callers
-            are one tenant, who may have it all.
+        devices: The devices to run jobs on.
+        limits_of: Returns a tenant's limits; None: all callers are one tenant, without
+            limits of its own.
     """
 
     def __init__(
@@ -61,12 +60,12 @@ class Admission:
 
     @property
     def running(self) -> int:
-        """Jobs that run."""
+        """Number of running jobs."""
         return self._all.running
 
     @property
     def held_bytes(self) -> int:
-        """What jobs and open calls hold."""
+        """Bytes held by jobs and open calls."""
         return self._ledger.held_bytes
 
     @property
@@ -75,33 +74,33 @@ class Admission:
         return self._draining
 
     def limits(self, tenant: str = "") -> Limits:
-        """The most that a tenant can have of this server."""
+        """Return a tenant's limits on this server."""
         return self._ledger.limits(tenant)
 
     def max_calls_bytes(self, tenant: str = "") -> int:
-        """The most bytes that a tenant's open calls can hold."""
+        """Return the most bytes that a tenant's open calls can hold."""
         return self._ledger.max_calls_bytes(tenant)
 
     def drain(self) -> None:
-        """Refuses every job that is not running, now and from now on."""
+        """Refuse all waiting and future jobs."""
         self._draining = True
         for waiting in self._queue:
             self._refuse(waiting, draining())
 
     async def wait_idle(self) -> None:
-        """Waits until no job runs."""
+        """Wait until no job runs."""
         await self._idle.wait()
 
     @contextmanager
     def call(
         self, size_bytes: int = CALL_BYTES, tenant: str = "", *, spare_bytes: int = 0
     ) -> Iterator[None]:
-        """Holds what an open call takes, whatever it will ask for.
+        """Reserve memory for an open call within this context.
 
         Args:
-            size_bytes: That, or what the call holds for its client beside it.
-            tenant: Whose it is.
-            spare_bytes: What must be left beside it.
+            size_bytes: Bytes to reserve: gRPC's receive window, or a shared region.
+            tenant: The call's tenant.
+            spare_bytes: Bytes that must be free in addition.
 
         Raises:
             JobError: The server drains, or has no memory for one more call.
@@ -125,24 +124,23 @@ class Admission:
         on_wait: Callable[[int], Awaitable[None]],
         tenant: str = "",
     ) -> AsyncIterator[int]:
-        """Waits for a job's turn and holds its memory while it runs.
+        """Wait for a job's turn, and hold its memory while it runs.
 
-        Its turn has come when it is the first of its tenant, it is the
-        tenant's turn, and there are memory, a place, and a lane whose device
-        has memory for it.
+        A job has its turn when it is the first of its tenant, it is the tenant's turn,
+        and there are memory, a free job slot, and a device with enough memory.
 
         Args:
-            size_bytes: What the job reserves of the host's memory.
-            load: What it is for the lane that it will run on.
-            on_wait: Told how many jobs are ahead, first and at each change.
-            tenant: Whose it is.
+            size_bytes: Host memory to reserve, in bytes.
+            load: The job's load on its device.
+            on_wait: Called with the number of jobs ahead, first and at each change.
+            tenant: The job's tenant.
 
         Yields:
-            The position of its lane.
+            The position of the job's device.
 
         Raises:
-            JobError: The job is larger than this server or its tenant can
-                ever hold, the queue is full, or the server drains.
+            JobError: The job is larger than this server or its tenant can ever hold,
+                the queue is full, or the server drains.
         """
         waiting = Waiting(self._ledger.open(tenant), size_bytes, load)
         try:
@@ -227,7 +225,7 @@ class Admission:
         waiting.moved.set()
 
     def _withdraw(self, waiting: Waiting) -> None:
-        """Takes a job that will not run out of the queue, or out of its place."""
+        """Remove a job that will not run from the queue, or release its admission."""
         if waiting.position is not None:
             self._leave(waiting, waiting.position)
         elif waiting in self._queue:
@@ -252,16 +250,16 @@ class Admission:
             waiting.moved.set()
 
     def _admit_next(self) -> bool:
-        """Lets the job whose turn it is run; whether there may be another."""
+        """Admit the next job in turn; return whether there may be another."""
         for first in self._queue.firsts():
             account = first.account
             self._ledger.renew(account)
             too_large = account.check_job(first.size_bytes)
-            if too_large is not None:  # since its tenant was given less
+            if too_large is not None:  # its tenant's limit was lowered
                 self._refuse(first, too_large)
                 return True
             if not account.has_room(first.size_bytes):
-                continue  # nobody but its own tenant stands in its way
+                continue  # blocked only by its tenant's quota
             if not self._all.has_room(first.size_bytes):
                 return False
             first.position = self.devices.assign(first.load)

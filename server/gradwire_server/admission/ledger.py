@@ -1,4 +1,4 @@
-"""The accounts of a server: of all tenants together, and of each."""
+"""The quotas of a server: one of all tenants together, and one of each."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from gradwire_server.admission.tenancy import Limits
 from gradwire_server.errors import JobError
 
 RESERVED_FRACTION = 16
-"""Which part of the memory is kept for the first open call of each tenant: what
-others hold must not keep a tenant from asking for its turn."""
+"""One sixteenth of memory is reserved so that every tenant can always open one call."""
 
 _CALLS_SHARE = 2
-"""Which part of the memory the open calls of one tenant may hold: those that do
-nothing must not keep the jobs of others from running."""
+"""One tenant's open calls may hold half of the memory, so that idle calls do not keep
+other tenants' jobs from running."""
 
 
 class Ledger:
-    """Who holds what.
+    """The memory and jobs of each tenant.
 
     Args:
-        limits: What all tenants together may have.
-        memory_limit: What of it is memory.
-        limits_of: What a tenant may have of all this; None where all callers
-            are one tenant, who may have it all.
+        limits: Limits of all tenants together.
+        memory_limit: Memory of all tenants together, in bytes.
+        limits_of: Returns a tenant's limits; None: all callers are one tenant, without
+            limits of its own.
 
     Attributes:
-        everybody: The account of all together, beside what is kept for first
-            calls.
+        everybody: The quota of all tenants together, without the memory reserved for
+            first calls.
     """
 
     def __init__(
@@ -47,25 +46,25 @@ class Ledger:
 
     @property
     def held_bytes(self) -> int:
-        """What all jobs and open calls hold."""
+        """Bytes held by all jobs and open calls."""
         return self.everybody.held_bytes + self._kept_taken * CALL_BYTES
 
     @property
     def tenants(self) -> int:
-        """How many have an account."""
+        """Number of tenants with a quota."""
         return len(self._accounts)
 
     def limits(self, tenant: str) -> Limits:
-        """The most that a tenant can have."""
+        """Return a tenant's limits on this server."""
         own = Limits() if self._limits_of is None else self._limits_of(tenant)
         return self.everybody.limits.within(own)
 
     def max_calls_bytes(self, tenant: str) -> int:
-        """The most bytes that a tenant's open calls can hold."""
+        """Return the most bytes that a tenant's open calls can hold."""
         return min(self.limits(tenant).memory_limit or 0, self._calls_limit)
 
     def open(self, tenant: str) -> Quota:
-        """A tenant's account; who takes it gives it to `close` in the end."""
+        """Return a tenant's quota, to be passed to `close` in the end."""
         account = self._accounts.get(tenant)
         if account is None:
             account = self._accounts[tenant] = Quota(Limits(), "tenant_", tenant)
@@ -73,22 +72,22 @@ class Ledger:
         return account
 
     def renew(self, account: Quota) -> None:
-        """Takes up what its tenant may have by now."""
+        """Update a quota to its tenant's current limits."""
         if self._limits_of is not None:
             account.limits = self._limits_of(account.tenant)
 
     def close(self, account: Quota) -> None:
-        """Forgets an account if there is nothing in it.
+        """Forget a quota that is not in use.
 
-        Those who call themselves whatever an issuer says are many.
+        The number of tenants is unbounded, because an issuer chooses their names.
         """
         if account.idle and self._accounts.get(account.tenant) is account:
             del self._accounts[account.tenant]
 
     def check_call(self, size_bytes: int, account: Quota) -> JobError | None:
-        """Why there is no place for one more open call; None where there is."""
+        """Return the refusal of one more open call, or None if it fits."""
         refusal = account.check_call(size_bytes)
-        if refusal is not None or self._is_kept_for(account, size_bytes):
+        if refusal is not None or self._can_use_reserved(account, size_bytes):
             return refusal
         if account.calls_bytes + size_bytes > self._calls_limit < self._shared_bytes:
             return busy(
@@ -99,13 +98,13 @@ class Ledger:
         return self.everybody.check_call(size_bytes)
 
     def hold_call(self, size_bytes: int, account: Quota) -> tuple[Quota, ...]:
-        """Counts an open call that has a place.
+        """Count an open call.
 
         Returns:
-            The accounts in which it counts.
+            The quotas that count it.
         """
         holders: tuple[Quota, ...] = (account, self.everybody)
-        if self._is_kept_for(account, size_bytes):
+        if self._can_use_reserved(account, size_bytes):
             account.has_reserved_slot = True
             self._kept_taken += 1
             holders = (account,)
@@ -117,7 +116,7 @@ class Ledger:
     def release_call(
         self, size_bytes: int, account: Quota, holders: tuple[Quota, ...]
     ) -> None:
-        """Counts it no longer."""
+        """Stop counting an open call."""
         for each in holders:
             each.calls_bytes -= size_bytes
             each.held_bytes -= size_bytes
@@ -130,8 +129,8 @@ class Ledger:
     def _shared_bytes(self) -> int:
         return self.everybody.limits.memory_limit or 0
 
-    def _is_kept_for(self, account: Quota, size_bytes: int) -> bool:
-        """Whether a call can have the place that is kept for its tenant."""
+    def _can_use_reserved(self, account: Quota, size_bytes: int) -> bool:
+        """Return whether a call can use its tenant's reserved slot."""
         return (
             not account.has_reserved_slot
             and size_bytes == CALL_BYTES

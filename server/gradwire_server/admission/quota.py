@@ -1,4 +1,4 @@
-"""What the jobs and open calls of a tenant, or of all tenants, hold at once."""
+"""The memory and jobs of a tenant, or of all tenants, and their limits."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from gradwire_server.errors import JobError
 from gradwire_server.scheduling.device_selector import Load
 
 CALL_BYTES = 4 * MIB
-"""What an open call holds before its job is admitted: what gRPC takes in
-from its client while nobody reads."""
+"""Bytes that an open call holds before its job is admitted: gRPC's receive window,
+filled by the client while the server does not read."""
 
 RETRY_AFTER_S = 1.0
-"""When a refused caller may try again: jobs come and go within seconds."""
+"""Seconds after which a refused caller may try again: jobs come and go within
+seconds."""
 
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """A job that waits for its turn."""
+    """A waiting job."""
 
     account: Quota
-    """Its tenant's."""
+    """The quota of the job's tenant."""
     size_bytes: int
     load: Load
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     position: int | None = None
-    """Position of the lane that the job was given; None before it may run."""
+    """Position of the job's device; None until it is admitted."""
     refused: JobError | None = None
 
 
 class Quota:
-    """What is held, of at most so much.
+    """Used resources, and their limits.
 
-    Open calls never hold so much that a waiting job could not run when all
-    running ones have ended: those who wait would wait for each other.
+    Open calls never hold so much that a waiting job could not run after all running
+    jobs have ended. Otherwise the waiting calls would wait for each other.
 
     Args:
-        limits: How much that is.
-        whose: What its limits are called in front: "tenant_", or nothing.
+        limits: The limits.
+        whose: Prefix of the limits' names: "tenant_", or empty.
         tenant: The tenant's name.
     """
 
@@ -52,21 +53,21 @@ class Quota:
         self.running = 0
         self.held_bytes = 0
         self.calls_bytes = 0
-        """Of these, what open calls hold."""
+        """Part of `held_bytes` held by open calls."""
         self.waiting: list[Waiting] = []
-        """In the order in which they came."""
+        """Waiting jobs, in the order in which they came."""
         self.has_reserved_slot = False
-        """Whether an open call has the place that is kept for it."""
+        """Whether an open call uses the tenant's reserved slot."""
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is held or waited for."""
+        """Whether nothing is held and no job waits."""
         return not (
             self.running or self.held_bytes or self.waiting or self.has_reserved_slot
         )
 
     def check_job(self, size_bytes: int) -> JobError | None:
-        """Why a job could not run if there were no other; None: it could."""
+        """Return the refusal of a job too large to ever run, or None."""
         limit = self.limits.memory_limit
         if limit is None or size_bytes + CALL_BYTES <= limit:
             return None
@@ -79,7 +80,7 @@ class Quota:
         )
 
     def check_call(self, size_bytes: int) -> JobError | None:
-        """Why there is no place for one more open call; None where there is."""
+        """Return the refusal of one more open call, or None if it fits."""
         limit = self.limits.memory_limit
         if limit is None:
             return None
@@ -94,7 +95,7 @@ class Quota:
         return None
 
     def check_wait(self, size_bytes: int) -> JobError | None:
-        """Why a job would wait for ever beside the open calls; None: it would not."""
+        """Return the refusal of a job that open calls would block forever, or None."""
         limit = self.limits.memory_limit
         if limit is not None and self.calls_bytes + size_bytes > limit:
             return self.no_memory()
@@ -102,19 +103,19 @@ class Quota:
 
     @property
     def overfull(self) -> bool:
-        """Whether more jobs wait than may."""
+        """Whether more jobs wait than allowed."""
         places = self.limits.max_queue
         return places is not None and len(self.waiting) > places
 
     def has_room(self, size_bytes: int) -> bool:
-        """Whether a job may run now."""
+        """Return whether a job may run now."""
         jobs, limit = self.limits.max_jobs, self.limits.memory_limit
         return (jobs is None or self.running < jobs) and (
             limit is None or self.held_bytes + size_bytes <= limit
         )
 
     def no_memory(self) -> JobError:
-        """The refusal of who finds the memory taken."""
+        """Return the refusal for lack of memory."""
         return busy(
             f"open calls and running jobs{self._of_whom} hold {self.held_bytes} of "
             f"{self.limits.memory_limit} bytes, and {len(self.waiting)} jobs wait",
@@ -122,12 +123,12 @@ class Quota:
         )
 
     def no_place(self) -> JobError:
-        """The refusal of who is one too many in the queue."""
+        """Return the refusal for a full queue."""
         places = self.limits.max_queue
         full = f"and {len(self.waiting) - 1} wait, of at most {places}"
         limit = "max_queue"
         if not places and self.running == self.limits.max_jobs:
-            # Nobody may wait: what the job would have waited for says more.
+            # Without a queue, the limit of running jobs is the cause.
             full, limit = f"of at most {self.running}, and none may wait", "max_jobs"
         return busy(
             f"{self.running} jobs{self._of_whom} run, {full}", f"{self.whose}{limit}"
@@ -139,10 +140,10 @@ class Quota:
 
 
 def busy(why: str, limit: str) -> JobError:
-    """The refusal of who finds what is limited taken; later it may be free.
+    """Return the refusal for a resource that is taken now and may be free later.
 
     Args:
-        why: What is taken.
+        why: The taken resource.
         limit: The setting that limits it.
     """
     return JobError(
@@ -154,7 +155,7 @@ def busy(why: str, limit: str) -> JobError:
 
 
 def draining() -> JobError:
-    """The refusal of who comes too late."""
+    """Return the refusal while the server drains."""
     return JobError(
         Reason.DRAINING, "the server is about to stop and takes no new jobs"
     )

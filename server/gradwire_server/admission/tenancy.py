@@ -1,7 +1,7 @@
-"""On whose behalf a call is served.
+"""Tenants, and their limits.
 
-A tenant is a name, which the caller's credentials prove. Without
-authentication all callers are one tenant, which has none.
+A tenant is a name proved by the caller's credentials. Without authentication all
+callers are one tenant with an empty name.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 MAX_NAME_LENGTH = 128
-"""Characters of a tenant's name: it stands in every line of the log."""
+"""Most characters of a tenant's name: every log line of its calls contains it."""
 
 current: ContextVar[str] = ContextVar("tenant", default="")
-"""The tenant of the call that is served in this context.
+"""The tenant of the call served in this context.
 
-gRPC runs an interceptor in the task that then serves the call, so what is set
-there holds for the whole call and for no other.
+gRPC runs an interceptor in the task that then serves the call. A value set there holds
+for the whole call and for no other.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What may be had at once; None where there is no limit."""
+    """Limits on concurrent use; None: no limit."""
 
     max_jobs: int | None = None
-    """Jobs that run."""
+    """Running jobs."""
     memory_limit: int | None = None
-    """Bytes that jobs and open calls hold."""
+    """Bytes held by jobs and open calls."""
     max_queue: int | None = None
-    """Jobs that wait."""
+    """Waiting jobs."""
 
     def within(self, other: Limits) -> Limits:
-        """The smaller one of each."""
+        """Return the smaller of each limit."""
         return Limits(
             _least(self.max_jobs, other.max_jobs),
             _least(self.memory_limit, other.memory_limit),
@@ -41,7 +41,7 @@ class Limits:
 
 
 def is_name(text: object) -> bool:
-    """Whether a tenant can be called so: printable ASCII, and not too long."""
+    """Return whether a text is a tenant's name: printable ASCII, and not too long."""
     return (
         isinstance(text, str)
         and 0 < len(text) <= MAX_NAME_LENGTH

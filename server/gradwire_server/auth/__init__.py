@@ -1,4 +1,4 @@
-"""Who may call: tokens, JWTs, and the tenants whose they are."""
+"""Authentication: tokens, JWTs and certificates, and their tenants."""
 
 from gradwire_server.auth.interceptor import AuthInterceptor, make_auth_interceptor
 

@@ -1,7 +1,7 @@
-"""Tenants by their TLS certificates.
+"""Tenants identified by TLS certificates.
 
-That a client has the certificate's key, and who signed it, was settled by the
-handshake, before any call.
+The handshake has already verified the certificate's signature and the client's
+possession of its key, before any call.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _OTHER_NAMES = "x509_subject_alternative_name"
 
 
 def tenant_of(context: Context) -> str | None:
-    """Whose the certificate is with which a call came; None: it had none.
+    """Return the tenant named by a call's client certificate; None without one.
 
-    That is its common name, or where it has none (as SPIFFE's) its one
-    subject alternative name.
+    The tenant is the common name or, without one (as with SPIFFE), the only subject
+    alternative name.
 
     Raises:
-        RefusedError: It does not say.
+        RefusedError: The certificate names no tenant.
     """
     found = context.auth_context()
     if not found or found.get("transport_security_type") in (None, [b"insecure"]):
@@ -45,11 +45,11 @@ def tenant_of(context: Context) -> str | None:
 
 
 def after(let_in: LetIn, handler: Handler) -> Handler:
-    """The same method, once the call was let in.
+    """Return the same method, preceded by a check of the call.
 
     Args:
-        let_in: Ends the call where it is not; it is told by the connection,
-            of which an interceptor knows nothing.
+        let_in: Ends the call if it is refused. It needs the connection, and an
+            interceptor has no access to it.
         handler: The method.
     """
     kind, make = _KINDS[

@@ -1,14 +1,14 @@
-"""Why a caller is not known."""
+"""The error of refused credentials."""
 
 from __future__ import annotations
 
 
 class RefusedError(Exception):
-    """Credentials that are not good.
+    """Invalid credentials.
 
     Args:
-        told: What their bearer is told. It never holds any of them.
-        why: What the log says beside it.
+        told: Text for the client. It never contains any of the credentials.
+        why: Text for the log.
     """
 
     def __init__(

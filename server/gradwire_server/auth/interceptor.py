@@ -1,4 +1,4 @@
-"""Where every call passes, whatever its service, before anything of it is read."""
+"""Authentication of every call, before any of it is read."""
 
 from __future__ import annotations
 
@@ -33,26 +33,25 @@ _HEALTH = "/grpc.health.v1.Health/"
 
 
 class TokenRegistry(Protocol):
-    """What knows tenants by their tokens."""
+    """Maps tokens to tenants."""
 
     def tenant_of(self, token: str) -> str | None:
-        """Whose a token is; None where it is not in this register."""
+        """Return a token's tenant, or None if the token is not registered here."""
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Lets calls in whose credentials prove a tenant.
+    """Admits calls with credentials that prove a tenant.
 
-    A call that is not let in is answered without a message of it being read,
-    or any memory being counted for it.
+    A refused call is answered before any of its messages is read or any memory is
+    counted for it.
 
     Args:
-        registers: Where tokens are looked up, one after another.
-        limits: What a tenant may have of the server, unless the file of
-            tokens says otherwise.
-        tokens: That file.
-        certificates: Whether who sends no token is the tenant that the client's
-            certificate names.
-        health_open: Whether anybody may ask for the server's health.
+        registers: Token registries, in order of lookup.
+        limits: A tenant's limits; the tokens file may override them.
+        tokens: The tokens file.
+        certificates: Whether the certificate of a client without a token names its
+            tenant.
+        health_open: Whether health checks need no credentials.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """The method's handler, or one that says why the call is not let in."""
+        """Return the method's handler, or a handler that refuses the call."""
         method = _text(handler_call_details.method)
         if self._health_open and method.startswith(_HEALTH):
             return await continuation(handler_call_details)
@@ -88,15 +87,15 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         try:
             tenancy.current.set(self._tenant_of(given))
         except RefusedError as refused:
-            # As a stream, however the method is: gRPC reads the message of a
-            # method that has one before it calls anybody.
+            # Always with streamed requests: for a single request gRPC reads the
+            # whole message before it calls the handler.
             return grpc.stream_stream_rpc_method_handler(
                 partial(_refuse_unread, method, refused)
             )
         return await continuation(handler_call_details)
 
     def limits_of(self, tenant: str) -> Limits:
-        """What a tenant may have of the server."""
+        """Return a tenant's limits."""
         if self._tokens is None:
             return self._limits
         return self._tokens.value.limits_of(tenant, self._limits)
@@ -119,10 +118,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
 
 def make_auth_interceptor(settings: Settings) -> AuthInterceptor | None:
-    """The gate that the settings ask for; None where nobody is asked.
+    """Return the interceptor for the settings, or None without authentication.
 
     Raises:
-        CredentialsError: A file that they name cannot be used.
+        CredentialsError: The settings are inconsistent, or a file cannot be used.
     """
     registers: list[WatchedFiles[Any]] = []
     tokens: WatchedFiles[Tokens] | None = None
@@ -166,7 +165,7 @@ def make_auth_interceptor(settings: Settings) -> AuthInterceptor | None:
 
 
 def _expected(settings: Settings) -> Expected | None:
-    """What JWTs have to say; None where there are none."""
+    """Return the required claims of JWTs; None if JWTs are not accepted."""
     audience, issuer = settings.auth_jwt_audience, settings.auth_jwt_issuer
     claim = settings.auth_jwt_claim
     if settings.auth_jwks is None:
@@ -202,7 +201,7 @@ async def _refuse_unread(
 
 
 async def _refuse(method: str, refused: RefusedError, context: Context) -> None:
-    """Ends a call, and says so in the log."""
+    """End a call, and log the refusal."""
     reason = Reason.CREDENTIALS_INVALID
     _log.warning(
         "refused",
@@ -231,4 +230,4 @@ def _text(value: str | bytes) -> str:
 
 
 _SHOWN = 128
-"""Characters of a method's name that are logged: strangers choose it."""
+"""Characters of a method's name to log: strangers choose it."""

@@ -1,4 +1,4 @@
-"""JSON Web Tokens (RFC 7519) of an issuer whose public keys are in a file.
+"""JSON Web Tokens (RFC 7519) of an issuer, verified by public keys in a file.
 
 PyJWT verifies them; it comes with the extra `server`.
 """
@@ -19,32 +19,32 @@ ALGORITHMS = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
     *("ES256", "ES384", "ES512", "EdDSA"),
 )
-"""Signatures that only the issuer can make. With the others (HS256, ...) who can
-verify a token can make one, and a public key taken for a shared secret lets
-everybody; "none" is no signature."""
+"""Asymmetric signatures, which only the issuer can make. With symmetric ones (HS256,
+...) any verifier can sign too, and if a public key is taken for the shared secret,
+everybody can. "none" is no signature."""
 
 _LEEWAY_S = 10
-"""By how much the issuer's clock and this one may differ."""
+"""Allowed difference between the issuer's clock and this server's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a token has to say."""
+    """Required claims of a token."""
 
     audience: str
-    """For whom it was issued: this server's name at the issuer."""
+    """This server's name at the issuer."""
     issuer: str
-    """By whom."""
+    """The issuer's name."""
     claim: str
-    """Which of its claims names the tenant."""
+    """Name of the claim with the tenant."""
 
 
 class Keys:
     """An issuer's public keys.
 
     Args:
-        keys: At least one.
-        expected: What its tokens have to say.
+        keys: At least one key.
+        expected: Required claims of the issuer's tokens.
     """
 
     def __init__(self, keys: list[PyJWK], expected: Expected) -> None:
@@ -52,10 +52,10 @@ class Keys:
         self._expected = expected
 
     def tenant_of(self, token: str) -> str | None:
-        """Whose a token is; None where it is no JWT.
+        """Return a token's tenant, or None if the token is no JWT.
 
         Raises:
-            RefusedError: It is one, and not good here.
+            RefusedError: The JWT is not valid here.
         """
         import jwt  # noqa: PLC0415 - comes with an extra
 
@@ -77,15 +77,14 @@ class Keys:
                 },
             )
         except jwt.ExpiredSignatureError:
-            # The signature was right: its owner may well be told.
+            # The signature is valid, so the client may know the cause.
             raise RefusedError("the token has expired") from None
         except (jwt.InvalidAudienceError, jwt.InvalidIssuerError):
             raise RefusedError("the token is for another audience or issuer") from None
         except RefusedError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a stranger's token brings
-            # about in the library (nested a thousand deep: RecursionError), it
-            # lets nobody in.
+        except Exception as error:  # noqa: BLE001 - any error refuses the token, also
+            # one provoked in the library (nested a thousand deep: RecursionError).
             raise RefusedError(why=type(error).__name__) from None
         name = claims[expected.claim]
         if not isinstance(name, str) or not is_name(name):
@@ -103,11 +102,11 @@ class Keys:
 
 
 def parse_keys(content: bytes, expected: Expected) -> Keys:
-    """The keys of a JSON Web Key Set (RFC 7517) that can be used.
+    """Return the usable keys of a JSON Web Key Set (RFC 7517).
 
     Raises:
-        ValueError: It is none, or has none, or the package that reads it is not
-            installed; the text repeats nothing of it.
+        ValueError: The content is no key set or has no usable key, or a package to read
+            it is missing; the text quotes nothing of the content.
     """
     try:
         import jwt  # noqa: PLC0415 - comes with an extra

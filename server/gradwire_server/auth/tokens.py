@@ -1,4 +1,4 @@
-"""Tokens, and the file that says whose they are.
+"""Tokens, and the file that maps them to tenants.
 
     [[tokens]]
     tenant = "alice"
@@ -8,12 +8,12 @@
     [tenants.alice]
     max-jobs = 4
 
-A section of a tenant has limits that are its own, instead of the server's
-settings tenant-max-jobs, tenant-memory-limit (in bytes) and tenant-max-queue.
+A section [tenants.NAME] overrides the server's settings tenant-max-jobs,
+tenant-memory-limit (in bytes) and tenant-max-queue for one tenant.
 
-The file holds a token's SHA-256 alone, so whoever reads it can call nobody. A
-slow, salted hash as for passwords would add nothing: those are slow because
-passwords can be guessed, and 256 random bits cannot, however fast one tries.
+The file holds only a token's SHA-256, so a reader of the file cannot make calls. A
+slow, salted hash as for passwords would add nothing: it protects secrets that can be
+guessed, and 256 random bits cannot.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from gradwire_protocol.limits import MIB
 from gradwire_server.admission.tenancy import MAX_NAME_LENGTH, Limits, is_name
 
 PREFIX = "gw_"
-"""How every token begins, so that scanners find one that has leaked: tokens
-match ``gw_[A-Za-z0-9_-]{43}``."""
+"""Prefix of every token, so that scanners find leaked tokens: they match
+``gw_[A-Za-z0-9_-]{43}``."""
 
 _SECRET_BYTES = 32
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -42,21 +42,21 @@ _ID_LENGTH = 16
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the file says of a token."""
+    """A token's entry in the file."""
 
     tenant: str
-    """Whose it is."""
+    """The token's tenant."""
     sha256: str
-    """Of the token's characters, in hex."""
+    """Hash of the token's characters, in hex."""
     created: datetime.date | None = None
 
     @property
     def id(self) -> str:
-        """By which people and the file's index name it; it is no secret."""
+        """Public identifier of the token, for people and for the file's index."""
         return self.sha256[:_ID_LENGTH]
 
     def toml(self) -> str:
-        """The lines of the file that say it."""
+        """Return the entry's lines in the file."""
         lines = [
             "[[tokens]]",
             f"tenant = {_quoted(self.tenant)}",
@@ -71,12 +71,11 @@ class Tokens:
     """The tokens of a file.
 
     Args:
-        entries: What it says of them.
-        limits: Of the tenants that have limits of their own, these, by the
-            names of `Limits`.
+        entries: The file's entries.
+        limits: Overridden limits of each tenant, by the names of `Limits`.
 
     Raises:
-        ValueError: It names a token twice.
+        ValueError: A token occurs twice.
     """
 
     def __init__(
@@ -91,10 +90,10 @@ class Tokens:
         return iter(self._by_id.values())
 
     def tenant_of(self, token: str) -> str | None:
-        """Whose a token is; None where it is nobody's."""
-        # The index is looked up by a part of the hash, which may well take as
-        # long as it takes: who does not know the token cannot choose its hash,
-        # and what he learns of one leads to no token.
+        """Return a token's tenant, or None if the token is unknown."""
+        # The lookup by a part of the hash need not take constant time: without
+        # the token an attacker cannot choose its hash, and the timing reveals
+        # parts of a hash, from which no token follows.
         digest = sha256_of(token)
         entry = self._by_id.get(digest[:_ID_LENGTH])
         if entry is None or not hmac.compare_digest(entry.sha256, digest):
@@ -102,20 +101,20 @@ class Tokens:
         return entry.tenant
 
     def limits_of(self, tenant: str, others: Limits) -> Limits:
-        """A tenant's limits.
+        """Return a tenant's limits.
 
         Args:
-            tenant: Its name.
-            others: Those of tenants that have none of their own.
+            tenant: The tenant's name.
+            others: Limits of tenants without overrides.
         """
         return replace(others, **self._limits.get(tenant, {}))
 
 
 def new_token(tenant: str, today: datetime.date) -> tuple[str, Entry]:
-    """A token that nobody has, and what the file is to say of it.
+    """Return a new random token, and its entry for the file.
 
     Raises:
-        ValueError: The tenant's name is none.
+        ValueError: The tenant's name is invalid.
     """
     if not is_name(tenant):
         raise ValueError(_NO_NAME.format(what="the tenant"))
@@ -124,16 +123,16 @@ def new_token(tenant: str, today: datetime.date) -> tuple[str, Entry]:
 
 
 def sha256_of(token: str) -> str:
-    """What the file has of a token."""
+    """Return a token's hash, as in the file."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def parse_tokens(content: bytes) -> Tokens:
-    """What a file says.
+    """Parse a tokens file.
 
     Raises:
-        ValueError: It is none; the text names what is wrong, and repeats
-            nothing that could be a token.
+        ValueError: The content is invalid; the text names the fault, and quotes nothing
+            that could be a token.
     """
     try:
         document = tomllib.loads(content.decode())
@@ -153,10 +152,10 @@ def parse_tokens(content: bytes) -> Tokens:
 
 
 def without(text: str, token_id: str) -> str:
-    """The file's text without a token, and otherwise as it was.
+    """Return the file's text without a token, otherwise unchanged.
 
     Raises:
-        ValueError: It has no section for that token.
+        ValueError: The text has no section for the token.
     """
     sections = re.split(r"^(?=[ \t]*\[)", text, flags=re.MULTILINE)
     kept = [section for section in sections if not _is_of(section, token_id)]
@@ -180,7 +179,7 @@ def _entry(fields: object, at: int) -> Entry:
     created = fields.get("created")
     if not isinstance(tenant, str) or not is_name(tenant):
         raise ValueError(_NO_NAME.format(what=f"{where} has a tenant that"))
-    # What stands there is not repeated: it may be a token that was pasted.
+    # The value is not quoted: it may be a pasted token.
     if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
         raise ValueError(f"{where} has a sha256 that is not 64 hex digits (0-9, a-f)")
     if created is not None and not isinstance(created, datetime.date):
@@ -196,7 +195,7 @@ def _limits(fields: object, tenant: str) -> dict[str, int]:
         raise ValueError(_NO_TENANTS)  # noqa: TRY004 - a file is wrong, no argument
     _require_keys(fields, set(_LEAST), where)
     for key, value in fields.items():
-        # In Python, true is a number too.
+        # bool is a subclass of int.
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or value < _LEAST[key]:
             raise ValueError(

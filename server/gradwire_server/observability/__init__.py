@@ -1,1 +1,1 @@
-"""What is told of jobs while they run."""
+"""The access log and the timeline of row blocks."""

@@ -1,4 +1,4 @@
-"""One log line for each call, with what is known of it as fields."""
+"""One log line for each call, with structured fields."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _log = logging.getLogger("gradwire_server")
 
 
 def write_access_log(level: int, fields: Mapping[str, Any]) -> None:
-    """Writes the line of a call that has ended."""
+    """Write the log line of a finished call."""
     _log.log(level, "job", extra=dict(fields))
 
 
 def access_log_enabled(level: int) -> bool:
-    """Whether a line of that level is written at all."""
+    """Return whether lines of this level are logged."""
     return _log.isEnabledFor(level)

@@ -1,7 +1,6 @@
-"""When each row block was received, computed and sent: for who wants to see it.
+"""Events of row blocks being received, computed and sent, for an observer.
 
-A server tells nobody unless it is given an observer. `bench.trace` draws what
-one has seen.
+Without an observer a server reports no events. `bench.trace` draws them.
 """
 
 from __future__ import annotations
@@ -12,32 +11,30 @@ from typing import TypeAlias
 
 
 class Stage(enum.Enum):
-    """A part of a row block's way through the server."""
+    """A stage of a row block in the server."""
 
     RECEIVING = "receiving"
-    """Its operands' bytes are taken from messages to the memory that they are
-    computed in."""
+    """The operands' bytes are copied from messages to the memory for computing."""
 
     COMPUTING = "computing"
-    """Its products are computed, in the lane's thread."""
+    """The products are computed, in the worker thread."""
 
     SENDING = "sending"
-    """Its results are handed to gRPC, which takes them as the client reads."""
+    """The results are handed to gRPC, which accepts them as the client reads."""
 
 
 Observe: TypeAlias = Callable[[str, Stage, int | None], object]
-"""Told of a streamed job that a stage of a row block begins, goes on or ends.
+"""Called when a stage of a streamed job's row block begins, continues or ends.
 
-Its arguments are the job's id, the stage, and the number of the block; None
-for W, which is received, and dW, which is sent. A stage lasts from the first
-time that it is told until the last. It is called from the event loop and from
-the lanes' threads, and must be quick.
+The arguments are the job's id, the stage, and the block's number; None for W (received)
+and dW (sent). A stage lasts from its first call to its last. The callback runs in the
+event loop and in the worker threads, and must be quick.
 """
 
 
 ObserveJob: TypeAlias = Callable[[Stage, int | None], object]
-"""The same for one job, whose id it knows."""
+"""`Observe` for one job, without the job's id."""
 
 
 def no_observer(job_id: str, stage: Stage, block: int | None) -> None:
-    """Nobody looks."""
+    """Ignore the event."""

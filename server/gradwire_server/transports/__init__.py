@@ -1,1 +1,1 @@
-"""Where the server listens, and the files that it watches."""
+"""Listening addresses, TLS, and files that may change."""

@@ -17,29 +17,29 @@ Signature: TypeAlias = "tuple[int, ...] | None"
 
 
 class FileError(ValueError):
-    """A file cannot be used; the text names it and says why."""
+    """A file cannot be used; the text names it and the cause."""
 
 
 class FileUnreadableError(FileError):
-    """A file cannot be read now, which may pass though the file stays as it is."""
+    """A file cannot be read now; a retry may succeed although the file is unchanged."""
 
 
 class WatchedFiles(Generic[T]):
-    """What some files say together, loaded again when one of them has changed.
+    """A value loaded from files, and loaded again when one of the files changes.
 
-    Whether one has is looked at whenever the value is asked for, in whatever
-    thread. That takes microseconds, so that a token that was revoked is refused at
-    the next call. New files that cannot be used change nothing but the log. Files
-    that cannot be read are tried again each time, because the cause (their owner,
-    too many open files) may pass.
+    Each access to the value checks the files, in any thread. The check takes
+    microseconds, so a revoked token is refused at the next call. If the new files are
+    invalid, the value stays and the error is logged. Files that cannot be read are
+    tried again at each access, because the cause (their owner, too many open files) may
+    pass.
 
     Args:
         paths: The files.
-        what: What to call them in the log.
-        load: Reads the files, with `read_file`, and makes the value of them.
+        what: Their name in the log.
+        load: Reads the files with `read_file`, and returns the value.
 
     Raises:
-        FileError: They cannot be used.
+        FileError: The files cannot be used.
     """
 
     def __init__(self, paths: Sequence[Path], what: str, load: Callable[[], T]) -> None:
@@ -53,9 +53,9 @@ class WatchedFiles(Generic[T]):
 
     @property
     def value(self) -> T:
-        """What the files say, or said when they were last right."""
+        """The value of the files, as they last were valid."""
         with self._lock:
-            # Before reading: a file that changes meanwhile is read once more.
+            # Before reading: a file that changes meanwhile is read again.
             now = self._signatures()
             if now != self._seen:
                 self._load_again(now)
@@ -83,14 +83,14 @@ class WatchedFiles(Generic[T]):
 
 
 def read_file(path: Path, name: str) -> bytes:
-    """A file's content.
+    """Return a file's content.
 
     Args:
         path: The file.
-        name: What to call it in the error.
+        name: Its name in the error.
 
     Raises:
-        FileUnreadableError: It cannot be read.
+        FileUnreadableError: The file cannot be read.
     """
     try:
         return path.read_bytes()
@@ -102,16 +102,16 @@ def read_file(path: Path, name: str) -> bytes:
 def watch_file(
     path: Path | str, what: str, parse: Callable[[bytes], T]
 ) -> WatchedFiles[T]:
-    """One watched file.
+    """Watch one file.
 
     Args:
         path: The file.
-        what: What to call it.
-        parse: Makes the value of its content; raises ValueError with a text that
-            is fit for the log.
+        what: Its name in the log.
+        parse: Returns the value of the content; raises ValueError with a text for the
+            log.
 
     Raises:
-        FileError: It cannot be used.
+        FileError: The file cannot be used.
     """
     path = Path(path)
 
@@ -126,9 +126,9 @@ def watch_file(
 
 
 def file_signature(path: Path) -> Signature:
-    """What differs once a file, or who may read it, does; None: there is no file."""
+    """Return a value that changes with a file or its access; None if it is missing."""
     try:
-        found = os.stat(path)  # noqa: PTH116 - looked at at every call
+        found = os.stat(path)  # noqa: PTH116 - runs at every call
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

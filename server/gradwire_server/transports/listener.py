@@ -1,8 +1,7 @@
-"""Addresses to listen on: what they mean, and why one cannot be had.
+"""Addresses to listen on: parsing, and checks that name the cause of a failure.
 
-gRPC reports a bind that failed without its cause, and takes a unix socket
-away from a server that still listens on it; so an address is tried here
-first.
+gRPC reports a failed bind without its cause, and takes a unix socket away from a server
+that still listens on it. So each address is tried here first.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from gradwire_server.errors import ListenError
 _log = logging.getLogger("gradwire_server")
 
 _MAX_SOCKET_PATH = 107
-"""Bytes of a unix socket's path (sun_path of unix(7), without its final 0)."""
+"""Maximum bytes of a unix socket's path (sun_path of unix(7), without its final 0)."""
 
 _URI_SIGNS = frozenset("%?#")
-"""gRPC reads the path as part of a URI, where these stand for something else."""
+"""gRPC parses the path as part of a URI; these characters are special there."""
 
 
 def bind(
@@ -37,19 +36,19 @@ def bind(
     *,
     insecure: bool = False,
 ) -> str:
-    """Lets `server` listen on `address`.
+    """Make `server` listen on `address`.
 
     Args:
         server: A server that has not been started.
-        address: HOST:PORT or unix:PATH; port 0 takes a free one.
-        credentials: For TLS, on TCP; None: in plaintext.
-        insecure: Whether plaintext may be spoken where others can listen in.
+        address: HOST:PORT or unix:PATH; port 0 takes a free port.
+        credentials: For TLS on TCP addresses; None: plaintext.
+        insecure: Whether plaintext is allowed beyond loopback.
 
     Returns:
-        The address that clients connect to.
+        The address for clients.
 
     Raises:
-        ListenError: It cannot be listened on; the text says why.
+        ListenError: The address cannot be listened on; the text gives the cause.
     """
     if address.startswith("unix:"):
         return _bind_unix(server, address)
@@ -57,13 +56,13 @@ def bind(
 
 
 def can_be_a_socket(path: Path) -> bool:
-    """Whether a unix socket may have this path, as far as its text goes."""
+    """Return whether a unix socket may have this path, judged by its text."""
     size = len(os.fsencode(path.absolute()))
     return size <= _MAX_SOCKET_PATH and not set(str(path)) & _URI_SIGNS
 
 
 def remove(address: str) -> None:
-    """Removes what is left of an address that was listened on."""
+    """Remove the socket file of an address, if it is a unix socket's."""
     if address.startswith("unix:"):
         Path(address.removeprefix("unix:")).unlink(missing_ok=True)
 
@@ -183,7 +182,7 @@ def _add(
 
 @contextmanager
 def _private_files() -> Iterator[None]:
-    """Files made meanwhile are their owner's alone (a socket: mode 0600)."""
+    """Create files for their owner only within this context (sockets: mode 0600)."""
     before = os.umask(0o177)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A server's certificates: read from their files, and again when those change."""
+"""A server's certificates, reloaded when their files change."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from gradwire_server.transports.file_watch import (
 
 
 class Certificates:
-    """What a server shows its clients, and how it knows them.
+    """The server's certificate, and the authorities of its clients' certificates.
 
-    gRPC asks before every handshake, in threads of its own, so a connection
-    that comes after the files have changed meets what is in them then; those
-    that are open go on.
+    gRPC asks for them before every handshake, in its own threads. A new connection
+    therefore uses the files' current content; open connections continue.
 
     Args:
-        settings: With `tls_cert` and `tls_key`, and perhaps `tls_client_ca`.
+        settings: With `tls_cert` and `tls_key`, and optionally `tls_client_ca`.
 
     Raises:
         ListenError: A file cannot be used; the text names its setting.
 
     Attributes:
-        mutual: Whether clients have to show a certificate too.
+        mutual: Whether clients must show a certificate too.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -52,7 +51,7 @@ class Certificates:
             raise ListenError(f"cannot listen with TLS: {error}") from None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """They, as gRPC takes them, for one address."""
+        """Return gRPC's credentials for one address."""
         given = self._watched.value
         lock = threading.Lock()
 
