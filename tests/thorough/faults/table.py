@@ -1,9 +1,9 @@
-"""Every fault of the suite, how often it is tried, and what becomes of it.
+"""The faults of the suite: how often each is tried, and its outcome.
 
     python -m tests.thorough.faults.table
 
-writes `docs/faults.md`, which lists them. A test holds the page to this table, and
-the tests of the suite hold the table's counts to what they try.
+writes `docs/faults.md` from this table. A test compares the page with the table, and
+the tests of the suite check the table's counts.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class Fault:
     what: str
     """What happens, and when."""
     every: int
-    """In how many ways it is tried by `make test-faults`."""
+    """In how many ways `make test-faults` tries it."""
     sampled: int
-    """How many of those, evenly spread, are tried on every change."""
+    """How many ways, evenly spread, are tried on every change."""
     seen: str
     """What the user sees."""
 
     def cases(self, every: Sequence[T], extent: str) -> list[T]:
-        """Those to be tried of all that there are.
+        """The cases to try: all, or an evenly spread sample.
 
         Raises:
-            AssertionError: There are not as many as the table says.
+            AssertionError: The number of cases differs from the table's.
         """
         assert len(every) == self.every, (self.what, len(every))
         if extent == "every":
@@ -46,9 +46,9 @@ class Fault:
 
 FAULTS = {
     "cut-message": Fault(
-        "the connection breaks behind a message: every one of a job of all results, "
-        "of one of Y alone and of one of dW alone, in either direction, of a `Client` "
-        "and of an `AsyncClient`",
+        "the connection breaks after a message: after every message, in both "
+        "directions, of a job with all results, of one with Y alone and of one with "
+        "dW alone, with `Client` and `AsyncClient`",
         160,
         100,
         "the results, with the same bits; `receipt.retried` says `UNAVAILABLE`",
@@ -57,119 +57,119 @@ FAULTS = {
         "the same with `retries=False`",
         80,
         20,
-        "`ConnectionLostError`; the client's jobs are right again as soon as gRPC has "
-        "found out and connected anew",
+        "`ConnectionLostError`; the client's next jobs succeed as soon as gRPC has "
+        "reconnected",
     ),
     "cut-byte": Fault(
-        "the connection breaks after a byte: every third of the first 4,000 of a job's "
-        "requests and 4,200 of its responses, headers and frames included",
+        "the connection breaks after a byte: after every third of the first 4,000 "
+        "bytes of a job's requests and 4,200 of its responses, headers and frames "
+        "included",
         2733,
         60,
         "the results, with the same bits",
     ),
     "cut-stream": Fault(
-        "the connection breaks behind a message of a stream whose rows come from a "
-        "generator: every one, in either direction, of both clients",
+        "the connection breaks after a message of a stream with rows from a "
+        "generator: after every message, in both directions, with both clients",
         86,
         43,
         "every row block once and in order, and dW, with the same bits: the stream "
-        "goes on where it was",
+        "continues where it stopped",
     ),
     "flip": Fault(
-        "a bit of a byte is flipped, with `checksum=True`: of every fifth of those "
-        "bytes, so in elements, in messages' fields and in HTTP/2's frames",
+        "a bit flips, with `checksum=True`: in every fifth of the same bytes, so in "
+        "elements, in message fields and in HTTP/2 frames",
         1640,
         20,
-        "the results, with the same bits; or an error of the SDK's (only elements have "
-        "a checksum, and what is wrong with a message or a frame is not tried again). "
-        "Never a wrong result",
+        "the results, with the same bits; or an SDK error (only elements have a "
+        "checksum; a damaged message or frame is not retried). Never a wrong result",
     ),
     "flip-tls": Fault(
-        "a bit of a byte is flipped, over TLS and without checksums: of every 97th of "
-        "those bytes",
+        "a bit flips, over TLS and without checksums: in every 97th of the same bytes",
         86,
         12,
-        "the results, with the same bits; or `DeadlineError`, where it was one of a "
+        "the results, with the same bits; or `DeadlineError`, if the bit was in a "
         "record's length. Never a wrong result",
     ),
     "flip-elements": Fault(
-        "a bit of a message's elements is flipped, with `checksum=True`: of every "
-        "message that has some",
+        "a bit of a message's elements flips, with `checksum=True`: in every message "
+        "with elements",
         34,
         34,
         "the results, with the same bits; `receipt.retried` says `CHECKSUM_MISMATCH`",
     ),
     "server-killed": Fault(
-        "the server is killed (SIGKILL), and another one is behind the address: at "
-        "every message of a job but its header and its last",
+        "the server is killed (SIGKILL), and another server takes over the address: at "
+        "every message of a job except the header and the last",
         36,
         4,
-        "the results, with the same bits, from the other one",
+        "the results, with the same bits, from the other server",
     ),
     "server-killed-waiting": Fault(
         "the same while the job waits in the queue",
         1,
         1,
-        "the results, with the same bits, from the other one",
+        "the results, with the same bits, from the other server",
     ),
     "server-drained": Fault(
-        "the server is asked to stop (SIGTERM) with no time left (`grace`), and "
-        "another one is behind the address: at the same messages",
+        "the server is asked to stop (SIGTERM) with `grace` 0, and another server "
+        "takes over the address: at the same messages",
         36,
         3,
-        "the results, with the same bits, begun on the one and ended on the other; "
-        "`receipt.retried` says `DRAINING`, unless all had been sent",
+        "the results, with the same bits, started on one server and finished on the "
+        "other; `receipt.retried` says `DRAINING`, unless everything had been sent",
     ),
     "client-killed": Fault(
         "the client is killed (SIGKILL): at the same messages",
         36,
         3,
-        "nothing; the server's log says `CANCELLED`, or `OK` where all was sent",
+        "nothing; the server's log says `CANCELLED`, or `OK` if everything had been "
+        "sent",
     ),
     "client-stopped": Fault(
-        "the client stands still (SIGSTOP) for longer than `idle-timeout`: at the same "
+        "the client is suspended (SIGSTOP) for longer than `idle-timeout`: at the same "
         "messages",
         36,
         2,
-        "`ClientIdleError` when it goes on; or, where all was sent before, the results",
+        "`ClientIdleError` when the client continues; or the results, if everything "
+        "had been sent",
     ),
     "server-stopped": Fault(
-        "the server stands still (SIGSTOP) for longer than the call's `timeout_s`: at "
+        "the server is suspended (SIGSTOP) for longer than the call's `timeout_s`: at "
         "the same messages",
         36,
         2,
-        "`DeadlineError`, in time; the next job, once the server goes on, is right",
+        "`DeadlineError`, on time; the next job succeeds once the server continues",
     ),
     "server-resumed": Fault(
-        "the server stands still for longer than its own `idle-timeout`, and goes on: "
-        "at the same messages",
+        "the server is suspended for longer than its own `idle-timeout`, and "
+        "continues: at the same messages",
         36,
         3,
-        "the results, with the same bits: the server does not take its clients for "
-        "idle because it was not there",
+        "the results, with the same bits: the server does not count its own suspension "
+        "as idle time of its clients",
     ),
     "disk-full": Fault(
-        "files cannot grow any more while `gradwire compute` writes: before the first "
-        "byte of a result, and at every row of the largest one",
+        "files cannot grow any further while `gradwire compute` writes: before the "
+        "first byte of a result, and at every row of the largest result",
         43,
         2,
         "one sentence (`... npy cannot be written: File too large`), status 1, and no "
-        "results, not even half ones",
+        "result files, complete or partial",
     ),
     "device-memory": Fault(
         "the device is out of memory: at every step of the three jobs (opening, W, "
         "each row block, dW)",
         22,
         22,
-        "`DeviceOutOfMemoryError`; the next job is right",
+        "`DeviceOutOfMemoryError`; the next job succeeds",
     ),
     "clock-jumps": Fault(
-        "the server's wall clock is an hour off whenever it is asked, forth and back: "
-        "the three jobs, an idle client, and a deadline",
+        "the server's wall clock jumps an hour forward or back at every reading: the "
+        "three jobs, an idle client, and a deadline",
         3,
         3,
-        "the results, with the same bits; idle times and deadlines pass when they "
-        "should",
+        "the results, with the same bits; idle timeouts and deadlines are on time",
     ),
 }
 
@@ -178,36 +178,34 @@ _HEAD = """\
 
 <!-- Written by `python -m tests.thorough.faults.table`. -->
 
-Each row is a test of `tests/thorough/faults` with real processes: a client, a
-server, and where connections break or bytes change a TCP proxy between them.
-`make test-faults` tries every way that is counted; on every change as many are
-tried as the second number says, evenly spread. "The same bits" are those of the
-same job when nothing happens to it.
+Each row is a test of `tests/thorough/faults` with real processes: a client, a server,
+and a TCP proxy between them if connections break or bytes change. The first number is
+how many variants `make test-faults` tries. The second is how many of them, evenly
+spread, run on every change. "The same bits" means: the bits of the same job without
+the fault.
 
-Behind each row the server has to be clean: within seconds a job is admitted at once
-that takes all of its memory, so nothing is reserved any more and nothing runs; as
-many descriptors are open as before; and its log has no error that nobody foresaw.
+After each fault the server must be clean. Within seconds it admits a job that takes all
+of its memory, so no reservation and no job is left. The number of open descriptors is
+the same as before, and the log has no unexpected error.
 
 | what happens | tried, of them on every change | what the user sees |
 | --- | ---: | --- |
 """
 
 _TAIL = """
-A disk that is full is played by a limit on the size of files, which fails writes in
-the same place with another word. A device that is out of memory is a backend that
-says so; what CuPy does on a real one is tested in `tests/gpu`. No clock of the host
-is set: gRPC and asyncio go by the monotonic one, and a test reads all of gradwire's
-sources for others.
+A limit on file size simulates a full disk: writes fail in the same place, with another
+error text. A test backend simulates a device that is out of memory; `tests/gpu` tests
+CuPy on a real device. The tests do not set the host's clock. gRPC and asyncio use the
+monotonic clock, and a test searches gradwire's sources for uses of any other.
 
-A flipped bit that TCP's own checksum lets through can leave a plaintext connection
-deaf: gRPC ignores calls after one whose number in HTTP/2 came out too large, and its
-pings still pass, so that each call ends with `DeadlineError` until the client is made
-anew. TLS notices every flipped bit. Where it is one of a record's length, TLS waits
-first for what is missing, and calls end with `DeadlineError` until that has come or
-the pings fail, which takes 50 s at most by gRPC's settings (nobody has waited for it
-here).
+A flipped bit that passes TCP's own checksum can block a plaintext connection. If the
+bit makes an HTTP/2 stream number too large, gRPC ignores all later calls while its
+pings still pass. Each call then ends with `DeadlineError` until the client is replaced.
+TLS detects every flipped bit. If the bit is in a record's length, TLS first waits for
+the missing bytes, and calls end with `DeadlineError` until the bytes arrive or the
+pings fail. By gRPC's settings this takes at most 50 s (not tested here).
 
-What happens on retries, and how to turn them off: [failing.md](failing.md).
+[failing.md](failing.md) describes retries and how to turn them off.
 """
 
 
