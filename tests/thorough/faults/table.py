@@ -196,7 +196,8 @@ _TAIL = """
 A limit on file size simulates a full disk: writes fail in the same place, with another
 error text. A test backend simulates a device that is out of memory; `tests/gpu` tests
 CuPy on a real device. The tests do not set the host's clock. gRPC and asyncio use the
-monotonic clock, and a test searches gradwire's sources for uses of any other.
+monotonic clock, and a test checks that gradwire reads the wall clock only for the dates
+of credentials.
 
 A flipped bit that passes TCP's own checksum can block a plaintext connection. If the
 bit makes an HTTP/2 stream number too large, gRPC ignores all later calls while its
