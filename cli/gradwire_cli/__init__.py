@@ -1,7 +1,7 @@
 """The command line: ``gradwire serve``, ``compute``, ``check`` and others.
 
-It knows both sides, which know nothing of it. It needs the extra ``cli``, or
-``server``, which is enough for all of it.
+The command line imports the SDK and the server; neither imports it. It needs the
+extra ``cli``. The extra ``server`` includes ``cli`` and adds ``gradwire serve``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ _NEEDS = ("cyclopts", "rich")
 
 
 def main() -> int:
-    """Run the command that the process was started with.
+    """Run the command in the process's arguments.
 
     Returns:
-        The exit status: 0 when the command did what it says, 1 when it
-        failed, 2 when it was called wrongly, 128 and the number of the
-        signal when one ended it (130 after Ctrl-C).
+        The exit status: 0 for success, 1 for a failure, 2 for a usage error, 128
+        plus the signal's number after a signal (130 after Ctrl-C).
     """
     try:
         open_closed()
@@ -35,13 +34,13 @@ def main() -> int:
                     "pip install 'gradwire[cli]', or 'gradwire[server]' to serve\n"
                 )
                 return 1
-            # Not at the top: the line above must come out where these are missing.
+            # Imported here: the message above must appear without these packages.
             from gradwire_cli.app import run  # noqa: PLC0415
 
             return run(sys.argv[1:])
     except Interrupted as interrupted:
         sys.stderr.write(f"gradwire: {interrupted}\n")
         return interrupted.status
-    except KeyboardInterrupt:  # before signals were taken care of
+    except KeyboardInterrupt:  # before the signal handlers were installed
         sys.stderr.write("gradwire: interrupted\n")
         return 128 + signal.SIGINT

@@ -1,4 +1,4 @@
-"""The commands, and how their errors reach who called them."""
+"""The commands, and how their errors reach the user."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ app = App(
     name="gradwire",
     version=f"gradwire {VERSION}",
     help="""
-    The gradients of a matrix product, computed on another machine.
+    Compute the gradients of a matrix product on another machine.
 
-    With X (m, n), W (n, k) and dY = dL/dY (m, k), a server computes Y = X W,
-    dX = dY Wᵀ and dW = Xᵀ dY, and streams them back while the operands are
-    still arriving.
+    From X (m, n), W (n, k) and dY = dL/dY (m, k), a server computes Y = X W,
+    dX = dY Wᵀ and dW = Xᵀ dY. It streams results back while operands are still
+    arriving.
     """,
     suppress_keyboard_interrupt=False,
 )
-# By name, so that a command loads what it needs and nothing else.
+# The help lists the commands in this order.
 for order, command in enumerate((serve, compute, check, info, health, token, certs)):
     command.app.sort_key = order
     app.command(command.app)
@@ -54,10 +54,10 @@ def run(arguments: Sequence[str]) -> int:
     except GradwireError as error:
         return _fail(str(error), ExitStatus.FAILED)
     except OSError as error:
-        # Standard output cannot be written, and the interpreter, which
-        # flushes it at its end, must not find that out too.
+        # Standard output cannot be written. The interpreter flushes it at exit,
+        # and that flush must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # who read it (head) has had enough
+        if isinstance(error, BrokenPipeError):  # the reader (head) has closed the pipe
             return ExitStatus.FAILED
         return _fail(f"{error.strerror or error}", ExitStatus.FAILED)
 
@@ -70,7 +70,7 @@ def _fail(sentence: str, status: int) -> int:
 def _usage(error: CycloptsError) -> str:
     if isinstance(error, UnknownOptionError) and error.token.source not in {"", "cli"}:
         key = (error.token.keyword or "").strip("[]").replace("][", ".")
-        return f"{error.token.source} has the key {key}, which is no setting"
+        return f"{error.token.source} has an unknown key: {key}"
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         sentence = f"unexpected argument {error.unused_tokens[0]!r}"
     else:

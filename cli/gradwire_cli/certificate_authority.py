@@ -1,4 +1,4 @@
-"""A certificate authority of one's own, for a trial."""
+"""A private certificate authority, for trials."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 _CLOCKS_DIFFER = datetime.timedelta(minutes=5)
-"""By how much another host's clock may be behind and still believe in them."""
-
+"""How far a peer's clock may be behind and still accept the certificates."""
 
 _LONGEST_NAME = 64
-"""Characters of a common name, as X.520 has it."""
+"""Maximum length of a common name in characters (X.520)."""
 
 _HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -32,10 +31,10 @@ class Identity:
 
 
 class Authority:
-    """Signs certificates that are good for some days from now on.
+    """Signs certificates.
 
     Args:
-        days: How many.
+        days: For how many days, from now, the certificates are valid.
     """
 
     def __init__(self, days: int) -> None:
@@ -62,24 +61,26 @@ class Authority:
         )
 
     def server(self, hosts: Sequence[str]) -> Identity:
-        """One for a server that is called by these names and addresses.
+        """Issue a server certificate.
+
+        Args:
+            hosts: Host names and IP addresses of the server.
 
         Raises:
-            ValueError: One of them is neither.
+            ValueError: A host is neither a name nor an IP address.
         """
         names = x509.SubjectAlternativeName([_host(host) for host in hosts])
         return self._issued(hosts[0], ExtendedKeyUsageOID.SERVER_AUTH, (names, False))
 
     def client(self, name: str) -> Identity:
-        """One for a client of this name.
+        """Issue a client certificate.
 
         Raises:
-            ValueError: No certificate can have it.
+            ValueError: The name is empty, too long or not printable.
         """
         if not 0 < len(name) <= _LONGEST_NAME:
             raise ValueError(
-                f"client is a name of {len(name)} characters: expected 1 to "
-                f"{_LONGEST_NAME}"
+                f"client has {len(name)} characters: expected 1 to {_LONGEST_NAME}"
             )
         if not name.isprintable():
             raise ValueError(f"client is {name!r}: expected printable characters")
@@ -143,6 +144,6 @@ def _host(text: str) -> x509.GeneralName:
     except ValueError:
         if not _HOST.fullmatch(text):
             raise ValueError(
-                f"host is {text!r}: expected a host's name or IP address, and no port"
+                f"host is {text!r}: expected a host name or IP address, without port"
             ) from None
     return x509.DNSName(text)

@@ -1,4 +1,4 @@
-"""How a command says that it cannot go on."""
+"""Errors and exit statuses of the commands."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import enum
 
 
 class ExitStatus(enum.IntEnum):
-    """What the process ends with."""
+    """Exit status of the process."""
 
     OK = 0
     FAILED = 1
-    """The command did not get to its end, or found what it looked for wrong."""
+    """The command failed, or a check failed."""
     USAGE = 2
-    """The command was called wrongly: flags, variables, keys of a file."""
+    """Usage error: invalid flag, variable, or key of a settings file."""
     NOT_CHECKED = 3
-    """``gradwire check`` found no server that it could check."""
+    """``gradwire check`` could not check any server."""
 
 
 class CommandError(Exception):
-    """A command cannot go on; the text is a sentence for who called it."""
+    """A command failed; the text is a sentence for the user."""
 
     def __init__(self, text: str, status: ExitStatus = ExitStatus.FAILED) -> None:
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from gradwire import Tls
 from gradwire_cli.errors import CommandError
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-"""Where ``gradwire serve`` listens unless it is told otherwise."""
+"""The default address of ``gradwire serve``."""
 
 Address: TypeAlias = Annotated[
     str | None,
     Parameter(
         metavar="ADDRESS",
         env_var="GRADWIRE_ADDRESS",
-        help="The server: HOST:PORT or unix:PATH.",
+        help="Server address: HOST:PORT or unix:PATH.",
     ),
 ]
 """``--address`` or GRADWIRE_ADDRESS."""
 
 
 def split(_: object, tokens: Sequence[Token]) -> tuple[str, ...]:
-    """The values of an option that takes several, with commas or repeated."""
+    """Split an option with several values, given with commas or repeatedly."""
     values = [part.strip() for token in tokens for part in token.value.split(",")]
     return () if values == [""] else tuple(values)
 
@@ -42,17 +42,17 @@ Addresses: TypeAlias = Annotated[
         n_tokens=1,
         negative=(),
         show_default=False,
-        help="The server: HOST:PORT or unix:PATH. Several of them, or"
-        " dns:///HOST:PORT for all that a name stands for, share the work.",
+        help="Server address: HOST:PORT or unix:PATH. May be repeated, or"
+        " dns:///HOST:PORT for every address of a name: the servers share the jobs.",
     ),
 ]
-"""``--address``, maybe repeated, or GRADWIRE_ADDRESS with commas."""
+"""``--address``, repeatable, or GRADWIRE_ADDRESS with commas."""
 
 FLAG = Parameter(negative=(), show_default=False)
-"""An option that is there or is not."""
+"""A boolean flag without a negative form."""
 
 Seconds: TypeAlias = Annotated[float, Parameter(metavar="SECONDS")]
-"""A time."""
+"""A duration in seconds."""
 
 
 def _tls_file(variable: str) -> Parameter:
@@ -61,59 +61,59 @@ def _tls_file(variable: str) -> Parameter:
 
 @dataclass(frozen=True)
 class Security:
-    """How the server at ``--address`` proves who it is, and how the caller does.
+    """TLS and credentials for the connection to ``--address``.
 
-    The variables have names of their own: ``GRADWIRE_TLS_CERT`` is the
-    certificate of a server that may run beside this command.
+    The variables differ from the server's: ``GRADWIRE_TLS_CERT`` is the
+    certificate of a server that may run in the same environment.
     """
 
     tls: Annotated[bool, FLAG, Parameter(env_var="GRADWIRE_CONNECT_TLS")] = False
-    """Connect over TLS, to a server that an authority of the system vouches
-    for. Each of the four below implies it."""
+    """Connect over TLS, and trust the system's authorities. Every other --tls
+    option implies it."""
 
     tls_ca: Annotated[Path | None, _tls_file("GRADWIRE_CONNECT_TLS_CA")] = None
-    """PEM file with the authorities that may vouch for the server instead."""
+    """PEM file with the authorities to trust instead of the system's."""
 
     tls_cert: Annotated[Path | None, _tls_file("GRADWIRE_CONNECT_TLS_CERT")] = None
-    """PEM file with a certificate to show a server that asks for one."""
+    """PEM file with the client certificate, for a server with mutual TLS."""
 
     tls_key: Annotated[Path | None, _tls_file("GRADWIRE_CONNECT_TLS_KEY")] = None
-    """PEM file with its private key."""
+    """PEM file with the private key of --tls-cert."""
 
     tls_server_name: Annotated[
         str | None,
         Parameter(metavar="NAME", env_var="GRADWIRE_CONNECT_TLS_SERVER_NAME"),
     ] = None
-    """The name that the server's certificate is for, where that is not the
-    host in the address."""
+    """The name in the server's certificate, if it differs from the host in the
+    address."""
 
     token_file: Annotated[
         Path | None, Parameter(metavar="FILE", env_var="GRADWIRE_TOKEN_FILE")
     ] = None
-    """File with the token to send to a server that asks for one. The variable
-    GRADWIRE_TOKEN may hold the token itself. No flag does: everybody on this
-    host sees the arguments of every command, and shells keep them."""
+    """File with the token, for a server with credentials. The variable
+    GRADWIRE_TOKEN may hold the token itself. No flag takes the token, because
+    other users see the arguments of processes, and shells save them."""
 
     @property
     def token(self) -> str | None:
-        """The token, if one is to be sent.
+        """The token to send; None without one.
 
         Raises:
-            CommandError: The file cannot be read.
+            CommandError: The token file cannot be read.
         """
         if self.token_file is None:
             return os.environ.get("GRADWIRE_TOKEN", "").strip() or None
         try:
             return self.token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            cause = getattr(error, "strerror", None) or "it is no text"
+            cause = getattr(error, "strerror", None) or "it is not text"
             raise CommandError(
                 f"the token file {self.token_file} cannot be read: {cause}"
             ) from None
 
     @property
     def wanted(self) -> Tls | None:
-        """What `gradwire.connect` takes; None: in plaintext."""
+        """The `tls` argument of `gradwire.connect`; None for plaintext."""
         tls = Tls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name)
         return tls if self.tls or tls != Tls() else None
 
@@ -121,4 +121,4 @@ class Security:
 PLAINTEXT = Security()
 
 SecurityOptions: TypeAlias = Annotated[Security, Parameter(name="*")]
-"""``--tls``, those that begin so, and ``--token-file``."""
+"""The ``--tls`` options and ``--token-file``."""

@@ -1,4 +1,4 @@
-"""The server that a command talks to: one at an address, or one of its own."""
+"""The server of a command: at an address, or private in this process."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ def connected(
     connect_timeout_s: float,
     timeout_s: float | None,
 ) -> Iterator[tuple[Client, str]]:
-    """A client of the servers at `addresses`, or of a private one in this process.
+    """Connect to the servers at `addresses`, or to a private server.
 
     Args:
-        addresses: Of the servers; none: of a private one.
-        security: How those at the addresses and its caller prove who they are.
-        connect_timeout_s: Seconds that they have to answer.
+        addresses: Addresses of the servers; empty for a private server in this
+            process.
+        security: TLS and credentials for the addresses.
+        connect_timeout_s: Seconds to wait for an answer.
         timeout_s: Seconds for each job.
 
     Yields:
-        The client, and what to call its servers.
+        The client, and a name of its servers for messages.
 
     Raises:
         ConnectError: No gradwire server answers at the address.
-        CommandError: No private server can be started.
+        CommandError: A private server cannot start.
     """
     with ExitStack() as stack:
         name = ", ".join(addresses) or "a private server in this process"
@@ -55,15 +56,15 @@ def connected(
 
 @contextmanager
 def _private_server() -> Iterator[str]:
-    # Not at the top: a command that is given an address needs no server.
+    # Imported here: a command with --address needs no server package.
     from gradwire_server import BackendError, ListenError, start_in_thread  # noqa: PLC0415
 
-    # Its jobs' errors reach the command as exceptions. What nobody foresaw
-    # stands only in the log.
+    # Errors of jobs reach the command as exceptions. Unexpected errors are only
+    # in the log.
     logging.getLogger("gradwire_server").setLevel(logging.ERROR)
     with ExitStack() as stack:
         try:
             server = stack.enter_context(start_in_thread())
         except (ListenError, BackendError) as error:
-            raise CommandError(f"no private server can run here: {error}") from error
+            raise CommandError(f"cannot start a private server: {error}") from error
         yield server.addresses[0]

@@ -1,4 +1,4 @@
-"""Settings of ``gradwire serve``: flag over variable over file over default."""
+"""Settings of ``gradwire serve``: flag, then variable, then file, then default."""
 
 from __future__ import annotations
 
@@ -41,10 +41,9 @@ _NAME = Parameter(metavar="NAME")
 
 @dataclass(frozen=True)
 class ServeSettings(Settings):
-    """`Settings`, and how each is written on a command line.
+    """`Settings` with their command-line forms.
 
-    What the settings are and mean is documented there; help texts are taken
-    from there too.
+    `Settings` documents the fields; their docstrings are the help texts.
     """
 
     listen: Annotated[
@@ -81,7 +80,7 @@ class _SettingsFile(Toml):
         try:
             return super()._load_config(path)
         except (ValueError, RecursionError) as error:
-            raise CycloptsError(msg=f"{path} is no TOML file: {error}") from error
+            raise CycloptsError(msg=f"{path} is not a TOML file: {error}") from error
         except OSError as error:
             raise CycloptsError(msg=_unreadable(path, error)) from error
 
@@ -89,7 +88,7 @@ class _SettingsFile(Toml):
 def _from_file(
     app: App, commands: tuple[str, ...], arguments: ArgumentCollection
 ) -> None:
-    """Fill what flags and variables left open from the file of ``--config``."""
+    """Read the ``--config`` file for settings not given as flag or variable."""
     (config,) = (argument for argument in arguments if argument.name == "--config")
     if not config.tokens:
         return
@@ -100,8 +99,8 @@ def _from_file(
     except FileNotFoundError as error:
         raise CycloptsError(msg=_unreadable(path, error)) from error
     except (ValueError, RecursionError) as error:
-        # Legal TOML, of thousands of digits or of tables within each other.
-        raise CycloptsError(msg=f"{path} holds no settings: {error}") from error
+        # Valid TOML with thousands of digits or nested tables.
+        raise CycloptsError(msg=f"{path} has no valid settings: {error}") from error
 
 
 def _unreadable(path: Path, error: OSError) -> str:
@@ -109,4 +108,4 @@ def _unreadable(path: Path, error: OSError) -> str:
 
 
 SOURCES = (Env("GRADWIRE_", command=False), _from_file)
-"""Where settings come from beside the command line, the first one first."""
+"""Sources of settings besides the command line, highest priority first."""

@@ -62,7 +62,7 @@ def test_what_is_there_stays_and_nothing_is_made(
 ) -> None:
     taken = tmp_path / "client-key.pem"
     taken.write_text("of somebody")
-    assert f"1 gradwire: {taken} is there already" in refusal_here(
+    assert f"1 gradwire: {taken} exists already" in refusal_here(
         capsys, "certs", tmp_path
     )
     assert [path.name for path in tmp_path.iterdir()] == ["client-key.pem"]
@@ -74,9 +74,12 @@ def test_names_that_no_certificate_can_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for flags, text in (
-        (["--host", "gpu-node:50051"], "host is 'gpu-node:50051': expected a host's"),
-        (["--host", "http://gpu"], "host is 'http://gpu': expected a host's name"),
-        (["--client", ""], "client is a name of 0 characters"),
+        (
+            ["--host", "gpu-node:50051"],
+            "host is 'gpu-node:50051': expected a host",
+        ),
+        (["--host", "http://gpu"], "host is 'http://gpu': expected a host name"),
+        (["--client", ""], "client has 0 characters"),
         (["--client", "a\nb"], "client is 'a\\nb': expected printable characters"),
         (["--days", "0"], "--days"),
     ):
@@ -137,7 +140,7 @@ def test_variables_do_for_flags(
     monkeypatch.setenv("GRADWIRE_TLS_KEY", "/server/s")
     monkeypatch.setenv("GRADWIRE_ADDRESS", server)
     assert run(["health"]) == 0
-    assert "takes jobs" in capsys.readouterr().out
+    assert "accepts jobs" in capsys.readouterr().out
     monkeypatch.setenv("GRADWIRE_CONNECT_TLS_SERVER_NAME", "gpu.example")
     assert "another name than gpu.example" in refusal_here(capsys, "health")
 

@@ -81,7 +81,7 @@ def test_raw_two_byte_elements_are_bfloat16_when_they_are_said_to_be(
     assert matrix.dtype is Dtype.BFLOAT16
     np.testing.assert_array_equal(matrix.rows(1, 7).astype(np.float32), MATRIX[1:])
     matrix.close()
-    assert "say --dtype bfloat16" in refusal(path)
+    assert "add --dtype bfloat16" in refusal(path)
 
 
 def test_a_file_of_python_2_is_read_without_a_word(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_negative_shape_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_off_is_refused_with_both_sizes(tmp_path: Path) -> None:
     path = written(tmp_path / "x.npy", MATRIX)
     os.truncate(path, path.stat().st_size - 1)
-    assert re.search("are 140 bytes, and it holds 139", refusal(path))
+    assert re.search("need 140 bytes, and the file has 139", refusal(path))
 
 
 def test_a_file_that_shrinks_while_it_is_read_gives_an_error(tmp_path: Path) -> None:

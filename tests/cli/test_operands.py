@@ -44,7 +44,7 @@ def test_by_default_every_result_is_wanted_that_the_files_suffice_for(
 
 @pytest.mark.parametrize("given", [(), (X,), (W,), (DY,)])
 def test_one_file_suffices_for_nothing(given: tuple[Matrix, ...]) -> None:
-    with pytest.raises(CommandError, match="two operands are the least") as caught:
+    with pytest.raises(CommandError, match="at least two operands") as caught:
         wanted_results(None, paths(*given))
     assert caught.value.status is ExitStatus.USAGE
 
@@ -71,7 +71,7 @@ def test_dtypes_of_results_are_named_for_all_or_for_one() -> None:
     }
     with pytest.raises(CommandError, match="names 'int8': expected float16"):
         result_dtypes(("int8",), RESULTS)
-    with pytest.raises(CommandError, match="names 'dx', and the wanted results are y"):
+    with pytest.raises(CommandError, match="names 'dx', but the wanted results are y"):
         result_dtypes(("dx=float32",), (Y,))
 
 

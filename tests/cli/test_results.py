@@ -98,7 +98,7 @@ def test_a_file_that_comes_in_the_way_is_not_replaced_unasked(tmp_path: Path) ->
     with ResultFiles(tmp_path, SPECS, replace=False) as files:
         write_all(files)
         np.save(tmp_path / "dw.npy", Y)
-        with pytest.raises(CommandError, match="has come to exist"):
+        with pytest.raises(CommandError, match="was created meanwhile"):
             files.commit()
     assert names(tmp_path) == ["dw.npy"]
     np.testing.assert_array_equal(np.load(tmp_path / "dw.npy"), Y)
@@ -126,7 +126,7 @@ def test_a_directory_without_permission_is_named(tmp_path: Path) -> None:
 
 def test_results_larger_than_the_free_space_are_refused_at_once(tmp_path: Path) -> None:
     huge = {"y": ResultSpec((2**40, 2**20), Dtype.FLOAT64)}
-    with pytest.raises(CommandError, match=r"of free space; the results take 8192 PiB"):
+    with pytest.raises(CommandError, match=r"of free space; the results need 8192 PiB"):
         ResultFiles(tmp_path / "out", huge, replace=False)
     assert names(tmp_path) == []
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_done_is_a_sentence(
     file.write_text("tokens = 1")
     for command in (["new", "alice"], ["list"], ["revoke", "abc"]):
         refused = refusal_here(capsys, "token", *command, "--file", file)
-        assert "is no tokens file: tokens is no list" in refused
+        assert "is not a tokens file: tokens is no list" in refused
     assert file.read_text() == "tokens = 1"
 
 

@@ -1,1 +1,1 @@
-"""What ``gradwire check`` asks of a server, and what right answers are."""
+"""The checks of ``gradwire check``, and their reference results."""

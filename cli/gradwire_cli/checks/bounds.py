@@ -1,4 +1,4 @@
-"""How far a product may be from the exact one, element by element.
+"""Bounds on the rounding error of a product, element by element.
 
 For an inner product of length n, summed in any order in an arithmetic of
 unit roundoff u,
@@ -6,12 +6,11 @@ unit roundoff u,
     |fl(a . b) - a . b| <= gamma_n |a| . |b|,    gamma_n = n u / (1 - n u)
 
 (N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition,
-section 3.1, inequality (3.5)). The order being free, it holds for sums that
-are cut into row blocks, and fused multiply-adds only make the left side
-smaller. The same section's model of one rounding, fl(s) = s (1 + d) with
-|d| <= u, gives the share of a result that is rounded to a narrower dtype
-afterwards. Neither is a statement about probabilities: a server that exceeds
-the bound is wrong.
+section 3.1, inequality (3.5)). It holds for any order, so also for sums over
+row blocks. Fused multiply-adds only make the left side smaller. For results
+rounded to a narrower dtype afterwards, the same section's model of one
+rounding, fl(s) = s (1 + d) with |d| <= u, adds to the bound. Both are worst-case
+bounds, not probabilities: a server that exceeds them is wrong.
 """
 
 from __future__ import annotations
@@ -32,11 +31,10 @@ def product_bound(
 ) -> Doubles:
     """Bound on |result - reference| for every element of a product.
 
-    The result is a product of `operands`-typed matrices as the contract has
-    it computed: summed in float32 for 16-bit operands and in the operands'
+    The result is a product of matrices of dtype `operands`, computed as the
+    contract says: summed in float32 for 16-bit operands and in the operands'
     own dtype otherwise, then rounded once if `result` is narrower. The
-    reference is the same product in float64, whose own error is within the
-    bound too.
+    reference is the same product in float64; the bound includes its error.
 
     Args:
         exact: The reference.
@@ -56,9 +54,9 @@ def product_bound(
 
 
 def worst(error: npt.NDArray[Any], bound: npt.NDArray[Any]) -> tuple[float, float]:
-    """Error and bound of the element whose error takes most of its bound.
+    """Error and bound of the element with the largest ratio of error to bound.
 
-    An error that is not a number counts as infinite.
+    An error of NaN counts as infinite.
     """
     if not error.size:
         return 0.0, 0.0

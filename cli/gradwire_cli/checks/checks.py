@@ -1,8 +1,7 @@
-"""Whether a server computes what it promises.
+"""Checks that a server computes correctly.
 
-Each check asks the server for results whose right values are known: from
-finite differences, from float64 products computed here, or exactly. Nothing
-here prints.
+Each check compares the server's results with finite differences, with local
+float64 products, or with exact values. This module does not print.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from gradwire_protocol.dtypes import Dtype
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found of one result."""
+    """The outcome of one check for one result."""
 
     check: str
     dtype: str
@@ -42,21 +41,21 @@ class Finding:
     """m, n and k."""
 
     result: str
-    """``y``, ``dx`` or ``dw``; ``all`` where they are taken together."""
+    """``y``, ``dx`` or ``dw``; ``all`` for all results together."""
 
     error: float
-    """How far the result is off: of the element that uses most of its bound,
-    or, where nothing may differ, a number of wrong elements."""
+    """Error of the element with the largest ratio of error to bound, or, for an
+    exact check, the number of wrong elements."""
 
     bound: float
-    """How far it may be off."""
+    """Bound on the error."""
 
     note: str = ""
-    """What kept the check from being made, where something did."""
+    """Why the check could not run; empty if it ran."""
 
     @property
     def passed(self) -> bool:
-        """Whether the check was made and the error is within the bound."""
+        """Whether the check ran and the error is within the bound."""
         return not self.note and self.error <= self.bound
 
 
@@ -66,18 +65,18 @@ Check: TypeAlias = Callable[[Client, Dtype, np.random.Generator], Iterator[Findi
 def run_checks(
     client: Client, offered: Collection[Dtype], seed: int
 ) -> Iterator[Finding]:
-    """Everything that is checked, one finding after another.
+    """Run all checks and yield their findings.
 
-    A job that the server fails, refuses or answers against the contract is a
-    finding too.
+    A job that the server fails or refuses, or that breaks the contract, is a
+    finding, too.
 
     Args:
-        client: Of the server that is checked.
-        offered: The dtypes that it computes with.
-        seed: Of the random operands.
+        client: Client of the server to check.
+        offered: Dtypes that the server computes with.
+        seed: Seed of the random operands.
 
     Raises:
-        GradwireError: The server cannot be reached, or is about to stop.
+        GradwireError: The server is unreachable or about to stop.
     """
     for name, (check, dtypes) in CHECKS.items():
         for dtype in dtypes:
@@ -95,12 +94,12 @@ def run_checks(
 def finite_differences(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[Finding]:
-    """dX and dW along random directions against differences of the loss.
+    """Compare dX and dW along random directions with differences of the loss.
 
-    The loss L(X, W) = <dY, X W> is taken from the server's own Y. It is
-    linear in X and in W, so that the central difference
-    (L(X + E, W) - L(X - E, W)) / 2 is the derivative <dX, E> itself, without
-    a truncation error, and a step of length 1 rounds least.
+    The loss L(X, W) = <dY, X W> uses the server's own Y. L is linear in X and in
+    W, so the central difference (L(X + E, W) - L(X - E, W)) / 2 equals the
+    derivative <dX, E> without truncation error. A step of length 1 has the
+    smallest rounding error.
     """
     job = normal_products(rng, (37, 29, 23), dtype)
     (x, w, dy), (m, n, k) = job.operands, job.shape
@@ -108,10 +107,10 @@ def finite_differences(
     u = unit_roundoff(dtype)
 
     def loss(x: Array, w: Array) -> tuple[float, float]:
-        """L, and how far rounding may have moved it."""
+        """L, and a bound on its rounding error."""
         y = client.gradients(x, w, None, results=("y",)).y
-        # Rounded: the operand that was moved, n terms of each element of Y,
-        # their products with dY, and the sum of those, which fsum rounds once.
+        # Rounding errors: the shifted operand, n terms of each element of Y, their
+        # products with dY, and the final sum, rounded once by fsum.
         size = float(np.sum(np.abs(dy) * (np.abs(x) @ np.abs(w))))
         return math.fsum((dy * y).flat), gamma(n + 3, u) * size
 
@@ -145,10 +144,10 @@ def finite_differences(
 def products(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[Finding]:
-    """All three results of normal operands against float64 products.
+    """Compare all three results for normal operands with float64 products.
 
-    The sums are short, so that the bound is tight: rounding the operands to
-    TF32 first exceeds it many times.
+    The sums are short, so the bound is tight: rounding the operands to TF32
+    exceeds it many times.
     """
     job = normal_products(rng, (48, 40, 56), dtype)
     called = _called(client, job)
@@ -161,7 +160,7 @@ def products(
 def same_bits(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[Finding]:
-    """One job as a call and as a stream, of which every bit must be the same."""
+    """Run one job as a call and as a stream: every bit must be equal."""
     job = normal_products(rng, (48, 40, 56), dtype)
     called = _called(client, job)
     streamed, _ = _streamed(client, job, rows_at_once=11)
@@ -172,7 +171,7 @@ def same_bits(
 def row_blocks(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[Finding]:
-    """Integer results over several row blocks: exact, or something is wrong."""
+    """Check integer results over several row blocks, which must be exact."""
     few = integer_products(rng, (9, 7, 5), dtype)
     rows = _streamed(client, few, rows_at_once=9)[1].block_rows
     m = min(max(2 * rows + rows // 3 + 1, 999), _MOST_ROWS)
@@ -184,7 +183,7 @@ def row_blocks(
 def long_rows(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[Finding]:
-    """The same where a row of X is larger than a message of the stream."""
+    """Check integer results with rows of X larger than a stream message."""
     job = integer_products(rng, (9, 300_001, 2), dtype)
     streamed, _ = _streamed(client, job, rows_at_once=2)
     yield from _exactly("long rows", job, streamed)
@@ -193,10 +192,10 @@ def long_rows(
 def wide_accumulator(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[Finding]:
-    """dW with a float64 accumulator, exactly.
+    """Check dW with a float64 accumulator, which must be exact.
 
-    The integers are such that float32 holds the sum over one row block, and
-    not the sum over three of them.
+    float32 can represent the sum of these integers over one row block, but not
+    over three.
     """
     few = integer_products(rng, (9, 7, 5), dtype)
     rows = _streamed(client, few, rows_at_once=9)[1].block_rows
@@ -225,7 +224,7 @@ def wide_accumulator(
 def zero_sizes(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[Finding]:
-    """Empty sums are zero, and empty results have their shape."""
+    """Check that empty sums are zero and empty results have the right shape."""
     for shape in ((0, 5, 3), (5, 0, 3), (5, 3, 0)):
         job = integer_products(rng, shape, dtype)
         yield _count("zero sizes", job, _called(client, job), job.exact())
@@ -234,8 +233,8 @@ def zero_sizes(
 def not_finite(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[Finding]:
-    """NaN and Inf go where IEEE 754 sends them, and nowhere else."""
-    # No zeros: libraries may skip them, though 0 times Inf is NaN.
+    """Check that NaN and Inf propagate as in IEEE 754, and no further."""
+    # No zeros: a library may skip them, although 0 times Inf is NaN.
     x, w, dy = (
         (rng.integers(1, 4, size) * rng.choice([-1, 1], size)).astype(dtype.numpy)
         for size in ((6, 5), (5, 4), (6, 4))
@@ -244,7 +243,7 @@ def not_finite(
     job = Products(x, w, dy)
     a, b, c = (operand.astype(np.float64) for operand in job.operands)
     with np.errstate(invalid="ignore"):
-        # Element by element, not by BLAS, which is what is checked.
+        # Element by element, not by BLAS: a server may use the same BLAS.
         expected = {
             "y": np.sum(a[:, :, None] * b[None], axis=1),
             "dx": np.sum(c[:, :, None] * b.T[None], axis=1),
@@ -256,7 +255,7 @@ def not_finite(
 def overflow(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[Finding]:
-    """Sums beyond the largest float16 become Inf of their sign."""
+    """Check that sums beyond the largest float16 become Inf of their sign."""
     x, w, dy = (
         (300 * rng.choice([-1, 1], size)).astype(dtype.numpy)
         for size in ((6, 5), (5, 4), (6, 4))
@@ -277,10 +276,10 @@ CHECKS: dict[str, tuple[Check, tuple[Dtype, ...]]] = {
     "NaN and Inf": (not_finite, tuple(Dtype)),
     "overflow to Inf": (overflow, (Dtype.FLOAT16,)),
 }
-"""Every check, with the dtypes that it is made with."""
+"""Every check and its dtypes."""
 
 _MOST_ROWS = 1_800_000
-"""What bounds the sums of `integer_products`."""
+"""Limit on rows, so that `integer_products` stay exact."""
 
 
 def _called(client: Client, job: Products) -> Results:
@@ -291,9 +290,9 @@ def _called(client: Client, job: Products) -> Results:
 def _streamed(
     client: Client, job: Products, *, rows_at_once: int
 ) -> tuple[Results, Receipt]:
-    """The job's results as a stream whose length nobody is told before."""
+    """Run the job as a stream of unknown length."""
     (x, w, dy), (m, n, k) = job.operands, job.shape
-    # What never arrives stays NaN, and is found to be wrong.
+    # Missing elements stay NaN, so the comparison fails.
     results = {
         "y": np.full((m, k), np.nan, x.dtype),
         "dx": np.full((m, n), np.nan, x.dtype),
@@ -309,7 +308,7 @@ def _streamed(
             results["dx"][here] = block.dx
         dw = stream.dw
     if dw is None:
-        raise TypeError("a stream that is exhausted has the dW that was asked for")
+        raise TypeError("an exhausted stream has dW if dW was requested")
     return {**results, "dw": dw}, stream.receipt
 
 

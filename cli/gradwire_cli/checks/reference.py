@@ -1,4 +1,4 @@
-"""Products whose right results are known, to hold a server's against."""
+"""Reference products to compare a server's results with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = ("y", "dx", "dw")
 
 
 class Products:
-    """Operands of a job, and what they should give.
+    """Operands of a job and their reference results.
 
     Args:
         x: X, shape (m, n).
@@ -44,7 +44,7 @@ class Products:
         """Bound on the error of each element of each result.
 
         Args:
-            exact: What `exact` gave.
+            exact: The result of `exact`.
         """
         m, n, k = self.shape
         magnitudes = _three_products(*(np.abs(a) for a in self._widened()))
@@ -61,17 +61,17 @@ class Products:
 
 
 def normal_products(rng: np.random.Generator, shape: Shape, dtype: Dtype) -> Products:
-    """A job of normally distributed operands."""
+    """A job with normally distributed operands."""
     m, n, k = shape
     sizes = ((m, n), (n, k), (m, k))
     return Products(*(rng.standard_normal(size).astype(dtype.numpy) for size in sizes))
 
 
 def integer_products(rng: np.random.Generator, shape: Shape, dtype: Dtype) -> Products:
-    """A job of integers from -3 to 3.
+    """A job with integers from -3 to 3.
 
-    Sums of up to 1.8 million products of them are integers below 2**24, which
-    float32 holds exactly: every order of summation gives the same.
+    Sums of up to 1.8 million of their products are integers below 2**24. float32
+    represents them exactly, so every order of summation gives the same sum.
     """
     m, n, k = shape
     sizes = ((m, n), (n, k), (m, k))
@@ -80,20 +80,20 @@ def integer_products(rng: np.random.Generator, shape: Shape, dtype: Dtype) -> Pr
 
 
 def rounded(exact: Doubles, dtype: Dtype) -> Doubles:
-    """What `exact` is once it is rounded to `dtype`; Inf where it is too large."""
+    """`exact` rounded to `dtype`; Inf for values that are too large."""
     with np.errstate(over="ignore"):
         return exact.astype(dtype.numpy).astype(np.float64)
 
 
 def differences(result: Array, expected: Doubles) -> Doubles:
-    """|result - expected|, and 0 where both are the same Inf, or both NaN."""
+    """|result - expected|, and 0 for equal Inf or both NaN."""
     found = result.astype(np.float64)
     with np.errstate(invalid="ignore"):
         return np.where(_same(found, expected), 0.0, np.abs(found - expected))
 
 
 def count_different(results: Results, expected: dict[str, Doubles]) -> int:
-    """How many elements are not those expected; all of them, in a wrong shape."""
+    """The number of wrong elements; all elements of a result of a wrong shape."""
     return sum(
         int(np.count_nonzero(~_same(results[name].astype(np.float64), right)))
         if results[name].shape == right.shape
@@ -108,8 +108,8 @@ def _same(a: Doubles, b: Doubles) -> npt.NDArray[np.bool_]:
 
 
 def _three_products(x: Array, w: Array, dy: Array) -> dict[str, Doubles]:
-    # In extended precision where there is one, and never by BLAS: a server on
-    # this machine has the same.
+    # In extended precision if available, and never with BLAS: a server on this
+    # machine may use the same BLAS.
     x, w, dy = (a.astype(np.longdouble) for a in (x, w, dy))
     products = {
         "y": np.einsum("mn,nk->mk", x, w),

@@ -20,14 +20,14 @@ app = App(
     name="certs",
     usage="Usage: gradwire certs DIR [OPTIONS]",
     help="""
-    Make certificates for a trial of TLS.
+    Make certificates to try TLS.
 
-    Writes an authority (ca.pem), and what it vouches for: a server (server.pem)
-    for localhost and the names that --host gives, and a client (client.pem).
-    Their private keys (ca-key.pem and so on) are for this user alone. Says how
-    a server and a client are started with them.
+    Writes the certificates of an authority (ca.pem), a server (server.pem, for
+    localhost and every --host) and a client (client.pem). The private keys
+    (ca-key.pem and so on) are readable by this user only. Prints commands that
+    start a server and a client with the certificates.
 
-    For more than a trial, have an authority that keeps its key away from both.
+    In production, keep the authority's key away from servers and clients.
     """,
 )
 
@@ -43,17 +43,16 @@ def certs(
     client: Annotated[str, Parameter(metavar="NAME")] = "client",
     days: Annotated[int, Parameter(validator=Number(gte=1, lte=3650))] = 30,
 ) -> None:
-    """Make certificates for a trial of TLS.
+    """Make certificates to try TLS.
 
     Args:
-        directory: Where they go; made when it is missing. Nothing in it is
-            replaced.
-        host: Name or IP address under which clients reach the server, beside
-            localhost, 127.0.0.1 and ::1; may be given repeatedly.
-        client: The name in the client's certificate.
-        days: How long they are good for.
+        directory: Output directory; created if missing. Existing files are kept.
+        host: Host name or IP address of the server, in addition to localhost,
+            127.0.0.1 and ::1; may be repeated.
+        client: Name in the client certificate.
+        days: Days until the certificates expire.
     """
-    # Not at the top: no other command needs it, and it takes a while.
+    # Imported here: only this command needs it, and the import is slow.
     from gradwire_cli.certificate_authority import Authority  # noqa: PLC0415
 
     try:
@@ -74,10 +73,10 @@ def certs(
 
 
 def _write(directory: Path, contents: Mapping[str, tuple[bytes, int]]) -> None:
-    """Write new files, all of them or none.
+    """Write new files, all or none.
 
     Raises:
-        CommandError: There is one already, or they cannot be written.
+        CommandError: A file exists, or cannot be written.
     """
     made: list[Path] = []
     try:
@@ -92,7 +91,7 @@ def _write(directory: Path, contents: Mapping[str, tuple[bytes, int]]) -> None:
         for path in made:
             path.unlink()
         if isinstance(error, FileExistsError):
-            text = f"{error.filename} is there already, and stays: nothing was made"
+            text = f"{error.filename} exists already: no file was written"
         else:
             text = f"{directory} cannot be written: {error.strerror or error}"
         raise CommandError(text) from None
@@ -105,15 +104,15 @@ def _what_next(directory: Path, host: str, days: int) -> str:
     address = f"[{host}]:50051" if ":" in host else f"{host}:50051"
     listen = "localhost:50051" if host == "localhost" else "[::]:50051"
     return f"""\
-{directory} has an authority, a server and a client, good for {days} days.
+{directory} has certificates for an authority, a server and a client, valid {days} days.
 
-A server that wants to see clients' certificates:
+Start a server with mutual TLS:
 
     gradwire serve --listen {listen} \\
       --tls-cert {path("server.pem")} --tls-key {path("server-key.pem")} \\
       --tls-client-ca {path("ca.pem")}
 
-Its clients:
+Connect a client:
 
     gradwire check --address {address} --tls-ca {path("ca.pem")} \\
       --tls-cert {path("client.pem")} --tls-key {path("client-key.pem")}
@@ -124,5 +123,5 @@ Its clients:
         key={str(directory / "client-key.pem")!r},
     ))
 
-Clients elsewhere need those three files, and no other key.
+Clients on other hosts need these three files, and no other key.
 """

@@ -26,16 +26,15 @@ from gradwire_protocol.dtypes import Dtype
 app = App(
     name="check",
     help="""
-    Prove that a server computes right.
+    Check that a server computes correctly.
 
-    Gradients are held against finite differences along random directions;
-    all results of every dtype against float64 products computed here, within
-    the rounding error that the arithmetic allows; and sums of integers over
-    several row blocks, which must be exact. Without --address a private
-    server in this process is checked.
+    Compares gradients with finite differences along random directions, all
+    results of every dtype with local float64 products (within the bound of
+    rounding errors), and integer sums over several row blocks with the exact
+    sums. Without --address, checks a private server in this process.
 
-    Ends with 0 when everything holds, with 1 when something does not, and
-    with 3 when no server could be checked.
+    Exits with 0 if every check passed, 1 if a check failed, and 3 if no server
+    could be checked.
     """,
 )
 
@@ -50,16 +49,16 @@ def check(
     connect_timeout: Seconds = 10.0,
     timeout: Seconds = 60.0,
 ) -> ExitStatus:
-    """Prove that a server computes right.
+    """Check that a server computes correctly.
 
     Args:
-        address: The server: HOST:PORT or unix:PATH. Several take turns with
-            what is checked.
-        security: How it and the caller prove who they are.
-        seed: Of the random operands; with the same seed, the same operands.
+        address: Server address: HOST:PORT or unix:PATH. Several servers take
+            turns.
+        security: TLS and credentials.
+        seed: Seed of the random operands.
         as_json: Print one JSON object instead of a table.
-        connect_timeout: How long to wait for the server to answer at all.
-        timeout: How long one job may take.
+        connect_timeout: Time limit for the server's first answer.
+        timeout: Time limit for one job.
     """
     began = time.perf_counter()
     findings: list[Finding] = []
@@ -94,7 +93,7 @@ class _Report:
 
     def print_json(self) -> None:
         findings = [
-            # JSON has no numbers for NaN and Inf.
+            # JSON cannot represent NaN and Inf as numbers.
             dataclasses.asdict(f)
             | {
                 "error": f.error if math.isfinite(f.error) else str(f.error),
@@ -138,8 +137,8 @@ class _Report:
         wrong = [finding for finding in self.findings if not finding.passed]
         if not wrong:
             return Text(
-                f"{self.server} computes right: {len(self.findings)} findings "
-                f"in {self.seconds:.1f} s, all within their bounds"
+                f"{self.server}: {len(self.findings)} checks passed "
+                f"in {self.seconds:.1f} s"
             )
         names = ", ".join(
             f"{check} ({', '.join(dict.fromkeys(f.dtype for f in group))})"
@@ -149,20 +148,20 @@ class _Report:
             f"\n{note}" for note in dict.fromkeys(f.note for f in wrong) if note
         )
         return Text.assemble(
-            (f"{self.server} computes wrong", "bold red"),
-            f": {len(wrong)} of {len(self.findings)} findings are wrong: "
-            f"{names}{notes}",
+            (f"{self.server}: {len(wrong)} of {len(self.findings)} checks ", ""),
+            ("failed", "bold red"),
+            f": {names}{notes}",
         )
 
 
 def _verdict(finding: Finding) -> Text:
     if finding.passed:
         return Text("ok", "green")
-    return Text("FAILED" if finding.note else "WRONG", "bold red")
+    return Text("ERROR" if finding.note else "WRONG", "bold red")
 
 
 def _worst_of_each(findings: Iterable[Finding]) -> Iterable[Finding]:
-    """One finding for each check and dtype that passed; all that did not."""
+    """The worst finding of each check and dtype, and every failed finding."""
     for _, group in groupby(findings, key=lambda f: (f.check, f.dtype)):
         same = list(group)
         wrong = [finding for finding in same if not finding.passed]

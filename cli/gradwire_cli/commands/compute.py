@@ -39,18 +39,18 @@ app = App(
     name="compute",
     usage="Usage: gradwire compute [X] [W] [DY] --out DIR [OPTIONS]",
     help="""
-    Compute results from .npy files into .npy files.
+    Compute gradients of matrices in .npy files.
 
-    X (m, n), W (n, k) and dY (m, k) are read from files; Y = X W, dX = dY Wᵀ
-    and dW = Xᵀ dY are written to DIR/y.npy, DIR/dx.npy and DIR/dw.npy. Two
-    operands suffice for one result: gradwire compute --w w.npy --dy dy.npy
-    gives dX. Rows stream from file to file, so that memory stays the same
-    however many there are. The files appear when all of them are complete; a
-    run that fails or is interrupted leaves nothing behind.
+    Reads X (m, n), W (n, k) and dY (m, k) from files. Writes Y = X W, dX = dY Wᵀ
+    and dW = Xᵀ dY to DIR/y.npy, DIR/dx.npy and DIR/dw.npy. Two operands suffice
+    for one result: gradwire compute --w w.npy --dy dy.npy writes dX. Rows stream
+    from file to file, so memory does not grow with their number. Result files
+    appear when all of them are complete; a failed or interrupted run leaves no
+    files.
 
-    Without --address a private server in this process computes. bfloat16
-    results are written as NumPy itself writes them: as raw 2-byte elements
-    (|V2), for which array.view(ml_dtypes.bfloat16) gives back the numbers.
+    Without --address, a private server in this process computes. bfloat16
+    results are written like NumPy writes them, as raw 2-byte elements (|V2);
+    array.view(ml_dtypes.bfloat16) restores the numbers.
     """,
 )
 
@@ -80,33 +80,33 @@ def compute(
     connect_timeout: Seconds = 10.0,
     timeout: Seconds | None = None,
 ) -> None:
-    """Compute results from .npy files into .npy files.
+    """Compute gradients of matrices in .npy files.
 
     Args:
         x: X, shape (m, n).
         w: W, shape (n, k).
         dy: dY = dL/dY, shape (m, k).
-        out: Directory that the results go to; made when it is missing.
-        results: Wanted results: some of y,dx,dw. By default all that the
-            given files suffice for.
-        address: The server: HOST:PORT or unix:PATH. Of several, or of
-            dns:///HOST:PORT for all that a name stands for, the job goes to
-            one that can be had.
-        security: How it and the caller prove who they are.
-        dtype: What raw 2-byte elements are, as which NumPy saves bfloat16.
-        result_dtype: Dtype of the results, or of some (dw=float32); by
-            default the operands'.
-        wire_dtype: Dtype in which float32 operands travel, rounded, and
-            results that --result-dtype does not name: in half the bytes.
-        dw_accumulator: Dtype in which dW is summed over row blocks.
-        allow_tf32: Let a GPU multiply float32 operands as TF32.
+        out: Output directory; created if missing.
+        results: Wanted results, from y,dx,dw. Default: all results possible
+            with the given files.
+        address: Server address: HOST:PORT or unix:PATH. May be repeated, or
+            dns:///HOST:PORT for every address of a name: the job goes to an
+            available server.
+        security: TLS and credentials.
+        dtype: Dtype of raw 2-byte elements; NumPy saves bfloat16 that way.
+        result_dtype: Dtype of all results, or of single ones (dw=float32).
+            Default: the operands' dtype.
+        wire_dtype: Send float32 operands, and results not in --result-dtype,
+            rounded to this dtype: half the bytes.
+        dw_accumulator: Dtype of the sum of dW over row blocks.
+        allow_tf32: Let a GPU multiply float32 operands in TF32.
         checksum: Protect all payloads with CRC-32C.
-        verify: Check the results here by random sums, block by block.
-        force: Replace result files that exist.
+        verify: Verify the results locally with random sums, block by block.
+        force: Replace existing result files.
         quiet: Show no progress and no table.
-        request_id: Name of the job in the server's log.
-        connect_timeout: How long to wait for the server to answer at all.
-        timeout: How long the job may take; by default as long as it needs.
+        request_id: Job id in the server's log.
+        connect_timeout: Time limit for the server's first answer.
+        timeout: Time limit for the job. Default: none.
     """
     given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
     paths = {operand: path for operand, path in given.items() if path is not None}
@@ -121,7 +121,7 @@ def compute(
             ResultFiles(out, specs, replace=force, keep=paths.values())
         )
         show = sys.stderr.isatty() and not quiet
-        # The files get their names after this: who interrupts finds none.
+        # Files are named after this block, so an interrupted run leaves none.
         with (
             connected(address, security, connect_timeout, timeout) as (client, server),
             _progress_bar(show=show) as on_progress,
@@ -158,7 +158,7 @@ def compute(
 
 
 class _Rate(progress.ProgressColumn):
-    """Bytes a second, in the units of everything else."""
+    """Bytes a second, in binary units."""
 
     def render(self, task: progress.Task) -> Text:
         """The mean over the last seconds."""
@@ -168,7 +168,7 @@ class _Rate(progress.ProgressColumn):
 
 @contextmanager
 def _progress_bar(*, show: bool) -> Iterator[Callable[[Progress], object] | None]:
-    """What a job's progress goes to: a bar on standard error, or nothing."""
+    """A progress callback with a bar on standard error; None if not shown."""
     if not show:
         yield None
         return
@@ -187,7 +187,7 @@ def _progress_bar(*, show: bool) -> Iterator[Callable[[Progress], object] | None
                 task,
                 description="operands and results"
                 if now.jobs_ahead is None
-                else f"waits, {now.jobs_ahead} ahead",
+                else f"queued, {now.jobs_ahead} ahead",
                 completed=now.bytes_sent + now.bytes_received,
                 total=(now.bytes_to_send or 0) + (now.bytes_to_receive or 0),
             )
@@ -238,5 +238,5 @@ def _summary(
     yield (
         "server's memory",
         f"{format_bytes(receipt.reserved_bytes)} for this job, "
-        f"{format_bytes(receipt.peak_memory_bytes)} at its peak so far",
+        f"{format_bytes(receipt.peak_memory_bytes)} peak so far",
     )

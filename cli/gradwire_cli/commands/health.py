@@ -23,11 +23,11 @@ from gradwire_cli.options import (
 app = App(
     name="health",
     help="""
-    Ask a server whether it takes jobs.
+    Ask a server whether it accepts jobs.
 
-    For probes of containers and load balancers: it speaks the standard health
-    protocol of gRPC, and ends with 0 when the server takes jobs, and with 1
-    when it does not or cannot be reached.
+    For probes of containers and load balancers. Uses gRPC's standard health
+    protocol. Exits with 0 if the server accepts jobs, and with 1 if it does not
+    or is unreachable.
     """,
 )
 
@@ -39,18 +39,18 @@ def health(
     security: SecurityOptions = PLAINTEXT,
     timeout: Seconds = 5.0,
 ) -> ExitStatus:
-    """Ask a server whether it takes jobs.
+    """Ask a server whether it accepts jobs.
 
     Args:
-        address: The server: HOST:PORT or unix:PATH.
-        security: How it and the caller prove who they are.
-        timeout: How long to wait for an answer.
+        address: Server address: HOST:PORT or unix:PATH.
+        security: TLS and credentials.
+        timeout: Time limit for the answer.
     """
     address = address or DEFAULT_ADDRESS
     status = ask(Endpoint(address, security.wanted, security.token), timeout)
     if status != "SERVING":
-        raise CommandError(f"the server at {address} takes no jobs: it is {status}")
-    sys.stdout.write(f"the server at {address} takes jobs: it is SERVING\n")
+        raise CommandError(f"the server at {address} accepts no jobs: it is {status}")
+    sys.stdout.write(f"the server at {address} accepts jobs: it is SERVING\n")
     return ExitStatus.OK
 
 
@@ -58,7 +58,7 @@ def ask(endpoint: Endpoint, timeout_s: float) -> str:
     """The name of the server's health status (``SERVING``, ``NOT_SERVING``).
 
     Raises:
-        ConnectError: It did not answer.
+        ConnectError: The server did not answer.
     """
     with endpoint.channel() as channel:
         try:
@@ -71,7 +71,7 @@ def ask(endpoint: Endpoint, timeout_s: float) -> str:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 raise CommandError(
                     f"the server at {endpoint} does not speak the health protocol; "
-                    "a gradwire server does where gradwire[server] is installed"
+                    "a gradwire server needs the extra gradwire[server] for it"
                 ) from error
             raise connect_error(error, endpoint, timeout_s) from error
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

@@ -23,7 +23,7 @@ from gradwire_cli.options import (
 from gradwire_cli.terminal.tables import console, properties
 from gradwire_cli.terminal.units import format_bytes
 
-app = App(name="info", help="Show what a server is, offers and allows.")
+app = App(name="info", help="Show a server's version, devices, features and limits.")
 
 
 @app.default
@@ -34,13 +34,13 @@ def info(
     as_json: Annotated[bool, FLAG, Parameter(name="--json")] = False,
     timeout: Seconds = 10.0,
 ) -> None:
-    """Show what a server is, offers and allows.
+    """Show a server's version, devices, features and limits.
 
     Args:
-        address: The server: HOST:PORT or unix:PATH.
-        security: How it and the caller prove who they are.
+        address: Server address: HOST:PORT or unix:PATH.
+        security: TLS and credentials.
         as_json: Print one JSON object instead of a table.
-        timeout: How long to wait for an answer.
+        timeout: Time limit for the answer.
     """
     address = address or DEFAULT_ADDRESS
     with gradwire.connect(
@@ -73,13 +73,13 @@ def _rows(address: str, info: ServerInfo) -> Iterator[tuple[str, str]]:
     limits = info.limits
     yield "server", f"{address} (instance {info.server_instance})"
     yield "version", f"gradwire {info.version}, contract {info.contract}"
-    yield "state", "drains, takes no new jobs" if info.draining else "takes jobs"
+    yield "state", "draining, accepts no new jobs" if info.draining else "accepts jobs"
     for device in info.devices:
         yield "device", _device(device)
-    yield "chosen because", info.backend_reason
+    yield "backend reason", info.backend_reason
     yield "dtypes", ", ".join(info.dtypes)
     yield "memory for jobs", format_bytes(limits.memory_bytes)
-    yield "jobs", f"{limits.max_jobs} at once, {limits.max_queue} more may wait"
+    yield "jobs", f"{limits.max_jobs} at once, {limits.max_queue} more in the queue"
     yield "largest n and k", f"{limits.max_columns:,}"
     yield "largest message", format_bytes(limits.max_message_bytes)
     yield "idle timeout", f"{limits.idle_timeout_s:g} s"

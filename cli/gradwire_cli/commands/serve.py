@@ -29,10 +29,10 @@ app = App(
     help="""
     Run a server.
 
-    When it is ready it says so in one line on standard output: the addresses
-    it listens on, what computes, and why. Everything else goes to the log on
-    standard error. Ctrl-C and SIGTERM let running jobs finish; the second one
-    stops at once.
+    When the server is ready, it prints one line on standard output: its
+    addresses, the backend, and the reason for that backend. The log goes to
+    standard error. Ctrl-C or SIGTERM lets running jobs finish; a second signal
+    stops the server at once.
     """,
     config=SOURCES,
 )
@@ -48,10 +48,10 @@ def serve(
     """Run a server.
 
     Args:
-        settings: What the server is like.
-        log: What its log is like.
-        config: A TOML file with any of these settings (max-jobs = 8). Flags
-            come before variables, and variables before the file.
+        settings: Settings of the server.
+        log: Settings of the log.
+        config: TOML file with any of these settings (max-jobs = 8). Flags
+            override variables, and variables override the file.
     """
     del config  # read by SOURCES, before this runs
     log.configure()
@@ -59,7 +59,7 @@ def serve(
 
 
 async def _serve(settings: ServeSettings) -> None:
-    # Not at the top: --help and usage errors need none of it.
+    # Imported here: --help and usage errors do not need the server.
     from gradwire_server import (  # noqa: PLC0415
         BackendError,
         CredentialsError,
@@ -107,14 +107,14 @@ async def _serve(settings: ServeSettings) -> None:
 
 
 def _end_by_force_after(seconds: float) -> None:
-    """Ends the process if it has not ended by then.
+    """Exit the process after `seconds` if it is still running.
 
-    What waits for a device that is lost may wait for ever, in a thread that
-    nobody can stop, and whoever is to start the server again waits for its end.
+    A thread waiting for a lost device may wait forever and cannot be stopped, and
+    the supervisor restarts the server only after the process ends.
     """
 
     def end() -> None:
-        _log.critical("the process does not end, and is ended")
+        _log.critical("the process does not stop: exiting now")
         os._exit(ExitStatus.FAILED)
 
     timer = threading.Timer(seconds, end)
@@ -123,7 +123,7 @@ def _end_by_force_after(seconds: float) -> None:
 
 
 _LOST_S = 5.0
-"""Seconds for jobs to tell their clients, and threads to end."""
+"""Seconds for jobs to report to their clients, and for threads to end."""
 
 
 def _say_ready(addresses: tuple[str, ...], backend: str) -> None:

@@ -24,10 +24,10 @@ File = Annotated[Path, Parameter(metavar="FILE", env_var="GRADWIRE_AUTH_TOKENS")
 app = App(
     name="token",
     help="""
-    Make, list and revoke the tokens of a server's --auth-tokens FILE.
+    Make, list and revoke tokens in a server's --auth-tokens FILE.
 
-    The file holds hashes, so a token is seen when it is made and never again.
-    A running server takes up what changes in the file.
+    The file holds hashes, so a token is shown only once. A running server
+    reloads the file after a change.
     """,
 )
 
@@ -40,17 +40,16 @@ def new(
         Path | None, Parameter(metavar="FILE", env_var="GRADWIRE_AUTH_TOKENS")
     ] = None,
 ) -> None:
-    """Make a token, and print it: this once.
+    """Make a token and print it once.
 
-    Standard output has the token and nothing else.
+    Standard output has only the token.
 
     Args:
-        tenant: Whose it is: the name in the server's log.
-        file: The tokens file that its hash is added to; made when it is
-            missing. Without it, the lines to add are printed on standard
-            error.
+        tenant: Owner of the token, as named in the server's log.
+        file: Tokens file to add the token's hash to; created if missing.
+            Default: print the lines to add on standard error.
     """
-    # Not at the top: the server's package may be missing where commands are.
+    # Imported here: the server package may not be installed.
     from gradwire_server.auth.tokens import new_token  # noqa: PLC0415
 
     try:
@@ -58,19 +57,19 @@ def new(
     except ValueError as error:
         raise CommandError(str(error), ExitStatus.USAGE) from None
     if file is None:
-        sys.stderr.write(f"add this to the file of --auth-tokens:\n\n{entry.toml()}\n")
+        sys.stderr.write(f"add this to the --auth-tokens file:\n\n{entry.toml()}\n")
     else:
         text = _text(file) if file.exists() else ""
         _parsed(file, text)
         gap = "\n" if text and not text.endswith("\n\n") else ""
         _replace(file, f"{text}{gap}{entry.toml()}")
-        sys.stderr.write(f"{entry.id} of {entry.tenant} was added to {file}\n")
+        sys.stderr.write(f"added token {entry.id} of {entry.tenant} to {file}\n")
     sys.stdout.write(f"{token}\n")
 
 
 @app.command(name="list")
 def list_(*, file: File) -> None:
-    """List whose tokens a file has, by their ids.
+    """List the tokens in a file: id, tenant and date.
 
     Args:
         file: The tokens file.
@@ -85,10 +84,10 @@ def list_(*, file: File) -> None:
 
 @app.command
 def revoke(token_id: Annotated[str, Parameter(name="ID")], *, file: File) -> None:
-    """Take a token out of a file, so that it is good no more.
+    """Revoke a token: remove it from a file.
 
     Args:
-        token_id: Its id, as `gradwire token list` shows it.
+        token_id: The token's id in `gradwire token list`.
         file: The tokens file.
     """
     from gradwire_server.auth.tokens import without  # noqa: PLC0415 - as above
@@ -98,8 +97,8 @@ def revoke(token_id: Annotated[str, Parameter(name="ID")], *, file: File) -> Non
     try:
         _replace(file, without(text, token_id))
     except ValueError as error:
-        raise CommandError(f"{file} stays as it was: {error}") from None
-    sys.stdout.write(f"{token_id} was taken out of {file}\n")
+        raise CommandError(f"{file} was not changed: {error}") from None
+    sys.stdout.write(f"removed token {token_id} from {file}\n")
 
 
 def _text(file: Path) -> str:
@@ -115,11 +114,11 @@ def _parsed(file: Path, text: str) -> Tokens:
     try:
         return parse_tokens(text.encode())
     except ValueError as error:
-        raise CommandError(f"{file} is no tokens file: {error}") from None
+        raise CommandError(f"{file} is not a tokens file: {error}") from None
 
 
 def _replace(file: Path, text: str) -> None:
-    """Gives the file another content at once: a server may read it just now."""
+    """Replace the file's contents atomically: a server may be reading it."""
     file = file.resolve()
     try:
         mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o600

@@ -1,1 +1,1 @@
-"""Matrices in files: operands that are read, results that are written."""
+"""Matrices in files: operands to read, results to write."""

@@ -1,9 +1,9 @@
-"""Matrices in ``.npy`` files, read a run of rows at a time.
+"""Matrices in ``.npy`` files, read some rows at a time.
 
-Rows are read by position into fresh buffers: what stays resident is the rows
-in hand, whatever the file's size and order of elements, and a file that
-shrinks or cannot be read while a job runs gives an error, where a memory map
-would end the process with SIGBUS.
+Rows are read by position into fresh buffers, so only the current rows are
+resident, for any file size and element order. If a file shrinks or becomes
+unreadable during a job, reading raises an error; a memory map would end the
+process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _RAW_TWO_BYTES = np.dtype("V2")
 
 
 class NpyMatrix:
-    """A matrix in a file, of which rows can be read in any order.
+    """A matrix in a file with random access to rows.
 
-    Thread-safe: reads share no position in the file.
+    Thread-safe: reads do not share a file position.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class NpyMatrix:
         self.path = path
         self.shape: tuple[int, int] = (header.shape[0], header.shape[1])
         self.dtype = dtype
-        """Element type, whatever the byte order in the file."""
+        """Element type, independent of the byte order in the file."""
         self._file = file
         self._offset = file.tell()
         self._by_columns = header.fortran_order
-        # Read as it lies in the file; ml_dtypes has no other byte order.
+        # Read in the file's byte order; ml_dtypes has only the native order.
         self._in_file = (
             dtype.numpy if dtype is Dtype.BFLOAT16 else np.dtype(header.dtype)
         )
@@ -58,7 +58,7 @@ class NpyMatrix:
         """Rows [start, stop), of shape (stop - start, columns).
 
         Raises:
-            CommandError: The file cannot be read, or ends too early.
+            CommandError: The file cannot be read, or is too short.
         """
         count, columns = stop - start, self.shape[1]
         if not self._by_columns:
@@ -101,20 +101,20 @@ class _Header(NamedTuple):
 
 
 def open_npy(path: Path, *, raw_as_bfloat16: bool = False) -> NpyMatrix:
-    """The matrix in a ``.npy`` file of format version 1, 2 or 3.
+    """Open the matrix in a ``.npy`` file of format version 1, 2 or 3.
 
     Args:
         path: The file.
-        raw_as_bfloat16: Take raw 2-byte elements (``|V2``, as which NumPy
-            saves bfloat16) for bfloat16.
+        raw_as_bfloat16: Read raw 2-byte elements (``|V2``, NumPy's form of
+            bfloat16) as bfloat16.
 
     Raises:
-        CommandError: The file does not exist, cannot be read, is no .npy
-            file, is cut off, holds anything but a matrix of an element type
-            of gradwire; the text is a sentence that names the file.
+        CommandError: The file does not exist, cannot be read, is not a .npy
+            file, is cut off, or does not hold a matrix of a gradwire dtype. The
+            message names the file.
     """
     try:
-        # A named pipe would wait for a writer, for ever.
+        # Without O_NONBLOCK, a named pipe would wait forever for a writer.
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
         file = os.fdopen(os.open(path, flags), "rb")
     except FileNotFoundError:
@@ -136,14 +136,13 @@ def open_npy(path: Path, *, raw_as_bfloat16: bool = False) -> NpyMatrix:
 _READERS: dict[tuple[int, int], Callable[[BinaryIO], Any]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
-    # Differs from version 2 in the encoding of field names alone, and no
-    # matrix has any.
+    # Version 3 differs from 2 only in the encoding of field names, and a matrix
+    # has no fields.
     (3, 0): np.lib.format.read_array_header_2_0,
 }
 
 
-# NumPy reads a header as the Python literal that it is, with all that can go
-# wrong in that.
+# NumPy parses the header as a Python literal, so all of these can occur.
 _NO_HEADER = (
     *(ValueError, TypeError, OSError, SyntaxError, tokenize.TokenError),
     *(RecursionError, MemoryError),
@@ -157,17 +156,17 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
         version = np.lib.format.read_magic(file)
         reader = _READERS.get(version)
         with warnings.catch_warnings():
-            # That Python 2 wrote the file is nothing that its user can change.
+            # Ignore the warning that Python 2 wrote the file.
             warnings.simplefilter("ignore")
             header = _Header(*reader(file)) if reader else None
     except _NO_HEADER:
         raise CommandError(
-            f"{path} is not a .npy file, or a damaged one; write one with numpy.save"
+            f"{path} is not a .npy file, or is damaged; write one with numpy.save"
         ) from None
     if header is None:
         raise CommandError(
             f"{path} has version {version[0]}.{version[1]} of the .npy format; "
-            "1.0, 2.0 and 3.0 can be read"
+            "gradwire reads 1.0, 2.0 and 3.0"
         )
     if any(length < 0 for length in header.shape):
         raise CommandError(f"{path} is a damaged .npy file: its shape is negative")
@@ -184,14 +183,14 @@ def _element_type(path: Path, header: _Header, raw_as_bfloat16: bool) -> Dtype:
     if len(shape) != 2:
         raise CommandError(
             f"{path} holds an array of {len(shape)} dimensions, shape "
-            f"{format_shape(shape)}; a matrix of 2 is needed"
+            f"{format_shape(shape)}; gradwire needs a matrix (2 dimensions)"
         )
     if dtype == _RAW_TWO_BYTES:
         if raw_as_bfloat16:
             return Dtype.BFLOAT16
         raise CommandError(
-            f"{path} holds raw 2-byte elements, as which NumPy saves bfloat16; "
-            "say --dtype bfloat16 if that is what they are"
+            f"{path} holds raw 2-byte elements; add --dtype bfloat16 if they are "
+            "bfloat16, which NumPy saves in this form"
         )
     if raw_as_bfloat16:
         raise CommandError(
@@ -203,7 +202,7 @@ def _element_type(path: Path, header: _Header, raw_as_bfloat16: bool) -> Dtype:
     except KeyError:
         raise CommandError(
             f"{path} holds {dtype.name}; gradwire computes with {_LABELS}: "
-            "convert it first, with astype"
+            "convert it with astype first"
         ) from None
 
 
@@ -214,13 +213,13 @@ def _check_size(path: Path, file: BinaryIO, header: _Header) -> None:
     if present < promised:
         raise CommandError(
             f"{path} is cut off: {format_shape(header.shape)} elements of "
-            f"{header.dtype.itemsize} bytes are {promised} bytes, and it holds "
+            f"{header.dtype.itemsize} bytes need {promised} bytes, and the file has "
             f"{max(present, 0)}"
         )
 
 
 def format_shape(shape: tuple[int, ...]) -> str:
-    """A shape as NumPy users write it."""
+    """Format a shape like NumPy."""
     return str(tuple(shape))
 
 

@@ -1,4 +1,4 @@
-"""The operands of ``gradwire compute``: which are needed, and do they fit."""
+"""The operands of ``gradwire compute``: selection and checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import RESULTS, Matrix, operands_for
 
 _ROWS_BYTES = 4 << 20
-"""Bytes of X and dY that are read at once."""
+"""Bytes of X and dY read at once."""
 
 _MEANING = {
     Matrix.X: "x (the first file, or --x)",
@@ -27,16 +27,16 @@ _MEANING = {
 def wanted_results(
     names: Sequence[str] | None, files: Mapping[Matrix, Path]
 ) -> tuple[Matrix, ...]:
-    """The results to compute: those named, or all that the files allow.
+    """The results to compute: the named ones, or all possible with the files.
 
     Raises:
-        CommandError: A name is unknown, or a file that it needs is missing.
+        CommandError: A name is unknown, or a needed file is missing.
     """
     if names is None:
         wanted = tuple(r for r in RESULTS if all(o in files for o in r.needs))
         if not wanted:
             raise CommandError(
-                "two operands are the least: x and w give y, dy and w give dx, "
+                "at least two operands are needed: x and w give y, dy and w give dx, "
                 "x and dy give dw",
                 ExitStatus.USAGE,
             )
@@ -61,15 +61,15 @@ def wanted_results(
 
 
 def result_dtypes(names: Sequence[str], wanted: Sequence[Matrix]) -> dict[str, Dtype]:
-    """Dtypes of results that shall not have the operands'.
+    """Dtypes of results that differ from the operands' dtype.
 
     Args:
-        names: A dtype for all results (``float32``), or some of one each
+        names: A dtype for all results (``float32``), or for single results
             (``dw=float32``).
         wanted: The results.
 
     Raises:
-        CommandError: A result is not wanted, or a dtype is unknown.
+        CommandError: A named result is not wanted, or a dtype is unknown.
     """
     labels = [result.label for result in wanted]
     found: dict[str, Dtype] = {}
@@ -85,7 +85,7 @@ def result_dtypes(names: Sequence[str], wanted: Sequence[Matrix]) -> dict[str, D
             ) from None
         if equals and result not in labels:
             raise CommandError(
-                f"--result-dtype names {result!r}, and the wanted results are "
+                f"--result-dtype names {result!r}, but the wanted results are "
                 + ", ".join(labels),
                 ExitStatus.USAGE,
             )
@@ -98,7 +98,7 @@ _Pair: TypeAlias = "tuple[Array | None, Array | None]"
 
 @dataclass(frozen=True)
 class RowParts(Sequence[_Pair]):
-    """Rows of files, part by part: read when they are asked for, and again."""
+    """Rows of files in parts. Each access reads the part from the files."""
 
     x: NpyMatrix | None
     dy: NpyMatrix | None
@@ -106,7 +106,7 @@ class RowParts(Sequence[_Pair]):
     step: int
 
     def __len__(self) -> int:
-        # Rows without number are a part too: they tell n and k.
+        # Zero rows are a part, too: its arrays tell n and k.
         return max(1, -(-self.m // self.step))
 
     @overload
@@ -128,7 +128,7 @@ class RowParts(Sequence[_Pair]):
 
 @dataclass(frozen=True)
 class Operands:
-    """The operands that a job needs, in open files that fit together."""
+    """The operands of a job, in open files with matching shapes."""
 
     files: Mapping[Matrix, NpyMatrix]
     m: int
@@ -142,12 +142,12 @@ class Operands:
         return sum(file.size_bytes for file in self.files.values())
 
     def w(self) -> Array | None:
-        """W, whole; None when no result needs it."""
+        """All of W; None if no result needs W."""
         file = self.files.get(Matrix.W)
         return file.rows(0, self.n) if file is not None else None
 
     def rows(self) -> RowParts:
-        """X and dY, some rows at a time; None for one that is not needed."""
+        """X and dY, some rows at a time; None for an unneeded operand."""
         row_bytes = (self.n + self.k) * self.dtype.itemsize
         step = max(1, _ROWS_BYTES // max(row_bytes, 1))
         return RowParts(
@@ -157,11 +157,11 @@ class Operands:
     def results(
         self, wanted: Sequence[Matrix], dtypes: Mapping[str, Dtype]
     ) -> dict[str, ResultSpec]:
-        """What the wanted results will be.
+        """Shapes and dtypes of the wanted results.
 
         Args:
             wanted: The results.
-            dtypes: Of those that shall not have the operands' own.
+            dtypes: Dtypes that differ from the operands' dtype.
         """
         shapes = {
             Matrix.Y: (self.m, self.k),
@@ -181,11 +181,11 @@ def open_operands(
     *,
     raw_as_bfloat16: bool,
 ) -> Operands:
-    """Open the files that the wanted results need; `stack` closes them.
+    """Open the files needed for the wanted results; `stack` closes them.
 
     Raises:
-        CommandError: A file is none or not a matrix, or they do not fit
-            together; the text names the files, their shapes and dtypes.
+        CommandError: A file is missing or not a matrix, or shapes or dtypes do
+            not match. The message names the files, shapes and dtypes.
     """
     files: dict[Matrix, NpyMatrix] = {}
     for operand in operands_for(wanted):
@@ -197,7 +197,7 @@ def open_operands(
             "the operands must have one dtype: "
             + ", ".join(f"{f.path} holds {f.dtype.label}" for f in files.values())
         )
-    # The four places where two operands share a size: axis by axis.
+    # The sizes shared by two operands, axis by axis.
     sizes: dict[str, int] = {}
     for name, places in _SHARED_SIZES.items():
         found = [(files[o], axis) for o, axis in places if o in files]

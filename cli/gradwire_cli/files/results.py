@@ -1,8 +1,8 @@
-"""Results that stream into ``.npy`` files and appear whole or not at all.
+"""Results streamed into ``.npy`` files, which appear all together or not at all.
 
-Each file is written without a name (``O_TMPFILE``), or, on file systems that
-have no such files, under a hidden one, and takes its own name only when all
-results are complete and on disk.
+Each file is written without a name (``O_TMPFILE``), or under a hidden name if the
+file system does not support that. It gets its own name when all results are
+complete and on disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gradwire_protocol.dtypes import Dtype
 
 
 class ResultSpec(NamedTuple):
-    """A result, as its file will hold it."""
+    """Shape and dtype of a result in its file."""
 
     shape: tuple[int, int]
     dtype: Dtype
@@ -39,10 +39,10 @@ class ResultSpec(NamedTuple):
 class ResultFiles:
     """The files ``DIR/y.npy``, ``DIR/dx.npy`` and ``DIR/dw.npy`` of one job.
 
-    A context manager: leaving it without `commit` leaves the directory as it
-    was. bfloat16 is written as NumPy itself writes it: raw 2-byte elements,
-    which NumPy reads back as ``|V2`` (``.view(ml_dtypes.bfloat16)`` makes
-    them numbers again).
+    A context manager: leaving it without `commit` leaves the directory
+    unchanged. bfloat16 is written like NumPy writes it, as raw 2-byte elements.
+    NumPy reads them back as ``|V2``, and ``.view(ml_dtypes.bfloat16)`` restores
+    the numbers.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class ResultFiles:
         replace: bool,
         keep: Iterable[Path] = (),
     ) -> None:
-        """Make everything ready to be written, and nothing visible.
+        """Prepare the files without making them visible.
 
         Args:
-            directory: Where the files go; made when it is missing.
-            specs: The results, by the name of their file without ``.npy``.
-            replace: Whether files of these names may be replaced.
-            keep: Files that may not, whatever they are called: the operands.
+            directory: Output directory; created if missing.
+            specs: The results, by file name without ``.npy``.
+            replace: Whether existing files may be replaced.
+            keep: Files that must never be replaced: the operands.
 
         Raises:
-            CommandError: The directory cannot be written, a file is in the
-                way, or the space does not suffice.
+            CommandError: The directory cannot be written, a file exists, or disk
+                space is insufficient.
         """
         self._directory = directory
         self._replace = replace
@@ -97,15 +97,16 @@ class ResultFiles:
         """Write the next rows of a result.
 
         Raises:
-            CommandError: The disk is full, or fails.
+            CommandError: The disk is full or fails.
         """
         self._files[name].append(rows)
 
     def commit(self) -> tuple[Path, ...]:
-        """Give the files their names, and return those.
+        """Give the files their names, and return the paths.
 
         Raises:
-            CommandError: The disk fails, or a file has come in the way.
+            CommandError: The disk fails, or a file of that name was created
+                meanwhile.
         """
         for file in self._files.values():
             file.flush()
@@ -126,7 +127,7 @@ class ResultFiles:
         return self._directory / f"{name}.npy"
 
     def _make_directory(self) -> list[Path]:
-        """Make the directory, and say which ones did not exist, outermost last."""
+        """Create the directory; return the created ones, outermost last."""
         missing = [
             path
             for path in (self._directory, *self._directory.parents)
@@ -151,7 +152,7 @@ class ResultFiles:
                 path.exists() and target.samefile(path) for path in kept
             ):
                 raise CommandError(
-                    f"{target} is an operand, and a result would replace it: say "
+                    f"{target} is an operand, and a result would replace it: choose "
                     "another directory with --out"
                 )
 
@@ -159,7 +160,7 @@ class ResultFiles:
         targets = [self._target(name) for name in specs]
         for target in targets:
             if target.is_dir():
-                raise CommandError(f"{target} is a directory, and in the way")
+                raise CommandError(f"{target} is a directory: a result needs this name")
         present = [str(target) for target in targets if os.path.lexists(target)]
         if present and not self._replace:
             verb = "exists" if len(present) == 1 else "exist"
@@ -174,7 +175,7 @@ class ResultFiles:
         if needed > free:
             raise CommandError(
                 f"{self._directory} has {format_bytes(free)} of free space; "
-                f"the results take {format_bytes(needed)}"
+                f"the results need {format_bytes(needed)}"
             )
 
     def _discard(self) -> None:
@@ -186,7 +187,7 @@ class ResultFiles:
 
 
 class _PendingFile:
-    """A file that does not have its name yet."""
+    """A file without its final name."""
 
     def __init__(self, target: Path, spec: ResultSpec, *, nameless: bool) -> None:
         self.target = target
@@ -223,7 +224,7 @@ class _PendingFile:
             raise _cannot_write(self.target, error) from error
 
     def flush(self) -> None:
-        # Some file systems tell only now that there was no space.
+        # Some file systems report a full disk only now.
         try:
             os.fsync(self._fd)
         except OSError as error:
@@ -241,13 +242,13 @@ class _PendingFile:
                 self._hidden = None
         except FileExistsError:
             raise CommandError(
-                f"{self.target} has come to exist; --force replaces it"
+                f"{self.target} was created meanwhile; --force replaces it"
             ) from None
         except OSError as error:
             raise _cannot_write(self.target, error) from error
 
     def discard(self) -> None:
-        """Forget the file, unless it has its name. May be called again."""
+        """Discard the file unless it has its name. May be called repeatedly."""
         self._file.close()
         if self._hidden is not None:
             self._hidden.unlink(missing_ok=True)
@@ -264,7 +265,7 @@ _FLAGS = os.O_WRONLY | os.O_CLOEXEC
 
 
 def _has_nameless_files(directory: Path) -> bool:
-    """Whether a file can be made without a name there, and be named later."""
+    """Whether the file system supports files that get their name later."""
     try:
         fd = _open_nameless(directory)
         try:
@@ -282,7 +283,7 @@ def _open_nameless(directory: Path) -> int:
 
 
 def _link_nameless(fd: int, name: Path) -> None:
-    # The directory makes Python call linkat, which follows the link in /proc.
+    # With src_dir_fd, Python calls linkat, which follows the link in /proc.
     os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd)
 
 

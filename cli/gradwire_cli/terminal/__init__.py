@@ -1,1 +1,1 @@
-"""What people see and type: tables, units, logs, signals."""
+"""Terminal input and output: tables, units, logs, signals."""

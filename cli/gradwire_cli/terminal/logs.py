@@ -1,4 +1,4 @@
-"""What the log of ``gradwire serve`` looks like."""
+"""Settings and format of the log of ``gradwire serve``."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ class LogSettings:
     """The log, on standard error."""
 
     log_format: Literal["auto", "json", "console"] = "auto"
-    """One JSON object a line (json), lines for people (console), or console
-    on a terminal and json elsewhere (auto)."""
+    """One JSON object a line (json), readable lines (console), or console on a
+    terminal and json elsewhere (auto)."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe entries that are logged; the line that each job
-    leaves is info."""
+    """Minimum severity of logged entries. The line of each job is info."""
 
     def configure(self) -> None:
-        """Send what the server logs to standard error, in this form.
+        """Send the server's log to standard error in this format.
 
         Raises:
-            CommandError: structlog, of the extra ``server``, is not installed.
+            CommandError: structlog (extra ``server``) is not installed.
         """
         if importlib.util.find_spec("structlog") is None:
             raise CommandError(
-                "the server's part is not installed; install it with: "
+                "the server is not installed; install it with: "
                 "pip install 'gradwire[server]'"
             )
         on_terminal = sys.stderr.isatty()
@@ -45,12 +44,12 @@ class LogSettings:
 
 
 def _formatter(*, as_json: bool, colors: bool) -> logging.Formatter:
-    # Not at the top: structlog comes with another extra than this command.
+    # Imported here: structlog comes with the extra `server`, not with `cli`.
     import structlog  # noqa: PLC0415
     from structlog.typing import Processor  # noqa: PLC0415
 
-    # Entries come from the standard library's logging, with their fields in
-    # `extra`; structlog gives them their form.
+    # Entries come from the standard library's logging, with fields in `extra`;
+    # structlog formats them.
     incoming: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,

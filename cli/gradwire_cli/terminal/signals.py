@@ -1,4 +1,4 @@
-"""Being asked to end, as an exception that cleans up on its way."""
+"""Termination signals as an exception, so that commands clean up."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _DEAF_S = 2.0
-"""Another signal so soon after the first (a second Ctrl-C, a shell that
-signals its whole group) does not break into the cleaning up."""
+"""Seconds after a signal in which further signals are ignored (a second Ctrl-C, a
+shell that signals its whole group), so that they do not interrupt the cleanup."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,12 +27,12 @@ class Interrupted(KeyboardInterrupt):
             "interrupted" if signum == signal.SIGINT else f"ended by {name}"
         )
         self.status = 128 + signum
-        """What the process ends with, as shells count it."""
+        """Exit status of the process: 128 plus the signal's number, as in shells."""
 
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Within this, SIGINT, SIGTERM and SIGHUP raise `Interrupted`."""
+    """In this context, SIGINT, SIGTERM and SIGHUP raise `Interrupted`."""
     last = float("-inf")
 
     def on_signal(signum: int, _: FrameType | None) -> None:
@@ -47,19 +47,18 @@ def signals_raise() -> Iterator[None]:
 
 @contextmanager
 def signals_call(stop: Callable[[], object]) -> Iterator[None]:
-    """Within this, signals do not raise: they have `stop` called, in a thread.
+    """In this context, a signal calls `stop` in a thread instead of raising.
 
-    The locks of gRPC's calls are written in Python. An exception that a signal
-    raises there, after a lock was taken and before that was noted, leaves it
-    taken, and closing the channel then waits forever.
+    gRPC's call locks are written in Python. A signal's exception between taking
+    a lock and recording it would leave the lock taken, and closing the channel
+    would then wait forever.
 
     Args:
-        stop: Makes what runs within this end, as closing its client does.
-            Called once; who insists with a later signal ends the process.
+        stop: Ends the code in this context, for example by closing its client.
+            Called once; a later signal exits the process.
 
     Raises:
-        Interrupted: On leaving, when a signal has come, whatever else went
-            wrong by then.
+        Interrupted: On exit, if a signal arrived, even after another error.
     """
     asked: list[Interrupted] = []
     listening, telling = os.pipe()
@@ -99,7 +98,7 @@ def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[
     previous = {
         signum: signal.signal(signum, handler)
         for signum in _SIGNALS
-        # One that the parent had ignored (nohup) stays ignored.
+        # A signal ignored by the parent (nohup) stays ignored.
         if signal.getsignal(signum) is not signal.SIG_IGN
     }
     try:

@@ -1,4 +1,4 @@
-"""Standard streams that whoever started the process had closed."""
+"""Replacements for closed standard streams."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 
 
 def open_closed() -> None:
-    """Put something in the place of standard streams that are closed.
+    """Open replacements for closed standard streams.
 
-    Python has None for them, and the next file or socket that is opened would
-    get their number. What is written to standard output still fails, as it
-    does in other programs; what is said on standard error is lost.
+    Python sets a closed stream to None, and the next opened file or socket would
+    get its descriptor. Writes to standard output still fail, as in other
+    programs. Writes to standard error are lost.
     """
     if sys.stdin is None:
         sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
     if sys.stdout is None:
-        # Opened for reading, so that writing is the error that it should be.
+        # Opened for reading, so that writes fail as they should.
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")

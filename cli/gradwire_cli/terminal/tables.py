@@ -1,4 +1,4 @@
-"""What commands print on standard output for people."""
+"""Tables that commands print for people."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _WIDTH_OF_A_FILE = 120
 
 
 def console(file: TextIO | None = None) -> Console:
-    """A console that does not fold tables early where nobody looks at them.
+    """A console that is wide enough for tables in files and pipes.
 
-    Brackets are no markup to it: addresses and the names of tenants have some.
+    Markup is off, because addresses and tenant names may have brackets.
 
     Args:
-        file: Where it writes; by default standard output.
+        file: Output file; by default standard output.
     """
     file = file or sys.stdout
     unknown = not file.isatty() and "COLUMNS" not in os.environ

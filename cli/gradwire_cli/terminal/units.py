@@ -1,4 +1,4 @@
-"""Numbers of bytes, as people write and read them."""
+"""Sizes and times in readable units."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes that `text` says: ``4GiB``, ``512 MiB``, ``1000000``.
+    """Parse a size in bytes: ``4GiB``, ``512 MiB``, ``1000000``.
 
     KiB, MiB, GiB and TiB (or Ki, Mi, Gi, Ti) are powers of 1024; kB, MB, GB
     and TB are powers of 1000.
 
     Raises:
-        ValueError: The text is no size; its text says what one looks like.
+        ValueError: The text is not a size; the message gives examples.
     """
     match = _SIZE.fullmatch(text.strip())
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise ValueError(
-            f"{text!r} is no number of bytes: expected one like 4GiB, 512MiB, "
+            f"{text!r} is not a number of bytes: expected one like 4GiB, 512MiB, "
             "2GB or 1000000"
         )
     try:
         number = float(match[1]) if "." in match[1] else int(match[1])
         return int(number * factor)
-    except (OverflowError, ValueError):  # int has a limit of its own
-        raise ValueError("a number of so many digits is no number of bytes") from None
+    except (OverflowError, ValueError):  # int limits the number of digits
+        raise ValueError("too many digits for a number of bytes") from None
 
 
 def format_bytes(size: float) -> str:
-    """`size` bytes with three digits or more, in powers of 1024."""
+    """Format `size` bytes in powers of 1024, with at least three digits."""
     value = float(size)
     for unit in _BINARY:
         if abs(value) < 1024 or unit == _BINARY[-1]:
@@ -61,7 +61,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Format a time in µs, ms or s."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} µs"
     if seconds < 1:
