@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Its grpcio-tools needs an older protobuf than the one the tests run on.
 PROTOS_VENV ?= .venv-protos
+# How many processes run tests at once: one more than cores, as many wait.
+PYTEST_WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 # More arguments for pytest: make test PYTEST_ARGS="tests/protocol -k framing"
 PYTEST_ARGS ?=
 # Which CUDA a GPU host's driver is for: 13, or 12 where it is older than 580.
@@ -17,6 +19,10 @@ BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+# Whoever has done its share takes tests over from another.
+PARALLEL = $(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+# What a test may take, s, where that is not what pyproject.toml says.
+each_within = --timeout=$(1) -o faulthandler_timeout=$(shell echo $$(($(1) + 30)))
 
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
@@ -58,16 +64,24 @@ trace: $(VENV)/.ready-dev ## draw when each row block of a job arrives, is compu
 ##@ Check
 
 .PHONY: test
-test: lint ## lint, then every test, with coverage
-	$(PY) -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+test: lint ## lint, and the tests that a change must pass at once: 4 minutes
+	$(PARALLEL) -m 'not big and not thorough' $(PYTEST_ARGS)
+
+.PHONY: test-thorough
+test-thorough: $(VENV)/.ready-dev ## the tests that `make test` leaves out: 5 minutes
+	$(PARALLEL) -m 'thorough and not big' $(PYTEST_ARGS)
+
+.PHONY: test-all
+test-all: lint ## lint, then every test, with coverage: 15 minutes
+	$(PARALLEL) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 .PHONY: test-big
-test-big: $(VENV)/.ready-dev ## the tests that need gigabytes or minutes
-	$(PY) -m pytest -m big --timeout=1800 $(PYTEST_ARGS)
+test-big: $(VENV)/.ready-dev ## the tests that need gigabytes or more minutes
+	$(PY) -m pytest -m big $(call each_within,1800) $(PYTEST_ARGS)
 
 .PHONY: test-faults
 test-faults: $(VENV)/.ready-dev ## every fault of docs/faults.md, in every way that it counts: 15 minutes
-	$(PY) -m pytest tests/thorough/faults -m 'big or not big' --timeout=3600 $(PYTEST_ARGS)
+	$(PY) -m pytest tests/thorough/faults -m 'big or not big' $(call each_within,3600) $(PYTEST_ARGS)
 
 .PHONY: fuzz
 fuzz: $(VENV)/.ready-fuzz ## look for inputs that parsers or a live server take badly: FUZZ_SECONDS
@@ -75,7 +89,7 @@ fuzz: $(VENV)/.ready-fuzz ## look for inputs that parsers or a live server take 
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.ready-gpu ## the tests of GPUs, and all others with servers on one; needs a CUDA device
-	GRADWIRE_TEST_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu $(PYTEST_ARGS)
+	GRADWIRE_TEST_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu -o faulthandler_timeout=630 $(PYTEST_ARGS)
 	GRADWIRE_TEST_BACKEND=cupy $(PY) -m pytest tests/contract tests/scenarios tests/examples tests/thorough $(PYTEST_ARGS)
 
 .PHONY: lint

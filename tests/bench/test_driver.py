@@ -72,6 +72,7 @@ def require(name):
         pytest.skip(f"needs {package}")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", contenders.NAMES)
 def test_every_contender_is_right_and_leaves_no_process_behind(name, form):
@@ -90,6 +91,7 @@ def test_every_contender_is_right_and_leaves_no_process_behind(name, form):
 
 
 # The libraries of the others change a process that imports them.
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", [n for n in contenders.NAMES if n not in {"torch-rpc", "arrow-flight"}]
 )

@@ -86,6 +86,7 @@ def test_a_part_that_fails_costs_the_others_nothing(monkeypatch, tmp_path, capsy
     assert "lane: failed: RuntimeError: out of order" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_everything_but_the_device_runs_on_a_processor(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Options, "seconds", 0.0)
     path = tmp_path / "found.json"

@@ -118,12 +118,14 @@ def test_a_right_server_passes_every_check(server: ServerProcess) -> None:
     assert {finding.dtype for finding in findings} == {d.label for d in Dtype}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("block_bytes", [1 << 10, 1 << 26])
 def test_a_right_server_passes_whatever_its_row_blocks(block_bytes: int) -> None:
     with running_server(block_bytes=block_bytes) as server:
         assert wrong(checked(server.address, seed=block_bytes)) == set()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("backend", "expected"),
     [
@@ -171,6 +173,7 @@ def test_a_wrong_server_is_found_out_by_the_check_that_is_made_for_it(
         assert expected <= wrong(checked(address))
 
 
+@pytest.mark.thorough
 def test_rounding_to_tf32_shows_in_float32_alone() -> None:
     with serving_with(WrongBackend(before=operands_as_tf32)) as address:
         assert {dtype for _, dtype, _ in wrong(checked(address))} == {"float32"}

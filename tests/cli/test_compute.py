@@ -478,6 +478,7 @@ def peak_bytes(*arguments: object) -> int:
     return int(done.stdout.split()[-1]) * 1024
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("private", [False, True], ids=["remote", "private"])
 def test_memory_does_not_grow_with_the_number_of_rows(
     private: bool, tmp_path: Path, server: ServerProcess

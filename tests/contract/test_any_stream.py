@@ -127,6 +127,7 @@ def by_class() -> Iterator[grpc.Channel]:
         yield opened
 
 
+@pytest.mark.thorough
 def test_streams_written_message_by_message(channel, by_class):
     AnyStream.channels = channel, by_class
     run_state_machine_as_test(
@@ -162,6 +163,7 @@ def accidents(draw, messages: list[bytes]) -> list[bytes]:
     return messages
 
 
+@pytest.mark.thorough
 @given(data=st.data(), problem=problems(), open_m=st.booleans())
 @settings(QUICK, max_examples=200)
 def test_good_streams_after_accidents(channel, by_class, data, problem, open_m):
@@ -187,6 +189,7 @@ def test_good_streams_after_accidents(channel, by_class, data, problem, open_m):
         assert_answered(streams, model, problem)
 
 
+@pytest.mark.thorough
 @given(st.lists(st.binary(max_size=60), max_size=4))
 @settings(QUICK, max_examples=100)
 def test_streams_of_random_bytes(channel, by_class, messages):

@@ -116,6 +116,7 @@ def test_tall_wide_and_square_jobs(channel, m, n, k):
         assert outcome.accepted.block_rows * row_bytes <= max(BLOCK_BYTES, row_bytes)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("turn", ["row", "three rows", "block", "window"])
 @pytest.mark.parametrize("message_bytes", [4, 8, 20, 100, 1 << 20])
 def test_messages_may_split_rows_and_span_row_blocks(channel, message_bytes, turn):

@@ -73,6 +73,7 @@ def test_rows_known_only_at_the_end(channel, problem, reference):
     assert stream_job(channel, problem, open_m=True).bits == reference.bits
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("message_bytes", [500, 4096, 65_536, 1 << 20, 4 << 20])
 def test_messages_of_any_size(channel, problem, reference, message_bytes):
     outcome = stream_job(
@@ -81,6 +82,7 @@ def test_messages_of_any_size(channel, problem, reference, message_bytes):
     assert outcome.bits == reference.bits
 
 
+@pytest.mark.thorough
 def test_messages_of_one_element(channel):
     problem = normal_numbers(70, 24, 8)
     expected = compute_job(channel, problem).bits
@@ -88,6 +90,7 @@ def test_messages_of_one_element(channel):
     assert outcome.bits == expected
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("turn_rows", [1, 7, 100])
 def test_rows_in_turns_of_any_length(channel, problem, reference, turn_rows):
     outcome = stream_job(channel, problem, turn_rows=turn_rows, open_m=True)

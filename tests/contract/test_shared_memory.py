@@ -414,6 +414,7 @@ def test_the_regions_of_a_killed_client_are_reclaimed(sharing):
     wait_until(lambda: descriptors(sharing.pid) <= before)
 
 
+@pytest.mark.thorough
 def test_a_region_that_is_closed_in_mid_job_lasts_until_the_job_is_done(
     sharing, channel
 ):

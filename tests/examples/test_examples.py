@@ -50,6 +50,7 @@ def test_a_generated_stub_alone_computes_small_and_large_jobs(server_address):
     assert re.findall(r"right: (\w+)", example.stdout) == ["True"] * 3
 
 
+@pytest.mark.thorough
 def test_rows_from_a_generator_take_no_memory_for_their_number(server_address):
     example = run("row_blocks", server_address)
     assert_ended_well(example)
@@ -61,6 +62,7 @@ def test_rows_from_a_generator_take_no_memory_for_their_number(server_address):
     assert after - before < 64
 
 
+@pytest.mark.thorough
 def test_a_torch_layer_learns_through_a_server(server_address):
     pytest.importorskip("torch")
     example = run("torch_linear", server_address)
@@ -78,6 +80,7 @@ def test_the_torch_example_says_what_it_needs(monkeypatch, tmp_path):
     assert example.stderr.strip() == "This example needs PyTorch: pip install torch"
 
 
+@pytest.mark.thorough
 class TestDigits:
     """``make demo``, with fewer epochs."""
 

@@ -49,6 +49,8 @@ def test_make_alone_lists_every_target_with_what_it_does() -> None:
     for target in (
         "demo",
         "test",
+        "test-all",
+        "test-thorough",
         "lint",
         "protos",
         "bench",

@@ -98,6 +98,7 @@ def test_a_block_is_read_as_it_was_written_and_its_payload_is_not_copied(
     assert by_class(message) == block
 
 
+@pytest.mark.thorough
 @given(messages())
 @settings(max_examples=1000)
 @example(b"")
@@ -120,6 +121,7 @@ def test_parsers_agree_on_every_form_that_protobuf_allows(message):
     assert_parsers_agree(message)
 
 
+@pytest.mark.thorough
 @given(mutated(messages()))
 @settings(max_examples=1000)
 def test_parsers_agree_on_damaged_messages(message):

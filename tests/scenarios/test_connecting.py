@@ -244,6 +244,7 @@ def test_a_proxy_is_not_asked_for_this_host(
     connect(server_address)
 
 
+@pytest.mark.thorough
 def test_a_server_that_was_away_for_seconds_is_found_again_at_once() -> None:
     x, w, _ = oracle.operands(3, 4, 5)
     with running_server() as server:

@@ -79,6 +79,7 @@ def observed_server(directory: Path, seen: dict[str, list[Event]]) -> Iterator[s
         loop.close()
 
 
+@pytest.mark.thorough
 def test_stages_of_a_balanced_job_overlap(tmp_path: Path) -> None:
     rows = BLOCK_BYTES // (4 * (N + K))
     x, w, dy = oracle.operands(BLOCKS * rows, N, K)

@@ -122,6 +122,7 @@ LAYOUTS: dict[str, Any] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 def test_the_layout_of_an_operand_changes_no_bit(
@@ -190,6 +191,7 @@ def test_forward_writes_to_one_array_and_backward_to_two(caller: Any) -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("result_dtype", oracle.DTYPES)
 def test_results_of_another_dtype_are_rounded_once(

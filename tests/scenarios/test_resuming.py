@@ -389,6 +389,7 @@ def test_a_server_that_stops_hands_its_jobs_over_to_the_next(
     assert oracle.same_bits(stream.dw, expected.dw)
 
 
+@pytest.mark.thorough
 def test_under_load_a_server_that_is_started_anew_loses_no_job(
     runner: asyncio.Runner, expected: gradwire.Gradients
 ) -> None:

@@ -38,6 +38,7 @@ def test_in_every_way(caller: Any, job: Any) -> None:
     assert_same(caller.gradients(*operands), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk_bytes", [50, 4095, 4 * MIB])
 def test_in_messages_of_any_size(streamer: Any, job: Any, chunk_bytes: int) -> None:
     operands, expected = job
@@ -45,6 +46,7 @@ def test_in_messages_of_any_size(streamer: Any, job: Any, chunk_bytes: int) -> N
     assert_same(streamer.gradients(*operands), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_one_element_at_a_time(streamer: Any, dtype: str) -> None:
     operands = oracle.operands(101, 7, 5, dtype)
@@ -86,6 +88,7 @@ def assert_streamed(
     assert_same((y, dx, dw), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("known", [True, False], ids=["known m", "unknown m"])
 @pytest.mark.parametrize(
     "arrival", [[M], [1], [1, 0, 7, 64], [63]], ids=["whole", "rows", "uneven", "63"]
@@ -103,6 +106,7 @@ def test_as_a_stream_of_rows_that_arrive_slowly(streamer: Any, job: Any) -> None
     assert_streamed(streamer, slowly(parts(x, dy, [1, 0, 2])), w, expected)
 
 
+@pytest.mark.thorough
 def test_beside_eight_other_jobs(way: Way, caller_of: Any) -> None:
     """That go the same way, and are of the same client."""
     one = caller_of("sync", way)

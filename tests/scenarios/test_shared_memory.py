@@ -275,6 +275,7 @@ def test_a_job_whose_region_was_lost_is_tried_again(shm: Any, tcp: Any) -> None:
     assert actual.receipt.transport == "shm"
 
 
+@pytest.mark.thorough
 def test_after_a_deadline_results_memory_is_not_used_again(sharing: Any) -> None:
     with gradwire.connect(sharing.address, transport="shm") as client:
         x = client.empty((200_000, 64))

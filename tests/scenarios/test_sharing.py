@@ -22,6 +22,7 @@ from tests.support import oracle
 from tests.support.serving import ServerProcess
 
 
+@pytest.mark.thorough
 def test_sixteen_threads_share_a_client(
     small_blocks: ServerProcess, client: gradwire.Client, way: Way
 ) -> None:
@@ -255,9 +256,15 @@ def run_script(script: str, *arguments: str) -> str:
     ("busy_threads", "way"),
     [
         pytest.param(0, ways.STREAM, id="idle-tcp"),
-        pytest.param(4, ways.STREAM, id="in the middle-tcp"),
-        pytest.param(4, ways.UNIX, id="in the middle-unix"),
-        pytest.param(4, ways.COPIED, id="in the middle-shm"),
+        # Its threads and its server's keep every core busy for seconds.
+        *(
+            pytest.param(4, way, id=f"in the middle-{name}", marks=pytest.mark.thorough)
+            for name, way in [
+                ("tcp", ways.STREAM),
+                ("unix", ways.UNIX),
+                ("shm", ways.COPIED),
+            ]
+        ),
     ],
 )
 def test_a_client_goes_on_in_the_children_of_a_fork(

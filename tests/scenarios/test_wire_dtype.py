@@ -196,6 +196,7 @@ def test_forward_and_backward_take_it_too(caller: Any) -> None:
     assert_same((y, *caller.backward(x, w, dy, wire_dtype="float16")), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("known", [True, False], ids=["known m", "unknown m"])
 @pytest.mark.parametrize("sizes", [[M], [1], [1, 0, 7, 64], [63]], ids=str)
 @pytest.mark.parametrize("wire_dtype", NARROW)
@@ -261,6 +262,7 @@ def torch_tensor(array: Any) -> Any:
     return torch.from_numpy(array).requires_grad_()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [fortran, big_endian, nested_rows, torch_tensor])
 def test_every_kind_of_array_is_rounded_the_same(caller: Any, kind: Any) -> None:
     operands = oracle.operands(M, N, K)
