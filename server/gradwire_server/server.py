@@ -21,6 +21,7 @@ from gradwire_server.backends.base import Backend, DeviceInfo, DeviceLostError
 from gradwire_server.backends.device_info import label, memory_limit
 from gradwire_server.backends.host_memory import machine_bytes, tune_malloc
 from gradwire_server.errors import BackendError
+from gradwire_server.observability.grpc_log import keep_departures_from_log
 from gradwire_server.observability.timeline import Observe, no_observer
 from gradwire_server.scheduling.device_selector import DeviceSelector
 from gradwire_server.settings import Settings
@@ -97,6 +98,7 @@ class Server:
         """
         if self.settings.keep_memory:
             tune_malloc()
+        keep_departures_from_log()
         limit = self.settings.memory_limit
         admission = Admission(
             memory_limit=machine_bytes() // 2 if limit is None else limit,
