@@ -15,10 +15,9 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from gradwire.v1 import gradient_service_pb2 as service_pb2
-from gradwire.v1 import gradient_service_pb2_grpc
 from gradwire_server import Server, Settings
 from gradwire_server.backends.numpy.backend import NumpyBackend
+from gradwire_server.scheduling.fair_queue import FairQueue
 from tests.support.raw import (
     CallError,
     Stream,
@@ -152,16 +151,16 @@ def test_a_job_that_fails_leaves_the_one_beside_it_alone():
         assert_exact(good.receive_results(outcome), PROBLEM)
 
 
-def wait_until_noticed(channel: grpc.Channel) -> None:
-    """What was sent before has reached the server: later calls are answered."""
-    stub = gradient_service_pb2_grpc.GradientServiceStub(channel)
-    for _ in range(5):
-        stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=10)
-
-
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
-def test_work_stops_within_one_block(how):
-    begun, released = threading.Event(), threading.Event()
+def test_work_stops_within_one_block(how, monkeypatch):
+    begun, released, dropped = (threading.Event() for _ in range(3))
+    drop = FairQueue.drop
+
+    def dropping(*job):
+        dropped.set()
+        return drop(*job)
+
+    monkeypatch.setattr(FairQueue, "drop", dropping)
 
     def hold() -> None:
         begun.set()
@@ -182,7 +181,7 @@ def test_work_stops_within_one_block(how):
             status = stream.failure().status
             assert status is StatusCode.CANCELLED or how == "deadline"
             assert status is StatusCode.DEADLINE_EXCEEDED or how == "cancel"
-        wait_until_noticed(channel)
+        assert dropped.wait(20)  # it is not wanted any more
         released.set()
         assert_exact(stream_job(channel, PROBLEM), PROBLEM)
         assert backend.steps.count("compute_block") - BLOCKS <= 1
@@ -205,21 +204,38 @@ def test_a_client_is_not_called_idle_while_the_server_is_what_it_waits_for():
         assert stream.receive().block.data == expected
 
 
-def test_a_small_job_takes_its_turn_between_the_blocks_of_a_large_one():
-    go = threading.Event()
+def test_a_small_job_takes_its_turn_between_the_blocks_of_a_large_one(monkeypatch):
+    begun, both_wait, go = (threading.Event() for _ in range(3))
+    waiting = set()
+    put = FairQueue.put
+
+    def putting(queue, tenant, job, piece):
+        put(queue, tenant, job, piece)
+        waiting.add(job)
+        if len(waiting) == 2:
+            both_wait.set()
+
+    def hold() -> None:
+        begun.set()
+        assert go.wait(20)
+
     small = whole_numbers(7, 5, 4)
     with (
         serving() as (backend, channel),
         Stream(channel) as first,
         Stream(channel) as second,
     ):
-        backend.before["compute_block"] = lambda: go.wait(20)
-        for stream, problem in ((first, PROBLEM), (second, small)):
+        backend.before["compute_block"] = hold
+        both = ((first, PROBLEM), (second, small))
+        for stream, problem in both:  # while the device is free to open them
             stream.send(problem.job())
-            outcome = stream.receive_accepted()
-            stream.send_all(problem.body(outcome.accepted.block_rows))
+            stream.receive_accepted()
+        monkeypatch.setattr(FairQueue, "put", putting)
+        for stream, problem in both:
+            stream.send_all(problem.body(stream.outcome.accepted.block_rows))
             stream.half_close()
-        wait_until_noticed(channel)
+            assert begun.wait(20)
+        assert both_wait.wait(20)
         go.set()
         assert_exact(second.receive_results(second.outcome), small)
         assert_exact(first.receive_results(first.outcome), PROBLEM)

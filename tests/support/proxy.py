@@ -204,6 +204,8 @@ class _Link:
                 if self._dead:
                     continue
                 forwarded, cut = self._proxy.passes(of, data, messages)
+                if cut:  # before the other side can answer what is the last of it
+                    self._dead = True
                 sink.sendall(forwarded)
                 if cut:
                     self.cut()
