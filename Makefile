@@ -100,7 +100,7 @@ lint: $(VENV)/.ready-dev check-protos ## style, types, contract, container file,
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/mypy
 	$(VENV)/bin/hadolint Dockerfile
-	$(VENV)/bin/shellcheck .ci/run scripts/check-containers scripts/check-contract
+	$(VENV)/bin/shellcheck .ci/run scripts/check-containers scripts/check-contract scripts/within
 
 .PHONY: check-protos
 check-protos: $(VENV)/.ready-dev $(PROTOS_VENV)/.ready ## contract: lint, compatibility, generated code
