@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.observing import wait_until
+
 ROOT = Path(__file__).resolve().parents[2]
 
 HANGING_TESTS = """
@@ -93,8 +95,14 @@ def test_a_command_is_ended_with_all_that_it_started(how: str, status: int) -> N
         assert done.stderr.count("most recent call first") == 2
         assert "in elsewhere" in done.stderr
     (child,) = map(int, done.stdout.split())
-    gone = not psutil.pid_exists(child)
-    assert gone or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    wait_until(lambda: has_ended(child), "what it started has ended")
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_command_that_is_asked_to_stop_is_ended_too() -> None:
