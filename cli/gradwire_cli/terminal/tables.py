@@ -10,7 +10,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH_OF_A_FILE = 120
+_WIDTH_OF_A_FILE = 1000
+"""Long paths and names leave the other columns unfolded, so that grep finds them."""
 
 
 def console(file: TextIO | None = None) -> Console:
