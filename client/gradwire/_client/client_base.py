@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from gradwire._api.types import Receipt
 from gradwire._client.engine_base import EngineBase
 
+EngineT = TypeVar("EngineT", bound=EngineBase)
 
-class ClientBase:
+
+class ClientBase(Generic[EngineT]):
     """A client that does no I/O.
 
     Args:
         engine: What does it.
     """
 
-    def __init__(self, engine: EngineBase) -> None:
-        self._base = engine
+    def __init__(self, engine: EngineT) -> None:
+        self._engine = engine
         self._greeted = False
         self._local = threading.local()
 
     @property
     def address(self) -> str:
         """The server's address, as it was given; of several, all of them."""
-        return self._base.address
+        return self._engine.address
 
     @property
     def last_receipt(self) -> Receipt | None:
@@ -36,7 +38,7 @@ class ClientBase:
         return getattr(self._local, "receipt", None)
 
     def __repr__(self) -> str:
-        state = " closed" if self._base.closed else ""
+        state = " closed" if self._engine.closed else ""
         return f"<gradwire.{type(self).__name__} of {self.address}{state}>"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

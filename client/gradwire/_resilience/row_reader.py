@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -141,17 +141,3 @@ class RowReader:
     def _check(self, operands: Mapping[Matrix, Operand]) -> Plan:
         weights = {} if self.w is None else {Matrix.W: self.w}
         return check({**operands, **weights}, self.options)
-
-
-def iterate(rows: object) -> Iterator[object]:
-    """The caller's items.
-
-    Raises:
-        InputError: There are none to be had.
-    """
-    if isinstance(rows, Iterable):
-        return iter(rows)
-    raise InputError(
-        f"rows is a {type(rows).__qualname__}, which cannot be iterated: give pairs"
-        " (x_rows, dy_rows)"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -33,10 +33,10 @@ from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 class StreamJob:
     """A job whose rows come and go in parts.
 
-        job = RowJob(plan, w, held)
+        job = StreamJob(plan, w, held)
         exchange = job.begin()
-        ... what messages(portions from first_row on) gives is sent, and what
-            comes goes to receive ...
+        ... send job.opening_messages(exchange), then the rows from first_row on,
+            and give each message that comes to receive ...
         receipt = job.finish(), or, where it failed,
         job.cut_off(...), and begin() again
 
@@ -105,15 +105,6 @@ class StreamJob:
             checkpoint_rows=self._checkpoint_rows,
         )
         return self.exchange
-
-    def messages(self, portions: Iterable[Mapping[Matrix, Operand]]) -> Iterator[bytes]:
-        """What is sent after the header, in this attempt.
-
-        Args:
-            portions: The rows from `first_row` on.
-        """
-        # Not that of a later attempt, whenever these are asked for.
-        return _messages(self.exchange, self._w, portions)
 
     def opening_messages(self, exchange: JobExchange) -> Iterator[bytes]:
         """What is sent before any row."""
@@ -245,17 +236,6 @@ class StreamJob:
             self.check.check(block, Computed.as_accepted(accepted, self.address))
         self.ready.append(block)
         self._next_row += rows
-
-
-def _messages(
-    exchange: JobExchange,
-    w: Operand | None,
-    portions: Iterable[Mapping[Matrix, Operand]],
-) -> Iterator[bytes]:
-    yield from exchange.weight_messages(w)
-    for operands in portions:
-        yield from exchange.row_messages(operands)
-    yield from exchange.end_messages()
 
 
 def require_receipt(job: StreamJob | None) -> Receipt:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import gradwire
 from gradwire._api.options import parse_options
+from gradwire._client._sync.engine import stream_messages
 from gradwire._client._sync.row_source import SyncRowSource
 from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.row_reader import RowReader
@@ -30,8 +31,7 @@ def run(items: list[Any], w: Any = W, server: FakeServer | None = None, **option
     drawn = SyncRowSource(iter(items), held)
     drawn.fetch(0)
     job = StreamJob(read.plan(held.first), read.w, held)
-    job.begin()
-    messages = job.messages(drawn.chunks(0))
+    messages = stream_messages(job, job.begin(), drawn.chunks(0))
     blocks = []
     for answer in converse(job.exchange, messages, server or FakeServer()):
         job.receive(answer)

@@ -24,7 +24,7 @@ from gradwire._transport.shm.policy import EmptyArray
 from gradwire_protocol.matrices import RESULTS, Matrix
 
 
-class AsyncClient(ClientBase):
+class AsyncClient(ClientBase[AsyncEngine]):
     """A client for programs with an event loop.
 
     Making a client does no I/O. Entering it as a context manager asks the server
@@ -48,8 +48,7 @@ class AsyncClient(ClientBase):
         self, address: str | Sequence[str], **options: Unpack[ClientOptions]
     ) -> None:
         check_names("AsyncClient", options, ClientOptions)
-        self._engine = AsyncEngine(address, options)
-        super().__init__(self._engine)
+        super().__init__(AsyncEngine(address, options))
 
     async def __aenter__(self) -> AsyncClient:
         """Shake hands with the server, unless that was done.

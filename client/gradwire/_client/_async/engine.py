@@ -208,7 +208,7 @@ class AsyncEngine(EngineBase):
         return AsyncCall(
             self._connection(),
             exchange,
-            lambda: _stream_messages(job, exchange, chunks),
+            lambda: stream_messages(job, exchange, chunks),
             attempts.options(job.options),
         )
 
@@ -428,7 +428,7 @@ async def _copy(shared: ShmJob, copy: Callable[[], None]) -> None:
         copy()
 
 
-async def _stream_messages(
+async def stream_messages(
     job: StreamJob,
     exchange: JobExchange,
     chunks: AsyncGenerator[Mapping[Matrix, Operand]],

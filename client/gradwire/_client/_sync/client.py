@@ -26,7 +26,7 @@ from gradwire._transport.shm.policy import EmptyArray
 from gradwire_protocol.matrices import RESULTS, Matrix
 
 
-class Client(ClientBase):
+class Client(ClientBase[SyncEngine]):
     """A client for programs that block.
 
     Making a client does no I/O. Entering it as a context manager asks the server
@@ -51,8 +51,7 @@ class Client(ClientBase):
         self, address: str | Sequence[str], **options: Unpack[ClientOptions]
     ) -> None:
         check_names("Client", options, ClientOptions)
-        self._engine = SyncEngine(address, options)
-        super().__init__(self._engine)
+        super().__init__(SyncEngine(address, options))
 
     def __enter__(self) -> Client:
         """Shake hands with the server, unless that was done.

@@ -210,7 +210,7 @@ class SyncEngine(EngineBase):
         return SyncCall(
             self._connection(),
             exchange,
-            lambda: _stream_messages(job, exchange, chunks),
+            lambda: stream_messages(job, exchange, chunks),
             attempts.options(job.options),
         )
 
@@ -428,7 +428,7 @@ def _copy(shared: ShmJob, copy: Callable[[], None]) -> None:
         copy()
 
 
-def _stream_messages(
+def stream_messages(
     job: StreamJob,
     exchange: JobExchange,
     chunks: Iterator[Mapping[Matrix, Operand]],
