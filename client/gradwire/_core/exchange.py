@@ -34,6 +34,25 @@ from gradwire_protocol.v1.job_pb2 import Accepted, Checkpoint, Queued
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 
+def decode_response(message: bytes, *, after_receipt: bool) -> framing.ResponseMessage:
+    """Decode a message of the server.
+
+    Args:
+        message: As it came.
+        after_receipt: Whether the job's receipt came before it.
+
+    Raises:
+        ProtocolError: It is no message, or comes after the receipt.
+    """
+    try:
+        received = framing.decode_response(message)
+    except framing.FramingError as error:
+        raise ProtocolError(f"the server sent no message: {error}") from error
+    if after_receipt:
+        raise ProtocolError("the server went on after the job's receipt")
+    return received
+
+
 class ExchangeProtocol(Protocol):
     """What whoever pumps a stream's requests must know of it."""
 
@@ -127,12 +146,7 @@ class JobExchange:
             ProtocolError: The contract does not allow it here.
             ChecksumError: Its payload was damaged on the way.
         """
-        try:
-            received = framing.decode_response(message)
-        except framing.FramingError as error:
-            raise ProtocolError(f"the server sent no message: {error}") from error
-        if self._receipt is not None:
-            raise ProtocolError("the server went on after the job's receipt")
+        received = decode_response(message, after_receipt=self._receipt is not None)
         if isinstance(received, framing.Block):
             if self.accepted is None:
                 raise ProtocolError("the server sent results before it took the job on")

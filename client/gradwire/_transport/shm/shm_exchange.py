@@ -8,6 +8,7 @@ from dataclasses import replace
 from gradwire._api.errors import ProtocolError
 from gradwire._api.types import Receipt, receipt_of
 from gradwire._core.acceptance import check_accepted, check_receipt
+from gradwire._core.exchange import decode_response
 from gradwire._core.job_plan import Plan
 from gradwire._core.progress import Reporter
 from gradwire._transport.shm.segments import Segment
@@ -49,12 +50,7 @@ class ShmExchange:
         Raises:
             ProtocolError: The contract does not allow it here.
         """
-        try:
-            received = framing.decode_response(message)
-        except framing.FramingError as error:
-            raise ProtocolError(f"the server sent no message: {error}") from error
-        if self._receipt is not None:
-            raise ProtocolError("the server went on after the job's receipt")
+        received = decode_response(message, after_receipt=self._receipt is not None)
         if isinstance(received, Queued):
             self._report(jobs_ahead=received.jobs_ahead)
             return
