@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +17,11 @@ MIB = 1 << 20
 CUDA_BYTES = 0 if BACKEND == "numpy" else 1024 * MIB
 """What CUDA's libraries and its context may have in a process beside the jobs."""
 
-HEALTH_P99_S = 0.25
+HEALTH_MEDIAN_S = 0.25
+HEALTH_WORST_S = 5.0
+"""Far more than a server needs, as tests share their cores; a server that does
+one client's work on its event loop takes longer."""
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -113,16 +118,11 @@ def company(
 
 @contextlib.contextmanager
 def probing(server: ServerProcess) -> Iterator[None]:
-    """Health is asked for meanwhile; on leaving, it has answered in good time."""
+    """Health is asked for meanwhile; on leaving, it has always answered in good time."""
     with module("probe", server.address) as process:
         yield
         output, _ = process.communicate(timeout=30)
-    seen = json.loads(output)
-    assert len(seen["latencies"]) >= 20
-    # What the machine itself takes to wake a process is not the server's.
-    allowed = HEALTH_P99_S + percentile_99(seen["late"])
-    assert percentile_99(seen["latencies"]) < allowed
-
-
-def percentile_99(values: list[float]) -> float:
-    return sorted(values)[int(len(values) * 0.99)]
+    latencies = json.loads(output)
+    assert len(latencies) >= 20
+    assert statistics.median(latencies) < HEALTH_MEDIAN_S
+    assert max(latencies) < HEALTH_WORST_S
