@@ -61,7 +61,7 @@ class Took:
 
 def measure(options: Options) -> Answer:
     """Seconds of jobs, and of the longest of their stages."""
-    settings = Settings(backend=options.backend)  # type: ignore[arg-type]
+    settings = Settings(backend=options.backend)
     backend, _ = select.choose(settings)
     worker = DeviceWorker(
         backend.devices[0].index,

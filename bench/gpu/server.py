@@ -17,7 +17,7 @@ from gradwire_server import Server, Settings
 async def serve(backend: str, path: str) -> None:
     settings = Settings(
         listen=(f"{HOST}:0", f"unix:{path}"),
-        backend=backend,  # type: ignore[arg-type]
+        backend=backend,
         allow_shared_memory=True,
     )
     stopped = asyncio.Event()

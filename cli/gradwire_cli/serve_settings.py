@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal  # noqa: F401 - Settings' annotations
+from typing import Annotated, Any
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token
 from cyclopts.config import Env, Toml
@@ -50,6 +50,7 @@ class ServeSettings(Settings):
         tuple[str, ...],
         Parameter(metavar="ADDRESS", negative=(), show_default=" ".join),
     ] = Settings.listen
+    backend: Annotated[str, _NAME] = Settings.backend
     devices: Annotated[
         tuple[int, ...],
         Parameter(

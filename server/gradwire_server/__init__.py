@@ -9,12 +9,18 @@ import gradwire_protocol  # noqa: F401 - first: it decides how grpc is loaded
 
 # isort: on
 from gradwire_server.embedded import start_in_thread
-from gradwire_server.errors import BackendError, CredentialsError, ListenError
+from gradwire_server.errors import (
+    BackendError,
+    BackendUnavailableError,
+    CredentialsError,
+    ListenError,
+)
 from gradwire_server.server import Server
 from gradwire_server.settings import Settings
 
 __all__ = [
     "BackendError",
+    "BackendUnavailableError",
     "CredentialsError",
     "ListenError",
     "Server",

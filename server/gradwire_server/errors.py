@@ -16,6 +16,14 @@ class BackendError(RuntimeError):
     """A backend cannot be used here; the text says what is missing."""
 
 
+class BackendUnavailableError(BackendError):
+    """A backend whose package, driver or device is missing here.
+
+    The text is a part of a sentence that says which. ``auto`` then takes
+    another backend.
+    """
+
+
 class CredentialsError(ValueError):
     """The authentication settings cannot be used; the text gives the cause."""
 

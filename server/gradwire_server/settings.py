@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from gradwire_protocol.limits import MIB
+from gradwire_server.backends import registry
+
+AUTO = "auto"
+"""The `Settings.backend` that leaves the choice to the server."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Settings:
     """Whether addresses other than loopback and unix sockets may be served without TLS.
     Everybody on that network can then read the traffic."""
 
-    backend: Literal["auto", "numpy", "cupy"] = "auto"
-    """Backend: numpy (the CPU), cupy (CUDA devices), or auto: cupy if a CUDA device
-    responds, otherwise numpy."""
+    backend: str = AUTO
+    """Backend: numpy (the CPU), cupy (CUDA devices), the name of an installed backend,
+    or auto: cupy if a CUDA device responds, otherwise numpy."""
 
     devices: tuple[int, ...] = ()
     """Numbers of the devices to compute on, as 0,2. Unset: all that respond. numpy has
@@ -132,9 +135,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.listen:
             raise ValueError("listen is empty: at least one address is needed")
-        if self.backend not in {"auto", "numpy", "cupy"}:
+        if self.backend != AUTO and not registry.is_known(self.backend):
             raise ValueError(
-                f"backend is {self.backend!r}: expected auto, numpy or cupy"
+                f"backend is {self.backend!r}: expected one of {registry.listed()}"
             )
         self._check_tls()
         for number in self.devices:

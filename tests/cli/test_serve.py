@@ -26,7 +26,7 @@ from tests.cli.conftest import (
     started,
 )
 
-READY = re.compile(r"gradwire (\S+) serves on (.+) \((numpy|cupy): .+\)\n")
+READY = re.compile(r"gradwire (\S+) serves on (.+) \((\w+): .+\)\n")
 
 
 def addresses(process: subprocess.Popen[str]) -> list[str]:

@@ -15,7 +15,7 @@ PAIR = {"tls_cert": Path("c"), "tls_key": Path("k")}
     ("given", "text"),
     [
         ({"listen": ()}, "listen is empty"),
-        ({"backend": "tpu"}, "backend is 'tpu': expected auto, numpy or cupy"),
+        ({"backend": "tpu"}, "backend is 'tpu': expected one of auto, cupy, numpy"),
         ({"memory_limit": 1}, "memory_limit is 1: expected at least 16777216"),
         ({"max_jobs": 0}, "max_jobs is 0: expected at least 1"),
         ({"max_queue": -1}, "max_queue is -1: expected at least 0"),

@@ -1,0 +1,19 @@
+"""The NumPy backend as the registry finds it."""
+
+from __future__ import annotations
+
+from gradwire_server.backends.device_info import check_asked
+from gradwire_server.backends.numpy.backend import NumpyBackend
+from gradwire_server.backends.numpy.worker_threads import processors
+from gradwire_server.settings import Settings
+
+
+def make_backend(settings: Settings) -> NumpyBackend:
+    """The CPU, with as many threads as the settings have.
+
+    Raises:
+        BackendError: Another device than 0 was asked for.
+    """
+    check_asked(NumpyBackend.name, settings.devices, (0,))
+    threads = processors() if settings.cpu_threads is None else settings.cpu_threads
+    return NumpyBackend(threads, settings.cpu_niceness)
