@@ -5,7 +5,7 @@ Bytes are bytes, and every time is in seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -28,7 +28,8 @@ class Device:
     """A device that computes."""
 
     backend: str
-    """The backend that drives it: ``numpy``, ``cupy``."""
+    """The backend that drives it: ``numpy``, ``cupy``, or another that is
+    installed with the server."""
 
     index: int
     """The backend's own number for it, from 0."""
@@ -45,6 +46,14 @@ class Device:
     memory_limit_bytes: int = 0
     """Most of its own memory that the jobs on it may hold together; 0 where it
     computes in the host's memory."""
+
+    sums_rounded_to_nearest: tuple[str, ...] = ()
+    """Element types of operands whose products it sums with every addition
+    rounded to nearest. `verify` allows sums of others more: what tensor cores
+    lose. Empty where the server does not say."""
+
+    ignores_tf32: bool = False
+    """Whether ``allow_tf32`` has no effect on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +359,8 @@ def device_of(message: DeviceMessage) -> Device:
         message.memory_bytes,
         message.compute_capability,
         message.memory_limit_bytes,
+        _labels(message.sums_rounded_to_nearest),
+        message.ignores_tf32,
     )
 
 
@@ -392,8 +403,7 @@ def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
 
 
 def server_info_of(message: GetServerInfoResponse) -> ServerInfo:
-    """A server's answer about itself; dtypes it invented later are left out."""
-    known = {int(dtype) for dtype in Dtype}
+    """A server's answer about itself."""
     return ServerInfo(
         version=message.version,
         server_instance=message.server_instance,
@@ -401,7 +411,7 @@ def server_info_of(message: GetServerInfoResponse) -> ServerInfo:
         features=tuple(message.features),
         devices=tuple(device_of(device) for device in message.devices),
         backend_reason=message.backend_reason,
-        dtypes=tuple(Dtype(d).label for d in message.dtypes if d in known),
+        dtypes=_labels(message.dtypes),
         limits=ServerLimits(
             memory_bytes=message.limits.memory_bytes,
             max_jobs=message.limits.max_jobs,
@@ -413,3 +423,9 @@ def server_info_of(message: GetServerInfoResponse) -> ServerInfo:
         draining=message.draining,
         libraries=dict(message.libraries),
     )
+
+
+def _labels(numbers: Iterable[int]) -> tuple[str, ...]:
+    """Names of element types; those that this version does not know are left out."""
+    known = {int(dtype) for dtype in Dtype}
+    return tuple(Dtype(number).label for number in numbers if number in known)

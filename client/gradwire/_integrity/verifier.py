@@ -227,14 +227,16 @@ class Verifier:
             length = plan.n if matrix is Matrix.Y else plan.k
         else:
             length = min(m, by.block_rows) + -(-m // by.block_rows)
-        roundoffs, coarse = 1.0, 0.0
-        if by.device.backend != "numpy":
-            tf32 = plan.options.allow_tf32 and plan.dtype is Dtype.FLOAT32
-            if tf32 or plan.dtype.itemsize == 2:
-                roundoffs = _TENSOR_CORES
-            coarse = _TF32 if tf32 else 0.0
+        device, dtype = by.device, plan.dtype
+        tf32 = plan.options.allow_tf32 and dtype is Dtype.FLOAT32
+        tf32 = tf32 and not device.ignores_tf32
+        to_nearest = dtype.label in device.sums_rounded_to_nearest and not tf32
         return Arithmetic(
-            plan.dtype, plan.result_dtype(matrix), length, roundoffs, coarse
+            dtype,
+            plan.result_dtype(matrix),
+            length,
+            roundoffs=1.0 if to_nearest else _TENSOR_CORES,
+            coarse=_TF32 if tf32 else 0.0,
         )
 
     @contextmanager

@@ -160,20 +160,24 @@ class Accepted(_message.Message):
     def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ..., device_bytes: _Optional[int] = ...) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("backend", "index", "name", "memory_bytes", "compute_capability", "memory_limit_bytes")
+    __slots__ = ("backend", "index", "name", "memory_bytes", "compute_capability", "memory_limit_bytes", "sums_rounded_to_nearest", "ignores_tf32")
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SUMS_ROUNDED_TO_NEAREST_FIELD_NUMBER: _ClassVar[int]
+    IGNORES_TF32_FIELD_NUMBER: _ClassVar[int]
     backend: str
     index: int
     name: str
     memory_bytes: int
     compute_capability: str
     memory_limit_bytes: int
-    def __init__(self, backend: _Optional[str] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., compute_capability: _Optional[str] = ..., memory_limit_bytes: _Optional[int] = ...) -> None: ...
+    sums_rounded_to_nearest: _containers.RepeatedScalarFieldContainer[_matrix_pb2.Dtype]
+    ignores_tf32: bool
+    def __init__(self, backend: _Optional[str] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., compute_capability: _Optional[str] = ..., memory_limit_bytes: _Optional[int] = ..., sums_rounded_to_nearest: _Optional[_Iterable[_Union[_matrix_pb2.Dtype, str]]] = ..., ignores_tf32: bool = ...) -> None: ...
 
 class NumericsFingerprint(_message.Message):
     __slots__ = ("library", "device", "threads", "block_rows")

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_server.backends.row_blocks import ALIGNMENT
 
@@ -72,6 +73,13 @@ class DeviceInfo:
     none."""
     in_host_memory: bool = False
     """Whether it computes in the host's memory, and has none of its own."""
+    sums_rounded_to_nearest: tuple[Dtype, ...] = ()
+    """Dtypes of operands whose products are summed with every addition rounded
+    to nearest. Clients that verify allow sums of others more, but no more than
+    tensor cores need: what rounds worse than those is found to be wrong."""
+    ignores_tf32: bool = False
+    """Whether products of float32 operands are the same where a job allows
+    TF32. If not, clients that verify allow them more then."""
 
 
 @dataclass(frozen=True, slots=True)

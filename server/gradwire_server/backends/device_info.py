@@ -69,6 +69,10 @@ def device_message(device: DeviceInfo, limit: int | None) -> job_pb2.Device:
         memory_bytes=device.memory_bytes,
         compute_capability=device.compute_capability,
         memory_limit_bytes=memory_limit(device, limit),
+        sums_rounded_to_nearest=[
+            dtype.proto_name for dtype in device.sums_rounded_to_nearest
+        ],
+        ignores_tf32=device.ignores_tf32,
     )
 
 

@@ -51,6 +51,10 @@ CUDA_TYPES = {
 }
 """`cudaDataType_t` of each element type."""
 
+SUMS_ROUNDED_TO_NEAREST = (Dtype.FLOAT32, Dtype.FLOAT64)
+"""Element types of operands whose products are summed with every addition
+rounded to nearest. The tensor cores take the others, and truncate."""
+
 
 class Compute(enum.IntEnum):
     """In what products are computed and summed: `cublasComputeType_t`."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from cupy.cuda import Device as CudaDevice
 from cupy.cuda import Memory, PinnedMemory, cublas, get_cublas_handle, runtime
 
+from gradwire_server.backends.async_device.gemm import SUMS_ROUNDED_TO_NEAREST
 from gradwire_server.backends.base import DeviceInfo
 from gradwire_server.backends.cuda.device import CupyDevice
 from gradwire_server.backends.cuda.errors import MEMORY, translated
@@ -55,6 +56,7 @@ def inspect(index: int) -> DeviceInfo:
         # that bits depend on.
         threads=properties["multiProcessorCount"],
         compute_capability=f"{properties['major']}.{properties['minor']}",
+        sums_rounded_to_nearest=SUMS_ROUNDED_TO_NEAREST,
     )
 
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
+from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MIB
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
@@ -81,6 +82,8 @@ class NumpyBackend:
                 library=", ".join(" ".join(item) for item in self.libraries().items()),
                 threads=1 if self._blas else _blas_threads(),
                 in_host_memory=True,
+                sums_rounded_to_nearest=tuple(Dtype),
+                ignores_tf32=True,
             ),
         )
 
