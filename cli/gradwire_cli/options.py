@@ -11,7 +11,8 @@ from typing import Annotated, TypeAlias
 from cyclopts import Parameter, Token
 
 from gradwire import Tls
-from gradwire_cli.errors import CommandError
+from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_protocol.dtypes import Dtype
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """The default address of ``gradwire serve``."""
@@ -50,6 +51,23 @@ Addresses: TypeAlias = Annotated[
 
 FLAG = Parameter(negative=(), show_default=False)
 """A boolean flag without a negative form."""
+
+
+def one_of(dtypes: Sequence[Dtype]) -> Parameter:
+    """An option that takes the name of one of these dtypes."""
+    labels = [dtype.label for dtype in dtypes]
+
+    def parse(_: object, tokens: Sequence[Token]) -> Dtype:
+        token = tokens[0]
+        if token.value not in labels:
+            raise CommandError(
+                f"{token.keyword} is {token.value!r}: expected {' or '.join(labels)}",
+                ExitStatus.USAGE,
+            )
+        return Dtype.named(token.value)
+
+    return Parameter(converter=parse, n_tokens=1, metavar="|".join(labels))
+
 
 Seconds: TypeAlias = Annotated[float, Parameter(metavar="SECONDS")]
 """A duration in seconds."""

@@ -1,8 +1,14 @@
-"""Element types: the one table between the wire's and NumPy's."""
+"""Element types: one table of all that both sides know of them.
+
+A new element type is a value of `gradwire.v1.Dtype`, a row here, and a row of
+the CUDA backend's table. NumPy computes with it as soon as it is here, where
+NumPy or ml_dtypes has a dtype of that name.
+"""
 
 from __future__ import annotations
 
 import enum
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -10,12 +16,17 @@ import numpy as np
 
 
 class Dtype(enum.IntEnum):
-    """An element type, with its number on the wire (`gradwire.v1.Dtype`)."""
+    """An element type, with its number on the wire (`gradwire.v1.Dtype`).
 
-    FLOAT16 = 1
-    BFLOAT16 = 2
-    FLOAT32 = 3
-    FLOAT64 = 4
+    A row: that number; the dtype in which products of such operands are
+    summed; the dtypes in which such operands may travel; whether TF32 is for
+    products of them.
+    """
+
+    FLOAT16 = 1, "float32"
+    BFLOAT16 = 2, "float32"
+    FLOAT32 = 3, "float32", ("float16", "bfloat16"), True
+    FLOAT64 = 4, "float64"
 
     numpy: np.dtype[Any]
     """The NumPy dtype, in native (little-endian) byte order."""
@@ -26,21 +37,78 @@ class Dtype(enum.IntEnum):
     label: str
     """The name that people use: ``float16``, ``bfloat16``, ..."""
 
-    def __init__(self, _: int) -> None:
+    _sums_in: str
+    _travels_as: tuple[str, ...]
+
+    has_tf32: bool
+    """Whether products of such operands may use TF32, if the job allows it."""
+
+    is_numpys_own: bool
+    """Whether NumPy has it without ml_dtypes. NumPy writes the elements of
+    others to files as raw bytes."""
+
+    unit_roundoff: float
+    """Largest relative error of one rounding to nearest: half the distance from
+    1 to the next larger number."""
+
+    smallest_subnormal: float
+    """Distance of the numbers around 0."""
+
+    largest: float
+    """The largest finite number."""
+
+    def __new__(
+        cls,
+        number: int,
+        sums_in: str,
+        travels_as: tuple[str, ...] = (),
+        has_tf32: bool = False,
+    ) -> Dtype:
+        """A row of the table."""
+        self = int.__new__(cls, number)
+        self._value_ = number
+        self._sums_in = sums_in
+        self._travels_as = travels_as
+        self.has_tf32 = has_tf32
+        return self
+
+    def __init__(self, *_: object) -> None:
         # Asked for with every message: not worth looking up each time.
         self.label = self.name.lower()
         self.numpy = np.dtype(getattr(ml_dtypes, self.label, self.label))
         self.itemsize = self.numpy.itemsize
+        self.is_numpys_own = not hasattr(ml_dtypes, self.label)
+        # NumPy's own knows no bfloat16, and ml_dtypes' has no types.
+        limits: Any = ml_dtypes.finfo(self.numpy)  # type: ignore[no-untyped-call]
+        self.unit_roundoff = float(limits.eps) / 2
+        self.smallest_subnormal = float(limits.smallest_subnormal)
+        self.largest = float(limits.max)
 
     @property
     def proto_name(self) -> str:
         """The name of the enum's value in the contract: ``DTYPE_FLOAT32``."""
         return f"DTYPE_{self.name}"
 
-    @property
+    @functools.cached_property
     def sums_in(self) -> Dtype:
         """The dtype in which products of such operands are summed."""
-        return Dtype.FLOAT32 if self.itemsize == 2 else self
+        return Dtype.named(self._sums_in)
+
+    @functools.cached_property
+    def accumulators(self) -> tuple[Dtype, ...]:
+        """The dtypes in which dW of such operands may be summed over row blocks."""
+        least = self.sums_in.itemsize
+        return tuple(each for each in ACCUMULATORS if each.itemsize >= least)
+
+    @functools.cached_property
+    def travels_as(self) -> tuple[Dtype, ...]:
+        """Narrower dtypes to which a client may round such operands for the way."""
+        return tuple(map(Dtype.named, self._travels_as))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether products of such operands are summed in a wider dtype."""
+        return self.sums_in is not self
 
     @classmethod
     def of(cls, dtype: np.dtype[Any]) -> Dtype:
@@ -63,3 +131,11 @@ class Dtype(enum.IntEnum):
 
 _FROM_NUMPY = {wire.numpy: wire for wire in Dtype}
 _FROM_LABEL = {wire.label: wire for wire in Dtype}
+
+ACCUMULATORS = tuple(wire for wire in Dtype if not wire.is_narrow)
+"""The dtypes in which anything is summed, the narrowest first."""
+
+WIRE_DTYPES = tuple(
+    wire for wire in Dtype if any(wire in other.travels_as for other in Dtype)
+)
+"""The dtypes to which a client may round operands for the way."""

@@ -167,7 +167,7 @@ def _check_accumulator(number: int, dtype: Dtype) -> None:
         return
     path = "job.numerics.dw_accumulator"
     accumulator = _dtype(number, path)
-    if accumulator.itemsize < dtype.sums_in.itemsize:
+    if accumulator not in dtype.accumulators:
         raise HeaderError(
             Reason.OPTION_INVALID,
             f"{path} is {accumulator.name}: products of {dtype.name} operands are "

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwire._integrity.rounding_error import gamma, unit_roundoff
+from gradwire._integrity.rounding_error import gamma
 from gradwire_cli.checks.bounds import product_bound, worst
 from gradwire_cli.checks.reference import (
     Products,
@@ -48,7 +48,7 @@ def as_a_server_would(job: Products) -> dict[str, npt.NDArray[np.float64]]:
 def test_unit_roundoff_is_half_the_distance_from_one_to_its_neighbour(
     dtype: Dtype, expected: float
 ) -> None:
-    assert unit_roundoff(dtype) == expected
+    assert dtype.unit_roundoff == expected
 
 
 def test_gamma_is_the_formula_and_infinite_where_it_ends() -> None:

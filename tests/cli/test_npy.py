@@ -77,7 +77,7 @@ def test_raw_two_byte_elements_are_bfloat16_when_they_are_said_to_be(
 ) -> None:
     path = written(tmp_path / "x.npy", MATRIX.astype(ml_dtypes.bfloat16))
     assert np.load(path).dtype == np.dtype("V2")
-    matrix = open_npy(path, raw_as_bfloat16=True)
+    matrix = open_npy(path, raw_as=Dtype.BFLOAT16)
     assert matrix.dtype is Dtype.BFLOAT16
     np.testing.assert_array_equal(matrix.rows(1, 7).astype(np.float32), MATRIX[1:])
     matrix.close()
@@ -95,7 +95,7 @@ def test_a_file_of_python_2_is_read_without_a_word(tmp_path: Path) -> None:
 
 def test_a_file_of_another_dtype_is_not_called_bfloat16(tmp_path: Path) -> None:
     path = written(tmp_path / "x.npy", MATRIX)
-    assert "holds float32" in refusal(path, raw_as_bfloat16=True)
+    assert "holds float32" in refusal(path, raw_as=Dtype.BFLOAT16)
 
 
 def test_what_is_no_matrix_of_a_known_dtype_is_refused(tmp_path: Path) -> None:

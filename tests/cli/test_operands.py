@@ -82,7 +82,7 @@ def opened(
     for name, array in arrays.items():
         np.save(directory / name, array)
         files[Matrix[name.upper()]] = directory / f"{name}.npy"
-    return open_operands(files, wanted, stack, raw_as_bfloat16=False)
+    return open_operands(files, wanted, stack, raw_as=None)
 
 
 def test_only_the_files_that_are_needed_are_opened(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from grpc import StatusCode
 
 from gradwire.v1 import matrix_pb2
 from gradwire_protocol import limits
-from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.dtypes import ACCUMULATORS, WIRE_DTYPES, Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.matrices import (
     OPERANDS,
@@ -72,6 +72,37 @@ def test_16_bit_products_are_summed_in_float32_and_others_in_their_own_dtype():
         Dtype.FLOAT32: Dtype.FLOAT32,
         Dtype.FLOAT64: Dtype.FLOAT64,
     }
+
+
+def test_dw_is_summed_in_the_dtype_of_the_products_or_a_wider_one():
+    assert ACCUMULATORS == (Dtype.FLOAT32, Dtype.FLOAT64)
+    for dtype in Dtype:
+        wide_only = dtype is Dtype.FLOAT64
+        assert dtype.accumulators == ACCUMULATORS[wide_only:]
+
+
+def test_float32_alone_may_travel_in_16_bits_and_be_computed_as_tf32():
+    assert set(WIRE_DTYPES) == {Dtype.FLOAT16, Dtype.BFLOAT16}
+    for dtype in Dtype:
+        assert dtype.travels_as == (WIRE_DTYPES if dtype is Dtype.FLOAT32 else ())
+        assert dtype.has_tf32 == (dtype is Dtype.FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit_roundoff", "smallest_subnormal", "largest"),
+    [
+        (Dtype.FLOAT16, 2.0**-11, 2.0**-24, 65504),
+        (Dtype.BFLOAT16, 2.0**-8, 2.0**-133, 2.0**127 * (2 - 2**-7)),
+        (Dtype.FLOAT32, 2.0**-24, 2.0**-149, 2.0**127 * (2 - 2**-23)),
+        (Dtype.FLOAT64, 2.0**-53, 2.0**-1074, 2.0**1023 * (2 - 2**-52)),
+    ],
+)
+def test_limits_of_a_dtype_are_those_of_ieee_754(
+    dtype, unit_roundoff, smallest_subnormal, largest
+):
+    assert dtype.unit_roundoff == unit_roundoff
+    assert dtype.smallest_subnormal == smallest_subnormal
+    assert dtype.largest == largest
 
 
 def test_operands_and_results_are_all_the_matrices():

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradwire._integrity.rounding_error import gamma, smallest_subnormal, unit_roundoff
+from gradwire._integrity.rounding_error import gamma
 from gradwire_protocol.dtypes import Dtype
 
 Doubles = npt.NDArray[np.float64]
@@ -45,12 +45,12 @@ def product_bound(
     """
     sums = operands.sums_in
     summed = (
-        gamma(length, unit_roundoff(sums)) + gamma(length, unit_roundoff(Dtype.FLOAT64))
-    ) * magnitude + length * smallest_subnormal(sums)
+        gamma(length, sums.unit_roundoff) + gamma(length, Dtype.FLOAT64.unit_roundoff)
+    ) * magnitude + length * sums.smallest_subnormal
     if result.itemsize >= sums.itemsize:
         return summed
-    rounded = unit_roundoff(result) * (np.abs(exact) + summed)
-    return summed + rounded + smallest_subnormal(result) / 2
+    rounded = result.unit_roundoff * (np.abs(exact) + summed)
+    return summed + rounded + result.smallest_subnormal / 2
 
 
 def worst(error: npt.NDArray[Any], bound: npt.NDArray[Any]) -> tuple[float, float]:

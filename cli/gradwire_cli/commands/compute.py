@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import App, Parameter
 from rich import progress
 from rich.text import Text
 
 from gradwire import Progress, Receipt
+from gradwire_cli.files.npy import RAW_DTYPES
 from gradwire_cli.files.operands import (
     Operands,
     open_operands,
@@ -26,11 +27,13 @@ from gradwire_cli.options import (
     Addresses,
     Seconds,
     SecurityOptions,
+    one_of,
     split,
 )
 from gradwire_cli.private_server import connected
 from gradwire_cli.terminal.tables import console, properties
 from gradwire_cli.terminal.units import format_bytes, format_seconds
+from gradwire_protocol.dtypes import ACCUMULATORS, WIRE_DTYPES, Dtype
 from gradwire_protocol.matrices import Matrix
 
 _LIST = Parameter(converter=split, n_tokens=1, negative=(), show_default=False)
@@ -67,10 +70,10 @@ def compute(
     ] = None,
     address: Addresses = (),
     security: SecurityOptions = PLAINTEXT,
-    dtype: Literal["bfloat16"] | None = None,
+    dtype: Annotated[Dtype | None, one_of(RAW_DTYPES)] = None,
     result_dtype: Annotated[tuple[str, ...], _LIST, Parameter(metavar="DTYPES")] = (),
-    wire_dtype: Literal["bfloat16", "float16"] | None = None,
-    dw_accumulator: Literal["float32", "float64"] | None = None,
+    wire_dtype: Annotated[Dtype | None, one_of(WIRE_DTYPES)] = None,
+    dw_accumulator: Annotated[Dtype | None, one_of(ACCUMULATORS)] = None,
     allow_tf32: Annotated[bool, FLAG] = False,
     checksum: Annotated[bool, FLAG] = False,
     verify: Annotated[bool, FLAG] = False,
@@ -113,9 +116,7 @@ def compute(
     wanted = wanted_results(results, paths)
     dtypes = result_dtypes(result_dtype, wanted)
     with ExitStack() as stack:
-        operands = open_operands(
-            paths, wanted, stack, raw_as_bfloat16=dtype == "bfloat16"
-        )
+        operands = open_operands(paths, wanted, stack, raw_as=dtype)
         specs = operands.results(wanted, dtypes)
         files = stack.enter_context(
             ResultFiles(out, specs, replace=force, keep=paths.values())
@@ -132,8 +133,8 @@ def compute(
                 results=tuple(specs),
                 m=operands.m,
                 result_dtype={name: kind.label for name, kind in dtypes.items()},
-                wire_dtype=wire_dtype,
-                dw_accumulator=dw_accumulator,
+                wire_dtype=wire_dtype and wire_dtype.label,
+                dw_accumulator=dw_accumulator and dw_accumulator.label,
                 allow_tf32=allow_tf32,
                 checksum=checksum,
                 verify=verify,

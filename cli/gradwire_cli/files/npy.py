@@ -24,8 +24,11 @@ from gradwire_protocol.dtypes import Dtype
 
 Array: TypeAlias = npt.NDArray[Any]
 
-_LABELS = "float16, bfloat16, float32 and float64"
-_RAW_TWO_BYTES = np.dtype("V2")
+*_FIRST, _LAST = (dtype.label for dtype in Dtype)
+_LABELS = f"{', '.join(_FIRST)} and {_LAST}"
+
+RAW_DTYPES = tuple(dtype for dtype in Dtype if not dtype.is_numpys_own)
+"""Dtypes whose elements NumPy saves as raw bytes (``|V2``)."""
 
 
 class NpyMatrix:
@@ -45,9 +48,7 @@ class NpyMatrix:
         self._offset = file.tell()
         self._by_columns = header.fortran_order
         # Read in the file's byte order; ml_dtypes has only the native order.
-        self._in_file = (
-            dtype.numpy if dtype is Dtype.BFLOAT16 else np.dtype(header.dtype)
-        )
+        self._in_file = dtype.numpy if dtype in RAW_DTYPES else np.dtype(header.dtype)
 
     @property
     def size_bytes(self) -> int:
@@ -100,13 +101,13 @@ class _Header(NamedTuple):
     dtype: np.dtype[Any]
 
 
-def open_npy(path: Path, *, raw_as_bfloat16: bool = False) -> NpyMatrix:
+def open_npy(path: Path, *, raw_as: Dtype | None = None) -> NpyMatrix:
     """Open the matrix in a ``.npy`` file of format version 1, 2 or 3.
 
     Args:
         path: The file.
-        raw_as_bfloat16: Read raw 2-byte elements (``|V2``, NumPy's form of
-            bfloat16) as bfloat16.
+        raw_as: The dtype of raw elements (``|V2``, NumPy's form of bfloat16): one of
+            `RAW_DTYPES`.
 
     Raises:
         CommandError: The file does not exist, cannot be read, is not a .npy
@@ -125,7 +126,7 @@ def open_npy(path: Path, *, raw_as_bfloat16: bool = False) -> NpyMatrix:
         raise CommandError(f"{path} cannot be read: {_reason(error)}") from error
     try:
         header = _read_header(path, file)
-        dtype = _element_type(path, header, raw_as_bfloat16)
+        dtype = _element_type(path, header, raw_as)
         _check_size(path, file, header)
         return NpyMatrix(path, file, header, dtype)
     except BaseException:
@@ -173,7 +174,7 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
     return header
 
 
-def _element_type(path: Path, header: _Header, raw_as_bfloat16: bool) -> Dtype:
+def _element_type(path: Path, header: _Header, raw_as: Dtype | None) -> Dtype:
     dtype, shape = header.dtype, header.shape
     if dtype.hasobject:
         raise CommandError(
@@ -185,17 +186,19 @@ def _element_type(path: Path, header: _Header, raw_as_bfloat16: bool) -> Dtype:
             f"{path} holds an array of {len(shape)} dimensions, shape "
             f"{format_shape(shape)}; gradwire needs a matrix (2 dimensions)"
         )
-    if dtype == _RAW_TWO_BYTES:
-        if raw_as_bfloat16:
-            return Dtype.BFLOAT16
+    candidates = [each for each in RAW_DTYPES if dtype == f"V{each.itemsize}"]
+    if raw_as in candidates:
+        return raw_as
+    if candidates:
+        labels = " or ".join(each.label for each in candidates)
         raise CommandError(
-            f"{path} holds raw 2-byte elements; add --dtype bfloat16 if they are "
-            "bfloat16, which NumPy saves in this form"
+            f"{path} holds raw {dtype.itemsize}-byte elements; add --dtype {labels} if "
+            f"they are {labels}, which NumPy saves in this form"
         )
-    if raw_as_bfloat16:
+    if raw_as is not None:
         raise CommandError(
-            f"{path} holds {dtype.name}; --dtype bfloat16 is for files of raw "
-            "2-byte elements"
+            f"{path} holds {dtype.name}; --dtype {raw_as.label} is for files of raw "
+            f"{raw_as.itemsize}-byte elements"
         )
     try:
         return Dtype.of(dtype)

@@ -179,7 +179,7 @@ def open_operands(
     wanted: Sequence[Matrix],
     stack: ExitStack,
     *,
-    raw_as_bfloat16: bool,
+    raw_as: Dtype | None,
 ) -> Operands:
     """Open the files needed for the wanted results; `stack` closes them.
 
@@ -189,7 +189,7 @@ def open_operands(
     """
     files: dict[Matrix, NpyMatrix] = {}
     for operand in operands_for(wanted):
-        file = open_npy(paths[operand], raw_as_bfloat16=raw_as_bfloat16)
+        file = open_npy(paths[operand], raw_as=raw_as)
         stack.callback(file.close)
         files[operand] = file
     if len({file.dtype for file in files.values()}) > 1:

@@ -19,7 +19,7 @@ from gradwire._api.types import Progress
 from gradwire._api.verify import Verify, VerifyLike, parse_verify
 from gradwire_protocol import checksum as checksums
 from gradwire_protocol import limits
-from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.dtypes import ACCUMULATORS, WIRE_DTYPES, Dtype
 from gradwire_protocol.matrices import RESULTS, Matrix
 
 DtypeLike: TypeAlias = Any
@@ -314,13 +314,13 @@ def _result_dtypes(
 def _wire_dtype(value: DtypeLike) -> Dtype | None:
     if value is None:
         return None
-    return parse_dtype(value, "wire_dtype", (Dtype.FLOAT16, Dtype.BFLOAT16))
+    return parse_dtype(value, "wire_dtype", WIRE_DTYPES)
 
 
 def _accumulator(value: DtypeLike) -> Dtype | None:
     if value is None:
         return None
-    return parse_dtype(value, "dw_accumulator", (Dtype.FLOAT32, Dtype.FLOAT64))
+    return parse_dtype(value, "dw_accumulator", ACCUMULATORS)
 
 
 def _checkpoint_rows(value: int | None) -> int | None:

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from gradwire._api.errors import InputError
+from gradwire_protocol.dtypes import Dtype
 
 _MOST = 1024
 
@@ -59,11 +60,11 @@ class Verify:
                     f" {_MOST}"
                 )
 
-    def groups_for(self, columns: int, itemsize: int) -> int:
-        """Groups of a result of so many columns, of elements of so many bytes."""
+    def groups_for(self, columns: int, dtype: Dtype) -> int:
+        """Groups of a result of so many columns, of that dtype."""
         if self.groups is not None:
             return self.groups
-        if itemsize > 2:
+        if not dtype.is_narrow:
             return _GROUPS
         return min(_NARROW_GROUPS, max(_GROUPS, -(-columns // _NARROW_COLUMNS)))
 

@@ -30,19 +30,11 @@ import numpy.typing as npt
 
 from gradwire._api.types import Array, Doubles
 from gradwire._integrity.random_sums import RandomSums
-from gradwire._integrity.rounding_error import (
-    can_be_squared,
-    gamma,
-    largest,
-    smallest_subnormal,
-    unit_roundoff,
-)
+from gradwire._integrity.rounding_error import can_be_squared, gamma
 from gradwire_protocol.dtypes import Dtype
 
 SUSPICIOUS = 4.0
 CERTAIN = 9.0
-
-U64 = 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +71,20 @@ class Arithmetic:
         """Relative error of the result's own rounding; 0 where there is none."""
         if self.result.itemsize >= self.operands.sums_in.itemsize:
             return 0.0
-        return unit_roundoff(self.result)
+        return self.result.unit_roundoff
 
     @property
     def tiny(self) -> float:
         """What underflow adds to an error."""
         return (
-            self.length * smallest_subnormal(self.operands.sums_in)
-            + smallest_subnormal(self.result) / 2
+            self.length * self.operands.sums_in.smallest_subnormal
+            + self.result.smallest_subnormal / 2
         )
 
     @property
     def largest(self) -> float:
         """What no element and no sum can pass without becoming Inf."""
-        return min(largest(self.result), largest(self.operands.sums_in))
+        return min(self.result.largest, self.operands.sums_in.largest)
 
     def bound(self, exact: Doubles, magnitude: Doubles, length: int) -> Doubles:
         """Bound on |result - exact|, where exact was summed in float64.
@@ -102,12 +94,13 @@ class Arithmetic:
             magnitude: |A| |B|.
             length: Length of the sums.
         """
-        summed = (self.worst + gamma(length, U64)) * magnitude + self.tiny
+        reference = gamma(length, Dtype.FLOAT64.unit_roundoff)
+        summed = (self.worst + reference) * magnitude + self.tiny
         return summed + self.rounding * (np.abs(exact) + summed)
 
     @property
     def _u(self) -> float:
-        return self.roundoffs * unit_roundoff(self.operands.sums_in)
+        return self.roundoffs * self.operands.sums_in.unit_roundoff
 
 
 class Findings(NamedTuple):
@@ -144,7 +137,7 @@ def compare(
         row_norms: Of A's rows.
         group_norms: Of B's columns, by group: the root of the sum of squares.
     """
-    u, size = unit_roundoff(Dtype.of(expected.dtype)), sketch.size
+    u, size = Dtype.of(expected.dtype).unit_roundoff, sketch.size
     off = np.abs(sketch.of(result).astype(np.float64) - expected)
     scale = np.outer(row_norms, group_norms)
     # This check's own sums round as well: of l elements, and twice of `size`.
@@ -207,7 +200,7 @@ def worst_element(
     excess = np.abs(values - exact) / allowed
     # NaN and Inf among the operands lead to the same, and too large is Inf.
     may_overflow = np.abs(exact) + allowed >= arithmetic.largest
-    may_overflow |= magnitude >= largest(arithmetic.operands.sums_in) / 2
+    may_overflow |= magnitude >= arithmetic.operands.sums_in.largest / 2
     wrong = np.where(
         np.isfinite(exact),
         np.where(np.isfinite(values), excess > 1, ~may_overflow),

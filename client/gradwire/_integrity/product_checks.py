@@ -120,9 +120,9 @@ class SumProduct:
         """Rows of C that are not as expected, and the length of this check's sums."""
         if self._b_squares is None:
             self._b_squares = np.zeros(c.shape[1], np.longdouble)
-        single = arithmetic.operands.sums_in.itemsize == 4
-        length = self._longest if single else self._total
         dtype = arithmetic.operands.sums_in.numpy
+        narrower = dtype != self._expected.dtype
+        length = self._longest if narrower else self._total
         group_norms = self._sketch.over_groups(self._b_squares)
         self._sketch.leave_out(self.no_numbers)
         findings = compare(

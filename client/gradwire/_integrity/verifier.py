@@ -210,8 +210,8 @@ class Verifier:
 
     def _sketch(self, matrix: Matrix, length: int) -> RandomSums:
         columns = matrix.row_length(self._plan.n, self._plan.k)
-        itemsize = self._plan.result_dtype(matrix).itemsize
-        groups = self._verify.groups_for(columns, itemsize)
+        dtype = self._plan.result_dtype(matrix)
+        groups = self._verify.groups_for(columns, dtype)
         return RandomSums(
             columns,
             self._verify.rounds,
@@ -228,8 +228,7 @@ class Verifier:
         else:
             length = min(m, by.block_rows) + -(-m // by.block_rows)
         device, dtype = by.device, plan.dtype
-        tf32 = plan.options.allow_tf32 and dtype is Dtype.FLOAT32
-        tf32 = tf32 and not device.ignores_tf32
+        tf32 = plan.options.allow_tf32 and dtype.has_tf32 and not device.ignores_tf32
         to_nearest = dtype.label in device.sums_rounded_to_nearest and not tf32
         return Arithmetic(
             dtype,

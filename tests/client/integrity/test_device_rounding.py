@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire._integrity.rounding_error import gamma, unit_roundoff
+from gradwire._integrity.rounding_error import gamma
 from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.async_device.gemm import SUMS_ROUNDED_TO_NEAREST
 from gradwire_server.backends.numpy.backend import NumpyBackend
@@ -50,7 +50,7 @@ class InexactBackend(NumpyBackend):
 
 NOTHING: dict[str, Any] = {"sums_rounded_to_nearest": (), "ignores_tf32": False}
 AS_CUDA = {"sums_rounded_to_nearest": SUMS_ROUNDED_TO_NEAREST, "ignores_tf32": False}
-TRUNCATED = 2 * gamma(LENGTH, unit_roundoff(Dtype.FLOAT32)) * LENGTH
+TRUNCATED = 2 * gamma(LENGTH, Dtype.FLOAT32.unit_roundoff) * LENGTH
 """Off by twice what rounding to nearest explains, of sums of LENGTH ones."""
 
 

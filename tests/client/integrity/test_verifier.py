@@ -46,7 +46,7 @@ class Product:
         return RandomSums(
             columns,
             verify.rounds,
-            verify.groups_for(columns, self.c.dtype.itemsize),
+            verify.groups_for(columns, Dtype.of(self.c.dtype)),
             length,
             dtype=self.b.dtype,
             rng=np.random.default_rng(seed),

@@ -89,6 +89,11 @@ def test_tf32_is_for_float32_operands_of_a_job_that_allows_it():
         assert allowed.scalars is dtype.sums_in
 
 
+def test_every_dtype_has_its_row():
+    assert set(gemm.CUDA_TYPES) == set(Dtype)
+    assert gemm.SUMS_ROUNDED_TO_NEAREST == (Dtype.FLOAT32, Dtype.FLOAT64)
+
+
 def test_numbers_are_those_of_cuda():
     """CuPy knows them too, where CUDA's libraries are installed."""
     cuda = pytest.importorskip("cupy", exc_type=ImportError).cuda
@@ -103,7 +108,7 @@ def test_numbers_are_those_of_cuda():
     assert of_cuda.CUBLAS_OP_T == gemm.TRANSPOSE
     assert of_cuda.CUBLAS_GEMM_DEFAULT == gemm.DEFAULT_ALGORITHM
     assert of_cuda.CUBLAS_POINTER_MODE_HOST == gemm.POINTER_MODE_HOST
-    assert gemm.CUDA_TYPES == {
+    assert {dtype: cuda.number for dtype, cuda in gemm.CUDA_TYPES.items()} == {
         Dtype.FLOAT16: runtime.CUDA_R_16F,
         Dtype.BFLOAT16: runtime.CUDA_R_16BF,
         Dtype.FLOAT32: runtime.CUDA_R_32F,

@@ -18,6 +18,7 @@ from gradwire_cli.files.npy import open_npy
 from gradwire_cli.serve_settings import ServeSettings
 from gradwire_protocol import error_details as codec
 from gradwire_protocol import framing
+from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 
 Check = Callable[[bytes], None]
@@ -71,9 +72,9 @@ def npy_files() -> Iterator[Check]:
 
         def check(data: bytes) -> None:
             path.write_bytes(data)
-            for raw in (False, True):
+            for raw in (None, Dtype.BFLOAT16):
                 try:
-                    matrix = open_npy(path, raw_as_bfloat16=raw)
+                    matrix = open_npy(path, raw_as=raw)
                 except CommandError as refused:
                     assert str(path) in str(refused)  # noqa: PT017
                     continue

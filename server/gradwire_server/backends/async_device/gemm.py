@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gradwire_protocol.dtypes import Dtype
 
@@ -43,21 +44,41 @@ NO_TRANSPOSE, TRANSPOSE = 0, 1
 MAX_SIZE = 2**31 - 1
 """Largest m, n, k and leading dimension: cuBLAS's are 32 bits."""
 
-CUDA_TYPES = {
-    Dtype.FLOAT16: 2,
-    Dtype.BFLOAT16: 14,
-    Dtype.FLOAT32: 0,
-    Dtype.FLOAT64: 1,
-}
-"""`cudaDataType_t` of each element type."""
 
-SUMS_ROUNDED_TO_NEAREST = (Dtype.FLOAT32, Dtype.FLOAT64)
+class CudaType(NamedTuple):
+    """What CUDA knows of an element type."""
+
+    number: int
+    """`cudaDataType_t`."""
+
+    c_name: str
+    """The type of an element in the source of the kernels."""
+
+    truncated: bool = False
+    """Whether tensor cores take such operands, which truncate sums of them."""
+
+
+CUDA_TYPES = {
+    Dtype.FLOAT16: CudaType(2, "u16", truncated=True),
+    Dtype.BFLOAT16: CudaType(14, "u16", truncated=True),
+    Dtype.FLOAT32: CudaType(0, "float"),
+    Dtype.FLOAT64: CudaType(1, "double"),
+}
+"""All that this backend knows of each element type, beside how the kernels
+round to it (`to_float16` and so on there)."""
+
+SUMS_ROUNDED_TO_NEAREST = tuple(
+    dtype for dtype, cuda in CUDA_TYPES.items() if not cuda.truncated
+)
 """Element types of operands whose products are summed with every addition
-rounded to nearest. The tensor cores take the others, and truncate."""
+rounded to nearest."""
 
 
 class Compute(enum.IntEnum):
-    """In what products are computed and summed: `cublasComputeType_t`."""
+    """In what products are computed and summed: `cublasComputeType_t`.
+
+    Beside TF32 each has the name of the dtype of the sums.
+    """
 
     FLOAT32 = 68
     TF32 = 77
@@ -67,16 +88,14 @@ class Compute(enum.IntEnum):
     @property
     def scalars(self) -> Dtype:
         """The element type of alpha and beta."""
-        return Dtype.FLOAT64 if self is Compute.FLOAT64 else Dtype.FLOAT32
+        return Dtype.FLOAT32 if self is Compute.TF32 else Dtype[self.name]
 
     @classmethod
     def of(cls, operands: Dtype, *, allow_tf32: bool) -> Compute:
         """How products of such operands are computed."""
-        if operands is Dtype.FLOAT64:
-            return cls.FLOAT64
-        if operands is Dtype.FLOAT32 and allow_tf32:
+        if operands.has_tf32 and allow_tf32:
             return cls.TF32
-        return cls.FLOAT32
+        return cls[operands.sums_in.name]
 
 
 @dataclass(frozen=True, slots=True)

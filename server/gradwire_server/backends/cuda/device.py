@@ -18,7 +18,7 @@ from cupy.cuda import cublas, get_elapsed_time, runtime
 from cupy.cuda.compiler import compile_using_nvrtc
 from cupy.cuda.function import Module
 
-from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.dtypes import ACCUMULATORS
 from gradwire_server.backends.async_device.device import Event, Events, Stream
 from gradwire_server.backends.async_device.gemm import (
     CUDA_TYPES,
@@ -76,7 +76,7 @@ class CupyDevice:
         self._kernels: dict[str, Any] = {}
         self._scalars = {
             (dtype, value): np.array(value, dtype.numpy)
-            for dtype in (Dtype.FLOAT32, Dtype.FLOAT64)
+            for dtype in ACCUMULATORS
             for value in (0.0, 1.0)
         }
 
@@ -125,7 +125,8 @@ class CupyDevice:
     def multiply(self, gemm: Gemm) -> None:
         """cublasGemmEx, with alpha and beta in the type that it computes in."""
         scalars = gemm.compute.scalars
-        operands, result = CUDA_TYPES[gemm.operands], CUDA_TYPES[gemm.result]
+        operands = CUDA_TYPES[gemm.operands].number
+        result = CUDA_TYPES[gemm.result].number
         cublas.gemmEx(
             self._handle,
             TRANSPOSE if gemm.transa else NO_TRANSPOSE,

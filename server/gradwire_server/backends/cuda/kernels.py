@@ -8,7 +8,8 @@ to even; a float64 is never rounded to float32 on its way to 16 bits.
 
 from __future__ import annotations
 
-from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.dtypes import ACCUMULATORS, Dtype
+from gradwire_server.backends.async_device.gemm import CUDA_TYPES
 
 THREADS = 256
 """Threads of a block of the grid."""
@@ -16,7 +17,7 @@ THREADS = 256
 _MOST_BLOCKS = 1 << 16
 """Blocks of the grid; each thread goes on with what is left."""
 
-SOURCE = r"""
+_FUNCTIONS = r"""
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -77,19 +78,13 @@ __device__ __forceinline__ u16 to_bfloat16(double value) {
         FOR_EACH(index, size) target[index] = to_##to(source[index]); \
     }
 
-CONVERT(float32, float, float16, u16)
-CONVERT(float32, float, bfloat16, u16)
-CONVERT(float32, float, float64, double)
-CONVERT(float64, double, float16, u16)
-CONVERT(float64, double, bfloat16, u16)
-CONVERT(float64, double, float32, float)
+#define ADD(from, source_type, to, target_type) \
+    extern "C" __global__ void from##_added_to_##to( \
+        const source_type *source, target_type *target, u64 size) { \
+        FOR_EACH(index, size) target[index] += to_##to(source[index]); \
+    }
 
-extern "C" __global__ void float32_added_to_float64(
-    const float *source, double *target, u64 size) {
-    FOR_EACH(index, size) target[index] += to_float64(source[index]);
-}
 """
-"""Every kernel takes where to read, where to write, and how many elements."""
 
 
 def kernel_name(source: Dtype, to: Dtype, *, add: bool) -> str:
@@ -108,7 +103,24 @@ def grid(size: int) -> int:
 
 _NAMES = {
     (source, to, False): f"{source.label}_to_{to.label}"
-    for source in (Dtype.FLOAT32, Dtype.FLOAT64)
+    for source in ACCUMULATORS
     for to in Dtype
     if source is not to
-} | {(Dtype.FLOAT32, Dtype.FLOAT64, True): "float32_added_to_float64"}
+} | {
+    (source, to, True): f"{source.label}_added_to_{to.label}"
+    for source in ACCUMULATORS
+    for to in ACCUMULATORS
+    if source.itemsize < to.itemsize
+}
+
+
+def _kernels() -> str:
+    return "".join(
+        f"{'ADD' if add else 'CONVERT'}({source.label}, {CUDA_TYPES[source].c_name}, "
+        f"{to.label}, {CUDA_TYPES[to].c_name})\n"
+        for source, to, add in _NAMES
+    )
+
+
+SOURCE = _FUNCTIONS + _kernels()
+"""Every kernel takes where to read, where to write, and how many elements."""
