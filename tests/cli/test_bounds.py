@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwire._integrity.rounding_error import gamma
-from gradwire_cli.checks.bounds import product_bound, worst
+from gradwire._integrity.rounding_error import Arithmetic, gamma
+from gradwire_cli.checks.bounds import worst
 from gradwire_cli.checks.reference import (
     Products,
     count_different,
@@ -128,6 +128,8 @@ def test_equal_infinities_and_nans_do_not_differ() -> None:
 
 def test_the_bound_covers_a_result_of_a_wider_dtype_without_rounding() -> None:
     exact, magnitude = np.array([1.0]), np.array([2.0])
-    narrow = product_bound(exact, magnitude, 8, Dtype.FLOAT16, Dtype.FLOAT16)
-    wide = product_bound(exact, magnitude, 8, Dtype.FLOAT16, Dtype.FLOAT32)
+    narrow, wide = (
+        Arithmetic(Dtype.FLOAT16, result, 8).bound(exact, magnitude, 8)
+        for result in (Dtype.FLOAT16, Dtype.FLOAT32)
+    )
     assert wide[0] < 2**-19 < 2**-11 < narrow[0]

@@ -7,10 +7,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gradwire_cli.checks.bounds import Doubles, product_bound
+from gradwire import Device
+from gradwire._integrity.rounding_error import Arithmetic
 from gradwire_protocol.dtypes import Dtype
 
 Array: TypeAlias = npt.NDArray[Any]
+Doubles: TypeAlias = npt.NDArray[np.float64]
 Results: TypeAlias = dict[str, Array]
 Shape: TypeAlias = tuple[int, int, int]
 
@@ -40,20 +42,30 @@ class Products:
         """Y, dX and dW in float64."""
         return _three_products(*self._widened())
 
-    def bounds(self, exact: dict[str, Doubles]) -> dict[str, Doubles]:
+    def bounds(
+        self, exact: dict[str, Doubles], device: Device | None = None
+    ) -> dict[str, Doubles]:
         """Bound on the error of each element of each result.
 
         Args:
             exact: The result of `exact`.
+            device: The device that computed, without TF32. None: a device that rounds
+                every addition to nearest.
         """
+
+        def arithmetic(length: int) -> Arithmetic:
+            if device is None:
+                return Arithmetic(self.dtype, self.dtype, length)
+            return Arithmetic.of_device(
+                device, self.dtype, self.dtype, length, tf32=False
+            )
+
         m, n, k = self.shape
         magnitudes = _three_products(*(np.abs(a) for a in self._widened()))
         lengths = {"y": n, "dx": k, "dw": m}
         return {
-            name: product_bound(
-                exact[name], magnitudes[name], lengths[name], self.dtype, self.dtype
-            )
-            for name in RESULTS
+            name: arithmetic(length).bound(exact[name], magnitudes[name], length)
+            for name, length in lengths.items()
         }
 
     def _widened(self) -> list[Doubles]:

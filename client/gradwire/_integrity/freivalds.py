@@ -22,7 +22,6 @@ columns, as Cauchy and Schwarz have it, so that neither takes another product.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -30,77 +29,11 @@ import numpy.typing as npt
 
 from gradwire._api.types import Array, Doubles
 from gradwire._integrity.random_sums import RandomSums
-from gradwire._integrity.rounding_error import can_be_squared, gamma
+from gradwire._integrity.rounding_error import Arithmetic, can_be_squared, gamma
 from gradwire_protocol.dtypes import Dtype
 
 SUSPICIOUS = 4.0
 CERTAIN = 9.0
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """How a product was computed, as far as its rounding depends on it."""
-
-    operands: Dtype
-    """Dtype of the operands."""
-
-    result: Dtype
-    """Dtype in which the result travels, rounded once."""
-
-    length: int
-    """Most additions that an element has been through."""
-
-    roundoffs: float = 1.0
-    """How many unit roundoffs of the sums' dtype one addition may lose."""
-
-    coarse: float = 0.0
-    """By how much, relatively, a product of two elements may be off."""
-
-    @property
-    def worst(self) -> float:
-        """Bound on an error, relative to |A| |B|."""
-        return gamma(self.length, self._u) + self.coarse
-
-    @property
-    def usual(self) -> float:
-        """Standard deviation of an error, relative to |A| |B|, or more."""
-        return self._u * math.sqrt(self.length) + self.coarse
-
-    @property
-    def rounding(self) -> float:
-        """Relative error of the result's own rounding; 0 where there is none."""
-        if self.result.itemsize >= self.operands.sums_in.itemsize:
-            return 0.0
-        return self.result.unit_roundoff
-
-    @property
-    def tiny(self) -> float:
-        """What underflow adds to an error."""
-        return (
-            self.length * self.operands.sums_in.smallest_subnormal
-            + self.result.smallest_subnormal / 2
-        )
-
-    @property
-    def largest(self) -> float:
-        """What no element and no sum can pass without becoming Inf."""
-        return min(self.result.largest, self.operands.sums_in.largest)
-
-    def bound(self, exact: Doubles, magnitude: Doubles, length: int) -> Doubles:
-        """Bound on |result - exact|, where exact was summed in float64.
-
-        Args:
-            exact: The product.
-            magnitude: |A| |B|.
-            length: Length of the sums.
-        """
-        reference = gamma(length, Dtype.FLOAT64.unit_roundoff)
-        summed = (self.worst + reference) * magnitude + self.tiny
-        return summed + self.rounding * (np.abs(exact) + summed)
-
-    @property
-    def _u(self) -> float:
-        return self.roundoffs * self.operands.sums_in.unit_roundoff
 
 
 class Findings(NamedTuple):

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from gradwire._api.types import Array, Doubles
 from gradwire._integrity.freivalds import (
-    Arithmetic,
     Findings,
     Wrong,
     column_squares,
@@ -19,6 +18,7 @@ from gradwire._integrity.freivalds import (
     worst_element,
 )
 from gradwire._integrity.random_sums import RandomSums
+from gradwire._integrity.rounding_error import Arithmetic
 
 RECHECKED = 16
 """Rows that are computed again at once, and at most for mere suspicion."""

@@ -14,7 +14,7 @@ from gradwire._api.types import Array, Device, Receipt, device_of
 from gradwire._api.verify import Verify
 from gradwire._arrays.operand import Operand
 from gradwire._core.job_plan import Plan
-from gradwire._integrity.freivalds import Arithmetic, Wrong
+from gradwire._integrity.freivalds import Wrong
 from gradwire._integrity.product_checks import (
     RowProduct,
     SumProduct,
@@ -22,20 +22,13 @@ from gradwire._integrity.product_checks import (
     summed_again,
 )
 from gradwire._integrity.random_sums import RandomSums
+from gradwire._integrity.rounding_error import Arithmetic
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_protocol.v1.job_pb2 import Accepted
 
 _ELEMENTS = 1 << 20
 """Elements of a matrix that are checked at once, about."""
-
-_TENSOR_CORES = 3.0
-"""Unit roundoffs that an addition loses there: they truncate (M. Fasi, N. J.
-Higham, M. Mikaitis and S. Pranesh, Numerical behavior of NVIDIA tensor cores,
-PeerJ Computer Science 7:e330, 2021)."""
-
-_TF32 = 2 * 2.0**-10
-"""By how much a product is off whose factors were cut to TF32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,15 +220,12 @@ class Verifier:
             length = plan.n if matrix is Matrix.Y else plan.k
         else:
             length = min(m, by.block_rows) + -(-m // by.block_rows)
-        device, dtype = by.device, plan.dtype
-        tf32 = plan.options.allow_tf32 and dtype.has_tf32 and not device.ignores_tf32
-        to_nearest = dtype.label in device.sums_rounded_to_nearest and not tf32
-        return Arithmetic(
-            dtype,
+        return Arithmetic.of_device(
+            by.device,
+            plan.dtype,
             plan.result_dtype(matrix),
             length,
-            roundoffs=1.0 if to_nearest else _TENSOR_CORES,
-            coarse=_TF32 if tf32 else 0.0,
+            tf32=plan.options.allow_tf32,
         )
 
     @contextmanager

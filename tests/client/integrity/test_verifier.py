@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from gradwire._api.verify import Verify
-from gradwire._integrity.freivalds import Arithmetic, compare, row_norms
+from gradwire._integrity.freivalds import compare, row_norms
 from gradwire._integrity.product_checks import RowProduct, SumProduct
 from gradwire._integrity.random_sums import RandomSums
+from gradwire._integrity.rounding_error import Arithmetic
 from gradwire_protocol.dtypes import Dtype
 
 ROWS = 4
