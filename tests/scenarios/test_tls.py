@@ -44,7 +44,7 @@ def authority() -> Authority:
 @pytest.fixture(scope="module")
 def files(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Files:
     directory = tmp_path_factory.mktemp("certificates")
-    stranger = Authority("a stranger")
+    stranger = Authority()
     return Files(
         directory=directory,
         ca=authority.write(directory),
@@ -269,7 +269,7 @@ def test_a_child_of_a_fork_makes_a_connection_of_its_own(
 def test_new_certificates_are_shown_from_the_next_connection_on(
     tmp_path: Path, files: Files, authority: Authority
 ) -> None:
-    renewed = Authority("a new one")
+    renewed = Authority()
     new_ca = renewed.write(tmp_path, "new-ca")
     cert, key = authority.issue(*HERE).write(tmp_path, "server")
     x, w, dy = oracle.operands(400, 30, 20)
@@ -306,7 +306,7 @@ def test_every_address_shows_certificates_that_a_link_now_leads_to(
     tmp_path: Path, files: Files, authority: Authority
 ) -> None:
     """As Kubernetes renews a mounted secret: in one step, by a link's target."""
-    renewed = Authority("a new one")
+    renewed = Authority()
     new_ca = renewed.write(tmp_path, "new-ca")
     for name, signer in (("old", authority), ("new", renewed)):
         (tmp_path / name).mkdir()

@@ -8,27 +8,14 @@ server.write(tmp_path, "server")          # server.pem and server-key.pem
 from __future__ import annotations
 
 import datetime
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+import trustme
+from cryptography.hazmat.primitives import serialization
 
 _NOW = datetime.datetime.now(datetime.UTC)
 _DAY = datetime.timedelta(days=1)
-
-
-def pem_of_key(key: ec.EllipticCurvePrivateKey, password: bytes | None = None) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.BestAvailableEncryption(password)
-        if password
-        else serialization.NoEncryption(),
-    )
 
 
 @dataclass(frozen=True)
@@ -36,11 +23,15 @@ class Identity:
     """A certificate and its private key, in PEM form."""
 
     cert: bytes
-    private: ec.EllipticCurvePrivateKey
+    key: bytes
 
-    @property
-    def key(self) -> bytes:
-        return pem_of_key(self.private)
+    def locked(self, password: bytes) -> bytes:
+        """The private key, encrypted."""
+        return serialization.load_pem_private_key(self.key, None).private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(password),
+        )
 
     def write(self, directory: Path, name: str) -> tuple[str, str]:
         """Write both, or replace them; their paths."""
@@ -53,55 +44,24 @@ class Identity:
 class Authority:
     """One that signs whatever a test asks for."""
 
-    def __init__(self, name: str = "an authority") -> None:
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self.cert = self._signed(self._name, self._key, _NOW + _DAY, ca=True)
+    def __init__(self) -> None:
+        self._ca = trustme.CA()
+        self.cert = self._ca.cert_pem.bytes()
 
     def issue(
         self, *hosts: str, name: str = "somebody", expired: bool = False
     ) -> Identity:
         """A certificate for these hosts (none, for a client), and its key."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        end = _NOW - _DAY if expired else _NOW + _DAY
-        return Identity(self._signed(subject, key, end, hosts=hosts), key)
+        made = self._ca.issue_cert(
+            *hosts,
+            common_name=name,
+            not_before=_NOW - 7 * _DAY,
+            not_after=_NOW - _DAY if expired else _NOW + _DAY,
+        )
+        (cert,) = made.cert_chain_pems
+        return Identity(cert.bytes(), made.private_key_pem.bytes())
 
     def write(self, directory: Path, name: str = "ca") -> str:
         path = directory / f"{name}.pem"
         path.write_bytes(self.cert)
         return str(path)
-
-    def _signed(
-        self,
-        subject: x509.Name,
-        key: ec.EllipticCurvePrivateKey,
-        end: datetime.datetime,
-        *,
-        hosts: tuple[str, ...] = (),
-        ca: bool = False,
-    ) -> bytes:
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(_NOW - 7 * _DAY)
-            .not_valid_after(end)
-            .add_extension(
-                x509.BasicConstraints(ca=ca, path_length=None), critical=True
-            )
-        )
-        if hosts:
-            names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
-            builder = builder.add_extension(names, critical=False)
-        signed = builder.sign(self._key, hashes.SHA256())
-        return signed.public_bytes(serialization.Encoding.PEM)
-
-
-def _general_name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)

@@ -10,7 +10,7 @@ import pytest
 import gradwire
 from gradwire._transport.address import is_local
 from gradwire._transport.endpoint import Endpoint
-from tests.support.certificates import Authority, Identity, pem_of_key
+from tests.support.certificates import Authority, Identity
 
 ADDRESS = "gpu-node:50051"
 
@@ -63,7 +63,7 @@ def test_a_field_that_cannot_be_is_named_when_the_client_is_made(
     garbage.write_bytes(identity.cert[:200])
     missing = tmp_path / "missing.pem"
     _, key = identity.write(tmp_path, "me")
-    locked = pem_of_key(identity.private, b"secret")
+    locked = identity.locked(b"secret")
     for given, expected in (
         (tls(ca=missing), f"tls.ca ({missing}) cannot be read: No such file or direct"),
         (tls(ca=tmp_path), f"tls.ca ({tmp_path}) cannot be read: Is a directory"),
