@@ -62,45 +62,44 @@ class GradientServiceServicer(object):
     """
 
     def Compute(self, request, context):
-        """A small job, one message each way: the low-latency path. A job whose
-        request or response would be larger than 4 MiB is refused from its
-        shapes: it belongs in ComputeStream. Both give the same bits.
+        """Runs a small job with one message each way, at low latency. If the request
+        or the response would exceed 4 MiB, the server refuses the job from its
+        shapes; use ComputeStream. Both methods give the same bits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ComputeStream(self, request_iterator, context):
-        """A job of any size. The client sends Job, waits for Accepted, sends W,
-        then X and dY in turn, then End, and half-closes; the server sends each
-        result as soon as a row block of it is computed, then dW, then Receipt.
-        The next rows to send belong to the operand of which fewer complete rows
-        were sent, X on a tie; neither may lead by more than
-        Accepted.window_rows. A client must read while it writes.
-        A job with Checkpoints is sent the sum of dW in between, and one with
-        Resume goes on where such a job was cut off.
-        A job whose matrices lie in shared memory has no Blocks: the client sends
-        Job, with its m, and End; the server sends Accepted and Receipt.
+        """Runs a job of any size. The client sends Job, waits for Accepted, sends W,
+        then X and dY in turn, then End, and half-closes. The server sends Y and dX
+        as soon as a row block is computed, then dW, then Receipt. The next rows to
+        send belong to the operand with fewer complete rows sent, X on a tie;
+        neither may lead by more than Accepted.window_rows. A client must read while
+        it writes.
+        A job with Checkpoints receives the sum of dW in between. A job with Resume
+        continues an interrupted job.
+        A job in shared memory has no Blocks: the client sends Job, with its m, and
+        End; the server sends Accepted and Receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def OpenRegion(self, request, context):
-        """Memory that the server shares with a client of the same host, so that
-        jobs of ComputeStream can have their matrices there. The server answers
-        once and leaves the call open: the region lives as long as the call does.
-        A client that needs it no more cancels; one that dies loses its
-        connection; both close the region. A job that uses it then still ends as
-        it would have. Served where GetServerInfoResponse.features has
-        "shared-memory", to clients of a loopback address or a unix socket.
+        """Opens memory shared with a client on the same host, for the matrices of
+        ComputeStream jobs. The server answers once and leaves the call open: the
+        region lives as long as the call. It closes when the client cancels the call
+        or dies. A job that uses the region then still runs to its end. Available if
+        GetServerInfoResponse.features has "shared-memory", to clients on a loopback
+        address or a unix socket.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """What this server is, offers and allows.
+        """Returns the server's version, devices, features and limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
