@@ -1,10 +1,10 @@
-"""What both sides of the contract agree on; it imports neither SDK nor server.
+"""The protocol shared by SDK and server; it imports neither.
 
-The generated messages (`v1`, public as ``gradwire.v1``), a job's header
-(`job_spec`), matrices and element types (`matrices`, `dtypes`), the messages that
-carry elements (`framing`), the reasons of errors and how they travel
-(`error_reasons`, `error_details`), checksums (`checksum`), and the bounds of a
-message (`limits`). Nothing here does I/O.
+It holds the generated messages (`v1`, public as ``gradwire.v1``), the job header
+(`job_spec`), matrices and element types (`matrices`, `dtypes`), the encoding of
+messages with elements (`framing`), error reasons and their encoding
+(`error_reasons`, `error_details`), checksums (`checksum`) and the limits of a
+message (`limits`). The package does no I/O.
 """
 
 from gradwire_protocol.byte_order import require_little_endian

@@ -1,4 +1,4 @@
-"""What gradwire asks of the machine that it is imported on."""
+"""Check of the host's byte order."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sys
 
 
 def require_little_endian(byteorder: str = sys.byteorder) -> None:
-    """Refuse a host that keeps the bytes of a number in the other order.
+    """Refuse a big-endian host.
 
-    Elements travel as they lie in memory, little-endian.
+    Elements are sent as they are in memory, and the wire format is little-endian.
 
     Args:
-        byteorder: The host's, as `sys.byteorder` has it.
+        byteorder: The host's byte order, as in `sys.byteorder`.
 
     Raises:
-        ImportError: It is not ``"little"``.
+        ImportError: The byte order is not ``"little"``.
     """
     if byteorder != "little":
         raise ImportError(

@@ -1,7 +1,7 @@
-"""CRC-32C of payloads, where a library that computes it is installed.
+"""CRC-32C of payloads, with google-crc32c.
 
-google-crc32c comes with the extras `cli` and `server`; the base install does
-without, and then neither side offers or accepts checksums.
+google-crc32c comes with the extras `cli` and `server`. Without it, a client or
+server neither offers nor accepts checksums.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ except ImportError:
     _crc32c = None
 
 AVAILABLE = _crc32c is not None
-"""Whether payloads can be checked in this process."""
+"""Whether google-crc32c is installed."""
 
 
 def crc32c(payload: bytes | memoryview) -> int:
-    """CRC-32C (Castagnoli) of the payload.
+    """Compute the CRC-32C (Castagnoli) of the payload.
 
     Raises:
         RuntimeError: google-crc32c is not installed.

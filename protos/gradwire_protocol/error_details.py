@@ -1,9 +1,9 @@
-"""How the details of an error travel: `google.rpc.Status` in a trailer.
+"""Encoding of error details: `google.rpc.Status` in a trailer.
 
-The trailer's name and content are those of gRPC's richer error model
-(https://grpc.io/docs/guides/error/#richer-error-model), so that any
-language's status library reads them. They are written here because
-grpcio-status pins a range of protobuf that the base install must not have.
+Name and content of the trailer follow gRPC's richer error model
+(https://grpc.io/docs/guides/error/#richer-error-model), so the status libraries
+of all languages can read it. grpcio-status is not used, because it pins a range of
+protobuf versions that the base install must not require.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ DOMAIN = "gradwire"
 
 @dataclass(frozen=True, slots=True)
 class ErrorDetails:
-    """What an error says beside its status and its text."""
+    """Details of an error in addition to its status and text."""
 
     reason: Reason | None = None
-    """Why; None for an error that gRPC, a proxy or a newer server made."""
+    """The reason; None for an error from gRPC, a proxy or a newer server."""
 
     fields: Mapping[str, str] = field(default_factory=dict)
-    """What is wrong with which field of the request, by the field's path."""
+    """Descriptions of invalid request fields, by field path."""
 
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """The job's id (``job_id``) and what else the reason comes with."""
+    """The job's id (``job_id``) and further data of the reason."""
 
     retry_after_s: float | None = None
     """Seconds after which the same call may succeed."""
@@ -44,7 +44,7 @@ class ErrorDetails:
 def encode(
     status: StatusCode, message: str, details: ErrorDetails
 ) -> tuple[tuple[str, bytes], ...]:
-    """The trailing metadata that carries `details`."""
+    """Encode `details` as trailing metadata."""
     parts: list[ErrorInfo | BadRequest | RetryInfo] = []
     if details.reason is not None:
         parts.append(
@@ -70,7 +70,7 @@ def encode(
 
 
 def decode(trailer: bytes) -> ErrorDetails:
-    """The details in the value of the trailer; empty ones if it is damaged."""
+    """Decode the trailer's value; empty details if it is damaged."""
     try:
         packed = Status.FromString(trailer)
         return _collect(list(packed.details))

@@ -1,4 +1,4 @@
-"""Why a call fails: the stable reasons, each with its one status."""
+"""The stable reasons of failed calls, each with its gRPC status."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Reason(enum.StrEnum):
     JOB_TOO_LARGE = enum.auto()
     BUSY = enum.auto()
     DEVICE_OUT_OF_MEMORY = enum.auto()
-    # the rest, one each
+    # other statuses, one or two reasons each
     DRAINING = enum.auto()
     DEVICE_LOST = enum.auto()
     CLIENT_IDLE = enum.auto()
@@ -60,7 +60,7 @@ class Reason(enum.StrEnum):
 
     @property
     def status(self) -> StatusCode:
-        """The gRPC status that a call with this reason ends with."""
+        """The gRPC status of calls with this reason."""
         return _OTHER_STATUS.get(self, StatusCode.INVALID_ARGUMENT)
 
 

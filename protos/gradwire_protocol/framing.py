@@ -1,10 +1,9 @@
-"""Messages of a stream, written and read without copying their payload.
+"""Encoding and decoding of stream messages with at most one copy of the payload.
 
-A stream's message with elements in it is almost all payload, so it is not
-worth building a generated message around it: the sender joins a prefix and
-the payload's buffer, once, and the receiver takes a `memoryview` of the
-message it was given. That holds for messages in the one form that every
-protobuf library writes:
+A message with elements is almost all payload, so building a generated message
+costs too much. The sender joins a prefix and the payload's buffer once. The
+receiver uses a `memoryview` of the received message. This fast path handles the
+canonical form, as written by every protobuf library:
 
     12 <length>            field 2 of the envelope: block
       08 <matrix>          Block.matrix
@@ -12,10 +11,10 @@ protobuf library writes:
       1d <4 bytes>         Block.crc32c, when present
       7a <length> <data>   Block.data, to the end of the message
 
-Everything else that protobuf allows (other orders, repeated or split fields,
-unknown fields, longer varints) goes through the generated classes, which
-also decide what is malformed. Both ways give the same result for every
-input; a property test holds them to it.
+All other valid protobuf encodings (other orders, repeated or split fields,
+unknown fields, longer varints) go through the generated classes, which also
+detect malformed messages. Both paths give the same result for every input; a
+property test checks this.
 """
 
 from __future__ import annotations
@@ -45,25 +44,25 @@ _NOT_CANONICAL = (-1, 0)
 
 
 class FramingError(ValueError):
-    """The bytes are no message of the stream."""
+    """The bytes are not a message of the stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A run of elements as it came, not checked against any job."""
+    """A received run of elements, not yet checked against a job."""
 
     matrix: int
-    """Number of the matrix; 0 when absent, unknown numbers pass through."""
+    """Number of the matrix; 0 if absent. Unknown numbers are kept."""
 
     index: int
     """Index of the first element within the matrix."""
 
     payload: memoryview | None
-    """The elements' bytes; None when the payload is absent or of a kind that
-    this version does not know."""
+    """The elements' bytes; None if the payload is absent or of an unknown
+    kind."""
 
     crc32c: int | None = None
-    """The payload's checksum, when it came with one."""
+    """The payload's checksum, if present."""
 
 
 RequestMessage: TypeAlias = Job | Block | End
@@ -76,12 +75,12 @@ def encode_block(
     payload: bytes | memoryview,
     crc32c: int | None = None,
 ) -> bytes:
-    """The message, request or response, that carries `payload`.
+    """Encode a request or response message with `payload`.
 
     Args:
         matrix: The matrix's number on the wire, 1 to 127.
         index: Index of the first element, at least 0.
-        payload: Contiguous bytes of the elements. They are copied once.
+        payload: Contiguous bytes of the elements, copied once.
         crc32c: The payload's checksum.
     """
     size = memoryview(payload).nbytes
@@ -100,42 +99,42 @@ def encode_block(
 
 
 def encode_job(job: Job) -> bytes:
-    """The request message that opens a stream."""
+    """Encode the first request message of a stream."""
     return ComputeStreamRequest(job=job).SerializeToString()
 
 
 def encode_end(m: int) -> bytes:
-    """The request message that ends a stream of m rows."""
+    """Encode the last request message of a stream of m rows."""
     return ComputeStreamRequest(end=End(m=m)).SerializeToString()
 
 
 def encode_accepted(accepted: Accepted) -> bytes:
-    """The response message that says that the job runs."""
+    """Encode the response message for a started job."""
     return ComputeStreamResponse(accepted=accepted).SerializeToString()
 
 
 def encode_queued(jobs_ahead: int) -> bytes:
-    """The response message that says that the job waits."""
+    """Encode the response message for a waiting job."""
     return ComputeStreamResponse(
         queued=Queued(jobs_ahead=jobs_ahead)
     ).SerializeToString()
 
 
 def encode_checkpoint(rows: int) -> bytes:
-    """The response message behind which dW's sum over so many rows follows."""
+    """Encode the response message before dW's sum over `rows` rows."""
     checkpoint = Checkpoint(rows=rows)
     return ComputeStreamResponse(checkpoint=checkpoint).SerializeToString()
 
 
 def encode_receipt(receipt: Receipt) -> bytes:
-    """The response message that ends a successful stream."""
+    """Encode the last response message of a successful stream."""
     return ComputeStreamResponse(receipt=receipt).SerializeToString()
 
 
 def decode_request(message: bytes) -> RequestMessage:
-    """What a client sent.
+    """Decode a client's message.
 
-    A block's payload is a view of `message` where its form allows it.
+    In the canonical form, a block's payload is a view of `message`.
 
     Raises:
         FramingError: The bytes do not parse, or no member is set.
@@ -145,13 +144,13 @@ def decode_request(message: bytes) -> RequestMessage:
 
 
 def decode_response(message: bytes) -> ResponseMessage:
-    """What a server sent; see `decode_request`."""
+    """Decode a server's message; see `decode_request`."""
     block = _canonical_block(message)
     return block if block is not None else decode_response_by_class(message)
 
 
 def decode_request_by_class(message: bytes) -> RequestMessage:
-    """`decode_request` by the generated class alone: correct for any form."""
+    """`decode_request` with the generated class only: correct for any form."""
     envelope = _parse(ComputeStreamRequest, message)
     match envelope.WhichOneof("message"):
         case "job":
@@ -165,7 +164,7 @@ def decode_request_by_class(message: bytes) -> RequestMessage:
 
 
 def decode_response_by_class(message: bytes) -> ResponseMessage:
-    """`decode_response` by the generated class alone."""
+    """`decode_response` with the generated class only."""
     envelope = _parse(ComputeStreamResponse, message)
     match envelope.WhichOneof("message"):
         case "accepted":
@@ -193,7 +192,7 @@ def _parse(envelope: type[_Envelope], message: bytes) -> _Envelope:
         return envelope.FromString(message)
     except DecodeError:
         name = envelope.DESCRIPTOR.full_name
-        raise FramingError(f"the bytes are no {name}") from None
+        raise FramingError(f"the bytes are not a {name}") from None
 
 
 def _from_class(block: BlockMessage) -> Block:
@@ -206,7 +205,7 @@ def _from_class(block: BlockMessage) -> Block:
 
 
 def _canonical_block(message: bytes) -> Block | None:
-    """The block, if the message has exactly the canonical form."""
+    """The block; None unless the message has exactly the canonical form."""
     try:
         if message[0] != _TAG_BLOCK:
             return None
@@ -237,7 +236,7 @@ def _canonical_block(message: bytes) -> Block | None:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The shortest-form varint at `at` below 2**63, and where it ends."""
+    """The shortest-form varint at `at`, below 2**63, and the offset after it."""
     value = shift = 0
     while shift < 63:
         byte = message[at]

@@ -1,7 +1,7 @@
-"""What is wrong with a job's header, as far as any server would say.
+"""Checks of a job's header that are the same on every server.
 
-The fields are checked in the order in which they depend on each other. What one
-server does not offer or has no room for is for that server to say.
+Fields are checked in the order of their dependencies. Each server also checks its
+own features and limits.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _WIDEST = max(dtype.itemsize for dtype in Dtype)
 
 
 class HeaderError(ValueError):
-    """A header that no server can take; the text is a sentence.
+    """An invalid header; the text is a sentence.
 
     Args:
         reason: The stable reason, as in the contract.
-        message: What was given and what was expected.
-        field: Path of the field that is at fault.
+        message: The given and the expected value.
+        field: Path of the invalid field.
     """
 
     def __init__(self, reason: Reason, message: str, field: str) -> None:
@@ -40,7 +40,7 @@ def check_header(job: job_pb2.Job) -> None:
     """Check a header.
 
     Raises:
-        HeaderError: It asks for what is wrong or unknown.
+        HeaderError: The header is invalid or has unknown options.
     """
     m = job.m if job.HasField("m") else None
     _check_shape(m, job.n, job.k)
@@ -72,7 +72,7 @@ def check_header(job: job_pb2.Job) -> None:
 
 
 def path_of(matrix: Matrix) -> str:
-    """Path of the field that says where a matrix lies."""
+    """Path of the field with a matrix's source or destination."""
     kind = "source" if matrix in OPERANDS else "destination"
     return f"job.{matrix.label}.{kind}"
 

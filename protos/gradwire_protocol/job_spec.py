@@ -1,8 +1,8 @@
-"""What a job asks for: the one place where its header is spelled.
+"""Conversion between `JobSpec` and a job's header.
 
-`JobSpec.to_message` writes a header and `JobSpec.from_message` reads one. Both
-sides use them: a client for what it asks, a server for what it was asked and for
-what it says that it understood, and a client again for that.
+`JobSpec.to_message` writes a header, and `JobSpec.from_message` reads one. Client
+and server use both: for the client's request, and for the server's echo of the
+job as understood (`Accepted.effective_job`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from gradwire_protocol.v1 import job_pb2, matrix_pb2
 
 @dataclass(frozen=True, slots=True)
 class BufferRef:
-    """Where a matrix lies in shared memory."""
+    """Location of a matrix in shared memory."""
 
     region: int
-    """Index of its region in `JobSpec.regions`."""
+    """Index of the region in `JobSpec.regions`."""
     offset: int
-    """Where it begins, in bytes."""
+    """Offset of the matrix in bytes."""
 
 
 class Fingerprint(NamedTuple):
-    """What results' last bits depend on, as `gradwire.v1.NumericsFingerprint`."""
+    """Fingerprint of the last bits, as in `gradwire.v1.NumericsFingerprint`."""
 
     library: str
     device: str
@@ -40,32 +40,32 @@ class Fingerprint(NamedTuple):
 
     @classmethod
     def from_message(cls, message: job_pb2.NumericsFingerprint) -> Fingerprint:
-        """The fingerprint that a message carries."""
+        """Read the fingerprint from a message."""
         return cls(*(getattr(message, name) for name in cls._fields))
 
     def to_message(self) -> job_pb2.NumericsFingerprint:
-        """The message that carries it."""
+        """Write the fingerprint to a message."""
         return job_pb2.NumericsFingerprint(**self._asdict())
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Where a job goes on that was cut off."""
+    """Where an interrupted job continues."""
 
     first_row: int
-    """The first row that is sent."""
+    """The first row sent."""
     results_from_row: int
-    """The first row of which row-wise results are wanted."""
+    """The first row with row-wise results wanted."""
     fingerprint: Fingerprint
-    """Of the device on which it was cut off."""
+    """Fingerprint of the interrupted job's device."""
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What a job's header asks for."""
+    """The contents of a job's header."""
 
     m: int | None
-    """Rows of X and dY; None while it is open."""
+    """Rows of X and dY; None while unknown."""
     n: int
     """Columns of X, rows of W."""
     k: int
@@ -75,47 +75,47 @@ class JobSpec:
     results: Mapping[Matrix, Dtype]
     """The wanted results and their element types, in the order of `RESULTS`."""
     dw_accumulator: Dtype | None = None
-    """In which sums over row blocks are kept; None: as the server chooses."""
+    """Dtype of sums over row blocks; None: the server's default."""
     allow_tf32: bool = False
     checksum: bool = False
     """Whether every payload carries a CRC-32C."""
     max_block_bytes: int = DEFAULT_BLOCK_BYTES
-    """Largest payload of a message that the client wants back."""
+    """Largest payload of a message from the server."""
     features: tuple[str, ...] = ()
-    """What the server must know."""
+    """Features required by the job."""
     regions: tuple[str, ...] = field(default=(), repr=False)
-    """Tokens of the regions in which all matrices lie; secrets."""
+    """Tokens of the shared-memory regions; secrets."""
     buffers: Mapping[Matrix, BufferRef] = field(default_factory=dict)
-    """Where in them; empty where the matrices travel in messages."""
+    """Locations of the matrices in the regions; empty for matrices in messages."""
     checkpoint_rows: int | None = None
-    """Rows between two checkpoints at least; 0: one at most, when the server ends
-    the job; None: the client takes none."""
+    """Minimum rows between two checkpoints; 0: at most one, when the server ends the
+    job; None: no checkpoints."""
     resume: Resume | None = None
-    """Where the job goes on; None: it begins at its beginning."""
+    """Where the job continues; None: at its beginning."""
 
     @property
     def accumulator(self) -> Dtype:
-        """In which sums over row blocks are kept."""
+        """Dtype of sums over row blocks."""
         return self.dw_accumulator or self.dtype.sums_in
 
     @property
     def first_row(self) -> int:
-        """The first row that is sent."""
+        """The first row sent."""
         return self.resume.first_row if self.resume else 0
 
     @property
     def results_from_row(self) -> int:
-        """The first row of which row-wise results are wanted."""
+        """The first row with row-wise results wanted."""
         return self.resume.results_from_row if self.resume else 0
 
     @property
     def brings_dw_sum(self) -> bool:
-        """Whether the client sends sums over the rows before the first."""
+        """Whether the client sends the sum of dW over the rows before `first_row`."""
         return Matrix.DW in self.results and self.first_row > 0
 
     @cached_property
     def operands(self) -> tuple[Matrix, ...]:
-        """The operands that the wanted results need, in the order X, W, dY."""
+        """The operands of the wanted results, in the order X, W, dY."""
         return operands_for(self.results)
 
     def row_length(self, matrix: Matrix) -> int:
@@ -156,7 +156,7 @@ class JobSpec:
         return 2 * len(self.results) * (self.m or 0) * self.n * self.k
 
     def share_memory(self, one: Matrix, other: Matrix) -> bool:
-        """Whether two matrices of a job in shared memory have a byte in common."""
+        """Whether two matrices of a shared-memory job overlap."""
         if not self.buffers:
             return False
         first, second = self.buffers[one], self.buffers[other]
@@ -169,7 +169,7 @@ class JobSpec:
         )
 
     def to_message(self, job_id: str = "") -> job_pb2.Job:
-        """The header, with every option written out that is decided."""
+        """Write the header, with all known options explicit."""
         job = job_pb2.Job(
             job_id=job_id,
             m=self.m,
@@ -199,7 +199,7 @@ class JobSpec:
                 buffer = self.buffers[matrix]
                 message.shared.region = buffer.region
                 message.shared.offset_bytes = buffer.offset
-                message.shared.SetInParent()  # where both are zero as well
+                message.shared.SetInParent()  # also if both are zero
             else:
                 message.inline.SetInParent()
         if self.checkpoint_rows is not None:
@@ -215,13 +215,13 @@ class JobSpec:
 
     @classmethod
     def from_message(cls, job: job_pb2.Job) -> JobSpec:
-        """What a header asks for, checked as far as any server would.
+        """Check and read a header.
 
-        Its fields are read in the order in which they depend on each other. What
-        one server does not offer or has no room for is for that server to say.
+        The checks are the same on every server. Each server also checks its own
+        features and limits.
 
         Raises:
-            HeaderError: The header asks for what is wrong or unknown.
+            HeaderError: The header is invalid or has unknown options.
         """
         check_header(job)
         dtype = Dtype(job.dtype)

@@ -1,4 +1,4 @@
-"""Bounds that the contract puts on messages."""
+"""Limits and names of the contract."""
 
 MIB = 1 << 20
 
@@ -6,23 +6,23 @@ MAX_PAYLOAD_BYTES = 4 * MIB
 """Largest payload of a Block."""
 
 DEFAULT_BLOCK_BYTES = MIB
-"""Payload of a Block unless the receiver asks for another size."""
+"""Default payload of a Block."""
 
 FRAMING_BYTES = 64 * 1024
-"""Room beside a payload for everything else that a message holds."""
+"""Bytes reserved for the rest of a message beside its payload."""
 
 MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + FRAMING_BYTES
-"""Receive limit that both sides set on their channels."""
+"""Receive limit of client and server channels."""
 
 MAX_COMPUTE_BYTES = MAX_PAYLOAD_BYTES - FRAMING_BYTES
-"""Most elements, in bytes, in a request or a response of Compute: with what
-else they hold, both stay below the 4 MiB that gRPC takes by default."""
+"""Most bytes of elements in a Compute request or response. The complete messages
+stay below gRPC's default limit of 4 MiB."""
 
 MAX_INT64 = 2**63 - 1
 """Largest value of a size, a count or an index on the wire."""
 
 MAX_JOB_ID_LENGTH = 128
-"""Characters of a job's id."""
+"""Maximum length of a job id in characters."""
 
 SERVICE = "gradwire.v1.GradientService"
 """Full name of the service."""
@@ -36,10 +36,10 @@ CONTRACT = "gradwire.v1"
 """The contract's name and version."""
 
 RESUME = "resume"
-"""Name of the feature of jobs that go on where others were cut off."""
+"""Feature name for continuing interrupted jobs."""
 
 SHARED_MEMORY = "shared-memory"
-"""Name of the feature of servers that share memory with clients."""
+"""Feature name for shared memory."""
 
 SHARED_ALIGNMENT = 64
-"""Bytes of which every offset in shared memory is a multiple: a cache line."""
+"""Alignment of offsets in shared memory in bytes: a cache line."""

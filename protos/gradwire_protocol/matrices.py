@@ -1,7 +1,7 @@
-"""The matrices of a job, in one table: shapes, and which are needed for which.
+"""Table of a job's matrices: their shapes, and the operands of each result.
 
-A further result is a row of this table: whatever moves, checks or counts matrices
-goes by it.
+To add a result, add a row: all code that moves, checks or counts matrices uses this
+table.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterable
 
 _TABLE: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    # name: rows, columns, and for a result the operands that it is computed from
+    # name: rows, columns, and the operands of a result
     "X": ("m", "n", ()),
     "W": ("n", "k", ()),
     "DY": ("m", "k", ()),
@@ -25,8 +25,8 @@ _TABLE: dict[str, tuple[str, str, tuple[str, ...]]] = {
 class Matrix(enum.IntEnum):
     """A matrix of a job, with its number on the wire (`gradwire.v1.Matrix`).
 
-    Results with m rows are computed row block by row block; the others are summed
-    over row blocks (`is_sum`).
+    Results with m rows are computed row block by row block. Other results are
+    summed over row blocks (`is_sum`).
     """
 
     X = 1
@@ -36,27 +36,27 @@ class Matrix(enum.IntEnum):
     DX = 5
     DW = 6
     DW_SUM = 7
-    """DW over a job's first rows, not rounded: what checkpoints are made of."""
+    """The unrounded sum of dW over a job's first rows, as in checkpoints."""
 
     label: str
-    """The name that people and fields use: ``x``, ``w``, ``dy``, ..."""
+    """Name in messages and fields: ``x``, ``w``, ``dy``, ..."""
     row_wise: bool
-    """Whether it has the job's m rows."""
+    """Whether the matrix has the job's m rows."""
 
     def __init__(self, _: int) -> None:
-        # Asked for with every message: not worth computing each time.
+        # Computed once: used for every message.
         self.label = self.name.lower()
         self._rows, self._columns, self._needs = _TABLE[self.name]
         self.row_wise = self._rows == "m"
 
     @property
     def needs(self) -> tuple[Matrix, ...]:
-        """The operands of which a result is the product; none for operands."""
+        """The operands of a result; empty for operands."""
         return tuple(Matrix[name] for name in self._needs)
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is a result that is summed over row blocks."""
+        """Whether the matrix is a result summed over row blocks."""
         return bool(self._needs) and not self.row_wise
 
     def row_length(self, n: int, k: int) -> int:
@@ -72,17 +72,17 @@ OPERANDS = (Matrix.X, Matrix.W, Matrix.DY)
 RESULTS = tuple(matrix for matrix in Matrix if matrix.needs)
 
 ROW_OPERANDS = tuple(matrix for matrix in OPERANDS if matrix.row_wise)
-"""Operands with m rows, in the order in which a tie between them is broken."""
+"""Operands with m rows, in the order that breaks ties."""
 
 ROW_RESULTS = tuple(matrix for matrix in RESULTS if matrix.row_wise)
-"""Results with m rows, in the order in which a row block's leave."""
+"""Results with m rows, in the order of sending for each row block."""
 
 SUMS = tuple(matrix for matrix in RESULTS if matrix.is_sum)
-"""Results that are summed over row blocks."""
+"""Results summed over row blocks."""
 
 
 def operands_for(results: Iterable[Matrix]) -> tuple[Matrix, ...]:
-    """The operands that the wanted results need, in the order X, W, dY."""
+    """The operands of the wanted results, in the order X, W, dY."""
     return _operands_for(frozenset(results))
 
 

@@ -1,7 +1,7 @@
-"""Certificates and keys in PEM form, looked at before gRPC is given them.
+"""Checks of PEM certificates and keys before gRPC uses them.
 
-gRPC takes any bytes for a certificate, and what is wrong with them shows only
-when a handshake fails, without saying where they came from.
+gRPC accepts any bytes as a certificate. Errors appear only when a handshake fails,
+without the name of the file.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from contextlib import contextmanager
 
 
 class PemError(ValueError):
-    """These bytes are not what they should be; the text says what they lack."""
+    """Invalid PEM data; the text describes the problem."""
 
 
 def check_certificates(pem: bytes) -> None:
-    """Check that there are certificates, and all of them whole.
+    """Check that `pem` holds only valid certificates, and at least one.
 
     Raises:
-        PemError: There are none, or one is damaged.
+        PemError: There is no certificate, or one is damaged.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cadata=pem.decode("ascii"))
-    except (ssl.SSLError, ValueError):  # which UnicodeDecodeError is as well
+    except (ssl.SSLError, ValueError):  # includes UnicodeDecodeError
         raise PemError("holds no certificate in PEM form, or a damaged one") from None
 
 
 def check_key(certificates: bytes, key: bytes) -> None:
-    """Check that a private key is there, and that of the first certificate.
+    """Check that `key` is the private key of the first certificate.
 
     Raises:
-        PemError: It is not, or only who knows a password can read it.
+        PemError: The key is missing, encrypted, too short or for another certificate.
     """
     asked: list[None] = []
 
@@ -43,8 +43,8 @@ def check_key(certificates: bytes, key: bytes) -> None:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # OpenSSL reads the two from files alone, and a key does not belong in
-        # one that others may find.
+        # OpenSSL reads certificate and key only from files. The key must not be in
+        # a file that others can read.
         with _as_file(certificates) as first, _as_file(key) as second:
             context.load_cert_chain(first, second, password=no_password)
     except ssl.SSLError as error:
@@ -57,13 +57,13 @@ def check_key(certificates: bytes, key: bytes) -> None:
         else:
             text = "holds no private key in PEM form, or a damaged one"
         raise PemError(text) from None
-    except OSError:  # without /proc nothing can be looked at, and gRPC has to do
+    except OSError:  # without /proc, leave the check to gRPC
         return
 
 
 @contextmanager
 def _as_file(content: bytes) -> Iterator[str]:
-    """A path of these bytes, which lie in this process's memory alone."""
+    """A path to these bytes, in memory of this process only."""
     descriptor = os.memfd_create("pem", os.MFD_CLOEXEC)
     try:
         with open(descriptor, "wb", closefd=False) as file:

@@ -13,4 +13,4 @@ def _installed() -> str:
 
 
 VERSION = _installed()
-"""That, or ``0+source`` where the sources are used without being installed."""
+"""Version of the distribution; ``0+source`` if it is not installed."""
