@@ -1,4 +1,4 @@
-"""The figure of `train_digits`: what the trainings did, side by side."""
+"""The figure of `train_digits`: the trainings side by side."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STYLE = {
 
 
 class Training(Protocol):
-    """What the figure needs to know of one training."""
+    """The data of one training in the figure."""
 
     name: str
     losses: list[float]
@@ -53,9 +53,9 @@ def draw(
     Args:
         path: The PNG file.
         runs: gradwire's training and NumPy's.
-        exact: The same training in float64, against which rounding shows.
-        held_out: Images, shape (count, 64); the digits that they are; and
-            those that the network trained by gradwire takes them for.
+        exact: The same training in float64, to show rounding errors.
+        held_out: Images, shape (count, 64); their labels; and the answers of
+            the network trained with gradwire.
     """
     images, labels, answers = held_out
     with mpl.rc_context(STYLE):
@@ -102,7 +102,7 @@ def _mean_over(values: Sequence[float], window: int) -> Array:
 def _rounding(axes: Axes, runs: Sequence[Training], exact: Training) -> None:
     gradwire, local = (np.array(run.losses) for run in runs)
     between, to_exact = np.abs(gradwire - local), np.abs(local - exact.losses)
-    axes.set_title("How far the losses lie apart")
+    axes.set_title("Difference between the losses")
     axes.semilogy(
         np.where(to_exact > 0, to_exact, np.nan),
         color=GREY,
@@ -127,14 +127,14 @@ def _rounding(axes: Axes, runs: Sequence[Training], exact: Training) -> None:
 def _accuracies(axes: Axes, runs: Sequence[Training]) -> None:
     gradwire, local = runs
     epochs = np.arange(1, len(gradwire.accuracies) + 1)
-    axes.set_title("Accuracy on digits that were held out")
+    axes.set_title("Accuracy on held-out digits")
     axes.plot(
         epochs,
         gradwire.accuracies,
         color=TEAL,
         lw=6,
         alpha=0.4,
-        label=f"{gradwire.name}: {gradwire.accuracies[-1]:.1%} in the end",
+        label=f"{gradwire.name}: {gradwire.accuracies[-1]:.1%} at the end",
     )
     axes.plot(
         epochs,
@@ -142,7 +142,7 @@ def _accuracies(axes: Axes, runs: Sequence[Training]) -> None:
         color=AMBER,
         lw=1.6,
         marker=".",
-        label=f"{local.name}: {local.accuracies[-1]:.1%} in the end",
+        label=f"{local.name}: {local.accuracies[-1]:.1%} at the end",
     )
     axes.yaxis.set_major_locator(MultipleLocator(0.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -152,7 +152,7 @@ def _accuracies(axes: Axes, runs: Sequence[Training]) -> None:
 
 
 def _digits(figure: SubFigure, images: Array, labels: Array, answers: Array) -> None:
-    """Every mistake first, as far as there is room, then what was right."""
+    """Draw mistakes first, then correct answers, up to the size of the grid."""
     wrong = answers != labels
     shown = np.argsort(~wrong, kind="stable")[: SHOWN_ROWS * SHOWN_COLUMNS]
     figure.suptitle(
@@ -192,7 +192,7 @@ def _confusion(figure: SubFigure, labels: Array, answers: Array) -> None:
     counts = np.zeros((10, 10), int)
     np.add.at(counts, (labels, answers), 1)
     axes = figure.add_subplot(GridSpec(1, 1, figure=figure)[0])
-    axes.set_title("What each held-out digit was taken for")
+    axes.set_title("Answers for the held-out digits")
     axes.grid(visible=False)
     right = np.ma.masked_where(~np.eye(10, dtype=bool), counts)
     wrong = np.ma.masked_where(np.eye(10, dtype=bool) | (counts == 0), counts)

@@ -1,7 +1,7 @@
-"""A gradwire server in a process of its own, for as long as a block lasts.
+"""A gradwire server in a separate process, for the duration of a block.
 
-The examples use it so that they can be tried with nothing set up; a program
-of yours would connect to a server that is already there.
+The examples use it to run without any setup. A real program connects to an
+existing server.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def local_server() -> Iterator[str]:
         The server's address, HOST:PORT.
 
     Raises:
-        RuntimeError: It did not start; it has said why on standard error.
+        RuntimeError: The server did not start; standard error has the reason.
     """
     gradwire = str(Path(sys.executable).with_name("gradwire"))
     command = [gradwire, "serve", "--listen", "127.0.0.1:0", "--log-level", "warning"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            # Such as: gradwire 0.1.0 serves on 127.0.0.1:40123 (numpy: why)
+            # Example: gradwire 0.1.0 serves on 127.0.0.1:40123 (numpy: why)
             ready = process.stdout.readline() if process.stdout else ""
             if " serves on " not in ready:
                 raise RuntimeError(f"no server: it ended with {process.wait()}")
@@ -37,7 +37,7 @@ def local_server() -> Iterator[str]:
 
 
 def given_or_local_server() -> contextlib.AbstractContextManager[str]:
-    """The address that the command line names, or a server of our own."""
+    """The address from the command line, or a local server."""
     if len(sys.argv) > 1:
         return contextlib.nullcontext(sys.argv[1])
     return local_server()

@@ -2,9 +2,9 @@
 
 .venv/bin/python examples/plain_grpc_client.py [ADDRESS]
 
-What is done here can be done in every language that has gRPC. The stub can be
-generated from protos/ alone; ``gradwire.v1`` is that stub, ready made.
-docs/contract.md explains the order of the messages.
+Every language with gRPC can do the same. The stub is generated from protos/ alone;
+``gradwire.v1`` is the ready-made Python stub. docs/contract.md explains the order
+of the messages.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PAYLOAD_BYTES = 1 << 20
 
 
 def header(m: int, n: int, k: int) -> Job:
-    """A float32 job that wants all three results in its own messages."""
+    """A float32 job with all three results, inline."""
     sent, returned = Operand(inline=InlineSource()), Result(inline=InlineDestination())
     job = Job(m=m, n=n, k=k, dtype=DTYPE_FLOAT32)
     job.x.CopyFrom(sent)
@@ -60,7 +60,7 @@ def header(m: int, n: int, k: int) -> Job:
 
 
 def compute(stub: GradientServiceStub, x: Array, w: Array, dy: Array) -> Results:
-    """One message each way: for small matrices, up to 4 MiB each way."""
+    """Compute with one message each way, of at most 4 MiB: for small matrices."""
     (m, n), k = x.shape, w.shape[1]
     reply = stub.Compute(
         ComputeRequest(
@@ -75,15 +75,15 @@ def compute(stub: GradientServiceStub, x: Array, w: Array, dy: Array) -> Results
 
 
 def compute_stream(stub: GradientServiceStub, x: Array, w: Array, dy: Array) -> Results:
-    """A job of any size, in messages of 1 MiB."""
+    """Compute a job of any size, in messages of 1 MiB."""
     (m, n), k = x.shape, w.shape[1]
     results = {
         MATRIX_Y: np.empty((m, k), np.float32),
         MATRIX_DX: np.empty((m, n), np.float32),
         MATRIX_DW: np.empty((n, k), np.float32),
     }
-    # gRPC iterates over the requests in a thread of its own: this one reads
-    # while that one writes, as the contract asks.
+    # gRPC iterates over the requests in another thread, so this thread reads while
+    # the other writes, as the contract requires.
     accepted: SimpleQueue[Accepted | None] = SimpleQueue()
     try:
         for response in stub.ComputeStream(requests(x, w, dy, accepted)):
@@ -96,9 +96,9 @@ def compute_stream(stub: GradientServiceStub, x: Array, w: Array, dy: Array) -> 
                     flat = results[block.matrix].reshape(-1)
                     flat[block.index : block.index + elements.size] = elements
                 case "receipt":
-                    print(f"  {response.receipt.blocks} row blocks were computed")
+                    print(f"  {response.receipt.blocks} row blocks computed")
     finally:
-        accepted.put(None)  # a refused job is never accepted; wait no longer
+        accepted.put(None)  # a refused job is never accepted: stop waiting
     return results[MATRIX_Y], results[MATRIX_DX], results[MATRIX_DW]
 
 
@@ -122,7 +122,7 @@ def requests(
 def blocks(
     matrix: int, elements: Array, first: int, last: int
 ) -> Iterator[ComputeStreamRequest]:
-    """Rows first to last - 1, in as many messages as they need."""
+    """Rows first to last - 1, in messages of at most 1 MiB."""
     flat, columns = elements.reshape(-1), elements.shape[1]
     step = PAYLOAD_BYTES // elements.itemsize
     for start in range(first * columns, last * columns, step):
@@ -133,7 +133,7 @@ def blocks(
 
 
 def main() -> None:
-    """Compute the same job both ways, and a larger one as a stream."""
+    """Compute one job with both methods, and a larger job as a stream."""
     rng = np.random.default_rng(3)
 
     def operands(m: int, n: int, k: int) -> Results:
@@ -155,7 +155,7 @@ def main() -> None:
         ("dW", dw, x.T @ dy),
     ):
         right = np.allclose(result, expected, rtol=1e-4, atol=2e-3)
-        print(f"{name} is right:", right)
+        print(f"{name} is correct:", right)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The three gradients of a product, from a server; see that they are right.
+"""Y, dX and dW of a product from a server, compared with NumPy.
 
 .venv/bin/python examples/quickstart.py [ADDRESS]
 """
@@ -14,6 +14,6 @@ x, w, dy = (rng.random(shape) for shape in ((5000, 300), (300, 200), (5000, 200)
 with given_or_local_server() as address, gradwire.connect(address) as client:
     y, dx, dw = client.gradients(x, w, dy)
 
-print("Y  = X W   is right:", np.allclose(y, x @ w))
-print("dX = dY Wᵀ is right:", np.allclose(dx, dy @ w.T))
-print("dW = Xᵀ dY is right:", np.allclose(dw, x.T @ dy))
+print("Y  = X W   is correct:", np.allclose(y, x @ w))
+print("dX = dY Wᵀ is correct:", np.allclose(dx, dy @ w.T))
+print("dW = Xᵀ dY is correct:", np.allclose(dw, x.T @ dy))

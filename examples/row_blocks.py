@@ -1,10 +1,10 @@
-"""Gradients of more rows than anyone holds: a generator in, blocks out.
+"""Gradients of more rows than fit into memory: a generator in, blocks out.
 
 .venv/bin/python examples/row_blocks.py [ADDRESS]
 
-Rows are made when they are asked for, and dropped when they are sent. Both
-sides hold a few blocks of them, so memory does not grow with their number,
-which nobody has to know in advance.
+Rows are generated on demand and dropped after sending. Both sides hold a few row
+blocks, so memory does not grow with the number of rows. The number of rows need not
+be known in advance.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def peak_mib() -> int:
 
 
 def run(client: gradwire.Client, count: int) -> gradwire.Receipt:
-    """The gradients of `count` parts; each result is looked at and dropped."""
+    """Compute the gradients of `count` parts, and use and drop each result."""
     w = np.eye(N, K, dtype=np.float32)
     total = 0.0
     with client.stream(parts(count), w) as stream:
@@ -50,13 +50,13 @@ def run(client: gradwire.Client, count: int) -> gradwire.Receipt:
 
 
 with given_or_local_server() as address, gradwire.connect(address) as client:
-    print("A short job first, so that everything is warm:")
+    print("A short job to warm up:")
     run(client, PARTS // 10)
     before_mib = peak_mib()
-    print("One ten times as long:")
+    print("A job ten times as long:")
     receipt = run(client, PARTS)
 
 moved_mib = (receipt.bytes_received + receipt.bytes_sent) / 2**20
 print(f"{receipt.m:,} rows in {receipt.blocks} blocks, {moved_mib:,.0f} MiB moved")
-print(f"The server held {receipt.reserved_bytes / 2**20:.0f} MiB for it")
+print(f"Memory on the server: {receipt.reserved_bytes / 2**20:.0f} MiB")
 print(f"Peak memory here: {before_mib} MiB before, {peak_mib()} MiB after")

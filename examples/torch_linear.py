@@ -1,10 +1,10 @@
-"""A PyTorch layer whose products are computed by a gradwire server.
+"""A PyTorch layer with its products computed by a gradwire server.
 
 .venv/bin/python examples/torch_linear.py [ADDRESS]
 
-Forward asks the server for Y, backward for dX and dW, or for the one of them
-that autograd wants. Everything else stays PyTorch's: optimizers, other
-layers, higher-level modules.
+The forward pass computes Y on the server. The backward pass computes dX and dW, as
+far as autograd needs them. Everything else is PyTorch: optimizers, other layers,
+higher-level modules.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RemoteProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """None for the client, dX and dW where they are wanted."""
+        """None for the client; dX and dW if needed."""
         x, w = (saved.detach() for saved in ctx.saved_tensors)
         _, needs_dx, needs_dw = ctx.needs_input_grad
         wanted = ["dx"] * needs_dx + ["dw"] * needs_dw
@@ -49,7 +49,7 @@ class RemoteProduct(torch.autograd.Function):
 
 
 class RemoteLinear(torch.nn.Module):
-    """`torch.nn.Linear`, but for where it computes."""
+    """`torch.nn.Linear` with its products on a server."""
 
     def __init__(self, client: gradwire.Client, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class RemoteLinear(torch.nn.Module):
 
 
 def main() -> None:
-    """Compare gradients with PyTorch's own, then learn a little."""
+    """Compare gradients with PyTorch's, then train briefly."""
     torch.manual_seed(0)
     x, target = torch.randn(64, 20), torch.randn(64, 1)
     with given_or_local_server() as address, gradwire.connect(address) as client:

@@ -1,9 +1,9 @@
 """Train a classifier of handwritten digits through a gradwire server.
 
-A server is started as a separate process. It computes every product and
-every gradient by which a network of two layers learns: each is a call over a
-socket. The same network, from the same weights and on the same batches,
-learns beside it with NumPy alone. What both did goes into a figure.
+The example starts a server in a separate process. The server computes every product
+and gradient of a two-layer network, one call over a socket each. The same network
+trains with local NumPy, from the same weights and on the same batches. A figure
+compares the two.
 
     .venv/bin/python examples/train_digits.py
 """
@@ -39,7 +39,7 @@ LEAST_ACCURACY = 0.95
 
 
 class Products(Protocol):
-    """Who multiplies. A `gradwire.Client` is one as it stands."""
+    """The interface for products, implemented by `gradwire.Client`."""
 
     def forward(self, x: Array, w: Array) -> Array:
         """Y = X W."""
@@ -49,7 +49,7 @@ class Products(Protocol):
 
 
 class NumpyProducts:
-    """The same in this process."""
+    """The same products with NumPy, in this process."""
 
     def forward(self, x: Array, w: Array) -> Array:
         """Y = X W."""
@@ -63,8 +63,8 @@ class NumpyProducts:
 class Linear:
     """A layer y = [x 1] w: the last row of w is the bias.
 
-    With the bias inside w, its gradient is the last row of dW, so that the
-    layer needs nothing but the three products.
+    The gradient of the bias is then the last row of dW, so the layer needs only the
+    three products.
     """
 
     def __init__(self, w: Array, products: Products) -> None:
@@ -79,7 +79,7 @@ class Linear:
         return self.products.forward(self._x, self.w)
 
     def backward(self, dy: Array) -> Array:
-        """From the gradient for the output, the one for the input."""
+        """The gradient for the input, from the gradient for the output."""
         dx, self._dw = self.products.backward(self._x, self.w, dy)
         return dx[:, :-1]
 
@@ -90,7 +90,7 @@ class Linear:
 
 
 class Classifier:
-    """Two layers, a ReLU between them, softmax cross-entropy at the end."""
+    """Two layers with a ReLU between, and softmax cross-entropy at the end."""
 
     def __init__(self, weights: tuple[Array, Array], products: Products) -> None:
         self._first, self._second = (Linear(w, products) for w in weights)
@@ -101,7 +101,7 @@ class Classifier:
         return self._second.forward(self._hidden)
 
     def train(self, x: Array, labels: Array) -> float:
-        """Learn from one batch; its mean loss before that."""
+        """Train on one batch, and return its mean loss before the step."""
         logits = self.logits(x)
         logits -= logits.max(axis=1, keepdims=True)
         p = np.exp(logits)
@@ -119,7 +119,7 @@ class Classifier:
 
 @dataclass
 class Run:
-    """One of the two trainings, and what it has seen so far."""
+    """One of the trainings, with its losses and accuracies so far."""
 
     name: str
     model: Classifier
@@ -128,13 +128,13 @@ class Run:
     seconds: float = 0.0
 
     def train(self, x: Array, labels: Array) -> None:
-        """One batch."""
+        """Train on one batch."""
         began = time.perf_counter()
         self.losses.append(self.model.train(x, labels))
         self.seconds += time.perf_counter() - began
 
     def answers(self, x: Array) -> Array:
-        """The digit that the network sees in each row."""
+        """The network's answer for each row."""
         return self.model.logits(x).argmax(axis=1)
 
 
@@ -149,7 +149,7 @@ class Digits:
 
     @classmethod
     def load(cls, rng: np.random.Generator) -> Digits:
-        """The set that comes with scikit-learn, shuffled and split."""
+        """Load scikit-learn's digits, shuffled and split."""
         x, labels = load_digits(return_X_y=True)
         order = rng.permutation(len(x))
         x, labels = (x[order] / 16).astype(np.float32), labels[order]
@@ -157,7 +157,7 @@ class Digits:
 
 
 def initial_weights(rng: np.random.Generator) -> tuple[Array, Array]:
-    """He's initialization, and no bias."""
+    """He initialization, with zero bias."""
 
     def layer(inputs: int, outputs: int) -> Array:
         w = rng.normal(0, np.sqrt(2 / inputs), (inputs + 1, outputs))
@@ -174,7 +174,7 @@ def doubled(weights: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def train(runs: list[Run], digits: Digits, epochs: int, rng: Any) -> None:
-    """Both at once, batch by batch, with a bar."""
+    """Train all runs together, batch by batch, with a progress bar."""
     columns = (
         TextColumn("epoch {task.fields[epoch]:>3}"),
         BarColumn(),
@@ -232,7 +232,7 @@ def main() -> int:
             Run("gradwire", Classifier(weights, client)),
             Run("NumPy", Classifier(weights, NumpyProducts())),
         ]
-        # Only for the figure: what the rounding of float32 amounts to.
+        # Only for the figure: shows the rounding error of float32.
         exact = Run("NumPy, float64", Classifier(doubled(weights), NumpyProducts()))
         train([*runs, exact], digits, options.epochs, rng)
         answers = runs[0].answers(digits.held_out_x)

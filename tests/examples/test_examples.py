@@ -34,20 +34,20 @@ def assert_ended_well(example: subprocess.CompletedProcess[str]) -> None:
 def test_quickstart_finds_the_servers_results_right(server_address):
     example = run("quickstart", server_address)
     assert_ended_well(example)
-    assert re.findall(r"right: (\w+)", example.stdout) == ["True"] * 3
+    assert re.findall(r"correct: (\w+)", example.stdout) == ["True"] * 3
 
 
 def test_quickstart_needs_no_server_to_be_tried():
     example = run("quickstart")
     assert_ended_well(example)
-    assert re.findall(r"right: (\w+)", example.stdout) == ["True"] * 3
+    assert re.findall(r"correct: (\w+)", example.stdout) == ["True"] * 3
 
 
 def test_a_generated_stub_alone_computes_small_and_large_jobs(server_address):
     example = run("plain_grpc_client", server_address)
     assert_ended_well(example)
     assert "same bits from Compute and ComputeStream: True" in example.stdout
-    assert re.findall(r"right: (\w+)", example.stdout) == ["True"] * 3
+    assert re.findall(r"correct: (\w+)", example.stdout) == ["True"] * 3
 
 
 @pytest.mark.thorough
