@@ -54,7 +54,7 @@ bench-links: $(VENV)/.ready-bench ## the same behind 1 and 10 Gbit/s; needs root
 	@$(PY) -m bench.links $(BENCH_ARGS)
 
 .PHONY: bench-gpu
-bench-gpu: $(VENV)/.ready-gpu ## what a GPU host makes of it: 8 minutes; needs a CUDA device
+bench-gpu: $(VENV)/.ready-gpu ## measure gradwire on a GPU host; needs a CUDA device
 	@$(PY) -m bench.gpu $(BENCH_ARGS)
 
 .PHONY: trace

@@ -1,6 +1,6 @@
-"""How long the three gradients take, with gradwire and with what else there is.
+"""Benchmarks of the three gradients, with gradwire and with other transports.
 
-``python -m bench`` runs it. `contenders` are the ways to compute them behind
-one interface, `worker` is the process of one of them, `driver` takes turns
-between the workers, `statistics` and `report` make a table of what they saw.
+Run with ``python -m bench``. `contenders` implements the alternatives behind one
+interface. `worker` is the process of one contender. `driver` gives the workers
+turns. `report` turns the measurements into tables.
 """

@@ -1,4 +1,4 @@
-"""A module of the bench in a process of its own, which something connects to."""
+"""A bench module in a separate process with an address."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Self
 
 
 class Child:
-    """``python -m MODULE ARGUMENTS``: it prints its address when it is ready,
-    and ends with its standard input.
+    """``python -m MODULE ARGUMENTS``: prints its address when ready, and ends at
+    the end of its standard input.
 
     Attributes:
         address: HOST:PORT or unix:PATH.
@@ -36,6 +36,6 @@ class Child:
             self._process.communicate()
 
     def stop(self, timeout_s: float = 30.0) -> str:
-        """End it; what it has printed since its address."""
+        """Stop the process, and return its output after the address."""
         out, _ = self._process.communicate(timeout=timeout_s)
         return out

@@ -1,4 +1,4 @@
-"""The command: which contenders, which shapes, how long, and where it goes."""
+"""The command line of the bench: contenders, shapes, duration and output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.work import FORMS, Shape
 
 SHAPES = ("256", "1024", "2048", "4096", "16384x1024x1024", "1000000x64x64")
 QUICK_SHAPES = ("256", "1024", "2048")
-# Products with vectors: hardly any arithmetic, and as many bytes each way.
+# Products with vectors: little arithmetic, and equal bytes each way.
 TRANSPORT_SHAPES = ("1024x256x1", "16384x1024x1", "65536x1024x1")
 OUT = Path(__file__).parent / "out"
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 try:
                     body += tables.rows(_part(writer, names, shape, form, options))
                 except RuntimeError as error:
-                    # The other shapes have nothing to do with it.
+                    # The other shapes are independent of this one.
                     print(f"{shape}, {form}: {error}", file=sys.stderr)
                     complete = False
             print(f"\nResults in {form} arrays:\n\n{tables.table(body)}", flush=True)
@@ -91,7 +91,7 @@ def _shapes(options: argparse.Namespace) -> list[Shape]:
 
 
 def installed(names: Sequence[str]) -> list[str]:
-    """Those of the contenders whose packages are there; says which are not."""
+    """The contenders with installed packages; reports the others."""
     found = []
     for name in names:
         if package := contenders.missing(name):
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT[/MODEL]",
         action="append",
         default=[],
-        help="a server that speaks the Open Inference Protocol, with a model "
+        help="a server with the Open Inference Protocol and a model "
         "gradients of inputs X, W, DY and outputs Y, DX, DW",
     )
     parser.add_argument(
@@ -141,10 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"a few rounds of {','.join(QUICK_SHAPES)}: a look, no measurement",
+        help=f"a few rounds of {','.join(QUICK_SHAPES)}: for a first impression",
     )
     parser.add_argument(
-        "--seconds", type=float, default=35, help="about so long a shape and form (35)"
+        "--seconds", type=float, default=35, help="for each shape and form, about (35)"
     )
     parser.add_argument("--rounds", type=int, default=40, help="at most (40)")
     parser.add_argument(

@@ -16,18 +16,18 @@ from typing import Any
 from bench.work import Shape
 
 SETTLE_S = 0.15
-"""Before every turn. The threads of a BLAS that is done wait for more work in a
-loop for a while, and would take a core from whoever is next."""
+"""Pause before every turn. Idle BLAS threads spin for a while, and would take a core
+from the next contender."""
 
 ANSWER_TIMEOUT_S = 120.0
-# gRPC tells of every connection that a server closes when it stops.
+# gRPC logs every connection closed by a stopping server.
 _QUIET = {"GRPC_VERBOSITY": "ERROR"}
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one contender did in one round."""
+    """The calls of one contender in one round."""
 
     contender: str
     round: int
@@ -36,34 +36,34 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a contender's processes used."""
+    """Processor time and memory of a contender's processes."""
 
     contender: str
     calls: int
-    """Calls of all turns."""
+    """Number of calls in all turns."""
 
     client_cpu_s: float
     """Processor time of the client during the turns, products included."""
 
     server_cpu_s: float
-    """That of the server."""
+    """Processor time of the server."""
 
     client_peak_bytes: int
     """Highest resident memory of the client, operands and results included."""
 
     server_peak_bytes: int | None
-    """That of the server, where there is one that the bench has started."""
+    """Highest resident memory of the server, if the bench started one."""
 
 
 class Worker:
-    """A `bench.worker` process as the driver sees it.
+    """A `bench.worker` process, seen by the driver.
 
     Args:
-        contender: Its name.
-        shape: What it computes.
+        contender: Name of the contender.
+        shape: Shape of the job.
         form: One of `bench.work.FORMS`.
-        threads: Threads that compute, in each process.
-        before: What runs its command elsewhere: ``ip netns exec NAME``.
+        threads: Compute threads in each process.
+        before: Prefix of the worker's command, such as ``ip netns exec NAME``.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Worker:
         )
 
     def wait_until_ready(self) -> None:
-        """Wait until it has computed once, and right.
+        """Wait until the worker has computed one correct result.
 
         Raises:
-            RuntimeError: It ended instead.
+            RuntimeError: The worker ended.
         """
         self._answer()
 
@@ -106,7 +106,7 @@ class Worker:
         return Usage(self.contender, **answer)
 
     def end(self) -> None:
-        """End the process, whatever it is at; it ends its own server."""
+        """End the process at once; the worker ends its own server."""
         if self._process.poll() is None:
             self._process.terminate()
         self._process.wait()
@@ -128,7 +128,7 @@ class Worker:
 
 
 def rotated(names: Sequence[str], round_number: int) -> list[str]:
-    """The order of one round: each round another contender begins."""
+    """The contenders' order in a round: each round starts with another one."""
     first = round_number % len(names)
     return [*names[first:], *names[:first]]
 
@@ -141,7 +141,7 @@ def working(
     threads: int,
     before: Sequence[str] = (),
 ) -> Iterator[list[Worker]]:
-    """A worker of each contender, all alive at once, and ready."""
+    """Start a worker for each contender, and wait until all are ready."""
     with contextlib.ExitStack() as stack:
         workers = []
         for name in names:
@@ -163,22 +163,21 @@ def run_shape(
     before: Sequence[str] = (),
     on_turn: Callable[[Turn], None] = lambda _: None,
 ) -> tuple[list[Turn], list[Usage]]:
-    """Rounds of turns until their number or the time is used up.
+    """Run rounds of turns until a limit on rounds or time is reached.
 
     Args:
         names: The contenders.
-        shape: What they compute.
+        shape: Shape of the job.
         form: One of `bench.work.FORMS`.
-        threads: Threads that compute, in each process.
-        rounds: The most rounds.
-        seconds: After so long no further round begins, but for the first
-            `least_rounds`.
-        least_rounds: Rounds that are taken however long they last.
-        before: What runs a client's command elsewhere.
-        on_turn: Told of each turn as it ends.
+        threads: Compute threads in each process.
+        rounds: Maximum number of rounds.
+        seconds: Time limit for starting a round after `least_rounds`.
+        least_rounds: Rounds that run regardless of the time limit.
+        before: Prefix of a client's command.
+        on_turn: Called with each turn at its end.
 
     Raises:
-        RuntimeError: A worker ended, or was wrong.
+        RuntimeError: A worker ended, or its result was wrong.
     """
     turns: list[Turn] = []
     with working(names, shape, form, threads, before) as workers:

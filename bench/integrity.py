@@ -1,10 +1,10 @@
-"""What integrity costs: ``python -m bench.integrity``.
+"""The cost of checksums and verification: ``python -m bench.integrity``.
 
-The same call plain, with ``checksum=True`` and with ``verify=True``, turn by
-turn over one connection to one server. It prints a line of JSON for each size:
-medians in seconds, the medians of each turn's time over the plain one's, and the
-least processor time of client and server together, which says more where a
-machine has other things to do as well.
+Runs the same call plain, with ``checksum=True`` and with ``verify=True``, turn by
+turn over one connection to one server. Prints a line of JSON for each size: medians
+in seconds, medians of the ratios to the plain call in the same turn, and the least
+processor time of client and server together. The processor time is more reliable on
+a busy machine.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def main() -> None:
 def measured(
     client: gradwire.Client, shape: Shape, rounds: int, pids: Sequence[int]
 ) -> dict[str, Any]:
-    """What the ways took at one size, in these processes."""
+    """Measure the variants at one size, in these processes."""
     given = operands(shape)
     took: dict[str, list[float]] = {name: [] for name in WAYS}
     worked: dict[str, list[float]] = {name: [] for name in WAYS}
     verifying: list[float] = []
     for number in range(rounds + 1):
         for name in rotated(list(WAYS), number):
-            time.sleep(SETTLE_S)  # BLAS checks results here, too
+            time.sleep(SETTLE_S)  # the client uses BLAS to verify results
             before = sum(map(cpu_s, pids))
             seconds, receipt = _call(client, given, WAYS[name])
             cpu = sum(map(cpu_s, pids)) - before
@@ -91,7 +91,8 @@ def _call(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.integrity", description="What integrity costs."
+        prog="python -m bench.integrity",
+        description="The cost of checksums and verification.",
     )
     parser.add_argument("--rounds", type=int, default=9, help="of each size (9)")
     parser.add_argument(

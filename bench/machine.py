@@ -1,4 +1,4 @@
-"""The machine and the libraries of a run, in words that name no host."""
+"""Description of a run's machine and libraries, without host names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("gradwire", "grpcio", "numpy", "protobuf", "pyarrow", "torch")
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """What a reader of the figures has to know about where they come from."""
+    """The machine and software behind the figures."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
         "processor": _first("/proc/cpuinfo", "model name") or platform.machine(),

@@ -1,16 +1,15 @@
 """Small calls, alone and beside a large job: ``python -m bench.small``.
 
-Three questions, in seconds of a 32³ call through ``client.gradients``:
+It answers three questions about a 32³ call through ``client.gradients``:
 
-- How much longer does it take than an empty unary call that carries the same
-  bytes (an asyncio grpcio server that sends back what it gets)? Turn by turn.
-- How many of them a second does the server answer, when `CALLERS` threads of
-  one client ask again as soon as they have an answer?
-- At half that rate, beside another process that computes large jobs without a
-  pause: how long do the small ones take, and the large ones? Calls are begun
-  by the clock, and timed from when they should have begun, so that those
-  which a slow one delays count as slow. How many processors each of the three
-  processes kept busy meanwhile says whether there were enough of them.
+- How much longer does the call take than a unary call with the same bytes and no
+  work (to an asyncio grpcio echo server)? The two take turns.
+- How many calls a second does the server answer if `CALLERS` threads of one client
+  call again as soon as they have an answer?
+- At half that rate, beside another process with large jobs without a pause: how
+  long do the small calls take, and the large ones? Calls start by the clock and are
+  timed from their due time, so a delayed call counts as slow. The number of busy
+  processors of each of the three processes shows whether the machine had enough.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def _questions(
 def _processors_busy(
     found: dict[str, float], when: str, pids: dict[str, int]
 ) -> Iterator[None]:
-    """Finds how many processors each process keeps busy within."""
+    """Measure the busy processors of each process in this context."""
     before = {name: cpu_s(pid) for name, pid in pids.items()}
     began = time.perf_counter()
     yield
@@ -128,7 +127,7 @@ def _processors_busy(
 
 
 def bars(found: dict[str, float]) -> list[Bound]:
-    """How long the calls may take, over what they take otherwise."""
+    """Bounds on the slowdown of the calls."""
     return [
         Bound(
             "small call over empty one",
@@ -162,7 +161,7 @@ def _in_turns(calls: list[Callable[[], Any]], seconds: float) -> list[list[float
 
 
 def _saturation(call: Callable[[], None], seconds: float) -> float:
-    """Calls a second when every caller asks again at once."""
+    """Calls a second if every caller calls again at once."""
     until = time.perf_counter() + seconds
 
     def ask(_: int) -> int:
@@ -177,7 +176,7 @@ def _saturation(call: Callable[[], None], seconds: float) -> float:
 
 
 def _by_the_clock(call: Callable[[], None], rate: float, seconds: float) -> list[float]:
-    """Seconds from when each call should have begun to its end."""
+    """Seconds from each call's due time to its end."""
     start = time.perf_counter()
     due = iter([start + number / rate for number in range(int(rate * seconds))])
     lock = threading.Lock()
@@ -198,18 +197,18 @@ def _by_the_clock(call: Callable[[], None], rate: float, seconds: float) -> list
 
 
 def _large_jobs(address: str, meanwhile: Callable[[int], None]) -> list[float]:
-    """Seconds of each large job that another process had done meanwhile.
+    """Run large jobs in another process, and return their seconds.
 
     Args:
-        address: The server's.
-        meanwhile: Gets the other process's number.
+        address: The server's address.
+        meanwhile: Called with the other process's id while it runs.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_compute_large, args=(address, theirs))
     process.start()
     try:
-        ours.recv()  # it is warm
+        ours.recv()  # warmed up
         assert process.pid is not None
         meanwhile(process.pid)
         ours.send(None)

@@ -1,10 +1,10 @@
-"""Shows that stages overlap: ``python -m bench.trace``, or ``make trace``.
+"""Trace of overlapping stages: ``python -m bench.trace``, or ``make trace``.
 
-One job streams through a link to a server that notes when each of its row
-blocks is received, computed and sent. Unless the link's rate is given, stages
-balance: a row block takes as long on the link, each way, as its products, which a
-first, short job without the link measures, and a tenth more. (On a faster link
-operands come further ahead than the next block.)
+One job streams through a link to a server that records when each row block is
+received, computed and sent. By default the link's rate balances the stages: each way,
+a row block takes a tenth longer on the link than its products. A first, short job
+without the link measures the products. (On a faster link, operands arrive further
+ahead than the next block.)
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.trace",
-        description="When each row block of a job arrives, is computed and leaves.",
+        description="Trace when each row block arrives, is computed and leaves.",
     )
     parser.add_argument(
         "--columns",
@@ -90,13 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         "--cpu-threads",
         type=int,
         default=max(1, (os.cpu_count() or 1) // 2),
-        help="the server's setting; by default half of the processors, because the"
-        " client and the link run here too",
+        help="the server's setting; by default half of the processors, because client"
+        " and link run on this machine, too",
     )
     parser.add_argument(
         "--rate",
         type=float,
-        help="Gbit/s of the link each way; by default such that stages balance",
+        help="Gbit/s of the link each way; by default, to balance the stages",
     )
     parser.add_argument("--out", type=Path, default=OUT, help="directory (bench/out)")
     return parser
@@ -115,7 +115,7 @@ def _block_rows(client: gradwire.Client, n: int, k: int) -> int:
 def _run(
     client: gradwire.Client, given: tuple[Array, Array, Array], blocks: int
 ) -> gradwire.Receipt:
-    """A job of the same row block over and over: memory for one suffices."""
+    """Run a job that repeats one row block, so memory for one suffices."""
     x, w, dy = given
     pairs = itertools.repeat((x, dy), blocks)
     with client.stream(pairs, w, m=blocks * len(x)) as stream:

@@ -1,4 +1,4 @@
-"""What is computed: shapes, operands, and a check that a result is right."""
+"""The benchmark's work: shapes, operands, and a check of results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 
 FORMS = ("fresh", "reused")
-"""Whether results are in new arrays, or in those of the call before."""
+"""Results in new arrays, or in the arrays of the previous call."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -24,10 +24,10 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """The shape written as ``MxNxK``; a single number is a cube.
+        """Parse ``MxNxK``, or a single number for a cube.
 
         Raises:
-            ValueError: It is neither.
+            ValueError: The text is neither.
         """
         sizes = [int(part) for part in text.split("x")]
         if len(sizes) == 1:
@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def label(self) -> str:
-        """The shape as people write it: a cube by its side."""
+        """The shape for people: a cube by its side."""
         return f"{self.m}³" if self.m == self.n == self.k else str(self)
 
     @property
@@ -66,7 +66,7 @@ def operands(shape: Shape, seed: int = 7) -> tuple[Array, Array, Array]:
 
 
 def empty_results(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
-    """Arrays for Y, dX and dW, not initialised."""
+    """Uninitialised arrays for Y, dX and dW."""
     return (
         np.empty((x.shape[0], w.shape[1]), x.dtype),
         np.empty(x.shape, x.dtype),
@@ -77,7 +77,7 @@ def empty_results(x: Array, w: Array, dy: Array) -> tuple[Array, Array, Array]:
 def copied(
     arrays: tuple[Array, Array, Array], into: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
-    """The elements of three arrays in three others, which are given back."""
+    """Copy three arrays into three others, and return the copies."""
     for theirs, ours in zip(arrays, into, strict=True):
         np.copyto(ours, theirs)
     return into
@@ -88,7 +88,7 @@ def products(
 ) -> tuple[Array, Array, Array]:
     """Y = X W, dX = dY Wᵀ and dW = Xᵀ dY with NumPy, in new arrays or in `out`.
 
-    Every contender without a way of its own computes with this.
+    Contenders without their own products use this function.
     """
     y, dx, dw = out or (None, None, None)
     return (
@@ -103,8 +103,8 @@ def worst_error(
 ) -> float:
     """Largest relative error of the three results along a random direction.
 
-    A product with a vector costs little, so this holds for large results too:
-    Y r against X (W r), and so on, in float64.
+    Compares Y r with X (W r), and so on, in float64. Products with a vector are
+    cheap, so the check suits large results.
     """
     x, w, dy = given
     y, dx, dw = results

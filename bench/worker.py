@@ -1,11 +1,10 @@
 """The process of one contender, form and shape: ``python -m bench.worker``.
 
-It makes the operands, starts the contender, checks one call's results, and
-says so in a line of JSON. Then, for every line on its standard input, it
-takes a turn and says what it saw. At the end of its input it tells what both
-sides have used and ends. A turn is one call, or as many up to `MOST_CALLS` as
-begin within `TURN_S`: short calls need a few to get warm after the others'
-turns.
+The process makes the operands, starts the contender, checks the results of one call,
+and prints a line of JSON. It takes one turn for every line on standard input, and
+prints its measurements. At the end of its input it prints the resource usage of client
+and server, and ends. A turn is one call, or as many calls as start within `TURN_S`, up
+to `MOST_CALLS`: short calls need some calls to warm up after the others' turns.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ TOLERANCE = 1e-4
 
 
 def main(name: str, form: str, shape: Shape) -> None:
-    # Asked to end in the middle of a call, it still ends its server.
+    # Terminated in the middle of a call, the worker still ends its server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     contender = contenders.create(name)
     try:
@@ -38,7 +37,7 @@ def main(name: str, form: str, shape: Shape) -> None:
         if not error < TOLERANCE:
             raise RuntimeError(f"{name} is wrong at {shape}: relative error {error}")
         _say({"ready": True, "relative_error": error})
-        # Starting and checking took memory, too.
+        # Do not count the memory of startup and check.
         for process in _processes(contender):
             forget_peak(process)
         before = _cpu_s(contender)
@@ -64,9 +63,9 @@ def main(name: str, form: str, shape: Shape) -> None:
 def _made_ready(
     contender: Contender, form: str, shape: Shape
 ) -> tuple[Callable[[], Arrays], float]:
-    """The call, made once, and its error.
+    """Prepare the call and run it once; return the call and its error.
 
-    Operands that it does not read are not kept.
+    Operands not needed by the call are released.
     """
     given = operands(shape)
     call = contender.call(given, reused=form == "reused")
@@ -81,8 +80,7 @@ def turn(call: Callable[[], Arrays]) -> list[float]:
         began = time.perf_counter()
         results = call()
         calls_s.append(time.perf_counter() - began)
-        # Giving memory back is not part of the call, and the next one must
-        # not find it still held.
+        # Freeing results is not part of the call, and must happen before the next.
         del results
     return calls_s
 
@@ -96,13 +94,13 @@ def peak_bytes(process: int | str) -> int:
 
 
 def forget_peak(process: int | str) -> None:
-    """Let `peak_bytes` begin anew, from what is resident now."""
+    """Reset `peak_bytes` to the current resident memory."""
     Path(f"/proc/{process}/clear_refs").write_text("5")
 
 
 def cpu_s(process: int) -> float:
     """Processor time of a process and all its threads so far, in seconds."""
-    # The name of the command stands in brackets, and may hold any character.
+    # The command name is in parentheses and may contain any character.
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     user, system = int(fields[11]), int(fields[12])
     return (user + system) / os.sysconf("SC_CLK_TCK")

@@ -1,8 +1,8 @@
-"""Ways to compute the three gradients, behind one interface.
+"""The contenders: ways to compute the three gradients, behind one interface.
 
-A new contender is a module with a `create` in it and a line in `_KNOWN`. Its
-module is imported in its own worker process only, so that what one needs (and
-what one does to the process) is nothing to the others.
+To add a contender, write a module with a `create` function and add a line to
+`_KNOWN`. Each module is imported only in its own worker process, so contenders do
+not affect each other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Known:
     module: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     needs: str | None = None
-    """A package that only this one needs."""
+    """A package needed only by this contender."""
 
 
 _KNOWN = {
@@ -39,15 +39,15 @@ _KNOWN = {
 _BY_ADDRESS = "oip@"
 
 NAMES = tuple(_KNOWN)
-"""Every contender, in the order of the table. The first is the yardstick.
+"""All contenders, in the order of the table. The first is the yardstick.
 
-A server of the Open Inference Protocol is none of them: its name is
+Servers of the Open Inference Protocol are not listed; their names are
 ``oip@HOST:PORT`` or ``oip@HOST:PORT/MODEL``.
 """
 
 
 def missing(name: str) -> str | None:
-    """The package that must be installed before that contender can run."""
+    """The missing package of a contender, or None."""
     known = _KNOWN.get(name)
     if known is None or known.needs is None or importlib.util.find_spec(known.needs):
         return None
@@ -55,10 +55,10 @@ def missing(name: str) -> str | None:
 
 
 def create(name: str) -> Contender:
-    """The contender of that name, not started.
+    """Make the contender of this name, not started.
 
     Raises:
-        KeyError: There is none.
+        KeyError: The name is unknown.
     """
     if name.startswith(_BY_ADDRESS):
         known = _Known("open_inference", {"where": name.removeprefix(_BY_ADDRESS)})

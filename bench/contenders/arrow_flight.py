@@ -1,8 +1,8 @@
 """Arrow Flight: one DoExchange, each matrix in record batches of float32.
 
-A batch is built on the array's own memory and copied once from where Flight
-received it, which is seldom aligned. Batches of a few MiB are at least as fast
-as one for each matrix, and take less memory. Run as a script, this is the server.
+A sent batch uses the array's own memory. A received batch is copied once, because
+Flight's buffers are seldom aligned. Batches of a few MiB are at least as fast as one
+per matrix, and take less memory. As a script, this module is the server.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _write(writer: Any, arrays: Iterable[Array]) -> None:
 
 
 def _take(reader: Any, arrays: Iterable[Array]) -> None:
-    """Fill arrays; a batch belongs to one of them, as `_write` makes them."""
+    """Fill arrays from batches; each batch belongs to one array, as in `_write`."""
     for array in arrays:
         flat, taken = array.reshape(-1), 0
         while taken < flat.size:

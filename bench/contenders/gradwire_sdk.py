@@ -19,7 +19,7 @@ class Gradwire(ArrayContender):
 
     Args:
         unix: Whether the server listens on a unix socket instead of TCP.
-        shared: Whether elements stay in memory that the server shares.
+        shared: Whether elements stay in shared memory.
     """
 
     def __init__(self, *, unix: bool = False, shared: bool = False) -> None:
@@ -32,13 +32,13 @@ class Gradwire(ArrayContender):
         path = Path(self._folder.name, "socket")
         command = [str(Path(sys.executable).with_name("gradwire")), "serve"]
         command += ["--listen", f"unix:{path}" if self._unix else f"{HOST}:0"]
-        # Behind a link of the bench's own nobody else reads what travels.
+        # A link of the bench is private, so plaintext is safe.
         command += ["--backend", "numpy", "--insecure"]
         if threads := os.environ.get("OPENBLAS_NUM_THREADS"):
             command += ["--cpu-threads", threads]
         if self._shared:
             command += ["--allow-shared-memory"]
-        # The line that every job leaves in the log would stand in the table.
+        # The log line of every job would appear in the table.
         command += ["--log-level", "warning"]
         self._server = ServerProcess.start(command)
         self.server_pid = self._server.pid
@@ -47,7 +47,7 @@ class Gradwire(ArrayContender):
 
     @property
     def address(self) -> str:
-        """Where the server listens, once it has started."""
+        """The server's address, once it has started."""
         assert self._server is not None
         return self._server.address
 

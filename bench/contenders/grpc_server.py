@@ -1,4 +1,4 @@
-"""The grpcio server of those contenders that are one: sync, and as it comes."""
+"""The grpcio server of the grpcio contenders: sync, with default options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNLIMITED = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
 ]
-"""Options of a channel or a server whose messages are as large as they are."""
+"""Channel and server options without a limit on message size."""
 
 
 def serve(
@@ -22,7 +22,7 @@ def serve(
     handler: grpc.RpcMethodHandler,
     options: Sequence[tuple[str, int]] = (),
 ) -> None:
-    """Serve one method until this process is told to stop."""
+    """Serve one method until this process is stopped."""
     server = grpc.server(futures.ThreadPoolExecutor(), options=options)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)

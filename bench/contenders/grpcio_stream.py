@@ -1,8 +1,8 @@
 """Plain streaming grpcio: chunks of 1 MiB in generated classes, both ways.
 
-The server takes all operands into arrays of its own, computes, and streams the
-results back: what one writes once a message of the unary way has become too
-large. Every option is at its default. Run as a script, this is the server.
+The server reads all operands into arrays, computes, and streams the results back: the
+usual solution for messages too large for a unary call. All options are defaults. As a
+script, this module is the server.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _CHUNK = 1 << 20
     "bench.stream",
     {
         "Chunk": {
-            # The first chunk of a request has these and no data.
+            # Only in the first chunk of a request, without data.
             "m": ("int64", 1),
             "n": ("int64", 2),
             "k": ("int64", 3),
-            # The matrices' bytes in their order, one after the other.
+            # Bytes of the matrices, one after the other.
             "data": ("bytes", 4),
         }
     },
@@ -44,7 +44,7 @@ def _chunks(arrays: Iterable[Array]) -> Iterator[Any]:
 
 
 def _take(chunks: Iterator[Any], arrays: Iterable[Array]) -> None:
-    """Fill arrays; a chunk belongs to one of them, as `_chunks` makes them."""
+    """Fill arrays from chunks; each chunk belongs to one array, as in `_chunks`."""
     for array in arrays:
         view = memoryview(array).cast("B")
         taken = 0

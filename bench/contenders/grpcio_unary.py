@@ -1,7 +1,7 @@
-"""What one writes in an afternoon: a unary grpcio call with ``bytes`` fields.
+"""The simplest grpcio solution: a unary call with ``bytes`` fields.
 
-Generated message classes, the sync server, no limit on the size of a message,
-every other option at its default. Run as a script, this is the server.
+Uses generated message classes and the sync server, without a limit on message size;
+all other options are defaults. As a script, this module is the server.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a contender is."""
+"""The interface of a contender."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ Arrays: TypeAlias = tuple[Array, Array, Array]
 class Contender(ABC):
     """A way to compute Y, dX and dW, with one call after the other.
 
-    It has two forms, which are never compared with each other. In the `fresh`
-    form operands lie in the caller's own arrays, and a call returns arrays
-    that no earlier call has returned. In the `reused` form results go where
-    they went in the call before: into arrays that are made once, as training
-    loops do, and operands lie wherever the contender has its callers put them.
+    There are two forms, never compared with each other. In the `fresh` form,
+    operands are in the caller's own arrays, and every call returns new arrays. In
+    the `reused` form, results go into the same arrays in every call, as in a
+    training loop, and the contender chooses the memory of the operands.
     """
 
     server_pid: int | None = None
-    """The process that computes, where it is not this one."""
+    """Process id of the server, if it is another process."""
 
     def start(self) -> None:  # noqa: B027  # there may be nothing to start
         """Start the server, if there is one, and connect."""
 
     @abstractmethod
     def call(self, given: Arrays, *, reused: bool) -> Callable[[], Arrays]:
-        """The call that is timed, with all that it needs once made ready."""
+        """Prepare the timed call, with all its one-time setup done."""
 
     def close(self) -> None:  # noqa: B027  # nor to end
-        """End what `start` started. Harmless before it and twice."""
+        """Stop everything from `start`. May be called before it and twice."""
 
 
 class ArrayContender(Contender):
-    """One that reads and writes any arrays of its caller's."""
+    """A contender that reads and writes any arrays of the caller."""
 
     @abstractmethod
     def gradients(self, x: Array, w: Array, dy: Array, out: Arrays | None) -> Arrays:

@@ -7,7 +7,7 @@ from bench.work import Array, products
 
 
 class LocalNumpy(ArrayContender):
-    """Three products; three new arrays, or the caller's."""
+    """Three products, into new arrays or the caller's."""
 
     def gradients(self, x: Array, w: Array, dy: Array, out: Arrays | None) -> Arrays:
         return products(x, w, dy, out)

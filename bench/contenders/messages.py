@@ -1,7 +1,7 @@
 """Classes of protobuf messages, made at run time.
 
-They are those that protoc would make of the same description, without a
-compiler and its output in the bench.
+The classes equal protoc's for the same description. The bench needs neither the
+compiler nor its output.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _KINDS = {
 def message_classes(
     package: str, messages: Mapping[str, Mapping[str, tuple[str, int]]]
 ) -> list[type[Any]]:
-    """A class of each message.
+    """Make a class for each message.
 
     Args:
-        package: Of the messages; it may be described once in a process.
-        messages: Fields of each message: their name, and their type (one of
-            protobuf's, ``repeated`` before it where it is, or the name of an
-            earlier message) and number.
+        package: Package of the messages; may be defined only once per process.
+        messages: Fields of each message: name, type and number. The type is a
+            protobuf type or the name of an earlier message, with ``repeated``
+            before it for repeated fields.
     """
     file = descriptor_pb2.FileDescriptorProto(
         name=f"{package}.proto", package=package, syntax="proto3"

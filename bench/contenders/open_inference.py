@@ -1,9 +1,9 @@
-"""A server that speaks the Open Inference Protocol (Triton, MLServer, ...).
+"""A running server with the Open Inference Protocol (Triton, MLServer, ...).
 
-It is named by address, and runs already. Its model takes FP32 inputs X, W and
-DY and gives FP32 outputs Y, DX and DW. One unary ModelInfer a call, with raw
-contents, no limit on the size of a message, and every other option at its
-default. Run as a script, this is a small server with such a model.
+The server is given by its address. Its model has FP32 inputs X, W and DY and FP32
+outputs Y, DX and DW. Each call is one unary ModelInfer with raw contents, without a
+limit on message size; all other options are defaults. As a script, this module is a
+small server with this model.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bench.work import Array, copied, products
 
 DEFAULT_MODEL = "gradients"
 _SERVICE, _METHOD = "inference.GRPCInferenceService", "ModelInfer"
-# Those fields of the protocol that are needed; it nests what stands beside
-# each other here, which is the same on the wire.
+# The needed fields of the protocol. The protocol nests these messages; the wire
+# format is the same.
 _TENSOR = {
     "name": ("string", 1),
     "datatype": ("string", 2),

@@ -1,8 +1,8 @@
 """Shared memory and nothing above it: the floor of all transports.
 
-Client and server map one file without a name. A message of 24 bytes over a
-socket pair says that the operands are there, one of a byte that the results
-are. Run as a script, this is the server.
+Client and server map one unnamed file. Over a socket pair, a message of 24 bytes
+announces operands, and a message of one byte announces results. As a script, this
+module is the server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _Sizes: TypeAlias = tuple[int, int, int]
 
 
 def _mapped(file: int, sizes: _Sizes) -> tuple[Arrays, Arrays]:
-    """Operands and results in the file, which is made large enough."""
+    """Map operands and results in the file, and enlarge the file as needed."""
     m, n, k = sizes
     shapes = ((m, n), (n, k), (m, k), (m, k), (m, n), (n, k))
     offsets = [0]

@@ -1,8 +1,7 @@
 """A TCP socket and nothing above it: sizes, operands, results.
 
-The server receives into arrays that it keeps from call to call, computes into
-others that it keeps, and sends each result as soon as it is there. Run as a
-script, this is the server.
+The server reuses its arrays for operands and results in every call, and sends each
+result as soon as it is computed. As a script, this module is the server.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ _BUFFER_BYTES = 4 << 20
 
 
 def prepare(connection: socket.socket) -> None:
-    """No waiting to fill a packet, and as large buffers as are allowed."""
+    """Set TCP_NODELAY and the largest allowed buffers."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
 
 
 def receive(connection: socket.socket, array: Array) -> None:
-    """Fill an array with what arrives.
+    """Receive an array.
 
     Raises:
-        EOFError: The other side closed the connection before.
+        EOFError: The peer closed the connection too early.
     """
     view = memoryview(array).cast("B")
     while view:
@@ -42,7 +41,7 @@ def receive(connection: socket.socket, array: Array) -> None:
 
 
 def send(connection: socket.socket, array: Array) -> None:
-    """Send an array from where it lies."""
+    """Send an array without a copy."""
     connection.sendall(memoryview(array).cast("B"))
 
 

@@ -1,4 +1,4 @@
-"""The server of a contender, in a process of its own."""
+"""The server of a contender, in a separate process."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from typing import Self
 
 HOST = os.environ.get("BENCH_SERVER_HOST", "127.0.0.1")
-"""Where servers of contenders over TCP listen."""
+"""Listen address of TCP contenders."""
 
 _BEFORE = shlex.split(os.environ.get("BENCH_SERVER_COMMAND", ""))
-"""What runs a server's command elsewhere: ``ip netns exec NAME``."""
+"""Prefix of a server's command, such as ``ip netns exec NAME``."""
 
 _ADDRESS = re.compile(r"(?:serves on|ready at) (\S+)")
 
 
 class ServerProcess:
-    """A command that prints a line with its address when it is ready."""
+    """A server command that prints a line with its address when ready."""
 
     def __init__(self, process: subprocess.Popen[str], address: str) -> None:
         self._process = process
@@ -39,7 +39,7 @@ class ServerProcess:
 
     @classmethod
     def of_module(cls, module: str, *arguments: str, keep: Sequence[int] = ()) -> Self:
-        """Run a module as a script; it inherits the descriptors `keep`."""
+        """Run a module as a script that inherits the descriptors `keep`."""
         return cls.start([sys.executable, "-m", module, *arguments], keep=keep)
 
     @classmethod
@@ -49,7 +49,7 @@ class ServerProcess:
         """Run `command` until `stop`; it inherits this process's environment.
 
         Raises:
-            RuntimeError: It ended, or named no address within the timeout.
+            RuntimeError: The command ended, or printed no address in time.
         """
         process = subprocess.Popen(
             [*_BEFORE, *command], stdout=subprocess.PIPE, text=True, pass_fds=keep
@@ -66,7 +66,7 @@ class ServerProcess:
         raise RuntimeError(f"no address from {command}: exit status {process.wait()}")
 
     def stop(self) -> None:
-        """Ask it to end, and make it after ten seconds."""
+        """Ask the process to end; kill it after ten seconds."""
         self._process.terminate()
         try:
             self._process.wait(10)
@@ -78,12 +78,12 @@ class ServerProcess:
 
 
 def say_ready(address: str) -> None:
-    """What a server says when it can be called."""
+    """Print the line of a ready server."""
     print(f"ready at {address}", flush=True)
 
 
 def wait_until_stopped() -> None:
-    """Wait for what `ServerProcess.stop` sends; to be called in the main thread."""
+    """Wait for the signal of `ServerProcess.stop`. Call in the main thread."""
     asked_to_stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
     asked_to_stop.wait()

@@ -1,8 +1,7 @@
 """torch.distributed.rpc: TensorPipe over TCP, one `rpc_sync` a call.
 
-Tensors travel out of band, and the products are NumPy's, as with every
-contender: two BLAS libraries would be compared otherwise. Run as a script,
-this is the server.
+Tensors travel out of band. The products use NumPy, as in every contender, so that the
+bench does not compare BLAS libraries. As a script, this module is the server.
 """
 
 from __future__ import annotations
@@ -23,14 +22,13 @@ from bench.contenders.interface import ArrayContender, Arrays
 from bench.contenders.server_process import ServerProcess, say_ready
 from bench.work import Array, products
 
-# Both of its libraries listen at the address of this interface.
+# Both of torch's libraries listen on this interface.
 _INTERFACE = os.environ.get("BENCH_INTERFACE", "lo")
 
 
 def _join(name: str, rank: int, meeting_point: str) -> None:
     os.environ |= dict.fromkeys(("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), _INTERFACE)
-    # About which of its own backends meets the other, and, at the end, about
-    # the other having gone first.
+    # Warnings about the choice of backends and, at the end, about the peer's exit.
     warnings.filterwarnings("ignore", module="torch.distributed")
     rpc.init_rpc(
         name,
@@ -39,7 +37,7 @@ def _join(name: str, rank: int, meeting_point: str) -> None:
         rpc_backend_options=rpc.TensorPipeRpcBackendOptions(
             init_method=f"file://{meeting_point}",
             rpc_timeout=0,
-            # TCP, and no shared memory though both are on one host.
+            # Use TCP, not shared memory, although both are on one host.
             _transports=["uv"],
             _channels=["basic"],
         ),
@@ -91,7 +89,7 @@ class TorchRpc(ArrayContender):
 create = TorchRpc
 
 if __name__ == "__main__":
-    # `_join` returns once the client has come, and that waits for this line.
+    # `_join` returns when the client has joined, and the client waits for this line.
     say_ready(sys.argv[1])
     _join("server", 0, sys.argv[1])
     threading.Event().wait()

@@ -1,1 +1,1 @@
-"""What a GPU host makes of gradwire."""
+"""Benchmarks of gradwire on a GPU host."""

@@ -1,20 +1,19 @@
-"""What a GPU host makes of gradwire: ``python -m bench.gpu``.
+"""Benchmarks of gradwire on a GPU host: ``python -m bench.gpu``.
 
-Five questions, each by itself, so that one that cannot be answered costs the
-others nothing:
+There are five independent parts; a failing part does not affect the others:
 
-a. **device**: the three products on the device alone, by the backend's code
-   and by PyTorch's (CuPy's where there is no PyTorch), turn by turn.
-b. **copies**: how fast the bus is, one way alone and both at once.
-c. **lane**: from host memory to host memory through a lane, without gRPC,
-   against the longest of upload, compute and download, each measured alone.
-d. **transports**: whole jobs over TCP, a unix socket and shared memory, with
-   the share of each stage, from the receipts.
-e. **numpy**: from what size on the GPU is faster than this host's processor.
+a. **device**: the three products on the device alone, with the backend's code and
+   with PyTorch (or CuPy, if PyTorch is missing), turn by turn.
+b. **copies**: speed of the bus, in one direction and in both at once.
+c. **lane**: jobs from host memory to host memory through a device worker, without
+   gRPC, compared with the longest of upload, compute and download, each measured alone.
+d. **transports**: complete jobs over TCP, a unix socket and shared memory, with the
+   share of each stage, from the receipts.
+e. **numpy**: the size from which the GPU is faster than the host's processor.
 
-It needs CuPy, grpcio, protobuf, googleapis-common-protos, numpy and ml-dtypes,
-and the sources (``PYTHONPATH=client:protos:server``); one file of JSON and a table are
-what it leaves. With ``--backend numpy`` all but the first two run on a CPU.
+Needs CuPy, grpcio, protobuf, googleapis-common-protos, numpy and ml-dtypes, and the
+sources (``PYTHONPATH=client:protos:server``). Writes a JSON file and prints a table.
+With ``--backend numpy``, all parts except the first two run on a CPU.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ PARTS: dict[str, Callable[[Options], Answer]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answer what is asked; 1: something could not be answered."""
+    """Run the selected parts; return 1 if one failed."""
     given = _parser().parse_args(arguments)
     when = datetime.now(UTC)
     path: Path = given.out or OUT / f"gpu-{when:%Y-%m-%dT%H%M%SZ}.json"
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answers[name] = answer.as_json() | {"took_s": time.perf_counter() - began}
         bounds += answer.bounds(answers)
         print(f"\n{answer.table()}", flush=True)
-        # After each, so that what was found outlasts what fails later.
+        # Written after each part, so that a later failure loses nothing.
         found = {"about": about, "parts": answers, "bars": [asdict(b) for b in bounds]}
         path.write_text(json.dumps(found, indent=1) + "\n")
     if bounds:
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _answered(name: str, options: Options) -> Answer:
     try:
         return PARTS[name](options)
-    except Exception as error:  # noqa: BLE001 - the other parts go on
+    except Exception as error:  # noqa: BLE001 - run the other parts
         traceback.print_exc()
         return Answer(name, error=f"{type(error).__name__}: {error}")
 
@@ -103,23 +102,23 @@ def _heading(about: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description="What a GPU host makes of gradwire."
+        prog="python -m bench.gpu", description="Benchmarks of gradwire on a GPU host."
     )
     parser.add_argument("--backend", choices=("cupy", "numpy"), default="cupy")
     parser.add_argument(
         "--parts",
         type=_parts,
         default=list(PARTS),
-        help=f"which questions, by commas ({','.join(PARTS)})",
+        help=f"parts to run, by commas ({','.join(PARTS)})",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="in two minutes instead of eight"
+        "--quick", action="store_true", help="fewer and shorter measurements"
     )
     parser.add_argument(
         "--scale",
         type=int,
         default=1,
-        help="divides every size: for a look on a small machine (1)",
+        help="divisor of every size, for tests on small machines (1)",
     )
     parser.add_argument("--out", type=Path, help="file (bench/out/gpu-TIME.json)")
     return parser

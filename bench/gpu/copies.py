@@ -1,7 +1,7 @@
 """Copies between host and device: one way alone, and both at once.
 
-What a lane cannot beat where copies take longest: rows go up while results
-come down, and the bus carries less of each then than of one alone.
+If copies take longest, they limit a device worker. Rows go up while results come down,
+and the bus is slower in each direction then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROUNDS = 5
 
 
 def slowdown(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """By how much each direction is slower while the other one is used."""
+    """Slowdown of each direction while the other is in use."""
     rates = {row["copies"]: row for row in rows}
     both = rates["both at once"]
     return {
@@ -28,7 +28,7 @@ def slowdown(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def measure(options: Options) -> Answer:
-    """GB/s of each direction, through the backend's own streams."""
+    """Measure GB/s of each direction, with the backend's own streams."""
     if options.backend != "cupy":
         return Answer("copies", skipped="there is no device beside the processor")
     from gradwire_server.backends.cuda.backend import CupyBackend  # noqa: PLC0415

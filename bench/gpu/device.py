@@ -1,8 +1,7 @@
-"""The three products on a device alone: the backend's code against a library's.
+"""The three products on a device alone: the backend compared with a library.
 
-Operands lie on the device, results stay there. A turn is so many times all
-three products that they take a tenth of a second, between two events of the
-device's own clock; turns alternate.
+Operands and results are on the device. A turn repeats all three products for a tenth
+of a second, between two events of the device's clock. Turns alternate.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ MODES = {
 """Element type of the operands, and whether TF32 is allowed."""
 
 LEAST = 0.95
-"""Of the library's rate, how much ours has to be."""
+"""Minimum rate of the backend, relative to the library's."""
 
 _TURN_S = 0.1
 _ROUNDS = 7
 
 Run = Callable[[int], float]
-"""Does all three products that many times; seconds, by the device's clock."""
+"""Runs all three products N times; returns seconds by the device's clock."""
 
 
 def measure(options: Options) -> Answer:
-    """Operations a second, ours and the library's."""
+    """Measure operations a second of the backend and the library."""
     if options.backend != "cupy":
         return Answer("device", skipped="there is no device beside the processor")
     rows = []
@@ -68,10 +67,10 @@ def _bars(rows: Sequence[dict[str, Any]], _: dict[str, Any]) -> Iterable[Bound]:
 
 
 def _in_turns(runs: Sequence[Run], fewer: int) -> list[float]:
-    """Seconds of the three products, the median of turns."""
+    """Seconds of the three products: the median of turns."""
     counts = []
     for run in runs:
-        run(2)  # kernels are chosen and loaded, workspaces taken
+        run(2)  # select and load kernels, allocate workspaces
         counts.append(max(int(_TURN_S / max(run(1), 1e-6)), 1))
     took: list[list[float]] = [[] for _ in runs]
     for _ in range(_ROUNDS // fewer):
@@ -89,7 +88,7 @@ def _ours(side: int, dtype: Dtype, *, tf32: bool) -> Run:
     pool: Pool[Any] = Pool(host.allocate, kept_bytes=0)
     device = host.CupyDevice(0, pool)
     compute = Compute.of(dtype, allow_tf32=tf32)
-    # dW is summed in float32 where operands have 16 bits, as a job has it.
+    # For 16-bit operands dW is summed in float32, as in a job.
     types = dict.fromkeys(("x", "w", "dy", "y", "dx"), dtype) | {"dw": dtype.sums_in}
     memories = {
         name: device.allocate(side * side * each.itemsize)
@@ -115,7 +114,7 @@ def _ours(side: int, dtype: Dtype, *, tf32: bool) -> Run:
                 device.multiply(each)
         device.record(Stream.COMPUTE, end)
         end.synchronize()
-        assert memories  # they live as long as this function does
+        assert memories  # keep them alive until the function returns
         seconds: float = get_elapsed_time(begin, end) / 1000
         return seconds
 
@@ -123,7 +122,7 @@ def _ours(side: int, dtype: Dtype, *, tf32: bool) -> Run:
 
 
 def _fill(matrix: DeviceMatrix) -> None:
-    """Normal numbers: zeros would let the device run cooler, and faster."""
+    """Fill with normal numbers: with zeros the device would run cooler and faster."""
     import cupy  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
@@ -189,7 +188,7 @@ def _cupy(side: int, dtype: Dtype, *, tf32: bool) -> Run:
             cupy.matmul(x.T, dy, out=dw)
         end.record()
         end.synchronize()
-        # The handle is the thread's, and so ours too.
+        # The handle belongs to the thread, so the backend uses the same one.
         cupy.cuda.cublas.setMathMode(handle, before)
         seconds: float = cupy.cuda.get_elapsed_time(begin, end) / 1000
         return seconds

@@ -1,4 +1,4 @@
-"""Whole jobs of one client, with the server in a process of its own."""
+"""Complete jobs of one client, with the server in a separate process."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from bench.report.bound import Bound
 from bench.work import Array, Shape, copied, empty_results, operands, products
 
 TRANSPORT_ONLY = Shape(65536, 4096, 1)
-"""X goes, dX comes back; next to nothing is computed."""
+"""Sends X and receives dX, with almost no arithmetic."""
 
 SIDES = (256, 512, 1024, 2048, 4096, 8192)
 
 LEAST_OF_LANE = 0.7
-"""Of the lane's rate, what shared memory has to reach."""
+"""Minimum rate over shared memory, relative to the device worker's."""
 
 Job = Callable[[], gradwire.Receipt]
 
 
 def measure_transports(options: Options) -> Answer:
-    """GB/s each way of each way to send a job, and where its time goes."""
+    """Measure GB/s of each transport, and the time of each stage."""
     shape = lane.scaled(lane.END_TO_END[0], options)
     empty = lane.scaled(TRANSPORT_ONLY, options)
     rows = []
@@ -46,7 +46,7 @@ def measure_transports(options: Options) -> Answer:
 
 
 def measure_sizes(options: Options) -> Answer:
-    """Cubes here and on the device: from what size on that one is faster."""
+    """Compare cubes on the host and on the device, by size."""
     rows = []
     with (
         _server(options) as (tcp, unix),
@@ -120,7 +120,7 @@ def _measured(
 
 
 def _job(client: gradwire.Client, shape: Shape) -> Job:
-    """A job whose arrays are used again, and lie where its way has them."""
+    """A job with reused arrays, in the memory suited to its transport."""
     sizes = (shape.m, shape.n), (shape.n, shape.k), (shape.m, shape.k)
     x, w, dy = (client.empty(size) for size in sizes)
     copied(operands(shape), into=(x, w, dy))
@@ -143,7 +143,7 @@ def _in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, 
 
 @contextmanager
 def _server(options: Options) -> Iterator[tuple[str, str]]:
-    """The addresses of a server: a port of this host, and a unix socket."""
+    """Start a server; yield its addresses: a TCP port and a unix socket."""
     with tempfile.TemporaryDirectory(prefix="gradwire-bench-") as folder:
         path = Path(folder, "socket")
         server = ServerProcess.of_module("bench.gpu.server", options.backend, str(path))

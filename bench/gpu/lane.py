@@ -1,10 +1,9 @@
-"""From host memory to host memory through a lane, without gRPC.
+"""Jobs from host memory to host memory through a device worker, without gRPC.
 
-The row blocks of a job lie in the slots of its ring, as if their bytes had
-come, and begin as soon as their slot is free. The same job is done a second
-way, each block only when the one before is done: its stages then do not
-overlap, and each shows how long it takes alone. The longest of them is what
-the first way cannot beat.
+The row blocks of a job are already in the slots of its ring buffer, and start as soon
+as their slot is free. A second run starts each block only after the previous one: its
+stages do not overlap, so each shows its own time. The longest stage is the lower bound
+for the first run.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ from gradwire_server.scheduling.job_progress import JobProgress
 JOBS = (
     (Shape(65536, 1024, 1024), Dtype.FLOAT32),  # copies take longest
     (Shape(65536, 2048, 2048), Dtype.FLOAT32),
-    (Shape(32768, 4096, 4096), Dtype.FLOAT32),  # products do
+    (Shape(32768, 4096, 4096), Dtype.FLOAT32),  # products take longest
     (Shape(65536, 8192, 8192), Dtype.BFLOAT16),
 )
 
 MOST = 1.15
-"""Times the longest stage that a job may take."""
+"""Maximum ratio of a job's time to its longest stage."""
 
 END_TO_END = JOBS[1]
-"""The job that whole calls are compared with."""
+"""The job to compare complete calls with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """One job: the whole, and its stages by the device's own clock."""
+    """Seconds of one job, and of its stages by the device's clock."""
 
     total_s: float
     to_device_s: float
@@ -60,7 +59,7 @@ class Took:
 
 
 def measure(options: Options) -> Answer:
-    """Seconds of jobs, and of the longest of their stages."""
+    """Measure seconds of jobs and of their longest stages."""
     settings = Settings(backend=options.backend)
     backend, _ = select.choose(settings)
     worker = DeviceWorker(
@@ -80,13 +79,13 @@ def measure(options: Options) -> Answer:
 
 
 def of_shape(rows: Sequence[dict[str, Any]], shape: str, dtype: str) -> dict[str, Any]:
-    """The row of a job."""
+    """The row of figures of a job."""
     (row,) = (r for r in rows if (r["shape"], r["dtype"]) == (shape, dtype))
     return row
 
 
 def scaled(shape: Shape, options: Options) -> Shape:
-    """A shape, as it was asked for; in a hurry, of fewer rows."""
+    """The shape divided by --scale, and with fewer rows for --quick."""
     m = shape.m // 4 if options.quick else shape.m
     return Shape(*(options.scaled(size) for size in (m, shape.n, shape.k)))
 
@@ -129,7 +128,7 @@ def _bars(rows: Sequence[dict[str, Any]], answers: dict[str, Any]) -> Iterable[B
 
 
 def _longest_ms(row: dict[str, Any], slower: dict[str, float]) -> float:
-    """The longest stage, where copies go both ways at once."""
+    """The longest stage, with copies in both directions at once."""
     return max(
         row["to_device alone ms"] * slower["up GB/s"],
         row["computing alone ms"],
@@ -144,14 +143,14 @@ async def _job(
     dtype: Dtype,
     ahead: int | None = None,
 ) -> Took:
-    """One job.
+    """Run one job.
 
     Args:
-        backend: What computes.
-        lane: Where.
-        shape: Of the operands.
-        dtype: Of all matrices.
-        ahead: Most row blocks that have begun; None: as many as it has slots.
+        backend: The backend.
+        lane: The device worker.
+        shape: Shape of the job.
+        dtype: Dtype of all matrices.
+        ahead: Most started row blocks; None: one per slot.
     """
     spec = parse_header(_header(shape, dtype), backend.max_columns)
     plan = make_plan(spec, backend.block_bytes, backend.pipeline_depth)
@@ -196,6 +195,6 @@ def _header(shape: Shape, dtype: Dtype) -> job_pb2.Job:
 
 
 def _fill(array: np.ndarray[Any, Any], dtype: Dtype) -> None:
-    """Normal numbers, a million of them again and again."""
+    """Fill with a million normal numbers, repeated."""
     some = np.random.default_rng(5).standard_normal(1 << 20, np.float32)
     array[...] = np.resize(some.astype(dtype.numpy), array.shape)

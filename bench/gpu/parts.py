@@ -1,4 +1,4 @@
-"""What the parts of the GPU bench have in common: options, answers, bars."""
+"""Shared code of the GPU bench: options, answers, bars."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from bench.report.bound import Bound
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked for."""
+    """Options of the command line."""
 
     backend: str
     quick: bool = False
     scale: int = 1
-    """By what every size is divided."""
+    """Divisor of every size."""
 
     @property
     def seconds(self) -> float:
-        """About how long to measure one thing."""
+        """Approximate time for one measurement."""
         return 1.0 if self.quick else 4.0
 
     def scaled(self, size: int) -> int:
-        """A size, as it was asked for."""
+        """The size divided by `scale`."""
         return max(size // self.scale, 1)
 
 
@@ -36,25 +36,25 @@ def _no_bounds(_: Sequence[dict[str, Any]], __: dict[str, Any]) -> list[Bound]:
 
 @dataclass(slots=True)
 class Answer:
-    """What a part has found: rows of figures, by their names."""
+    """The result of a part: rows of named figures."""
 
     name: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
-    """Why there are none."""
+    """Why the part failed."""
     skipped: str | None = None
-    """Why it was not asked."""
+    """Why the part was skipped."""
     judge: Callable[[Sequence[dict[str, Any]], dict[str, Any]], Iterable[Bound]] = (
         _no_bounds
     )
-    """Told the rows, and every answer so far; gives the bars."""
+    """Computes the bars from the rows and all answers so far."""
 
     def bounds(self, answers: dict[str, Any]) -> list[Bound]:
-        """The bars that it says something of."""
+        """The bars of this answer."""
         return list(self.judge(self.rows, answers))
 
     def as_json(self) -> dict[str, Any]:
-        """As it is written down."""
+        """The answer for the JSON file."""
         found: dict[str, Any] = {"rows": self.rows}
         if self.error is not None:
             found["error"] = self.error
@@ -63,7 +63,7 @@ class Answer:
         return found
 
     def table(self) -> str:
-        """As it is printed."""
+        """The answer as a table."""
         if self.error is not None:
             return f"{self.name}: failed: {self.error}"
         if self.skipped is not None:
@@ -74,7 +74,7 @@ class Answer:
 
 
 def median(samples: Sequence[float]) -> float:
-    """Of any number of samples but none."""
+    """The median of at least one sample."""
     return statistics.median(samples)
 
 

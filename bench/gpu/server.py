@@ -1,7 +1,7 @@
-"""A server for the GPU bench, in a process of its own, that needs no extra.
+"""Server process of the GPU bench, without dependencies on extras.
 
-``python -m bench.gpu.server cupy PATH`` serves on a port of this host and on a
-unix socket at that path, with shared memory.
+``python -m bench.gpu.server cupy PATH`` serves on a local port and on a unix socket at
+PATH, with shared memory.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The bench behind links of a given rate and delay."""
+"""The bench over links with a given rate and delay."""

@@ -1,12 +1,12 @@
-"""The bench behind links of 1 and 10 Gbit/s: ``python -m bench.links``.
+"""The bench over links of 1 and 10 Gbit/s: ``python -m bench.links``.
 
-Client and server have a network namespace each, joined by a pair of virtual
-Ethernet devices whose sending is limited by a token bucket, at both ends; or,
-with a delay, by `bench.links.delay_line`. It needs root, iproute2, and a kernel with
-veth and tbf, or tun. The shapes are those for
-which two cores compute about as long as each direction of the link carries:
-there a transport that overlaps takes as long as its longest stage, and one
-that does not as long as all three.
+Client and server run in separate network namespaces. A pair of virtual Ethernet
+devices joins them, with a token bucket at both ends; links with a delay use
+`bench.links.delay_line`. Needs root, iproute2, and a kernel with veth and tbf, or tun.
+
+The shapes balance computation on two cores with each direction of the link. A
+transport with overlap then takes as long as its longest stage; a transport without
+overlap takes as long as all three.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bench.report.statistics import figures
 from bench.work import FORMS, Shape
 
 SHAPES = {1: Shape(32768, 2048, 2048), 10: Shape(262144, 256, 256)}
-"""By the link's Gbit/s."""
+"""Shapes by the link's Gbit/s."""
 
 CONTENDERS = (
     "numpy",
@@ -44,21 +44,21 @@ _DEVICE = "bench0"
 
 
 class LinkError(Exception):
-    """A link cannot be made here; the text says why."""
+    """A link cannot be made; the text says why."""
 
 
 @contextlib.contextmanager
 def link(bits_per_s: float, round_trip_s: float = 0.0) -> Iterator[list[str]]:
-    """A link, and what runs a client's command at one end of it.
+    """Make a link; yield the prefix for a client's command at one end of it.
 
-    A server that the client starts as contenders do is at the other end.
+    Servers started by the client as contenders run at the other end.
 
     Args:
-        bits_per_s: What it carries, each way.
-        round_trip_s: How long a packet and its answer travel.
+        bits_per_s: Rate of the link, each way.
+        round_trip_s: Round-trip time of the link.
 
     Raises:
-        LinkError: It cannot be made here.
+        LinkError: The link cannot be made on this host.
     """
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
@@ -67,7 +67,7 @@ def link(bits_per_s: float, round_trip_s: float = 0.0) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         for name in (client, server):
             _do("ip", "netns", "add", name)
-            # The devices inside go with it.
+            # This deletes the devices inside, too.
             stack.callback(_do, "ip", "netns", "delete", name)
             _do("ip", "-n", name, "link", "set", "lo", "up")
         if round_trip_s:
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.links",
-        description="The bench behind limited links, between network namespaces.",
+        description="The bench over limited links, between network namespaces.",
     )
     parser.add_argument(
         "--gbits",
@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Gbit/s each way, by commas (1,10)",
     )
     parser.add_argument(
-        "--round-trip-ms", type=float, default=0, help="of a packet and its answer (0)"
+        "--round-trip-ms", type=float, default=0, help="round-trip time of the link (0)"
     )
     parser.add_argument("--shape", type=Shape.parse, help="instead of the balanced one")
     parser.add_argument(
@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--form", choices=FORMS, default="fresh")
     parser.add_argument(
-        "--seconds", type=float, default=90, help="about so long a link"
+        "--seconds", type=float, default=90, help="for each link, about (90)"
     )
     parser.add_argument("--rounds", type=int, default=10, help="at most (10)")
     parser.add_argument("--out", type=Path, help="file of JSON lines")

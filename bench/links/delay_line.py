@@ -1,13 +1,13 @@
 """A slow link between two namespaces: ``python -m bench.links.delay_line``.
 
-Two TUN devices, and this process between them. A packet that one device sends
-waits its turn at the link's rate, then the delay, and is given to the other
-device. (Linux's netem does the same in the kernel, but many kernels of virtual
-machines are built without it.) Packets keep TCP's segmentation offload: one read
-moves up to 64 KiB, so that a tenth of a core carries 1 Gbit/s each way.
+This process connects two TUN devices. A packet from one device waits for its turn at
+the link's rate, then for the delay, and goes to the other device. (Linux's netem does
+the same in the kernel, but many kernels of virtual machines lack it.) Packets keep
+TCP's segmentation offload: one read moves up to 64 KiB, so a tenth of a core carries
+1 Gbit/s each way.
 
-The process prints ``ready`` once both devices exist, and runs until it is ended.
-The devices can then be moved into their namespaces, and go with the process.
+The process prints ``ready`` when both devices exist, and runs until it is stopped. The
+devices can then be moved into their namespaces; they vanish with the process.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 _TUN_F_CSUM, _TUN_F_TSO4 = 1, 2
 
 _OFFLOAD_HEADER_BYTES = 10
-"""Of struct virtio_net_hdr, which stands before every packet."""
+"""Size of struct virtio_net_hdr before every packet."""
 
 _SEGMENT_HEADER_BYTES = 66
-"""Of Ethernet, IP and TCP with its usual options, before each segment's payload."""
+"""Size of the Ethernet, IP and TCP headers (with usual options) of a segment."""
 
 _MAX_PACKET_BYTES = 70_000
 
 _QUEUE_BYTES = 8 << 20
-"""What waits in one direction at most; what comes beyond it is dropped."""
+"""Most bytes waiting in one direction; further packets are dropped."""
 
 
 class Direction:
-    """One of the two ways through the link.
+    """One direction of the link.
 
     Args:
-        source: Device whose packets enter.
-        target: Device to which they are given.
-        bytes_per_s: What the link carries.
-        delay_s: How long each packet travels after its last byte was sent.
+        source: Device that packets come from.
+        target: Device that packets go to.
+        bytes_per_s: Rate of the link.
+        delay_s: Delay of each packet after its last byte was sent.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Direction:
         self._free_at = 0.0
 
     def take(self) -> None:
-        """Read the packets that wait at the source."""
+        """Read the waiting packets from the source."""
         while True:
             try:
                 packet = os.read(self._source, _MAX_PACKET_BYTES)
@@ -68,8 +68,7 @@ class Direction:
             size = len(packet) - _OFFLOAD_HEADER_BYTES
             if self._queued_bytes + size > _QUEUE_BYTES:
                 continue
-            # Bytes 4 and 5 of the header: the payload of a segment, where the
-            # packet holds several.
+            # Bytes 4 and 5 of the header: payload of a segment, in a packet of several.
             (segment,) = struct.unpack_from("<H", packet, 4)
             segments = -(-size // segment) if segment else 1
             sent_s = (size + segments * _SEGMENT_HEADER_BYTES) / self._bytes_per_s
@@ -78,18 +77,18 @@ class Direction:
             self._queued_bytes += size
 
     def give(self, now: float) -> float | None:
-        """Write the packets that have arrived; when the next one will have."""
+        """Write the arrived packets; return the arrival time of the next one."""
         while self._queue and self._queue[0][0] <= now:
             _, packet = self._queue.popleft()
             self._queued_bytes -= len(packet) - _OFFLOAD_HEADER_BYTES
-            # The device may be down, or its queue full: then it is lost, as on a wire.
+            # If the device is down or its queue full, the packet is lost, as on a wire.
             with contextlib.suppress(OSError):
                 os.write(self._target, packet)
         return self._queue[0][0] if self._queue else None
 
 
 def open_tun(name: str) -> int:
-    """A TUN device of that name; it is gone when the descriptor is closed."""
+    """Make a TUN device of this name; closing the descriptor removes it."""
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     flags = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR
     fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
@@ -98,7 +97,7 @@ def open_tun(name: str) -> int:
 
 
 def run(one: str, other: str, bits_per_s: float, delay_s: float) -> None:
-    """Carry packets between two devices of these names, for ever."""
+    """Carry packets between two devices of these names, forever."""
     devices = open_tun(one), open_tun(other)
     forth = Direction(*devices, bits_per_s / 8, delay_s)
     back = Direction(*reversed(devices), bits_per_s / 8, delay_s)

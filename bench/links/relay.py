@@ -1,10 +1,9 @@
-"""A link of a given rate: a relay of connections that paces both ways.
+"""A link with a given rate: a relay that paces connections in both directions.
 
-It stands for a network that is slower than this host's own sockets, where nobody
-may shape one. It holds little itself, and between unix sockets the kernel holds
-little too (a TCP socket's send buffer grows to 4 MiB): a sender soon waits, as
-for a network. ``python -m bench.links.relay ADDRESS BYTES_PER_S`` is one in a process
-of its own, where it takes no turns from a client's threads.
+The relay simulates a slow network without privileges for traffic shaping. It buffers
+little, and so does the kernel between unix sockets (a TCP socket's send buffer grows to
+4 MiB), so a sender soon waits, as on a network. ``python -m bench.links.relay ADDRESS
+BYTES_PER_S`` runs a relay in a separate process, independent of a client's threads.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Self
 
 _PIECE_BYTES = 1 << 16
 _CATCH_UP_S = 0.01
-"""What a late wake-up of a pace may be made up for by sending faster."""
+"""Longest delay of a late wake-up that faster sending may make up for."""
 
 
 class Link:
@@ -32,9 +31,9 @@ class Link:
         bytes_per_s: The rate of each direction; None: as fast as it goes.
 
     Attributes:
-        address: What clients connect to instead, of the same kind.
-        up_bytes: Bytes that went to the server so far.
-        down_bytes: Bytes that came from it so far.
+        address: Address for clients, of the same kind.
+        up_bytes: Bytes sent to the server so far.
+        down_bytes: Bytes received from the server so far.
     """
 
     def __init__(self, to: str, bytes_per_s: float | None = None) -> None:

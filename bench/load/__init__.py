@@ -1,1 +1,1 @@
-"""How a server fares under load."""
+"""Load test of a server."""

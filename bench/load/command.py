@@ -1,14 +1,14 @@
-"""How a server fares under load: ``python -m bench.load``.
+"""Load test of a server: ``python -m bench.load``.
 
-First callers who ask again at once find its capacity, in calls a second. Then
-calls come by the clock (Poisson arrivals, timed from when they were due) at
-parts and multiples of that rate, and last it is asked until it answers as fast
-as before. The SDK's retries are off: each call is counted as the server ended
-it. The server is a process of its own, with the settings given here.
+A closed loop first measures the capacity, in calls a second. Open loops then send calls
+by the clock (Poisson arrivals, timed from their due time) at fractions and multiples of
+the capacity. Finally the test waits until the server answers as fast as before. The
+SDK's retries are off, so each call counts with its own outcome. The server is a
+separate process with the settings given here.
 
-Prints a table, and writes JSON lines: the machine and the settings, then for each
-part its rates and what both sides held, and for each kind of call and each way in
-which some ended their number and percentiles.
+Prints a table, and writes JSON lines: the machine and the settings; for each part its
+rates and the resources of both sides; for each kind of call and each outcome the number
+of calls and percentiles.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench.worker import forget_peak, peak_bytes
 MIX = "32*8,256*3,1024"
 TIMES = "0.5,3"
 RECOVERED = 2.0
-"""How much longer than before the load a call may take that counts as before."""
+"""A call at most this many times slower than before the load counts as recovered."""
 HEAD = ("load", "call", "ended with", "calls", "p50 ms", "p90", "p99", "p99.9", "max")
 
 
@@ -134,7 +134,7 @@ async def _measure(
 def kinds(
     client: gradwire.AsyncClient, mix: Sequence[tuple[Shape, float]]
 ) -> list[Kind]:
-    """What is called: the gradients of each shape, the first one first."""
+    """The kinds of calls: gradients of each shape."""
 
     def call(shape: Shape) -> Callable[[], Awaitable[Any]]:
         given = operands(shape)
@@ -144,10 +144,10 @@ def kinds(
 
 
 def parse_mix(text: str) -> list[tuple[Shape, float]]:
-    """Shapes and how often they come: ``32*8,256*3,1024``.
+    """Parse shapes and their weights: ``32*8,256*3,1024``.
 
     Raises:
-        ValueError: It says something else.
+        ValueError: The text has another form.
     """
     mix = []
     for part in text.split(","):
@@ -159,7 +159,7 @@ def parse_mix(text: str) -> list[tuple[Shape, float]]:
 
 
 def descriptors(pid: int | str) -> int:
-    """How many file descriptors a process has open."""
+    """The number of open file descriptors of a process."""
     return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208 - names alone
 
 
@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mix",
         type=parse_mix,
         default=MIX,
-        help=f"shapes, and how often each comes ({MIX})",
+        help=f"shapes and their weights ({MIX})",
     )
     parser.add_argument(
         "--times",

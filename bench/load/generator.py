@@ -1,10 +1,10 @@
-"""Calls that many users make at once, and what became of each.
+"""Load generator: concurrent calls and their outcomes.
 
-A closed loop has so many callers, each of whom asks again as soon as it has an
-answer: it finds what a server can do, and says little of how long users wait,
-because while a server is slow nobody asks. In an open loop calls come by a
-clock of their own (a Poisson process), whether or not earlier ones are done, and
-are timed from when they were due: what waited because of a slow one counts.
+In a closed loop, a fixed number of callers call again as soon as they have an answer.
+It measures a server's capacity, but not how long users wait, because a slow server
+receives fewer calls. In an open loop, calls start by the clock (a Poisson process),
+regardless of earlier calls, and are timed from their due time: delays behind a slow
+call count.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Kind:
     """One kind of call.
 
     Attributes:
-        name: What it is called in tables.
-        weight: How often it is made, beside the others.
-        call: Makes one.
+        name: Name in tables.
+        weight: Relative frequency.
+        call: Makes one call.
     """
 
     name: str
@@ -43,23 +43,23 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A call that was made; times are seconds since the load began."""
+    """A finished call; times are seconds since the start of the load."""
 
     kind: str
     due_s: float
-    """When it should have begun."""
+    """When the call was due."""
     began_s: float
-    """When it did: later where this process had no time for it."""
+    """When the call started: later than due if this process was busy."""
     ended_s: float
     status: str = OK
     reason: str = ""
-    """Why it failed: the server's reason, or the exception where it gave none."""
+    """Why the call failed: the server's reason, or else the exception."""
     retry_after_s: float | None = None
-    """When the server said to come again."""
+    """The server's retry time in seconds."""
 
     @property
     def latency_s(self) -> float:
-        """How long a user waited: from when the call was due."""
+        """The user's waiting time, from the call's due time."""
         return self.ended_s - self.due_s
 
 
@@ -68,10 +68,9 @@ class Load:
 
     Args:
         mix: The kinds.
-        seed: Of which kind each call is, and when it is due.
-        most_outstanding: Calls that may be under way at once. Those that are due
-            beyond that are not made, and counted in `left_out`: a load that can
-            grow without limit measures its own memory.
+        seed: Seed for the kind and the due time of each call.
+        most_outstanding: Most concurrent calls. Further due calls are skipped and
+            counted in `left_out`: an unlimited load would measure its own memory.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Load:
         self.left_out = 0
 
     async def closed(self, callers: int, seconds: float) -> list[Made]:
-        """So many callers ask again and again for so long."""
+        """Run a closed loop of `callers` callers for `seconds`."""
         start = time.perf_counter()
         made: list[Made] = []
 
@@ -99,7 +98,7 @@ class Load:
         return made
 
     async def open(self, rate: float, seconds: float) -> list[Made]:
-        """Calls come `rate` times a second for so long; returns when all ended."""
+        """Run an open loop of `rate` calls a second; return when all have ended."""
         start = time.perf_counter()
         made: list[Made] = []
         outstanding: set[asyncio.Task[Made]] = set()
@@ -144,19 +143,19 @@ async def _make(kind: Kind, due: float, start: float) -> Made:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The calls of one kind that ended alike. Times are in seconds."""
+    """The calls of one kind with the same outcome. Times are in seconds."""
 
     call: str
     status: str
     reason: str
     count: int
     percentiles_s: dict[str, float]
-    """Latencies from when calls were due, by percentile."""
+    """Latencies from the due time, by percentile."""
     max_s: float
 
 
 def outcomes(made: Sequence[Made]) -> list[Outcome]:
-    """What became of calls, kind by kind, and of all together."""
+    """Outcomes of calls, by kind and in total."""
     groups: dict[tuple[str, str, str], list[float]] = {}
     for one in made:
         for call in (one.kind, "all"):
@@ -178,11 +177,11 @@ def outcomes(made: Sequence[Made]) -> list[Outcome]:
 
 
 def endings(made: Sequence[Made]) -> Counter[str]:
-    """How many calls ended with which status and reason: ``OK``, ``X/BUSY``."""
+    """Number of calls by status and reason: ``OK``, ``X/BUSY``."""
     return Counter(f"{m.status}/{m.reason}" if m.reason else m.status for m in made)
 
 
 def rate_of(made: Sequence[Made]) -> float:
-    """Calls that ended well, a second."""
+    """Successful calls a second."""
     done = [one.ended_s for one in made if one.status == OK]
     return len(done) / max(done) if done else 0.0

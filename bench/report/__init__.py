@@ -1,1 +1,1 @@
-"""Figures of a run: statistics, tables, bars and pictures."""
+"""Reports of a run: statistics, tables, bounds and figures."""

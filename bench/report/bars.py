@@ -1,8 +1,8 @@
-"""How fast gradwire has to be beside the others, and whether a run shows it.
+"""Performance targets for gradwire, compared with a run.
 
-``python -m bench.report.bars RUN.jsonl ...`` prints them. A bar compares medians of
-one run, shape and form; over(c) is the median of c less that of local NumPy. A bar
-whose contenders or shape the run does not have is left open.
+``python -m bench.report.bars RUN.jsonl ...`` prints them. A bar (target) compares
+medians of one run, shape and form; over(c) is the median of c minus local NumPy's
+median. A bar stays open if the run lacks its contenders or shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GIGABIT = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A ratio that may be so large at most."""
+    """A target: an upper bound on a ratio."""
 
     name: str
     shapes: tuple[Shape, ...]
@@ -34,19 +34,19 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a run says of a bar."""
+    """The result of a bar in a run."""
 
     bar: str
     shape: Shape
     form: str
     ratio: float | None
-    """None: the run does not say."""
+    """None if the run has no data for it."""
 
     most: float
 
     @property
     def holds(self) -> bool | None:
-        """Whether the ratio is within its bound; None: the run does not say."""
+        """Whether the ratio is within its bound; None without data."""
         return None if self.ratio is None else self.ratio <= self.most
 
 
@@ -63,7 +63,7 @@ def total(contender: str, other: str) -> Callable[[Part], float | None]:
 
 
 def over(contender: str, other: str) -> Callable[[Part], float | None]:
-    """The ratio of what two contenders take more than the yardstick."""
+    """The ratio of two contenders' times over the yardstick's."""
 
     def ratio(part: Part) -> float | None:
         ours, theirs = part.figure(contender), part.figure(other)
@@ -77,10 +77,10 @@ def over(contender: str, other: str) -> Callable[[Part], float | None]:
 
 
 def stages(contender: str) -> Callable[[Part], float | None]:
-    """Total over the longest of upload, compute and download.
+    """Ratio of the total time to the longest of upload, compute and download.
 
-    Upload and download are the bytes over what the link carries, without its
-    headers; compute is local NumPy's median of the same run.
+    Upload and download are the bytes over the link's rate, without headers; compute is
+    local NumPy's median of the same run.
     """
 
     def ratio(part: Part) -> float | None:
@@ -182,7 +182,7 @@ def table(found: Sequence[Verdict]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the bars of runs together; 1: one of them does not hold."""
+    """Print the bars of all runs; return 1 if one does not hold."""
     runs = [Run.read(Path(argument)) for argument in arguments]
     parts = tuple(part for run in runs for part in run.parts)
     found = list(verdicts(Run(runs[0].about, parts)))

@@ -1,4 +1,4 @@
-"""Figures that have to be so small, or so large."""
+"""Bounds on measured figures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from bench.report import tables
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A figure, and how small or large it has to be."""
+    """A figure and its upper or lower bound."""
 
     name: str
     seen: float
     bound: float
     at_least: bool = False
-    """Whether more is better."""
+    """Whether it is a lower bound."""
 
     @property
     def holds(self) -> bool:
@@ -25,7 +25,7 @@ class Bound:
 
 
 def table(bounds: Iterable[Bound]) -> str:
-    """The figures, and what holds."""
+    """A table of the figures and their bounds."""
     body = [
         (
             bound.name,

@@ -1,7 +1,7 @@
-"""A run as a figure: time against size, a line for each contender.
+"""Figure of a run: time against size, one line per contender.
 
-``python -m bench.report.figure RUN.jsonl FIGURE.svg`` writes it. Both axes are
-logarithmic. Cubes are on it, and each form of results has a panel.
+``python -m bench.report.figure RUN.jsonl FIGURE.svg`` writes the figure. It shows
+cubes, on logarithmic axes, with one panel for each form of results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from bench.report.record import Part, Run
 from bench.work import FORMS
 
-# gradwire in one hue, what it is measured against in others, NumPy in black.
+# gradwire in one hue, other contenders in other hues, NumPy in black.
 _STYLES = {
     "numpy": ("black", "--", ""),
     "gradwire-tcp": ("#08519c", "-", "o"),
@@ -31,12 +31,12 @@ _OTHER = ("#31a354", "-", "*")
 
 
 def draw(run: Run, path: Path) -> None:
-    """Write the figure; its name's ending says in which format."""
-    # Here, because nothing else of the bench needs it.
+    """Write the figure; the file name's suffix selects the format."""
+    # Imported here: only this function needs it.
     import matplotlib as mpl  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    # The same run gives the same file, and text stays text in it.
+    # Makes the file reproducible, and keeps text as text.
     mpl.rcParams.update({"svg.hashsalt": "gradwire", "svg.fonttype": "none"})
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     panels = figure.subplots(1, len(FORMS), sharey=True)
@@ -51,7 +51,7 @@ def draw(run: Run, path: Path) -> None:
 
 
 def cubes(run: Run) -> list[Part]:
-    """The parts whose shape is a cube and that no link was behind, by size."""
+    """The parts with cubic shapes and without a link, by size."""
     found = (
         part
         for part in run.parts

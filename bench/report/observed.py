@@ -1,9 +1,9 @@
 """A server whose row blocks are timed: ``python -m bench.report.observed SETTINGS``.
 
-Its one argument is the settings as JSON. It prints its address, a unix socket's
-(whose buffers are small, so that what was sent has left), serves until
-its standard input ends, and then prints what its observer saw: lists of
-seconds, job, stage and row block, as JSON.
+Its argument is the settings as JSON. It prints its address, a unix socket: the
+buffers are small, so sent bytes have really left. It serves until the end of its
+standard input, then prints the observed events as JSON: lists of seconds, job, stage
+and row block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gradwire_server.observability.timeline import Stage
 
 
 def events(printed: str) -> dict[str, list[Event]]:
-    """What was seen, by job, from what the process printed in the end."""
+    """Parse the process's final output: events by job."""
     seen: dict[str, list[Event]] = {}
     for at, job, stage, block in json.loads(printed):
         seen.setdefault(job, []).append((at, stage, block))

@@ -1,4 +1,4 @@
-"""A run as lines of JSON: written while it goes on, read for what is made of it."""
+"""A run as lines of JSON: written during the run, read for reports."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Part:
     figures: tuple[Figure, ...]
     usages: tuple[Usage, ...]
     link_bits_per_s: float | None = None
-    """What the link between client and server carries; None: no limit."""
+    """Rate of the link between client and server; None: no limit."""
     round_trip_s: float = 0.0
-    """How long a packet and its answer travel on that link."""
+    """Round-trip time of the link."""
 
     def figure(self, contender: str) -> Figure | None:
-        """The figure of a contender that took part."""
+        """The figure of a contender; None if it did not take part."""
         return next((f for f in self.figures if f.contender == contender), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run of the bench saw."""
+    """The measurements of one run of the bench."""
 
     about: dict[str, Any]
     """The machine, the libraries, the time."""
@@ -42,7 +42,7 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The run of a file that `Writer` wrote."""
+        """Read a file of `Writer`."""
         about: dict[str, Any] = {}
         found: dict[tuple[Any, ...], tuple[list[Figure], list[Usage]]] = {}
         for line in path.read_text().splitlines():
@@ -71,7 +71,7 @@ class Run:
     def part(
         self, shape: Shape, form: str, link_bits_per_s: float | None = None
     ) -> Part | None:
-        """The part of that shape, form and link, if the run has it."""
+        """The part with this shape, form and link, if present."""
         wanted = (shape, form, link_bits_per_s)
         return next(
             (p for p in self.parts if (p.shape, p.form, p.link_bits_per_s) == wanted),
@@ -84,17 +84,17 @@ def _of(kind: type[Any], item: dict[str, Any]) -> Any:
 
 
 class Writer:
-    """Lines of a run, each there as soon as it is known."""
+    """Writes the lines of a run, each as soon as it is known."""
 
     def __init__(self, lines: IO[str]) -> None:
         self._lines = lines
 
     def about(self, fields: dict[str, Any]) -> None:
-        """The first line."""
+        """Write the first line."""
         self._write("run", fields)
 
     def part(self, part: Part, turns: Sequence[Turn]) -> None:
-        """A part with every call of it."""
+        """Write a part with all of its calls."""
         of: dict[str, Any] = {"shape": str(part.shape), "form": part.form}
         if part.link_bits_per_s is not None:
             of["link_bits_per_s"] = part.link_bits_per_s

@@ -1,4 +1,4 @@
-"""What the turns say: medians, their uncertainty, and ratios."""
+"""Statistics of turns: medians, their uncertainty, and ratios."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Figure:
     """Lower end of the median's 95 % bootstrap interval."""
 
     high_s: float
-    """Upper end."""
+    """Upper end of the same interval."""
 
     min_s: float
     """The fastest call of all."""
@@ -36,15 +36,15 @@ class Figure:
     calls: int
 
     times_yardstick: float
-    """Median over rounds of this contender's time over the yardstick's in
-    the same round: what both suffered from falls out."""
+    """Median over rounds of the ratio of this contender's time to the yardstick's
+    in the same round: disturbances of both cancel."""
 
     over_yardstick_s: float
-    """Median minus the yardstick's median: what the transport costs."""
+    """Median minus the yardstick's median: the cost of the transport."""
 
 
 def figures(turns: Sequence[Turn], yardstick: str) -> list[Figure]:
-    """A figure of each contender, in the order in which they first appear."""
+    """The figures of all contenders, in order of first appearance."""
     seen: dict[str, dict[int, Turn]] = {}
     for turn in turns:
         seen.setdefault(turn.contender, {})[turn.round] = turn

@@ -1,6 +1,6 @@
-"""The short table of a run, for the README: medians in ms, a column a shape.
+"""Short table of a run for the README: medians in ms, one column per shape.
 
-``python -m bench.report.summary RUN.jsonl`` prints it, for both forms.
+``python -m bench.report.summary RUN.jsonl`` prints the table for both forms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bench.work import FORMS
 
 
 def table(run: Run, form: str) -> str:
-    """A row of each contender, and the median of each shape."""
+    """One row per contender with the median of each shape."""
     parts = [p for p in run.parts if p.form == form and p.link_bits_per_s is None]
     names = {figure.contender: None for part in parts for figure in part.figures}
     body = []

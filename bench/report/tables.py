@@ -26,7 +26,7 @@ HEAD = (
 
 
 def rows(part: Part) -> list[tuple[str, ...]]:
-    """A row of each contender."""
+    """One row per contender."""
     usage_of = {usage.contender: usage for usage in part.usages}
     return [_row(part, figure, usage_of[figure.contender]) for figure in part.figures]
 
@@ -57,7 +57,7 @@ def cpu_s_per_gb(part: Part, usage: Usage) -> float:
 def table(
     body: Iterable[tuple[str, ...]], head: Sequence[str] = HEAD, texts: int = 2
 ) -> str:
-    """The rows under the head, with the columns lined up, `texts` to the left."""
+    """Format rows under a head, with aligned columns, the first `texts` to the left."""
     lines = [tuple(head), *body]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
@@ -76,7 +76,7 @@ def table(
 
 
 def heading(machine: dict[str, Any]) -> str:
-    """One line about where the figures come from."""
+    """One line about the machine behind the figures."""
     memory_gib = machine["memory_bytes"] / 2**30
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
     return (
@@ -88,7 +88,7 @@ def heading(machine: dict[str, Any]) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds, with digits where they say something."""
+    """Format seconds as milliseconds, with significant digits only."""
     value = seconds * 1e3
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
 

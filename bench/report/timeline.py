@@ -1,4 +1,4 @@
-"""When each row block was received, computed and sent, and what overlapped."""
+"""Timeline of a job: when each row block was received, computed and sent."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 Event: TypeAlias = tuple[float, str, int | None]
-"""Seconds, a stage, and a row block's number (None: W or dW): it was busy."""
+"""Seconds, stage, and row block (None: W or dW) of a busy moment."""
 
 STAGES = ("receiving", "computing", "sending")
 _SHADES = (("#7fb3d5", "#1f618d"), ("#f8c471", "#b9770e"), ("#7dcea0", "#1e8449"))
 
 
 class Span(NamedTuple):
-    """From when to when, in seconds."""
+    """A time span in seconds."""
 
     begin: float
     end: float
 
     def meets(self, other: Span) -> bool:
-        """Whether some time is in both."""
+        """Whether the spans overlap."""
         return max(self.begin, other.begin) < min(self.end, other.end)
 
     @property
@@ -31,10 +31,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """One job."""
+    """The stages of one job."""
 
     blocks: dict[str, list[Span]]
-    """For every stage, the spans of the row blocks in their order."""
+    """Spans of the row blocks in order, for every stage."""
 
     w: Span | None
     """When W was received."""
@@ -44,7 +44,7 @@ class Timeline:
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> Timeline:
-        """What a server's observer saw; seconds count from the first event.
+        """Build a timeline from an observer's events; seconds count from the first.
 
         Raises:
             ValueError: A row block lacks a stage.
@@ -66,12 +66,12 @@ class Timeline:
 
     @property
     def count(self) -> int:
-        """Row blocks."""
+        """Number of row blocks."""
         return len(self.blocks["computing"])
 
     @property
     def seconds(self) -> float:
-        """From the first byte of an operand to the last of a result."""
+        """Seconds from the first byte of an operand to the last of a result."""
         ends = [span.end for spans in self.blocks.values() for span in spans]
         return max([*ends, *(span.end for span in (self.w, self.dw) if span)])
 
@@ -81,11 +81,11 @@ class Timeline:
         return sum(span.seconds for span in spans) / max(1, len(spans))
 
     def overlapped(self) -> tuple[int, int]:
-        """How many row blocks b are computed while others are on their way.
+        """The number of overlapped row blocks, and of blocks that could overlap.
 
-        Those whose products meet both the receipt of b + 1 and the sending
-        of b - 1; and of how many, the first and the last block having only
-        one neighbour.
+        Block b is overlapped if its products overlap both the receipt of b + 1 and
+        the sending of b - 1. The first and the last block have only one neighbour
+        and do not count.
         """
         receiving, computing, sending = (self.blocks[stage] for stage in STAGES)
         inner = range(1, self.count - 1)
@@ -96,7 +96,7 @@ class Timeline:
         return met, len(inner)
 
     def chrome_trace(self) -> dict[str, Any]:
-        """As chrome://tracing and Perfetto read it: microseconds, one track a stage."""
+        """Trace for chrome://tracing and Perfetto: microseconds, one track a stage."""
         tracks: list[tuple[str, Sequence[tuple[str, Span]]]] = [
             (stage, [(f"block {b}", span) for b, span in enumerate(self.blocks[stage])])
             for stage in STAGES
@@ -132,8 +132,8 @@ class Timeline:
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def draw(self, path: Path, title: str) -> None:
-        """Draw it: one row a stage, row blocks in turn light and dark."""
-        # The figure alone needs it.
+        """Draw one row per stage, with alternating light and dark row blocks."""
+        # Imported here: only this method needs it.
         from matplotlib.figure import Figure  # noqa: PLC0415
 
         figure = Figure(figsize=(11, 2.8), layout="constrained")
