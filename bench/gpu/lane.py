@@ -147,7 +147,7 @@ async def _job(
 
     Args:
         backend: The backend.
-        lane: The device worker.
+        worker: The device worker, as seen by one tenant.
         shape: Shape of the job.
         dtype: Dtype of all matrices.
         ahead: Most started row blocks; None: one per slot.
