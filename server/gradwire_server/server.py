@@ -222,7 +222,7 @@ class Server:
         self.lost = f"{device.backend}'s {label(device)} failed for good: {error}"
         self._health.not_serving()
         _log.critical(
-            "a device is lost, and the server of no use any more",
+            "a device failed for good: the server is no longer usable",
             extra={"device": label(device), "error": str(error)},
         )
         self._lost.set()

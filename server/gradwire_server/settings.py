@@ -158,8 +158,8 @@ class Settings:
             raise ValueError(f"{given} is set without {missing}: they go together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError(
-                "tls_client_ca is set without tls_cert: who asks for certificates "
-                "has to show one"
+                "tls_client_ca is set without tls_cert: the server needs its own "
+                "certificate to ask clients for theirs"
             )
         if self.insecure and self.tls_cert is not None:
             raise ValueError(

@@ -162,7 +162,7 @@ def _allow_plaintext(address: str, *, insecure: bool) -> None:
             "all the same"
         )
     _log.warning(
-        "in plaintext: who is on the way may read along, and use the server",
+        "plaintext: anybody on the network path can read along and use the server",
         extra={"address": address},
     )
 

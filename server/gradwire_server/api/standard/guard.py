@@ -178,7 +178,7 @@ async def _requests(
             request = deserialize(message)
         except DecodeError:
             status = grpc.StatusCode.INVALID_ARGUMENT
-            await context.abort(status, "the message is none of this method")
+            await context.abort(status, "the message is not this method's request")
         yield request
 
 
