@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradwire_protocol.limits import MIB
-from gradwire_server.backends import registry
-
-AUTO = "auto"
-"""The `Settings.backend` that leaves the choice to the server."""
+from gradwire_server import backend_names
+from gradwire_server.backend_names import AUTO
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.listen:
             raise ValueError("listen is empty: at least one address is needed")
-        if self.backend != AUTO and not registry.is_known(self.backend):
+        if self.backend != AUTO and not backend_names.entry_points(self.backend):
             raise ValueError(
-                f"backend is {self.backend!r}: expected one of {registry.listed()}"
+                f"backend is {self.backend!r}: expected one of {backend_names.listed()}"
             )
         self._check_tls()
         for number in self.devices:

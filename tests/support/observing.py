@@ -118,7 +118,7 @@ def company(
 
 @contextlib.contextmanager
 def probing(server: ServerProcess) -> Iterator[None]:
-    """Health is asked for meanwhile; on leaving, it has always answered in good time."""
+    """Health is asked for meanwhile; on leaving, it always answered in time."""
     with module("probe", server.address) as process:
         yield
         output, _ = process.communicate(timeout=30)

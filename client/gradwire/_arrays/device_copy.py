@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gradwire._api.types import Array, Receipt
+from gradwire_protocol.dtypes import Dtype
 
 _IN_HOST_MEMORY = frozenset({1, 3, 11})
 """DLPack's kinds of device whose memory the host reads: the CPU, and what CUDA
@@ -106,10 +107,12 @@ def to_device(array: Array, value: Any) -> None:
     """
     if is_torch_tensor(value):
         torch = sys.modules["torch"]
-        if array.dtype.name == "bfloat16":  # which PyTorch does not take from NumPy
-            source = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        else:
+        dtype = Dtype.of(array.dtype)
+        if dtype.is_numpys_own:
             source = torch.from_numpy(array)
+        else:  # PyTorch takes only NumPy's own dtypes
+            raw = array.view(f"i{dtype.itemsize}")
+            source = torch.from_numpy(raw).view(getattr(torch, dtype.label))
         value.copy_(source)
         return
     cupy = sys.modules["cupy"]

@@ -176,9 +176,10 @@ def operand(
     else:
         array = as_numpy(value, name)
     dtype = _dtype(array, name, value)
-    if wire_dtype is not None and dtype is not Dtype.FLOAT32:
+    if wire_dtype is not None and wire_dtype not in dtype.travels_as:
+        wide = " or ".join(it.label for it in Dtype if wire_dtype in it.travels_as)
         raise InputError(
-            f"{name} is {dtype.label}, and wire_dtype is for float32 operands: convert"
+            f"{name} is {dtype.label}, and wire_dtype is for {wide} operands: convert"
             " them, or leave wire_dtype out"
         )
     if array.ndim < 2:

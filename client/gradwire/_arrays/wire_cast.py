@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import ml_dtypes
 import numpy as np
 
 from gradwire._api.errors import InputError
 from gradwire._api.types import Array
-from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.dtypes import WIRE_DTYPES, Dtype
 
 
 class Rounding:
@@ -60,11 +57,10 @@ class Rounding:
         if not found.size:
             return
         row, column = divmod(index + int(found[0]), self._columns)
-        largest = float(_finfo(self._dtype).max)
+        largest = self._dtype.largest
+        wider = [each.label for each in WIRE_DTYPES if each.largest > 2 * largest]
         other = (
-            'wire_dtype="bfloat16", or leave it out'
-            if self._dtype is Dtype.FLOAT16
-            else "no wire_dtype"
+            f'wire_dtype="{wider[0]}", or leave it out' if wider else "no wire_dtype"
         )
         raise InputError(
             f"{self._name} has {part[found[0]]:g} in row {self._first_row + row},"
@@ -75,11 +71,6 @@ class Rounding:
 
 def overflows_from(dtype: Dtype) -> float:
     """The least magnitude that rounds to Inf: half a step past the largest."""
-    info = _finfo(dtype)
-    largest, eps = float(info.max), float(info.eps)
-    return largest + largest / (2 - eps) * eps / 2
-
-
-def _finfo(dtype: Dtype) -> Any:
-    # NumPy's own knows no bfloat16, and ml_dtypes' has no types.
-    return ml_dtypes.finfo(dtype.numpy)  # type: ignore[no-untyped-call]
+    # The largest number is (2 - 2u) 2^e, and the step up to it is 2u 2^e.
+    u = dtype.unit_roundoff
+    return dtype.largest * (1 + u / (2 - 2 * u))

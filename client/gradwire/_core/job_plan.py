@@ -179,10 +179,11 @@ def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
             )
         )
     some = next(iter(operands.values()))
-    if some.dtype is Dtype.FLOAT64 and options.dw_accumulator is Dtype.FLOAT32:
+    accumulator = options.dw_accumulator
+    if accumulator is not None and accumulator not in some.dtype.accumulators:
         raise InputError(
-            "dw_accumulator is float32 and the operands are float64: leave it out,"
-            " or send float32 operands"
+            f"dw_accumulator is {accumulator.label} and the operands are"
+            f" {some.dtype.label}: leave it out, or send {accumulator.label} operands"
         )
     rows = dy if x is None else x
     if w is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from gradwire_server.backend_names import AUTO
 from gradwire_server.backends import registry
 from gradwire_server.backends.base import Backend, DeviceLostError
 from gradwire_server.errors import BackendError, BackendUnavailableError
-from gradwire_server.settings import AUTO, Settings
+from gradwire_server.settings import Settings
 
 _PREFERRED = {"cupy": "a CUDA device answers"}
 """What `AUTO` tries, the first one first, and why it was taken."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gradwire as sdk
-from gradwire_server import BackendError, Settings
+from gradwire_server import BackendError, Settings, backend_names
 from gradwire_server.backends import registry, select
 from tests.cli.conftest import gradwire, sentence, started
 
@@ -43,7 +43,9 @@ def installed(directory: Path, name: str, value: str, package: str = "pkg") -> N
     (info / "METADATA").write_text(
         f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
     )
-    (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\n{name} = {value}\n")
+    (info / "entry_points.txt").write_text(
+        f"[{backend_names.GROUP}]\n{name} = {value}\n"
+    )
 
 
 def with_path(directory: Path) -> dict[str, str]:
@@ -147,4 +149,4 @@ def test_two_packages_with_one_name_are_told_apart_by_nobody(
 
 def test_a_checkout_has_the_entry_points_that_the_package_declares() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"][registry.GROUP] == registry.OWN
+    assert project["entry-points"][backend_names.GROUP] == backend_names.OWN
