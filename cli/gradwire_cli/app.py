@@ -10,6 +10,7 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 from gradwire import GradwireError
+from gradwire_cli import variables
 from gradwire_cli.commands import certs, check, compute, health, info, serve, token
 from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_protocol.version import VERSION
@@ -39,6 +40,7 @@ def run(arguments: Sequence[str]) -> int:
         The exit status.
     """
     try:
+        variables.check(os.environ)
         status = app(
             arguments,
             exit_on_error=False,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token
-from cyclopts.config import Env, Toml
+from cyclopts.config import Dict, Env
 
 from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.terminal.logs import LogSettings
 from gradwire_cli.terminal.units import parse_bytes
+from gradwire_cli.variables import hint
 from gradwire_server.settings import Settings
 
 
@@ -76,14 +80,54 @@ class ServeSettings(Settings):
             raise CommandError(str(error), ExitStatus.USAGE) from None
 
 
-class _SettingsFile(Toml):
-    def _load_config(self, path: Path) -> dict[str, Any]:
-        try:
-            return super()._load_config(path)
-        except (ValueError, RecursionError) as error:
-            raise CycloptsError(msg=f"{path} is not a TOML file: {error}") from error
-        except OSError as error:
-            raise CycloptsError(msg=_unreadable(path, error)) from error
+class _SettingsFile(Dict):
+    """The ``--config`` file, of which every key must be a setting."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(_loaded(path), source=str(path), use_commands_as_keys=False)
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    """Load a TOML file, every key of which is a setting.
+
+    Raises:
+        CycloptsError: The file cannot be read, or has a key that is not a setting.
+    """
+    try:
+        with path.open("rb") as file:
+            config = tomllib.load(file)
+    except (ValueError, RecursionError) as error:
+        raise CycloptsError(msg=f"{path} is not a TOML file: {error}") from error
+    except OSError as error:
+        raise CycloptsError(
+            msg=f"{path} cannot be read: {error.strerror or error}"
+        ) from error
+    known = [name.replace("_", "-") for name in SETTINGS]
+    given: dict[str, str] = {}
+    for key, value in config.items():
+        name = key.replace("-", "_")
+        if name in SETTINGS:
+            if name in given:
+                raise CycloptsError(
+                    msg=f"{path} has both {given[name]} and {key}: give one of them"
+                )
+            given[name] = key
+        elif isinstance(value, dict):
+            inner = "".join(f".{each}" for each in list(value)[:1])
+            raise CycloptsError(
+                msg=f"{path} has an unknown key: {key}{inner}; settings stand at the "
+                f"top of the file, not in a table"
+            )
+        else:
+            meant = hint(key.replace("_", "-"), known)
+            raise CycloptsError(msg=f"{path} has an unknown key: {key}{meant}")
+    return config
+
+
+SETTINGS = frozenset(
+    field.name for of in (Settings, LogSettings) for field in dataclasses.fields(of)
+)
+"""The fields of all settings: the keys of the file."""
 
 
 def _from_file(
@@ -94,18 +138,12 @@ def _from_file(
     if not config.tokens:
         return
     path = Path(config.tokens[0].value)
-    file = _SettingsFile(path, must_exist=True, use_commands_as_keys=False)
+    file = _SettingsFile(path)
     try:
         file(app, commands, arguments)
-    except FileNotFoundError as error:
-        raise CycloptsError(msg=_unreadable(path, error)) from error
     except (ValueError, RecursionError) as error:
         # Valid TOML with thousands of digits or nested tables.
         raise CycloptsError(msg=f"{path} has no valid settings: {error}") from error
-
-
-def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path} cannot be read: {error.strerror or error}"
 
 
 SOURCES = (Env("GRADWIRE_", command=False), _from_file)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gradwire_cli import variables
 from gradwire_cli.app import app, run
 from gradwire_cli.serve_settings import ServeSettings
 from gradwire_cli.terminal.logs import LogSettings
@@ -17,8 +19,6 @@ from gradwire_server.settings import Settings
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     for name in [name for name in os.environ if name.startswith("GRADWIRE_")]:
         monkeypatch.delenv(name)
 
@@ -144,10 +144,53 @@ def test_several_addresses_can_be_given_everywhere(
 def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # As Kubernetes sets them for a Service called gradwire.
     monkeypatch.setenv("GRADWIRE_PORT", "tcp://10.0.0.1:50051")
+    monkeypatch.setenv("GRADWIRE_PORT_50051_TCP", "tcp://10.0.0.1:50051")
+    monkeypatch.setenv("GRADWIRE_PORT_50051_TCP_PROTO", "tcp")
     monkeypatch.setenv("GRADWIRE_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("GRADWIRE_SERVICE_PORT_GRPC", "50051")
+    monkeypatch.setenv("GRADWIRE_GPU_SERVICE_HOST", "10.0.0.2")
     monkeypatch.setenv("GRADWIRE_ADDRESS", "gpu-node:50051")
+    variables.check(os.environ)
     settings, _ = parsed()
     assert dataclasses.asdict(settings) == dataclasses.asdict(Settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("GRADWIRE_MAX_JOB", "GRADWIRE_MAX_JOBS"),
+        ("GRADWIRE_AUTH_TOKEN", "GRADWIRE_AUTH_TOKENS"),
+        ("GRADWIRE_CONECT_TLS", "GRADWIRE_CONNECT_TLS"),
+        ("GRADWIRE_XYZ", None),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "info"])
+def test_a_variable_that_nothing_reads_is_refused(
+    name: str,
+    meant: str | None,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert run([command]) == 2
+    out, err = capsys.readouterr()
+    hint = f"; did you mean {meant}?" if meant else ""
+    assert out == ""
+    assert err == f"gradwire: the environment has an unknown variable: {name}{hint}\n"
+
+
+def test_every_variable_in_a_help_text_is_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    named = set()
+    for command in ("serve", "compute", "check", "info", "health", "token new"):
+        assert run([*command.split(), "--help"]) == 0
+        named |= set(re.findall(r"GRADWIRE_\w+", capsys.readouterr().out))
+    assert named == variables.KNOWN - {
+        *("GRADWIRE_IMAGE", "GRADWIRE_GPU_IMAGE", "GRADWIRE_PUBLISH")
+    }
 
 
 def test_mistakes_are_one_sentence_that_says_where(
@@ -173,10 +216,17 @@ def test_mistakes_are_one_sentence_that_says_where(
         return err
 
     assert "an unknown key: max-jobz" in config("max-jobz = 3")
-    assert "an unknown key: server.grace" in config("[server]\ngrace = 1")
+    assert "unknown key: max-job; did you mean max-jobs?" in config("max-job = 3")
+    for table in ("server", "serve", "check", "version"):  # of a command, too
+        sentence = config(f"[{table}]\nauth-tokens = 'tokens'")
+        assert f"an unknown key: {table}.auth-tokens; settings stand at" in sentence
+    assert "an unknown key: serve" in config("serve = true")
+    assert "an unknown key: config" in config("config = 'other.toml'")
+    assert "has both max-jobs and max_jobs" in config("max-jobs = 1\nmax_jobs = 2")
     assert "[max-jobs]" in config("max-jobs = 'many'")
     assert "has no valid settings" in config(f"max-jobs = 0x{'f' * 6000}")
-    assert "has no valid settings" in config(f"{'a.' * 5000}b = 1")
+    assert "has no valid settings" in config(f"grace.{'a.' * 5000}b = 1")
+    assert "an unknown key: a.a;" in config(f"{'a.' * 5000}b = 1")
     assert "is not a TOML file" in config(f"max-jobs = {'9' * 5000}")
     assert "is not a TOML file" in config(f"devices = {'[' * 5000}")
     assert re.search("is not a TOML file: .*line 1", config("max-jobs = ,"))
