@@ -119,12 +119,9 @@ def test_an_address_that_cannot_be_had_is_a_sentence(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert address in sentence(done)
         assert "in use" in sentence(done)
-    stale = tmp_path / "stale"
-    with socket.socket(socket.AF_UNIX) as left:
-        left.bind(str(stale))
     long = "unix:/tmp/" + "x" * 120
     for listen, text in (
-        (f"unix:{stale}", "remove it"),
+        (f"unix:{tmp_path}", "taken by something that is no socket"),
         (long, "the path has 125 bytes"),
         ("nonsense", "expected HOST:PORT or unix:PATH"),
         ("no-such-host.invalid:1", "no-such-host.invalid:1"),

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
@@ -24,6 +25,10 @@ _log = logging.getLogger("gradwire_server")
 
 _MAX_SOCKET_PATH = 107
 """Maximum bytes of a unix socket's path (sun_path of unix(7), without its final 0)."""
+
+_BIND_TO_LISTEN_S = 0.1
+"""Time that a starting server may take between bind(2) and listen(2), seconds. In
+between, its socket refuses connections just as an abandoned one does."""
 
 _URI_SIGNS = frozenset("%?#")
 """gRPC parses the path as part of a URI; these characters are special there."""
@@ -137,14 +142,26 @@ def _check_free(path: Path) -> None:
         return
     if not stat.S_ISSOCK(path.lstat().st_mode):
         raise FileExistsError("the path is taken by something that is no socket")
-    with socket.socket(socket.AF_UNIX) as trial:
-        try:
-            trial.connect(str(path))
-        except ConnectionRefusedError:
-            raise FileExistsError(
-                "a socket is left there that nobody listens on; remove it"
-            ) from None
-    raise FileExistsError("another server listens there")
+    if _answers(path):
+        raise FileExistsError("another server listens there")
+    path.unlink()
+    _log.info("removed a socket that a killed server left", extra={"path": str(path)})
+
+
+def _answers(path: Path) -> bool:
+    """Whether a server listens on a socket, or is just starting to."""
+    for wait in (0.0, _BIND_TO_LISTEN_S):
+        time.sleep(wait)
+        with socket.socket(socket.AF_UNIX) as trial:
+            trial.settimeout(1.0)
+            try:
+                trial.connect(str(path))
+            except ConnectionRefusedError:
+                continue
+            except TimeoutError:  # its backlog is full
+                return True
+        return True
+    return False
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import stat
+import threading
 from pathlib import Path
 
 import grpc
@@ -101,12 +103,29 @@ async def test_a_unix_socket_is_its_owners_alone(server, tmp_path):
     assert address == f"unix:{tmp_path}/s"
 
 
-async def test_a_stale_socket_is_a_sentence_and_stays(server, tmp_path):
+async def test_a_socket_that_a_killed_server_left_is_taken_over(server, tmp_path):
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
-    text = await refusal(server, f"unix:{path}")
-    assert "a socket is left there that nobody listens on" in text
+        left.listen()
+    assert listener.bind(server, f"unix:{path}") == f"unix:{path}"
+    await server.start()
+    async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+        await asyncio.wait_for(channel.channel_ready(), 10)
+    await server.stop(None)
+
+
+async def test_a_socket_that_is_just_being_made_is_left_alone(server, tmp_path):
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as starting:
+        starting.bind(str(path))
+        timer = threading.Timer(0.03, starting.listen)
+        timer.start()
+        try:
+            text = await refusal(server, f"unix:{path}")
+        finally:
+            timer.join()
+    assert "another server listens there" in text
     assert path.exists()
 
 
