@@ -19,7 +19,8 @@ from gradwire_server.auth import make_auth_interceptor
 from gradwire_server.backends import select
 from gradwire_server.backends.base import Backend, DeviceInfo, DeviceLostError
 from gradwire_server.backends.device_info import label, memory_limit
-from gradwire_server.backends.host_memory import machine_bytes, tune_malloc
+from gradwire_server.backends.host_limits import memory_bytes
+from gradwire_server.backends.host_memory import tune_malloc
 from gradwire_server.errors import BackendError
 from gradwire_server.observability.grpc_log import keep_departures_from_log
 from gradwire_server.observability.timeline import Observe, no_observer
@@ -101,7 +102,7 @@ class Server:
         keep_departures_from_log()
         limit = self.settings.memory_limit
         admission = Admission(
-            memory_limit=machine_bytes() // 2 if limit is None else limit,
+            memory_limit=memory_bytes() // 2 if limit is None else limit,
             max_jobs=self.settings.max_jobs,
             max_queue=self.settings.max_queue,
             limits_of=None if self._gate is None else self._gate.limits_of,

@@ -55,8 +55,8 @@ class Settings:
 
     cpu_threads: int | None = None
     """Threads that compute with NumPy, each with one BLAS thread; BLAS is limited to
-    one in the whole process. Unset: one for each processor. 0: one thread, and BLAS
-    keeps its own threads."""
+    one in the whole process. Unset: one for each processor that the affinity and the
+    control groups' quota allow. 0: one thread, and BLAS keeps its own threads."""
 
     cpu_niceness: int = 5
     """Added niceness of the threads that compute with NumPy (nice(1), 0 to 19), so that
@@ -65,7 +65,8 @@ class Settings:
 
     memory_limit: int | None = None
     """Most bytes that all jobs and open calls may hold together. Unset: half of the
-    machine's or container's memory."""
+    memory of the machine, or of what its control groups (containers, systemd, Slurm)
+    allow."""
 
     keep_memory: bool = True
     """Whether the process keeps the memory freed by a job for the next job, until no

@@ -1,37 +1,16 @@
-"""How much memory there is, how much is taken, and giving some of it back."""
+"""Memory that this process has taken, and how the C library keeps it."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import platform
 import resource
-from pathlib import Path
-
-_CONTAINER_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),  # cgroup v2
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),  # cgroup v1
-)
 
 # Parameters of mallopt(3), as <malloc.h> numbers them.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
-
-
-def machine_bytes() -> int:
-    """Memory of the container, if it has a limit, else of the machine."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [physical]
-    for path in _CONTAINER_LIMITS:
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():  # v2 writes "max" where there is none
-            limits.append(int(text))
-    return min(limits)
 
 
 def peak_resident_bytes() -> int:

@@ -20,7 +20,7 @@ from gradwire_server.backends.async_device.layout import make_layout
 from gradwire_server.backends.base import Array, DeviceInfo, Times
 from gradwire_server.backends.cuda.memory_pool import Pool, rounded_up
 from gradwire_server.backends.cuda.pinned import empty_pinned
-from gradwire_server.backends.host_memory import machine_bytes
+from gradwire_server.backends.host_limits import memory_bytes
 
 if TYPE_CHECKING:
     from gradwire_server.backends.cuda.device import CupyDevice
@@ -77,7 +77,7 @@ class CupyBackend:
         )
         self._pinned: Pool[Any] = Pool(
             host.allocate_pinned,
-            kept_bytes=machine_bytes() // PINNED_KEPT,
+            kept_bytes=memory_bytes() // PINNED_KEPT,
             spare=PINNED_SPARE,
         )
         self._memory: dict[int, Pool[Any]] = {

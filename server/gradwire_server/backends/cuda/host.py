@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -51,9 +52,14 @@ def inspect(index: int) -> DeviceInfo:
         index=index,
         name=properties["name"].decode(),
         memory_bytes=properties["totalGlobalMem"],
-        library=f"cublas {version}",
-        # Beside cuBLAS's version and the kind of GPU it is the number of these
-        # that bits depend on.
+        library=", ".join(
+            [
+                f"cublas {version}",
+                f"cuda-driver {_cuda_version(runtime.driverGetVersion())}",
+                *_cublas_settings(),
+            ]
+        ),
+        # Beside the library and the kind of GPU, bits depend on the number of these.
         threads=properties["multiProcessorCount"],
         compute_capability=f"{properties['major']}.{properties['minor']}",
         sums_rounded_to_nearest=SUMS_ROUNDED_TO_NEAREST,
@@ -157,6 +163,21 @@ def _cublas_version() -> str:
     except cublas.CUBLASError:  # an older one wants a handle all the same
         version = cublas.getVersion(get_cublas_handle())
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def _cublas_settings() -> list[str]:
+    """The environment variables by which cuBLAS chooses its kernels, as NAME=VALUE.
+
+    Its variables are in the cuBLAS and the CUDA programming guides: among them
+    CUBLAS_WORKSPACE_CONFIG, CUBLAS_EMULATE_SINGLE_PRECISION, and
+    NVIDIA_TF32_OVERRIDE. Those for its log have no effect on results.
+    """
+    return sorted(
+        f"{name}={value}"
+        for name, value in os.environ.items()
+        if name == "NVIDIA_TF32_OVERRIDE"
+        or (name.startswith(("CUBLAS_", "CUBLASLT_")) and "_LOG" not in name)
+    )
 
 
 def _cuda_version(version: int) -> str:

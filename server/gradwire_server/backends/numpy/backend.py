@@ -25,12 +25,12 @@ from gradwire_server.backends.base import (
     Times,
     empty_aligned,
 )
-from gradwire_server.backends.host_memory import machine_bytes
+from gradwire_server.backends.host_limits import memory_bytes
 from gradwire_server.backends.numpy.worker_threads import (
     Piece,
     WorkerThreads,
+    blas_kernel,
     limit_blas,
-    processors,
 )
 from gradwire_server.backends.products import compute_block
 
@@ -73,13 +73,19 @@ class NumpyBackend:
     def __init__(self, threads: int = 0, niceness: int = 0) -> None:
         self._blas = limit_blas() if threads else None
         self._threads = WorkerThreads(threads if self._blas else 1, niceness)
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        self._libraries = {
+            "numpy": np.__version__,
+            blas["name"]: blas["version"],
+            "blas-kernel": blas_kernel(),
+        }
         self.devices: tuple[DeviceInfo, ...] = (
             DeviceInfo(
                 backend=self.name,
                 index=0,
                 name=_processor(),
-                memory_bytes=machine_bytes(),
-                library=", ".join(" ".join(item) for item in self.libraries().items()),
+                memory_bytes=memory_bytes(),
+                library=", ".join(" ".join(item) for item in self._libraries.items()),
                 threads=1 if self._blas else _blas_threads(),
                 in_host_memory=True,
                 sums_rounded_to_nearest=tuple(Dtype),
@@ -141,9 +147,8 @@ class NumpyBackend:
             self._blas.restore_original_limits()
 
     def libraries(self) -> dict[str, str]:
-        """NumPy's version, and its BLAS's."""
-        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        return {"numpy": np.__version__, blas["name"]: blas["version"]}
+        """Versions of NumPy and of its BLAS, and the kernels that BLAS has chosen."""
+        return self._libraries
 
 
 class NumpyJob:
@@ -390,4 +395,5 @@ def _blas_threads() -> int:
         value = os.environ.get(variable, "")
         if value.isdigit() and int(value):
             return int(value)
-    return processors()
+    # A quota of processor time is nothing that BLAS asks for.
+    return len(os.sched_getaffinity(0))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gradwire_server.backends.device_info import check_asked
+from gradwire_server.backends.host_limits import processors
 from gradwire_server.backends.numpy.backend import NumpyBackend
-from gradwire_server.backends.numpy.worker_threads import processors
 from gradwire_server.settings import Settings
 
 

@@ -20,9 +20,9 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 try:
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_info, threadpool_limits
 except ImportError:
-    threadpool_limits = None
+    threadpool_info = threadpool_limits = None
 
 _log = logging.getLogger("gradwire_server")
 
@@ -117,6 +117,28 @@ def limit_blas() -> BlasLimit | None:
     return limit
 
 
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0))
+_KERNEL_VARIABLES = (
+    *("OPENBLAS_CORETYPE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
+    *("BLIS_ARCH_TYPE", "NPY_DISABLE_CPU_FEATURES"),
+)
+
+
+def blas_kernel() -> str:
+    """The processor that BLAS's kernels are written for, as ``Haswell``.
+
+    BLAS chooses its kernels when it is loaded, by the processor or by an
+    environment variable, and kernels differ in the last bits of a product. So
+    the variables that are set are part of the text.
+    """
+    found = {
+        library.get("architecture")
+        for library in ([] if threadpool_info is None else threadpool_info())
+        if library["user_api"] == "blas"
+    }
+    kernels = sorted(filter(None, found)) or ["unknown"]
+    asked = [
+        f"{name}={os.environ[name]}"
+        for name in _KERNEL_VARIABLES
+        if os.environ.get(name)
+    ]
+    return " ".join([*kernels, *asked])
