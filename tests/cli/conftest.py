@@ -60,11 +60,9 @@ def started(
     """A command that runs meanwhile, and is killed if it still does after."""
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
         env=environment(env),
-        **options,
+        **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options),
     )
     try:
         yield process

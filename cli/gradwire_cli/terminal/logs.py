@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradwire_cli.errors import CommandError
+from gradwire_cli.terminal.log_writer import LogWriter
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class LogSettings:
         as_json = self.log_format == "json" or (
             self.log_format == "auto" and not on_terminal
         )
-        handler = logging.StreamHandler(sys.stderr)
+        handler = LogWriter(sys.stderr.fileno())
         handler.setFormatter(_formatter(as_json=as_json, colors=on_terminal))
         logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
         logging.getLogger("gradwire_server").setLevel(self.log_level.upper())
