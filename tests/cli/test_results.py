@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,10 +103,85 @@ def test_a_file_that_comes_in_the_way_is_not_replaced_unasked(tmp_path: Path) ->
     with ResultFiles(tmp_path, SPECS, replace=False) as files:
         write_all(files)
         np.save(tmp_path / "dw.npy", Y)
-        with pytest.raises(CommandError, match="was created meanwhile"):
+        with pytest.raises(CommandError, match="was created meanwhile") as caught:
             files.commit()
-    assert names(tmp_path) == ["dw.npy"]
     np.testing.assert_array_equal(np.load(tmp_path / "dw.npy"), Y)
+    assert_kept(tmp_path, str(caught.value))
+    assert not (tmp_path / "y.npy").exists()
+
+
+def assert_kept(directory: Path, sentence: str) -> None:
+    """The results are where the sentence says."""
+    found = re.fullmatch(r".*; the complete results are in (.*), (.*)", sentence)
+    assert found is not None
+    y, dw = map(Path, found.groups())
+    assert (y.parent, dw.parent) == (directory, directory)
+    np.testing.assert_array_equal(np.load(y), Y)
+    np.testing.assert_array_equal(np.load(dw), DW)
+    assert not [name for name in names(directory) if name.startswith(".")]
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_name_that_cannot_be_given_loses_no_result(
+    tmp_path: Path, replace: bool
+) -> None:
+    with ResultFiles(tmp_path, SPECS, replace=replace) as files:
+        write_all(files)
+        (tmp_path / "dw.npy").mkdir()
+        with pytest.raises(CommandError) as caught:
+            files.commit()
+    assert_kept(tmp_path, str(caught.value))
+
+
+@contextmanager
+def poor_file_system(source: Path, point: Path) -> Iterator[None]:
+    """A file system as exFAT, SMB and sshfs are: no links, no fsync, no free space."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.support.poor_file_system", source, point],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            while not point.is_mount():
+                if process.poll() is not None:
+                    pytest.skip(f"no FUSE here: {process.stderr.read()[-200:]}")
+                time.sleep(0.01)
+            yield
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_system_without_links_fsync_or_free_space_will_do(
+    tmp_path: Path, replace: bool
+) -> None:
+    pytest.importorskip("mfusepy", exc_type=ImportError)
+    source, point = tmp_path / "source", tmp_path / "mounted"
+    source.mkdir()
+    point.mkdir()
+    with poor_file_system(source, point):
+        with pytest.raises(OSError, match="Operation not permitted"):
+            (point / "link").hardlink_to(point)
+        assert shutil.disk_usage(point).free == 0
+        with ResultFiles(point, SPECS, replace=replace) as files:
+            write_all(files)
+            files.commit()
+        assert names(point) == ["dw.npy", "y.npy"]
+        np.testing.assert_array_equal(np.load(point / "y.npy"), Y)
+        np.testing.assert_array_equal(np.load(point / "dw.npy"), DW)
+        with pytest.raises(CommandError, match="exist already; --force"):
+            ResultFiles(point, SPECS, replace=False)
+        (point / "y.npy").unlink()
+        (point / "dw.npy").unlink()
+        with ResultFiles(point, SPECS, replace=False) as files:
+            write_all(files)
+            np.save(point / "dw.npy", Y)
+            with pytest.raises(CommandError, match="was created meanwhile") as caught:
+                files.commit()
+        assert_kept(point, str(caught.value))
 
 
 def test_directories_that_cannot_be_used_are_named(tmp_path: Path) -> None:

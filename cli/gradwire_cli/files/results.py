@@ -2,12 +2,17 @@
 
 Each file is written without a name (``O_TMPFILE``), or under a hidden name if the
 file system does not support that. It gets its own name when all results are
-complete and on disk.
+complete and on disk. What the directory's file system can do is tried before
+anything is computed: exFAT, SMB and sshfs have no hard links, and some have no fsync.
+
+Finished results are never thrown away: if one cannot get its name, all stay in the
+directory under other names.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -73,11 +78,9 @@ class ResultFiles:
             self._refuse_operands(specs, keep)
             self._refuse_existing(specs)
             self._refuse_too_large(specs)
-            nameless = _has_nameless_files(directory)
+            abilities = _try(directory)
             for name, spec in specs.items():
-                self._files[name] = _PendingFile(
-                    self._target(name), spec, nameless=nameless
-                )
+                self._files[name] = _PendingFile(self._target(name), spec, abilities)
         except BaseException:
             self._discard()
             raise
@@ -105,23 +108,32 @@ class ResultFiles:
         """Give the files their names, and return the paths.
 
         Raises:
-            CommandError: The disk fails, or a file of that name was created
-                meanwhile.
+            CommandError: The disk is full or fails, or a file of that name was
+                created meanwhile. Unless the disk is full, the results are complete,
+                and the message has their paths.
         """
-        for file in self._files.values():
-            file.flush()
-        appeared: list[Path] = []
         try:
             for file in self._files.values():
+                file.flush()
+            for file in self._files.values():
                 file.publish(replace=self._replace)
-                appeared.append(file.target)
+        except _DiskFullError:
+            raise
+        except CommandError as error:
+            kept = [file.set_aside() for file in self._files.values()]
+            paths = ", ".join(str(path) for path in kept if path is not None)
+            self._made = []
+            raise CommandError(
+                f"{error}; the complete results are in {paths}"
+            ) from error
         except BaseException:
             if not self._replace:
-                for target in appeared:
-                    target.unlink(missing_ok=True)
+                for file in self._files.values():
+                    if file.has_appeared:
+                        file.target.unlink(missing_ok=True)
             raise
         self._made = []
-        return tuple(appeared)
+        return tuple(file.target for file in self._files.values())
 
     def _target(self, name: str) -> Path:
         return self._directory / f"{name}.npy"
@@ -172,7 +184,8 @@ class ResultFiles:
     def _refuse_too_large(self, specs: Mapping[str, ResultSpec]) -> None:
         needed = sum(spec.size_bytes for spec in specs.values())
         free = shutil.disk_usage(self._directory).free
-        if needed > free:
+        # Some network file systems do not know, and say 0.
+        if needed > free > 0:
             raise CommandError(
                 f"{self._directory} has {format_bytes(free)} of free space; "
                 f"the results need {format_bytes(needed)}"
@@ -186,17 +199,32 @@ class ResultFiles:
                 made.rmdir()
 
 
+class _Abilities(NamedTuple):
+    """What the file system of the directory can do."""
+
+    nameless: bool
+    """Create a file that gets its name later."""
+    links: bool
+    """Give a file a second name, which fails if the name is taken."""
+
+
+class _DiskFullError(CommandError):
+    """A file is not complete, because the disk, a quota or a size limit is reached."""
+
+
 class _PendingFile:
     """A file without its final name."""
 
-    def __init__(self, target: Path, spec: ResultSpec, *, nameless: bool) -> None:
+    def __init__(self, target: Path, spec: ResultSpec, abilities: _Abilities) -> None:
         self.target = target
-        self._hidden = None if nameless else _hidden_name(target)
+        self.has_appeared = False
+        self._links = abilities.links
+        self._hidden = None if abilities.nameless else _hidden_name(target)
         try:
             if self._hidden is None:
                 self._fd = _open_nameless(target.parent)
             else:
-                self._fd = os.open(self._hidden, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+                self._fd = _create(self._hidden)
             self._file = os.fdopen(self._fd, "wb", buffering=0)
         except OSError as error:
             raise _cannot_write(target.parent, error) from error
@@ -228,24 +256,40 @@ class _PendingFile:
         try:
             os.fsync(self._fd)
         except OSError as error:
-            raise _cannot_write(self.target, error) from error
+            if error.errno not in _UNSUPPORTED:
+                raise _cannot_write(self.target, error) from error
 
     def publish(self, *, replace: bool) -> None:
         try:
-            if not replace:
-                self._link(self.target)
+            if replace:
+                self._name().replace(self.target)
+            elif self._hidden is None:
+                _link_nameless(self._fd, self.target)
             else:
-                if self._hidden is None:
-                    self._link(hidden := _hidden_name(self.target))
-                    self._hidden = hidden
-                self._hidden.replace(self.target)
-                self._hidden = None
+                _rename_new(self._hidden, self.target, links=self._links)
         except FileExistsError:
             raise CommandError(
                 f"{self.target} was created meanwhile; --force replaces it"
             ) from None
         except OSError as error:
             raise _cannot_write(self.target, error) from error
+        self._hidden = None
+        self.has_appeared = True
+
+    def set_aside(self) -> Path | None:
+        """Give the file a free name beside its target's, and return it.
+
+        Returns:
+            The path; None if the file could not be named.
+        """
+        aside = self.target.with_name(f"{self.target.stem}.{uuid.uuid4().hex[:8]}.npy")
+        kept: Path | None = aside
+        try:
+            (self.target if self.has_appeared else self._name()).rename(aside)
+        except OSError:
+            kept = self.target if self.has_appeared else self._hidden
+        self._hidden = None
+        return kept
 
     def discard(self) -> None:
         """Discard the file unless it has its name. May be called repeatedly."""
@@ -254,14 +298,69 @@ class _PendingFile:
             self._hidden.unlink(missing_ok=True)
             self._hidden = None
 
-    def _link(self, name: Path) -> None:
-        if self._hidden is not None:
-            os.link(self._hidden, name)
-        else:
-            _link_nameless(self._fd, name)
+    def _name(self) -> Path:
+        """The file's hidden name; a file without a name gets one."""
+        if self._hidden is None:
+            hidden = _hidden_name(self.target)
+            _link_nameless(self._fd, hidden)
+            self._hidden = hidden
+        return self._hidden
 
 
 _FLAGS = os.O_WRONLY | os.O_CLOEXEC
+
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""How file systems say that they do not have an operation at all."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def _try(directory: Path) -> _Abilities:
+    """Find out how files can be created and named in the directory.
+
+    Raises:
+        CommandError: Files cannot be created there, or not be named.
+    """
+    trial = directory / "trial"
+    first, second = _hidden_name(trial), _hidden_name(trial)
+    try:
+        os.close(_create(first))
+        try:
+            os.link(first, second)
+            links = True
+        except OSError:
+            links = False
+            _rename_new(first, second, links=False)
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    finally:
+        for name in first, second:
+            with contextlib.suppress(OSError):
+                name.unlink()
+    return _Abilities(links and _has_nameless_files(directory), links)
+
+
+def _create(path: Path) -> int:
+    return os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _rename_new(path: Path, name: Path, *, links: bool) -> None:
+    """Rename a file, and fail if the name is taken.
+
+    Raises:
+        OSError: FileExistsError if the name is taken.
+    """
+    if links:
+        os.link(path, name)
+        path.unlink()
+        return
+    # The name is taken first, by an empty file, which is then replaced.
+    os.close(_create(name))
+    try:
+        path.replace(name)
+    except BaseException:
+        name.unlink()
+        raise
 
 
 def _has_nameless_files(directory: Path) -> bool:
@@ -292,4 +391,5 @@ def _hidden_name(target: Path) -> Path:
 
 
 def _cannot_write(path: Path, error: OSError) -> CommandError:
-    return CommandError(f"{path} cannot be written: {error.strerror or error}")
+    kind = _DiskFullError if error.errno in _FULL else CommandError
+    return kind(f"{path} cannot be written: {error.strerror or error}")
