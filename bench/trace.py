@@ -30,7 +30,7 @@ _FIRST_BLOCKS = 4
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     n, k = options.columns
-    settings = {"backend": "numpy", "block_bytes": options.block_bytes}
+    settings = {"backend": "numpy", "row_block_bytes": options.row_block_bytes}
     settings["cpu_threads"] = options.cpu_threads
     with Child("bench.report.observed", json.dumps(settings)) as server:
         with gradwire.connect(server.address, transport="tcp") as client:
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--blocks", type=int, default=24, help="row blocks (24)")
     parser.add_argument(
-        "--block-bytes", type=int, default=16 << 20, help="the server's setting"
+        "--row-block-bytes", type=int, default=16 << 20, help="the server's setting"
     )
     parser.add_argument(
         "--cpu-threads",

@@ -37,7 +37,7 @@ from gradwire.v1.matrix_pb2 import (
     MATRIX_W,
     MATRIX_X,
     MATRIX_Y,
-    Block,
+    Chunk,
 )
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -90,11 +90,11 @@ def compute_stream(stub: GradientServiceStub, x: Array, w: Array, dy: Array) -> 
             match response.WhichOneof("message"):
                 case "accepted":
                     accepted.put(response.accepted)
-                case "block":
-                    block = response.block
-                    elements = np.frombuffer(block.data, np.float32)
-                    flat = results[block.matrix].reshape(-1)
-                    flat[block.index : block.index + elements.size] = elements
+                case "chunk":
+                    chunk = response.chunk
+                    elements = np.frombuffer(chunk.data, np.float32)
+                    flat = results[chunk.matrix].reshape(-1)
+                    flat[chunk.index : chunk.index + elements.size] = elements
                 case "receipt":
                     print(f"  {response.receipt.blocks} row blocks computed")
     finally:
@@ -111,15 +111,15 @@ def requests(
     answer = accepted.get()
     if answer is None:
         return
-    yield from blocks(MATRIX_W, w, 0, len(w))
+    yield from chunks(MATRIX_W, w, 0, len(w))
     for first in range(0, m, answer.block_rows):
         last = min(first + answer.block_rows, m)
-        yield from blocks(MATRIX_X, x, first, last)
-        yield from blocks(MATRIX_DY, dy, first, last)
+        yield from chunks(MATRIX_X, x, first, last)
+        yield from chunks(MATRIX_DY, dy, first, last)
     yield ComputeStreamRequest(end=End(m=m))
 
 
-def blocks(
+def chunks(
     matrix: int, elements: Array, first: int, last: int
 ) -> Iterator[ComputeStreamRequest]:
     """Rows first to last - 1, in messages of at most 1 MiB."""
@@ -128,7 +128,7 @@ def blocks(
     for start in range(first * columns, last * columns, step):
         part = flat[start : min(start + step, last * columns)]
         yield ComputeStreamRequest(
-            block=Block(matrix=matrix, index=start, data=part.tobytes())
+            chunk=Chunk(matrix=matrix, index=start, data=part.tobytes())
         )
 
 

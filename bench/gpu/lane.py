@@ -153,7 +153,7 @@ async def _job(
         ahead: Most started row blocks; None: one per slot.
     """
     spec = parse_header(_header(shape, dtype), backend.max_columns)
-    plan = make_plan(spec, backend.block_bytes, backend.pipeline_depth)
+    plan = make_plan(spec, backend.row_block_bytes, backend.pipeline_depth)
     progress = JobProgress()
     computation = DeviceExecution(spec, plan, backend, worker.device, progress)
     job = object()

@@ -63,7 +63,7 @@ class ServeSettings(Settings):
     ] = Settings.devices
     device_memory_limit: Annotated[int | None, _SIZE] = Settings.device_memory_limit
     memory_limit: Annotated[int | None, _SIZE] = Settings.memory_limit
-    block_bytes: Annotated[int | None, _SIZE] = Settings.block_bytes
+    row_block_bytes: Annotated[int | None, _SIZE] = Settings.row_block_bytes
     auth_tokens: Annotated[Path | None, _FILE] = Settings.auth_tokens
     auth_jwks: Annotated[Path | None, _FILE] = Settings.auth_jwks
     auth_jwt_audience: Annotated[str | None, _NAME] = Settings.auth_jwt_audience

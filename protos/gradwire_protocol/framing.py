@@ -5,11 +5,11 @@ costs too much. The sender joins a prefix and the payload's buffer once. The
 receiver uses a `memoryview` of the received message. This fast path handles the
 canonical form, as written by every protobuf library:
 
-    12 <length>            field 2 of the envelope: block
-      08 <matrix>          Block.matrix
-      10 <index>           Block.index, left out when 0
-      1d <4 bytes>         Block.crc32c, when present
-      7a <length> <data>   Block.data, to the end of the message
+    12 <length>            field 2 of the envelope: chunk
+      08 <matrix>          Chunk.matrix
+      10 <index>           Chunk.index, left out when 0
+      1d <4 bytes>         Chunk.crc32c, when present
+      7a <length> <data>   Chunk.data, to the end of the message
 
 All other valid protobuf encodings (other orders, repeated or split fields,
 unknown fields, longer varints) go through the generated classes, which also
@@ -30,9 +30,9 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeStreamResponse,
 )
 from gradwire_protocol.v1.job_pb2 import Accepted, Checkpoint, End, Job, Queued, Receipt
-from gradwire_protocol.v1.matrix_pb2 import Block as BlockMessage
+from gradwire_protocol.v1.matrix_pb2 import Chunk as ChunkMessage
 
-_TAG_BLOCK = 0x12
+_TAG_CHUNK = 0x12
 _TAG_MATRIX = 0x08
 _TAG_INDEX = 0x10
 _TAG_CRC32C = 0x1D
@@ -48,7 +48,7 @@ class FramingError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Chunk:
     """A received run of elements, not yet checked against a job."""
 
     matrix: int
@@ -65,11 +65,11 @@ class Block:
     """The payload's checksum, if present."""
 
 
-RequestMessage: TypeAlias = Job | Block | End
-ResponseMessage: TypeAlias = Accepted | Queued | Block | Receipt | Checkpoint
+RequestMessage: TypeAlias = Job | Chunk | End
+ResponseMessage: TypeAlias = Accepted | Queued | Chunk | Receipt | Checkpoint
 
 
-def encode_block(
+def encode_chunk(
     matrix: int,
     index: int,
     payload: bytes | memoryview,
@@ -93,7 +93,7 @@ def encode_block(
         head += _CRC32C.pack(crc32c)
     head.append(_TAG_DATA)
     _append_varint(head, size)
-    prefix = bytearray((_TAG_BLOCK,))
+    prefix = bytearray((_TAG_CHUNK,))
     _append_varint(prefix, len(head) + size)
     return b"".join((prefix, head, payload))
 
@@ -134,19 +134,19 @@ def encode_receipt(receipt: Receipt) -> bytes:
 def decode_request(message: bytes) -> RequestMessage:
     """Decode a client's message.
 
-    In the canonical form, a block's payload is a view of `message`.
+    In the canonical form, a chunk's payload is a view of `message`.
 
     Raises:
         FramingError: The bytes do not parse, or no member is set.
     """
-    block = _canonical_block(message)
-    return block if block is not None else decode_request_by_class(message)
+    chunk = _canonical_chunk(message)
+    return chunk if chunk is not None else decode_request_by_class(message)
 
 
 def decode_response(message: bytes) -> ResponseMessage:
     """Decode a server's message; see `decode_request`."""
-    block = _canonical_block(message)
-    return block if block is not None else decode_response_by_class(message)
+    chunk = _canonical_chunk(message)
+    return chunk if chunk is not None else decode_response_by_class(message)
 
 
 def decode_request_by_class(message: bytes) -> RequestMessage:
@@ -155,12 +155,12 @@ def decode_request_by_class(message: bytes) -> RequestMessage:
     match envelope.WhichOneof("message"):
         case "job":
             return envelope.job
-        case "block":
-            return _from_class(envelope.block)
+        case "chunk":
+            return _from_class(envelope.chunk)
         case "end":
             return envelope.end
         case _:
-            raise FramingError("the message holds neither job, block nor end")
+            raise FramingError("the message holds neither job, chunk nor end")
 
 
 def decode_response_by_class(message: bytes) -> ResponseMessage:
@@ -171,15 +171,15 @@ def decode_response_by_class(message: bytes) -> ResponseMessage:
             return envelope.accepted
         case "queued":
             return envelope.queued
-        case "block":
-            return _from_class(envelope.block)
+        case "chunk":
+            return _from_class(envelope.chunk)
         case "receipt":
             return envelope.receipt
         case "checkpoint":
             return envelope.checkpoint
         case _:
             raise FramingError(
-                "the message holds neither accepted, queued, block, receipt nor"
+                "the message holds neither accepted, queued, chunk, receipt nor"
                 " checkpoint"
             )
 
@@ -195,19 +195,19 @@ def _parse(envelope: type[_Envelope], message: bytes) -> _Envelope:
         raise FramingError(f"the bytes are not a {name}") from None
 
 
-def _from_class(block: BlockMessage) -> Block:
-    return Block(
-        matrix=block.matrix,
-        index=block.index,
-        payload=memoryview(block.data) if block.HasField("data") else None,
-        crc32c=block.crc32c if block.HasField("crc32c") else None,
+def _from_class(chunk: ChunkMessage) -> Chunk:
+    return Chunk(
+        matrix=chunk.matrix,
+        index=chunk.index,
+        payload=memoryview(chunk.data) if chunk.HasField("data") else None,
+        crc32c=chunk.crc32c if chunk.HasField("crc32c") else None,
     )
 
 
-def _canonical_block(message: bytes) -> Block | None:
-    """The block; None unless the message has exactly the canonical form."""
+def _canonical_chunk(message: bytes) -> Chunk | None:
+    """The chunk; None unless the message has exactly the canonical form."""
     try:
-        if message[0] != _TAG_BLOCK:
+        if message[0] != _TAG_CHUNK:
             return None
         length, at = _varint(message, 1)
         if at + length != len(message) or message[at] != _TAG_MATRIX:
@@ -232,7 +232,7 @@ def _canonical_block(message: bytes) -> Block | None:
             return None
     except (IndexError, struct.error):
         return None
-    return Block(matrix, index, memoryview(message)[at:], crc32c)
+    return Chunk(matrix, index, memoryview(message)[at:], crc32c)
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

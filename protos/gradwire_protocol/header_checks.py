@@ -57,12 +57,12 @@ def check_header(job: job_pb2.Job) -> None:
             f"job.checksum is {job.checksum}: this server does not offer it",
             "job.checksum",
         )
-    if not 0 <= job.max_block_bytes <= MAX_PAYLOAD_BYTES:
+    if not 0 <= job.max_chunk_bytes <= MAX_PAYLOAD_BYTES:
         raise HeaderError(
             Reason.OPTION_INVALID,
-            f"job.max_block_bytes is {job.max_block_bytes}: expected 0 to "
+            f"job.max_chunk_bytes is {job.max_chunk_bytes}: expected 0 to "
             f"{MAX_PAYLOAD_BYTES}",
-            "job.max_block_bytes",
+            "job.max_chunk_bytes",
         )
     _check_shared_memory(job, (*operands_for(results), *results))
     if job.HasField("checkpoints"):

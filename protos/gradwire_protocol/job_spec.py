@@ -15,7 +15,7 @@ from typing import NamedTuple
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.header_checks import HeaderError, check_header, path_of
-from gradwire_protocol.limits import DEFAULT_BLOCK_BYTES
+from gradwire_protocol.limits import DEFAULT_CHUNK_BYTES
 from gradwire_protocol.matrices import OPERANDS, RESULTS, Matrix, operands_for
 from gradwire_protocol.v1 import job_pb2, matrix_pb2
 
@@ -79,7 +79,7 @@ class JobSpec:
     allow_tf32: bool = False
     checksum: bool = False
     """Whether every payload carries a CRC-32C."""
-    max_block_bytes: int = DEFAULT_BLOCK_BYTES
+    max_chunk_bytes: int = DEFAULT_CHUNK_BYTES
     """Largest payload of a message from the server."""
     features: tuple[str, ...] = ()
     """Features required by the job."""
@@ -187,7 +187,7 @@ class JobSpec:
                 if self.checksum
                 else matrix_pb2.CHECKSUM_UNSPECIFIED
             ),
-            max_block_bytes=self.max_block_bytes,
+            max_chunk_bytes=self.max_chunk_bytes,
             required_features=self.features,
         )
         job.regions.extend(job_pb2.SharedRegion(token=name) for name in self.regions)
@@ -240,7 +240,7 @@ class JobSpec:
             dw_accumulator=Dtype(accumulator) if accumulator else None,
             allow_tf32=job.numerics.allow_tf32,
             checksum=job.checksum == matrix_pb2.CHECKSUM_CRC32C,
-            max_block_bytes=job.max_block_bytes or DEFAULT_BLOCK_BYTES,
+            max_chunk_bytes=job.max_chunk_bytes or DEFAULT_CHUNK_BYTES,
             features=tuple(dict.fromkeys(job.required_features)),
             regions=tuple(region.token for region in job.regions),
             buffers=_read_buffers(job),

@@ -3,10 +3,10 @@
 MIB = 1 << 20
 
 MAX_PAYLOAD_BYTES = 4 * MIB
-"""Largest payload of a Block."""
+"""Largest payload of a Chunk."""
 
-DEFAULT_BLOCK_BYTES = MIB
-"""Default payload of a Block."""
+DEFAULT_CHUNK_BYTES = MIB
+"""Default payload of a Chunk."""
 
 FRAMING_BYTES = 64 * 1024
 """Bytes reserved for the rest of a message beside its payload."""

@@ -78,7 +78,7 @@ class Settings:
     max_queue: int = 256
     """Most jobs that wait for their turn; one more is refused as BUSY."""
 
-    block_bytes: int | None = None
+    row_block_bytes: int | None = None
     """Bytes of the operands' rows that are computed together. With n, k and the dtype
     it decides how many rows a block has, and so a result's last bits. Unset: 16 MiB
     with numpy, 32 MiB with cupy."""
@@ -177,7 +177,7 @@ _LEAST: dict[str, float] = {
     "tenant_max_jobs": 1,
     "tenant_memory_limit": 4 * MIB,
     "tenant_max_queue": 0,
-    "block_bytes": 1,
+    "row_block_bytes": 1,
     "idle_timeout": 0.01,
     "grace": 0,
 }

@@ -119,10 +119,10 @@ def test_a_right_server_passes_every_check(server: ServerProcess) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("block_bytes", [1 << 10, 1 << 26])
-def test_a_right_server_passes_whatever_its_row_blocks(block_bytes: int) -> None:
-    with running_server(block_bytes=block_bytes) as server:
-        assert wrong(checked(server.address, seed=block_bytes)) == set()
+@pytest.mark.parametrize("row_block_bytes", [1 << 10, 1 << 26])
+def test_a_right_server_passes_whatever_its_row_blocks(row_block_bytes: int) -> None:
+    with running_server(row_block_bytes=row_block_bytes) as server:
+        assert wrong(checked(server.address, seed=row_block_bytes)) == set()
 
 
 @pytest.mark.thorough

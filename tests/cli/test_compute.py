@@ -314,7 +314,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
     paths = save(tmp_path, whole_numbers(9000, 7, 5))
     backend, out = StallingBackend(), tmp_path / "out"
     with (
-        serving_with(backend, block_bytes=4096) as address,
+        serving_with(backend, row_block_bytes=4096) as address,
         started("compute", *paths, "--out", out, "--address", address) as process,
     ):
         assert backend.reached.wait(TIMEOUT_S)
@@ -355,7 +355,7 @@ its holder does not know yet. It waits in steps of a part of a second."""
 def test_a_signal_in_the_middle_of_taking_a_lock_ends_the_run(tmp_path: Path) -> None:
     paths = save(tmp_path, whole_numbers(9000, 7, 5))
     backend, out = StallingBackend(), tmp_path / "out"
-    with serving_with(backend, block_bytes=4096) as address:
+    with serving_with(backend, row_block_bytes=4096) as address:
         done = subprocess.run(
             [
                 *(sys.executable, "-c", INTERRUPTED_IN_A_LOCK),
@@ -380,7 +380,7 @@ def test_a_second_ctrl_c_does_not_break_into_the_cleaning_up(tmp_path: Path) -> 
     paths = save(tmp_path, whole_numbers(9000, 7, 5))
     backend, out = StallingBackend(), tmp_path / "out"
     with (
-        serving_with(backend, block_bytes=4096) as address,
+        serving_with(backend, row_block_bytes=4096) as address,
         started("compute", *paths, "--out", out, "--address", address) as process,
     ):
         assert backend.reached.wait(TIMEOUT_S)
@@ -397,7 +397,7 @@ def test_an_interrupted_run_leaves_older_results_as_they_are(tmp_path: Path) -> 
     before = listing(tmp_path)
     backend = StallingBackend()
     with (
-        serving_with(backend, block_bytes=4096) as address,
+        serving_with(backend, row_block_bytes=4096) as address,
         started(
             *("compute", *paths, "--out", tmp_path, "--address", address, "--force")
         ) as process,
@@ -415,7 +415,7 @@ def test_a_server_that_fails_in_the_middle_is_a_sentence_with_the_jobs_name(
     paths = save(tmp_path, whole_numbers(9000, 7, 5))
     backend, out = StallingBackend(then_fail=True), tmp_path / "out"
     backend.go_on.set()
-    with serving_with(backend, block_bytes=4096) as address:
+    with serving_with(backend, row_block_bytes=4096) as address:
         text = refused(
             *(*paths, "--out", out, "--address", address, "--request-id", "my-job")
         )
@@ -436,7 +436,7 @@ def test_a_file_that_shrinks_meanwhile_is_a_sentence(tmp_path: Path) -> None:
     x, w = sparse(tmp_path / "x.npy", (200_000, 50)), sparse(tmp_path / "w", (50, 1))
     backend, out = StallingBackend(), tmp_path / "out"
     with (
-        serving_with(backend, block_bytes=1 << 20) as address,
+        serving_with(backend, row_block_bytes=1 << 20) as address,
         started("compute", x, w, "--out", out, "--address", address) as process,
     ):
         assert backend.reached.wait(TIMEOUT_S)

@@ -30,7 +30,13 @@ def test_the_process_ends_with_a_status_and_a_log_line(other: str) -> None:
     """Whatever the other device does: it may hang in its driver."""
     script = [sys.executable, "-m", "tests.cli.losing_server", other]
     process = subprocess.Popen(
-        [*script, "serve", "--listen=127.0.0.1:0", "--block-bytes=600", "--grace=600"],
+        [
+            *script,
+            "serve",
+            "--listen=127.0.0.1:0",
+            "--row-block-bytes=600",
+            "--grace=600",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

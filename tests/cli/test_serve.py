@@ -172,7 +172,7 @@ class SlowRows:
 def test_a_running_job_is_finished_before_the_end() -> None:
     rows = SlowRows()
     with started(
-        "serve", "--listen=127.0.0.1:0", "--block-bytes=128", "--grace=30"
+        "serve", "--listen=127.0.0.1:0", "--row-block-bytes=128", "--grace=30"
     ) as process:
         (address,) = addresses(process)
         with (
@@ -197,7 +197,7 @@ def test_a_running_job_is_finished_before_the_end() -> None:
 def test_the_second_signal_stops_at_once() -> None:
     rows = SlowRows()
     with started(
-        "serve", "--listen=127.0.0.1:0", "--block-bytes=128", "--grace=600"
+        "serve", "--listen=127.0.0.1:0", "--row-block-bytes=128", "--grace=600"
     ) as process:
         (address,) = addresses(process)
         with (

@@ -62,7 +62,7 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     "keep_memory": ("false", False, "false"),
     "max_jobs": ("7", 7, "7"),
     "max_queue": ("0", 0, "0"),
-    "block_bytes": ("65536", 65536, "65536"),
+    "row_block_bytes": ("65536", 65536, "65536"),
     "allow_shared_memory": ("true", True, "true"),
     "auth_tokens": ("/etc/t.toml", Path("/etc/t.toml"), '"/etc/t.toml"'),
     "auth_jwks": ("/etc/k.json", Path("/etc/k.json"), '"/etc/k.json"'),

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.serving import ServerProcess, running_server
 
-BLOCK_BYTES = 1024
+ROW_BLOCK_BYTES = 1024
 
 
 def assert_untroubled(server: ServerProcess) -> None:
@@ -39,7 +39,7 @@ def serving_both(**settings: Any) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="session")
 def small_blocks() -> Iterator[ServerProcess]:
     """A server that all tests share which leave it unharmed."""
-    with serving_both(block_bytes=BLOCK_BYTES) as process:
+    with serving_both(row_block_bytes=ROW_BLOCK_BYTES) as process:
         yield process
 
 

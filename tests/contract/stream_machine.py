@@ -25,7 +25,7 @@ from tests.support.raw import (
     Request,
     Stream,
     assert_exact,
-    block,
+    chunk,
     end,
     whole_numbers,
 )
@@ -120,8 +120,8 @@ class AnyStream(RuleBasedStateMachine):
 
     def _send(self, message: Request | bytes) -> None:
         if isinstance(message, Request):
-            if self.model.job.checksum and message.HasField("block"):
-                message.block.crc32c = google_crc32c.value(message.block.data)
+            if self.model.job.checksum and message.HasField("chunk"):
+                message.chunk.crc32c = google_crc32c.value(message.chunk.data)
             message = message.SerializeToString()
         self.last = message
         self.model.apply(message)
@@ -134,7 +134,7 @@ class AnyStream(RuleBasedStateMachine):
         operand = getattr(self.problem, name).reshape(-1)
         data = operand[at : at + elements].tobytes()
         if data and -(2**63) <= at + shift < 2**63:
-            self._send(block(name, at + shift, data))
+            self._send(chunk(name, at + shift, data))
         return len(data)
 
     @property
@@ -210,7 +210,7 @@ class AnyStream(RuleBasedStateMachine):
     @precondition(lambda self: self.open and not self.behaves)
     @rule(number=int32s, index=int64s, data=st.binary(max_size=24))
     def send_any_block(self, number, index, data):
-        self._send(block(number, index, data))
+        self._send(chunk(number, index, data))
 
     @precondition(lambda self: self.open and not self.behaves and self.last)
     @rule()

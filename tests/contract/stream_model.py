@@ -61,7 +61,7 @@ class StreamModel:
         elif kind == "end":
             self._end(request.end.m)
         else:
-            self._block(request.block)
+            self._chunk(request.chunk)
 
     def close(self) -> None:
         """The client half-closes."""
@@ -88,29 +88,29 @@ class StreamModel:
         if not self.wrong:
             self.m = m
 
-    def _block(self, block: matrix_pb2.Block) -> None:
-        name = OPERAND_OF.get(block.matrix)
+    def _chunk(self, chunk: matrix_pb2.Chunk) -> None:
+        name = OPERAND_OF.get(chunk.matrix)
         if name is None:
             self.wrong.add("MATRIX_INVALID")
         elif name not in self.received:
             self.wrong.add("OPERAND_UNEXPECTED")
-        elif not block.HasField("data"):
+        elif not chunk.HasField("data"):
             self.wrong.add("OPTION_UNKNOWN")
-            if block.index != self.count(name):
+            if chunk.index != self.count(name):
                 self.wrong.add("INDEX_INVALID")
         else:
-            self._elements(name, block)
+            self._elements(name, chunk)
 
-    def _elements(self, name: str, block: matrix_pb2.Block) -> None:
-        size, itemsize = len(block.data), self.dtype.itemsize
+    def _elements(self, name: str, chunk: matrix_pb2.Chunk) -> None:
+        size, itemsize = len(chunk.data), self.dtype.itemsize
         wanted = self.job.checksum == matrix_pb2.CHECKSUM_CRC32C
-        if block.index != self.count(name):
+        if chunk.index != self.count(name):
             self.wrong.add("INDEX_INVALID")
         if size % itemsize or size > MAX_PAYLOAD:
             self.wrong.add("PAYLOAD_INVALID")
-        if block.HasField("crc32c") != wanted:
+        if chunk.HasField("crc32c") != wanted:
             self.wrong.add("PAYLOAD_INVALID")
-        elif wanted and block.crc32c != google_crc32c.value(block.data):
+        elif wanted and chunk.crc32c != google_crc32c.value(chunk.data):
             self.wrong.add("CHECKSUM_MISMATCH")
         rows, columns = self._rows(name), self.columns[name]
         elements = self.count(name) + size // itemsize
@@ -119,7 +119,7 @@ class StreamModel:
         elif name != "w" and size >= itemsize:
             self._order(name, elements)
         if not self.wrong:
-            self.received[name] += block.data
+            self.received[name] += chunk.data
 
     def _order(self, name: str, elements: int) -> None:
         if "w" in self.received and self.count("w") < self.job.n * self.job.k:

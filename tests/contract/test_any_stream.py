@@ -64,12 +64,12 @@ def serving(**settings: Any) -> Iterator[grpc.Channel]:
     What it holds must be given back as soon as a job has ended, whatever
     became of it: all of its memory goes to the largest job that it can have.
     """
-    probe = whole_numbers(6, 6, 6).job(max_block_bytes=4 << 20)
-    with running_server(block_bytes=256) as sizing, connected(sizing) as channel:
+    probe = whole_numbers(6, 6, 6).job(max_chunk_bytes=4 << 20)
+    with running_server(row_block_bytes=256) as sizing, connected(sizing) as channel:
         reserved = reserved_by(channel, probe)
     with (
         running_server(
-            block_bytes=256,
+            row_block_bytes=256,
             memory_limit=reserved + CALL_BYTES,
             max_jobs=1,
             **settings,
@@ -230,7 +230,7 @@ headers = st.builds(
         allow_tf32=st.booleans(),
     ),
     checksum=st.sampled_from([0, 1]) | int32s,
-    max_block_bytes=st.just(0) | int64s,
+    max_chunk_bytes=st.just(0) | int64s,
     required_features=st.lists(st.sampled_from(["checksum-crc32c", "", "x"])),
 )
 

@@ -98,7 +98,11 @@ class _Job:
 
 
 def settings_of(**settings) -> Settings:
-    settings = {"listen": ("127.0.0.1:0",), "block_bytes": 600, "grace": 5} | settings
+    settings = {
+        "listen": ("127.0.0.1:0",),
+        "row_block_bytes": 600,
+        "grace": 5,
+    } | settings
     return Settings(**settings)
 
 

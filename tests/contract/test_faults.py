@@ -71,7 +71,11 @@ class _HeldJob:
 @contextlib.contextmanager
 def serving(**settings) -> Iterator[tuple[HeldBackend, grpc.Channel]]:
     backend = HeldBackend()
-    settings = {"listen": ("127.0.0.1:0",), "block_bytes": 600, "grace": 5} | settings
+    settings = {
+        "listen": ("127.0.0.1:0",),
+        "row_block_bytes": 600,
+        "grace": 5,
+    } | settings
     server = Server(Settings(**settings), backend)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -141,7 +145,7 @@ def test_a_job_that_fails_leaves_the_one_beside_it_alone():
     with serving() as (backend, channel), Stream(channel) as good:
         good.send(PROBLEM.job())
         outcome = good.receive_accepted()
-        good.send_all(PROBLEM.blocks("w", 0, 5))
+        good.send_all(PROBLEM.chunks("w", 0, 5))
         backend.before["compute_block"] = fail(RuntimeError())
         with pytest.raises(CallError, match="UNFORESEEN"):
             stream_job(channel, PROBLEM)
@@ -195,13 +199,13 @@ def test_a_client_is_not_called_idle_while_the_server_is_what_it_waits_for():
         stream.send(PROBLEM.job())
         outcome = stream.receive_accepted()
         rows = outcome.accepted.block_rows
-        stream.send_all(PROBLEM.blocks("w", 0, 5))
-        stream.send_all(PROBLEM.blocks("x", 0, rows))
-        stream.send_all(PROBLEM.blocks("dy", 0, rows))
+        stream.send_all(PROBLEM.chunks("w", 0, 5))
+        stream.send_all(PROBLEM.chunks("x", 0, rows))
+        stream.send_all(PROBLEM.chunks("dy", 0, rows))
         # This client sends a block when it has seen the last one's results.
         threading.Timer(1.0, released.set).start()
         expected = PROBLEM.expected()["y"][:rows].tobytes()
-        assert stream.receive().block.data == expected
+        assert stream.receive().chunk.data == expected
 
 
 def test_a_small_job_takes_its_turn_between_the_blocks_of_a_large_one(monkeypatch):

@@ -17,7 +17,7 @@ from tests.support.raw import (
     CallError,
     Stream,
     assert_exact,
-    block,
+    chunk,
     compute_job,
     compute_request,
     end,
@@ -33,9 +33,9 @@ JOB_ID = "the-refused-job"
 MIB = 1 << 20
 
 # The header that `make_job` makes has m = 6, n = 5, k = 4, float32.
-W = block("w", 0, bytes(5 * 4 * 4))
-X = block("x", 0, bytes(6 * 5 * 4))
-DY = block("dy", 0, bytes(6 * 4 * 4))
+W = chunk("w", 0, bytes(5 * 4 * 4))
+X = chunk("x", 0, bytes(6 * 5 * 4))
+DY = chunk("dy", 0, bytes(6 * 4 * 4))
 END = end(6)
 
 
@@ -48,7 +48,7 @@ def case(name, messages, reason, field, *says, status=INVALID):
 
 
 def crc(matrix, data, crc32c):
-    return block(matrix, 0, data, crc32c)
+    return chunk(matrix, 0, data, crc32c)
 
 
 HEADERS = [
@@ -198,18 +198,18 @@ HEADERS = [
         status=UNIMPLEMENTED,
     ),
     case(
-        "max-block-bytes-negative",
-        job(max_block_bytes=-1),
+        "max-chunk-bytes-negative",
+        job(max_chunk_bytes=-1),
         "OPTION_INVALID",
-        "job.max_block_bytes",
+        "job.max_chunk_bytes",
         "-1",
         str(4 * MIB),
     ),
     case(
-        "max-block-bytes-too-large",
-        job(max_block_bytes=4 * MIB + 1),
+        "max-chunk-bytes-too-large",
+        job(max_chunk_bytes=4 * MIB + 1),
         "OPTION_INVALID",
-        "job.max_block_bytes",
+        "job.max_chunk_bytes",
         str(4 * MIB + 1),
         str(4 * MIB),
     ),
@@ -236,118 +236,118 @@ STREAMS = [
         [job(), b""],
         "MESSAGE_MALFORMED",
         None,
-        "neither job, block nor end",
+        "neither job, chunk nor end",
     ),
     case("second-job", [job(), W, job()], "MESSAGE_UNEXPECTED", None, "job", "end"),
     case(
         "matrix-absent",
-        [job(), block(0, 0, bytes(4))],
+        [job(), chunk(0, 0, bytes(4))],
         "MATRIX_INVALID",
-        "block.matrix",
+        "chunk.matrix",
         "is 0",
         "X (1), W (2), DY (3)",
     ),
     case(
         "matrix-that-is-a-result",
-        [job(), block("y", 0, bytes(4))],
+        [job(), chunk("y", 0, bytes(4))],
         "MATRIX_INVALID",
-        "block.matrix",
+        "chunk.matrix",
         "is 4",
         "X (1), W (2), DY (3)",
     ),
     case(
         "matrix-unknown",
-        [job(), block(99, 0, bytes(4))],
+        [job(), chunk(99, 0, bytes(4))],
         "MATRIX_INVALID",
-        "block.matrix",
+        "chunk.matrix",
         "is 99",
     ),
     case(
-        "operand-that-nothing-needs-in-a-block",
+        "operand-that-nothing-needs-in-a-chunk",
         [job(results=("dw",)), W],
         "OPERAND_UNEXPECTED",
-        "block.matrix",
+        "chunk.matrix",
         "W",
         "(dw)",
     ),
     case(
         "gap",
-        [job(), block("w", 0, bytes(8)), block("w", 3, bytes(8))],
+        [job(), chunk("w", 0, bytes(8)), chunk("w", 3, bytes(8))],
         "INDEX_INVALID",
-        "block.index",
+        "chunk.index",
         "is 3",
         "is 2",
     ),
     case(
-        "repeated-message", [job(), W, W], "INDEX_INVALID", "block.index", "is 0", "20"
+        "repeated-message", [job(), W, W], "INDEX_INVALID", "chunk.index", "is 0", "20"
     ),
     case(
         "index-negative",
-        [job(), block("w", -1, bytes(8))],
+        [job(), chunk("w", -1, bytes(8))],
         "INDEX_INVALID",
-        "block.index",
+        "chunk.index",
         "-1",
     ),
     case(
         "index-huge",
-        [job(), W, block("x", 2**63 - 1, bytes(8))],
+        [job(), W, chunk("x", 2**63 - 1, bytes(8))],
         "INDEX_INVALID",
-        "block.index",
+        "chunk.index",
         str(2**63 - 1),
     ),
     case(
         "part-of-an-element",
-        [job(), block("w", 0, bytes(7))],
+        [job(), chunk("w", 0, bytes(7))],
         "PAYLOAD_INVALID",
-        "block.data",
+        "chunk.data",
         "7 bytes",
         "multiple of 4",
     ),
     case(
         "payload-over-4-MiB",
-        [job(m=None, n=1024, k=1024), block("w", 0, bytes(4 * MIB + 4))],
+        [job(m=None, n=1024, k=1024), chunk("w", 0, bytes(4 * MIB + 4))],
         "PAYLOAD_INVALID",
-        "block.data",
+        "chunk.data",
         str(4 * MIB + 4),
         str(4 * MIB),
     ),
     case(
         "payload-of-an-unknown-kind",
-        [job(), block("w", 0, None)],
+        [job(), chunk("w", 0, None)],
         "OPTION_UNKNOWN",
-        "block.payload",
+        "chunk.payload",
         "data",
         status=UNIMPLEMENTED,
     ),
     case(
         "more-of-w-than-it-has",
-        [job(), block("w", 0, bytes(84))],
+        [job(), chunk("w", 0, bytes(84))],
         "PAYLOAD_EXCESS",
-        "block.data",
+        "chunk.data",
         "21",
         "20",
     ),
     case(
         "more-rows-than-m",
-        [job(), W, block("x", 0, bytes(31 * 4))],
+        [job(), W, chunk("x", 0, bytes(31 * 4))],
         "PAYLOAD_EXCESS",
-        "block.data",
+        "chunk.data",
         "31",
         "30",
     ),
     case(
         "elements-of-rows-without-any",
-        [job(m=None, n=0), block("x", 0, bytes(4))],
+        [job(m=None, n=0), chunk("x", 0, bytes(4))],
         "PAYLOAD_EXCESS",
-        "block.data",
+        "chunk.data",
         "1",
         "0",
     ),
     case(
         "rows-before-w",
-        [job(), block("w", 0, bytes(8)), X],
+        [job(), chunk("w", 0, bytes(8)), X],
         "ORDER_INVALID",
-        "block.matrix",
+        "chunk.matrix",
         "X",
         "2 of 20",
     ),
@@ -359,7 +359,7 @@ STREAMS = [
     ),
     case(
         "rows-missing",
-        [job(), W, X, block("dy", 0, bytes(92)), END],
+        [job(), W, X, chunk("dy", 0, bytes(92)), END],
         "PAYLOAD_MISSING",
         "end.m",
         "dy",
@@ -400,21 +400,21 @@ STREAMS = [
         "checksum-absent",
         [job(checksum=1), W],
         "PAYLOAD_INVALID",
-        "block.crc32c",
+        "chunk.crc32c",
         "absent",
     ),
     case(
         "checksum-unasked",
         [job(), crc("w", bytes(80), 0)],
         "PAYLOAD_INVALID",
-        "block.crc32c",
+        "chunk.crc32c",
         "present",
     ),
     case(
         "checksum-wrong",
         [job(checksum=1), crc("w", bytes(32), 0x8A9136AB)],
         "CHECKSUM_MISMATCH",
-        "block.crc32c",
+        "chunk.crc32c",
         "0x8a9136ab",
         "0x8a9136aa",
         status=StatusCode.DATA_LOSS,
@@ -426,7 +426,7 @@ BEFORE_ANY_JOB = [
     case("random-bytes", [b"\xff\xff"], "MESSAGE_MALFORMED", None, "ComputeStreamReq"),
     case("nothing-set", [b""], "MESSAGE_MALFORMED", None, "neither job"),
     case("a-member-of-the-future", [b"\x7a\x00"], "MESSAGE_MALFORMED", None, "neither"),
-    case("block-first", [W], "MESSAGE_UNEXPECTED", None, "block", "job"),
+    case("chunk-first", [W], "MESSAGE_UNEXPECTED", None, "chunk", "job"),
     case("end-first", [END], "MESSAGE_UNEXPECTED", None, "end", "job"),
 ]
 
@@ -620,22 +620,22 @@ def test_an_operand_may_lead_by_the_window_and_not_by_one_element_more(channel, 
         outcome = stream.receive_accepted()
         window = outcome.accepted.window_rows
         assert window >= outcome.accepted.block_rows
-        stream.send_all(problem.blocks("w", 0, 5))
+        stream.send_all(problem.chunks("w", 0, 5))
         # The lead counts from what is complete of the other, so that one row
         # of the other moves it by one.
         other = "dy" if ahead == "x" else "x"
-        stream.send_all(problem.blocks(ahead, 0, window))
-        stream.send_all(problem.blocks(other, 0, 1))
-        stream.send_all(problem.blocks(ahead, window, window + 1))
+        stream.send_all(problem.chunks(ahead, 0, window))
+        stream.send_all(problem.chunks(other, 0, 1))
+        stream.send_all(problem.chunks(ahead, window, window + 1))
         itemsize = 4
         columns = getattr(problem, ahead).shape[1]
-        stream.send(block(ahead, (window + 1) * columns, bytes(itemsize)))
+        stream.send(chunk(ahead, (window + 1) * columns, bytes(itemsize)))
         failure = stream.failure()
     assert_refused(
         failure,
         INVALID,
         "LEAD_EXCEEDED",
-        "block.matrix",
+        "chunk.matrix",
         [f"{window + 1} rows", f"at most {window}"],
     )
     assert_computes(channel)
@@ -655,7 +655,7 @@ def test_a_lead_of_the_whole_window_is_no_error(channel):
 @pytest.mark.parametrize(
     "late",
     [
-        pytest.param(W, id="block"),
+        pytest.param(W, id="chunk"),
         pytest.param(END, id="end"),
         pytest.param(b"\xff", id="random-bytes"),
     ],
@@ -672,7 +672,7 @@ def test_nothing_may_follow_the_end(channel, late):
 
 def test_a_message_over_the_receive_limit_is_refused_by_grpc(channel):
     with Stream(channel) as stream:
-        stream.send(job(m=None, n=2048, k=2048), block("w", 0, bytes(5 * MIB)))
+        stream.send(job(m=None, n=2048, k=2048), chunk("w", 0, bytes(5 * MIB)))
         failure = stream.failure()
     assert failure.status is StatusCode.RESOURCE_EXHAUSTED
     assert_computes(channel)

@@ -15,7 +15,7 @@ import pytest
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import gradient_service_pb2_grpc, job_pb2, matrix_pb2
-from tests.contract.conftest import BLOCK_BYTES
+from tests.contract.conftest import ROW_BLOCK_BYTES
 from tests.support.raw import (
     DTYPES,
     NEEDS,
@@ -23,7 +23,7 @@ from tests.support.raw import (
     Problem,
     Stream,
     assert_exact,
-    block,
+    chunk,
     compute_job,
     dtype_number,
     end,
@@ -64,14 +64,14 @@ def test_generated_stub_with_default_options_streams_a_job(channel):
         kinds.append(response.WhichOneof("message"))
         if kinds[-1] == "accepted":
             accepted.put(response.accepted)
-        elif kinds[-1] == "block":
-            name = matrix_pb2.Matrix.Name(response.block.matrix)[7:].lower()
-            run = np.frombuffer(response.block.data, np.float32)
-            first = response.block.index
+        elif kinds[-1] == "chunk":
+            name = matrix_pb2.Matrix.Name(response.chunk.matrix)[7:].lower()
+            run = np.frombuffer(response.chunk.data, np.float32)
+            first = response.chunk.index
             elements[name][first : first + run.size] = run
     assert kinds[0] == "accepted"
     assert kinds[-1] == "receipt"
-    assert set(kinds[1:-1]) == {"block"}
+    assert set(kinds[1:-1]) == {"chunk"}
     for name, expected in problem.expected().items():
         np.testing.assert_array_equal(elements[name], expected.reshape(-1))
 
@@ -113,7 +113,9 @@ def test_tall_wide_and_square_jobs(channel, m, n, k):
     assert_exact(outcome, problem)
     if n < 300_000:  # a block has at least one row, whatever it takes
         row_bytes = (n + k) * 4
-        assert outcome.accepted.block_rows * row_bytes <= max(BLOCK_BYTES, row_bytes)
+        assert outcome.accepted.block_rows * row_bytes <= max(
+            ROW_BLOCK_BYTES, row_bytes
+        )
 
 
 @pytest.mark.thorough
@@ -139,7 +141,7 @@ def test_messages_of_4_mib_in_both_directions(small_blocks):
     options = [("grpc.max_receive_message_length", 5 << 20)]
     with grpc.insecure_channel(small_blocks.address, options) as channel:
         problem = whole_numbers(3, 1024, 1024, results=("dw",))
-        outcome = stream_job(channel, problem, max_block_bytes=4 << 20)
+        outcome = stream_job(channel, problem, max_chunk_bytes=4 << 20)
         assert outcome.order == [("dw", 0, 1024 * 1024)]
         assert_exact(outcome, problem)
         problem = whole_numbers(3, 1024, 1024, results=("y",))
@@ -168,13 +170,13 @@ def test_messages_without_elements_change_nothing(channel):
     with Stream(channel) as stream:
         stream.send(
             problem.job(),
-            block("w", 0),
-            *problem.blocks("w", 0, 2),
-            block("w", 4),
-            block("dy", 0),
-            *problem.blocks("x", 0, 3),
-            block("x", 6),
-            *problem.blocks("dy", 0, 3),
+            chunk("w", 0),
+            *problem.chunks("w", 0, 2),
+            chunk("w", 4),
+            chunk("dy", 0),
+            *problem.chunks("x", 0, 3),
+            chunk("x", 6),
+            *problem.chunks("dy", 0, 3),
             end(3),
         )
         stream.half_close()
@@ -182,14 +184,14 @@ def test_messages_without_elements_change_nothing(channel):
 
 
 @pytest.mark.parametrize(
-    ("max_block_bytes", "elements"),
+    ("max_chunk_bytes", "elements"),
     [(1, 1), (4, 1), (7, 1), (8, 2), (1000, 35), (0, 35)],
 )
 def test_results_come_in_messages_no_larger_than_asked(
-    channel, max_block_bytes, elements
+    channel, max_chunk_bytes, elements
 ):
     problem = whole_numbers(40, 7, 5)
-    outcome = stream_job(channel, problem, max_block_bytes=max_block_bytes)
+    outcome = stream_job(channel, problem, max_chunk_bytes=max_chunk_bytes)
     assert_exact(outcome, problem)
     assert max(count for name, _, count in outcome.order if name == "dw") == elements
 
@@ -211,19 +213,19 @@ def test_results_of_a_block_come_while_later_rows_do_not_exist_yet(channel):
     with Stream(channel) as stream:
         stream.send(problem.job(open_m=True))
         rows = stream.receive_accepted().accepted.block_rows
-        stream.send_all(problem.blocks("w", 0, 10))
+        stream.send_all(problem.chunks("w", 0, 10))
         expected = problem.expected()
         for first in range(0, 64, rows):
-            stream.send_all(problem.blocks("x", first, first + rows))
-            stream.send_all(problem.blocks("dy", first, first + rows))
+            stream.send_all(problem.chunks("x", first, first + rows))
+            stream.send_all(problem.chunks("dy", first, first + rows))
             for name in ("y", "dx"):
                 message = stream.receive()
                 part = expected[name][first : first + rows]
-                elements = np.frombuffer(message.block.data, np.float32)
+                elements = np.frombuffer(message.chunk.data, np.float32)
                 np.testing.assert_array_equal(elements, part.reshape(-1))
         stream.send(end(64))
         stream.half_close()
-        elements = np.frombuffer(stream.receive().block.data, np.float32)
+        elements = np.frombuffer(stream.receive().chunk.data, np.float32)
         np.testing.assert_array_equal(elements, expected["dw"].reshape(-1))
         assert stream.receive().receipt.m == 64
         assert stream.receive() is None
@@ -299,26 +301,26 @@ def test_checksums_protect_both_directions(channel):
         stream.send(problem.job(checksum=matrix_pb2.CHECKSUM_CRC32C))
         outcome = stream.receive_accepted()
         for message in problem.body(outcome.accepted.block_rows):
-            if message.HasField("block"):
-                message.block.crc32c = google_crc32c.value(message.block.data)
+            if message.HasField("chunk"):
+                message.chunk.crc32c = google_crc32c.value(message.chunk.data)
             stream.send(message)
         stream.half_close()
-        while (message := stream.receive()).HasField("block"):
-            seen.append((message.block.crc32c, google_crc32c.value(message.block.data)))
+        while (message := stream.receive()).HasField("chunk"):
+            seen.append((message.chunk.crc32c, google_crc32c.value(message.chunk.data)))
         assert message.HasField("receipt")
     assert len(seen) > 2
     assert all(sent == computed for sent, computed in seen)
 
 
-def test_blocks_carry_no_checksum_unless_asked(channel):
+def test_chunks_carry_no_checksum_unless_asked(channel):
     problem = whole_numbers(5, 3, 2)
     with Stream(channel) as stream:
         stream.send(problem.job())
         stream.receive_accepted()
         stream.send_all(problem.body(5))
         stream.half_close()
-        while (message := stream.receive()).HasField("block"):
-            assert not message.block.HasField("crc32c")
+        while (message := stream.receive()).HasField("chunk"):
+            assert not message.chunk.HasField("crc32c")
 
 
 def test_the_answer_says_what_was_understood_with_every_default(channel):
@@ -328,7 +330,7 @@ def test_the_answer_says_what_was_understood_with_every_default(channel):
         job_id="mine",
         results={"y": "bfloat16", "dw": "bfloat16"},
         numerics=job_pb2.Numerics(dw_accumulator=dtype_number("float32")),
-        max_block_bytes=1 << 20,
+        max_chunk_bytes=1 << 20,
     )
     open_m = stream_job(channel, problem, open_m=True).accepted
     assert not open_m.effective_job.HasField("m")
@@ -343,7 +345,7 @@ def test_every_option_that_is_in_effect_is_answered(channel):
         numerics=job_pb2.Numerics(
             dw_accumulator=dtype_number("float64"), allow_tf32=True
         ),
-        max_block_bytes=77,
+        max_chunk_bytes=77,
         required_features=["checksum-crc32c", "resume"],
         checksum=matrix_pb2.CHECKSUM_CRC32C,
     )

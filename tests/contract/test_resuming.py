@@ -17,7 +17,7 @@ from tests.support.raw import (
     Outcome,
     Problem,
     Stream,
-    block,
+    chunk,
     compute_request,
     end,
     make_job,
@@ -33,7 +33,7 @@ SUM = matrix_pb2.MATRIX_DW_SUM
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with running_server(block_bytes=4096) as process:
+    with running_server(row_block_bytes=4096) as process:
         yield process
 
 
@@ -62,13 +62,13 @@ def with_checkpoints(
                 last = message.checkpoint.rows
                 sums[last] = b""
                 order.append(f"sum of {last}")
-            elif kind == "block" and message.block.matrix == SUM:
-                assert message.block.index * 4 == len(sums[last])
-                sums[last] += message.block.data
-            elif kind == "block":
-                name = matrix_pb2.Matrix.Name(message.block.matrix)[7:].lower()
+            elif kind == "chunk" and message.chunk.matrix == SUM:
+                assert message.chunk.index * 4 == len(sums[last])
+                sums[last] += message.chunk.data
+            elif kind == "chunk":
+                name = matrix_pb2.Matrix.Name(message.chunk.matrix)[7:].lower()
                 order.append(name)
-                results[name] = results.get(name, b"") + message.block.data
+                results[name] = results.get(name, b"") + message.chunk.data
     return accepted, sums, order, results
 
 
@@ -84,12 +84,12 @@ def resume(
 
 
 def body_from(first: int, dw_sum: bytes) -> Iterator[Any]:
-    yield from PROBLEM.blocks("w", 0, N)
+    yield from PROBLEM.chunks("w", 0, N)
     if dw_sum:
-        yield block(SUM, 0, dw_sum)
+        yield chunk(SUM, 0, dw_sum)
     for row in range(first, M, 16):
         for name in ("x", "dy"):
-            yield from PROBLEM.blocks(name, row, min(row + 16, M))
+            yield from PROBLEM.chunks(name, row, min(row + 16, M))
     yield end(M)
 
 
@@ -113,9 +113,9 @@ def go_on(
             if message.WhichOneof("message") == "receipt":
                 outcome.receipt = message.receipt
                 continue
-            name = matrix_pb2.Matrix.Name(message.block.matrix)[7:].lower()
-            index, data = results.get(name, (message.block.index, b""))
-            results[name] = index, data + message.block.data
+            name = matrix_pb2.Matrix.Name(message.chunk.matrix)[7:].lower()
+            index, data = results.get(name, (message.chunk.index, b""))
+            results[name] = index, data + message.chunk.data
     return outcome, results
 
 
@@ -330,17 +330,17 @@ def test_a_sum_comes_after_w_before_rows_and_only_where_it_was_announced(
 ) -> None:
     accepted = stream_job(channel, PROBLEM).accepted
     sum_bytes = np.zeros(N * K, np.float32).tobytes()
-    w = list(PROBLEM.blocks("w", 0, N))
-    rows = list(PROBLEM.blocks("x", 16, 32))
+    w = list(PROBLEM.chunks("w", 0, N))
+    rows = list(PROBLEM.chunks("x", 16, 32))
     asked = resume(accepted, 16, 16, dw_sum=True)
     for options, messages, reason in (
-        ({}, [*w, block(SUM, 0, sum_bytes)], "MATRIX_INVALID"),
-        ({"resume": asked}, [block(SUM, 0, sum_bytes)], "ORDER_INVALID"),
+        ({}, [*w, chunk(SUM, 0, sum_bytes)], "MATRIX_INVALID"),
+        ({"resume": asked}, [chunk(SUM, 0, sum_bytes)], "ORDER_INVALID"),
         ({"resume": asked}, [*w, *rows], "ORDER_INVALID"),
-        ({"resume": asked}, [*w, block(SUM, 4, sum_bytes)], "INDEX_INVALID"),
-        ({"resume": asked}, [*w, block(SUM, 0, sum_bytes + b"1234")], "PAYLOAD_EXCESS"),
-        ({"resume": asked}, [*w, block(SUM, 0, sum_bytes), end(M)], "PAYLOAD_MISSING"),
-        ({"resume": asked}, [*w, block(SUM, 0, sum_bytes), end(8)], "M_MISMATCH"),
+        ({"resume": asked}, [*w, chunk(SUM, 4, sum_bytes)], "INDEX_INVALID"),
+        ({"resume": asked}, [*w, chunk(SUM, 0, sum_bytes + b"1234")], "PAYLOAD_EXCESS"),
+        ({"resume": asked}, [*w, chunk(SUM, 0, sum_bytes), end(M)], "PAYLOAD_MISSING"),
+        ({"resume": asked}, [*w, chunk(SUM, 0, sum_bytes), end(8)], "M_MISMATCH"),
     ):
         with Stream(channel) as stream:
             stream.send(PROBLEM.job(open_m=True, **options))
@@ -356,7 +356,7 @@ def test_a_job_of_no_elements_goes_on_too(channel: grpc.Channel) -> None:
     with Stream(channel) as stream:
         stream.send(header)
         stream.receive_accepted()
-        stream.send(block("dy", 0, bytes(40 * 4 * 4)), end(40))
+        stream.send(chunk("dy", 0, bytes(40 * 4 * 4)), end(40))
         stream.half_close()
         while (message := stream.receive()) is not None:
             assert message.WhichOneof("message") != "checkpoint" or (

@@ -29,7 +29,7 @@ SHAPE = (1100, 96, 80)
 def channel() -> Iterator[grpc.Channel]:
     """A server that cuts this module's jobs into blocks of 64 to 256 rows."""
     with (
-        running_server(block_bytes=100_000) as server,
+        running_server(row_block_bytes=100_000) as server,
         grpc.insecure_channel(server.address) as opened,
     ):
         yield opened
@@ -77,7 +77,7 @@ def test_rows_known_only_at_the_end(channel, problem, reference):
 @pytest.mark.parametrize("message_bytes", [500, 4096, 65_536, 1 << 20, 4 << 20])
 def test_messages_of_any_size(channel, problem, reference, message_bytes):
     outcome = stream_job(
-        channel, problem, message_bytes=message_bytes, max_block_bytes=message_bytes
+        channel, problem, message_bytes=message_bytes, max_chunk_bytes=message_bytes
     )
     assert outcome.bits == reference.bits
 
@@ -86,7 +86,7 @@ def test_messages_of_any_size(channel, problem, reference, message_bytes):
 def test_messages_of_one_element(channel):
     problem = normal_numbers(70, 24, 8)
     expected = compute_job(channel, problem).bits
-    outcome = stream_job(channel, problem, message_bytes=1, max_block_bytes=1)
+    outcome = stream_job(channel, problem, message_bytes=1, max_chunk_bytes=1)
     assert outcome.bits == expected
 
 

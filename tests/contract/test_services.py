@@ -114,7 +114,7 @@ def test_reflection_lists_the_services(channel):
     }
 
 
-@pytest.mark.parametrize("symbol", [SERVICE, "gradwire.v1.Job", "gradwire.v1.Block"])
+@pytest.mark.parametrize("symbol", [SERVICE, "gradwire.v1.Job", "gradwire.v1.Chunk"])
 def test_reflection_describes_the_contract(channel, symbol):
     answer = ask(channel, file_containing_symbol=symbol)
     assert answer.file_descriptor_response.file_descriptor_proto

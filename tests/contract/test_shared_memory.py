@@ -28,7 +28,7 @@ from tests.support.raw import (
     CallError,
     Problem,
     Stream,
-    block,
+    chunk,
     compute_job,
     compute_request,
     end,
@@ -45,7 +45,7 @@ INVALID = StatusCode.INVALID_ARGUMENT
 @pytest.fixture(scope="module")
 def sharing() -> Iterator[ServerProcess]:
     with running_server(
-        allow_shared_memory=True, block_bytes=10_000, memory_limit=256 * MIB
+        allow_shared_memory=True, row_block_bytes=10_000, memory_limit=256 * MIB
     ) as server:
         yield server
 
@@ -316,7 +316,7 @@ def test_only_the_token_of_an_open_region_of_this_server_is_taken(
 def test_what_comes_after_the_header_must_be_end_alone(channel, region, problem):
     job = region.lay_out(problem)
     refusals = [
-        ((block("x", 0, bytes(160)),), "MESSAGE_UNEXPECTED"),
+        ((chunk("x", 0, bytes(160)),), "MESSAGE_UNEXPECTED"),
         ((end(299),), "M_MISMATCH"),
         ((end(300), end(300)), "MESSAGE_UNEXPECTED"),
         ((), "END_MISSING"),

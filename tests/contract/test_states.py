@@ -26,7 +26,7 @@ from tests.support.raw import (
     Problem,
     Stream,
     assert_exact,
-    block,
+    chunk,
     compute_job,
     end,
     stream_job,
@@ -40,7 +40,7 @@ SMALL = whole_numbers(40, 5, 4)
 
 @contextlib.contextmanager
 def serving(**settings) -> Iterator[tuple[ServerProcess, grpc.Channel]]:
-    settings = {"block_bytes": 1024} | settings
+    settings = {"row_block_bytes": 1024} | settings
     with (
         running_server(**settings) as server,
         grpc.insecure_channel(server.address) as channel,
@@ -165,7 +165,7 @@ def test_a_job_larger_than_the_server_is_refused_for_good(open_m):
 def test_a_job_with_any_number_of_rows_is_accepted_by_a_small_server():
     rows = whole_numbers(1, 64, 64)
     with (
-        serving(memory_limit=64 * MIB, block_bytes=MIB) as (_, channel),
+        serving(memory_limit=64 * MIB, row_block_bytes=MIB) as (_, channel),
         Stream(channel) as stream,
     ):
         stream.send(rows.job(m=10**14))
@@ -232,7 +232,7 @@ IDLE = SMALL.job(job_id="idle")
 @pytest.fixture(scope="module")
 def impatient(transport) -> Iterator[tuple[ServerProcess, grpc.Channel]]:
     with (
-        serving_both(block_bytes=1024, idle_timeout=0.4, max_jobs=2) as server,
+        serving_both(row_block_bytes=1024, idle_timeout=0.4, max_jobs=2) as server,
         grpc.insecure_channel(server.addresses[transport == "unix"]) as channel,
     ):
         yield server, channel
@@ -243,7 +243,7 @@ def impatient(transport) -> Iterator[tuple[ServerProcess, grpc.Channel]]:
     [
         pytest.param([], id="nothing"),
         pytest.param([IDLE], id="the-header"),
-        pytest.param([IDLE, block("w", 0, bytes(8))], id="some-of-w"),
+        pytest.param([IDLE, chunk("w", 0, bytes(8))], id="some-of-w"),
         pytest.param([IDLE, *list(SMALL.body(16))[:-2]], id="some-rows"),
         pytest.param([IDLE, *list(SMALL.body(16))[:-1]], id="all-but-end"),
     ],
@@ -269,7 +269,7 @@ def test_messages_without_elements_are_no_progress(impatient):
 
     def nothing_at_all():
         while not gone.wait(0.05):
-            yield block("w", 0, b"")
+            yield chunk("w", 0, b"")
 
     with Stream(channel) as stream:
         stream.send(IDLE)
@@ -298,7 +298,7 @@ def test_a_request_of_compute_that_never_comes_is_given_up(impatient):
 def test_a_job_that_nobody_reads_gives_its_memory_back_before_its_status_is_read():
     count, ring = 6, 3 * 16 * MIB
     # Memory that is pinned for a GPU is kept for other jobs.
-    options = {"idle_timeout": 0.4, "block_bytes": 16 * MIB}
+    options = {"idle_timeout": 0.4, "row_block_bytes": 16 * MIB}
     with serving(backend="numpy", **options) as (server, channel):
         assert_exact(stream_job(channel, SMALL), SMALL)
         process = psutil.Process(server.pid)
@@ -484,7 +484,7 @@ def test_every_job_has_one_line_in_the_log_with_what_it_was():
         stream_job(channel, SMALL, job_id="by-stream")
         compute_job(channel, SMALL, job_id="by-compute")
         with pytest.raises(CallError):
-            stream_job(channel, SMALL, job_id="refused", max_block_bytes=-1)
+            stream_job(channel, SMALL, job_id="refused", max_chunk_bytes=-1)
         for job_id in ("by-stream", "by-compute"):
             record = outcome_of(server, job_id)
             assert record["outcome"] == "OK"

@@ -34,7 +34,7 @@ def stopping(
     **settings,
 ) -> Iterator[tuple[ServerProcess, grpc.Channel, Stream]]:
     """A server that was asked to stop while a job runs: all but its rows came."""
-    settings = {"block_bytes": 1024, "grace": 15.0} | settings
+    settings = {"row_block_bytes": 1024, "grace": 15.0} | settings
     with (
         running_server(**settings) as server,
         grpc.insecure_channel(server.address) as channel,
@@ -42,7 +42,7 @@ def stopping(
     ):
         stream.send(PROBLEM.job(job_id="running"))
         stream.receive_accepted()
-        stream.send_all(PROBLEM.blocks("w", 0, 5))
+        stream.send_all(PROBLEM.chunks("w", 0, 5))
         watch = health_pb2_grpc.HealthStub(channel).Watch(
             health_pb2.HealthCheckRequest(service=SERVICE), timeout=20
         )
@@ -97,7 +97,7 @@ def test_health_and_server_info_say_so_on_new_connections_too():
 
 def test_jobs_that_wait_are_refused_and_the_running_one_is_not():
     with (
-        running_server(block_bytes=1024, max_jobs=1, grace=15.0) as server,
+        running_server(row_block_bytes=1024, max_jobs=1, grace=15.0) as server,
         grpc.insecure_channel(server.address) as channel,
         Stream(channel) as running,
         Stream(channel) as waiting,
@@ -111,7 +111,7 @@ def test_jobs_that_wait_are_refused_and_the_running_one_is_not():
         assert error.status is StatusCode.UNAVAILABLE
         assert error.reason == "DRAINING"
         assert error.metadata["job_id"] == "waiting"
-        running.send_all(PROBLEM.blocks("w", 0, 5))
+        running.send_all(PROBLEM.chunks("w", 0, 5))
         finish(running)
         assert server.process.wait(10) == 0
 
@@ -156,7 +156,7 @@ def test_a_server_without_jobs_stops_at_once():
 
 def test_a_server_that_is_killed_is_an_error_and_no_hang():
     with (
-        running_server(block_bytes=1024) as server,
+        running_server(row_block_bytes=1024) as server,
         grpc.insecure_channel(server.address) as channel,
         Stream(channel) as stream,
     ):

@@ -56,7 +56,7 @@ def server() -> Iterator[ServerProcess]:
 
     Its row blocks are so small that jobs have several.
     """
-    with ways.serving_all(backend=BACKEND, block_bytes=64 << 10) as process:
+    with ways.serving_all(backend=BACKEND, row_block_bytes=64 << 10) as process:
         yield process
 
 

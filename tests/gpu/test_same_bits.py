@@ -43,7 +43,7 @@ def test_run_after_run_and_after_a_restart(dtype: str, tf32: bool) -> None:
     seen = []
     for _ in range(2):
         with (
-            running_server(backend=BACKEND, block_bytes=256 << 10) as server,
+            running_server(backend=BACKEND, row_block_bytes=256 << 10) as server,
             gradwire.connect(server.address, timeout_s=60) as client,
         ):
             seen += [client.gradients(*operands, allow_tf32=tf32) for _ in range(5)]

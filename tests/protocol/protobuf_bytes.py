@@ -60,8 +60,8 @@ payloads = field(15, LENGTH, st.binary(max_size=20))
 
 
 @st.composite
-def blocks(draw):
-    """The bytes of a Block, most often close to the canonical ones."""
+def chunks(draw):
+    """The bytes of a Chunk, most often close to the canonical ones."""
     if draw(st.booleans()):
         parts = [draw(matrices)]
         parts += draw(st.lists(indexes, max_size=1))
@@ -75,8 +75,8 @@ def blocks(draw):
 
 @st.composite
 def messages(draw):
-    """The bytes of an envelope, most often with one block in it."""
-    members = [field(2, LENGTH, blocks())]
+    """The bytes of an envelope, most often with one chunk in it."""
+    members = [field(2, LENGTH, chunks())]
     if draw(st.sampled_from([False, False, True])):
         others = st.one_of(
             *(

@@ -26,7 +26,7 @@ ENVELOPES = [
     ),
 ]
 
-block_fields = {
+chunk_fields = {
     "matrix": st.integers(1, 127),
     "index": st.integers(0, INT64) | st.sampled_from([0, 127, 128, 2**31, INT64]),
     "payload": st.binary(max_size=300),
@@ -40,7 +40,7 @@ def outcome(decode, message: bytes):
         decoded = decode(message)
     except framing.FramingError as error:
         return str(error)
-    if isinstance(decoded, framing.Block):
+    if isinstance(decoded, framing.Chunk):
         payload = decoded.payload
         data = None if payload is None else bytes(payload)
         return decoded.matrix, decoded.index, data, decoded.crc32c
@@ -56,46 +56,46 @@ def assert_parsers_agree(message: bytes) -> None:
     )
 
 
-@given(**block_fields)
-def test_a_block_is_written_as_the_generated_class_writes_it(
+@given(**chunk_fields)
+def test_a_chunk_is_written_as_the_generated_class_writes_it(
     matrix, index, payload, crc32c
 ):
-    block = matrix_pb2.Block(matrix=matrix, index=index, data=payload, crc32c=crc32c)
-    written = framing.encode_block(matrix, index, payload, crc32c)
+    chunk = matrix_pb2.Chunk(matrix=matrix, index=index, data=payload, crc32c=crc32c)
+    written = framing.encode_chunk(matrix, index, payload, crc32c)
     for envelope in (
         service_pb2.ComputeStreamRequest,
         service_pb2.ComputeStreamResponse,
     ):
-        assert written == envelope(block=block).SerializeToString()
+        assert written == envelope(chunk=chunk).SerializeToString()
 
 
 @pytest.mark.parametrize("size", [0, 127, 128, 16383, 16384, limits.MAX_PAYLOAD_BYTES])
 def test_payloads_of_every_length_of_length_are_written_and_read(size):
     payload = memoryview(bytes(size))
-    message = framing.encode_block(1, 5, payload, 7)
+    message = framing.encode_chunk(1, 5, payload, 7)
     expected = service_pb2.ComputeStreamRequest(
-        block=matrix_pb2.Block(matrix=1, index=5, data=bytes(size), crc32c=7)
+        chunk=matrix_pb2.Chunk(matrix=1, index=5, data=bytes(size), crc32c=7)
     )
     assert message == expected.SerializeToString()
-    assert framing.decode_request(message) == framing.Block(1, 5, payload, 7)
+    assert framing.decode_request(message) == framing.Chunk(1, 5, payload, 7)
 
 
 def test_a_payload_of_wider_items_is_measured_in_bytes():
     payload = memoryview(bytes(16)).cast("d")
-    written = framing.encode_block(1, 0, payload)
-    assert written == framing.encode_block(1, 0, bytes(16))
+    written = framing.encode_chunk(1, 0, payload)
+    assert written == framing.encode_chunk(1, 0, bytes(16))
 
 
 @pytest.mark.parametrize(("envelope", "decode", "by_class"), ENVELOPES)
-@given(**block_fields)
-def test_a_block_is_read_as_it_was_written_and_its_payload_is_not_copied(
+@given(**chunk_fields)
+def test_a_chunk_is_read_as_it_was_written_and_its_payload_is_not_copied(
     envelope, decode, by_class, matrix, index, payload, crc32c
 ):
-    message = framing.encode_block(matrix, index, payload, crc32c)
-    block = decode(message)
-    assert block == framing.Block(matrix, index, memoryview(payload), crc32c)
-    assert block.payload.obj is message
-    assert by_class(message) == block
+    message = framing.encode_chunk(matrix, index, payload, crc32c)
+    chunk = decode(message)
+    assert chunk == framing.Chunk(matrix, index, memoryview(payload), crc32c)
+    assert chunk.payload.obj is message
+    assert by_class(message) == chunk
 
 
 @pytest.mark.thorough
@@ -134,7 +134,7 @@ def test_parsers_agree_on_random_bytes(message):
 
 
 def test_parsers_agree_on_every_change_of_one_byte():
-    written = framing.encode_block(3, 300, b"payload", 0x01020304)
+    written = framing.encode_chunk(3, 300, b"payload", 0x01020304)
     for at in range(len(written)):
         assert_parsers_agree(written[:at])
         assert_parsers_agree(written[:at] + written[at + 1 :])
@@ -143,11 +143,11 @@ def test_parsers_agree_on_every_change_of_one_byte():
             assert_parsers_agree(written[:at] + bytes([byte]) + written[at:])
 
 
-def test_a_block_without_payload_or_of_an_unknown_matrix_is_passed_on():
+def test_a_chunk_without_payload_or_of_an_unknown_matrix_is_passed_on():
     message = service_pb2.ComputeStreamRequest(
-        block=matrix_pb2.Block(matrix=1000, index=-5)
+        chunk=matrix_pb2.Chunk(matrix=1000, index=-5)
     ).SerializeToString()
-    assert framing.decode_request(message) == framing.Block(1000, -5, None)
+    assert framing.decode_request(message) == framing.Chunk(1000, -5, None)
 
 
 def test_the_other_requests_are_read_as_they_were_written():

@@ -41,7 +41,7 @@ def specs(draw: Any) -> JobSpec:
         dw_accumulator=draw(st.none() | st.sampled_from(accumulators)),
         allow_tf32=draw(st.booleans()),
         checksum=draw(st.booleans()) and not shared,
-        max_block_bytes=draw(st.integers(1, 4 << 20)),
+        max_chunk_bytes=draw(st.integers(1, 4 << 20)),
         features=draw(st.lists(TEXTS, unique=True, max_size=3).map(tuple)),
         # Each matrix in a region of its own: none may overlap with a result.
         regions=tuple(f"region {each.label}" for each in matrices) if shared else (),
@@ -109,7 +109,7 @@ def test_every_field_of_the_contract_is_written() -> None:
         ({"n": -1}, Reason.SHAPE_INVALID, "job.n"),
         ({"n": 1 << 40, "k": 1 << 40}, Reason.SHAPE_OVERFLOW, "job.n"),
         ({"dtype": 9}, Reason.DTYPE_INVALID, "job.dtype"),
-        ({"max_block_bytes": 5 << 20}, Reason.OPTION_INVALID, "job.max_block_bytes"),
+        ({"max_chunk_bytes": 5 << 20}, Reason.OPTION_INVALID, "job.max_chunk_bytes"),
     ],
 )
 def test_what_no_server_can_take_names_its_field(

@@ -163,6 +163,6 @@ def test_every_reason_has_one_status_that_is_an_error(reason):
     assert str(reason) == reason.name
 
 
-def test_the_default_block_fits_the_largest_payload_and_that_fits_a_message():
-    assert limits.DEFAULT_BLOCK_BYTES <= limits.MAX_PAYLOAD_BYTES
+def test_the_default_chunk_fits_the_largest_payload_and_that_fits_a_message():
+    assert limits.DEFAULT_CHUNK_BYTES <= limits.MAX_PAYLOAD_BYTES
     assert limits.MAX_PAYLOAD_BYTES + 64 < limits.MAX_MESSAGE_BYTES

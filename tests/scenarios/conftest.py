@@ -17,13 +17,13 @@ from tests.scenarios.ways import Way
 from tests.support import oracle
 from tests.support.serving import ServerProcess
 
-BLOCK_BYTES = 4096
+ROW_BLOCK_BYTES = 4096
 
 
 @pytest.fixture(scope="session")
 def small_blocks() -> Iterator[ServerProcess]:
     """A server that all tests share which leave it unharmed."""
-    with ways.serving_all(block_bytes=BLOCK_BYTES) as process:
+    with ways.serving_all(row_block_bytes=ROW_BLOCK_BYTES) as process:
         yield process
 
 

@@ -137,7 +137,7 @@ def test_a_caller_that_sends_too_slowly_is_told_so(
 def test_a_server_that_dies_in_the_middle_is_a_lost_connection(way: Way) -> None:
     x, w, dy = oracle.operands(50_000, 30, 20)
     with (
-        serving_all(block_bytes=4096) as server,
+        serving_all(row_block_bytes=4096) as server,
         way.connect(server, retries=False) as client,
     ):
 
@@ -178,7 +178,7 @@ def test_a_server_that_is_about_to_stop_takes_no_new_jobs() -> None:
         server.process.send_signal(signal.SIGTERM)
         go_on.wait(30)
 
-    with serving_all(grace=30, block_bytes=4096) as server, ExitStack() as clients:
+    with serving_all(grace=30, row_block_bytes=4096) as server, ExitStack() as clients:
         others = [
             clients.enter_context(way.connect(server, retries=False)) for way in WAYS
         ]

@@ -28,7 +28,7 @@ COMPUTING_S = 0.1
 ATTEMPTS = 3
 BLOCKS = 16
 N = K = 128
-BLOCK_BYTES = 1 << 21
+ROW_BLOCK_BYTES = 1 << 21
 
 
 class PacedBackend(NumpyBackend):
@@ -62,7 +62,7 @@ def observed_server(directory: Path, seen: dict[str, list[Event]]) -> Iterator[s
 
     settings = Settings(
         listen=(f"unix:{directory}/socket",),
-        block_bytes=BLOCK_BYTES,
+        row_block_bytes=ROW_BLOCK_BYTES,
         keep_memory=False,
     )
     server = Server(settings, PacedBackend(), observe)
@@ -81,7 +81,7 @@ def observed_server(directory: Path, seen: dict[str, list[Event]]) -> Iterator[s
 
 @pytest.mark.thorough
 def test_stages_of_a_balanced_job_overlap(tmp_path: Path) -> None:
-    rows = BLOCK_BYTES // (4 * (N + K))
+    rows = ROW_BLOCK_BYTES // (4 * (N + K))
     x, w, dy = oracle.operands(BLOCKS * rows, N, K)
     seen: dict[str, list[Event]] = {}
     shares = []
@@ -89,7 +89,7 @@ def test_stages_of_a_balanced_job_overlap(tmp_path: Path) -> None:
         observed_server(tmp_path, seen) as address,
         # A block takes a little longer on the link than its products: were the
         # link the faster one, operands would come further ahead than one block.
-        Link(address, BLOCK_BYTES / (1.25 * COMPUTING_S)) as link,
+        Link(address, ROW_BLOCK_BYTES / (1.25 * COMPUTING_S)) as link,
         gradwire.connect(link.address, timeout_s=60) as client,
     ):
         # Small messages, so that a block's first and last are seen apart.
@@ -130,7 +130,7 @@ def test_the_trace_is_written_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    sizes = ("--columns", "32x64", "--block-bytes", "65536", "--blocks", "5")
+    sizes = ("--columns", "32x64", "--row-block-bytes", "65536", "--blocks", "5")
     assert trace.main([*sizes, "--rate", "0.1", "--out", str(tmp_path)]) == 0
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {event["name"] for event in events if event["ph"] == "X"}

@@ -29,7 +29,7 @@ B = 16
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with running_server(block_bytes=4096) as process:
+    with running_server(row_block_bytes=4096) as process:
         yield process
 
 
@@ -311,9 +311,9 @@ def test_a_generator_is_not_ended_by_the_failure_of_an_attempt(
 
 
 OTHERS: dict[str, Any] = {
-    "row blocks": {"block_bytes": 8192},
+    "row blocks": {"row_block_bytes": 8192},
     # Of products of these sizes, OpenBLAS's two kernels give other bits.
-    "BLAS kernel": {"block_bytes": 4096, "env": {"OPENBLAS_CORETYPE": "Sandybridge"}},
+    "BLAS kernel": {"row_block_bytes": 4096, "env": {"OPENBLAS_CORETYPE": "Sandybridge"}},
 }
 """Servers that compute other bits than `server`, by the cause."""
 
@@ -383,8 +383,8 @@ def test_a_server_that_stops_hands_its_jobs_over_to_the_next(
 ) -> None:
     """With rows that nobody could send again from their beginning."""
     with ExitStack() as servers, Proxy("127.0.0.1:1") as proxy:
-        one = servers.enter_context(running_server(block_bytes=4096, grace=0.3))
-        two = servers.enter_context(running_server(block_bytes=4096))
+        one = servers.enter_context(running_server(row_block_bytes=4096, grace=0.3))
+        two = servers.enter_context(running_server(row_block_bytes=4096))
         proxy.target = one.address
         policy = gradwire.RetryPolicy(initial_backoff_s=0.05, held_bytes=40_000)
         job = job_of(kind, proxy.address, retries=policy)
@@ -413,7 +413,7 @@ def test_a_server_that_stops_hands_its_jobs_over_to_the_next(
 def test_under_load_a_server_that_is_started_anew_loses_no_job(
     runner: asyncio.Runner, expected: gradwire.Gradients
 ) -> None:
-    with running_server(block_bytes=4096, grace=0.2, max_jobs=2) as first:
+    with running_server(row_block_bytes=4096, grace=0.2, max_jobs=2) as first:
         address = first.address
         done: list[str] = []
         wrong: list[str] = []
@@ -442,7 +442,7 @@ def test_under_load_a_server_that_is_started_anew_loses_no_job(
             time.sleep(0.005)
         first.process.terminate()
         first.process.wait(20)
-        with running_server(block_bytes=4096, listen=[address]):
+        with running_server(row_block_bytes=4096, listen=[address]):
             for thread in threads:
                 thread.join()
     assert not wrong

@@ -94,7 +94,7 @@ def addresses(servers: Sequence[ServerProcess]) -> list[str]:
 @pytest.fixture(scope="module")
 def three() -> Iterator[list[ServerProcess]]:
     """Servers that all tests share which leave them unharmed."""
-    with several(3, block_bytes=4096) as servers:
+    with several(3, row_block_bytes=4096) as servers:
         yield servers
 
 
@@ -245,7 +245,7 @@ class Dying:
 def test_jobs_go_on_as_servers_die_and_come_back_until_none_is_left(kind: str) -> None:
     """With the same bits as those that nothing happened to."""
     operands = oracle.operands(20_000, 60, 40)
-    with several(3, block_bytes=65536) as servers:
+    with several(3, row_block_bytes=65536) as servers:
         dying = Dying(kind, servers)
         caller = dying.caller
         expected = caller.run(caller.client.gradients(*operands))
@@ -256,7 +256,7 @@ def test_jobs_go_on_as_servers_die_and_come_back_until_none_is_left(kind: str) -
         assert list(dying.used().values()) == [4]
         assert not set(dying.used()) & set(dying.killed)
         (last,) = [s for s in servers if s.address not in dying.killed]
-        with running_server(listen=[dying.killed[0]], block_bytes=65536) as back:
+        with running_server(listen=[dying.killed[0]], row_block_bytes=65536) as back:
             until(lambda: back.address in dying.used(2))
             for server in (last, back):
                 server.kill()

@@ -30,7 +30,7 @@ NAMES = ("y", "dx", "dw")
 @pytest.fixture(scope="module")
 def sharing() -> Iterator[ServerProcess]:
     """A server whose regions are those of this module's clients."""
-    with running_server(allow_shared_memory=True, block_bytes=4096) as server:
+    with running_server(allow_shared_memory=True, row_block_bytes=4096) as server:
         yield server
 
 

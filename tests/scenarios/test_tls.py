@@ -64,7 +64,7 @@ def tls_server(files: Files) -> Iterator[ServerProcess]:
         tls_key=key,
         listen=["127.0.0.1:0", f"unix:{files.directory / 'socket'}"],
         allow_shared_memory=True,
-        block_bytes=4096,
+        row_block_bytes=4096,
     ) as server:
         yield server
 
@@ -274,7 +274,7 @@ def test_new_certificates_are_shown_from_the_next_connection_on(
     cert, key = authority.issue(*HERE).write(tmp_path, "server")
     x, w, dy = oracle.operands(400, 30, 20)
     with (
-        running_server(tls_cert=cert, tls_key=key, block_bytes=4096) as server,
+        running_server(tls_cert=cert, tls_key=key, row_block_bytes=4096) as server,
         gradwire.connect(server.address, tls=Tls(ca=files.ca)) as client,
     ):
         rows = ((x[i : i + 100], dy[i : i + 100]) for i in range(0, 400, 100))

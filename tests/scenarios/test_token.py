@@ -30,7 +30,7 @@ TOKENS, TEXT = make_tokens("alice")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     file: Path = tmp_path_factory.mktemp("credentials") / "tokens.toml"
     file.write_text(TEXT)
-    with ways.serving_all(auth_tokens=str(file), block_bytes=4096) as server:
+    with ways.serving_all(auth_tokens=str(file), row_block_bytes=4096) as server:
         yield server
 
 

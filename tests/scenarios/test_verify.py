@@ -23,7 +23,7 @@ from tests.support.serving import STOP_TIMEOUT_S
 from tests.support.wrong_server import Fault
 
 M, N, K = 700, 48, 40
-BLOCK_BYTES = 30_000
+ROW_BLOCK_BYTES = 30_000
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WrongServer]:
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "tests.support.wrong_server", faults),
-            *("serve", "--listen=127.0.0.1:0", f"--block-bytes={BLOCK_BYTES}"),
+            *("serve", "--listen=127.0.0.1:0", f"--row-block-bytes={ROW_BLOCK_BYTES}"),
             "--grace=1",
         ],
         stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ def make_spec(
     results: tuple[Matrix, ...] = ALL,
     result_dtype: Dtype | None = None,
     accumulator: Dtype | None = None,
-    max_block_bytes: int = 1 << 20,
+    max_chunk_bytes: int = 1 << 20,
     places: dict[Matrix, BufferRef] | None = None,
 ) -> JobSpec:
     return JobSpec(
@@ -27,6 +27,6 @@ def make_spec(
         dtype=dtype,
         results=dict.fromkeys(results, result_dtype or dtype),
         dw_accumulator=accumulator,
-        max_block_bytes=max_block_bytes,
+        max_chunk_bytes=max_chunk_bytes,
         buffers=places or {},
     )

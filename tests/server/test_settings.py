@@ -19,7 +19,7 @@ PAIR = {"tls_cert": Path("c"), "tls_key": Path("k")}
         ({"memory_limit": 1}, "memory_limit is 1: expected at least 16777216"),
         ({"max_jobs": 0}, "max_jobs is 0: expected at least 1"),
         ({"max_queue": -1}, "max_queue is -1: expected at least 0"),
-        ({"block_bytes": 0}, "block_bytes is 0: expected at least 1"),
+        ({"row_block_bytes": 0}, "row_block_bytes is 0: expected at least 1"),
         ({"idle_timeout": 0.0}, "idle_timeout is 0.0: expected at least 0.01"),
         ({"tls_cert": Path("c")}, "tls_cert is set without tls_key"),
         ({"tls_key": Path("k")}, "tls_key is set without tls_cert"),

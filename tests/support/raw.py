@@ -104,12 +104,12 @@ def make_job(
     return job_pb2.Job(**(fields | options))
 
 
-def block(
+def chunk(
     matrix: str | int, index: int, data: bytes | None = b"", crc32c: int | None = None
 ) -> service_pb2.ComputeStreamRequest:
     number = matrix_number(matrix) if isinstance(matrix, str) else matrix
     return Request(
-        block=matrix_pb2.Block(matrix=number, index=index, data=data, crc32c=crc32c)
+        chunk=matrix_pb2.Chunk(matrix=number, index=index, data=data, crc32c=crc32c)
     )
 
 
@@ -151,15 +151,15 @@ class Problem:
         """W, then `turn_rows` rows of X and as many of dY in turn, then End."""
         m = self.shape[0]
         if "w" in self.operands:
-            yield from self.blocks("w", 0, self.w.shape[0], message_bytes)
+            yield from self.chunks("w", 0, self.w.shape[0], message_bytes)
         for first in range(0, m, turn_rows):
             for name in ("x", "dy"):
                 if name in self.operands:
                     last = min(m, first + turn_rows)
-                    yield from self.blocks(name, first, last, message_bytes)
+                    yield from self.chunks(name, first, last, message_bytes)
         yield end(m)
 
-    def blocks(
+    def chunks(
         self, name: str, first_row: int, last_row: int, message_bytes: int = 1 << 20
     ) -> Iterator[service_pb2.ComputeStreamRequest]:
         """Rows of one operand, cut where messages are full."""
@@ -170,7 +170,7 @@ class Problem:
         stop = last_row * columns
         for at in range(first_row * columns, stop, per_message):
             data = elements[at : min(at + per_message, stop)].tobytes()
-            yield block(name, at, data)
+            yield chunk(name, at, data)
 
     def compute_request(self, **options: Any) -> service_pb2.ComputeRequest:
         """The same job as one message."""
@@ -226,18 +226,18 @@ def repeated_rows(problem: Problem, times: int | None) -> Iterator[Request]:
         times: How often; None for ever.
     """
     if "w" in problem.operands:
-        yield from problem.blocks("w", 0, problem.w.shape[0])
+        yield from problem.chunks("w", 0, problem.w.shape[0])
     turn = [
         message
         for name in ("x", "dy")
         if name in problem.operands
-        for message in problem.blocks(name, 0, problem.shape[0])
+        for message in problem.chunks(name, 0, problem.shape[0])
     ]
     sizes = {matrix_number(name): getattr(problem, name).size for name in ("x", "dy")}
     for _ in range(times) if times is not None else itertools.count():
         yield from turn
         for message in turn:
-            message.block.index += sizes[message.block.matrix]
+            message.chunk.index += sizes[message.chunk.matrix]
     yield end((times or 0) * problem.shape[0])
 
 
@@ -249,7 +249,7 @@ class Outcome:
     queued: list[int] = field(default_factory=list)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     order: list[tuple[str, int, int]] = field(default_factory=list)
-    """Result, first element and number of elements of each Block."""
+    """Result, first element and number of elements of each Chunk."""
     receipt: job_pb2.Receipt = field(default_factory=job_pb2.Receipt)
 
     @property
@@ -337,17 +337,17 @@ class Stream:
             assert message is not None
             if message.WhichOneof("message") == "receipt":
                 break
-            assert message.WhichOneof("message") == "block"
-            name = matrix_pb2.Matrix.Name(message.block.matrix)[7:].lower()
+            assert message.WhichOneof("message") == "chunk"
+            name = matrix_pb2.Matrix.Name(message.chunk.matrix)[7:].lower()
             itemsize = result_dtype(job, name).itemsize
-            count, rest = divmod(len(message.block.data), itemsize)
+            count, rest = divmod(len(message.chunk.data), itemsize)
             assert rest == 0
             assert count > 0
-            assert count == 1 or len(message.block.data) <= job.max_block_bytes
-            assert message.block.index == received[name]
-            outcome.order.append((name, message.block.index, count))
+            assert count == 1 or len(message.chunk.data) <= job.max_chunk_bytes
+            assert message.chunk.index == received[name]
+            outcome.order.append((name, message.chunk.index, count))
             received[name] += count
-            parts[name].append(message.block.data)
+            parts[name].append(message.chunk.data)
         outcome.receipt = message.receipt
         assert self.receive() is None
         m, n, k = outcome.receipt.m, job.n, job.k
@@ -384,7 +384,7 @@ def stream_job(
 
     Args:
         turn_rows: Rows of X and of dY that are sent in turn; B if None.
-        message_bytes: Payload of a Block.
+        message_bytes: Payload of a Chunk.
         options: See `Problem.job`.
     """
     with Stream(channel, timeout_s=timeout_s) as stream:

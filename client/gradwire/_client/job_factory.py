@@ -34,7 +34,7 @@ MIN_BYTES_PER_CHECKPOINT = 16 * limits.MIB
 class Tuning:
     """How jobs travel. Results do not depend on it, and a test says so."""
 
-    chunk_bytes: int = limits.DEFAULT_BLOCK_BYTES
+    chunk_bytes: int = limits.DEFAULT_CHUNK_BYTES
     """Largest payload of a stream's message, in both directions."""
 
     unary: bool | None = None

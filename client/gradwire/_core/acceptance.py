@@ -10,7 +10,7 @@ from gradwire._api.errors import ProtocolError
 from gradwire_protocol.v1.job_pb2 import Accepted, Job
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
-_FILLED_IN = frozenset({"job_id", "numerics.dw_accumulator", "max_block_bytes"})
+_FILLED_IN = frozenset({"job_id", "numerics.dw_accumulator", "max_chunk_bytes"})
 """Options that a server chooses where a job leaves them out."""
 
 

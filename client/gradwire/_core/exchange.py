@@ -147,7 +147,7 @@ class JobExchange:
             ChecksumError: Its payload was damaged on the way.
         """
         received = decode_response(message, after_receipt=self._receipt is not None)
-        if isinstance(received, framing.Block):
+        if isinstance(received, framing.Chunk):
             if self.accepted is None:
                 raise ProtocolError("the server sent results before it took the job on")
             self._take(received)
@@ -224,15 +224,15 @@ class JobExchange:
         self._checkpoints.accept(accepted)
         self.accepted = accepted
 
-    def _take(self, block: framing.Block) -> None:
-        if block.matrix == Matrix.DW_SUM:
-            self._checkpoints.take(block)
+    def _take(self, chunk: framing.Chunk) -> None:
+        if chunk.matrix == Matrix.DW_SUM:
+            self._checkpoints.take(chunk)
             if not self._checkpoints.coming:
                 self._checkpoints.within(self._complete_row())
         elif self._checkpoints.coming:
             raise ProtocolError("the server broke a checkpoint off")
         else:
-            self._receiver.take(block)
+            self._receiver.take(chunk)
 
     def _begin_checkpoint(self, received: Checkpoint) -> None:
         if not self._takes_checkpoints or self.accepted is None:

@@ -35,7 +35,7 @@ class Plan:
     options: Options
     """What the caller asked for."""
 
-    chunk_bytes: int = limits.DEFAULT_BLOCK_BYTES
+    chunk_bytes: int = limits.DEFAULT_CHUNK_BYTES
     """Largest payload of a message, in both directions."""
 
     @property
@@ -92,7 +92,7 @@ class Plan:
             dw_accumulator=options.dw_accumulator,
             allow_tf32=options.allow_tf32,
             checksum=options.checksum,
-            max_block_bytes=self.chunk_bytes,
+            max_chunk_bytes=self.chunk_bytes,
         )
 
     def header(self) -> Job:

@@ -17,7 +17,7 @@ from gradwire_protocol import checksum
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_details import ErrorDetails
 from gradwire_protocol.error_reasons import Reason
-from gradwire_protocol.framing import Block
+from gradwire_protocol.framing import Chunk
 from gradwire_protocol.matrices import RESULTS, Matrix
 
 _BY_NUMBER = {int(matrix): matrix for matrix in RESULTS}
@@ -151,23 +151,23 @@ class Receiver:
         for sink in self._sinks.values():
             sink.close()
 
-    def take(self, block: Block) -> None:
+    def take(self, chunk: Chunk) -> None:
         """Use the elements of a message.
 
         Raises:
             ProtocolError: They are not what comes next, or cannot be yet.
             ChecksumError: They were damaged on the way.
         """
-        matrix = _BY_NUMBER.get(block.matrix)
+        matrix = _BY_NUMBER.get(chunk.matrix)
         if matrix is None or matrix not in self._next:
-            name = matrix.label if matrix else f"matrix {block.matrix}"
+            name = matrix.label if matrix else f"matrix {chunk.matrix}"
             raise ProtocolError(f"the server sent {name}, which was not asked for")
-        payload = block.payload
+        payload = chunk.payload
         if not payload:
             raise ProtocolError(
-                f"the server sent a block of {matrix.label} without elements"
+                f"the server sent a chunk of {matrix.label} without elements"
             )
-        check_crc32c(self._plan.options, matrix, block.crc32c, payload)
+        check_crc32c(self._plan.options, matrix, chunk.crc32c, payload)
         itemsize = self._plan.result_dtype(matrix).itemsize
         count, rest = divmod(len(payload), itemsize)
         if rest:
@@ -176,9 +176,9 @@ class Receiver:
                 f" elements have {itemsize}"
             )
         at = self._next[matrix]
-        if block.index != at:
+        if chunk.index != at:
             raise ProtocolError(
-                f"the server sent {matrix.label} from element {block.index} on, and"
+                f"the server sent {matrix.label} from element {chunk.index} on, and"
                 f" element {at} is next"
             )
         if at + count > self._due(matrix):
@@ -232,7 +232,7 @@ def check_crc32c(
         )
     if wanted and checksum.crc32c(payload) != crc32c:
         raise ChecksumError(
-            f"a block of {matrix.label} was damaged on the way: its checksum is wrong",
+            f"a chunk of {matrix.label} was damaged on the way: its checksum is wrong",
             status=Reason.CHECKSUM_MISMATCH.status,
             attached=ErrorDetails(reason=Reason.CHECKSUM_MISMATCH),
             job_id=options.job_id,

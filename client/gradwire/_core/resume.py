@@ -19,7 +19,7 @@ from gradwire._core.job_plan import Plan
 from gradwire._core.receiver import check_crc32c
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
-from gradwire_protocol.framing import Block
+from gradwire_protocol.framing import Chunk
 from gradwire_protocol.job_spec import Fingerprint, Resume
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1.job_pb2 import Accepted, NumericsFingerprint
@@ -182,27 +182,27 @@ class Checkpoints:
         self._filled = 0
         self._complete()
 
-    def take(self, block: Block) -> None:
+    def take(self, chunk: Chunk) -> None:
         """Take elements of it.
 
         Raises:
             ProtocolError: They are not what comes next.
             ChecksumError: They were damaged on the way.
         """
-        coming, payload, itemsize = self._coming, block.payload, self._dtype.itemsize
+        coming, payload, itemsize = self._coming, chunk.payload, self._dtype.itemsize
         if coming is None or not payload:
             raise ProtocolError("the server sent a sum of dW that it did not announce")
-        check_crc32c(self._plan.options, Matrix.DW_SUM, block.crc32c, payload)
+        check_crc32c(self._plan.options, Matrix.DW_SUM, chunk.crc32c, payload)
         room = coming.dw.reshape(-1).view(np.uint8)
         end = self._filled + len(payload)
         if (
-            block.index * itemsize != self._filled
+            chunk.index * itemsize != self._filled
             or len(payload) % itemsize
             or end > room.size
         ):
             raise ProtocolError(
                 f"the server sent {len(payload)} bytes of a sum of dW from element"
-                f" {block.index} on, after {self._filled} of {room.size} bytes"
+                f" {chunk.index} on, after {self._filled} of {room.size} bytes"
             )
         room[self._filled : end] = np.frombuffer(payload, np.uint8)
         self._filled = end

@@ -205,7 +205,7 @@ class Sender:
 
     def _encoded(self, matrix: Matrix, index: int, payload: memoryview) -> bytes:
         crc = checksum.crc32c(payload) if self._plan.options.checksum else None
-        return framing.encode_block(matrix, index, payload, crc)
+        return framing.encode_chunk(matrix, index, payload, crc)
 
 
 class _Staging:

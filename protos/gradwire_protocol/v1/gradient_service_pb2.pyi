@@ -35,28 +35,28 @@ class ComputeResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., y: _Optional[bytes] = ..., dx: _Optional[bytes] = ..., dw: _Optional[bytes] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ...) -> None: ...
 
 class ComputeStreamRequest(_message.Message):
-    __slots__ = ("job", "block", "end")
+    __slots__ = ("job", "chunk", "end")
     JOB_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     job: _job_pb2.Job
-    block: _matrix_pb2.Block
+    chunk: _matrix_pb2.Chunk
     end: _job_pb2.End
-    def __init__(self, job: _Optional[_Union[_job_pb2.Job, _Mapping]] = ..., block: _Optional[_Union[_matrix_pb2.Block, _Mapping]] = ..., end: _Optional[_Union[_job_pb2.End, _Mapping]] = ...) -> None: ...
+    def __init__(self, job: _Optional[_Union[_job_pb2.Job, _Mapping]] = ..., chunk: _Optional[_Union[_matrix_pb2.Chunk, _Mapping]] = ..., end: _Optional[_Union[_job_pb2.End, _Mapping]] = ...) -> None: ...
 
 class ComputeStreamResponse(_message.Message):
-    __slots__ = ("accepted", "block", "receipt", "queued", "checkpoint")
+    __slots__ = ("accepted", "chunk", "receipt", "queued", "checkpoint")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     accepted: _job_pb2.Accepted
-    block: _matrix_pb2.Block
+    chunk: _matrix_pb2.Chunk
     receipt: _job_pb2.Receipt
     queued: _job_pb2.Queued
     checkpoint: _job_pb2.Checkpoint
-    def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., block: _Optional[_Union[_matrix_pb2.Block, _Mapping]] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ..., queued: _Optional[_Union[_job_pb2.Queued, _Mapping]] = ..., checkpoint: _Optional[_Union[_job_pb2.Checkpoint, _Mapping]] = ...) -> None: ...
+    def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., chunk: _Optional[_Union[_matrix_pb2.Chunk, _Mapping]] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ..., queued: _Optional[_Union[_job_pb2.Queued, _Mapping]] = ..., checkpoint: _Optional[_Union[_job_pb2.Checkpoint, _Mapping]] = ...) -> None: ...
 
 class OpenRegionRequest(_message.Message):
     __slots__ = ("size_bytes",)

@@ -79,7 +79,7 @@ class GradientServiceServicer(object):
         it writes.
         A job with Checkpoints receives the sum of dW in between. A job with Resume
         continues an interrupted job.
-        A job in shared memory has no Blocks: the client sends Job, with its m, and
+        A job in shared memory has no Chunks: the client sends Job, with its m, and
         End; the server sends Accepted and Receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

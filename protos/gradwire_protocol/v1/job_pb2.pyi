@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_block_bytes", "required_features", "regions", "checkpoints", "resume")
+    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -22,7 +22,7 @@ class Job(_message.Message):
     DW_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
-    MAX_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     REQUIRED_FEATURES_FIELD_NUMBER: _ClassVar[int]
     REGIONS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
@@ -40,12 +40,12 @@ class Job(_message.Message):
     dw: Result
     numerics: Numerics
     checksum: _matrix_pb2.Checksum
-    max_block_bytes: int
+    max_chunk_bytes: int
     required_features: _containers.RepeatedScalarFieldContainer[str]
     regions: _containers.RepeatedCompositeFieldContainer[SharedRegion]
     checkpoints: Checkpoints
     resume: Resume
-    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_block_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class Checkpoints(_message.Message):
     __slots__ = ("rows",)

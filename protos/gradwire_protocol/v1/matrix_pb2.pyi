@@ -44,7 +44,7 @@ DTYPE_FLOAT64: Dtype
 CHECKSUM_UNSPECIFIED: Checksum
 CHECKSUM_CRC32C: Checksum
 
-class Block(_message.Message):
+class Chunk(_message.Message):
     __slots__ = ("matrix", "index", "crc32c", "data")
     MATRIX_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]

@@ -71,8 +71,8 @@ class CallStream:
         """Receive the operands, up to the half-close after End."""
         self._progressed()
         while True:
-            message = await self._read("the next block of an operand, or end")
-            if isinstance(message, framing.Block):
+            message = await self._read("the next chunk of an operand, or end")
+            if isinstance(message, framing.Chunk):
                 await job.take(message)
                 if message.payload:  # messages without elements are no progress
                     self._progressed()
@@ -81,7 +81,7 @@ class CallStream:
                 self._progressed()
                 break
             else:
-                await _refuse(message, "a block or end")
+                await _refuse(message, "a chunk or end")
         await self._read_half_close()
 
     async def receive_end(self, m: int) -> None:
@@ -105,15 +105,15 @@ class CallStream:
 
     async def _send(self, job: StreamedJob) -> None:
         """Send the results in the order in which they become ready."""
-        async with aclosing(job.results()) as chunks:
-            async for chunk in chunks:
-                if isinstance(chunk, Checkpoint):
-                    await self.write(framing.encode_checkpoint(chunk.rows))
+        async with aclosing(job.results()) as results:
+            async for result in results:
+                if isinstance(result, Checkpoint):
+                    await self.write(framing.encode_checkpoint(result.rows))
                     continue
-                checksum = crc32c(chunk.payload) if job.spec.checksum else None
+                checksum = crc32c(result.payload) if job.spec.checksum else None
                 await self.write(
-                    framing.encode_block(
-                        chunk.matrix, chunk.index, chunk.payload, checksum
+                    framing.encode_chunk(
+                        result.matrix, result.index, result.payload, checksum
                     )
                 )
 

@@ -96,7 +96,7 @@ class GradientServicer:
             stream = CallStream(self._timeouts, call, context)
             header = await stream.read_header()
             spec = self._service.read_job(call, header)
-            message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_block_bytes)
+            message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_chunk_bytes)
             if spec.buffers:
                 await self._compute_in_place(call, stream, message_bytes)
                 return

@@ -95,7 +95,7 @@ class JobService:
             backend,
             settings.device_memory_limit,
             self.features,
-            settings.block_bytes or backend.block_bytes,
+            settings.row_block_bytes or backend.row_block_bytes,
             self.instance,
         )
         self._jobs = JobRegistry()

@@ -160,7 +160,7 @@ class Backend(Protocol):
     """Multiplications and additions of a job below which it may run in any
     thread, beside the lane's: waking that takes as long. 0 where none may."""
 
-    block_bytes: int
+    row_block_bytes: int
     """Bytes of a row block's operands with which it computes fast."""
 
     pipeline_depth: int

@@ -80,15 +80,15 @@ class Plan:
         return max(self.slots_start + self.slots * self.slot_bytes, self.least_bytes)
 
 
-def make_plan(spec: JobSpec, block_bytes: int, pipeline_depth: int) -> Plan:
+def make_plan(spec: JobSpec, row_block_bytes: int, pipeline_depth: int) -> Plan:
     """The plan of a job.
 
     Args:
         spec: What was asked.
-        block_bytes: Bytes of a block's operands at which the server aims.
+        row_block_bytes: Bytes of a block's operands at which the server aims.
         pipeline_depth: Most row blocks that its device has begun and not done.
     """
-    block_rows = rows_of_a_block(spec, block_bytes)
+    block_rows = rows_of_a_block(spec, row_block_bytes)
     if spec.m is not None:
         pipeline_depth = min(pipeline_depth, max(-(-spec.m // block_rows), 1))
     slot_rows = block_rows if spec.m is None else min(block_rows, spec.m)
@@ -122,14 +122,14 @@ def make_plan(spec: JobSpec, block_bytes: int, pipeline_depth: int) -> Plan:
     )
 
 
-def rows_of_a_block(spec: JobSpec, block_bytes: int) -> int:
-    """B: the largest power of two whose operand rows fit `block_bytes`.
+def rows_of_a_block(spec: JobSpec, row_block_bytes: int) -> int:
+    """B: the largest power of two whose operand rows fit `row_block_bytes`.
 
     Rows of X and of dY both count, also when a job sends only one of them,
     so that a result has the same bits whatever else is wanted with it.
     """
     row_bytes = (spec.n + spec.k) * spec.dtype.itemsize
-    rows = min(MAX_BLOCK_ROWS, block_bytes // max(row_bytes, 1))
+    rows = min(MAX_BLOCK_ROWS, row_block_bytes // max(row_bytes, 1))
     return 1 << max(rows.bit_length() - 1, 0)
 
 

@@ -64,7 +64,7 @@ class FakeServer:
         if isinstance(request, End):
             self._end(request.m)
             return
-        assert isinstance(request, framing.Block)
+        assert isinstance(request, framing.Chunk)
         matrix = Matrix(request.matrix)
         payload = request.payload
         assert payload is not None
@@ -168,10 +168,10 @@ class FakeServer:
     def _blocks(self, job: Job, matrix: Matrix, rows: Any, index: int) -> Any:
         payload = np.ascontiguousarray(rows).tobytes()
         itemsize = rows.dtype.itemsize
-        step = max(1, job.max_block_bytes // itemsize) * itemsize
+        step = max(1, job.max_chunk_bytes // itemsize) * itemsize
         for at in range(0, len(payload), step):
             part = payload[at : at + step]
-            yield framing.encode_block(matrix, index + at // itemsize, part)
+            yield framing.encode_chunk(matrix, index + at // itemsize, part)
 
 
 def converse(

@@ -90,8 +90,8 @@ def conversation(
     return exchange
 
 
-def block(matrix: int, index: int, elements: int, crc: int | None = None) -> bytes:
-    return framing.encode_block(matrix, index, bytes(8 * elements), crc)
+def chunk(matrix: int, index: int, elements: int, crc: int | None = None) -> bytes:
+    return framing.encode_chunk(matrix, index, bytes(8 * elements), crc)
 
 
 def test_the_answers_are_what_the_next_test_takes_them_for() -> None:
@@ -119,12 +119,12 @@ def test_the_answers_are_what_the_next_test_takes_them_for() -> None:
         (lambda a: [*a, a[0]], "went on after the job's receipt"),
         (lambda a: [a[0], *a], "sent y from element 0 on, and element 8 is next"),
         (lambda a: a[2:], "sent y from element 8 on, and element 0 is next"),
-        (lambda a: [block(4, 0, 13)], "sent y up to element 13, and the rows that it"),
-        (lambda a: [block(1, 0, 1)], "sent matrix 1, which was not asked for"),
-        (lambda a: [block(99, 0, 1)], "sent matrix 99, which was not asked for"),
-        (lambda a: [block(4, 0, 0)], "sent a block of y without elements"),
-        (lambda a: [framing.encode_block(4, 0, b"123")], "sent 3 bytes of y, whose"),
-        (lambda a: [block(4, 0, 1, 7)], "sent y with a checksum, against the job"),
+        (lambda a: [chunk(4, 0, 13)], "sent y up to element 13, and the rows that it"),
+        (lambda a: [chunk(1, 0, 1)], "sent matrix 1, which was not asked for"),
+        (lambda a: [chunk(99, 0, 1)], "sent matrix 99, which was not asked for"),
+        (lambda a: [chunk(4, 0, 0)], "sent a chunk of y without elements"),
+        (lambda a: [framing.encode_chunk(4, 0, b"123")], "sent 3 bytes of y, whose"),
+        (lambda a: [chunk(4, 0, 1, 7)], "sent y with a checksum, against the job"),
         (lambda a: [b"\xff\xff"], "sent no message: the bytes are no"),
         (lambda a: [b""], "sent no message: the message holds neither"),
         (
@@ -151,13 +151,13 @@ def test_a_server_that_sends_nonsense_never_gives_a_wrong_array(
 
 def test_a_result_that_was_not_wanted_is_refused() -> None:
     with pytest.raises(gradwire.ProtocolError, match="sent dx, which was not asked"):
-        conversation(lambda a: [block(5, 0, 1)], results="y")
+        conversation(lambda a: [chunk(5, 0, 1)], results="y")
 
 
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (block(4, 0, 1), "sent results before it took the job on"),
+        (chunk(4, 0, 1), "sent results before it took the job on"),
         (
             framing.encode_accepted(Accepted(block_rows=0, window_rows=1)),
             "announced blocks of 0 rows and a window of 1",
@@ -178,7 +178,7 @@ def test_results_before_their_rows_were_sent_are_refused() -> None:
     messages = job.messages(exchange)
     next(messages)
     with pytest.raises(gradwire.ProtocolError, match="the rows that it has make up 0"):
-        exchange.receive(block(4, 0, 1))
+        exchange.receive(chunk(4, 0, 1))
 
 
 def test_dw_before_the_end_of_the_rows_is_refused() -> None:
@@ -188,9 +188,9 @@ def test_dw_before_the_end_of_the_rows_is_refused() -> None:
         exchange.receive(answer)
     everything_but_end = 5
     for message in itertools.islice(job.messages(exchange), everything_but_end):
-        assert isinstance(framing.decode_request(message), framing.Block)
+        assert isinstance(framing.decode_request(message), framing.Chunk)
     with pytest.raises(gradwire.ProtocolError, match="sent dw up to element 6"):
-        exchange.receive(block(6, 0, 6))
+        exchange.receive(chunk(6, 0, 6))
 
 
 def understood_wrongly(change: Callable[[Job], None]) -> Callable[[Job], Accepted]:
@@ -231,7 +231,7 @@ def forget(name: str) -> Callable[[Job], None]:
         ),
         ("numerics.allow_tf32", lambda job: job.numerics.ClearField("allow_tf32")),
         ("checksum", forget("checksum")),
-        ("max_block_bytes", lambda job: setattr(job, "max_block_bytes", 1)),
+        ("max_chunk_bytes", lambda job: setattr(job, "max_chunk_bytes", 1)),
         ("required_features", lambda job: job.required_features.append("more")),
     ],
 )
@@ -275,12 +275,12 @@ def test_a_newer_server_may_say_more() -> None:
 @pytest.mark.skipif(not checksum.AVAILABLE, reason="needs google-crc32c")
 def test_a_damaged_payload_is_a_checksum_error() -> None:
     right = checksum.crc32c(bytes(8))
-    conversation(lambda a: [block(4, 0, 1, right)], checksum=True)
+    conversation(lambda a: [chunk(4, 0, 1, right)], checksum=True)
     with pytest.raises(gradwire.ChecksumError, match="damaged on the way") as refused:
-        conversation(lambda a: [block(4, 0, 1, right ^ 1)], checksum=True)
+        conversation(lambda a: [chunk(4, 0, 1, right ^ 1)], checksum=True)
     assert refused.value.reason == "CHECKSUM_MISMATCH"
     with pytest.raises(gradwire.ProtocolError, match="sent y without a checksum"):
-        conversation(lambda a: [block(4, 0, 1)], checksum=True)
+        conversation(lambda a: [chunk(4, 0, 1)], checksum=True)
 
 
 def test_progress_goes_from_nothing_to_everything() -> None:

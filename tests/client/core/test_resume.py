@@ -28,7 +28,7 @@ from gradwire_protocol import checksum, framing
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_details import ErrorDetails
 from gradwire_protocol.error_reasons import Reason
-from gradwire_protocol.framing import Block
+from gradwire_protocol.framing import Chunk
 from gradwire_protocol.matrices import Matrix
 
 N, K, B = 3, 2, 16
@@ -52,24 +52,24 @@ def checkpoints(before: Checkpoint | None = None, **options: Any) -> Checkpoints
     return made
 
 
-def block(index: int, elements: Any, crc32c: int | None = None) -> Block:
+def chunk(index: int, elements: Any, crc32c: int | None = None) -> Chunk:
     payload = memoryview(np.asarray(elements).tobytes())
-    return Block(int(Matrix.DW_SUM), index, payload, crc32c)
+    return Chunk(int(Matrix.DW_SUM), index, payload, crc32c)
 
 
 def send(to: Checkpoints, rows: int, value: float = 0.0) -> None:
     to.begin(rows, 1000, B)
-    to.take(block(0, SUM[:4] + value))
-    to.take(block(4, SUM[4:] + value))
+    to.take(chunk(0, SUM[:4] + value))
+    to.take(chunk(4, SUM[4:] + value))
 
 
 def test_a_checkpoint_comes_in_parts_and_counts_when_it_is_whole() -> None:
     one = checkpoints()
     one.begin(32, 1000, B)
-    one.take(block(0, SUM[:4]))
+    one.take(chunk(0, SUM[:4]))
     assert one.coming
     assert one.within(None) is None
-    one.take(block(4, SUM[4:]))
+    one.take(chunk(4, SUM[4:]))
     assert not one.coming
     came = one.within(None)
     assert came is not None
@@ -99,12 +99,12 @@ def test_a_checkpoint_that_cannot_be_is_refused(rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [block(1, SUM), block(0, np.arange(7.0)), block(0, np.zeros(3, np.int8))]
+    "wrong", [chunk(1, SUM), chunk(0, np.arange(7.0)), chunk(0, np.zeros(3, np.int8))]
 )
-def test_elements_that_are_not_next_are_refused(wrong: Block) -> None:
+def test_elements_that_are_not_next_are_refused(wrong: Chunk) -> None:
     one = checkpoints()
     with pytest.raises(gradwire.ProtocolError, match="did not announce"):
-        one.take(block(0, SUM))
+        one.take(chunk(0, SUM))
     one.begin(16, 1000, B)
     with pytest.raises(gradwire.ProtocolError, match="bytes of a sum of dW"):
         one.take(wrong)
@@ -115,8 +115,8 @@ def test_a_damaged_sum_is_found_out() -> None:
     one.begin(16, 1000, B)
     right = checksum.crc32c(memoryview(SUM.tobytes()))
     with pytest.raises(gradwire.ChecksumError):
-        one.take(block(0, SUM, right ^ 1))
-    one.take(block(0, SUM, right))
+        one.take(chunk(0, SUM, right ^ 1))
+    one.take(chunk(0, SUM, right))
     assert not one.coming
 
 

@@ -133,7 +133,7 @@ def test_a_row_block_is_complete_as_soon_as_its_rows_are_there() -> None:
     messages = play(server, [1] * 4 + [1000])
     kinds = [framing.decode_request(next(messages)) for _ in range(5)]
     # w, the first row alone, and the other three: before the next item.
-    indices = [(k.matrix, k.index) for k in kinds if isinstance(k, framing.Block)]
+    indices = [(k.matrix, k.index) for k in kinds if isinstance(k, framing.Chunk)]
     assert indices == [(2, 0), (1, 0), (3, 0), (1, 3), (3, 2)]
 
 

@@ -19,10 +19,10 @@ sizes = st.integers(0, 5000)
 
 @given(sizes, sizes, st.sampled_from(Dtype), st.integers(1, 1 << 24))
 def test_rows_of_a_block_depend_on_nothing_but_shape_dtype_and_configuration(
-    n, k, dtype, block_bytes
+    n, k, dtype, row_block_bytes
 ):
     rows = {
-        make_plan(spec, block_bytes, begun).block_rows
+        make_plan(spec, row_block_bytes, begun).block_rows
         for m in (None, 0, 1, 10**9)
         for results in SOME_RESULTS
         for spec in (make_spec(m, n, k, dtype, results),)
@@ -33,8 +33,8 @@ def test_rows_of_a_block_depend_on_nothing_but_shape_dtype_and_configuration(
     row_bytes = max((n + k) * dtype.itemsize, 1)
     assert block_rows & (block_rows - 1) == 0
     assert 1 <= block_rows <= MAX_BLOCK_ROWS
-    assert block_rows == 1 or block_rows * row_bytes <= block_bytes
-    assert block_rows == MAX_BLOCK_ROWS or 2 * block_rows * row_bytes > block_bytes
+    assert block_rows == 1 or block_rows * row_bytes <= row_block_bytes
+    assert block_rows == MAX_BLOCK_ROWS or 2 * block_rows * row_bytes > row_block_bytes
 
 
 @given(

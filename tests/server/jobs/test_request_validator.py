@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwire_protocol.error_reasons import Reason
-from gradwire_protocol.framing import Block
+from gradwire_protocol.framing import Chunk
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.row_blocks import make_plan
 from gradwire_server.errors import JobError
@@ -30,8 +30,8 @@ def accept(intake, message):
         yield span
 
 
-def block(matrix, index, elements):
-    return Block(matrix, index, memoryview(bytes(4 * elements)))
+def chunk(matrix, index, elements):
+    return Chunk(matrix, index, memoryview(bytes(4 * elements)))
 
 
 def reason_of(call, *args):
@@ -56,7 +56,7 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
     def send(matrix, count):
         index = sent[matrix]
         payload = memoryview(operands[matrix])[4 * index : 4 * (index + count)]
-        for span in accept(intake, Block(matrix, index, payload)):
+        for span in accept(intake, Chunk(matrix, index, payload)):
             area = 0
             if matrix is not Matrix.W:
                 area = span.block * plan.block_rows * spec.row_length(matrix) * 4
@@ -89,14 +89,14 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
 def test_what_the_window_allows_always_finds_a_slot(data):
     """Otherwise the server would wait for a slot that never becomes free."""
     intake, spec, plan = make_intake()
-    list(accept(intake, block(Matrix.W, 0, 15)))
+    list(accept(intake, chunk(Matrix.W, 0, 15)))
     sent = {Matrix.X: 0, Matrix.DY: 0}
     for _ in range(20):
         matrix = data.draw(st.sampled_from((Matrix.X, Matrix.DY)))
         count = data.draw(st.integers(1, 20 * spec.row_length(matrix)))
         complete = intake.blocks_complete
         try:
-            spans = list(accept(intake, block(matrix, sent[matrix], count)))
+            spans = list(accept(intake, chunk(matrix, sent[matrix], count)))
         except JobError:
             continue
         sent[matrix] += count
@@ -110,19 +110,19 @@ def test_what_the_window_allows_always_finds_a_slot(data):
 
 def test_the_leading_operand_may_fill_the_window_and_not_one_element_more():
     intake, _, plan = make_intake()
-    list(accept(intake, block(Matrix.W, 0, 15)))
+    list(accept(intake, chunk(Matrix.W, 0, 15)))
     window = plan.window_rows
-    list(accept(intake, block(Matrix.X, 0, 3 * window)))
-    refused = reason_of(accept, intake, block(Matrix.X, 3 * window, 1))
+    list(accept(intake, chunk(Matrix.X, 0, 3 * window)))
+    refused = reason_of(accept, intake, chunk(Matrix.X, 3 * window, 1))
     assert refused is Reason.LEAD_EXCEEDED
-    list(accept(intake, block(Matrix.DY, 0, 5)))
-    list(accept(intake, block(Matrix.X, 3 * window, 3)))
+    list(accept(intake, chunk(Matrix.DY, 0, 5)))
+    list(accept(intake, chunk(Matrix.X, 3 * window, 3)))
 
 
 def test_a_single_row_operand_has_no_window():
     intake, _, plan = make_intake(results=(Matrix.Y,))
-    list(accept(intake, block(Matrix.W, 0, 15)))
-    list(accept(intake, block(Matrix.X, 0, 3 * 10 * plan.window_rows)))
+    list(accept(intake, chunk(Matrix.W, 0, 15)))
+    list(accept(intake, chunk(Matrix.X, 0, 3 * 10 * plan.window_rows)))
     assert intake.blocks_complete == 10 * plan.window_rows // plan.block_rows
 
 
@@ -136,9 +136,9 @@ def test_rows_without_elements_are_complete_only_at_the_end():
 
 def test_a_block_is_complete_only_when_all_of_its_own_pieces_were_given_out():
     intake, _, _ = make_intake()
-    list(accept(intake, block(Matrix.W, 0, 15)))
-    list(accept(intake, block(Matrix.X, 0, 8 * 3)))  # two row blocks of X
+    list(accept(intake, chunk(Matrix.W, 0, 15)))
+    list(accept(intake, chunk(Matrix.X, 0, 8 * 3)))  # two row blocks of X
     complete = [
-        intake.blocks_complete for _ in accept(intake, block(Matrix.DY, 0, 8 * 5))
+        intake.blocks_complete for _ in accept(intake, chunk(Matrix.DY, 0, 8 * 5))
     ]
     assert complete == [1, 2]

@@ -20,7 +20,7 @@ from tests.support.serving import ServerProcess, running_server
 
 SOON = gradwire.RetryPolicy(initial_backoff_s=0.02, max_backoff_s=0.1, budget=1e6)
 LIMIT = 64 * MIB
-BLOCK_BYTES = 1024
+ROW_BLOCK_BYTES = 1024
 MESSAGE_BYTES = 256
 MAY_STAY_OPEN = 8
 """Descriptors: those of connections that are about to close."""
@@ -106,7 +106,7 @@ def _is_admitted_at_once(process: ServerProcess, n: int) -> bool:
 @contextmanager
 def watched_server(**settings: Any) -> Iterator[Watched]:
     """A server that has to be clean in the end."""
-    settings = {"block_bytes": BLOCK_BYTES, "memory_limit": LIMIT} | settings
+    settings = {"row_block_bytes": ROW_BLOCK_BYTES, "memory_limit": LIMIT} | settings
     with running_server(**settings) as process:
         watched = Watched(process, settings)
         yield watched

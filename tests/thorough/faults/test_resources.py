@@ -16,7 +16,7 @@ import gradwire
 from tests.cli.conftest import gradwire as command
 from tests.cli.conftest import sentence, serving_with
 from tests.contract.test_faults import HeldBackend, fail
-from tests.thorough.faults.conftest import BLOCK_BYTES, EXTENTS, Watched, connected
+from tests.thorough.faults.conftest import EXTENTS, ROW_BLOCK_BYTES, Watched, connected
 from tests.thorough.faults.jobs import DY, JOBS, M, W, X, bits, compute
 from tests.thorough.faults.table import FAULTS
 
@@ -74,7 +74,7 @@ def at_call(number: int, act: Callable[[], None]) -> Callable[[], None]:
 def test_a_device_that_is_out_of_memory_computes_the_next_job(extent: str) -> None:
     backend = HeldBackend()
     with (
-        serving_with(backend, block_bytes=BLOCK_BYTES) as address,
+        serving_with(backend, row_block_bytes=ROW_BLOCK_BYTES) as address,
         connected(address, timeout_s=20) as client,
     ):
         expected, cases = {}, []

@@ -27,7 +27,7 @@ def conversation(*, checkpoint: bool = False) -> list[bytes]:
     first = FakeServer().open(exchange.opening())
     if checkpoint:
         first.append(framing.encode_checkpoint(4))
-        first.append(framing.encode_block(int(Matrix.DW_SUM), 0, bytes(N * K * 8)))
+        first.append(framing.encode_chunk(int(Matrix.DW_SUM), 0, bytes(N * K * 8)))
     return [*first, *converse(exchange, job.messages(exchange), FakeServer())]
 
 

@@ -110,9 +110,9 @@ def _with_a_field_changed(
     except DecodeError:
         return data
     _change_a_field(message, rng)
-    block: Any = getattr(message, "block", None)
-    if block is not None and block.HasField("crc32c") and rng.random() < 0.7:
-        block.crc32c = google_crc32c.value(block.data)  # or nothing else is reached
+    chunk: Any = getattr(message, "chunk", None)
+    if chunk is not None and chunk.HasField("crc32c") and rng.random() < 0.7:
+        chunk.crc32c = google_crc32c.value(chunk.data)  # or nothing else is reached
     return message.SerializeToString()[:MOST_BYTES]
 
 

@@ -30,7 +30,7 @@ def _outcome(decode: Callable[[bytes], Any], message: bytes) -> Any:
         decoded = decode(message)
     except framing.FramingError as error:
         return str(error)
-    if isinstance(decoded, framing.Block):
+    if isinstance(decoded, framing.Chunk):
         payload = decoded.payload
         data = None if payload is None else bytes(payload)
         return decoded.matrix, decoded.index, data, decoded.crc32c

@@ -29,7 +29,7 @@ from tests.support.raw import (
     NEEDS,
     Problem,
     Request,
-    block,
+    chunk,
     end,
     whole_numbers,
 )
@@ -54,7 +54,7 @@ def streams() -> Seeds:
         yield name, container(stream(whole_numbers(*shape)))
     yield "open-m", container(stream(some, open_m=True))
     yield "checksums", container(stream(some, checksum=1))
-    yield "small-results", container(stream(some, max_block_bytes=16))
+    yield "small-results", container(stream(some, max_chunk_bytes=16))
     before = {"library": "numpy", "block_rows": 4}
     going_on = {"fingerprint": before, "first_row": 4, "results_from_row": 8}
     yield "resume", container(stream(some, resume=going_on))
@@ -71,11 +71,11 @@ def streams() -> Seeds:
 
 
 def stream(problem: Problem, **options: object) -> list[bytes]:
-    """The messages of a job, in small blocks."""
+    """The messages of a job, in small chunks."""
     messages = [Request(job=problem.job(**options)), *problem.body(4, 64)]
     for message in messages:
-        if options.get("checksum") and message.HasField("block"):
-            message.block.crc32c = google_crc32c.value(message.block.data)
+        if options.get("checksum") and message.HasField("chunk"):
+            message.chunk.crc32c = google_crc32c.value(message.chunk.data)
     return [message.SerializeToString() for message in messages]
 
 
@@ -86,13 +86,13 @@ def resumed(problem: Problem, first_row: int) -> list[bytes]:
     job.resume.first_row = job.resume.results_from_row = first_row
     job.resume.fingerprint.library = ANY_SERVER
     job.resume.dw_sum.CopyFrom(INLINE)
-    w = list(problem.blocks("w", 0, n))
-    dw_sum = block(matrix_pb2.MATRIX_DW_SUM, 0, np.ones(n * k, np.float32).tobytes())
+    w = list(problem.chunks("w", 0, n))
+    dw_sum = chunk(matrix_pb2.MATRIX_DW_SUM, 0, np.ones(n * k, np.float32).tobytes())
     rows = [
         message
         for row in range(first_row, problem.shape[0], 4)
         for name in ("x", "dy")
-        for message in problem.blocks(name, row, min(row + 4, problem.shape[0]))
+        for message in problem.chunks(name, row, min(row + 4, problem.shape[0]))
     ]
     messages = [Request(job=job), *w, dw_sum, *rows, end(problem.shape[0])]
     return [message.SerializeToString() for message in messages]
@@ -105,7 +105,7 @@ def answers() -> Seeds:
 
 def framings() -> Seeds:
     for name, payload in (("empty", b""), ("short", b"payload"), ("long", bytes(200))):
-        yield name, framing.encode_block(3, 300, payload, 0x01020304)
+        yield name, framing.encode_chunk(3, 300, payload, 0x01020304)
     yield "end", framing.encode_end(7)
     yield "job", framing.encode_job(whole_numbers(1, 2, 3).job())
     for number, message in enumerate(conversation()):
@@ -134,7 +134,7 @@ def npy_files() -> Seeds:
 
 
 def settings_files() -> Seeds:
-    yield "sizes", b'memory-limit = "3GiB"\nblock_bytes = "1.5 MiB"\nmax-jobs = 7\n'
+    yield "sizes", b'memory-limit = "3GiB"\nrow_block_bytes = "1.5 MiB"\nmax-jobs = 7\n'
     yield "lists", b'listen = ["127.0.0.1:1", "unix:x"]\ndevices = [0, 2]\n'
     yield "numbers", b"grace = 0\nidle-timeout = 2.5\nallow-shared-memory = true\n"
     yield "table", b'[server]\nlog_format = "json"\n'

@@ -41,7 +41,7 @@ from tests.support.raw import (
 from tests.thorough.fuzz.containers import Container, Ending, Method
 from tests.thorough.fuzz.parsers import Check
 
-BLOCK_BYTES = 256
+ROW_BLOCK_BYTES = 256
 IDLE_S = 1.0
 NEVER_S = 10.0
 """A call that takes longer than this hangs."""
@@ -206,7 +206,7 @@ def _is_too_much(outcome: Outcome) -> bool:
 
 _MODELLED = {
     *("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw"),
-    *("numerics", "checksum", "max_block_bytes"),
+    *("numerics", "checksum", "max_chunk_bytes"),
 }
 
 
@@ -240,7 +240,7 @@ def live_streams() -> Iterator[Check]:
         settings = Settings(
             listen=(f"unix:{Path(directory) / 'socket'}",),
             backend="numpy",
-            block_bytes=BLOCK_BYTES,
+            row_block_bytes=ROW_BLOCK_BYTES,
             memory_limit=64 * MIB,
             idle_timeout=IDLE_S,
             allow_shared_memory=True,

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 
 import grpc
 
-from tests.support.raw import SERVICE, Request, block, make_job
+from tests.support.raw import SERVICE, Request, chunk, make_job
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -55,17 +55,17 @@ async def push(channel: grpc.aio.Channel, stands: Callable[[], None]) -> None:
     data = bytes(MIB)
     for matrix, elements in (("w", 1024 * 1024), ("x", 1 << 40)):
         for index in range(0, elements, MIB // 4):
-            await call.write(block(matrix, index, data).SerializeToString())
+            await call.write(chunk(matrix, index, data).SerializeToString())
 
 
 async def read_slowly(channel: grpc.aio.Channel, stands: Callable[[], None]) -> None:
     """Wants megabytes and reads a kibibyte of them a second."""
     call = open_call(channel)
     k = 16 * KIB
-    header = make_job(m=64, n=1, k=k, results=("y",), max_block_bytes=KIB)
+    header = make_job(m=64, n=1, k=k, results=("y",), max_chunk_bytes=KIB)
     await call.write(Request(job=header).SerializeToString())
-    await call.write(block("w", 0, bytes(4 * k)).SerializeToString())
-    await call.write(block("x", 0, bytes(4 * 64)).SerializeToString())
+    await call.write(chunk("w", 0, bytes(4 * k)).SerializeToString())
+    await call.write(chunk("x", 0, bytes(4 * 64)).SerializeToString())
     await call.read()
     stands()
     message = None
@@ -82,7 +82,7 @@ async def write_slowly(channel: grpc.aio.Channel, stands: Callable[[], None]) ->
     await call.read()
     stands()
     for index in range(1024 * 1024):
-        await call.write(block("w", index, bytes(4)).SerializeToString())
+        await call.write(chunk("w", index, bytes(4)).SerializeToString())
         await asyncio.sleep(1)
 
 
@@ -94,10 +94,10 @@ async def write_without_reading(
     k = 64 * KIB
     header = make_job(m=None, n=1, k=k, results=("y",))
     await call.write(Request(job=header).SerializeToString())
-    await call.write(block("w", 0, bytes(4 * k)).SerializeToString())
+    await call.write(chunk("w", 0, bytes(4 * k)).SerializeToString())
     stands()
     for row in range(1 << 20):
-        await call.write(block("x", row, bytes(4)).SerializeToString())
+        await call.write(chunk("x", row, bytes(4)).SerializeToString())
 
 
 async def stop_half_way(channel: grpc.aio.Channel, stands: Callable[[], None]) -> None:
@@ -106,7 +106,7 @@ async def stop_half_way(channel: grpc.aio.Channel, stands: Callable[[], None]) -
     header = make_job(m=64, n=1024, k=1024, job_id="half")
     await call.write(Request(job=header).SerializeToString())
     for index in range(0, 1024 * 1024, MIB // 4):
-        await call.write(block("w", index, bytes(MIB)).SerializeToString())
+        await call.write(chunk("w", index, bytes(MIB)).SerializeToString())
     await call.read()
     stands()
     await call.read()

@@ -43,7 +43,7 @@ JOB = whole_numbers(2000, 256, 256)
 @pytest.fixture
 def server() -> Iterator[ServerProcess]:
     with running_server(
-        memory_limit=LIMIT, max_jobs=32, block_bytes=MIB, grace=0.2
+        memory_limit=LIMIT, max_jobs=32, row_block_bytes=MIB, grace=0.2
     ) as process:
         yield process
         assert process.process.poll() is None
@@ -118,7 +118,7 @@ def test_slow_clients_slow_only_themselves(server, channel, kind, count):
 def test_clients_that_push_while_they_wait_fill_no_memory():
     with (
         running_server(
-            memory_limit=LIMIT, max_jobs=1, block_bytes=MIB, grace=0.2
+            memory_limit=LIMIT, max_jobs=1, row_block_bytes=MIB, grace=0.2
         ) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
@@ -138,7 +138,7 @@ def test_clients_that_push_while_they_wait_fill_no_memory():
 def test_clients_that_write_all_before_they_read_are_stopped():
     with (
         running_server(
-            memory_limit=LIMIT, block_bytes=MIB, idle_timeout=2.0, grace=0.2
+            memory_limit=LIMIT, row_block_bytes=MIB, idle_timeout=2.0, grace=0.2
         ) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
@@ -166,7 +166,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(server, channel):
 
 def test_a_server_that_is_killed_in_the_middle_is_an_error_and_no_hang():
     with (
-        running_server(block_bytes=MIB) as server,
+        running_server(row_block_bytes=MIB) as server,
         grpc.insecure_channel(server.address) as channel,
         Stream(channel, timeout_s=60) as stream,
     ):

@@ -73,12 +73,12 @@ def repeat(
         outcome = stream.receive_accepted()
         stream.send_all(repeated_rows(rows, times))
         stream.half_close()
-        while (message := stream.receive()).HasField("block"):
-            if message.block.matrix == 4:  # Y
-                elements = np.frombuffer(message.block.data, rows.x.dtype)
+        while (message := stream.receive()).HasField("chunk"):
+            if message.chunk.matrix == 4:  # Y
+                elements = np.frombuffer(message.chunk.data, rows.x.dtype)
                 total += float(elements.sum(dtype=np.float64))
             else:
-                dw += message.block.data
+                dw += message.chunk.data
         outcome.receipt = message.receipt
         assert stream.receive() is None
     outcome.arrays["dw"] = np.frombuffer(dw, np.float64).reshape(rows.w.shape)
@@ -173,7 +173,7 @@ def reached_in_every_way(tmp_path_factory) -> Iterator[ServerProcess]:
     with running_server(
         listen=["127.0.0.1:0", f"unix:{unix}"],
         allow_shared_memory=True,
-        block_bytes=MIB,
+        row_block_bytes=MIB,
     ) as process:
         yield process
 

@@ -20,7 +20,7 @@ from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 
 class ShmExchange:
-    """A stream without blocks, as its client sees it.
+    """A stream without chunks, as its client sees it.
 
     Attributes:
         accepted: What the server said when it took the job on.

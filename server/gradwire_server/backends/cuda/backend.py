@@ -25,7 +25,7 @@ from gradwire_server.backends.host_limits import memory_bytes
 if TYPE_CHECKING:
     from gradwire_server.backends.cuda.device import CupyDevice
 
-BLOCK_BYTES = 32 * MIB
+ROW_BLOCK_BYTES = 32 * MIB
 """On an H200 the products of 16 MiB take a tenth longer, those of 64 MiB are
 hardly faster; and beginning a block takes the lane's thread 0.2 ms, whatever its
 size."""
@@ -63,7 +63,7 @@ class CupyBackend:
     name = "cupy"
     max_columns = MAX_SIZE
     inline_below_ops = 0
-    block_bytes = BLOCK_BYTES
+    row_block_bytes = ROW_BLOCK_BYTES
     pipeline_depth = PIPELINE_DEPTH
 
     def __init__(

@@ -67,7 +67,7 @@ class NumpyBackend:
     name = "numpy"
     max_columns = 2**31 - 1
     inline_below_ops = INLINE_BELOW_OPS
-    block_bytes = 16 * MIB
+    row_block_bytes = 16 * MIB
     pipeline_depth = 1
 
     def __init__(self, threads: int = 0, niceness: int = 0) -> None:

@@ -41,7 +41,7 @@ class HeaderCache:
         backend: The backend.
         device_limit: Operator's limit on each device's memory for jobs, in bytes.
         features: The server's features.
-        block_bytes: Bytes of a row block's operands.
+        row_block_bytes: Bytes of a row block's operands.
         instance: Name of the server instance.
     """
 
@@ -50,13 +50,13 @@ class HeaderCache:
         backend: Backend,
         device_limit: int | None,
         features: tuple[str, ...],
-        block_bytes: int,
+        row_block_bytes: int,
         instance: str,
     ) -> None:
         self._backend = backend
         self._device_limit = device_limit
         self._features = features
-        self._block_bytes = block_bytes
+        self._row_block_bytes = row_block_bytes
         self._instance = instance
         self._parse_cached = functools.lru_cache(_MAX_CACHED)(self._parse)
 
@@ -80,7 +80,7 @@ class HeaderCache:
     def _parse(self, encoded: bytes) -> Header:
         job = job_pb2.Job.FromString(encoded)
         spec = parse_header(job, self._backend.max_columns, self._features)
-        plan = make_plan(spec, self._block_bytes, self._backend.pipeline_depth)
+        plan = make_plan(spec, self._row_block_bytes, self._backend.pipeline_depth)
         check_grid(spec, plan.block_rows)
         device_bytes = self._backend.device_bytes(spec, plan.slot_rows)
         echo = spec.to_message()

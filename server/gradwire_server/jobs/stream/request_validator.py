@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gradwire_protocol.checksum import crc32c
 from gradwire_protocol.error_reasons import Reason
-from gradwire_protocol.framing import Block
+from gradwire_protocol.framing import Chunk
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
 from gradwire_protocol.matrices import OPERANDS, Matrix
@@ -86,7 +86,7 @@ class RequestValidator:
             return self._plan.block_rows
         return min(self._plan.block_rows, self._rows - number * self._plan.block_rows)
 
-    def accept(self, block: Block) -> Iterator[Span]:
+    def accept(self, chunk: Chunk) -> Iterator[Span]:
         """Check a message and yield its pieces, each with its destination.
 
         A piece counts as received after `commit`. A message may span several blocks,
@@ -95,14 +95,14 @@ class RequestValidator:
         Raises:
             JobError: The message does not continue the stream; nothing was accepted.
         """
-        operand, payload = self._check(block)
+        operand, payload = self._check(chunk)
         itemsize = self._spec.dtype_of(operand).itemsize
         if operand in _WHOLE:
-            yield Span(operand, 0, block.index * itemsize, payload)
+            yield Span(operand, 0, chunk.index * itemsize, payload)
             return
         row_length = self._spec.row_length(operand)
         block_elements = self._plan.block_rows * row_length
-        at = block.index
+        at = chunk.index
         while payload.nbytes:
             number, first = divmod(at, block_elements)
             piece = payload[: (block_elements - first) * itemsize]
@@ -170,18 +170,18 @@ class RequestValidator:
         rows = self._spec.n if operand in _WHOLE else m
         return rows * self._spec.row_length(operand)
 
-    def _check(self, block: Block) -> tuple[Matrix, memoryview]:
-        operand = self._operand(block.matrix)
+    def _check(self, chunk: Chunk) -> tuple[Matrix, memoryview]:
+        operand = self._operand(chunk.matrix)
         received = self._received[operand]
-        if block.index != received:
+        if chunk.index != received:
             raise JobError(
                 Reason.INDEX_INVALID,
-                f"block.index is {block.index}: the next element of {operand.label} "
+                f"chunk.index is {chunk.index}: the next element of {operand.label} "
                 f"is {received}",
-                field="block.index",
+                field="chunk.index",
             )
         itemsize = self._spec.dtype_of(operand).itemsize
-        payload = self._payload(block, itemsize)
+        payload = self._payload(chunk, itemsize)
         count = payload.nbytes // itemsize
         self._check_room(operand, count)
         if count:
@@ -198,49 +198,49 @@ class RequestValidator:
             names = ", ".join(f"{each.name} ({each.value})" for each in OPERANDS)
             raise JobError(
                 Reason.MATRIX_INVALID,
-                f"block.matrix is {number}: expected one of {names}",
-                field="block.matrix",
+                f"chunk.matrix is {number}: expected one of {names}",
+                field="chunk.matrix",
             )
         if operand not in self._received:
             wanted = ", ".join(result.label for result in self._spec.results)
             raise JobError(
                 Reason.OPERAND_UNEXPECTED,
-                f"block.matrix is {operand.name}, but no wanted result ({wanted}) "
+                f"chunk.matrix is {operand.name}, but no wanted result ({wanted}) "
                 f"needs it",
-                field="block.matrix",
+                field="chunk.matrix",
             )
         return operand
 
-    def _payload(self, block: Block, itemsize: int) -> memoryview:
-        payload = block.payload
+    def _payload(self, chunk: Chunk, itemsize: int) -> memoryview:
+        payload = chunk.payload
         if payload is None:
             raise JobError(
                 Reason.OPTION_UNKNOWN,
-                "block.payload is not set, or is of a kind that this server does not "
+                "chunk.payload is not set, or is of a kind that this server does not "
                 "know: expected data",
-                field="block.payload",
+                field="chunk.payload",
             )
         if payload.nbytes % itemsize or payload.nbytes > MAX_PAYLOAD_BYTES:
             raise JobError(
                 Reason.PAYLOAD_INVALID,
-                f"block.data has {payload.nbytes} bytes: expected a multiple of "
+                f"chunk.data has {payload.nbytes} bytes: expected a multiple of "
                 f"{itemsize}, at most {MAX_PAYLOAD_BYTES}",
-                field="block.data",
+                field="chunk.data",
             )
-        if (block.crc32c is not None) != self._spec.checksum:
+        if (chunk.crc32c is not None) != self._spec.checksum:
             raise JobError(
                 Reason.PAYLOAD_INVALID,
-                "block.crc32c is absent, but the job asks for checksums"
+                "chunk.crc32c is absent, but the job asks for checksums"
                 if self._spec.checksum
-                else "block.crc32c is present, but the job asks for no checksums",
-                field="block.crc32c",
+                else "chunk.crc32c is present, but the job asks for no checksums",
+                field="chunk.crc32c",
             )
-        if block.crc32c is not None and crc32c(payload) != block.crc32c:
+        if chunk.crc32c is not None and crc32c(payload) != chunk.crc32c:
             raise JobError(
                 Reason.CHECKSUM_MISMATCH,
-                f"block.crc32c is {block.crc32c:#010x}, but the payload that came has "
+                f"chunk.crc32c is {chunk.crc32c:#010x}, but the payload that came has "
                 f"{crc32c(payload):#010x}",
-                field="block.crc32c",
+                field="chunk.crc32c",
             )
         return payload
 
@@ -260,9 +260,9 @@ class RequestValidator:
         if received + count > expected:
             raise JobError(
                 Reason.PAYLOAD_EXCESS,
-                f"block.data brings {operand.label} to {received + count} elements: "
+                f"chunk.data brings {operand.label} to {received + count} elements: "
                 f"it has {expected}",
-                field="block.data",
+                field="chunk.data",
             )
 
     def _check_order(self, operand: Matrix, elements: int) -> None:
@@ -270,10 +270,10 @@ class RequestValidator:
         if missing is not None and missing is not operand:
             raise JobError(
                 Reason.ORDER_INVALID,
-                f"block.matrix is {operand.name}, but {missing.label} is not "
+                f"chunk.matrix is {operand.name}, but {missing.label} is not "
                 f"complete: {self._received[missing]} of "
                 f"{self._spec.n * self._spec.k} elements came",
-                field="block.matrix",
+                field="chunk.matrix",
             )
         if operand in _WHOLE:
             return
@@ -286,7 +286,7 @@ class RequestValidator:
                     Reason.LEAD_EXCEEDED,
                     f"{operand.label} would be {lead} rows ahead of {other.label}: "
                     f"at most {window}",
-                    field="block.matrix",
+                    field="chunk.matrix",
                 )
 
 

@@ -15,7 +15,7 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from gradwire_protocol.framing import Block
+from gradwire_protocol.framing import Chunk
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
@@ -142,13 +142,13 @@ class StreamedJob:
             return asyncio.get_running_loop().time()
         return self._served_at
 
-    async def take(self, block: Block) -> None:
+    async def take(self, chunk: Chunk) -> None:
         """Take a message's elements; wait while the ring is full.
 
         Raises:
             JobError: The message does not continue the stream.
         """
-        for span in self._validator.accept(block):
+        for span in self._validator.accept(chunk):
             if not span.not_row_blocked:
                 await self._ring.wait_for_slot(span.block)
             block_number = None if span.not_row_blocked else span.block
@@ -257,7 +257,7 @@ class StreamedJob:
         self, matrix: Matrix, first_row: int, array: Array
     ) -> Iterator[ResultChunk]:
         itemsize = array.dtype.itemsize
-        size = max(self.spec.max_block_bytes // itemsize, 1)
+        size = max(self.spec.max_chunk_bytes // itemsize, 1)
         first = first_row * array.shape[1]
         elements = array.reshape(-1).view(np.uint8).data
         whole = matrix in {Matrix.DW, Matrix.DW_SUM}
