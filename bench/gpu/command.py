@@ -5,7 +5,7 @@ There are five independent parts; a failing part does not affect the others:
 a. **device**: the three products on the device alone, with the backend's code and
    with PyTorch (or CuPy, if PyTorch is missing), turn by turn.
 b. **copies**: speed of the bus, in one direction and in both at once.
-c. **lane**: jobs from host memory to host memory through a device worker, without
+c. **worker**: jobs from host memory to host memory through a device worker, without
    gRPC, compared with the longest of upload, compute and download, each measured alone.
 d. **transports**: complete jobs over TCP, a unix socket and shared memory, with the
    share of each stage, from the receipts.
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.gpu import copies, device, jobs, lane
+from bench.gpu import copies, device, device_worker, jobs
 from bench.gpu.parts import Answer, Options
 from bench.report import bound, tables
 from bench.report.bound import Bound
@@ -43,7 +43,7 @@ OUT = Path(__file__).parent / "out"
 PARTS: dict[str, Callable[[Options], Answer]] = {
     "device": device.measure,
     "copies": copies.measure,
-    "lane": lane.measure,
+    "worker": device_worker.measure,
     "transports": jobs.measure_transports,
     "numpy": jobs.measure_sizes,
 }

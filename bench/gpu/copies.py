@@ -36,7 +36,7 @@ def measure(options: Options) -> Answer:
     from gradwire_server.backends.cuda.memory_pool import Pool  # noqa: PLC0415
 
     backend = CupyBackend((0,))
-    pool: Pool[Any] = Pool(allocate, kept_bytes=0)
+    pool: Pool[Any] = Pool(allocate, max_free_bytes=0)
     device = CupyDevice(0, pool)
     memories = [device.allocate(SIZE) for _ in range(2)]
     arrays = [backend.empty(SIZE) for _ in range(2)]

@@ -85,7 +85,7 @@ def _ours(side: int, dtype: Dtype, *, tf32: bool) -> Run:
     from gradwire_server.backends.cuda import host  # noqa: PLC0415
     from gradwire_server.backends.cuda.memory_pool import Pool  # noqa: PLC0415
 
-    pool: Pool[Any] = Pool(host.allocate, kept_bytes=0)
+    pool: Pool[Any] = Pool(host.allocate, max_free_bytes=0)
     device = host.CupyDevice(0, pool)
     compute = Compute.of(dtype, allow_tf32=tf32)
     # For 16-bit operands dW is summed in float32, as in a job.

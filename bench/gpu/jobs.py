@@ -11,7 +11,7 @@ from typing import Any
 
 import gradwire
 from bench.contenders.server_process import ServerProcess
-from bench.gpu import lane
+from bench.gpu import device_worker
 from bench.gpu.parts import Answer, Options, median
 from bench.report.bound import Bound
 from bench.work import Array, Shape, copied, empty_results, operands, products
@@ -21,7 +21,7 @@ TRANSPORT_ONLY = Shape(65536, 4096, 1)
 
 SIDES = (256, 512, 1024, 2048, 4096, 8192)
 
-LEAST_OF_LANE = 0.7
+LEAST_OF_WORKER = 0.7
 """Minimum rate over shared memory, relative to the device worker's."""
 
 Job = Callable[[], gradwire.Receipt]
@@ -29,8 +29,8 @@ Job = Callable[[], gradwire.Receipt]
 
 def measure_transports(options: Options) -> Answer:
     """Measure GB/s of each transport, and the time of each stage."""
-    shape = lane.scaled(lane.END_TO_END[0], options)
-    empty = lane.scaled(TRANSPORT_ONLY, options)
+    shape = device_worker.scaled(device_worker.END_TO_END[0], options)
+    empty = device_worker.scaled(TRANSPORT_ONLY, options)
     rows = []
     with _server(options) as (tcp, unix):
         for name, address, transport in (
@@ -83,12 +83,12 @@ def measure_sizes(options: Options) -> Answer:
 def _bars(rows: Sequence[dict[str, Any]], answers: dict[str, Any]) -> Iterable[Bound]:
     rate = {(row["way"], row["what"]): row["GB/s each way"] for row in rows}
     shape = next(row["shape"] for row in rows if row["what"] == "job")
-    dtype = lane.END_TO_END[1].label
-    beside = answers.get("lane", {}).get("rows")
+    dtype = device_worker.END_TO_END[1].label
+    beside = answers.get("worker", {}).get("rows")
     if beside:
-        through = lane.of_shape(beside, shape, dtype)["GB/s each way"]
-        name = "shared memory over the lane without gRPC"
-        yield Bound(name, rate["shm", "job"] / through, LEAST_OF_LANE, at_least=True)
+        through = device_worker.of_shape(beside, shape, dtype)["GB/s each way"]
+        name = "shared memory over the device worker without gRPC"
+        yield Bound(name, rate["shm", "job"] / through, LEAST_OF_WORKER, at_least=True)
 
 
 def _measured(

@@ -35,7 +35,7 @@ class Reason(enum.StrEnum):
     M_MISMATCH = enum.auto()
     END_MISSING = enum.auto()
     STREAM_REQUIRED = enum.auto()
-    PLACE_INVALID = enum.auto()
+    BUFFER_REF_INVALID = enum.auto()
     # FAILED_PRECONDITION
     REGION_UNKNOWN = enum.auto()
     RESUME_MISMATCH = enum.auto()

@@ -140,16 +140,16 @@ def decode_request(message: bytes) -> RequestMessage:
         FramingError: The bytes do not parse, or no member is set.
     """
     chunk = _canonical_chunk(message)
-    return chunk if chunk is not None else decode_request_by_class(message)
+    return chunk if chunk is not None else decode_request_slow(message)
 
 
 def decode_response(message: bytes) -> ResponseMessage:
     """Decode a server's message; see `decode_request`."""
     chunk = _canonical_chunk(message)
-    return chunk if chunk is not None else decode_response_by_class(message)
+    return chunk if chunk is not None else decode_response_slow(message)
 
 
-def decode_request_by_class(message: bytes) -> RequestMessage:
+def decode_request_slow(message: bytes) -> RequestMessage:
     """`decode_request` with the generated class only: correct for any form."""
     envelope = _parse(ComputeStreamRequest, message)
     match envelope.WhichOneof("message"):
@@ -163,7 +163,7 @@ def decode_request_by_class(message: bytes) -> RequestMessage:
             raise FramingError("the message holds neither job, chunk nor end")
 
 
-def decode_response_by_class(message: bytes) -> ResponseMessage:
+def decode_response_slow(message: bytes) -> ResponseMessage:
     """`decode_response` with the generated class only."""
     envelope = _parse(ComputeStreamResponse, message)
     match envelope.WhichOneof("message"):

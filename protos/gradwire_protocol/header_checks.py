@@ -180,13 +180,13 @@ def _check_shared_memory(job: job_pb2.Job, matrices: Collection[Matrix]) -> None
     shared = [matrix for matrix in matrices if _lies_in_a_region(job, matrix)]
     if not shared:
         if job.regions:
-            raise _place_invalid(
+            raise _bad_buffer_ref(
                 "job.regions", "is not empty, but no matrix lies in one"
             )
         return
     for matrix in matrices:
         if matrix not in shared:
-            raise _place_invalid(
+            raise _bad_buffer_ref(
                 path_of(matrix),
                 f"is inline, but {shared[0].label} lies in shared memory: expected all "
                 f"matrices of a job in one or the other",
@@ -205,7 +205,7 @@ def _check_shared_memory(job: job_pb2.Job, matrices: Collection[Matrix]) -> None
         )
     tokens = [region.token for region in job.regions]
     if len(set(tokens)) < len(tokens):
-        raise _place_invalid("job.regions", "names a region twice")
+        raise _bad_buffer_ref("job.regions", "names a region twice")
     for matrix in matrices:
         _check_buffer(job, matrix)
     for path in ("checkpoints", "resume"):
@@ -221,12 +221,12 @@ def _lies_in_a_region(job: job_pb2.Job, matrix: Matrix) -> bool:
 def _check_buffer(job: job_pb2.Job, matrix: Matrix) -> None:
     given = getattr(job, matrix.label).shared
     if not 0 <= given.region < len(job.regions):
-        raise _place_invalid(
+        raise _bad_buffer_ref(
             f"{path_of(matrix)}.region",
             f"is {given.region}, and job.regions has {len(job.regions)} entries",
         )
     if given.offset_bytes < 0 or given.offset_bytes % SHARED_ALIGNMENT:
-        raise _place_invalid(
+        raise _bad_buffer_ref(
             f"{path_of(matrix)}.offset_bytes",
             f"is {given.offset_bytes}: expected a multiple of {SHARED_ALIGNMENT}, at "
             f"least 0",
@@ -272,5 +272,5 @@ def _invalid(path: str, what: str) -> HeaderError:
     return HeaderError(Reason.OPTION_INVALID, f"job.{path} {what}", f"job.{path}")
 
 
-def _place_invalid(path: str, what: str) -> HeaderError:
-    return HeaderError(Reason.PLACE_INVALID, f"{path} {what}", path)
+def _bad_buffer_ref(path: str, what: str) -> HeaderError:
+    return HeaderError(Reason.BUFFER_REF_INVALID, f"{path} {what}", path)

@@ -257,7 +257,7 @@ class JobSpec:
                 if self.share_memory(result, other):
                     path = f"{path_of(result)}.offset_bytes"
                     raise HeaderError(
-                        Reason.PLACE_INVALID,
+                        Reason.BUFFER_REF_INVALID,
                         f"{path} is {self.buffers[result].offset}, where "
                         f"{result.label} would share bytes with {other.label}",
                         path,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench.gpu import command, jobs, lane
+from bench.gpu import command, device_worker, jobs
 from bench.gpu.parts import Answer, Options
 from bench.report.bound import Bound, table
 
@@ -26,10 +26,10 @@ def test_a_bar_holds_up_to_its_bound(seen, bound, at_least, holds):
     assert ("holds" if holds else "FAILS") in table([bar])
 
 
-def test_shared_memory_is_compared_with_the_lane_at_the_same_shape():
+def test_shared_memory_is_compared_with_the_device_worker_at_the_same_shape():
     row = {"shape": "8x4x4", "dtype": "float32"}
     other = {"shape": "9x4x4", "dtype": "float32"}
-    lane = [row | {"GB/s each way": 20.0}, other | {"GB/s each way": 1.0}]
+    figures = [row | {"GB/s each way": 20.0}, other | {"GB/s each way": 1.0}]
     rows = [
         {"way": way, "what": what, "shape": "8x4x4", "GB/s each way": rate}
         for way, what, rate in (
@@ -38,13 +38,13 @@ def test_shared_memory_is_compared_with_the_lane_at_the_same_shape():
             ("tcp", "transport", 4.0),
         )
     ]
-    (bar,) = jobs._bars(rows, {"lane": {"rows": lane}})
-    assert bar.name == "shared memory over the lane without gRPC"
+    (bar,) = jobs._bars(rows, {"worker": {"rows": figures}})
+    assert bar.name == "shared memory over the device worker without gRPC"
     assert bar.seen == 0.75
-    assert not list(jobs._bars(rows, {}))  # the lane was not measured
+    assert not list(jobs._bars(rows, {}))  # the worker was not measured
 
 
-def test_what_a_lane_is_held_to_knows_that_copies_share_a_bus():
+def test_what_a_device_worker_is_held_to_knows_that_copies_share_a_bus():
     row = {
         "shape": "8x4x4",
         "dtype": "float32",
@@ -59,15 +59,15 @@ def test_what_a_lane_is_held_to_knows_that_copies_share_a_bus():
         {"copies": "down alone", "up GB/s": 0.0, "down GB/s": 60.0},
         {"copies": "both at once", "up GB/s": 40.0, "down GB/s": 40.0},
     ]
-    alone, shared = lane._bars([row], {"copies": {"rows": copies}})
+    alone, shared = device_worker._bars([row], {"copies": {"rows": copies}})
     assert (alone.seen, alone.holds) == (1.2, False)
     assert (shared.seen, shared.holds) == (12 / 12.5, True)
-    assert len(list(lane._bars([row], {}))) == 1  # copies were not measured
+    assert len(list(device_worker._bars([row], {}))) == 1  # copies were not measured
 
 
 def test_a_hurry_means_fewer_rows_and_a_scale_smaller_sizes():
-    shape = lane.JOBS[0][0]
-    hurried = lane.scaled(shape, Options("numpy", quick=True, scale=16))
+    shape = device_worker.JOBS[0][0]
+    hurried = device_worker.scaled(shape, Options("numpy", quick=True, scale=16))
     assert hurried.m == shape.m // 4 // 16
     assert (hurried.n, hurried.k) == (shape.n // 16, shape.k // 16)
 
@@ -76,14 +76,14 @@ def test_a_part_that_fails_costs_the_others_nothing(monkeypatch, tmp_path, capsy
     def fails(_: Options) -> Answer:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(command, "PARTS", command.PARTS | {"lane": fails})
+    monkeypatch.setattr(command, "PARTS", command.PARTS | {"worker": fails})
     path = tmp_path / "found.json"
-    asked = ["--backend", "numpy", "--parts", "lane,device", "--out", str(path)]
+    asked = ["--backend", "numpy", "--parts", "worker,device", "--out", str(path)]
     assert command.main(asked) == 1
     found = json.loads(path.read_text())["parts"]
-    assert found["lane"]["error"] == "RuntimeError: out of order"
+    assert found["worker"]["error"] == "RuntimeError: out of order"
     assert found["device"]["skipped"]
-    assert "lane: failed: RuntimeError: out of order" in capsys.readouterr().out
+    assert "worker: failed: RuntimeError: out of order" in capsys.readouterr().out
 
 
 @pytest.mark.thorough
@@ -98,5 +98,5 @@ def test_everything_but_the_device_runs_on_a_processor(monkeypatch, tmp_path, ca
     ways = {row["way"] for row in found["parts"]["transports"]["rows"]}
     assert ways == {"shm", "unix", "tcp"}
     assert all(row["faster"] for row in found["parts"]["numpy"]["rows"])
-    assert len(found["bars"]) == len(lane.JOBS) + 1
+    assert len(found["bars"]) == len(device_worker.JOBS) + 1
     assert "Everything is in" in capsys.readouterr().err

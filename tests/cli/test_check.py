@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gradwire as sdk
-from gradwire_cli.checks.checks import CHECKS, Finding, run_checks
+from gradwire_cli.checks.checks import CHECKS, CheckResult, run_checks
 from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.numpy.backend import NumpyBackend
@@ -102,20 +102,20 @@ def failing(block: RowBlock, number: int) -> RowBlock:
     return block
 
 
-def wrong(findings: list[Finding]) -> set[tuple[str, str, str]]:
-    return {(f.check, f.dtype, f.result) for f in findings if not f.passed}
+def wrong(results: list[CheckResult]) -> set[tuple[str, str, str]]:
+    return {(f.check, f.dtype, f.result) for f in results if not f.passed}
 
 
-def checked(address: str, seed: int = 0) -> list[Finding]:
+def checked(address: str, seed: int = 0) -> list[CheckResult]:
     with sdk.connect(address) as client:
         return list(run_checks(client, tuple(Dtype), seed))
 
 
 def test_a_right_server_passes_every_check(server: ServerProcess) -> None:
-    findings = checked(server.address)
-    assert wrong(findings) == set()
-    assert {finding.check for finding in findings} == set(CHECKS)
-    assert {finding.dtype for finding in findings} == {d.label for d in Dtype}
+    results = checked(server.address)
+    assert wrong(results) == set()
+    assert {result.check for result in results} == set(CHECKS)
+    assert {result.dtype for result in results} == {d.label for d in Dtype}
 
 
 @pytest.mark.thorough
@@ -181,11 +181,11 @@ def test_rounding_to_tf32_shows_in_float32_alone() -> None:
 
 def test_a_job_that_the_server_fails_is_a_finding_with_its_reason() -> None:
     with serving_with(WrongBackend(before=failing)) as address:
-        findings = checked(address)
-    failed = [finding for finding in findings if finding.note]
-    assert {finding.dtype for finding in failed} == {"float16"}
+        results = checked(address)
+    failed = [result for result in results if result.note]
+    assert {result.dtype for result in failed} == {"float16"}
     assert "UNFORESEEN" in failed[0].note
-    assert wrong(findings) == {(f.check, "float16", "all") for f in failed}
+    assert wrong(results) == {(f.check, "float16", "all") for f in failed}
 
 
 def test_the_command_proves_a_server_right(server: ServerProcess) -> None:
@@ -206,8 +206,8 @@ def test_without_an_address_a_private_server_is_checked() -> None:
     assert done.returncode == 0
     report = json.loads(done.stdout)
     assert report["passed"] is True
-    assert report["findings"][0]["check"] == "finite differences"
-    assert all(f["error"] <= f["bound"] for f in report["findings"])
+    assert report["checks"][0]["check"] == "finite differences"
+    assert all(f["error"] <= f["bound"] for f in report["checks"])
 
 
 @pytest.mark.parametrize(

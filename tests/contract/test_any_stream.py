@@ -121,15 +121,15 @@ def channel() -> Iterator[grpc.Channel]:
 
 
 @pytest.fixture(scope="module")
-def by_class() -> Iterator[grpc.Channel]:
+def slow_decoder() -> Iterator[grpc.Channel]:
     """To a server that reads all messages by the generated class."""
-    with serving(by_class=True) as opened:
+    with serving(slow_decoder=True) as opened:
         yield opened
 
 
 @pytest.mark.thorough
-def test_streams_written_message_by_message(channel, by_class):
-    AnyStream.channels = channel, by_class
+def test_streams_written_message_by_message(channel, slow_decoder):
+    AnyStream.channels = channel, slow_decoder
     run_state_machine_as_test(
         AnyStream, settings=settings(QUICK, max_examples=300, stateful_step_count=12)
     )
@@ -166,11 +166,12 @@ def accidents(draw, messages: list[bytes]) -> list[bytes]:
 @pytest.mark.thorough
 @given(data=st.data(), problem=problems(), open_m=st.booleans())
 @settings(QUICK, max_examples=200)
-def test_good_streams_after_accidents(channel, by_class, data, problem, open_m):
+def test_good_streams_after_accidents(channel, slow_decoder, data, problem, open_m):
     header = problem.job(open_m=open_m, job_id="any")
     with contextlib.ExitStack() as stack:
         streams = [
-            stack.enter_context(opened(each, header)) for each in (channel, by_class)
+            stack.enter_context(opened(each, header))
+            for each in (channel, slow_decoder)
         ]
         assert streams[0].outcome is not None
         accepted = streams[0].outcome.accepted
@@ -192,9 +193,9 @@ def test_good_streams_after_accidents(channel, by_class, data, problem, open_m):
 @pytest.mark.thorough
 @given(st.lists(st.binary(max_size=60), max_size=4))
 @settings(QUICK, max_examples=100)
-def test_streams_of_random_bytes(channel, by_class, messages):
+def test_streams_of_random_bytes(channel, slow_decoder, messages):
     failures = []
-    for server in (channel, by_class):
+    for server in (channel, slow_decoder):
         with Stream(server, timeout_s=GOOD_TIME_S) as stream:
             stream.send(*messages)
             stream.half_close()

@@ -694,7 +694,7 @@ def test_every_reason_has_a_test():
         "DEVICE_LOST",  # test_devices.py
         "DEVICE_OUT_OF_MEMORY",  # test_faults.py
         "UNFORESEEN",
-        "PLACE_INVALID",  # test_shared_memory.py
+        "BUFFER_REF_INVALID",  # test_shared_memory.py
         "REGION_UNKNOWN",
         "NOT_ALLOWED",
     }

@@ -40,6 +40,7 @@ from tests.support.shared_memory import RawRegion, descriptors, shared_job
 
 MIB = 1 << 20
 INVALID = StatusCode.INVALID_ARGUMENT
+BAD_REF = "BUFFER_REF_INVALID"
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +165,10 @@ def shift(matrix: str, **fields: int) -> Callable[[job_pb2.Job], None]:
     return change
 
 
-def same_place(matrix: str, as_: str) -> Callable[[job_pb2.Job], None]:
+def same_buffer(matrix: str, as_: str) -> Callable[[job_pb2.Job], None]:
     def change(job: job_pb2.Job) -> None:
-        place = getattr(job, as_).shared.offset_bytes
-        getattr(job, matrix).shared.offset_bytes = place + 64
+        offset = getattr(job, as_).shared.offset_bytes
+        getattr(job, matrix).shared.offset_bytes = offset + 64
 
     return change
 
@@ -204,34 +205,46 @@ def checksums(job: job_pb2.Job) -> None:
 @pytest.mark.parametrize(
     ("change", "reason", "field"),
     [
-        (shift("x", offset_bytes=4), "PLACE_INVALID", "job.x.source.offset_bytes"),
-        (shift("w", offset_bytes=-64), "PLACE_INVALID", "job.w.source.offset_bytes"),
+        (shift("x", offset_bytes=4), BAD_REF, "job.x.source.offset_bytes"),
+        (
+            shift("w", offset_bytes=-64),
+            BAD_REF,
+            "job.w.source.offset_bytes",
+        ),
         (
             shift("dy", offset_bytes=2 * MIB - 64),
-            "PLACE_INVALID",
+            BAD_REF,
             "job.dy.source.offset_bytes",
         ),
         (
             shift("dx", offset_bytes=2**63 - 64),
-            "PLACE_INVALID",
+            BAD_REF,
             "job.dx.destination.offset_bytes",
         ),
-        (shift("y", region=1), "PLACE_INVALID", "job.y.destination.region"),
-        (shift("y", region=-1), "PLACE_INVALID", "job.y.destination.region"),
-        (same_place("y", "x"), "PLACE_INVALID", "job.y.destination.offset_bytes"),
-        (same_place("dw", "w"), "PLACE_INVALID", "job.dw.destination.offset_bytes"),
-        (same_place("dx", "y"), "PLACE_INVALID", "job.dx.destination.offset_bytes"),
-        (inline_x, "PLACE_INVALID", "job.x.source"),
-        (inline_dw, "PLACE_INVALID", "job.dw.destination"),
-        (all_inline, "PLACE_INVALID", "job.regions"),
-        (twice, "PLACE_INVALID", "job.regions"),
-        (no_regions, "PLACE_INVALID", "job.x.source.region"),
+        (shift("y", region=1), BAD_REF, "job.y.destination.region"),
+        (shift("y", region=-1), BAD_REF, "job.y.destination.region"),
+        (same_buffer("y", "x"), BAD_REF, "job.y.destination.offset_bytes"),
+        (
+            same_buffer("dw", "w"),
+            BAD_REF,
+            "job.dw.destination.offset_bytes",
+        ),
+        (
+            same_buffer("dx", "y"),
+            BAD_REF,
+            "job.dx.destination.offset_bytes",
+        ),
+        (inline_x, BAD_REF, "job.x.source"),
+        (inline_dw, BAD_REF, "job.dw.destination"),
+        (all_inline, BAD_REF, "job.regions"),
+        (twice, BAD_REF, "job.regions"),
+        (no_regions, BAD_REF, "job.x.source.region"),
         (open_m, "SHAPE_INVALID", "job.m"),
         (checksums, "OPTION_INVALID", "job.checksum"),
     ],
     ids=lambda value: getattr(value, "__qualname__", str(value)),
 )
-def test_places_that_cannot_be_are_refused(
+def test_buffer_references_that_cannot_be_are_refused(
     channel, region, problem, change, reason, field
 ):
     job = region.lay_out(problem)
@@ -307,7 +320,7 @@ def test_only_the_token_of_an_open_region_of_this_server_is_taken(
                     while stream.receive() is not None:
                         pass
                 except CallError as error:
-                    return error.reason in {"REGION_UNKNOWN", "PLACE_INVALID"}
+                    return error.reason in {"REGION_UNKNOWN", BAD_REF}
             return False
 
         wait_until(is_refused)

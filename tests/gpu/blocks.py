@@ -1,4 +1,4 @@
-"""Jobs of a backend, one row block at a time, as a lane has them computed."""
+"""Jobs of a backend, one row block at a time, as a device worker has them computed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Run:
     is overwritten as soon as the wait for its block is over, as in a server.
 
     Args:
-        backend: A backend whose lane is this thread.
+        backend: A backend whose device worker is this thread.
         spec: What is wanted.
         given: x, w and dy, whole.
         block_rows: Rows of a block.
         empty: Takes a size in bytes and gives that much memory.
         begun: How many blocks may have begun; as many as the backend likes.
-        lane: What has begun on the lane, for jobs that share it.
+        in_flight: What has begun on the device worker, for jobs that share it.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Run:
         *,
         empty: Callable[[int], Any] | None = None,
         begun: int | None = None,
-        lane: deque[Begun] | None = None,
+        in_flight: deque[Begun] | None = None,
     ) -> None:
         self._x, w, self._dy = given
         self._spec, self._rows = spec, block_rows
         self._empty = empty or backend.empty
         self._most = begun or backend.pipeline_depth
-        self._lane: deque[Begun] = deque() if lane is None else lane
+        self._in_flight: deque[Begun] = deque() if in_flight is None else in_flight
         self._next = 0
         self._slots = [self._slot() for _ in range(self._most)]
         self.times = Times()
@@ -66,8 +66,8 @@ class Run:
         first = self._next * self._rows
         if first >= len(self._x):
             return False
-        while len(self._lane) >= self._most:
-            self._lane.popleft()()
+        while len(self._in_flight) >= self._most:
+            self._in_flight.popleft()()
         slot = self._slots[self._next % self._most]
         part = slice(first, min(first + self._rows, len(self._x)))
         count = part.stop - part.start
@@ -93,14 +93,14 @@ class Run:
             for array in views.values():
                 array.view(np.uint8)[...] = 0xFF
 
-        self._lane.append(end)
+        self._in_flight.append(end)
         self._next += 1
         return True
 
     def finish(self) -> dict[Matrix, Any]:
-        """Waits for everything on the lane; the results."""
-        while self._lane:
-            self._lane.popleft()()
+        """Waits for everything on the device worker; the results."""
+        while self._in_flight:
+            self._in_flight.popleft()()
         if Matrix.DW in self._spec.results:
             self.results[Matrix.DW] = np.array(self._job.finish())
         self.close()

@@ -35,7 +35,7 @@ def make_backend(memory_limit: int | None = None) -> Any:
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Any]:
-    """A backend of the first device, whose lane is this thread."""
+    """A backend of the first device, whose device worker is this thread."""
     made = make_backend()
     yield made
     made.close()
@@ -184,8 +184,8 @@ def test_two_jobs_block_by_block_have_the_bits_that_they_have_alone(
         run(backend, s, g, block_rows=64) for s, g in zip(specs, given, strict=True)
     ]
     for number in range(500):
-        pair, lane = (number % 3, (number + 1) % 3), deque[Begun]()
-        jobs = [Run(backend, specs[i], given[i], 64, lane=lane) for i in pair]
+        pair, in_flight = (number % 3, (number + 1) % 3), deque[Begun]()
+        jobs = [Run(backend, specs[i], given[i], 64, in_flight=in_flight) for i in pair]
         for _ in range(256 // 64):
             assert all(job.step() for job in jobs)
         for each, job in zip(pair, jobs, strict=True):

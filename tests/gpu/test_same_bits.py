@@ -1,4 +1,4 @@
-"""A job on a GPU gives the same bits, whatever else the lane does."""
+"""A job on a GPU gives the same bits, whatever else the device worker does."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class FairQueue:
 
 
 @pytest.mark.timeout(600)
-def test_two_jobs_on_one_lane_block_by_block(server: ServerProcess) -> None:
+def test_two_jobs_on_one_device_block_by_block(server: ServerProcess) -> None:
     """The next blocks of both come at a time, and are computed in turn.
 
     The jobs differ in everything that a mix-up would show in.

@@ -108,11 +108,11 @@ def module(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextlib.contextmanager
-def company(
+def misbehaving_clients(
     server: ServerProcess, kind: str, count: int
 ) -> Iterator[subprocess.Popen[str]]:
-    """So many bad clients of a kind: see `company.KINDS`."""
-    with module("company", kind, server.address, str(count)) as process:
+    """So many bad clients of a kind: see `misbehaving_clients.KINDS`."""
+    with module("misbehaving_clients", kind, server.address, str(count)) as process:
         yield process
 
 

@@ -103,7 +103,7 @@ def running_server(
         env: Environment variables beside this process's.
         settings: Fields of `Settings`; those left out are the defaults, but
             that it listens on port 0 of 127.0.0.1, computes with `BACKEND` and
-            drains for at most a second. And `by_class`: whether it reads every
+            drains for at most a second. And `slow_decoder`: whether it reads every
             message of a stream by the generated class; and `clock_jumps`: whether
             its wall clock is an hour off whenever it is asked, forth and back.
     """
@@ -169,8 +169,8 @@ async def _serve(settings: dict[str, Any]) -> None:
     from gradwire_protocol import framing
     from gradwire_server import Server, Settings
 
-    if settings.pop("by_class", False):
-        framing.decode_request = framing.decode_request_by_class
+    if settings.pop("slow_decoder", False):
+        framing.decode_request = framing.decode_request_slow
     if settings.pop("clock_jumps", False):
         right, hours = time.time, itertools.cycle((3600.0, -3600.0))
         time.time = lambda: right() + next(hours)

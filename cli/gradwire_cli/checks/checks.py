@@ -32,7 +32,7 @@ from gradwire_protocol.dtypes import Dtype
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """The outcome of one check for one result."""
 
     check: str
@@ -59,16 +59,16 @@ class Finding:
         return not self.note and self.error <= self.bound
 
 
-Check: TypeAlias = Callable[[Client, Dtype, np.random.Generator], Iterator[Finding]]
+Check: TypeAlias = Callable[[Client, Dtype, np.random.Generator], Iterator[CheckResult]]
 
 
 def run_checks(
     client: Client, offered: Collection[Dtype], seed: int
-) -> Iterator[Finding]:
-    """Run all checks and yield their findings.
+) -> Iterator[CheckResult]:
+    """Run all checks and yield their results.
 
     A job that the server fails or refuses, or that breaks the contract, is a
-    finding, too.
+    result, too.
 
     Args:
         client: Client of the server to check.
@@ -88,12 +88,14 @@ def run_checks(
             except UnavailableError:
                 raise
             except (CallError, ProtocolError) as error:
-                yield Finding(name, dtype.label, None, "all", math.inf, 0, str(error))
+                yield CheckResult(
+                    name, dtype.label, None, "all", math.inf, 0, str(error)
+                )
 
 
 def finite_differences(
     client: Client, dtype: Dtype, rng: np.random.Generator
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Compare dX and dW along random directions with differences of the loss.
 
     The loss L(X, W) = <dY, X W> uses the server's own Y. L is linear in X and in
@@ -132,7 +134,7 @@ def finite_differences(
                 (ends[0][1] + ends[1][1]) / 2
                 + gamma(length + 3, u) * float(np.sum(magnitude * np.abs(step)))
             )
-        yield Finding(
+        yield CheckResult(
             "finite differences",
             dtype.label,
             job.shape,
@@ -143,7 +145,7 @@ def finite_differences(
 
 def products(
     client: Client, dtype: Dtype, rng: np.random.Generator
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Compare all three results for normal operands with float64 products.
 
     The sums are short, so the bound is tight: rounding the operands to TF32
@@ -155,12 +157,14 @@ def products(
     exact = job.exact()
     for name, bound in job.bounds(exact, results.receipt.device).items():
         error = differences(called[name], exact[name])
-        yield Finding("products", dtype.label, job.shape, name, *worst(error, bound))
+        yield CheckResult(
+            "products", dtype.label, job.shape, name, *worst(error, bound)
+        )
 
 
 def same_bits(
     client: Client, dtype: Dtype, rng: np.random.Generator
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Run one job as a call and as a stream: every bit must be equal."""
     job = normal_products(rng, (48, 40, 56), dtype)
     called = _called(client, job)
@@ -171,7 +175,7 @@ def same_bits(
 
 def row_blocks(
     client: Client, dtype: Dtype, rng: np.random.Generator
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Check integer results over several row blocks, which must be exact."""
     few = integer_products(rng, (9, 7, 5), dtype)
     rows = _streamed(client, few, rows_at_once=9)[1].block_rows
@@ -183,7 +187,7 @@ def row_blocks(
 
 def long_rows(
     client: Client, dtype: Dtype, rng: np.random.Generator
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Check integer results with rows of X larger than a stream message."""
     job = integer_products(rng, (9, 300_001, 2), dtype)
     streamed, _ = _streamed(client, job, rows_at_once=2)
@@ -192,7 +196,7 @@ def long_rows(
 
 def wide_accumulator(
     client: Client, dtype: Dtype, rng: np.random.Generator
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Check dW with a float64 accumulator, which must be exact.
 
     float32 can represent the sum of these integers over one row block, but not
@@ -217,14 +221,14 @@ def wide_accumulator(
         result_dtype={"dw": "float64"},
     )
     error = differences(got.dw, job.exact()["dw"])
-    yield Finding(
+    yield CheckResult(
         "float64 sum", dtype.label, job.shape, "dw", *worst(error, np.zeros(()))
     )
 
 
 def zero_sizes(
     client: Client, dtype: Dtype, rng: np.random.Generator
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Check that empty sums are zero and empty results have the right shape."""
     for shape in ((0, 5, 3), (5, 0, 3), (5, 3, 0)):
         job = integer_products(rng, shape, dtype)
@@ -233,7 +237,7 @@ def zero_sizes(
 
 def not_finite(
     client: Client, dtype: Dtype, rng: np.random.Generator
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Check that NaN and Inf propagate as in IEEE 754, and no further."""
     # No zeros: a library may skip them, although 0 times Inf is NaN.
     x, w, dy = (
@@ -255,7 +259,7 @@ def not_finite(
 
 def overflow(
     client: Client, dtype: Dtype, rng: np.random.Generator
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Check that sums beyond the dtype's largest number become Inf of their sign."""
     x, w, dy = (
         (_HUGE * rng.choice([-1, 1], size)).astype(dtype.numpy)
@@ -319,16 +323,16 @@ def _streamed(
     return {**results, "dw": dw}, stream.receipt
 
 
-def _exactly(check: str, job: Products, got: Results) -> Iterator[Finding]:
+def _exactly(check: str, job: Products, got: Results) -> Iterator[CheckResult]:
     for name, exact in job.exact().items():
         error = differences(got[name], rounded(exact, job.dtype))
-        yield Finding(
+        yield CheckResult(
             check, job.dtype.label, job.shape, name, *worst(error, np.zeros(()))
         )
 
 
 def _count(
     check: str, job: Products, got: Results, expected: dict[str, Array]
-) -> Finding:
+) -> CheckResult:
     wrong = count_different(got, expected)
-    return Finding(check, job.dtype.label, job.shape, "all", wrong, 0)
+    return CheckResult(check, job.dtype.label, job.shape, "all", wrong, 0)

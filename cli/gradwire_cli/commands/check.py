@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradwire import GradwireError
-from gradwire_cli.checks.checks import Finding, run_checks
+from gradwire_cli.checks.checks import CheckResult, run_checks
 from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_cli.options import FLAG, PLAINTEXT, Addresses, Seconds, SecurityOptions
 from gradwire_cli.private_server import connected
@@ -61,19 +61,19 @@ def check(
         timeout: Time limit for one job.
     """
     began = time.perf_counter()
-    findings: list[Finding] = []
+    results: list[CheckResult] = []
     try:
         with (
             connected(address, security, connect_timeout, timeout) as (client, name),
             console(sys.stderr).status(f"checking {name}") as status,
         ):
             offered = {Dtype.named(label) for label in client.server_info().dtypes}
-            for finding in run_checks(client, offered, seed):
-                status.update(f"checking {name}: {finding.check}, {finding.dtype}")
-                findings.append(finding)
+            for result in run_checks(client, offered, seed):
+                status.update(f"checking {name}: {result.check}, {result.dtype}")
+                results.append(result)
     except GradwireError as error:
         raise CommandError(str(error), ExitStatus.NOT_CHECKED) from error
-    report = _Report(name, findings, time.perf_counter() - began)
+    report = _Report(name, results, time.perf_counter() - began)
     if as_json:
         report.print_json()
     else:
@@ -84,29 +84,29 @@ def check(
 @dataclasses.dataclass(frozen=True)
 class _Report:
     server: str
-    findings: Sequence[Finding]
+    results: Sequence[CheckResult]
     seconds: float
 
     @property
     def passed(self) -> bool:
-        return all(finding.passed for finding in self.findings)
+        return all(result.passed for result in self.results)
 
     def print_json(self) -> None:
-        findings = [
+        results = [
             # JSON cannot represent NaN and Inf as numbers.
             dataclasses.asdict(f)
             | {
                 "error": f.error if math.isfinite(f.error) else str(f.error),
                 "passed": f.passed,
             }
-            for f in self.findings
+            for f in self.results
         ]
         json.dump(
             {
                 "server": self.server,
                 "passed": self.passed,
                 "seconds": round(self.seconds, 3),
-                "findings": findings,
+                "checks": results,
             },
             sys.stdout,
         )
@@ -119,54 +119,54 @@ class _Report:
         for title in ("error", "bound"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("")
-        for finding in _worst_of_each(self.findings):
+        for result in _worst_of_each(self.results):
             table.add_row(
-                finding.check,
-                finding.dtype,
-                " x ".join(map(str, finding.shape or ())),
-                finding.result,
-                f"{finding.error:.2g}",
-                f"{finding.bound:.2g}",
-                _verdict(finding),
+                result.check,
+                result.dtype,
+                " x ".join(map(str, result.shape or ())),
+                result.result,
+                f"{result.error:.2g}",
+                f"{result.bound:.2g}",
+                _verdict(result),
             )
         out = console()
         out.print(table)
         out.print(self._conclusion(), soft_wrap=True)
 
     def _conclusion(self) -> Text:
-        wrong = [finding for finding in self.findings if not finding.passed]
+        wrong = [result for result in self.results if not result.passed]
         if not wrong:
             return Text(
-                f"{self.server}: {len(self.findings)} checks passed "
+                f"{self.server}: {len(self.results)} checks passed "
                 f"in {self.seconds:.1f} s"
             )
         names = ", ".join(
             f"{check} ({', '.join(dict.fromkeys(f.dtype for f in group))})"
-            for check, group in groupby(wrong, key=lambda finding: finding.check)
+            for check, group in groupby(wrong, key=lambda result: result.check)
         )
         notes = "".join(
             f"\n{note}" for note in dict.fromkeys(f.note for f in wrong) if note
         )
         return Text.assemble(
-            (f"{self.server}: {len(wrong)} of {len(self.findings)} checks ", ""),
+            (f"{self.server}: {len(wrong)} of {len(self.results)} checks ", ""),
             ("failed", "bold red"),
             f": {names}{notes}",
         )
 
 
-def _verdict(finding: Finding) -> Text:
-    if finding.passed:
+def _verdict(result: CheckResult) -> Text:
+    if result.passed:
         return Text("ok", "green")
-    return Text("ERROR" if finding.note else "WRONG", "bold red")
+    return Text("ERROR" if result.note else "WRONG", "bold red")
 
 
-def _worst_of_each(findings: Iterable[Finding]) -> Iterable[Finding]:
-    """The worst finding of each check and dtype, and every failed finding."""
-    for _, group in groupby(findings, key=lambda f: (f.check, f.dtype)):
+def _worst_of_each(results: Iterable[CheckResult]) -> Iterable[CheckResult]:
+    """The worst result of each check and dtype, and every failed result."""
+    for _, group in groupby(results, key=lambda f: (f.check, f.dtype)):
         same = list(group)
-        wrong = [finding for finding in same if not finding.passed]
+        wrong = [result for result in same if not result.passed]
         yield from wrong or [max(same, key=_share_of_bound)]
 
 
-def _share_of_bound(finding: Finding) -> float:
-    return finding.error / finding.bound if finding.bound else 0.0
+def _share_of_bound(result: CheckResult) -> float:
+    return result.error / result.bound if result.bound else 0.0

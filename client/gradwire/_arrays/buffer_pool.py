@@ -20,7 +20,7 @@ import numpy.typing as npt
 from gradwire._api.types import Array
 from gradwire_protocol.limits import MIB
 
-KEPT_BYTES = 256 * MIB
+MAX_FREE_BYTES = 256 * MIB
 """Most bytes that a pool keeps free."""
 
 _SMALLEST_BYTES = MIB
@@ -34,13 +34,13 @@ class ResultPool:
     """Makes arrays whose memory comes back when nobody refers to them any more.
 
     Memory is used again for arrays of the same size. What lay free for longest
-    is given back to the machine when more than `kept_bytes` are free.
+    is given back to the machine when more than `max_free_bytes` are free.
 
     Safe to use from many threads.
     """
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
-        self._kept_bytes = kept_bytes
+    def __init__(self, max_free_bytes: int = MAX_FREE_BYTES) -> None:
+        self._max_free_bytes = max_free_bytes
         self._died: deque[npt.NDArray[np.uint8]] = deque()
         self._free: list[npt.NDArray[np.uint8]] = []  # the longest free first
         self._lock = threading.Lock()
@@ -69,7 +69,7 @@ class ResultPool:
     def close(self) -> None:
         """Give back what is free, and what becomes so."""
         with self._lock:
-            self._kept_bytes = 0
+            self._max_free_bytes = 0
             self._tidy()
 
     def take_back(self, memory: npt.NDArray[np.uint8]) -> None:
@@ -95,7 +95,7 @@ class ResultPool:
         while self._died:
             self._free.append(self._died.popleft())
         free_bytes = sum(memory.nbytes for memory in self._free)
-        while free_bytes > self._kept_bytes:
+        while free_bytes > self._max_free_bytes:
             free_bytes -= self._free.pop(0).nbytes
 
 

@@ -36,7 +36,7 @@ SUSPICIOUS = 4.0
 CERTAIN = 9.0
 
 
-class Findings(NamedTuple):
+class SuspectRows(NamedTuple):
     """Rows that are not as expected."""
 
     rows: npt.NDArray[np.intp]
@@ -52,26 +52,26 @@ class Findings(NamedTuple):
 def compare(
     result: Array,
     expected: Array,
-    sketch: RandomSums,
+    random_sums: RandomSums,
     arithmetic: Arithmetic,
     length: int,
     *,
     row_norms: Doubles,
     group_norms: Doubles,
-) -> Findings:
+) -> SuspectRows:
     """Rows of a product whose sums are not those expected.
 
     Args:
         result: Rows of C.
         expected: The sums, from A (B s), of the same rows.
-        sketch: s.
+        random_sums: s.
         arithmetic: How C was computed.
         length: Columns of A.
         row_norms: Of A's rows.
         group_norms: Of B's columns, by group: the root of the sum of squares.
     """
-    u, size = Dtype.of(expected.dtype).unit_roundoff, sketch.size
-    off = np.abs(sketch.of(result).astype(np.float64) - expected)
+    u, size = Dtype.of(expected.dtype).unit_roundoff, random_sums.size
+    off = np.abs(random_sums.project(result).astype(np.float64) - expected)
     scale = np.outer(row_norms, group_norms)
     # This check's own sums round as well: of l elements, and twice of `size`.
     own = u * (math.sqrt(length) + 2 * math.sqrt(size))
@@ -79,7 +79,7 @@ def compare(
     own = gamma(length + 2 * size + 2, u) * math.sqrt(size)
     worst = (CERTAIN * arithmetic.worst + own) * scale
     if arithmetic.rounding:
-        rounded = arithmetic.rounding * np.sqrt(sketch.of_squares(result))
+        rounded = arithmetic.rounding * np.sqrt(random_sums.sums_of_squares(result))
         usual = np.hypot(usual, rounded / math.sqrt(3))
         worst += CERTAIN * rounded
     tiny = 2 * (size + 1) * arithmetic.tiny
@@ -96,7 +96,7 @@ def compare(
     impossible = ~finite & (4 * size * scale < arithmetic.largest)
     beyond = np.where(finite & (off > worst), off / worst, 0)
     certain = np.asarray(((beyond > 0) | impossible).any(axis=1))
-    return Findings(rows, certain, beyond.max(axis=1, initial=0))
+    return SuspectRows(rows, certain, beyond.max(axis=1, initial=0))
 
 
 class Wrong(NamedTuple):

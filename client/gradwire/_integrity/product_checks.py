@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gradwire._api.types import Array, Doubles
 from gradwire._integrity.freivalds import (
-    Findings,
+    SuspectRows,
     Wrong,
     column_squares,
     compare,
@@ -35,16 +35,16 @@ class RowProduct:
 
     Args:
         b: B, in the dtype of the sums.
-        sketch: For B's columns.
+        random_sums: For B's columns.
     """
 
-    def __init__(self, b: Array, sketch: RandomSums) -> None:
+    def __init__(self, b: Array, random_sums: RandomSums) -> None:
         self._b = b
-        self._sketch = sketch
+        self._random_sums = random_sums
         squares = column_squares(b)
-        sketch.leave_out(np.flatnonzero(~np.isfinite(squares)))
-        self._projected = sketch.of(b)
-        self._group_norms = sketch.over_groups(squares)
+        random_sums.mask(np.flatnonzero(~np.isfinite(squares)))
+        self._projected = random_sums.project(b)
+        self._group_norms = random_sums.group_norms(squares)
 
     def wrong(self, a: Array, c: Array, arithmetic: Arithmetic) -> Wrong | None:
         """What is most wrong in rows of C, if anything is.
@@ -55,17 +55,17 @@ class RowProduct:
             arithmetic: How they were computed.
         """
         length = len(self._b)
-        findings = compare(
+        suspects = compare(
             c,
             a @ self._projected,
-            self._sketch,
+            self._random_sums,
             arithmetic,
             length,
             row_norms=row_norms(a),
             group_norms=self._group_norms,
         )
         return settle(
-            findings, c, arithmetic, length, lambda rows: self._again(a[rows])
+            suspects, c, arithmetic, length, lambda rows: self._again(a[rows])
         )
 
     def _again(self, a: Array) -> tuple[Doubles, Doubles]:
@@ -83,12 +83,12 @@ class SumProduct:
 
     Args:
         rows: Rows of C.
-        sketch: For B's columns.
+        random_sums: For B's columns.
     """
 
-    def __init__(self, rows: int, sketch: RandomSums) -> None:
-        self._sketch = sketch
-        self._expected = np.zeros((rows, sketch.sums))
+    def __init__(self, rows: int, random_sums: RandomSums) -> None:
+        self._random_sums = random_sums
+        self._expected = np.zeros((rows, random_sums.sums))
         self._a_squares = np.zeros(rows, np.longdouble)
         self._b_squares: npt.NDArray[np.longdouble] | None = None
         self._longest = self._total = 0
@@ -107,7 +107,7 @@ class SumProduct:
         if bad.any():
             # They spoil the sums of their own group and no others.
             b = np.where(bad, 0, b)
-        self._expected += a.T @ self._sketch.of(b)
+        self._expected += a.T @ self._random_sums.project(b)
         self._a_squares += column_squares(a)
         self._b_squares = (
             squares if self._b_squares is None else self._b_squares + squares
@@ -116,29 +116,29 @@ class SumProduct:
         self._longest = max(self._longest, len(a))
         self._total += len(a)
 
-    def findings(self, c: Array, arithmetic: Arithmetic) -> tuple[Findings, int]:
+    def suspects(self, c: Array, arithmetic: Arithmetic) -> tuple[SuspectRows, int]:
         """Rows of C that are not as expected, and the length of this check's sums."""
         if self._b_squares is None:
             self._b_squares = np.zeros(c.shape[1], np.longdouble)
         dtype = arithmetic.operands.sums_in.numpy
         narrower = dtype != self._expected.dtype
         length = self._longest if narrower else self._total
-        group_norms = self._sketch.over_groups(self._b_squares)
-        self._sketch.leave_out(self.no_numbers)
-        findings = compare(
+        group_norms = self._random_sums.group_norms(self._b_squares)
+        self._random_sums.mask(self.no_numbers)
+        suspects = compare(
             c,
             self._expected.astype(dtype),
-            self._sketch,
+            self._random_sums,
             arithmetic,
             length,
             row_norms=np.sqrt(self._a_squares).astype(np.float64),
             group_norms=group_norms,
         )
-        return findings, length
+        return suspects, length
 
 
 def settle(
-    findings: Findings, c: Array, arithmetic: Arithmetic, length: int, again: Again
+    suspects: SuspectRows, c: Array, arithmetic: Arithmetic, length: int, again: Again
 ) -> Wrong | None:
     """Compute again what is not as expected, as far as it is worth it.
 
@@ -147,7 +147,7 @@ def settle(
     Returns:
         The element that is most wrong of the first rows that are.
     """
-    for rows in _batches(findings):
+    for rows in _batches(suspects):
         exact, magnitude = again(rows)
         wrong = worst_element(
             rows, c[rows], arithmetic, length, exact=exact, magnitude=magnitude
@@ -157,11 +157,11 @@ def settle(
     return None
 
 
-def _batches(findings: Findings) -> Iterator[npt.NDArray[np.intp]]:
-    certain = findings.rows[findings.certain]
+def _batches(suspects: SuspectRows) -> Iterator[npt.NDArray[np.intp]]:
+    certain = suspects.rows[suspects.certain]
     for first in range(0, len(certain), RECHECKED):
         yield certain[first : first + RECHECKED]
-    merely = findings.rows[~findings.certain][:RECHECKED]
+    merely = suspects.rows[~suspects.certain][:RECHECKED]
     if len(certain) < RECHECKED and merely.size:
         yield merely
 

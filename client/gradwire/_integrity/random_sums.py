@@ -60,7 +60,7 @@ class RandomSums:
         self._starts = np.arange(groups) * columns // groups
         self._orders = [rng.permutation(columns) for _ in range(rounds)]
         self._signs = rng.choice(np.array([-1, 1]), (rounds, columns))
-        self._left_out: npt.NDArray[np.intp] | None = None
+        self._masked: npt.NDArray[np.intp] | None = None
         self._matrix: Array | None = None
         self._members: Array | None = None
         if self.sums <= _DENSE:
@@ -72,18 +72,18 @@ class RandomSums:
                 self._matrix[order, number * groups + group] = signs
             self._members = np.abs(self._matrix)
 
-    def leave_out(self, columns: npt.NDArray[np.intp]) -> None:
+    def mask(self, columns: npt.NDArray[np.intp]) -> None:
         """Treat these columns as zeros: their elements are no numbers."""
-        self._left_out = columns if columns.size else None
+        self._masked = columns if columns.size else None
 
-    def of(self, matrix: Array) -> Array:
+    def project(self, matrix: Array) -> Array:
         """The sums of each row's elements, with their signs."""
         matrix = self._usable(matrix)
         if self._matrix is not None:
             return np.asarray(matrix @ self._matrix)
         return self._added(matrix, signed=True)
 
-    def of_squares(self, matrix: Array) -> Doubles:
+    def sums_of_squares(self, matrix: Array) -> Doubles:
         """The sums of the squares of each row's elements."""
         usable = self._usable(matrix)
         sums = self._squared(usable)
@@ -93,11 +93,11 @@ class RandomSums:
             sums[extreme] = self._squared(usable[extreme].astype(np.float64))
         return sums
 
-    def over_groups(self, values: npt.NDArray[np.longdouble]) -> Doubles:
+    def group_norms(self, values: npt.NDArray[np.longdouble]) -> Doubles:
         """The root of the sum of each group's values, one a column."""
-        if self._left_out is not None:
+        if self._masked is not None:
             values = values.copy()
-            values[self._left_out] = 0
+            values[self._masked] = 0
         if not values.size:
             return np.zeros(self.sums)
         sums = [np.add.reduceat(values[order], self._starts) for order in self._orders]
@@ -105,9 +105,9 @@ class RandomSums:
 
     def _usable(self, matrix: Array) -> Array:
         matrix = matrix.astype(self._dtype, copy=False)
-        if self._left_out is not None:
+        if self._masked is not None:
             matrix = matrix.copy()
-            matrix[:, self._left_out] = 0
+            matrix[:, self._masked] = 0
         return matrix
 
     def _squared(self, matrix: Array) -> Doubles:

@@ -79,10 +79,10 @@ class Verifier:
                 whole = w.take(0, w.rows).astype(self._dtype, copy=False)
                 for matrix, b in ((Matrix.Y, whole), (Matrix.DX, whole.T)):
                     if matrix in plan.results and b.shape[1]:
-                        sketch = self._sketch(matrix, len(b))
-                        self._products[matrix] = RowProduct(b, sketch)
+                        random_sums = self._random_sums(matrix, len(b))
+                        self._products[matrix] = RowProduct(b, random_sums)
             if Matrix.DW in plan.results and n and k:
-                self._sum = SumProduct(n, self._sketch(Matrix.DW, plan.m or n))
+                self._sum = SumProduct(n, self._random_sums(Matrix.DW, plan.m or n))
 
     @property
     def step(self) -> int:
@@ -126,10 +126,10 @@ class Verifier:
         if self._sum is None:
             return
         with self._working():
-            findings, _ = self._sum.findings(dw, self._arithmetic(Matrix.DW, by, m))
-        certain = findings.rows[findings.certain]
+            suspects, _ = self._sum.suspects(dw, self._arithmetic(Matrix.DW, by, m))
+        certain = suspects.rows[suspects.certain]
         if certain.size:
-            excess = float(findings.excess[findings.certain].max())
+            excess = float(suspects.excess[suspects.certain].max())
             raise _wrong_sum(int(certain[0]), len(certain), excess, by, self._plan)
 
     def check_arrays(
@@ -159,7 +159,7 @@ class Verifier:
             dw = results[Matrix.DW]
             self._again_without(self._sum.no_numbers, operands, m)
             arithmetic = self._arithmetic(Matrix.DW, by, m)
-            findings, length = self._sum.findings(dw, arithmetic)
+            suspects, length = self._sum.suspects(dw, arithmetic)
 
             def again(rows: Array) -> tuple[Array, Array]:
                 parts = (
@@ -168,7 +168,7 @@ class Verifier:
                 )
                 return summed_again(parts, rows, self._plan.k)
 
-            wrong = settle(findings, dw, arithmetic, length, again)
+            wrong = settle(suspects, dw, arithmetic, length, again)
             if wrong is not None:
                 raise _wrong_element(Matrix.DW, wrong, 0, by, self._plan)
 
@@ -178,9 +178,9 @@ class Verifier:
         """Begin dW's sums anew, if there are columns that spoil them."""
         if not columns.size:
             return
-        sketch = self._sketch(Matrix.DW, m)
-        sketch.leave_out(columns)
-        self._sum = SumProduct(self._plan.n, sketch)
+        random_sums = self._random_sums(Matrix.DW, m)
+        random_sums.mask(columns)
+        self._sum = SumProduct(self._plan.n, random_sums)
         for _, taken in self._parts(operands, m):
             self._sum.add(*(self._wide(taken[each]) for each in Matrix.DW.needs))
 
@@ -201,7 +201,7 @@ class Verifier:
     def _wide(self, rows: Array) -> Array:
         return rows.astype(self._dtype, copy=False)
 
-    def _sketch(self, matrix: Matrix, length: int) -> RandomSums:
+    def _random_sums(self, matrix: Matrix, length: int) -> RandomSums:
         columns = matrix.row_length(self._plan.n, self._plan.k)
         dtype = self._plan.result_dtype(matrix)
         groups = self._verify.groups_for(columns, dtype)

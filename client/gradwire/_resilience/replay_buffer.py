@@ -23,11 +23,11 @@ _PORTION_BYTES = 4 * MIB
 """About how much of a large item is copied at once, right before it is sent."""
 
 _PORTION_OVERHEAD = 1024
-"""Bytes that a portion takes beside its elements, or somewhat less."""
+"""Bytes that a batch takes beside its elements, or somewhat less."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Portion:
+class _Batch:
     first_row: int
     rows: int
     size_bytes: int
@@ -67,7 +67,7 @@ class ReplayBuffer:
         self._limit_bytes = limit_bytes
         self._again = again
         self._lock = threading.RLock()
-        self._portions: dict[int, _Portion] = {}
+        self._batches: dict[int, _Batch] = {}
         self._held_bytes = 0
         self._item: Mapping[Matrix, Operand] | None = None
         self._taken = 0
@@ -82,7 +82,7 @@ class ReplayBuffer:
     def first_available(self) -> int:
         """The first row that can be had again."""
         with self._lock:
-            return next(iter(self._portions), self.count)
+            return next(iter(self._batches), self.count)
 
     def has(self, row: int) -> bool:
         """Whether the rows from a row on can be had, now or when they are drawn."""
@@ -110,35 +110,35 @@ class ReplayBuffer:
             if self.first is None:
                 self.first = operands
 
-    def portion(self, row: int) -> Mapping[Matrix, Operand] | None:
+    def batch(self, row: int) -> Mapping[Matrix, Operand] | None:
         """Operands of the rows from a row on, so many as there are together.
 
         None where another item has to be added first, if there is one.
         """
         with self._lock:
-            portion = self._find(row)
-            if portion is None and row == self.count and self._left():
-                portion = self._next()
-            if portion is None:
+            batch = self._find(row)
+            if batch is None and row == self.count and self._left():
+                batch = self._next()
+            if batch is None:
                 return None
-            operands = portion.operands
+            operands = batch.operands
             if operands is None and self._again is not None:
-                operands = self._reader.again(self._again[portion.item])
-            skipped = row - portion.first_row
+                operands = self._reader.again(self._again[batch.item])
+            skipped = row - batch.first_row
         return _behind(operands or {}, skipped)
 
     def disable(self) -> None:
         """None will be needed again."""
         with self._lock:
             self._limit_bytes = 0
-            for portion in list(self._portions.values()):
-                self._drop(portion)
+            for batch in list(self._batches.values()):
+                self._drop(batch)
 
     def discard_before(self, row: int) -> None:
         """Rows before a row are not needed again."""
         with self._lock:
-            while self._portions:
-                first = next(iter(self._portions.values()))
+            while self._batches:
+                first = next(iter(self._batches.values()))
                 if first.first_row + first.rows > row:
                     break
                 self._drop(first)
@@ -149,7 +149,7 @@ class ReplayBuffer:
             return 0
         return next(iter(self._item.values())).rows - self._taken
 
-    def _next(self) -> _Portion:
+    def _next(self) -> _Batch:
         operands, item = self._item or {}, self._items - 1
         rows, size_bytes = self._left(), 0
         kept: Mapping[Matrix, Operand] | None = operands
@@ -166,35 +166,33 @@ class ReplayBuffer:
                 for matrix, each in operands.items()
             }
             size_bytes = rows * row_bytes + _PORTION_OVERHEAD
-        portion = _Portion(self.count, rows, size_bytes, kept, item)
+        batch = _Batch(self.count, rows, size_bytes, kept, item)
         self.count += rows
         self._taken += rows
         if self._again is not None or self._limit_bytes:
-            self._portions[portion.first_row] = portion
+            self._batches[batch.first_row] = batch
             self._held_bytes += size_bytes
             while self._held_bytes > self._limit_bytes and self._again is None:
-                self._drop(next(iter(self._portions.values())))
-        return portion if kept is not None else _given(portion, operands)
+                self._drop(next(iter(self._batches.values())))
+        return batch if kept is not None else _given(batch, operands)
 
-    def _find(self, row: int) -> _Portion | None:
-        portion = self._portions.get(row)
-        if portion is not None or row >= self.count:
-            return portion
-        for each in self._portions.values():
+    def _find(self, row: int) -> _Batch | None:
+        batch = self._batches.get(row)
+        if batch is not None or row >= self.count:
+            return batch
+        for each in self._batches.values():
             if each.first_row <= row < each.first_row + each.rows:
                 return each
         raise RuntimeError(f"row {row} is held no more")
 
-    def _drop(self, portion: _Portion) -> None:
-        del self._portions[portion.first_row]
-        self._held_bytes -= portion.size_bytes
+    def _drop(self, batch: _Batch) -> None:
+        del self._batches[batch.first_row]
+        self._held_bytes -= batch.size_bytes
 
 
-def _given(portion: _Portion, operands: Mapping[Matrix, Operand]) -> _Portion:
-    """A portion that is handed out for the first time, and is there."""
-    return _Portion(
-        portion.first_row, portion.rows, portion.size_bytes, operands, portion.item
-    )
+def _given(batch: _Batch, operands: Mapping[Matrix, Operand]) -> _Batch:
+    """A batch that is handed out for the first time, and is there."""
+    return _Batch(batch.first_row, batch.rows, batch.size_bytes, operands, batch.item)
 
 
 def _behind(operands: Mapping[Matrix, Operand], rows: int) -> Mapping[Matrix, Operand]:

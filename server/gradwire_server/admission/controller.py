@@ -105,16 +105,16 @@ class Admission:
         Raises:
             JobError: The server drains, or has no memory for one more call.
         """
-        account = self._ledger.open(tenant)
-        refusal = self._refusal_of_call(size_bytes + spare_bytes, account)
+        quota = self._ledger.open(tenant)
+        refusal = self._check_call(size_bytes + spare_bytes, quota)
         if refusal is not None:
-            self._ledger.close(account)
+            self._ledger.close(quota)
             raise refusal
-        holders = self._ledger.hold_call(size_bytes, account)
+        holders = self._ledger.hold_call(size_bytes, quota)
         try:
             yield
         finally:
-            self._release_call(size_bytes, account, holders)
+            self._release_call(size_bytes, quota, holders)
 
     @asynccontextmanager
     async def job(
@@ -150,24 +150,24 @@ class Admission:
             finally:
                 self._leave(waiting, position)
         finally:
-            self._ledger.close(waiting.account)
+            self._ledger.close(waiting.quota)
 
-    def _refusal_of_call(self, size_bytes: int, account: Quota) -> JobError | None:
+    def _check_call(self, size_bytes: int, quota: Quota) -> JobError | None:
         if self._draining:
             return draining()
-        return self._ledger.check_call(size_bytes, account)
+        return self._ledger.check_call(size_bytes, quota)
 
     def _release_call(
-        self, size_bytes: int, account: Quota, holders: tuple[Quota, ...]
+        self, size_bytes: int, quota: Quota, holders: tuple[Quota, ...]
     ) -> None:
-        self._ledger.release_call(size_bytes, account, holders)
+        self._ledger.release_call(size_bytes, quota, holders)
         self._admit_waiting()
 
     async def _admit(
         self, waiting: Waiting, on_wait: Callable[[int], Awaitable[None]]
     ) -> int:
-        account = waiting.account
-        for each in (self._all, account):
+        quota = waiting.quota
+        for each in (self._all, quota):
             refusal = each.check_job(waiting.size_bytes)
             if refusal is not None:
                 raise refusal
@@ -178,15 +178,15 @@ class Admission:
         self._admit_waiting()
         if waiting.position is not None:
             return waiting.position
-        for each in (account, self._all):
+        for each in (quota, self._all):
             refusal = each.check_wait(waiting.size_bytes)
             if refusal is not None:
                 self._queue.remove(waiting)
                 raise refusal
-        if account.overfull:
-            self._refuse(waiting, account.no_place())
+        if quota.overfull:
+            self._refuse(waiting, quota.queue_full())
         elif self._all.overfull:
-            self._refuse(self._queue.one_too_many(), self._all.no_place())
+            self._refuse(self._queue.one_too_many(), self._all.queue_full())
         try:
             return await self._wait_turn(waiting, on_wait)
         except BaseException:
@@ -234,7 +234,7 @@ class Admission:
 
     def _leave(self, waiting: Waiting, position: int) -> None:
         self.devices.release(waiting.load, position)
-        for each in (waiting.account, self._all):
+        for each in (waiting.quota, self._all):
             each.running -= 1
             each.held_bytes -= waiting.size_bytes
         if not self.running:
@@ -252,13 +252,13 @@ class Admission:
     def _admit_next(self) -> bool:
         """Admit the next job in turn; return whether there may be another."""
         for first in self._queue.firsts():
-            account = first.account
-            self._ledger.renew(account)
-            too_large = account.check_job(first.size_bytes)
+            quota = first.quota
+            self._ledger.renew(quota)
+            too_large = quota.check_job(first.size_bytes)
             if too_large is not None:  # its tenant's limit was lowered
                 self._refuse(first, too_large)
                 return True
-            if not account.has_room(first.size_bytes):
+            if not quota.has_room(first.size_bytes):
                 continue  # blocked only by its tenant's quota
             if not self._all.has_room(first.size_bytes):
                 return False
@@ -266,7 +266,7 @@ class Admission:
             if first.position is None:
                 return False
             self._queue.take_turn(first)
-            for each in (account, self._all):
+            for each in (quota, self._all):
                 each.held_bytes += first.size_bytes
                 each.running += 1
             self._idle.clear()

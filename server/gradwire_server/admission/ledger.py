@@ -8,10 +8,10 @@ from gradwire_server.admission.quota import CALL_BYTES, Quota, busy
 from gradwire_server.admission.tenancy import Limits
 from gradwire_server.errors import JobError
 
-RESERVED_FRACTION = 16
+RESERVED_FRACTION = 1 / 16
 """One sixteenth of memory is reserved so that every tenant can always open one call."""
 
-_CALLS_SHARE = 2
+_MAX_CALLS_FRACTION = 1 / 2
 """One tenant's open calls may hold half of the memory, so that idle calls do not keep
 other tenants' jobs from running."""
 
@@ -36,23 +36,26 @@ class Ledger:
         memory_limit: int,
         limits_of: Callable[[str], Limits] | None,
     ) -> None:
-        self._kept_bytes = 0 if limits_of is None else memory_limit // RESERVED_FRACTION
-        self._kept_taken = 0
-        shared = memory_limit - self._kept_bytes
+        per_tenant = limits_of is not None
+        self._reserved_bytes = (
+            int(memory_limit * RESERVED_FRACTION) if per_tenant else 0
+        )
+        self._reserved_calls = 0
+        shared = memory_limit - self._reserved_bytes
         self.everybody = Quota(limits.within(Limits(memory_limit=shared)))
-        self._calls_limit = shared if limits_of is None else shared // _CALLS_SHARE
+        self._calls_limit = int(shared * _MAX_CALLS_FRACTION) if per_tenant else shared
         self._limits_of = limits_of
-        self._accounts: dict[str, Quota] = {}
+        self._quotas: dict[str, Quota] = {}
 
     @property
     def held_bytes(self) -> int:
         """Bytes held by all jobs and open calls."""
-        return self.everybody.held_bytes + self._kept_taken * CALL_BYTES
+        return self.everybody.held_bytes + self._reserved_calls * CALL_BYTES
 
     @property
     def tenants(self) -> int:
         """Number of tenants with a quota."""
-        return len(self._accounts)
+        return len(self._quotas)
 
     def limits(self, tenant: str) -> Limits:
         """Return a tenant's limits on this server."""
@@ -65,74 +68,74 @@ class Ledger:
 
     def open(self, tenant: str) -> Quota:
         """Return a tenant's quota, to be passed to `close` in the end."""
-        account = self._accounts.get(tenant)
-        if account is None:
-            account = self._accounts[tenant] = Quota(Limits(), "tenant_", tenant)
-        self.renew(account)
-        return account
+        quota = self._quotas.get(tenant)
+        if quota is None:
+            quota = self._quotas[tenant] = Quota(Limits(), "tenant_", tenant)
+        self.renew(quota)
+        return quota
 
-    def renew(self, account: Quota) -> None:
+    def renew(self, quota: Quota) -> None:
         """Update a quota to its tenant's current limits."""
         if self._limits_of is not None:
-            account.limits = self._limits_of(account.tenant)
+            quota.limits = self._limits_of(quota.tenant)
 
-    def close(self, account: Quota) -> None:
+    def close(self, quota: Quota) -> None:
         """Forget a quota that is not in use.
 
         The number of tenants is unbounded, because an issuer chooses their names.
         """
-        if account.idle and self._accounts.get(account.tenant) is account:
-            del self._accounts[account.tenant]
+        if quota.idle and self._quotas.get(quota.tenant) is quota:
+            del self._quotas[quota.tenant]
 
-    def check_call(self, size_bytes: int, account: Quota) -> JobError | None:
+    def check_call(self, size_bytes: int, quota: Quota) -> JobError | None:
         """Return the refusal of one more open call, or None if it fits."""
-        refusal = account.check_call(size_bytes)
-        if refusal is not None or self._can_use_reserved(account, size_bytes):
+        refusal = quota.check_call(size_bytes)
+        if refusal is not None or self._can_use_reserved(quota, size_bytes):
             return refusal
-        if account.calls_bytes + size_bytes > self._calls_limit < self._shared_bytes:
+        if quota.calls_bytes + size_bytes > self._calls_limit < self._shared_bytes:
             return busy(
-                f"open calls of your tenant hold {account.calls_bytes} bytes, of at "
+                f"open calls of your tenant hold {quota.calls_bytes} bytes, of at "
                 f"most {self._calls_limit}, a part of the memory",
                 "memory_limit",
             )
         return self.everybody.check_call(size_bytes)
 
-    def hold_call(self, size_bytes: int, account: Quota) -> tuple[Quota, ...]:
+    def hold_call(self, size_bytes: int, quota: Quota) -> tuple[Quota, ...]:
         """Count an open call.
 
         Returns:
             The quotas that count it.
         """
-        holders: tuple[Quota, ...] = (account, self.everybody)
-        if self._can_use_reserved(account, size_bytes):
-            account.has_reserved_slot = True
-            self._kept_taken += 1
-            holders = (account,)
+        holders: tuple[Quota, ...] = (quota, self.everybody)
+        if self._can_use_reserved(quota, size_bytes):
+            quota.has_reserved_slot = True
+            self._reserved_calls += 1
+            holders = (quota,)
         for each in holders:
             each.calls_bytes += size_bytes
             each.held_bytes += size_bytes
         return holders
 
     def release_call(
-        self, size_bytes: int, account: Quota, holders: tuple[Quota, ...]
+        self, size_bytes: int, quota: Quota, holders: tuple[Quota, ...]
     ) -> None:
         """Stop counting an open call."""
         for each in holders:
             each.calls_bytes -= size_bytes
             each.held_bytes -= size_bytes
         if self.everybody not in holders:
-            account.has_reserved_slot = False
-            self._kept_taken -= 1
-        self.close(account)
+            quota.has_reserved_slot = False
+            self._reserved_calls -= 1
+        self.close(quota)
 
     @property
     def _shared_bytes(self) -> int:
         return self.everybody.limits.memory_limit or 0
 
-    def _can_use_reserved(self, account: Quota, size_bytes: int) -> bool:
+    def _can_use_reserved(self, quota: Quota, size_bytes: int) -> bool:
         """Return whether a call can use its tenant's reserved slot."""
         return (
-            not account.has_reserved_slot
+            not quota.has_reserved_slot
             and size_bytes == CALL_BYTES
-            and (self._kept_taken + 1) * CALL_BYTES <= self._kept_bytes
+            and (self._reserved_calls + 1) * CALL_BYTES <= self._reserved_bytes
         )

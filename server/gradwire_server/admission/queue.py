@@ -35,36 +35,36 @@ class Queue:
 
         Stop iterating after removing a job.
         """
-        for account in self._turns:
-            yield account.waiting[0]
+        for quota in self._turns:
+            yield quota.waiting[0]
 
     def add(self, waiting: Waiting) -> None:
         """Append a job to its tenant's queue."""
-        for each in (waiting.account, self._all):
+        for each in (waiting.quota, self._all):
             each.waiting.append(waiting)
-        self._turns.setdefault(waiting.account, None)
+        self._turns.setdefault(waiting.quota, None)
 
     def remove(self, waiting: Waiting) -> None:
         """Remove a job; the order of turns stays."""
-        for each in (waiting.account, self._all):
+        for each in (waiting.quota, self._all):
             each.waiting.remove(waiting)
-        if not waiting.account.waiting:
-            del self._turns[waiting.account]
+        if not waiting.quota.waiting:
+            del self._turns[waiting.quota]
 
     def take_turn(self, waiting: Waiting) -> None:
         """Remove a job; its tenant's next turn comes after all others'."""
-        self._turns.move_to_end(waiting.account)
+        self._turns.move_to_end(waiting.quota)
         self.remove(waiting)
 
     def ahead_of(self, waiting: Waiting) -> int:
         """Return how many jobs have their turn before this one, if no more come."""
-        place = waiting.account.waiting.index(waiting)
+        place = waiting.quota.waiting.index(waiting)
         ahead, turns_before = place, place + 1
-        for account in self._turns:
-            if account is waiting.account:
+        for quota in self._turns:
+            if quota is waiting.quota:
                 turns_before = place
             else:
-                ahead += min(len(account.waiting), turns_before)
+                ahead += min(len(quota.waiting), turns_before)
         return ahead
 
     def one_too_many(self) -> Waiting:
@@ -72,6 +72,6 @@ class Queue:
 
         So one tenant's thousand jobs do not keep out another's one.
         """
-        newest = self._all.waiting[-1].account
+        newest = self._all.waiting[-1].quota
         most = max(self._turns, key=lambda each: (len(each.waiting), each is newest))
         return most.waiting[-1]

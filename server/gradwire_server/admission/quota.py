@@ -24,7 +24,7 @@ seconds."""
 class Waiting:
     """A waiting job."""
 
-    account: Quota
+    quota: Quota
     """The quota of the job's tenant."""
     size_bytes: int
     load: Load
@@ -104,8 +104,8 @@ class Quota:
     @property
     def overfull(self) -> bool:
         """Whether more jobs wait than allowed."""
-        places = self.limits.max_queue
-        return places is not None and len(self.waiting) > places
+        max_queue = self.limits.max_queue
+        return max_queue is not None and len(self.waiting) > max_queue
 
     def has_room(self, size_bytes: int) -> bool:
         """Return whether a job may run now."""
@@ -122,12 +122,12 @@ class Quota:
             f"{self.whose}memory_limit",
         )
 
-    def no_place(self) -> JobError:
+    def queue_full(self) -> JobError:
         """Return the refusal for a full queue."""
-        places = self.limits.max_queue
-        full = f"and {len(self.waiting) - 1} wait, of at most {places}"
+        max_queue = self.limits.max_queue
+        full = f"and {len(self.waiting) - 1} wait, of at most {max_queue}"
         limit = "max_queue"
-        if not places and self.running == self.limits.max_jobs:
+        if not max_queue and self.running == self.limits.max_jobs:
             # Without a queue, the limit of running jobs is the cause.
             full, limit = f"of at most {self.running}, and none may wait", "max_jobs"
         return busy(

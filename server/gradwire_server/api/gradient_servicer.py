@@ -98,7 +98,7 @@ class GradientServicer:
             spec = self._service.read_job(call, header)
             message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_chunk_bytes)
             if spec.buffers:
-                await self._compute_in_place(call, stream, message_bytes)
+                await self._compute_in_shared_memory(call, stream, message_bytes)
                 return
             async with self._service.streamed(
                 call, message_bytes, stream.tell_queued
@@ -133,11 +133,11 @@ class GradientServicer:
 
         await call_scope(self._service, "OpenRegion", context, serve)
 
-    async def _compute_in_place(
+    async def _compute_in_shared_memory(
         self, call: CallState, stream: CallStream, message_bytes: int
     ) -> None:
         spec = call.header.spec
-        async with self._service.in_place(
+        async with self._service.in_shared_memory(
             call, message_bytes, stream.tell_queued
         ) as job:
             await stream.write(framing.encode_accepted(accepted_message(call)))

@@ -193,7 +193,7 @@ class JobService:
             yield job
 
     @asynccontextmanager
-    async def in_place(
+    async def in_shared_memory(
         self,
         call: CallState,
         message_bytes: int,

@@ -1,11 +1,11 @@
 """What a backend is: devices, and jobs that take row blocks.
 
 A backend knows nothing of gRPC, of clients or of other jobs. Everything that
-is declared here on `BackendJob` is called by the one thread of a lane, but for
-jobs that are too small for that (`Backend.at_once_operations`).
+is declared here on `BackendJob` is called by the one thread of a device worker, but for
+jobs that are too small for that (`Backend.inline_below_ops`).
 
 A device may work beside the thread that talks to it. Work that such a device
-has only begun is a `Wait`: the lane begins more before it waits, so that bytes
+has only begun is a `Wait`: the device worker begins more before it waits, so that bytes
 go to the device, and come from it, while it computes.
 """
 
@@ -158,7 +158,7 @@ class Backend(Protocol):
 
     inline_below_ops: int
     """Multiplications and additions of a job below which it may run in any
-    thread, beside the lane's: waking that takes as long. 0 where none may."""
+    thread, beside the device worker's: waking that takes as long. 0 where none may."""
 
     row_block_bytes: int
     """Bytes of a row block's operands with which it computes fast."""
@@ -170,10 +170,10 @@ class Backend(Protocol):
     devices: tuple[DeviceInfo, ...]
 
     def init_thread(self, device: int) -> None:
-        """Called once in the thread of each lane, before any of its jobs.
+        """Called once in the thread of each device worker, before any of its jobs.
 
         Args:
-            device: Index of the lane's device.
+            device: Index of the worker's device.
         """
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
@@ -192,7 +192,7 @@ class Backend(Protocol):
         """Uninitialised host memory for what goes to a device and comes back.
 
         It begins at a multiple of `ALIGNMENT`, and is given back when the last
-        array that refers to it is gone. Called in the thread of a lane.
+        array that refers to it is gone. Called in the thread of a device worker.
 
         Raises:
             MemoryError: There is not so much.

@@ -8,7 +8,7 @@ from gradwire_protocol.v1 import job_pb2
 from gradwire_server.backends.base import DeviceInfo
 from gradwire_server.errors import BackendError
 
-MEMORY_SHARE = 0.9
+MEMORY_FRACTION = 0.9
 """Of a device's memory, how much jobs may hold unless the operator says: CUDA's
 context, its libraries and cuBLAS's workspace take some for themselves."""
 
@@ -18,7 +18,7 @@ def memory_limit(device: DeviceInfo, asked: int | None) -> int | None:
 
     Args:
         device: The device.
-        asked: What the operator allows; None: `MEMORY_SHARE` of what it has.
+        asked: What the operator allows; None: `MEMORY_FRACTION` of what it has.
 
     Returns:
         That, never more than the device has; None where it has no memory of
@@ -27,7 +27,7 @@ def memory_limit(device: DeviceInfo, asked: int | None) -> int | None:
     if device.in_host_memory:
         return None
     if asked is None:
-        return int(device.memory_bytes * MEMORY_SHARE)
+        return int(device.memory_bytes * MEMORY_FRACTION)
     return min(asked, device.memory_bytes)
 
 

@@ -37,7 +37,7 @@ def tune_malloc() -> bool:
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is None or platform.libc_ver()[0] != "glibc":
         return False
-    # One arena, because memory that one lane's thread frees should serve the
+    # One arena, because memory that one device worker's thread frees should serve the
     # next job's region, which another's may allocate.
     options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
     done = [tune(option, value) for option, value in options.items()]

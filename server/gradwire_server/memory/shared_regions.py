@@ -35,7 +35,7 @@ connections need some too."""
 _MAX_OF_TENANT = MAX_REGIONS // 4
 """Most regions of one tenant, with authentication."""
 
-_SPARE_SHARE = 8
+_SPARE_FRACTION = 1 / 8
 """A tenant's regions leave at least one eighth of the memory for its open calls,
 because the jobs that use the regions are calls too."""
 
@@ -165,7 +165,7 @@ class Regions:
             )
         size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         most = self._admission.max_calls_bytes(tenant)
-        spare = max(CALL_BYTES, most // _SPARE_SHARE)
+        spare = max(CALL_BYTES, int(most * _SPARE_FRACTION))
         if size_bytes + CALL_BYTES + spare > most:
             raise JobError(
                 Reason.JOB_TOO_LARGE,

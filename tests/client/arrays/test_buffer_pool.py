@@ -44,7 +44,7 @@ def test_memory_stays_while_any_view_of_it_lives() -> None:
 
 
 def test_what_lay_free_for_longest_is_given_back_first() -> None:
-    pool = ResultPool(kept_bytes=5 * MIB)
+    pool = ResultPool(max_free_bytes=5 * MIB)
     first, second, third = (pool.empty((size, 1024), F4) for size in (512, 768, 256))
     kept = address(second)
     del first
@@ -55,7 +55,7 @@ def test_what_lay_free_for_longest_is_given_back_first() -> None:
 
 
 def test_many_arrays_that_die_together_do_not_stay() -> None:
-    pool = ResultPool(kept_bytes=3 * MIB)
+    pool = ResultPool(max_free_bytes=3 * MIB)
     arrays = [pool.empty((1024, 256), F4) for _ in range(20)]
     del arrays
     assert pool.free_bytes <= 3 * MIB

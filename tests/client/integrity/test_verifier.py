@@ -42,7 +42,7 @@ class Product:
         typical = np.sqrt(np.mean(bound**2, axis=1))
         return cls(a, b, c, exact, typical, arithmetic)
 
-    def sketch(self, verify: Verify, seed: int) -> RandomSums:
+    def random_sums(self, verify: Verify, seed: int) -> RandomSums:
         length, columns = self.b.shape
         return RandomSums(
             columns,
@@ -55,7 +55,7 @@ class Product:
 
     def found(self, c: Any, seed: int, verify: Verify = Verify()) -> Any:  # noqa: B008
         with np.errstate(all="ignore"):  # as while a client verifies
-            checked = RowProduct(self.b, self.sketch(verify, seed))
+            checked = RowProduct(self.b, self.random_sums(verify, seed))
             return checked.wrong(self.a, c, self.arithmetic)
 
 
@@ -128,21 +128,21 @@ def test_rows_are_hardly_ever_computed_again_in_vain() -> None:
             draw = rng.standard_normal if kind == "normal" else rng.random
             product = Product.of(draw((500, 200)), draw((200, 300)), dtype)
             for seed in range(2):
-                sketch = product.sketch(Verify(), seed)
-                findings = compare(
+                random_sums = product.random_sums(Verify(), seed)
+                suspects = compare(
                     product.c,
-                    product.a @ sketch.of(product.b),
-                    sketch,
+                    product.a @ random_sums.project(product.b),
+                    random_sums,
                     product.arithmetic,
                     200,
                     row_norms=row_norms(product.a),
-                    group_norms=sketch.over_groups(
+                    group_norms=random_sums.group_norms(
                         np.sum(np.square(product.b.astype(np.longdouble)), axis=0)
                     ),
                 )
-                suspicious += len(findings.rows)
+                suspicious += len(suspects.rows)
                 rows += 500
-                assert not findings.certain.any()
+                assert not suspects.certain.any()
     assert suspicious <= rows / 1000
 
 
@@ -185,17 +185,17 @@ def test_dw_of_a_stream_is_checked_without_its_rows() -> None:
     dw = x.T @ dy
     arithmetic = Arithmetic(Dtype.FLOAT32, Dtype.FLOAT32, 250 + 4)
     for seed, factor in enumerate((0, 0, 0, 24, 24, 24)):
-        sketch = RandomSums(
+        random_sums = RandomSums(
             64, 2, 16, 1000, dtype=x.dtype, rng=np.random.default_rng(seed)
         )
-        sums = SumProduct(64, sketch)
+        sums = SumProduct(64, random_sums)
         for first in range(0, 1000, 100):
             sums.add(x[first : first + 100], dy[first : first + 100])
         norms = np.linalg.norm(x[:, 5]) * np.linalg.norm(dy[:, 9])
         wrong = dw.copy()
         wrong[5, 9] += factor * arithmetic.worst * norms
-        findings, _ = sums.findings(wrong, arithmetic)
-        assert list(findings.rows[findings.certain]) == ([5] if factor else [])
+        suspects, _ = sums.suspects(wrong, arithmetic)
+        assert list(suspects.rows[suspects.certain]) == ([5] if factor else [])
 
 
 @pytest.mark.parametrize("scale", [1e-19, 1e-10, 4e18, 1e19])
@@ -209,8 +209,10 @@ def test_dw_of_a_stream_is_right_however_large_or_small_it_is(
     x, dy = x.astype(np.float32), dy.astype(np.float32)
     with np.errstate(all="ignore"):
         dw = (x.T @ dy).astype(dtype.numpy)
-        sketch = RandomSums(64, 2, 16, 300, dtype=x.dtype, rng=np.random.default_rng(0))
-        sums = SumProduct(64, sketch)
+        random_sums = RandomSums(
+            64, 2, 16, 300, dtype=x.dtype, rng=np.random.default_rng(0)
+        )
+        sums = SumProduct(64, random_sums)
         sums.add(x, dy)
-        findings, _ = sums.findings(dw, Arithmetic(dtype, dtype, 300))
-    assert not findings.certain.any()
+        suspects, _ = sums.suspects(dw, Arithmetic(dtype, dtype, 300))
+    assert not suspects.certain.any()

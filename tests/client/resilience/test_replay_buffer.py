@@ -31,8 +31,8 @@ def items(size: int = 7) -> Iterator[Any]:
 def rows(drawn: SyncRowSource, first: int, last: int | None = None) -> Any:
     """X's rows from a row on, to the end or at least up to another."""
     parts, count = [np.empty((0, 3), np.float32)], first
-    for portion in drawn.chunks(first):
-        x = portion[Matrix.X]
+    for batch in drawn.batches(first):
+        x = batch[Matrix.X]
         parts.append(np.array(x.take(0, x.rows)))
         count += x.rows
         if last is not None and count >= last:
@@ -55,9 +55,9 @@ def test_a_sequence_is_read_again_and_not_copied() -> None:
     held = ReplayBuffer(reader(), 0, pairs)
     drawn = SyncRowSource(iter(pairs), held)
     rows(drawn, 0)
-    portion = held.portion(0)
-    assert portion is not None
-    assert portion[Matrix.X].array is pairs[0][0]
+    batch = held.batch(0)
+    assert batch is not None
+    assert batch[Matrix.X].array is pairs[0][0]
     assert oracle.same_bits(rows(drawn, 40), X[40:])
 
 
@@ -85,16 +85,16 @@ def test_of_a_large_item_a_portion_is_copied_at_a_time() -> None:
     dy = np.zeros((len(x), 2), np.float32)
     held = ReplayBuffer(reader(), 1 << 30)
     drawn = SyncRowSource(iter([(x, dy)]), held)
-    portions = drawn.chunks(0)
-    next(portions)
+    batches = drawn.batches(0)
+    next(batches)
     assert held._held_bytes < 1.1 * _PORTION_BYTES
-    rest = sum(part[Matrix.X].rows for part in portions)
+    rest = sum(part[Matrix.X].rows for part in batches)
     assert held.count == len(x) > rest
 
 
 def test_an_attempt_that_has_failed_takes_no_more_rows() -> None:
     drawn = SyncRowSource(items(), ReplayBuffer(reader(), 1 << 20))
-    failed = drawn.chunks(0)
+    failed = drawn.batches(0)
     next(failed)
     assert oracle.same_bits(rows(drawn, 0), X)
     assert list(failed) == []

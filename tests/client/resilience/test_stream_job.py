@@ -31,7 +31,7 @@ def run(items: list[Any], w: Any = W, server: FakeServer | None = None, **option
     drawn = SyncRowSource(iter(items), held)
     drawn.fetch(0)
     job = StreamJob(read.plan(held.first), read.w, held)
-    messages = stream_messages(job, job.begin(), drawn.chunks(0))
+    messages = stream_messages(job, job.begin(), drawn.batches(0))
     blocks = []
     for answer in converse(job.exchange, messages, server or FakeServer()):
         job.receive(answer)

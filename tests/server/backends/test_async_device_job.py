@@ -49,7 +49,7 @@ def blocks_of(spec, x, dy, results, block_rows):
 
 
 def pieces_of(spec, job, given, results, block_rows):
-    """What a lane does of a job, one after the other."""
+    """What a device worker does of a job, one after the other."""
     x, w, dy = given
     if Matrix.W in spec.operands:
         yield partial(job.take_w, w)
@@ -66,7 +66,7 @@ def room(spec, m):
 
 
 def run_all(device, jobs, begun=3):
-    """Does pieces of jobs in turn as a lane does, with `begun` in flight."""
+    """Does pieces of jobs in turn as a device worker does, with `begun` in flight."""
     waits = deque()
     turns = deque(jobs)
     while turns:

@@ -160,7 +160,7 @@ def test_a_job_takes_the_memory_that_was_said(
     spec = make_spec(50, 300, 200, dtype, ALL, result_dtype, accumulator, places=places)
     given = operands(spec, 50)
     host, device = System(), SimulatedDevice()
-    pool = Pool(host.allocate, kept_bytes=0)
+    pool = Pool(host.allocate, max_free_bytes=0)
     job = DeviceJob(
         spec,
         16,

@@ -43,7 +43,7 @@ class System:
 
 
 def make_pool(system, **options):
-    return Pool(system.allocate, **{"kept_bytes": 16 * MIB} | options)
+    return Pool(system.allocate, **{"max_free_bytes": 16 * MIB} | options)
 
 
 def test_memory_that_is_given_back_serves_the_next_of_its_size():
@@ -72,7 +72,7 @@ def test_no_piece_is_larger_than_was_asked_for_by_more_than_the_spare():
 
 def test_no_more_is_kept_than_the_bound():
     system = System()
-    pool = make_pool(system, kept_bytes=3 * MIB)
+    pool = make_pool(system, max_free_bytes=3 * MIB)
     pieces = [pool.take(MIB) for _ in range(10)]
     for piece in pieces:
         piece.free()

@@ -123,16 +123,16 @@ def test_a_float64_accumulator_sums_blocks_without_rounding_them_to_float32():
 
 @pytest.mark.parametrize("dtype", Dtype)
 @pytest.mark.parametrize(("n", "k"), [(30, 7), (7, 30)])
-def test_dw_in_panels_is_dw(monkeypatch, dtype, n, k):
+def test_dw_in_tiles_is_dw(monkeypatch, dtype, n, k):
     spec = make_spec(50, n, k, dtype)
     x, w, dy = operands(spec, 50)
     whole = run(spec, x, w, dy, block_rows=16)
     monkeypatch.setattr(numpy_backend, "DW_TILE_BYTES", 4 * 7 * 8)
-    panels = run(spec, x, w, dy, block_rows=16)
+    tiles = run(spec, x, w, dy, block_rows=16)
     limits = bounds(spec, x, w, dy, blocks=4)[Matrix.DW]
-    difference = whole[Matrix.DW].astype(float) - panels[Matrix.DW].astype(float)
+    difference = whole[Matrix.DW].astype(float) - tiles[Matrix.DW].astype(float)
     assert (np.abs(difference) <= 2 * limits).all()
-    assert np.array_equal(whole[Matrix.Y], panels[Matrix.Y])
+    assert np.array_equal(whole[Matrix.Y], tiles[Matrix.Y])
 
 
 @pytest.mark.parametrize("dtype", Dtype)

@@ -16,17 +16,17 @@ from gradwire_server.jobs.stream.request_validator import RequestValidator
 from tests.server.specs import ALL, make_spec
 
 
-def make_intake(m=None, n=3, k=5, results=ALL, block_rows=4):
+def make_validator(m=None, n=3, k=5, results=ALL, block_rows=4):
     spec = make_spec(m, n, k, results=results)
     plan = make_plan(spec, block_rows * (n + k) * 4, 1)
     assert plan.block_rows == block_rows
     return RequestValidator(spec, plan), spec, plan
 
 
-def accept(intake, message):
+def accept(validator, message):
     """The message's pieces, each placed."""
-    for span in intake.accept(message):
-        intake.commit(span)
+    for span in validator.accept(message):
+        validator.commit(span)
         yield span
 
 
@@ -44,7 +44,7 @@ def reason_of(call, *args):
 @given(st.data())
 def test_every_split_puts_every_byte_where_it_belongs(data):
     m = data.draw(st.integers(0, 30))
-    intake, spec, plan = make_intake(m if data.draw(st.booleans()) else None)
+    validator, spec, plan = make_validator(m if data.draw(st.booleans()) else None)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     operands = {
         Matrix.W: rng.bytes(3 * 5 * 4),
@@ -56,7 +56,7 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
     def send(matrix, count):
         index = sent[matrix]
         payload = memoryview(operands[matrix])[4 * index : 4 * (index + count)]
-        for span in accept(intake, Chunk(matrix, index, payload)):
+        for span in accept(validator, Chunk(matrix, index, payload)):
             area = 0
             if matrix is not Matrix.W:
                 area = span.block * plan.block_rows * spec.row_length(matrix) * 4
@@ -78,25 +78,25 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
         least = min(open_, key=lambda each: sent[each] // spec.row_length(each))
         left = m * spec.row_length(least) - sent[least]
         send(least, data.draw(st.integers(1, min(left, 7 * spec.row_length(least)))))
-    intake.end(m)
+    validator.end(m)
     assert {matrix: bytes(area) for matrix, area in commit.items()} == operands
-    assert intake.blocks_complete == -(-m // plan.block_rows)
-    assert sum(map(intake.rows_of, range(intake.blocks_complete))) == m
+    assert validator.blocks_complete == -(-m // plan.block_rows)
+    assert sum(map(validator.rows_of, range(validator.blocks_complete))) == m
 
 
 @settings(max_examples=200)
 @given(st.data())
 def test_what_the_window_allows_always_finds_a_slot(data):
     """Otherwise the server would wait for a slot that never becomes free."""
-    intake, spec, plan = make_intake()
-    list(accept(intake, chunk(Matrix.W, 0, 15)))
+    validator, spec, plan = make_validator()
+    list(accept(validator, chunk(Matrix.W, 0, 15)))
     sent = {Matrix.X: 0, Matrix.DY: 0}
     for _ in range(20):
         matrix = data.draw(st.sampled_from((Matrix.X, Matrix.DY)))
         count = data.draw(st.integers(1, 20 * spec.row_length(matrix)))
-        complete = intake.blocks_complete
+        complete = validator.blocks_complete
         try:
-            spans = list(accept(intake, chunk(matrix, sent[matrix], count)))
+            spans = list(accept(validator, chunk(matrix, sent[matrix], count)))
         except JobError:
             continue
         sent[matrix] += count
@@ -109,36 +109,36 @@ def test_what_the_window_allows_always_finds_a_slot(data):
 
 
 def test_the_leading_operand_may_fill_the_window_and_not_one_element_more():
-    intake, _, plan = make_intake()
-    list(accept(intake, chunk(Matrix.W, 0, 15)))
+    validator, _, plan = make_validator()
+    list(accept(validator, chunk(Matrix.W, 0, 15)))
     window = plan.window_rows
-    list(accept(intake, chunk(Matrix.X, 0, 3 * window)))
-    refused = reason_of(accept, intake, chunk(Matrix.X, 3 * window, 1))
+    list(accept(validator, chunk(Matrix.X, 0, 3 * window)))
+    refused = reason_of(accept, validator, chunk(Matrix.X, 3 * window, 1))
     assert refused is Reason.LEAD_EXCEEDED
-    list(accept(intake, chunk(Matrix.DY, 0, 5)))
-    list(accept(intake, chunk(Matrix.X, 3 * window, 3)))
+    list(accept(validator, chunk(Matrix.DY, 0, 5)))
+    list(accept(validator, chunk(Matrix.X, 3 * window, 3)))
 
 
 def test_a_single_row_operand_has_no_window():
-    intake, _, plan = make_intake(results=(Matrix.Y,))
-    list(accept(intake, chunk(Matrix.W, 0, 15)))
-    list(accept(intake, chunk(Matrix.X, 0, 3 * 10 * plan.window_rows)))
-    assert intake.blocks_complete == 10 * plan.window_rows // plan.block_rows
+    validator, _, plan = make_validator(results=(Matrix.Y,))
+    list(accept(validator, chunk(Matrix.W, 0, 15)))
+    list(accept(validator, chunk(Matrix.X, 0, 3 * 10 * plan.window_rows)))
+    assert validator.blocks_complete == 10 * plan.window_rows // plan.block_rows
 
 
 def test_rows_without_elements_are_complete_only_at_the_end():
-    intake, _, _ = make_intake(n=0, results=(Matrix.Y,))
-    assert intake.blocks_complete == 0
-    intake.end(9)
-    assert intake.blocks_complete == 3
-    assert [intake.rows_of(each) for each in range(3)] == [4, 4, 1]
+    validator, _, _ = make_validator(n=0, results=(Matrix.Y,))
+    assert validator.blocks_complete == 0
+    validator.end(9)
+    assert validator.blocks_complete == 3
+    assert [validator.rows_of(each) for each in range(3)] == [4, 4, 1]
 
 
 def test_a_block_is_complete_only_when_all_of_its_own_pieces_were_given_out():
-    intake, _, _ = make_intake()
-    list(accept(intake, chunk(Matrix.W, 0, 15)))
-    list(accept(intake, chunk(Matrix.X, 0, 8 * 3)))  # two row blocks of X
+    validator, _, _ = make_validator()
+    list(accept(validator, chunk(Matrix.W, 0, 15)))
+    list(accept(validator, chunk(Matrix.X, 0, 8 * 3)))  # two row blocks of X
     complete = [
-        intake.blocks_complete for _ in accept(intake, chunk(Matrix.DY, 0, 8 * 5))
+        validator.blocks_complete for _ in accept(validator, chunk(Matrix.DY, 0, 8 * 5))
     ]
     assert complete == [1, 2]

@@ -1,4 +1,4 @@
-"""Turns on a lane."""
+"""Turns on a device worker."""
 
 from __future__ import annotations
 
@@ -49,53 +49,53 @@ class Device:
 
 
 @pytest.fixture
-def whole_wide_lane():
-    lane = DeviceWorker(0, max_in_flight=2)
-    yield lane
-    lane.close()
+def wide_worker():
+    worker = DeviceWorker(0, max_in_flight=2)
+    yield worker
+    worker.close()
 
 
 @pytest.fixture
-def wide_lane(whole_wide_lane):
-    return whole_wide_lane.of("")
+def wide_handle(wide_worker):
+    return wide_worker.of("")
 
 
 @pytest.fixture
-def whole_lane():
-    lane = DeviceWorker(0)
-    yield lane
-    lane.close()
+def worker():
+    worker = DeviceWorker(0)
+    yield worker
+    worker.close()
 
 
 @pytest.fixture
-def lane(whole_lane):
-    return whole_lane.of("")
+def handle(worker):
+    return worker.of("")
 
 
-async def test_jobs_take_turns_piece_by_piece(lane):
+async def test_jobs_take_turns_piece_by_piece(handle):
     gate, order = threading.Event(), []
-    held = lane.submit("gate", gate.wait)
+    held = handle.submit("gate", gate.wait)
     work = [
-        lane.submit("large", lambda i=i: order.append(f"large{i}")) for i in (0, 1, 2)
+        handle.submit("large", lambda i=i: order.append(f"large{i}")) for i in (0, 1, 2)
     ]
-    work += [lane.submit("small", lambda: order.append("small"))]
+    work += [handle.submit("small", lambda: order.append("small"))]
     gate.set()
     await asyncio.gather(held, *work)
     assert order == ["large0", "small", "large1", "large2"]
 
 
-async def test_tenants_take_turns_and_then_each_ones_jobs(whole_lane):
+async def test_tenants_take_turns_and_then_each_ones_jobs(worker):
     order = []
 
     def submit(tenant, job, pieces):
-        lane = whole_lane.of(tenant)
+        handle = worker.of(tenant)
         return [
-            lane.submit(job, lambda i=i: order.append(f"{job}{i}"))
+            handle.submit(job, lambda i=i: order.append(f"{job}{i}"))
             for i in range(pieces)
         ]
 
     gate = threading.Event()
-    work = [whole_lane.of("").submit("gate", gate.wait)]
+    work = [worker.of("").submit("gate", gate.wait)]
     for job in range(100):
         work += submit("many", f"many{job}.", 2)
     work += submit("one", "one", 3)
@@ -111,42 +111,42 @@ async def test_tenants_take_turns_and_then_each_ones_jobs(whole_lane):
     assert len(order) == 205
 
 
-async def test_a_tenant_whose_pieces_take_long_lets_others_by(whole_lane):
+async def test_a_tenant_whose_pieces_take_long_lets_others_by(worker):
     gate, order = threading.Event(), []
 
     def work_long() -> None:
         time.sleep(1.5 * MAX_LEAD_S)
         order.append("wide")
 
-    work = [whole_lane.of("").submit("gate", gate.wait)]
-    work += [whole_lane.of("wide").submit("job", work_long) for _ in range(2)]
-    small = whole_lane.of("small")
+    work = [worker.of("").submit("gate", gate.wait)]
+    work += [worker.of("wide").submit("job", work_long) for _ in range(2)]
+    small = worker.of("small")
     work += [small.submit("job", lambda: order.append("small")) for _ in range(9)]
     gate.set()
     await asyncio.gather(*work)
     assert order == ["wide", *["small"] * 9, "wide"]
 
 
-async def test_a_job_that_is_dropped_leaves_its_tenants_turns_to_others(whole_lane):
-    lane, gate, done = whole_lane.of("tenant"), threading.Event(), []
-    held = lane.submit("gate", gate.wait)
-    dropped = [lane.submit("a", lambda: done.append("a")) for _ in range(3)]
-    kept = lane.submit("b", lambda: done.append("b"))
-    await lane.discard("a")
+async def test_a_job_that_is_dropped_leaves_its_tenants_turns_to_others(worker):
+    handle, gate, done = worker.of("tenant"), threading.Event(), []
+    held = handle.submit("gate", gate.wait)
+    dropped = [handle.submit("a", lambda: done.append("a")) for _ in range(3)]
+    kept = handle.submit("b", lambda: done.append("b"))
+    await handle.discard("a")
     gate.set()
     await asyncio.gather(held, kept)
     assert done == ["b"]
     assert all(piece.cancelled() for piece in dropped)
 
 
-async def test_results_and_errors_reach_who_waits(lane):
-    assert await lane.submit("job", lambda: 7) == 7
+async def test_results_and_errors_reach_who_waits(handle):
+    assert await handle.submit("job", lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        await lane.submit("job", lambda: 1 // 0)
-    assert await lane.submit("job", lambda: 8) == 8
+        await handle.submit("job", lambda: 1 // 0)
+    assert await handle.submit("job", lambda: 8) == 8
 
 
-async def test_a_discarded_job_computes_at_most_the_piece_in_hand(lane):
+async def test_a_discarded_job_computes_at_most_the_piece_in_hand(handle):
     entered, gate, done = threading.Event(), threading.Event(), []
 
     def first():
@@ -154,10 +154,10 @@ async def test_a_discarded_job_computes_at_most_the_piece_in_hand(lane):
         gate.wait()
         done.append("first")
 
-    started = lane.submit("job", first)
-    waiting = [lane.submit("job", lambda: done.append("more")) for _ in range(5)]
+    started = handle.submit("job", first)
+    waiting = [handle.submit("job", lambda: done.append("more")) for _ in range(5)]
     await asyncio.to_thread(entered.wait)
-    discarded = asyncio.ensure_future(lane.discard("job"))
+    discarded = asyncio.ensure_future(handle.discard("job"))
     await asyncio.sleep(0)
     assert not discarded.done()
     gate.set()
@@ -165,19 +165,19 @@ async def test_a_discarded_job_computes_at_most_the_piece_in_hand(lane):
     assert done == ["first"]
     assert await started is None
     assert all(piece.cancelled() for piece in waiting)
-    assert await lane.submit("other", lambda: "goes on") == "goes on"
+    assert await handle.submit("other", lambda: "goes on") == "goes on"
 
 
-async def test_a_discard_that_is_cancelled_still_waits_for_the_lane(lane):
+async def test_a_discard_that_is_cancelled_still_waits_for_the_worker(handle):
     entered, gate = threading.Event(), threading.Event()
 
     def piece():
         entered.set()
         gate.wait()
 
-    lane.submit("job", piece)
+    handle.submit("job", piece)
     await asyncio.to_thread(entered.wait)
-    discarded = asyncio.ensure_future(lane.discard("job"))
+    discarded = asyncio.ensure_future(handle.discard("job"))
     await asyncio.sleep(0)
     discarded.cancel()
     await asyncio.sleep(0)
@@ -187,10 +187,10 @@ async def test_a_discard_that_is_cancelled_still_waits_for_the_lane(lane):
         await discarded
 
 
-async def test_a_device_is_given_more_before_it_is_done_but_not_too_much(wide_lane):
+async def test_a_device_is_given_more_before_it_is_done_but_not_too_much(wide_handle):
     device = Device()
     names = ["a0", "b0", "a1", "b1"]
-    done = [wide_lane.begin(name[0], device.piece(name)) for name in names]
+    done = [wide_handle.begin(name[0], device.piece(name)) for name in names]
     await device.has_begun(2)
     await asyncio.sleep(0.05)  # for a third, which must not begin
     assert device.begun == ["a0", "b0"]
@@ -204,10 +204,10 @@ async def test_a_device_is_given_more_before_it_is_done_but_not_too_much(wide_la
     assert device.begun == device.ended == names
 
 
-async def test_what_fails_after_it_has_begun_reaches_who_waits(wide_lane):
+async def test_what_fails_after_it_has_begun_reaches_who_waits(wide_handle):
     device = Device()
-    failing = wide_lane.begin("a", device.piece("a0", ZeroDivisionError()))
-    fine = wide_lane.begin("b", device.piece("b0"))
+    failing = wide_handle.begin("a", device.piece("a0", ZeroDivisionError()))
+    fine = wide_handle.begin("b", device.piece("b0"))
     for gate in device.gates.values():
         gate.set()
     with pytest.raises(ZeroDivisionError):
@@ -215,17 +215,17 @@ async def test_what_fails_after_it_has_begun_reaches_who_waits(wide_lane):
     assert await fine is None
 
 
-async def test_work_may_be_done_where_it_might_only_have_begun(wide_lane):
-    assert await wide_lane.begin("a", lambda: None) is None
+async def test_work_may_be_done_where_it_might_only_have_begun(wide_handle):
+    assert await wide_handle.begin("a", lambda: None) is None
     with pytest.raises(ZeroDivisionError):
-        await wide_lane.begin("a", lambda: 1 // 0)
+        await wide_handle.begin("a", lambda: 1 // 0)
 
 
-async def test_a_discarded_job_is_waited_for_on_the_device(wide_lane):
+async def test_a_discarded_job_is_waited_for_on_the_device(wide_handle):
     device = Device()
-    done = wide_lane.begin("a", device.piece("a0"))
+    done = wide_handle.begin("a", device.piece("a0"))
     await device.has_begun(1)
-    discarded = asyncio.ensure_future(wide_lane.discard("a"))
+    discarded = asyncio.ensure_future(wide_handle.discard("a"))
     await asyncio.sleep(0.02)
     assert not discarded.done()
     device.gates["a0"].set()
@@ -234,11 +234,11 @@ async def test_a_discarded_job_is_waited_for_on_the_device(wide_lane):
     await done
 
 
-async def test_a_lane_closes_when_what_has_begun_is_done(whole_wide_lane, wide_lane):
+async def test_a_worker_closes_when_what_has_begun_is_done(wide_worker, wide_handle):
     device = Device()
-    done = wide_lane.begin("a", device.piece("a0"))
+    done = wide_handle.begin("a", device.piece("a0"))
     await device.has_begun(1)
     device.gates["a0"].set()
-    await asyncio.to_thread(whole_wide_lane.close)
+    await asyncio.to_thread(wide_worker.close)
     assert device.ended == ["a0"]
     await done

@@ -27,42 +27,42 @@ class DeviceWorker:
         return tenant
 
 
-def test_tenants_get_as_much_of_a_lane_however_long_their_pieces_take() -> None:
-    lane = DeviceWorker()
+def test_tenants_get_as_much_of_a_device_however_long_their_pieces_take() -> None:
+    worker = DeviceWorker()
     for tenant, piece_s in (("wide", 1.0), ("usual", 0.05), ("small", 0.01)):
-        lane.wants(tenant, piece_s)
-    pieces = Counter(lane.next() for _ in range(2000))
-    usage_s = {tenant: pieces[tenant] * lane.pieces_s[tenant] for tenant in pieces}
+        worker.wants(tenant, piece_s)
+    pieces = Counter(worker.next() for _ in range(2000))
+    usage_s = {tenant: pieces[tenant] * worker.pieces_s[tenant] for tenant in pieces}
     assert max(usage_s.values()) - min(usage_s.values()) <= 1.0 + MAX_LEAD_S
 
 
 def test_short_pieces_are_done_in_turn() -> None:
-    lane = DeviceWorker()
+    worker = DeviceWorker()
     for tenant in ("one", "two", "three"):
-        lane.wants(tenant, MAX_LEAD_S / 50)
-    assert [lane.next() for _ in range(30)] == ["one", "two", "three"] * 10
+        worker.wants(tenant, MAX_LEAD_S / 50)
+    assert [worker.next() for _ in range(30)] == ["one", "two", "three"] * 10
 
 
 def test_what_a_tenant_did_not_want_is_not_made_up_for() -> None:
-    lane = DeviceWorker()
-    lane.wants("first", 0.5)
+    worker = DeviceWorker()
+    worker.wants("first", 0.5)
     for _ in range(100):
-        lane.next()
-    lane.wants("second", 0.5)
-    assert [lane.next() for _ in range(4)].count("first") >= 1
-    pieces = Counter(lane.next() for _ in range(100))
+        worker.next()
+    worker.wants("second", 0.5)
+    assert [worker.next() for _ in range(4)].count("first") >= 1
+    pieces = Counter(worker.next() for _ in range(100))
     assert abs(pieces["first"] - pieces["second"]) <= 1
 
 
 def test_tenants_that_came_once_are_forgotten() -> None:
-    lane = DeviceWorker()
-    lane.wants("always", 0.01)
+    worker = DeviceWorker()
+    worker.wants("always", 0.01)
     for number in range(1000):
         name = f"once{number}"
-        lane.turns.put(name, "job", name)
-        lane.pieces_s[name] = 0.01
+        worker.turns.put(name, "job", name)
+        worker.pieces_s[name] = 0.01
         for _ in range(2):
-            tenant = lane.turns.take()
-            lane.turns.charge(tenant, 0.01)
-        lane.turns.put("always", "job", "always")
-    assert len(lane.turns._usage_s) < 300
+            tenant = worker.turns.take()
+            worker.turns.charge(tenant, 0.01)
+        worker.turns.put("always", "job", "always")
+    assert len(worker.turns._usage_s) < 300

@@ -16,9 +16,9 @@ from tests.support import oracle
 from tests.support.observing import (
     CUDA_BYTES,
     MIB,
-    company,
     descriptors,
     forget_peak,
+    misbehaving_clients,
     module,
     peak,
     resident,
@@ -105,7 +105,7 @@ def test_a_thousand_clients_may_be_connected():
     ):
         expected = client.gradients(x, w, dy)
         before, was_resident = descriptors(server.pid), resident(server)
-        with company(server, "be_connected", CLIENTS):
+        with misbehaving_clients(server, "be_connected", CLIENTS):
             # One each, and nothing for what they might call.
             more = descriptors(server.pid) - before
             assert CLIENTS <= more <= CLIENTS + RESERVED_DESCRIPTORS

@@ -193,14 +193,14 @@ class AsyncEngine(EngineBase):
     def call(
         self,
         job: StreamJob,
-        chunks: AsyncGenerator[Mapping[Matrix, Operand]],
+        batches: AsyncGenerator[Mapping[Matrix, Operand]],
         attempts: Attempts,
     ) -> AsyncCall:
         """Begin an attempt at a stream's job, on this engine's server.
 
         Args:
             job: The job.
-            chunks: Its rows, from the job's `first_row` on.
+            batches: Its rows, from the job's `first_row` on.
             attempts: The call's attempts.
         """
         job.address = self.address
@@ -208,7 +208,7 @@ class AsyncEngine(EngineBase):
         return AsyncCall(
             self._connection(),
             exchange,
-            lambda: stream_messages(job, exchange, chunks),
+            lambda: stream_messages(job, exchange, batches),
             attempts.options(job.options),
         )
 
@@ -431,12 +431,12 @@ async def _copy(shared: ShmJob, copy: Callable[[], None]) -> None:
 async def stream_messages(
     job: StreamJob,
     exchange: JobExchange,
-    chunks: AsyncGenerator[Mapping[Matrix, Operand]],
+    batches: AsyncGenerator[Mapping[Matrix, Operand]],
 ) -> AsyncGenerator[bytes]:
     """What a stream sends after its header."""
     for message in job.opening_messages(exchange):
         yield message
-    async for operands in chunks:
+    async for operands in batches:
         for message in exchange.row_messages(operands):
             yield message
     for message in exchange.end_messages():

@@ -195,14 +195,14 @@ class SyncEngine(EngineBase):
     def call(
         self,
         job: StreamJob,
-        chunks: Iterator[Mapping[Matrix, Operand]],
+        batches: Iterator[Mapping[Matrix, Operand]],
         attempts: Attempts,
     ) -> SyncCall:
         """Begin an attempt at a stream's job, on this engine's server.
 
         Args:
             job: The job.
-            chunks: Its rows, from the job's `first_row` on.
+            batches: Its rows, from the job's `first_row` on.
             attempts: The call's attempts.
         """
         job.address = self.address
@@ -210,7 +210,7 @@ class SyncEngine(EngineBase):
         return SyncCall(
             self._connection(),
             exchange,
-            lambda: stream_messages(job, exchange, chunks),
+            lambda: stream_messages(job, exchange, batches),
             attempts.options(job.options),
         )
 
@@ -431,12 +431,12 @@ def _copy(shared: ShmJob, copy: Callable[[], None]) -> None:
 def stream_messages(
     job: StreamJob,
     exchange: JobExchange,
-    chunks: Iterator[Mapping[Matrix, Operand]],
+    batches: Iterator[Mapping[Matrix, Operand]],
 ) -> Iterator[bytes]:
     """What a stream sends after its header."""
     for message in job.opening_messages(exchange):
         yield message
-    for operands in chunks:
+    for operands in batches:
         for message in exchange.row_messages(operands):
             yield message
     for message in exchange.end_messages():

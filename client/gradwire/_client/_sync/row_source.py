@@ -27,8 +27,8 @@ class SyncRowSource:
         self._attempt = 0
         self._error: BaseException | None = None
 
-    def chunks(self, row: int) -> Iterator[Mapping[Matrix, Operand]]:
-        """The rows from a row on; chunks of an earlier call end."""
+    def batches(self, row: int) -> Iterator[Mapping[Matrix, Operand]]:
+        """The rows from a row on; batches of an earlier call end."""
         self._attempt += 1
         return self._chunks(row, self._attempt)
 
@@ -36,10 +36,10 @@ class SyncRowSource:
         # What an attempt that has failed still took would have rows dropped that
         # this attempt has not sent again yet.
         while attempt == self._attempt:
-            chunk = self._buffer.portion(row)
-            if chunk is not None:
-                yield chunk
-                row += next(iter(chunk.values())).rows
+            batch = self._buffer.batch(row)
+            if batch is not None:
+                yield batch
+                row += next(iter(batch.values())).rows
             elif not self.fetch(row):
                 return
 

@@ -137,8 +137,8 @@ class GradientStream(Iterator[RowBlock]):
         if self._lease is None:
             self._lease = self._engine.lease(self._attempts)
         if self._call is None:
-            chunks = self._rows.chunks(self._job.first_row)
-            self._call = self._lease.engine.call(self._job, chunks, self._attempts)
+            batches = self._rows.batches(self._job.first_row)
+            self._call = self._lease.engine.call(self._job, batches, self._attempts)
         return self._job, self._call
 
     def _end_call(self) -> None:

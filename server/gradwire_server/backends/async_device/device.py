@@ -54,7 +54,7 @@ class DeviceMemory(Protocol):
 
 
 class Device(Protocol):
-    """A device, for the thread of its lane alone."""
+    """A device, for the thread of its device worker alone."""
 
     def errors(self) -> AbstractContextManager[None]:
         """Within it, the device's own errors become those of a backend's job.

@@ -1,4 +1,4 @@
-"""A job on a device that works beside the thread of its lane.
+"""A job on a device that works beside the thread of its device worker.
 
 While a row block is computed, the next one is copied to the device and the one
 before it is copied back:
@@ -40,7 +40,7 @@ class DeviceJob:
     Args:
         spec: What was asked.
         block_rows: Most rows of a block.
-        blocks_begun: Most row blocks that have begun and were not waited for.
+        pipeline_depth: Most row blocks that have begun and were not waited for.
         device: Where.
         times: Told how long the stages took, by the device's own clock.
         empty: Host memory for dW, if no `dw` is given.
@@ -72,7 +72,7 @@ class DeviceJob:
             self._memory = device.allocate(layout.size_bytes)
         self._placed = Placed(spec, layout, self._memory.address)
         self._slots: list[Events | None] = [None] * len(layout.slots)
-        """Of each slot, the marks of its block until that was waited for."""
+        """Of each slot, the events of its block until that was waited for."""
         self._blocks = 0
         self._dw_begun = False
         """Whether there is a sum of dW, of this job's blocks or of others before."""
@@ -176,7 +176,7 @@ class DeviceJob:
 
     @contextmanager
     def _begun(self) -> Iterator[Events]:
-        """Marks for what is queued within; if that fails, it comes to an end.
+        """Events for what is queued within; if that fails, it comes to an end.
 
         The job's memory, here and there, is others' soon after an error.
         """

@@ -27,23 +27,22 @@ if TYPE_CHECKING:
 
 ROW_BLOCK_BYTES = 32 * MIB
 """On an H200 the products of 16 MiB take a tenth longer, those of 64 MiB are
-hardly faster; and beginning a block takes the lane's thread 0.2 ms, whatever its
-size."""
+hardly faster. Submitting a block takes the device worker's thread 0.2 ms, whatever the
+block's size."""
 
 PIPELINE_DEPTH = 4
 """Row blocks that a device has begun: one arrives, one is computed, one leaves,
 and one is next, so that copies go on while the thread begins another."""
 
-PINNED_KEPT = 16
-"""Of the machine's memory, one part in so many is kept pinned at most while no
-job uses it. Taking it anew is as dear as copying it several times."""
+MAX_FREE_PINNED_FRACTION = 1 / 16
+"""Largest part of the machine's memory that stays pinned while no job uses it.
+Pinning memory again costs as much as copying it several times."""
 
 PINNED_SPARE = 1.25
 """By how much pinned memory that is used again may be larger than needed."""
 
-DEVICE_KEPT = 4
-"""Of a device's memory, one part in so many is kept at most while no job uses
-it."""
+MAX_FREE_DEVICE_FRACTION = 1 / 4
+"""Largest part of a device's memory that is kept while no job uses it."""
 
 
 class CupyBackend:
@@ -77,22 +76,24 @@ class CupyBackend:
         )
         self._pinned: Pool[Any] = Pool(
             host.allocate_pinned,
-            kept_bytes=memory_bytes() // PINNED_KEPT,
+            max_free_bytes=int(memory_bytes() * MAX_FREE_PINNED_FRACTION),
             spare=PINNED_SPARE,
         )
         self._memory: dict[int, Pool[Any]] = {
             device.index: Pool(
                 host.allocate,
-                kept_bytes=(memory_limit or device.memory_bytes) // DEVICE_KEPT,
+                max_free_bytes=int(
+                    (memory_limit or device.memory_bytes) * MAX_FREE_DEVICE_FRACTION
+                ),
                 limit_bytes=memory_limit,
             )
             for device in self.devices
         }
-        self._lanes: dict[int, CupyDevice] = {}
+        self._initialized: dict[int, CupyDevice] = {}
 
     def init_thread(self, device: int) -> None:
         """Makes streams and a cuBLAS handle, of and for the calling thread."""
-        self._lanes[device] = self._host.CupyDevice(device, self._memory[device])
+        self._initialized[device] = self._host.CupyDevice(device, self._memory[device])
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
         """Bytes of the pinned memory in which dW arrives."""
@@ -106,9 +107,9 @@ class CupyBackend:
         return rounded_up(make_layout(spec, block_rows, PIPELINE_DEPTH).size_bytes)
 
     def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
-        """Pinned memory, of which some is kept when it is given back.
+        """Return pinned memory. Freed memory is kept for reuse until `close`.
 
-        No more than the machine's memory by `PINNED_KEPT`, until `close`.
+        At most `MAX_FREE_PINNED_FRACTION` of the machine's memory is kept.
         """
         return empty_pinned(self._pinned, size_bytes)
 
@@ -125,12 +126,12 @@ class CupyBackend:
         times: Times,
         dw: Array | None = None,
     ) -> DeviceJob:
-        """A job on a GPU, in whose lane's thread this is called."""
+        """A job on a GPU, in whose device worker's thread this is called."""
         return DeviceJob(
             spec,
             block_rows,
             PIPELINE_DEPTH,
-            self._lanes[device],
+            self._initialized[device],
             times=times,
             empty=self.empty,
             dw=dw,
@@ -147,5 +148,5 @@ class CupyBackend:
         return self._host.libraries()
 
     def _give_up(self, device: int) -> None:
-        self._lanes.pop(device, None)
+        self._initialized.pop(device, None)
         self._memory[device].clear()

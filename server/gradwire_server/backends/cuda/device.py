@@ -1,4 +1,4 @@
-"""A GPU as its lane's thread uses it, through CuPy's thin layers.
+"""A GPU as its device worker's thread uses it, through CuPy's thin layers.
 
 CuPy's arrays, pools and current settings are not used: addresses are numbers,
 and every call is one of CUDA's runtime, of cuBLAS, or of a kernel of our own.

@@ -1,4 +1,4 @@
-"""What the process does with CUDA beside its lanes: devices, memory, versions."""
+"""The process's use of CUDA outside the device workers: devices, memory, versions."""
 
 from __future__ import annotations
 

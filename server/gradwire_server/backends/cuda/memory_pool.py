@@ -62,7 +62,7 @@ class Pool(Generic[T]):
         allocate: Takes that many bytes from the system, or raises
             `MemoryError`. They go back when the last reference is dropped,
             which happens in a thread that calls `take` or `clear`.
-        kept_bytes: Most that is kept.
+        max_free_bytes: Most that is kept.
         limit_bytes: Most that is in use and kept; None: what there is.
         spare: By which factor a piece may be larger than what is asked for.
     """
@@ -71,12 +71,12 @@ class Pool(Generic[T]):
         self,
         allocate: Callable[[int], T],
         *,
-        kept_bytes: int,
+        max_free_bytes: int,
         limit_bytes: int | None = None,
         spare: float = 1.0,
     ) -> None:
         self._allocate = allocate
-        self._most_kept_bytes = kept_bytes
+        self._max_free_bytes = max_free_bytes
         self._limit_bytes = limit_bytes
         self._spare = spare
         self._lock = Lock()
@@ -138,7 +138,7 @@ class Pool(Generic[T]):
         return self._drop(
             lambda: (
                 len(self._kept) > _MOST_KEPT
-                or sum(piece.size_bytes for piece in self._kept) > self._most_kept_bytes
+                or sum(piece.size_bytes for piece in self._kept) > self._max_free_bytes
             )
         )
 

@@ -36,7 +36,7 @@ from gradwire_server.backends.products import compute_block
 
 PARTS = 4
 """Most pieces into which a product is cut along its longer side, for threads
-to share, unless dW's panels have to be smaller."""
+to share, unless dW's tiles have to be smaller."""
 
 PIECE = 512
 """Rows or columns of a piece where a product has enough of them, and
@@ -47,7 +47,7 @@ SMALL_PIECE = 128
 
 INLINE_BELOW_OPS = 1 << 22
 """Multiplications and additions of a row block's products below which the
-lane's thread does them alone: waking another takes as long as they do."""
+device worker's thread does them alone: waking another takes as long as they do."""
 
 DW_TILE_BYTES = 16 * MIB
 """Most of dW's share that a thread computes before it is added, so that no
@@ -94,7 +94,7 @@ class NumpyBackend:
         )
 
     def init_thread(self, device: int) -> None:
-        """Makes the lane's thread one of the crew."""
+        """Makes the device worker's thread one of the worker threads."""
         del device
         self._threads.enter()
 
@@ -110,8 +110,8 @@ class NumpyBackend:
             if not _sums_in_place(spec):
                 size += dw * spec.accumulator.itemsize
             size += dw * result.itemsize if result != spec.accumulator else 0
-            panel = _dw_tile_elements(spec)
-            size += self._threads.count * panel * spec.dtype.sums_in.itemsize
+            tile = _dw_tile_elements(spec)
+            size += self._threads.count * tile * spec.dtype.sums_in.itemsize
         return size
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
@@ -170,9 +170,9 @@ class NumpyJob:
             for purpose, shape in _scratch_shapes(spec, block_rows).items()
         }
         self._dw_tiles: SimpleQueue[Array] = SimpleQueue()
-        panel_elements = _dw_tile_elements(spec)
+        tile_elements = _dw_tile_elements(spec)
         for _ in range(threads.count):
-            self._dw_tiles.put(np.empty(panel_elements, spec.dtype.sums_in.numpy))
+            self._dw_tiles.put(np.empty(tile_elements, spec.dtype.sums_in.numpy))
         self._w: Array | None = None
         self._dw: Array | None = None
         self._dw_begun = False
@@ -268,15 +268,15 @@ class _Result:
 
 
 class _Products:
-    """Products through NumPy's BLAS, cut into pieces for a crew.
+    """Products through NumPy's BLAS, cut into pieces for the worker threads.
 
     Transposes are flags of BLAS's call, never copies. Where a product is cut
     depends on its shape alone, and so do its bits.
     """
 
-    def __init__(self, panels: SimpleQueue[Array], *, first: bool) -> None:
+    def __init__(self, tiles: SimpleQueue[Array], *, first: bool) -> None:
         self.pieces: list[Piece] = []
-        self._dw_tiles = panels
+        self._dw_tiles = tiles
         self._first = first
 
     def multiply(self, a: Array, b: Array, out: _Result) -> None:
@@ -300,16 +300,16 @@ class _Products:
         if self._first and out.dtype == b.dtype:
             np.matmul(a, b, out=out)
             return
-        panel = self._dw_tiles.get()
+        tile = self._dw_tiles.get()
         try:
-            share = panel[: out.size].reshape(out.shape)
+            share = tile[: out.size].reshape(out.shape)
             np.matmul(a, b, out=share)
             if self._first:
                 np.copyto(out, share)
             else:
                 np.add(out, share, out=out)
         finally:
-            self._dw_tiles.put(panel)
+            self._dw_tiles.put(tile)
 
 
 def _multiply(a: Array, b: Array, out: _Result, part: tuple[slice, slice]) -> None:

@@ -30,7 +30,7 @@ Piece: TypeAlias = Callable[[], None]
 
 
 class WorkerThreads:
-    """A lane's thread and its helpers.
+    """A device worker's thread and its helpers.
 
     Args:
         threads: How many work, the calling one counted.
@@ -41,10 +41,10 @@ class WorkerThreads:
     def __init__(self, threads: int, niceness: int = 0) -> None:
         self.count = threads
         # Threads begin with the niceness of the one that starts them, which may
-        # be the lane's: so all of them are given the same.
+        # be the device worker's: so all of them are given the same.
         self._niceness = niceness and min(_own_niceness() + niceness, 19)
         self._pool = ThreadPoolExecutor(
-            max(threads - 1, 1), "gradwire-crew", self.enter
+            max(threads - 1, 1), "gradwire-worker", self.enter
         )
 
     def enter(self) -> None:

@@ -25,7 +25,7 @@ def check_region_sizes(spec: JobSpec, sizes_bytes: Sequence[int]) -> None:
         if end > sizes_bytes[buffer.region]:
             path = f"{path_of(matrix)}.offset_bytes"
             raise JobError(
-                Reason.PLACE_INVALID,
+                Reason.BUFFER_REF_INVALID,
                 f"{path} is {buffer.offset}, so {matrix.label} would end at byte "
                 f"{end} of a region of {sizes_bytes[buffer.region]}",
                 field=path,

@@ -69,7 +69,7 @@ def measure(options: Options) -> Answer:
     )
     try:
         return Answer(
-            "lane",
+            "worker",
             [_row(backend, worker.of(""), options, *job) for job in JOBS],
             judge=_bars,
         )
@@ -119,7 +119,7 @@ def _row(
 
 def _bars(rows: Sequence[dict[str, Any]], answers: dict[str, Any]) -> Iterable[Bound]:
     for row in rows:
-        name = f"lane, {row['shape']} {row['dtype']}, over its longest stage"
+        name = f"device worker, {row['shape']} {row['dtype']}, over its longest stage"
         yield Bound(name, row["ratio"], MOST, at_least=False)
         shared = answers.get("copies", {}).get("rows")
         if shared:

@@ -1,6 +1,6 @@
 """Clients that a server would rather not have, each kind in a process of its own.
 
-    python -m tests.thorough.load.company KIND ADDRESS COUNT
+    python -m tests.thorough.load.misbehaving_clients KIND ADDRESS COUNT
 
 prints a line when its calls stand, and goes on until it is killed. A call
 that ends before that ends the process.

@@ -15,8 +15,8 @@ from tests.contract.conftest import assert_untroubled
 from tests.support.observing import (
     CUDA_BYTES,
     MIB,
-    company,
     forget_peak,
+    misbehaving_clients,
     peak,
     probing,
     resident,
@@ -106,7 +106,7 @@ def test_slow_clients_slow_only_themselves(server, channel, kind, count):
     ratios = []
     for _ in range(3):  # the machine has moods of its own
         alone = median_seconds(channel)
-        with company(server, kind, count), probing(server):
+        with misbehaving_clients(server, kind, count), probing(server):
             ratios.append(median_seconds(channel) / alone)
         if ratios[-1] <= 1.5:
             break
@@ -128,7 +128,7 @@ def test_clients_that_push_while_they_wait_fill_no_memory():
         with Stream(channel, timeout_s=60) as first:
             first.send(make_job(m=None))
             first.receive_accepted()
-            with company(server, "push", 100), probing(server):
+            with misbehaving_clients(server, "push", 100), probing(server):
                 time.sleep(2)  # let them push
                 assert peak(server) <= LIMIT + CUDA_BYTES
         assert_memory_comes_back(server, channel, before)
@@ -145,7 +145,7 @@ def test_clients_that_write_all_before_they_read_are_stopped():
         assert_exact(stream_job(channel, JOB), JOB)
         before = resident(server)
         forget_peak(server)
-        with company(server, "write_without_reading", 8), probing(server):
+        with misbehaving_clients(server, "write_without_reading", 8), probing(server):
             record = server.wait_for_log(lambda r: r.get("reason") == "CLIENT_IDLE")
             assert "did not read" in record["error"]
             assert_exact(stream_job(channel, JOB), JOB)
@@ -155,7 +155,7 @@ def test_clients_that_write_all_before_they_read_are_stopped():
 
 def test_a_client_that_is_killed_leaves_nothing_behind(server, channel):
     before = resident(server)
-    with company(server, "stop_half_way", 1) as client:
+    with misbehaving_clients(server, "stop_half_way", 1) as client:
         client.kill()
         record = server.wait_for_log(
             lambda r: r.get("job_id") == "half" and "outcome" in r
