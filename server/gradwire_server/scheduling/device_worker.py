@@ -42,6 +42,29 @@ class _Work:
     """Whether `run` may return a wait for asynchronous work."""
     begun_at: float = 0.0
 
+    def resolve(self, result: object = None, error: Exception | None = None) -> None:
+        """Resolve the future in its event loop, unless it is cancelled by then."""
+
+        def resolve() -> None:
+            if self.done.done():
+                return
+            if error is not None:
+                self.done.set_exception(error)
+                # Marks the error as retrieved: a job ended by an earlier error
+                # does not await this future, and asyncio would log that.
+                self.done.exception()
+            else:
+                self.done.set_result(result)
+
+        try:
+            self.loop.call_soon_threadsafe(resolve)
+        except RuntimeError:
+            _log.debug("a result came after its event loop was closed")
+
+
+def _closed_error() -> RuntimeError:
+    return RuntimeError("the device worker is closed")
+
 
 def _nothing() -> None:
     pass
@@ -87,7 +110,7 @@ class DeviceWorker:
         """Wait until the thread has started.
 
         Raises:
-            Exception: The error of `enter`; the worker then does no work.
+            Exception: The error of `enter`. The worker is then closed.
         """
         await asyncio.wrap_future(self._entered)
 
@@ -112,11 +135,17 @@ class DeviceWorker:
             raise cancelled
 
     def close(self) -> None:
-        """Finish the work in progress, and end the thread."""
+        """Finish the work in progress, fail the queued work, and end the thread."""
+        self._refuse_work()
+        self._thread.join()
+
+    def _refuse_work(self) -> None:
         with self._changed:
             self._closed = True
+            queued = self._queue.clear()
             self._changed.notify_all()
-        self._thread.join()
+        for work in queued:
+            work.resolve(error=_closed_error())
 
     def _put(
         self, tenant: str, job: Hashable, run: Callable[[], Any], *, begins: bool
@@ -125,7 +154,7 @@ class DeviceWorker:
         work = _Work(tenant, job, run, loop.create_future(), loop, begins)
         with self._changed:
             if self._closed:
-                raise RuntimeError("the device worker is closed")
+                raise _closed_error()
             self._queue.put(tenant, job, work)
             self._changed.notify_all()
         return work.done
@@ -138,6 +167,7 @@ class DeviceWorker:
         try:
             self._enter()
         except Exception as error:  # noqa: BLE001 - `entered` raises it
+            self._refuse_work()
             self._entered.set_exception(error)
             return
         self._entered.set_result(None)
@@ -205,22 +235,7 @@ class DeviceWorker:
             self._finished_at = now
             self._doing.remove(work.job)
             self._changed.notify_all()
-
-        def settle() -> None:
-            if work.done.done():
-                return
-            if error is not None:
-                work.done.set_exception(error)
-                # Marks the error as retrieved: a job ended by an earlier error
-                # does not await this future, and asyncio would log that.
-                work.done.exception()
-            else:
-                work.done.set_result(result)
-
-        try:
-            work.loop.call_soon_threadsafe(settle)
-        except RuntimeError:
-            _log.debug("a result came after its event loop was closed")
+        work.resolve(result, error)
 
 
 class TenantHandle:

@@ -78,6 +78,17 @@ class FairQueue(Generic[T]):
             del self._tenants[tenant]
         return pieces
 
+    def clear(self) -> list[T]:
+        """Remove and return all queued pieces."""
+        dropped = [
+            piece
+            for jobs in self._tenants.values()
+            for pieces in jobs.values()
+            for piece in pieces
+        ]
+        self._tenants.clear()
+        return dropped
+
     def _activate(self, tenant: str) -> None:
         """Admit a tenant that has work again, without credit for its idle time."""
         usage_s = self._usage_s.get(tenant, 0.0)

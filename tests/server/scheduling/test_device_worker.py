@@ -242,3 +242,59 @@ async def test_a_worker_closes_when_what_has_begun_is_done(wide_worker, wide_han
     await asyncio.to_thread(wide_worker.close)
     assert device.ended == ["a0"]
     await done
+
+
+async def test_work_that_is_queued_when_a_worker_closes_fails(worker, handle):
+    running, gate = threading.Event(), threading.Event()
+
+    def piece() -> int:
+        running.set()
+        assert gate.wait(10)
+        return 7
+
+    started = handle.submit("a", piece)
+    assert await asyncio.to_thread(running.wait, 10)
+    queued = [handle.submit("a", lambda: 8), worker.of("other").submit("b", time.time)]
+    closing = asyncio.ensure_future(asyncio.to_thread(worker.close))
+    outcomes = asyncio.gather(*queued, return_exceptions=True)
+    errors = await asyncio.wait_for(outcomes, 10)
+    assert [str(error) for error in errors] == ["the device worker is closed"] * 2
+    gate.set()
+    await closing
+    assert await started == 7
+
+
+async def test_a_worker_closes_with_work_in_flight_and_work_queued():
+    # Room in flight for all of it: closing must neither begin nor await what is queued.
+    worker, device = DeviceWorker(0, max_in_flight=3), Device()
+    handle = worker.of("")
+    in_flight = [handle.begin("a", device.piece(f"a{i}")) for i in range(2)]
+    await device.has_begun(2)
+    queued = handle.submit("a", lambda: 8)
+    closing = asyncio.ensure_future(asyncio.to_thread(worker.close))
+    with pytest.raises(RuntimeError, match="the device worker is closed"):
+        await asyncio.wait_for(queued, 10)
+    for gate in device.gates.values():
+        gate.set()
+    await asyncio.wait_for(closing, 10)
+    assert await asyncio.gather(*in_flight) == [None, None]
+
+
+async def test_a_worker_whose_thread_cannot_start_refuses_work():
+    gate = threading.Event()
+
+    def enter() -> None:
+        assert gate.wait(10)
+        raise ZeroDivisionError
+
+    worker = DeviceWorker(0, enter)
+    handle = worker.of("")
+    queued = handle.submit("a", lambda: 8)
+    gate.set()
+    with pytest.raises(ZeroDivisionError):
+        await worker.entered()
+    with pytest.raises(RuntimeError, match="the device worker is closed"):
+        await asyncio.wait_for(queued, 10)
+    with pytest.raises(RuntimeError, match="the device worker is closed"):
+        handle.submit("a", lambda: 9)
+    await asyncio.to_thread(worker.close)
