@@ -313,7 +313,10 @@ def test_a_generator_is_not_ended_by_the_failure_of_an_attempt(
 OTHERS: dict[str, Any] = {
     "row blocks": {"row_block_bytes": 8192},
     # Of products of these sizes, OpenBLAS's two kernels give other bits.
-    "BLAS kernel": {"row_block_bytes": 4096, "env": {"OPENBLAS_CORETYPE": "Sandybridge"}},
+    "BLAS kernel": {
+        "row_block_bytes": 4096,
+        "env": {"OPENBLAS_CORETYPE": "Sandybridge"},
+    },
 }
 """Servers that compute other bits than `server`, by the cause."""
 
