@@ -54,8 +54,9 @@ def serve(
             override variables, and variables override the file.
     """
     del config  # read by SOURCES, before this runs
-    log.configure()
-    asyncio.run(_serve(settings))
+    # The log comes before the sentence that says why the server has ended.
+    with contextlib.closing(log.configure()):
+        asyncio.run(_serve(settings))
 
 
 async def _serve(settings: ServeSettings) -> None:

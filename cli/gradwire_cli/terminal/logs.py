@@ -23,8 +23,11 @@ class LogSettings:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Minimum severity of logged entries. The line of each job is info."""
 
-    def configure(self) -> None:
+    def configure(self) -> LogWriter:
         """Send the server's log to standard error in this format.
+
+        Returns:
+            The handler; closing it writes what waits.
 
         Raises:
             CommandError: structlog (extra ``server``) is not installed.
@@ -42,6 +45,7 @@ class LogSettings:
         handler.setFormatter(_formatter(as_json=as_json, colors=on_terminal))
         logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
         logging.getLogger("gradwire_server").setLevel(self.log_level.upper())
+        return handler
 
 
 def _formatter(*, as_json: bool, colors: bool) -> logging.Formatter:
