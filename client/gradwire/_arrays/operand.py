@@ -18,6 +18,7 @@ import numpy as np
 
 from gradwire._api.errors import InputError
 from gradwire._api.types import Array
+from gradwire._arrays import losses
 from gradwire._arrays.device_copy import (
     HostCopies,
     is_on_device,
@@ -200,11 +201,7 @@ def as_numpy(value: object, name: str) -> Array:
     Raises:
         InputError: There is none.
     """
-    if isinstance(value, np.ma.MaskedArray):
-        raise InputError(
-            f"{name} is a masked array, and the server has no masks: fill it first"
-            f" with {name}.filled(...)"
-        )
+    losses.check(value, name)
     if isinstance(value, np.ndarray):
         return np.asarray(value)
     if is_torch_tensor(value):
@@ -213,7 +210,9 @@ def as_numpy(value: object, name: str) -> Array:
         raise _no_array(value, name)
     try:
         if hasattr(value, "__array__") or isinstance(value, Sequence):
-            return np.asarray(value)
+            array = np.asanyarray(value)  # a subclass, if it makes one
+            losses.check(array, name)
+            return np.asarray(array)
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
         return np.asarray(memoryview(value))  # type: ignore[arg-type]

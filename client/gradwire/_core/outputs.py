@@ -184,6 +184,10 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Arr
             f"out's {name} requires grad, and a result is written past autograd: pass"
             " its .detach()"
         )
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError(f"out's {name} is a masked array: pass its .data")
+    if is_torch_tensor(value) and value.device.type == "meta":
+        raise InputError(f"out's {name} is on the meta device, which has no memory")
     if not (
         isinstance(value, np.ndarray) or is_torch_tensor(value) or is_cupy_array(value)
     ):
@@ -195,6 +199,13 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Arr
         return _room_for_device(value, name, shape, dtype)
     array = as_numpy(value, f"out's {name}")
     _check_shape(array, name, shape)
+    if is_torch_tensor(value) and array.size and array.ctypes.data != value.data_ptr():
+        # A pending negation, a wrapper: PyTorch has made a copy to be read.
+        raise InputError(
+            f"out's {name} has no memory that shows its elements as they are, and a"
+            f" result would be written to a copy: pass {name}.resolve_neg() or another"
+            " plain tensor"
+        )
     if not np.can_cast(dtype.numpy, array.dtype, "equiv"):
         raise InputError(
             f"out's {name} is {array.dtype}, and {name} is {dtype.label}:"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import array
 import sys
 import types
+import warnings
 from typing import Any
 
 import ml_dtypes
@@ -168,6 +169,67 @@ def test_lists_of_python_floats_are_float64_as_in_numpy() -> None:
 COMPUTES = "gradwire computes float16, bfloat16, float32, float64: "
 
 
+MASKED = (
+    "x is a masked array with masked elements, and the server has no masks: fill it"
+    " first, for a NumPy array with x.filled(...)"
+)
+
+
+class Lazy:
+    """Read when it is converted, as netCDF4's variables and Dask's arrays are."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        del dtype, copy
+        return self._array
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.ma.masked_array(MATRIX),
+        np.ma.masked_array(MATRIX, mask=np.zeros(MATRIX.shape)),
+        [np.ma.masked_array(row) for row in MATRIX],
+        Lazy(np.ma.masked_array(MATRIX)),
+    ],
+    ids=["no mask", "nothing masked", "in a list", "lazy"],
+)
+def test_a_masked_array_without_masked_elements_is_taken(value: Any) -> None:
+    taken = operand(value, "x").take(0, len(MATRIX))
+    assert type(taken) is np.ndarray
+    np.testing.assert_array_equal(taken, MATRIX)
+
+
+def test_a_masked_tensor_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings(action="ignore"):  # a prototype
+        masked = torch.masked.masked_tensor(
+            torch.ones(2, 2), torch.tensor([[True, False], [True, True]])
+        )
+    with pytest.raises(gradwire.InputError, match="masked elements"):
+        operand(masked, "x")
+
+
+def test_a_quantity_with_a_unit_is_refused() -> None:
+    pint = pytest.importorskip("pint")
+    registry = pint.UnitRegistry()
+    with pytest.raises(gradwire.InputError, match="x has the unit meter, and results"):
+        operand(MATRIX * registry.meter, "x")
+    with pytest.raises(gradwire.InputError, match="x has the unit meter, and results"):
+        operand([row * registry.meter for row in MATRIX], "x")
+
+
+def test_missing_values_of_a_table_are_refused() -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"a": [1.0, None], "b": [2.0, 3.0]})
+    with pytest.raises(gradwire.InputError, match="x has 1 missing values"):
+        operand(table, "x")
+    whole = table.slice(0, 1)
+    np.testing.assert_array_equal(operand(whole, "x").take(0, 1), [[1.0, 2.0]])
+
+
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
@@ -221,9 +283,13 @@ COMPUTES = "gradwire computes float16, bfloat16, float32, float64: "
         ),
         (
             np.ma.masked_array(MATRIX, mask=MATRIX > 3),
-            "x is a masked array, and the server has no masks: fill it first with"
-            " x.filled(...)",
+            MASKED,
         ),
+        ([np.ma.masked_array(row, mask=row > 3) for row in MATRIX], MASKED),
+        ((MATRIX, np.ma.masked_array(MATRIX, mask=MATRIX > 3)), MASKED),
+        ([[1.0, np.ma.masked]], MASKED),
+        (Lazy(np.ma.masked_array(MATRIX, mask=MATRIX > 3)), MASKED),
+        ([Lazy(np.ma.masked_array(row, mask=row > 3)) for row in MATRIX], MASKED),
         (
             OnTheCard(),
             f"x is a {__name__}.OnTheCard on <CUDA Device 0>, which"

@@ -110,6 +110,24 @@ def test_an_array_that_cannot_take_a_result_is_refused_beforehand(
     assert str(refused.value) == says
 
 
+def test_a_tensor_whose_memory_is_not_its_elements_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    negated = torch.zeros(3, 6, dtype=torch.complex64).conj().imag
+    with pytest.raises(gradwire.InputError, match="would be written to a copy"):
+        make({"y": negated})
+    with pytest.raises(gradwire.InputError, match="Cannot convert a ZeroTensor"):
+        make({"y": torch._efficientzerotensor((3, 6), dtype=torch.float32)})
+    with pytest.raises(gradwire.InputError, match="meta device, which has no memory"):
+        make({"y": torch.empty(3, 6, device="meta")})
+    plain = torch.zeros(3, 6)
+    assert make({"y": plain})[Matrix.Y].array.ctypes.data == plain.data_ptr()
+
+
+def test_a_masked_array_is_no_output() -> None:
+    with pytest.raises(gradwire.InputError, match="masked array: pass"):
+        make({"y": np.ma.masked_array(empty(3, 6))})
+
+
 def test_two_outputs_in_the_same_memory_are_refused() -> None:
     shared = empty(4, 6)
     with pytest.raises(gradwire.InputError, match="dw shares memory with out's y"):
