@@ -117,6 +117,61 @@ def test_nobody_listens(connect: Callable[..., None]) -> None:
     assert refused.value.status is grpc.StatusCode.UNAVAILABLE
 
 
+def test_a_client_may_start_before_its_server(
+    connect: Callable[..., None], tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    address = f"unix:{path}"
+    with futures.ThreadPoolExecutor(1) as pool:
+        connected = pool.submit(connect, address, wait_for_ready_s=60)
+        time.sleep(0.3)  # attempts are made, and fail
+        assert not connected.done()
+        with running_server(listen=[address]):
+            connected.result(30)
+
+
+def test_one_of_several_servers_may_start_late(tmp_path: Path) -> None:
+    addresses = [f"unix:{tmp_path / name}" for name in "ab"]
+    with futures.ThreadPoolExecutor(1) as pool:
+        connected = pool.submit(gradwire.connect, addresses, wait_for_ready_s=60)
+        with running_server(listen=[addresses[1]]), connected.result(30) as client:
+            assert client.forward([[2.0]], [[3.0]]).item() == 6
+
+
+def test_waiting_for_a_server_has_an_end(connect: Callable[..., None]) -> None:
+    began = time.monotonic()
+    with pytest.raises(gradwire.ConnectError, match="nothing listens"):
+        connect("127.0.0.1:1", wait_for_ready_s=0.4)
+    assert 0.4 <= time.monotonic() - began < 20
+
+
+def test_what_never_becomes_a_server_is_not_waited_for(
+    connect: Callable[..., None],
+) -> None:
+    with (
+        grpc_server(RefusesThisContract()) as address,
+        pytest.raises(gradwire.ContractError),
+    ):
+        connect(address, wait_for_ready_s=600)
+    with pytest.raises(gradwire.InputError, match="wait_for_ready_s is -1"):
+        connect("127.0.0.1:1", wait_for_ready_s=-1)
+
+
+def test_a_proxy_that_does_not_answer_is_named(
+    connect: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:1")
+    with pytest.raises(gradwire.ConnectError) as refused:
+        connect("gpu-node.invalid:50051")
+    assert str(refused.value) == (
+        "nothing listens at gpu-node.invalid:50051, or at the proxy on the way to it"
+        " (http_proxy=http://127.0.0.1:1; Connection refused)"
+    )
+    monkeypatch.setenv("no_proxy", "example.com, .invalid")
+    with pytest.raises(gradwire.ConnectError, match="has no address"):
+        connect("gpu-node.invalid:50051")
+
+
 def test_no_such_socket(connect: Callable[..., None], tmp_path: Path) -> None:
     address = f"unix:{tmp_path / 'none'}"
     with pytest.raises(gradwire.ConnectError) as refused:

@@ -24,6 +24,9 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
     Keyword Args:
         connect_timeout_s: Seconds that the server has to answer: 10 by default;
             None: no limit.
+        wait_for_ready_s: Seconds to wait for a server that does not listen yet, or that
+            does not accept jobs yet, for example because it starts together with this
+            program. None, the default: connecting fails at once.
         timeout_s: Seconds for every call that does not say itself; None, the
             default: no limit.
         metadata: Sent with every call: ``{"traceparent": "00-..."}``.

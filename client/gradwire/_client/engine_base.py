@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
-from gradwire._api.errors import ClientStateError, ContractError, InputError
+from grpc import StatusCode
+
+from gradwire._api.errors import (
+    ClientStateError,
+    ContractError,
+    GradwireError,
+    InputError,
+    TlsError,
+)
 from gradwire._api.options import Options, parse_timeout, parse_transport
 from gradwire._api.types import ServerInfo
 from gradwire._api.verify import parse_verify
@@ -21,6 +31,9 @@ from gradwire_protocol import limits
 EngineT = TypeVar("EngineT")
 
 _CONNECT_TIMEOUT_S = 10.0
+
+_WAIT_STEPS_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+"""Seconds between attempts to reach a server that is not ready; the last repeats."""
 
 
 class EngineBase:
@@ -38,6 +51,7 @@ class EngineBase:
         jobs: Makes the jobs.
         closed: Whether no more calls can be made.
         connect_timeout_s: Seconds that the server has to answer at first.
+        wait_for_ready_s: Seconds to wait for a server that does not listen yet.
     """
 
     client_name: ClassVar[str]
@@ -64,6 +78,9 @@ class EngineBase:
         self.connect_timeout_s = parse_timeout(
             options.get("connect_timeout_s", _CONNECT_TIMEOUT_S), "connect_timeout_s"
         )
+        self.wait_for_ready_s = parse_timeout(
+            options.get("wait_for_ready_s"), "wait_for_ready_s"
+        )
         self.closed = False
         transport = parse_transport(options.get("transport", "auto"))
         if self._addresses.several:
@@ -85,6 +102,24 @@ class EngineBase:
             raise ClientStateError(
                 f"this {self.client_name} of {self.address} was closed: make another"
             )
+
+    def waits_for_ready(self) -> Callable[[GradwireError], float | None]:
+        """Begin to wait for a server to be ready.
+
+        Returns:
+            A function of the error of an attempt to connect: seconds until the next
+            attempt, or None if waiting is of no use.
+        """
+        deadline = time.monotonic() + (self.wait_for_ready_s or 0)
+        steps = itertools.chain(_WAIT_STEPS_S, itertools.repeat(_WAIT_STEPS_S[-1]))
+
+        def delay_s(error: GradwireError) -> float | None:
+            left = deadline - time.monotonic()
+            if left <= 0 or not may_become_ready(error):
+                return None
+            return min(next(steps), left)
+
+        return delay_s
 
     def attempts(self, options: Options) -> Attempts:
         """Those of a job that begins now."""
@@ -118,6 +153,13 @@ class EngineBase:
         if self.jobs.tuning.unary or job.plan.options.checksum:
             return False
         return self.shm.should_use(job.plan, job.operands, unary=job.unary)
+
+
+def may_become_ready(error: GradwireError) -> bool:
+    """Whether a server may answer later at an address where connecting failed."""
+    if isinstance(error, TlsError | ContractError):
+        return False
+    return error.status in {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 
 
 def member_options(

@@ -15,6 +15,7 @@ class ClientOptions(TypedDict, total=False):
     """The options of `connect`, `Client` and `AsyncClient`; see `connect`."""
 
     connect_timeout_s: float | None
+    wait_for_ready_s: float | None
     timeout_s: float | None
     metadata: Metadata
     transport: str

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 from gradwire._api.errors import InputError
@@ -140,12 +141,40 @@ def is_local(address: str) -> bool:
 
 def _is_loopback(address: str) -> bool:
     host = address.rpartition(":")[0]
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
-        return ip_address(host.strip("[]")).is_loopback
+        found = ip_address(host.strip("[]"))
     except ValueError:
         return False
+    if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
+        found = found.ipv4_mapped
+    return found.is_loopback
+
+
+def proxy_of(address: str) -> str:
+    """The HTTP proxy between this process and an address, for messages to people.
+
+    gRPC takes the first of these environment variables that is set, unless another
+    one exempts the host.
+
+    Returns:
+        The variable and its value without a password; empty without a proxy.
+    """
+    if is_local(address):
+        return ""
+    host = host_and_port(address)[0]
+    for variable in "no_grpc_proxy", "no_proxy":
+        if exempt := os.environ.get(variable):
+            names = (name.strip() for name in exempt.split(","))
+            if any(name and host.endswith(name) for name in names):
+                return ""
+            break
+    for variable in "grpc_proxy", "https_proxy", "http_proxy":
+        if proxy := os.environ.get(variable):
+            scheme, mark, rest = proxy.rpartition("://")
+            return f"{variable}={scheme}{mark}{rest.rpartition('@')[2]}"
+    return ""
 
 
 def channel_options(address: str) -> tuple[tuple[str, Any], ...]:

@@ -151,6 +151,7 @@ def _identity(tls: Tls) -> tuple[bytes | None, bytes | None]:
 def _checked(field: str, given: Pem, check: Callable[[bytes], None]) -> bytes:
     content = _read(field, given)
     try:
+        content = pem.without_mark(content)
         check(content)
     except PemError as error:
         path = "" if _is_pem(given) else f" ({os.fsdecode(given)})"

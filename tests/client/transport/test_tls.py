@@ -64,11 +64,13 @@ def test_a_field_that_cannot_be_is_named_when_the_client_is_made(
     missing = tmp_path / "missing.pem"
     _, key = identity.write(tmp_path, "me")
     locked = identity.locked(b"secret")
+    utf16 = identity.cert.decode().encode("utf-16")
     for given, expected in (
         (tls(ca=missing), f"tls.ca ({missing}) cannot be read: No such file or direct"),
         (tls(ca=tmp_path), f"tls.ca ({tmp_path}) cannot be read: Is a directory"),
         (tls(ca=garbage), f"tls.ca ({garbage}) holds no certificate in PEM form"),
         (tls(ca=b""), "tls.ca holds no certificate in PEM form"),
+        (tls(ca=utf16), "tls.ca is UTF-16 text: save it as ASCII or UTF-8"),
         (tls(ca=7), "tls.ca is a int: expected a path, or bytes"),
         (tls(cert=other), "tls.cert is given without tls.key"),
         (tls(key=key), "tls.key is given without tls.cert"),
@@ -109,6 +111,9 @@ def test_no_key_is_ever_shown(identity: Identity) -> None:
         ("127.8.9.10:1", True),
         ("[::1]:1", True),
         ("localhost:1", True),
+        ("LocalHost:1", True),
+        ("[::ffff:127.0.0.1]:1", True),
+        ("[::ffff:10.0.0.1]:1", False),
         ("unix:/run/gradwire.sock", True),
         ("127.0.0.1.example.com:1", False),
         ("localhost.example.com:1", False),

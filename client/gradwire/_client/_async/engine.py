@@ -85,6 +85,17 @@ class AsyncEngine(EngineBase):
         Raises:
             ConnectError: No server answered, or the server cannot be used.
         """
+        waits = self.waits_for_ready()
+        while True:
+            try:
+                return await self._handshake()
+            except GradwireError as error:
+                delay_s = waits(error)
+                if delay_s is None:
+                    raise
+            await self.sleep(delay_s)
+
+    async def _handshake(self) -> ServerInfo:
         timeout_s, servers = self.connect_timeout_s, self._servers
         if servers is None:
             info = await self._probe(timeout_s)

@@ -87,6 +87,17 @@ class SyncEngine(EngineBase):
         Raises:
             ConnectError: No server answered, or the server cannot be used.
         """
+        waits = self.waits_for_ready()
+        while True:
+            try:
+                return self._handshake()
+            except GradwireError as error:
+                delay_s = waits(error)
+                if delay_s is None:
+                    raise
+            self.sleep(delay_s)
+
+    def _handshake(self) -> ServerInfo:
         timeout_s, servers = self.connect_timeout_s, self._servers
         if servers is None:
             info = self._probe(timeout_s)

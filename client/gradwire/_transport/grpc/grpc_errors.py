@@ -23,6 +23,7 @@ from gradwire._api.errors import (
     TlsError,
     UnavailableError,
 )
+from gradwire._transport.address import proxy_of
 from gradwire._transport.endpoint import Endpoint
 from gradwire_protocol import error_details, limits
 from gradwire_protocol.error_details import ErrorDetails
@@ -151,6 +152,9 @@ def _unavailable(endpoint: Endpoint, text: str, job_id: str | None) -> GradwireE
         message += " gradwire server"
     elif cause is not None and _NOBODY.search(cause[1]):
         message = f"nothing listens at {endpoint} ({cause[1]})"
+        if proxy := proxy_of(endpoint.address):
+            message = f"nothing listens at {endpoint}, or at the proxy on the way to it"
+            message += f" ({proxy}; {cause[1]})"
     elif cause is not None:
         message = f"{endpoint} cannot be reached ({cause[1]})"
     elif text.startswith("failed to connect to all addresses"):
