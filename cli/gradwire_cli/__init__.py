@@ -11,7 +11,7 @@ import signal
 import sys
 
 from gradwire_cli.terminal.signals import Interrupted, signals_raise
-from gradwire_cli.terminal.streams import open_closed
+from gradwire_cli.terminal.streams import open_closed, replace_unencodable
 
 __all__ = ["main"]
 
@@ -27,6 +27,7 @@ def main() -> int:
     """
     try:
         open_closed()
+        replace_unencodable()
         with signals_raise():
             if any(importlib.util.find_spec(name) is None for name in _NEEDS):
                 sys.stderr.write(

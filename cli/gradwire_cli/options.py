@@ -69,6 +69,19 @@ def one_of(dtypes: Sequence[Dtype]) -> Parameter:
     return Parameter(converter=parse, n_tokens=1, metavar="|".join(labels))
 
 
+def to_count(_: object, tokens: Sequence[Token]) -> int:
+    """Parse a whole number; cyclopts would round 8.5 to 8."""
+    token = tokens[0]
+    try:
+        return int(token.value)
+    except ValueError:
+        where = "" if token.source in {"", "cli", "env"} else f" in {token.source}"
+        raise CommandError(
+            f"{token.keyword}{where} is {token.value!r}: expected a whole number",
+            ExitStatus.USAGE,
+        ) from None
+
+
 Seconds: TypeAlias = Annotated[float, Parameter(metavar="SECONDS")]
 """A duration in seconds."""
 

@@ -13,6 +13,7 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token
 from cyclopts.config import Dict, Env
 
 from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.options import to_count
 from gradwire_cli.terminal.logs import LogSettings
 from gradwire_cli.terminal.units import parse_bytes
 from gradwire_cli.variables import hint
@@ -34,6 +35,7 @@ def _to_numbers(_: object, tokens: Sequence[Token]) -> tuple[int, ...]:
         ) from None
 
 
+_COUNT = Parameter(converter=to_count)
 _SIZE = Parameter(
     converter=_to_bytes,
     metavar="SIZE",
@@ -69,6 +71,12 @@ class ServeSettings(Settings):
     auth_jwt_audience: Annotated[str | None, _NAME] = Settings.auth_jwt_audience
     auth_jwt_issuer: Annotated[str | None, _NAME] = Settings.auth_jwt_issuer
     auth_jwt_claim: Annotated[str, _NAME] = Settings.auth_jwt_claim
+    max_jobs: Annotated[int, _COUNT] = Settings.max_jobs
+    max_queue: Annotated[int, _COUNT] = Settings.max_queue
+    cpu_threads: Annotated[int | None, _COUNT] = Settings.cpu_threads
+    cpu_niceness: Annotated[int, _COUNT] = Settings.cpu_niceness
+    tenant_max_jobs: Annotated[int | None, _COUNT] = Settings.tenant_max_jobs
+    tenant_max_queue: Annotated[int | None, _COUNT] = Settings.tenant_max_queue
     tenant_memory_limit: Annotated[int | None, _SIZE] = Settings.tenant_memory_limit
     idle_timeout: Annotated[float, _SECONDS] = Settings.idle_timeout
     grace: Annotated[float, _SECONDS] = Settings.grace

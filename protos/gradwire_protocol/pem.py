@@ -6,6 +6,7 @@ without the name of the file.
 
 from __future__ import annotations
 
+import codecs
 import os
 import ssl
 from collections.abc import Iterator
@@ -14,6 +15,17 @@ from contextlib import contextmanager
 
 class PemError(ValueError):
     """Invalid PEM data; the text describes the problem."""
+
+
+def without_mark(pem: bytes) -> bytes:
+    """Drop the byte-order mark that editors on Windows put before UTF-8 text.
+
+    Raises:
+        PemError: The text is UTF-16, which no TLS library reads.
+    """
+    if pem.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise PemError("is UTF-16 text: save it as ASCII or UTF-8")
+    return pem.removeprefix(codecs.BOM_UTF8)
 
 
 def check_certificates(pem: bytes) -> None:

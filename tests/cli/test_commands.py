@@ -46,6 +46,23 @@ def test_help_names_every_command_and_each_explains_itself(
         assert err == ""
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_unicode_gets_no_traceback(
+    server: ServerProcess, encoding: str
+) -> None:
+    env = {"PYTHONIOENCODING": encoding}
+    for arguments in (
+        ("--help",),
+        ("compute", "--help"),
+        ("serve", "--help"),
+        ("info", "--address", server.address),
+    ):
+        done = gradwire(*arguments, env=env, encoding=encoding)
+        assert done.returncode == 0
+        assert done.stderr == ""
+        assert done.stdout.strip()
+
+
 def test_an_unknown_command_is_a_sentence_with_the_nearest_one() -> None:
     done = gradwire("serv")
     assert done.returncode == 2

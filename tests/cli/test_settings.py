@@ -201,6 +201,9 @@ def test_mistakes_are_one_sentence_that_says_where(
     assert "--max-jobz" in refusal(capsys, "--max-jobz", "3")
     assert "extra" in refusal(capsys, "extra")
     assert "--max-jobs" in refusal(capsys, "--max-jobs", "many")
+    for flag in "--max-jobs", "--max-queue", "--cpu-threads", "--tenant-max-jobs":
+        refused = refusal(capsys, flag, "8.5")
+        assert f"{flag} is '8.5': expected a whole number" in refused
     assert "max_jobs is 0: expected at least 1" in refusal(capsys, "--max-jobs", "0")
     assert "expected one like 4GiB" in refusal(capsys, "--memory-limit", "4G")
     assert "devices is '0,x': expected" in refusal(capsys, "--devices", "0,x")
@@ -224,6 +227,7 @@ def test_mistakes_are_one_sentence_that_says_where(
     assert "an unknown key: config" in config("config = 'other.toml'")
     assert "has both max-jobs and max_jobs" in config("max-jobs = 1\nmax_jobs = 2")
     assert "[max-jobs]" in config("max-jobs = 'many'")
+    assert "is '8.5': expected a whole number" in config("max-jobs = 8.5")
     assert "has no valid settings" in config(f"max-jobs = 0x{'f' * 6000}")
     assert "has no valid settings" in config(f"grace.{'a.' * 5000}b = 1")
     assert "an unknown key: a.a;" in config(f"{'a.' * 5000}b = 1")

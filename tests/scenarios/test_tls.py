@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -323,6 +324,16 @@ def test_every_address_shows_certificates_that_a_link_now_leads_to(
             tls = Tls(ca=new_ca, server_name="localhost")
             gradwire.connect(address, tls=tls).close()
         assert not [r for r in server.records if r["levelname"] == "ERROR"]
+
+
+def test_files_may_begin_with_a_byte_order_mark(tmp_path: Path, files: Files) -> None:
+    marked = []
+    for number, path in enumerate((*files.server, files.ca)):
+        marked.append(tmp_path / f"{number}.pem")
+        marked[-1].write_bytes(codecs.BOM_UTF8 + Path(path).read_bytes())
+    cert, key, ca = map(str, marked)
+    with running_server(tls_cert=cert, tls_key=key) as server:
+        connect_sync(server.address, Tls(ca=ca))
 
 
 @pytest.mark.parametrize("wrong", ["tls_cert", "tls_key", "tls_client_ca"])

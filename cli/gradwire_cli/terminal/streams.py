@@ -1,7 +1,8 @@
-"""Replacements for closed standard streams."""
+"""Standard streams that are closed, or that cannot encode every character."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -20,3 +21,10 @@ def open_closed() -> None:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def replace_unencodable() -> None:
+    """Write ``?`` for characters that the terminal's encoding does not have."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")

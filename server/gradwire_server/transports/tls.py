@@ -83,6 +83,7 @@ class Certificates:
         shown = f"{name} ({path})"
         content = read_file(path, shown)
         try:
+            content = pem.without_mark(content)
             check(content)
         except PemError as error:
             raise FileError(f"{shown} {error}") from None
