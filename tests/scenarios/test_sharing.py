@@ -237,9 +237,10 @@ FORK_AFTER_ASYNCIO = """
 """
 
 
-def run_script(script: str, *arguments: str) -> str:
+def run_script(script: str, *arguments: str, **variables: str) -> str:
     """What a script prints that ends well, in an environment of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GRPC_")}
+    environment |= variables
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *arguments],
         capture_output=True,
@@ -285,6 +286,37 @@ def test_a_fork_beside_a_call_that_stays_inside_grpc_is_told_to_the_child(
 ) -> None:
     printed = run_script(FORK_BESIDE_A_CALL_INSIDE_GRPC, server_address)
     assert "ran in another thread or on an event loop" in printed
+
+
+FORK_WITHOUT_SUPPORT = """
+import os, sys
+import numpy as np
+import gradwire, grpc
+
+if len(sys.argv) > 2:
+    grpc.__version__ = sys.argv[2]
+client = gradwire.connect(sys.argv[1])
+client.forward(np.ones((2, 3)), np.ones((3, 1)))
+child = os.fork()
+if not child:
+    for attempt in (client.server_info, lambda: gradwire.connect(sys.argv[1])):
+        try:
+            attempt()
+        except gradwire.ClientStateError as error:
+            print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+client.forward(np.ones((2, 3)), np.ones((3, 1)))
+"""
+
+
+def test_a_child_that_grpc_does_not_support_is_told_so(server_address: str) -> None:
+    printed = run_script(
+        FORK_WITHOUT_SUPPORT, server_address, GRPC_ENABLE_FORK_SUPPORT="0"
+    )
+    assert printed.count("set GRPC_ENABLE_FORK_SUPPORT=1 before grpc is imported") == 2
+    printed = run_script(FORK_WITHOUT_SUPPORT, server_address, "1.81.2")
+    assert printed.count("grpcio 1.81.2, which does not survive forks") == 2
 
 
 def test_a_fork_after_asyncio_is_told_to_the_child(server_address: str) -> None:

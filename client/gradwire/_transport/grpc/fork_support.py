@@ -22,7 +22,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
 from gradwire._api.errors import ClientStateError
+from gradwire_protocol.grpc_import import FORK_SUPPORT
 
 PATIENCE_S = 5.0
 """How long a fork waits, at most, for threads to leave gRPC. They enter it for
@@ -33,6 +37,9 @@ DRAIN_S = 0.5
 
 _LOOK_S = 0.01
 """Between two looks at whether threads rest."""
+
+_FIRST_VERSION = (1, 82)
+"""The first grpcio whose children go on after a fork (grpc/grpc#41784)."""
 
 _WAIT = threading.Condition.wait.__code__
 
@@ -47,6 +54,7 @@ class _State:
         self.calls: dict[object, int] = {}
         self.inside: dict[int, int] = {}
         self.waiting: set[int] = set()
+        self.used = False
         self.aio_used = False
         self.aio_calls = 0
 
@@ -95,6 +103,7 @@ def calling() -> Iterator[None]:
         if thread not in state.inside and thread not in state.forking:
             state.changed.wait_for(lambda: not state.forking)
         state.inside[thread] = state.inside.get(thread, 0) + 1
+        state.used = True
     try:
         yield
     finally:
@@ -125,6 +134,26 @@ class Running:
     def inherited(self) -> bool:
         """Whether it is the parent's, and not this process's to touch."""
         return self._state is not _state
+
+
+def _why_no_child_survives() -> str | None:
+    """Why gRPC, once used, cannot be used in a child; None: it can."""
+    spawn = "or start the process with the method spawn"
+    version = tuple(map(int, grpc.__version__.split(".")[:2]))
+    if version < _FIRST_VERSION:
+        return (
+            f"this process was forked from one that used grpcio {grpc.__version__},"
+            f" which does not survive forks: install grpcio 1.82 or newer, {spawn}"
+        )
+    # Read from the environment once, when gRPC was imported.
+    enabled = getattr(cygrpc, "is_fork_support_enabled", None)
+    if enabled is not None and not enabled():
+        return (
+            "this process was forked from one that used gRPC without its support of"
+            f" forks: set {FORK_SUPPORT}=1 before grpc is imported, import gradwire"
+            f" before grpc, {spawn}"
+        )
+    return None
 
 
 def _pause() -> None:
@@ -214,6 +243,8 @@ def _after_in_this_child() -> None:
             " or on an event loop, and gRPC cannot go on in it: fork when none runs,"
             " or start the process with the method spawn"
         )
+    if lost is None and (parent.used or parent.aio_used):
+        lost = _why_no_child_survives()
     if aio_lost is None and parent.aio_used:
         aio_lost = (
             "this process was forked from one that used an AsyncClient, and gRPC"
