@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -13,13 +14,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 
 import gradwire
 from tests.scenarios import ways
 from tests.scenarios.ways import Way
 from tests.support import oracle
-from tests.support.serving import ServerProcess
+from tests.support.observing import wait_until
+from tests.support.serving import ServerProcess, running_server
+
+X, W, DY = oracle.operands(30, 20, 10)
 
 
 @pytest.mark.thorough
@@ -286,6 +291,45 @@ def test_a_fork_beside_a_call_that_stays_inside_grpc_is_told_to_the_child(
 ) -> None:
     printed = run_script(FORK_BESIDE_A_CALL_INSIDE_GRPC, server_address)
     assert "ran in another thread or on an event loop" in printed
+
+
+def connections_of(pid: int) -> int:
+    """Established TCP connections of a process."""
+    found = psutil.Process(pid).net_connections("tcp")
+    return sum(each.status == psutil.CONN_ESTABLISHED for each in found)
+
+
+def drop(held: list[Any]) -> None:
+    held.clear()
+    gc.collect()
+
+
+def test_a_client_that_is_dropped_closes_its_connection_and_warns() -> None:
+    with running_server() as server:
+        held = [gradwire.connect(server.address)]
+        held[0].forward(X, W)
+        wait_until(lambda: connections_of(server.pid) == 1, "it is connected")
+        with pytest.warns(ResourceWarning, match="dropped and not closed: use it as"):
+            drop(held)
+        wait_until(lambda: connections_of(server.pid) == 0, "the connection is closed")
+
+
+def test_a_stream_keeps_its_client(server_address: str) -> None:
+    held = [gradwire.connect(server_address).stream([(X, DY)] * 3, W)]
+    gc.collect()
+    assert sum(len(block.y) for block in held[0]) == 3 * len(X)
+    with pytest.warns(ResourceWarning, match="dropped and not closed"):
+        drop(held)
+
+
+async def test_an_async_client_that_is_dropped_warns() -> None:
+    with running_server() as server:
+        held = [gradwire.AsyncClient(server.address)]
+        await held[0].forward(X, W)
+        with pytest.warns(ResourceWarning, match="dropped and not closed"):
+            drop(held)
+        await asyncio.sleep(0)
+        wait_until(lambda: connections_of(server.pid) == 0, "the connection is closed")
 
 
 FORK_WITHOUT_SUPPORT = """

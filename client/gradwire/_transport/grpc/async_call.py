@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -32,7 +33,7 @@ from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import call_error, connect_error
-from gradwire._transport.grpc.methods import Methods
+from gradwire._transport.grpc.methods import Methods, warn_dropped
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -66,6 +67,7 @@ class AsyncConnector:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: AsyncConnection | None = None
         self._closed = False
+        self._dropped: weakref.finalize[..., AsyncConnector] | None = None
 
     def connection(self) -> AsyncConnection:
         """The connection.
@@ -93,12 +95,19 @@ class AsyncConnector:
             )
         if self._connection is None:
             self._connection = AsyncConnection(self._endpoint)
+            # gRPC closes such a channel by itself when it is dropped.
+            self._dropped = weakref.finalize(
+                self, warn_dropped, "AsyncClient", str(self._endpoint)
+            )
+            self._dropped.atexit = False
         return self._connection
 
     async def aclose(self) -> None:
         """Close the connection; calls that still run are cancelled."""
         self._closed = True
         connection, self._connection = self._connection, None
+        if self._dropped is not None:
+            self._dropped.detach()
         if connection is not None:
             await connection.channel.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from gradwire._transport.endpoint import Endpoint
@@ -19,6 +20,16 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     OpenRegionRequest,
     OpenRegionResponse,
 )
+
+
+def warn_dropped(client_name: str, address: str) -> None:
+    """Warn of a client that was dropped without being closed."""
+    warnings.warn(
+        f"{client_name} of {address} was dropped and not closed: use it as a context"
+        " manager, or call close()",
+        ResourceWarning,
+        stacklevel=2,
+    )
 
 
 class Methods:

@@ -22,7 +22,7 @@ from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import call_error, connect_error
-from gradwire._transport.grpc.methods import Methods
+from gradwire._transport.grpc.methods import Methods, warn_dropped
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -52,6 +52,7 @@ class SyncConnector:
         self._lock = threading.Lock()
         self._connection: SyncConnection | None = None
         self._closed = False
+        self._dropped: weakref.finalize[..., SyncConnector] | None = None
         _connectors.add(self)
 
     def connection(self) -> SyncConnection:
@@ -67,6 +68,11 @@ class SyncConnector:
                 raise ClientStateError(f"the connection to {self._endpoint} was closed")
             if self._connection is None:
                 self._connection = SyncConnection(self._endpoint)
+                # gRPC keeps a channel, and its connection, until it is closed.
+                self._dropped = weakref.finalize(
+                    self, _close_dropped, self._connection.channel, str(self._endpoint)
+                )
+                self._dropped.atexit = False
             return self._connection
 
     def close(self) -> None:
@@ -75,17 +81,30 @@ class SyncConnector:
             self._closed = True
             connection, self._connection = self._connection, None
         if connection is not None:
+            self._forget_dropped()
             with fork_support.calling():
                 connection.channel.close()
+
+    def _forget_dropped(self) -> None:
+        if self._dropped is not None:
+            self._dropped.detach()
+            self._dropped = None
 
     def after_fork(self) -> None:
         """Begin anew in the child: locks may have been held by threads not here."""
         _inherited.append(self._connection)
+        self._forget_dropped()
         self._connection = None
         self._lock = threading.Lock()
         on_fork = self._on_fork()
         if on_fork is not None:
             on_fork()
+
+
+def _close_dropped(channel: grpc.Channel, address: str) -> None:
+    with fork_support.calling():
+        channel.close()
+    warn_dropped("Client", address)
 
 
 class SyncConnection:
