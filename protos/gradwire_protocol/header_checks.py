@@ -15,7 +15,14 @@ from gradwire_protocol.limits import (
     MAX_PAYLOAD_BYTES,
     SHARED_ALIGNMENT,
 )
-from gradwire_protocol.matrices import OPERANDS, RESULTS, SUMS, Matrix, operands_for
+from gradwire_protocol.matrices import (
+    OPERANDS,
+    PARTIAL_SUMS,
+    RESULTS,
+    SUMS,
+    Matrix,
+    operands_for,
+)
 from gradwire_protocol.v1 import job_pb2, matrix_pb2
 
 _WIDEST = max(dtype.itemsize for dtype in Dtype)
@@ -235,7 +242,8 @@ def _check_buffer(job: job_pb2.Job, matrix: Matrix) -> None:
 
 def _check_checkpoints(job: job_pb2.Job, results: Collection[Matrix]) -> None:
     if not any(matrix in results for matrix in SUMS):
-        raise _invalid("checkpoints", "is present, but dw is not wanted")
+        reasons = " and ".join(f"{result.label} is not wanted" for result in SUMS)
+        raise _invalid("checkpoints", f"is present, but {reasons}")
     rows = job.checkpoints.rows
     if rows < 0:
         raise _invalid("checkpoints.rows", f"is {rows}: expected at least 0")
@@ -254,18 +262,21 @@ def _check_resume(
         raise _invalid(
             "resume.results_from_row", f"is {results_from}: expected at least {first}"
         )
-    sums = Matrix.DW in results and bool(first)
-    path = "job.resume.dw_sum"
-    if given.HasField("dw_sum") != sums:
-        raise HeaderError(
-            Reason.OPERAND_MISSING if sums else Reason.OPERAND_UNEXPECTED,
-            f"{path} is absent, but dw is wanted and first_row is not 0"
-            if sums
-            else f"{path} is present, but dw is not wanted or first_row is 0",
-            path,
-        )
-    if sums and given.dw_sum.WhichOneof("source") != "inline":
-        raise _unknown_kind(f"{path}.source")
+    for matrix, result in PARTIAL_SUMS.items():
+        needed = result in results and bool(first)
+        path = f"job.resume.{matrix.label}"
+        if given.HasField(matrix.label) != needed:
+            name = result.label
+            raise HeaderError(
+                Reason.OPERAND_MISSING if needed else Reason.OPERAND_UNEXPECTED,
+                f"{path} is absent, but {name} is wanted and first_row is not 0"
+                if needed
+                else f"{path} is present, but {name} is not wanted or first_row is 0",
+                path,
+            )
+        source = getattr(given, matrix.label)
+        if needed and source.WhichOneof("source") != "inline":
+            raise _unknown_kind(f"{path}.source")
 
 
 def _invalid(path: str, what: str) -> HeaderError:

@@ -16,7 +16,13 @@ from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.header_checks import HeaderError, check_header, path_of
 from gradwire_protocol.limits import DEFAULT_CHUNK_BYTES
-from gradwire_protocol.matrices import OPERANDS, RESULTS, Matrix, operands_for
+from gradwire_protocol.matrices import (
+    OPERANDS,
+    PARTIAL_SUMS,
+    RESULTS,
+    Matrix,
+    operands_for,
+)
 from gradwire_protocol.v1 import job_pb2, matrix_pb2
 
 
@@ -108,10 +114,15 @@ class JobSpec:
         """The first row with row-wise results wanted."""
         return self.resume.results_from_row if self.resume else 0
 
+    @cached_property
+    def sums(self) -> tuple[Matrix, ...]:
+        """The wanted results that are summed over row blocks."""
+        return tuple(result for result in self.results if result.is_sum)
+
     @property
-    def brings_dw_sum(self) -> bool:
-        """Whether the client sends the sum of dW over the rows before `first_row`."""
-        return Matrix.DW in self.results and self.first_row > 0
+    def brings_sums(self) -> bool:
+        """Whether the client sends the `sums` over the rows before `first_row`."""
+        return bool(self.sums) and self.first_row > 0
 
     @cached_property
     def operands(self) -> tuple[Matrix, ...]:
@@ -124,7 +135,7 @@ class JobSpec:
 
     def dtype_of(self, matrix: Matrix) -> Dtype:
         """Element type of a matrix on the wire."""
-        if matrix is Matrix.DW_SUM:
+        if matrix in PARTIAL_SUMS:
             return self.accumulator
         return self.results.get(matrix, self.dtype)
 
@@ -153,7 +164,12 @@ class JobSpec:
     @cached_property
     def operations(self) -> int:
         """Multiplications and additions of the job, once m is known."""
-        return 2 * len(self.results) * (self.m or 0) * self.n * self.k
+        return self.row_operations * (self.m or 0)
+
+    @cached_property
+    def row_operations(self) -> int:
+        """Multiplications and additions of the job for each of its rows."""
+        return sum(result.row_operations(self.n, self.k) for result in self.results)
 
     def share_memory(self, one: Matrix, other: Matrix) -> bool:
         """Whether two matrices of a shared-memory job overlap."""
@@ -209,8 +225,8 @@ class JobSpec:
             job.resume.fingerprint.CopyFrom(self.resume.fingerprint.to_message())
             job.resume.first_row = self.resume.first_row
             job.resume.results_from_row = self.resume.results_from_row
-            if self.brings_dw_sum:
-                job.resume.dw_sum.inline.SetInParent()
+            for result in self.sums if self.brings_sums else ():
+                getattr(job.resume, result.partial.label).inline.SetInParent()
         return job
 
     @classmethod

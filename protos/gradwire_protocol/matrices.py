@@ -1,4 +1,4 @@
-"""Table of a job's matrices: their shapes, and the operands of each result.
+"""Table of a job's matrices: their shapes, and what each result is computed from.
 
 To add a result, add a row: all code that moves, checks or counts matrices uses this
 table.
@@ -8,17 +8,33 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
-_TABLE: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    # name: rows, columns, and the operands of a result
-    "X": ("m", "n", ()),
-    "W": ("n", "k", ()),
-    "DY": ("m", "k", ()),
-    "Y": ("m", "k", ("X", "W")),
-    "DX": ("m", "n", ("DY", "W")),
-    "DW": ("n", "k", ("X", "DY")),
-    "DW_SUM": ("n", "k", ()),
+
+class _Row(NamedTuple):
+    rows: str
+    columns: str
+    needs: tuple[str, ...] = ()
+    """The operands of a result."""
+    partial: str = ""
+    """The unrounded partial sum of a result that is summed over row blocks."""
+
+    @property
+    def sizes(self) -> set[str]:
+        """The sizes that give the matrix its shape."""
+        return {self.rows, self.columns}
+
+
+_TABLE = {
+    "X": _Row("m", "n"),
+    "W": _Row("n", "k"),
+    "DY": _Row("m", "k"),
+    "Y": _Row("m", "k", ("X", "W")),
+    "DX": _Row("m", "n", ("DY", "W")),
+    "DW": _Row("n", "k", ("X", "DY"), "DW_SUM"),
+    "DW_SUM": _Row("n", "k"),
 }
 
 
@@ -42,22 +58,28 @@ class Matrix(enum.IntEnum):
     """Name in messages and fields: ``x``, ``w``, ``dy``, ..."""
     row_wise: bool
     """Whether the matrix has the job's m rows."""
+    is_sum: bool
+    """Whether the matrix is a result summed over row blocks."""
 
     def __init__(self, _: int) -> None:
         # Computed once: used for every message.
+        row = _TABLE[self.name]
         self.label = self.name.lower()
-        self._rows, self._columns, self._needs = _TABLE[self.name]
+        self._rows, self._columns, self._needs, self._partial = row
         self.row_wise = self._rows == "m"
+        self.is_sum = bool(self._partial)
+        of_operands = (_TABLE[name].sizes for name in self._needs)
+        self._terms = set().union(*of_operands) - {"m"}
 
-    @property
+    @functools.cached_property
     def needs(self) -> tuple[Matrix, ...]:
         """The operands of a result; empty for operands."""
         return tuple(Matrix[name] for name in self._needs)
 
-    @property
-    def is_sum(self) -> bool:
-        """Whether the matrix is a result summed over row blocks."""
-        return bool(self._needs) and not self.row_wise
+    @functools.cached_property
+    def partial(self) -> Matrix:
+        """The unrounded sum over a job's first rows, for a result with `is_sum`."""
+        return Matrix[self._partial]
 
     def row_length(self, n: int, k: int) -> int:
         """Columns of the matrix, in elements."""
@@ -66,6 +88,11 @@ class Matrix(enum.IntEnum):
     def shape(self, m: int, n: int, k: int) -> tuple[int, int]:
         """Rows and columns of the matrix."""
         return m if self.row_wise else n, self.row_length(n, k)
+
+    def row_operations(self, n: int, k: int) -> int:
+        """Multiplications and additions of a result for each of the job's rows."""
+        sizes = {"n": n, "k": k}
+        return 2 * math.prod(sizes[name] for name in self._terms)
 
 
 OPERANDS = (Matrix.X, Matrix.W, Matrix.DY)
@@ -78,7 +105,10 @@ ROW_RESULTS = tuple(matrix for matrix in RESULTS if matrix.row_wise)
 """Results with m rows, in the order of sending for each row block."""
 
 SUMS = tuple(matrix for matrix in RESULTS if matrix.is_sum)
-"""Results summed over row blocks."""
+"""Results summed over row blocks, in the order of sending."""
+
+PARTIAL_SUMS = {result.partial: result for result in SUMS}
+"""The unrounded partial sums in checkpoints, and what each is a sum of."""
 
 
 def operands_for(results: Iterable[Matrix]) -> tuple[Matrix, ...]:

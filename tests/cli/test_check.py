@@ -14,6 +14,7 @@ import pytest
 import gradwire as sdk
 from gradwire_cli.checks.checks import CHECKS, CheckResult, run_checks
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.numpy.backend import NumpyBackend
 from tests.cli.conftest import gradwire, sentence, serving_with
@@ -52,7 +53,10 @@ class _WrongJob:
         self._backend._after(block, self._w, number)
 
     def finish(self) -> Any:
-        return self._backend._finished(self._job.finish())
+        sums = self._job.finish()
+        if Matrix.DW not in sums:
+            return sums
+        return sums | {Matrix.DW: self._backend._finished(sums[Matrix.DW])}
 
     def close(self) -> None:
         self._job.close()

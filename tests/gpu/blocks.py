@@ -54,7 +54,7 @@ class Run:
         self.results = {
             matrix: np.empty((len(self._x), spec.row_length(matrix)), dtype.numpy)
             for matrix, dtype in spec.results.items()
-            if matrix is not Matrix.DW
+            if matrix.row_wise
         }
         self._job = backend.open_job(spec, block_rows, 0, times=self.times)
         self._w = self._matrix(w.shape, w.dtype)
@@ -101,8 +101,9 @@ class Run:
         """Waits for everything on the device worker; the results."""
         while self._in_flight:
             self._in_flight.popleft()()
-        if Matrix.DW in self._spec.results:
-            self.results[Matrix.DW] = np.array(self._job.finish())
+        if self._spec.sums:
+            sums = self._job.finish()
+            self.results |= {each: np.array(array) for each, array in sums.items()}
         self.close()
         return self.results
 

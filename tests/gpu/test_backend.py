@@ -152,7 +152,7 @@ def test_operands_that_may_not_be_written_are_read(backend: Any) -> None:
     wait = job.compute_block(RowBlock(rows=40, x=x, dy=dy, y=y, dx=dx))
     if wait is not None:
         wait()
-    dw = np.array(job.finish())
+    dw = np.array(job.finish()[Matrix.DW])
     job.close()
     assert_same({Matrix.Y: y, Matrix.DX: dx, Matrix.DW: dw}, expected)
 

@@ -69,10 +69,11 @@ class WrongJob:
             fault.spoil(getattr(block, fault.result))
 
     def finish(self) -> Any:
-        dw = self._job.finish()
-        if self._fault.result == "dw":
-            self._fault.spoil(dw)
-        return dw
+        sums = self._job.finish()
+        for matrix, array in sums.items():
+            if self._fault.result == matrix.label:
+                self._fault.spoil(array)
+        return sums
 
     def close(self) -> None:
         self._job.close()

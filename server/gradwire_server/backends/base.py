@@ -12,7 +12,7 @@ go to the device, and come from it, while it computes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -22,9 +22,14 @@ import numpy.typing as npt
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.row_blocks import ALIGNMENT
 
 Array = npt.NDArray[Any]
+
+Sums: TypeAlias = Mapping[Matrix, Array]
+"""Results that are summed over row blocks, or partial sums of them: those of
+`JobSpec.sums`, in that order."""
 
 Wait: TypeAlias = Callable[[], None]
 """Returns when work that has begun is done, or raises why it failed. It is
@@ -42,7 +47,7 @@ class Times:
     to_device_s: float = 0.0
     """Copies from host memory; 0 where the device computes in that."""
     computing_s: float = 0.0
-    """The products and the sum of dW."""
+    """The products and the sums of them."""
     from_device_s: float = 0.0
     """Copies to host memory."""
 
@@ -112,33 +117,32 @@ class BackendJob(Protocol):
         `w` stays as it is until the job is closed.
         """
 
-    def take_dw_sum(self, dw: Array) -> None:
-        """Goes on with a sum of dW, shape (n, k), in the accumulator's dtype.
+    def take_sums(self, sums: Sums) -> None:
+        """Goes on with these sums, in the accumulator's dtype.
 
-        Only where dW is wanted, before any row block. `dw` may change after it.
+        Only where sums are wanted, before any row block. They may change after it.
         """
 
     def compute_block(self, block: RowBlock) -> Wait | None:
-        """Computes the block's Y and dX, and adds its share to dW.
+        """Computes the block's Y and dX, and adds its share to each sum.
 
         Blocks come in order. None: y and dx hold the results. Otherwise they
         do after the wait, and until then the block's arrays are in use.
         """
 
-    def copy_dw_sum(self, out: Array) -> None:
-        """Copies the sum of dW over the blocks so far, before it is rounded.
+    def copy_sums(self, out: Sums) -> None:
+        """Copies the sums over the blocks so far, before they are rounded.
 
-        Only where dW is wanted, between row blocks.
+        Only where sums are wanted, between row blocks.
 
         Args:
-            out: Host memory, shape (n, k), C-contiguous, in the accumulator's
-                dtype.
+            out: Host memory, C-contiguous, in the accumulator's dtype.
         """
 
-    def finish(self) -> Array:
-        """dW, shape (n, k), C-contiguous, in its dtype on the wire.
+    def finish(self) -> Sums:
+        """The sums, C-contiguous, each in its dtype on the wire.
 
-        Only where dW is wanted, once, after the last block.
+        Only where sums are wanted, once, after the last block.
         """
 
     def close(self) -> None:
@@ -179,7 +183,7 @@ class Backend(Protocol):
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
         """Bytes of host memory that `open_job` and `finish` will allocate.
 
-        For a job that has places, with room for dW given to `open_job`.
+        For a job that has places, with room for the sums given to `open_job`.
         """
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
@@ -215,7 +219,7 @@ class Backend(Protocol):
         device: int,
         *,
         times: Times,
-        dw: Array | None = None,
+        sums: Sums | None = None,
     ) -> BackendJob:
         """A job on a device; takes the memory that the job needs there.
 
@@ -224,9 +228,9 @@ class Backend(Protocol):
             block_rows: Most rows of a block.
             device: Index of the device.
             times: Told how long the job's stages took.
-            dw: Where dW will lie, shape (n, k), C-contiguous, in its dtype on
-                the wire; for jobs that have places, if they want dW. The
-                backend may sum there, and `finish` then gives it back.
+            sums: Where the sums will lie, C-contiguous, each in its dtype on
+                the wire; for jobs that have places. The backend may sum there,
+                and `finish` then gives them back.
 
         Raises:
             MemoryError: The device has not so much left.

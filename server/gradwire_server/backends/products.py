@@ -11,7 +11,10 @@ is the sum of the products over any partition of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol, TypeVar
+
+from gradwire_protocol.matrices import Matrix
 
 Operand = TypeVar("Operand")
 Result = TypeVar("Result")
@@ -24,8 +27,8 @@ Sum_contra = TypeVar("Sum_contra", contravariant=True)
 class Products(Protocol[Operand_contra, Result_contra, Sum_contra]):
     """How a library multiplies into memory that is already there.
 
-    What it multiplies, computes Y and dX into, and sums dW in may each be of
-    a type of its own.
+    What it multiplies, computes Y and dX into, and sums in may each be of a
+    type of its own.
     """
 
     def multiply(
@@ -52,9 +55,9 @@ def compute_block(
     dy: Operand | None,
     y: Result | None,
     dx: Result | None,
-    dw: Sum | None,
+    sums: Mapping[Matrix, Sum],
 ) -> None:
-    """Computes what is wanted of a row block: what is not None of y, dx, dw.
+    """Computes what is wanted of a row block: y and dx if not None, and `sums`.
 
     The operands that those need are not None either.
     """
@@ -62,5 +65,6 @@ def compute_block(
         products.multiply(x, w, y)
     if dx is not None and dy is not None and w is not None:
         products.multiply_transposed(dy, w, dx)
+    dw = sums.get(Matrix.DW)
     if dw is not None and x is not None and dy is not None:
         products.accumulate_transposed(x, dy, dw)

@@ -36,7 +36,7 @@ class Plan:
     """Rows for which a slot of the ring has room: B, or m if that is less."""
 
     offsets: dict[Matrix, int]
-    """Where W and a sum of dW begin in the region, and each row matrix in a slot;
+    """Where W and partial sums begin in the region, and each row matrix in a slot;
     bytes."""
 
     w_bytes: int
@@ -49,11 +49,11 @@ class Plan:
     """Most row blocks of the job that its device has begun and not done."""
 
     sum_bytes: int = 0
-    """Bytes behind W for a sum of dW that comes or leaves, aligned. 0 also where
-    it leaves when no row block is left, and takes the room of those."""
+    """Bytes behind W for partial sums that come or leave, aligned. 0 also where
+    they leave when no row block is left, and take the room of those."""
 
     least_bytes: int = 0
-    """Bytes that the region has at least, so that it has room for that sum."""
+    """Bytes that the region has at least, so that it has room for those sums."""
 
     @property
     def slots(self) -> int:
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def region_bytes(self) -> int:
-        """Bytes of the region: W, a sum of dW, then the slots."""
+        """Bytes of the region: W, partial sums, then the slots."""
         return max(self.slots_start + self.slots * self.slot_bytes, self.least_bytes)
 
 
@@ -98,12 +98,13 @@ def make_plan(spec: JobSpec, row_block_bytes: int, pipeline_depth: int) -> Plan:
         offsets[Matrix.W] = 0
         w_bytes = _aligned(spec.n * spec.k * spec.dtype.itemsize)
     sum_bytes = least_bytes = 0
-    if spec.brings_dw_sum or spec.checkpoint_rows is not None:
-        offsets[Matrix.DW_SUM] = w_bytes
-        room = _aligned(spec.n * spec.k * spec.accumulator.itemsize)
-        least_bytes = w_bytes + room
-        if spec.brings_dw_sum or spec.checkpoint_rows:
-            sum_bytes = room
+    if spec.brings_sums or spec.checkpoint_rows is not None:
+        least_bytes = w_bytes
+        for result in spec.sums:
+            offsets[result.partial] = least_bytes
+            least_bytes += _aligned(spec.size_bytes(result.partial))
+        if spec.brings_sums or spec.checkpoint_rows:
+            sum_bytes = least_bytes - w_bytes
     slot_bytes = 0
     for matrix in (*ROW_OPERANDS, *ROW_RESULTS):
         if matrix in spec.operands or matrix in spec.results:

@@ -12,7 +12,14 @@ import numpy as np
 
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.backends.base import Array, Backend, BackendJob, RowBlock, Wait
+from gradwire_server.backends.base import (
+    Array,
+    Backend,
+    BackendJob,
+    RowBlock,
+    Sums,
+    Wait,
+)
 from gradwire_server.backends.row_blocks import Plan
 from gradwire_server.scheduling.job_progress import JobProgress
 
@@ -43,18 +50,18 @@ class DeviceExecution:
         self._progress = progress
         self._job: BackendJob | None = None
 
-    def open(self, dw: Array | None = None) -> None:
+    def open(self, sums: Sums | None = None) -> None:
         """Allocate the job's memory on its device.
 
         Args:
-            dw: Memory for dW, for a job in shared memory.
+            sums: Memory for the sums, for a job in shared memory.
         """
         self._job = self._backend.open_job(
             self._spec,
             self._plan.slot_rows,
             self._device,
             times=self._progress.times,
-            dw=dw,
+            sums=sums,
         )
 
     def close(self) -> None:
@@ -67,16 +74,16 @@ class DeviceExecution:
         """Take W, before any row block."""
         self._opened.take_w(w)
 
-    def take_dw_sum(self, dw: Array) -> None:
-        """Take dW's sum over the rows before the first block, before any block."""
-        self._opened.take_dw_sum(dw)
+    def take_sums(self, sums: Sums) -> None:
+        """Take the sums over the rows before the first block, before any block."""
+        self._opened.take_sums(sums)
 
-    def copy_dw_sum(self, out: Array) -> None:
-        """Copy dW's sum over the row blocks so far, not rounded."""
-        self._opened.copy_dw_sum(out)
+    def copy_sums(self, out: Sums) -> None:
+        """Copy the sums over the row blocks so far, not rounded."""
+        self._opened.copy_sums(out)
 
     def compute_block(self, block: RowBlock) -> Wait | None:
-        """Compute the block's Y and dX, and add its share to dW.
+        """Compute the block's Y and dX, and add its share to each sum.
 
         Returns:
             A wait for asynchronous work, or None if the block is computed.
@@ -87,8 +94,8 @@ class DeviceExecution:
             return None
         return partial(self._block_computed, wait)
 
-    def finish(self) -> Array:
-        """Return dW in its wire dtype."""
+    def finish(self) -> Sums:
+        """Return the sums, each in its wire dtype."""
         return self._opened.finish()
 
     def run(self, operands: Mapping[Matrix, memoryview]) -> dict[Matrix, Array]:
@@ -108,7 +115,7 @@ class DeviceExecution:
             for operand, data in operands.items()
         }
         for result in spec.results:
-            if result is not Matrix.DW:
+            if result.row_wise:
                 shape = (m, spec.row_length(result))
                 arrays[result] = np.empty(shape, spec.results[result].numpy)
         self.open()
@@ -117,8 +124,8 @@ class DeviceExecution:
                 wait = piece()
                 if wait is not None:
                     wait()
-            if Matrix.DW in spec.results:
-                arrays[Matrix.DW] = self.finish()
+            if spec.sums:
+                arrays.update(self.finish())
         finally:
             self.close()
         return {result: arrays[result] for result in spec.results}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -13,7 +12,7 @@ import numpy as np
 
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.backends.base import Array
+from gradwire_server.backends.base import Array, Sums
 from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.memory.shared_regions import Region
 from gradwire_server.scheduling.device_worker import TenantHandle
@@ -74,8 +73,8 @@ class SharedMemoryJob:
             Exception: The backend's error.
         """
         spec, progress, m = self._spec, self._progress, self._spec.m or 0
-        dw = self._arrays.get(Matrix.DW)
-        await self._worker.submit(self, partial(self._computation.open, dw))
+        sums = {result: self._arrays[result] for result in spec.sums}
+        await self._worker.submit(self, partial(self._computation.open, sums))
         begun: deque[asyncio.Future[None]] = deque()
         for piece in self._computation.pieces(self._arrays, m):
             begun.append(self._worker.begin(self, piece))
@@ -83,25 +82,24 @@ class SharedMemoryJob:
             # few, because its queue keeps them all.
             if len(begun) > self._worker.max_in_flight + 1:
                 await begun.popleft()
-        if Matrix.DW in spec.results:
-            begun.append(self._worker.submit(self, partial(self._finish, self._arrays)))
+        if sums:
+            begun.append(self._worker.submit(self, partial(self._finish, sums)))
         while begun:
             await begun.popleft()
         progress.m = m
         progress.bytes_received = spec.operands_bytes
         progress.bytes_sent = spec.results_bytes
 
-    def _finish(self, arrays: Mapping[Matrix, Array]) -> None:
-        """Finish dW; runs in the worker thread."""
-        dw = self._computation.finish()
-        if dw is not arrays[Matrix.DW]:
-            np.copyto(arrays[Matrix.DW], dw)
+    def _finish(self, places: Sums) -> None:
+        """Finish the sums; runs in the worker thread."""
+        for result, array in self._computation.finish().items():
+            if array is not places[result]:
+                np.copyto(places[result], array)
 
 
 def _view(spec: JobSpec, matrix: Matrix, regions: list[Region]) -> Array:
     buffer = spec.buffers[matrix]
     size = spec.size_bytes(matrix)
     part = regions[buffer.region].memory[buffer.offset : buffer.offset + size]
-    columns = spec.row_length(matrix)
-    rows = spec.n if matrix in {Matrix.W, Matrix.DW} else spec.m or 0
-    return part.view(spec.dtype_of(matrix).numpy).reshape(rows, columns)
+    shape = matrix.shape(spec.m or 0, spec.n, spec.k)
+    return part.view(spec.dtype_of(matrix).numpy).reshape(shape)

@@ -61,7 +61,7 @@ def make_load(
 ) -> Load:
     """Return a job's load."""
     return Load(
-        row_operations=2 * len(spec.results) * spec.n * spec.k,
+        row_operations=spec.row_operations,
         block_rows=plan.block_rows,
         m=None if spec.m is None else spec.m - spec.first_row,
         device_bytes=device_bytes,

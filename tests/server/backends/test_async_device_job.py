@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from functools import partial
 from itertools import pairwise, product
@@ -61,7 +62,7 @@ def room(spec, m):
     return {
         matrix: np.full((m, spec.row_length(matrix)), np.nan, dtype.numpy)
         for matrix, dtype in spec.results.items()
-        if matrix is not Matrix.DW
+        if matrix.row_wise
     }
 
 
@@ -90,8 +91,8 @@ def run(spec, given, block_rows, device=None, begun=3, **options):
     results = room(spec, len(given[0]))
     job = open_job(spec, block_rows, device, begun, **options)
     run_all(device, [pieces_of(spec, job, given, results, block_rows)], begun)
-    if Matrix.DW in spec.results:
-        results[Matrix.DW] = job.finish()
+    if spec.sums:
+        results.update(job.finish())
     job.close()
     assert device.taken_bytes == 0
     assert device.marks_out == 0
@@ -165,7 +166,7 @@ def test_jobs_that_take_turns_on_a_device_do_not_see_each_other(
             ],
         )
         for job, computed, expected in zip(jobs, results, alone, strict=True):
-            computed[Matrix.DW] = job.finish()
+            computed.update(job.finish())
             job.close()
             for matrix, array in expected.items():
                 assert computed[matrix].tobytes() == array.tobytes()
@@ -181,7 +182,7 @@ def test_more_blocks_may_begin_than_there_are_slots(seed):
     results = room(spec, 60)
     job = open_job(spec, 8, device)
     waits = [piece() for piece in pieces_of(spec, job, given, results, 8)]
-    results[Matrix.DW] = job.finish()
+    results.update(job.finish())
     for wait in filter(None, waits):
         wait()
     assert_right(spec, results, given, blocks=8)
@@ -207,7 +208,7 @@ def test_dw_goes_where_it_shall_lie():
         )
         given = operands(spec, 20)
         dw = np.full((7, 5), np.nan, result_dtype.numpy)
-        computed = run(spec, given, 8, dw=dw)
+        computed = run(spec, given, 8, sums={Matrix.DW: dw})
         assert computed[Matrix.DW] is dw
         assert_right(spec, computed, given, blocks=3)
 
@@ -256,14 +257,17 @@ def test_matrices_lie_apart_and_aligned(m, results, dtype, result_dtype, accumul
             spans.append((offset, offset + elements * itemsize))
 
     add(layout.w, 33 * 20, dtype.itemsize)
-    add(layout.dw, 33 * 20, spec.accumulator.itemsize)
-    add(layout.share, 33 * 20, dtype.sums_in.itemsize)
-    if layout.rounded not in {layout.share, layout.w}:
-        add(layout.rounded, 33 * 20, result_dtype.itemsize)
+    assert set(layout.sums) == set(spec.sums)
+    for matrix, place in layout.sums.items():
+        size = math.prod(matrix.shape(0, 33, 20))
+        add(place.total, size, spec.accumulator.itemsize)
+        add(place.share, size, dtype.sums_in.itemsize)
+        if place.rounded not in {place.share, layout.w}:
+            add(place.rounded, size, result_dtype.itemsize)
     longest = max(33 * (Matrix.DX in results), 20 * (Matrix.Y in results))
-    add(layout.sums, 10 * longest, dtype.sums_in.itemsize)
+    add(layout.unrounded, 10 * longest, dtype.sums_in.itemsize)
     for slot in layout.slots:
-        assert set(slot) == {*spec.operands, *spec.results} - {Matrix.W, Matrix.DW}
+        assert set(slot) == {*spec.operands, *spec.results} - {Matrix.W, *spec.sums}
         for matrix, offset in slot.items():
             itemsize = spec.dtype_of(matrix).itemsize
             add(offset, 10 * spec.row_length(matrix), itemsize)

@@ -33,13 +33,14 @@ def test_there_is_a_kernel_for_whatever_a_job_has_to_convert():
             continue
         spec = make_spec(None, 3, 5, dtype, ALL, result, accumulator)
         layout = make_layout(spec, 4, 3)
-        if layout.sums is not None:
+        if layout.unrounded is not None:
             assert kernel_name(dtype.sums_in, result, add=False) in KERNELS
-        if layout.rounded is not None:
-            assert kernel_name(accumulator, result, add=False) in KERNELS
-        if layout.share is not None:
-            for add in (False, True):
-                assert kernel_name(dtype.sums_in, accumulator, add=add) in KERNELS
+        for place in layout.sums.values():
+            if place.rounded is not None:
+                assert kernel_name(accumulator, result, add=False) in KERNELS
+            if place.share is not None:
+                for add in (False, True):
+                    assert kernel_name(dtype.sums_in, accumulator, add=add) in KERNELS
 
 
 def test_a_grid_covers_every_element_and_stays_within_cuda_s_limits():

@@ -48,8 +48,8 @@ def run(spec, x, w, dy, block_rows, backend=None):
                 dx=results[Matrix.DX][rows] if Matrix.DX in results else None,
             )
         )
-    if Matrix.DW in spec.results:
-        results[Matrix.DW] = job.finish()
+    if spec.sums:
+        results.update(job.finish())
     return results
 
 
@@ -127,7 +127,7 @@ def test_dw_in_tiles_is_dw(monkeypatch, dtype, n, k):
     spec = make_spec(50, n, k, dtype)
     x, w, dy = operands(spec, 50)
     whole = run(spec, x, w, dy, block_rows=16)
-    monkeypatch.setattr(numpy_backend, "DW_TILE_BYTES", 4 * 7 * 8)
+    monkeypatch.setattr(numpy_backend, "TILE_BYTES", 4 * 7 * 8)
     tiles = run(spec, x, w, dy, block_rows=16)
     limits = bounds(spec, x, w, dy, blocks=4)[Matrix.DW]
     difference = whole[Matrix.DW].astype(float) - tiles[Matrix.DW].astype(float)
@@ -228,7 +228,7 @@ def test_a_job_takes_no_more_memory_than_was_said(dtype, result_dtype, accumulat
         job = NumpyBackend().open_job(spec, 128, 0, times=Times())
         job.take_w(w)
         job.compute_block(blocks)
-        dw = job.finish()
+        dw = job.finish()[Matrix.DW]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -252,14 +252,15 @@ def test_dw_is_summed_where_it_will_lie_and_has_the_same_bits(dtype, m):
     backend = NumpyBackend()
     found = []
     for place in (None, np.full((30, 7), np.nan, dtype.numpy)):
-        job = backend.open_job(spec, 16, 0, times=Times(), dw=place)
+        sums = None if place is None else {Matrix.DW: place}
+        job = backend.open_job(spec, 16, 0, times=Times(), sums=sums)
         for first in range(0, m, 16):
             part = slice(first, min(first + 16, m))
             rows = part.stop - first
             job.compute_block(
                 RowBlock(rows=rows, x=x[part], dy=dy[part], y=None, dx=None)
             )
-        found.append(job.finish())
+        found.append(job.finish()[Matrix.DW])
         in_place = place is not None and dtype is dtype.sums_in
         assert (found[-1] is place) == in_place
     assert found[0].tobytes() == found[1].tobytes()

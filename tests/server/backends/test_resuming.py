@@ -41,10 +41,18 @@ def add_blocks(job, x, dy, first, last):
             wait()
 
 
-def sum_of(job, spec):
-    dw = np.full((spec.n, spec.k), np.nan, spec.accumulator.numpy)
-    job.copy_dw_sum(dw)
-    return dw
+def sums_of(job, spec):
+    dtype = spec.accumulator.numpy
+    sums = {
+        result: np.full(result.shape(0, spec.n, spec.k), np.nan, dtype)
+        for result in spec.sums
+    }
+    job.copy_sums(sums)
+    return sums
+
+
+def bits_of(sums):
+    return {result: array.tobytes() for result, array in sums.items()}
 
 
 @pytest.fixture(params=[open_numpy, open_device], ids=["numpy", "device"])
@@ -60,17 +68,18 @@ def test_a_job_that_goes_on_has_the_bits_of_one_that_was_never_cut_off(
     x, _, dy = operands(spec, M)
     whole = open_job(spec)
     add_blocks(whole, x, dy, 0, M)
-    expected = whole.finish().tobytes()
+    expected = bits_of(whole.finish())
     for cut in range(0, M, B):
         before = open_job(spec)
         add_blocks(before, x, dy, 0, cut)
-        dw = sum_of(before, spec)
+        sums = sums_of(before, spec)
         before.close()
         after = open_job(spec)
-        after.take_dw_sum(dw)
-        dw.fill(np.nan)  # from here on it is the caller's again
+        after.take_sums(sums)
+        for array in sums.values():
+            array.fill(np.nan)  # from here on it is the caller's again
         add_blocks(after, x, dy, cut, M)
-        assert after.finish().tobytes() == expected, cut
+        assert bits_of(after.finish()) == expected, cut
         after.close()
 
 
@@ -78,17 +87,17 @@ def test_taking_the_sum_out_leaves_the_job_as_it_was(open_job):
     spec = make_spec(results=(Matrix.DW,))
     x, _, dy = operands(spec, M)
     job, other = open_job(spec), open_job(spec)
-    assert not sum_of(job, spec).any()
+    assert not any(array.any() for array in sums_of(job, spec).values())
     for row in range(0, M, B):
         add_blocks(job, x, dy, row, min(row + B, M))
         add_blocks(other, x, dy, row, min(row + B, M))
-        sum_of(job, spec)
-    assert job.finish().tobytes() == other.finish().tobytes()
+        sums_of(job, spec)
+    assert bits_of(job.finish()) == bits_of(other.finish())
 
 
 def test_a_job_that_goes_on_behind_its_last_row_gives_the_sum_rounded(open_job):
     spec = make_spec(dtype=Dtype.FLOAT16, results=(Matrix.DW,))
     dw = np.full((spec.n, spec.k), 1 / 3, np.float32)
     job = open_job(spec)
-    job.take_dw_sum(dw)
-    assert job.finish().tobytes() == dw.astype(np.float16).tobytes()
+    job.take_sums({Matrix.DW: dw})
+    assert job.finish()[Matrix.DW].tobytes() == dw.astype(np.float16).tobytes()

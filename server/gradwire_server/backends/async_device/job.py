@@ -30,8 +30,12 @@ from gradwire_server.backends.async_device.device import (
     Stream,
 )
 from gradwire_server.backends.async_device.gemm import Compute, DeviceMatrix
-from gradwire_server.backends.async_device.layout import Placed, make_layout
-from gradwire_server.backends.base import Array, RowBlock, Times, Wait
+from gradwire_server.backends.async_device.layout import (
+    Placed,
+    PlacedSum,
+    make_layout,
+)
+from gradwire_server.backends.base import Array, RowBlock, Sums, Times, Wait
 
 
 class DeviceJob:
@@ -43,8 +47,8 @@ class DeviceJob:
         pipeline_depth: Most row blocks that have begun and were not waited for.
         device: Where.
         times: Told how long the stages took, by the device's own clock.
-        empty: Host memory for dW, if no `dw` is given.
-        dw: Where dW goes, shape (n, k), in its dtype on the wire.
+        empty: Host memory for the sums, if no `sums` are given.
+        sums: Where the sums go, each in its dtype on the wire.
 
     Raises:
         MemoryError: The device has not so much memory.
@@ -59,23 +63,24 @@ class DeviceJob:
         *,
         times: Times,
         empty: Allocate,
-        dw: Array | None = None,
+        sums: Sums | None = None,
     ) -> None:
         self._spec = spec
         self._device = device
         self._times = times
         self._empty = empty
-        self._result = dw
+        self._results = sums
         self._compute = Compute.of(spec.dtype, allow_tf32=spec.allow_tf32)
         layout = make_layout(spec, block_rows, pipeline_depth)
         with device.errors():
             self._memory = device.allocate(layout.size_bytes)
         self._placed = Placed(spec, layout, self._memory.address)
+        self._sums = self._placed.sums()
         self._slots: list[Events | None] = [None] * len(layout.slots)
         """Of each slot, the events of its block until that was waited for."""
         self._blocks = 0
-        self._dw_begun = False
-        """Whether there is a sum of dW, of this job's blocks or of others before."""
+        self._begun_sums = False
+        """Whether there are sums, of this job's blocks or of others before."""
 
     def take_w(self, w: Array) -> None:
         """Copies W, shape (n, k), to the device."""
@@ -84,26 +89,26 @@ class DeviceJob:
             return
         self._upload_whole(w, placed)
 
-    def take_dw_sum(self, dw: Array) -> None:
-        """Copies a sum of dW, with which the job goes on, to the device."""
-        placed = self._sum()
-        self._dw_begun = True
-        if placed.size:
-            self._upload_whole(dw, placed)
+    def take_sums(self, sums: Sums) -> None:
+        """Copies sums, with which the job goes on, to the device."""
+        self._begun_sums = True
+        for matrix, placed in self._sums.items():
+            if placed.total.size:
+                self._upload_whole(sums[matrix], placed.total)
 
-    def copy_dw_sum(self, out: Array) -> None:
-        """Copies the sum of dW over the blocks that have begun from the device."""
-        placed = self._sum()
-        if not (self._dw_begun and placed.size):
-            out.fill(0)
+    def copy_sums(self, out: Sums) -> None:
+        """Copies the sums over the blocks that have begun from the device."""
+        there = self._there(out)
+        if not there:
             return
         with self._begun() as events:
             self._device.record(Stream.COMPUTE, events.computed)
             self._device.wait(Stream.D2H, events.computed)
             self._device.record(Stream.D2H, events.download_begun)
-            self._device.download(placed.address, out)
+            for matrix, placed in there.items():
+                self._device.download(placed.total.address, out[matrix])
             self._device.record(Stream.D2H, events.done)
-            # The next block, which adds to it, is begun after this.
+            # The next block, which adds to them, is begun after this.
             self._device.synchronize(events.done)
             self._times.from_device_s += self._device.elapsed_s(
                 events.download_begun, events.done
@@ -125,34 +130,25 @@ class DeviceJob:
             self._download(number, block, events)
         self._slots[number] = events
         self._blocks += 1
-        self._dw_begun = True
+        self._begun_sums = True
         return partial(self._wait, number, block, events)
 
-    def finish(self) -> Array:
-        """dW, shape (n, k), rounded once from the accumulator."""
-        spec, placed = self._spec, self._placed
-        if placed.dw is None:
-            raise RuntimeError("the job does not want dW")
-        result = self._result
-        if result is None:
-            dtype = spec.results[Matrix.DW]
-            size_bytes = spec.n * spec.k * dtype.itemsize
-            with self._device.errors():
-                memory = self._empty(size_bytes)
-            result = memory.view(dtype.numpy).reshape(spec.n, spec.k)
-        if not (self._dw_begun and placed.dw.size):
-            result.fill(0)
-            return result
-        leaves = placed.dw
+    def finish(self) -> Sums:
+        """The sums, rounded once from the accumulator."""
+        results = self._results or {matrix: self._room(matrix) for matrix in self._sums}
+        there = self._there(results)
+        if not there:
+            return results
         with self._begun() as events:
             self._device.record(Stream.COMPUTE, events.compute_begun)
-            if placed.rounded is not None:
-                leaves = placed.rounded
-                self._device.convert(placed.dw, leaves, add=False)
+            for placed in there.values():
+                if placed.leaves is not placed.total:
+                    self._device.convert(placed.total, placed.leaves, add=False)
             self._device.record(Stream.COMPUTE, events.computed)
             self._device.wait(Stream.D2H, events.computed)
             self._device.record(Stream.D2H, events.download_begun)
-            self._device.download(leaves.address, result)
+            for matrix, placed in there.items():
+                self._device.download(placed.leaves.address, results[matrix])
             self._device.record(Stream.D2H, events.done)
             self._device.synchronize(events.done)
             self._times.computing_s += self._device.elapsed_s(
@@ -162,17 +158,27 @@ class DeviceJob:
                 events.download_begun, events.done
             )
             self._device.release_events(events)
-        return result
+        return results
 
     def close(self) -> None:
         """Gives the job's memory on the device back."""
         self._memory.free()
 
-    def _sum(self) -> DeviceMatrix:
-        placed = self._placed.dw
-        if placed is None:
-            raise RuntimeError("the job does not want dW")
-        return placed
+    def _there(self, out: Sums) -> dict[Matrix, PlacedSum]:
+        """The sums on the device; those of nothing are written to `out` as zeros."""
+        there = {}
+        for matrix, placed in self._sums.items():
+            if self._begun_sums and placed.total.size:
+                there[matrix] = placed
+            else:
+                out[matrix].fill(0)
+        return there
+
+    def _room(self, matrix: Matrix) -> Array:
+        spec, dtype = self._spec, self._spec.results[matrix]
+        with self._device.errors():
+            memory = self._empty(spec.size_bytes(matrix))
+        return memory.view(dtype.numpy).reshape(matrix.shape(0, spec.n, spec.k))
 
     @contextmanager
     def _begun(self) -> Iterator[Events]:
@@ -189,7 +195,7 @@ class DeviceJob:
                 raise
 
     def _upload_whole(self, array: Array, to: DeviceMatrix) -> None:
-        """Copies W, or a sum of dW, and waits for it."""
+        """Copies W, or a partial sum, and waits for it."""
         with self._begun() as events:
             self._device.record(Stream.H2D, events.upload_begun)
             self._device.upload(array, to.address)
@@ -221,14 +227,14 @@ class DeviceJob:
         of_rows = partial(self._placed.of_rows, slot, rows=block.rows)
         products.compute_block(
             _Products(
-                self._device, self._compute, self._placed, first=not self._dw_begun
+                self._device, self._compute, self._placed, first=not self._begun_sums
             ),
             w=self._placed.w,
             x=of_rows(matrix=Matrix.X),
             dy=of_rows(matrix=Matrix.DY),
             y=of_rows(matrix=Matrix.Y),
             dx=of_rows(matrix=Matrix.DX),
-            dw=self._placed.dw,
+            sums=self._sums,
         )
         self._device.record(Stream.COMPUTE, events.computed)
 
@@ -279,22 +285,22 @@ class _Products:
         self._round(computed, out)
 
     def accumulate_transposed(
-        self, a: DeviceMatrix, b: DeviceMatrix, out: DeviceMatrix
+        self, a: DeviceMatrix, b: DeviceMatrix, out: PlacedSum
     ) -> None:
-        share = self._placed.share
-        into, first = (out, self._first) if share is None else (share, True)
+        # A share of its own is added to the sum by another kernel.
+        first = self._first or out.share is not out.total
         self._device.multiply(
-            gemm.accumulate_transposed(a, b, into, self._compute, first=first)
+            gemm.accumulate_transposed(a, b, out.share, self._compute, first=first)
         )
-        if share is not None:
-            self._device.convert(share, out, add=not self._first)
+        if out.share is not out.total:
+            self._device.convert(out.share, out.total, add=not self._first)
 
     def _computed(self, a: DeviceMatrix, out: DeviceMatrix) -> DeviceMatrix:
         """Where a product is computed that ends up in `out`."""
-        sums = self._placed.layout.sums
-        if sums is None or gemm.computes_into(a.dtype, out.dtype):
+        offset = self._placed.layout.unrounded
+        if offset is None or gemm.computes_into(a.dtype, out.dtype):
             return out
-        address = self._placed.address + sums
+        address = self._placed.address + offset
         return DeviceMatrix(address, out.rows, out.columns, a.dtype.sums_in)
 
     def _round(self, computed: DeviceMatrix, out: DeviceMatrix) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gradwire_protocol.dtypes import Dtype
@@ -12,6 +13,18 @@ from gradwire_server.backends.row_blocks import ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
+class SumLayout:
+    """Offsets of a result that is summed over row blocks; None: not needed."""
+
+    total: int
+    """The sum, in the accumulator's dtype."""
+    share: int | None
+    """A block's share, where that is of another dtype than the sum."""
+    rounded: int | None
+    """The result as it leaves, where it is of another dtype than the sum."""
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Offsets in bytes from where the job's memory begins; None: not needed.
 
@@ -19,13 +32,8 @@ class Layout:
     """
 
     w: int | None
-    dw: int | None
-    """The sum of dW, in the accumulator's dtype."""
-    share: int | None
-    """A block's share of dW, where that is of another dtype than the sum."""
-    rounded: int | None
-    """dW as it leaves, where it is of another dtype than the sum."""
-    sums: int | None
+    sums: dict[Matrix, SumLayout]
+    unrounded: int | None
     """Rows of Y or dX in the dtype of the sums, where cuBLAS cannot round
     them itself. One for all: a block's products follow each other."""
     slots: tuple[dict[Matrix, int], ...]
@@ -51,26 +59,30 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
 
     n, k, dtype = spec.n, spec.k, spec.dtype
     w = place(n * k, dtype) if Matrix.W in spec.operands else None
-    dw = share = rounded = None
-    if Matrix.DW in spec.results:
-        result, accumulator = spec.results[Matrix.DW], spec.accumulator
-        dw = place(n * k, accumulator)
-        if accumulator != dtype.sums_in:
-            share = place(n * k, dtype.sums_in)
-        if result != accumulator:
+    spare_w = w
+    sums = {}
+    for matrix in spec.sums:
+        size, result = math.prod(matrix.shape(0, n, k)), spec.results[matrix]
+        total = place(size, spec.accumulator)
+        share = rounded = None
+        if spec.accumulator != dtype.sums_in:
+            share = place(size, dtype.sums_in)
+        if result != spec.accumulator:
             # After the last block nothing reads W or a share any more.
+            fits_w = size * result.itemsize <= n * k * dtype.itemsize
             if share is not None and result.itemsize <= dtype.sums_in.itemsize:
                 rounded = share
-            elif w is not None and result.itemsize <= dtype.itemsize:
-                rounded = w
+            elif spare_w is not None and fits_w:
+                rounded, spare_w = spare_w, None
             else:
-                rounded = place(n * k, result)
+                rounded = place(size, result)
+        sums[matrix] = SumLayout(total, share, rounded)
     lengths = [
         spec.row_length(matrix)
         for matrix in ROW_RESULTS
         if matrix in spec.results and not computes_into(dtype, spec.results[matrix])
     ]
-    sums = place(block_rows * max(lengths), dtype.sums_in) if lengths else None
+    unrounded = place(block_rows * max(lengths), dtype.sums_in) if lengths else None
     slots = tuple(
         {
             matrix: place(block_rows * spec.row_length(matrix), spec.dtype_of(matrix))
@@ -79,7 +91,19 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
         }
         for _ in range(_slots(spec, block_rows, pipeline_depth))
     )
-    return Layout(w, dw, share, rounded, sums, slots, end)
+    return Layout(w, sums, unrounded, slots, end)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedSum:
+    """A result that is summed over row blocks, where the job's memory is."""
+
+    total: DeviceMatrix
+    """The sum, in the accumulator's dtype."""
+    share: DeviceMatrix
+    """A block's share; `total` itself where no other dtype is needed."""
+    leaves: DeviceMatrix
+    """The result as it leaves; `total` itself where no other dtype is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,29 +126,30 @@ class Placed:
     @property
     def w(self) -> DeviceMatrix | None:
         """W."""
-        return self._whole(self.layout.w, self.spec.dtype)
-
-    @property
-    def dw(self) -> DeviceMatrix | None:
-        """The sum of dW."""
-        return self._whole(self.layout.dw, self.spec.accumulator)
-
-    @property
-    def share(self) -> DeviceMatrix | None:
-        """A block's share of dW."""
-        return self._whole(self.layout.share, self.spec.dtype.sums_in)
-
-    @property
-    def rounded(self) -> DeviceMatrix | None:
-        """dW as it leaves."""
-        if self.layout.rounded is None:
+        if self.layout.w is None:
             return None
-        return self._whole(self.layout.rounded, self.spec.results[Matrix.DW])
+        return self._whole(Matrix.W, self.layout.w, self.spec.dtype)
 
-    def _whole(self, offset: int | None, dtype: Dtype) -> DeviceMatrix | None:
-        if offset is None:
-            return None
-        return DeviceMatrix(self.address + offset, self.spec.n, self.spec.k, dtype)
+    def sums(self) -> dict[Matrix, PlacedSum]:
+        """The results that are summed over row blocks."""
+        return {
+            matrix: self._sum(matrix, layout)
+            for matrix, layout in self.layout.sums.items()
+        }
+
+    def _sum(self, matrix: Matrix, layout: SumLayout) -> PlacedSum:
+        spec = self.spec
+        total = self._whole(matrix, layout.total, spec.accumulator)
+        share = leaves = total
+        if layout.share is not None:
+            share = self._whole(matrix, layout.share, spec.dtype.sums_in)
+        if layout.rounded is not None:
+            leaves = self._whole(matrix, layout.rounded, spec.results[matrix])
+        return PlacedSum(total, share, leaves)
+
+    def _whole(self, matrix: Matrix, offset: int, dtype: Dtype) -> DeviceMatrix:
+        rows, columns = matrix.shape(0, self.spec.n, self.spec.k)
+        return DeviceMatrix(self.address + offset, rows, columns, dtype)
 
 
 def _slots(spec: JobSpec, block_rows: int, pipeline_depth: int) -> int:

@@ -13,11 +13,10 @@ import numpy.typing as npt
 
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MIB
-from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.async_device.gemm import MAX_SIZE
 from gradwire_server.backends.async_device.job import DeviceJob
 from gradwire_server.backends.async_device.layout import make_layout
-from gradwire_server.backends.base import Array, DeviceInfo, Times
+from gradwire_server.backends.base import DeviceInfo, Sums, Times
 from gradwire_server.backends.cuda.memory_pool import Pool, rounded_up
 from gradwire_server.backends.cuda.pinned import empty_pinned
 from gradwire_server.backends.host_limits import memory_bytes
@@ -96,14 +95,14 @@ class CupyBackend:
         self._initialized[device] = self._host.CupyDevice(device, self._memory[device])
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """Bytes of the pinned memory in which dW arrives."""
+        """Bytes of the pinned memory in which the sums arrive."""
         del block_rows
-        if Matrix.DW not in spec.results or spec.buffers:
+        if spec.buffers:
             return 0
-        return rounded_up(spec.n * spec.k * spec.results[Matrix.DW].itemsize)
+        return sum(rounded_up(spec.size_bytes(result)) for result in spec.sums)
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """Bytes of W, dW's sum, scratch, and the row blocks that have begun."""
+        """Bytes of W, the sums, scratch, and the row blocks that have begun."""
         return rounded_up(make_layout(spec, block_rows, PIPELINE_DEPTH).size_bytes)
 
     def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
@@ -124,7 +123,7 @@ class CupyBackend:
         device: int,
         *,
         times: Times,
-        dw: Array | None = None,
+        sums: Sums | None = None,
     ) -> DeviceJob:
         """A job on a GPU, in whose device worker's thread this is called."""
         return DeviceJob(
@@ -134,7 +133,7 @@ class CupyBackend:
             self._initialized[device],
             times=times,
             empty=self.empty,
-            dw=dw,
+            sums=sums,
         )
 
     def close(self) -> None:

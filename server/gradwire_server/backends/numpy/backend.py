@@ -22,6 +22,7 @@ from gradwire_server.backends.base import (
     Array,
     DeviceInfo,
     RowBlock,
+    Sums,
     Times,
     empty_aligned,
 )
@@ -49,8 +50,8 @@ INLINE_BELOW_OPS = 1 << 22
 """Multiplications and additions of a row block's products below which the
 device worker's thread does them alone: waking another takes as long as they do."""
 
-DW_TILE_BYTES = 16 * MIB
-"""Most of dW's share that a thread computes before it is added, so that no
+TILE_BYTES = 16 * MIB
+"""Most of a sum's share that a thread computes before it is added, so that no
 second n x k matrix is needed."""
 
 
@@ -105,14 +106,13 @@ class NumpyBackend:
             for rows, columns in _scratch_shapes(spec, block_rows).values()
         )
         size = scratch * spec.dtype.sums_in.itemsize
-        if Matrix.DW in spec.results:
-            dw, result = spec.n * spec.k, spec.results[Matrix.DW]
-            if not _sums_in_place(spec):
-                size += dw * spec.accumulator.itemsize
-            size += dw * result.itemsize if result != spec.accumulator else 0
-            tile = _dw_tile_elements(spec)
-            size += self._threads.count * tile * spec.dtype.sums_in.itemsize
-        return size
+        for result in spec.sums:
+            if not _sums_in_place(spec, result):
+                size += spec.size_bytes(result.partial)
+            if spec.results[result] != spec.accumulator:
+                size += spec.size_bytes(result)
+        tile = _tile_elements(spec)
+        return size + self._threads.count * tile * spec.dtype.sums_in.itemsize
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
         """0: everything is host memory."""
@@ -134,11 +134,11 @@ class NumpyBackend:
         device: int,
         *,
         times: Times,
-        dw: Array | None = None,
+        sums: Sums | None = None,
     ) -> NumpyJob:
         """A job; `device` is 0."""
         del device
-        return NumpyJob(spec, block_rows, self._threads, times, dw)
+        return NumpyJob(spec, block_rows, self._threads, times, sums or {})
 
     def close(self) -> None:
         """Ends the threads, and gives BLAS its own back."""
@@ -152,7 +152,7 @@ class NumpyBackend:
 
 
 class NumpyJob:
-    """A job on the CPU: W, dW's accumulator and scratch."""
+    """A job on the CPU: W, the accumulators of sums, and scratch."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class NumpyJob:
         block_rows: int,
         threads: WorkerThreads,
         times: Times,
-        dw: Array | None,
+        places: Sums,
     ) -> None:
         self._spec = spec
         self._times = times
@@ -169,35 +169,36 @@ class NumpyJob:
             purpose: np.empty(shape, spec.dtype.sums_in.numpy)
             for purpose, shape in _scratch_shapes(spec, block_rows).items()
         }
-        self._dw_tiles: SimpleQueue[Array] = SimpleQueue()
-        tile_elements = _dw_tile_elements(spec)
+        self._tiles: SimpleQueue[Array] = SimpleQueue()
+        tile_elements = _tile_elements(spec)
         for _ in range(threads.count):
-            self._dw_tiles.put(np.empty(tile_elements, spec.dtype.sums_in.numpy))
+            self._tiles.put(np.empty(tile_elements, spec.dtype.sums_in.numpy))
         self._w: Array | None = None
-        self._dw: Array | None = None
-        self._dw_begun = False
-        if Matrix.DW in spec.results:
-            if dw is None or not _sums_in_place(spec):
-                dw = np.empty((spec.n, spec.k), spec.accumulator.numpy)
-            self._dw = dw
+        self._sums = {
+            result: places[result]
+            if result in places and _sums_in_place(spec, result)
+            else np.empty(result.shape(0, spec.n, spec.k), spec.accumulator.numpy)
+            for result in spec.sums
+        }
+        self._begun = False
+        """Whether there are sums, of this job's blocks or of others before."""
 
     def take_w(self, w: Array) -> None:
         """Takes W, shape (n, k)."""
         with self._times.computing(), np.errstate(all="ignore"):
             self._w = self._widened("w", w)
 
-    def take_dw_sum(self, dw: Array) -> None:
-        """Goes on with a sum of dW."""
-        if self._dw is None:
-            raise RuntimeError("the job does not want dW")
-        np.copyto(self._dw, dw)
-        self._dw_begun = True
+    def take_sums(self, sums: Sums) -> None:
+        """Goes on with these sums."""
+        for result, own in self._sums.items():
+            np.copyto(own, sums[result])
+        self._begun = True
 
     def compute_block(self, block: RowBlock) -> None:
-        """Computes y and dx of the block and adds its share to dW."""
+        """Computes y and dx of the block and adds its share to the sums."""
         # NaN, Inf and overflow are data here, not events to warn of.
         with self._times.computing(), np.errstate(all="ignore"):
-            products = _Products(self._dw_tiles, first=not self._dw_begun)
+            products = _Products(self._tiles, first=not self._begun)
             compute_block(
                 products,
                 w=self._w,
@@ -205,35 +206,35 @@ class NumpyJob:
                 dy=self._widened("dy", block.dy),
                 y=self._result("y", block.y),
                 dx=self._result("dx", block.dx),
-                dw=self._dw,
+                sums=self._sums,
             )
             try:
-                spec = self._spec
-                operations = 2 * len(spec.results) * block.rows * spec.n * spec.k
+                operations = self._spec.row_operations * block.rows
                 self._threads.run(products.pieces, inline=operations < INLINE_BELOW_OPS)
             finally:
                 # Pieces know their products: a cycle, which would hold the
                 # block's memory until the garbage collector comes by.
                 products.pieces.clear()
-        self._dw_begun = True
+        self._begun = True
 
-    def copy_dw_sum(self, out: Array) -> None:
-        """Copies the sum of dW over the blocks so far."""
-        if self._dw is None:
-            raise RuntimeError("the job does not want dW")
-        if not self._dw_begun:
-            out.fill(0)
-        else:
-            np.copyto(out, self._dw)
+    def copy_sums(self, out: Sums) -> None:
+        """Copies the sums over the blocks so far."""
+        for result, own in self._sums.items():
+            if self._begun:
+                np.copyto(out[result], own)
+            else:
+                out[result].fill(0)
 
-    def finish(self) -> Array:
-        """dW, shape (n, k), rounded once from the accumulator."""
-        if self._dw is None:
-            raise RuntimeError("the job does not want dW")
+    def finish(self) -> Sums:
+        """The sums, rounded once from the accumulator."""
         with self._times.computing(), np.errstate(all="ignore"):
-            if not self._dw_begun:
-                self._dw.fill(0)
-            return self._dw.astype(self._spec.results[Matrix.DW].numpy, copy=False)
+            if not self._begun:
+                for own in self._sums.values():
+                    own.fill(0)
+            return {
+                result: own.astype(self._spec.results[result].numpy, copy=False)
+                for result, own in self._sums.items()
+            }
 
     def close(self) -> None:
         """Its memory goes with it."""
@@ -276,7 +277,7 @@ class _Products:
 
     def __init__(self, tiles: SimpleQueue[Array], *, first: bool) -> None:
         self.pieces: list[Piece] = []
-        self._dw_tiles = tiles
+        self._tiles = panels
         self._first = first
 
     def multiply(self, a: Array, b: Array, out: _Result) -> None:
@@ -289,7 +290,7 @@ class _Products:
         self.multiply(a, b.T, out)
 
     def accumulate_transposed(self, a: Array, b: Array, out: Array) -> None:
-        most = DW_TILE_BYTES // b.dtype.itemsize
+        most = TILE_BYTES // b.dtype.itemsize
         # The largest pieces go first, so that no thread ends long after another.
         self.pieces[:0] = [
             partial(self._accumulate, a[:, rows].T, b[:, columns], out[rows, columns])
@@ -300,7 +301,7 @@ class _Products:
         if self._first and out.dtype == b.dtype:
             np.matmul(a, b, out=out)
             return
-        tile = self._dw_tiles.get()
+        tile = self._tiles.get()
         try:
             share = tile[: out.size].reshape(out.shape)
             np.matmul(a, b, out=share)
@@ -309,7 +310,7 @@ class _Products:
             else:
                 np.add(out, share, out=out)
         finally:
-            self._dw_tiles.put(tile)
+            self._tiles.put(tile)
 
 
 def _multiply(a: Array, b: Array, out: _Result, part: tuple[slice, slice]) -> None:
@@ -341,9 +342,9 @@ def _tiles(
     return tuple((whole, cut) for cut in cuts)
 
 
-def _sums_in_place(spec: JobSpec) -> bool:
-    """Whether dW's sum needs no memory but that in which dW will lie."""
-    return bool(spec.buffers) and spec.results.get(Matrix.DW) == spec.accumulator
+def _sums_in_place(spec: JobSpec, result: Matrix) -> bool:
+    """Whether a sum needs no memory but that in which the result will lie."""
+    return bool(spec.buffers) and spec.results[result] == spec.accumulator
 
 
 def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]]:
@@ -368,16 +369,17 @@ def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]
     return shapes
 
 
-def _dw_tile_elements(spec: JobSpec) -> int:
-    """Elements of the room that each thread has for a piece of dW's share."""
-    if Matrix.DW not in spec.results:
-        return 0
-    n, k = spec.n, spec.k
-    cuts = _tiles(n, k, DW_TILE_BYTES // spec.dtype.sums_in.itemsize)
-    if not cuts:
-        return 0
-    rows, columns = cuts[0]
-    return len(range(n)[rows]) * len(range(k)[columns])
+def _tile_elements(spec: JobSpec) -> int:
+    """Elements of the room that each thread has for a piece of a sum's share."""
+    most = 0
+    for result in spec.sums:
+        n, k = result.shape(0, spec.n, spec.k)
+        cuts = _tiles(n, k, TILE_BYTES // spec.dtype.sums_in.itemsize)
+        if cuts:
+            rows, columns = cuts[0]
+            elements = len(range(n)[rows]) * len(range(k)[columns])
+            most = max(most, elements)
+    return most
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints: sums of dW sent to a client, from which a job can resume."""
+"""Checkpoints: partial sums sent to a client, from which a job can resume."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import JobSpec
-from gradwire_server.backends.base import Array
+from gradwire_server.backends.base import Sums
 from gradwire_server.errors import JobError
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Announces that the next chunks are dW's sum over the first `rows` rows."""
+    """Announces that the next chunks are the sums over the first `rows` rows."""
 
     rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointReady:
-    """A future of dW's sum over the first `rows` rows."""
+    """A future of the sums over the first `rows` rows."""
 
     rows: int
-    dw: asyncio.Future[Array]
+    sums: asyncio.Future[Sums]
 
 
 @dataclass(frozen=True, slots=True)
 class DrainPoint:
-    """The job's end, with dW's sum over the first `rows` rows."""
+    """The job's end, with the sums over the first `rows` rows."""
 
     rows: int
 

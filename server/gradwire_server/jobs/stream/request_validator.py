@@ -6,6 +6,7 @@ belong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Span:
 
     matrix: Matrix
     block: int
-    """Number of the row block; 0 for W and a sum of dW."""
+    """Number of the row block; 0 for W and partial sums."""
     offset: int
     """Byte offset in the matrix, or in the block's operand."""
     payload: memoryview
@@ -33,11 +34,7 @@ class Span:
     @property
     def not_row_blocked(self) -> bool:
         """Whether the matrix has no row blocks."""
-        return self.matrix in _WHOLE
-
-
-_WHOLE = (Matrix.W, Matrix.DW_SUM)
-"""Matrices that precede all rows."""
+        return not self.matrix.row_wise
 
 
 class RequestValidator:
@@ -54,17 +51,21 @@ class RequestValidator:
         self._received: dict[Matrix, int] = {
             operand: spec.first_row * spec.row_length(operand)
             for operand in spec.operands
-            if operand is not Matrix.W
+            if operand.row_wise
         }
-        self._received |= dict.fromkeys(_before_rows(spec), 0)
+        self._before_rows = {
+            matrix: math.prod(matrix.shape(0, spec.n, spec.k))
+            for matrix in _before_rows(spec)
+        }
+        """Elements of the matrices that precede all rows, in their order."""
+        self._received |= dict.fromkeys(self._before_rows, 0)
         self._rows: int | None = None
         """Rows of the job; None until the stream is complete."""
 
     @property
     def _missing_before_rows(self) -> Matrix | None:
-        for matrix in _WHOLE:
-            received = self._received.get(matrix)
-            if received is not None and received < self._spec.n * self._spec.k:
+        for matrix, elements in self._before_rows.items():
+            if self._received[matrix] < elements:
                 return matrix
         return None
 
@@ -97,7 +98,7 @@ class RequestValidator:
         """
         operand, payload = self._check(chunk)
         itemsize = self._spec.dtype_of(operand).itemsize
-        if operand in _WHOLE:
+        if not operand.row_wise:
             yield Span(operand, 0, chunk.index * itemsize, payload)
             return
         row_length = self._spec.row_length(operand)
@@ -160,15 +161,16 @@ class RequestValidator:
         return [
             operand
             for operand in self._received
-            if operand not in _WHOLE and self._spec.row_length(operand)
+            if operand.row_wise and self._spec.row_length(operand)
         ]
 
     def _complete_rows(self, operand: Matrix) -> int:
         return self._received[operand] // self._spec.row_length(operand)
 
     def _elements(self, operand: Matrix, m: int) -> int:
-        rows = self._spec.n if operand in _WHOLE else m
-        return rows * self._spec.row_length(operand)
+        if not operand.row_wise:
+            return self._before_rows[operand]
+        return m * self._spec.row_length(operand)
 
     def _check(self, chunk: Chunk) -> tuple[Matrix, memoryview]:
         operand = self._operand(chunk.matrix)
@@ -193,8 +195,8 @@ class RequestValidator:
             operand = Matrix(number)
         except ValueError:
             operand = None
-        sums = operand is Matrix.DW_SUM and self._spec.brings_dw_sum
-        if operand is None or (operand not in OPERANDS and not sums):
+        known = operand in OPERANDS or operand in self._before_rows
+        if operand is None or not known:
             names = ", ".join(f"{each.name} ({each.value})" for each in OPERANDS)
             raise JobError(
                 Reason.MATRIX_INVALID,
@@ -245,18 +247,13 @@ class RequestValidator:
         return payload
 
     def _check_room(self, operand: Matrix, count: int) -> None:
-        if operand in _WHOLE:
-            rows: int | None = self._spec.n
-        elif not self._spec.row_length(operand):
-            rows = 0
-        elif self._spec.m is None:
-            rows = None
-        else:
-            rows = self._spec.m
-        if rows is None:
-            return
+        m = self._spec.m
+        if m is None:
+            if operand.row_wise and self._spec.row_length(operand):
+                return
+            m = 0
         received = self._received[operand]
-        expected = rows * self._spec.row_length(operand)
+        expected = self._elements(operand, m)
         if received + count > expected:
             raise JobError(
                 Reason.PAYLOAD_EXCESS,
@@ -272,10 +269,10 @@ class RequestValidator:
                 Reason.ORDER_INVALID,
                 f"chunk.matrix is {operand.name}, but {missing.label} is not "
                 f"complete: {self._received[missing]} of "
-                f"{self._spec.n * self._spec.k} elements came",
+                f"{self._before_rows[missing]} elements came",
                 field="chunk.matrix",
             )
-        if operand in _WHOLE:
+        if not operand.row_wise:
             return
         touched = -(-elements // self._spec.row_length(operand))
         window = self._plan.window_rows
@@ -292,5 +289,6 @@ class RequestValidator:
 
 def _before_rows(spec: JobSpec) -> list[Matrix]:
     """Return the matrices that precede all rows."""
-    weights = [Matrix.W] if Matrix.W in spec.operands else []
-    return weights + ([Matrix.DW_SUM] if spec.brings_dw_sum else [])
+    weights = [operand for operand in spec.operands if not operand.row_wise]
+    sums = spec.sums if spec.brings_sums else ()
+    return weights + [result.partial for result in sums]

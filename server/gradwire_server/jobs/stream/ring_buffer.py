@@ -1,4 +1,4 @@
-"""A job's memory: W, a sum of dW, and a ring of slots with one row block each.
+"""A job's memory: W, partial sums, and a ring of slots with one row block each.
 
 All of it is slices of one region, so that a backend can pin the region and another
 process can fill it.
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.backends.base import Array, RowBlock
+from gradwire_server.backends.base import Array, RowBlock, Sums
 from gradwire_server.backends.row_blocks import Plan
 from gradwire_server.jobs.stream.request_validator import Span
 
@@ -47,11 +47,11 @@ class RingBuffer:
 
     def w(self) -> Array:
         """Return W, shape (n, k)."""
-        return self._matrix(Matrix.W, 0, self._spec.n)
+        return self._whole(Matrix.W)
 
-    def dw_sum(self) -> Array:
-        """Return memory for dW's sum, shape (n, k), in the accumulator's dtype."""
-        return self._matrix(Matrix.DW_SUM, 0, self._spec.n)
+    def sums(self) -> Sums:
+        """Return memory for the partial sums, in the accumulator's dtype."""
+        return {result: self._whole(result.partial) for result in self._spec.sums}
 
     def rows(self, block: int, rows: int) -> RowBlock:
         """Return the matrices of a row block with `rows` rows."""
@@ -94,6 +94,10 @@ class RingBuffer:
 
     def _slot_start(self, block: int) -> int:
         return self._plan.slots_start + block % self._plan.slots * self._plan.slot_bytes
+
+    def _whole(self, matrix: Matrix) -> Array:
+        rows, _ = matrix.shape(0, self._spec.n, self._spec.k)
+        return self._matrix(matrix, 0, rows)
 
     def _matrix(self, matrix: Matrix, start: int, rows: int) -> npt.NDArray[Any]:
         columns = self._spec.row_length(matrix)

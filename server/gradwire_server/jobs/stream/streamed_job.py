@@ -18,7 +18,7 @@ import numpy as np
 from gradwire_protocol.framing import Chunk
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
-from gradwire_server.backends.base import Array, Backend, RowBlock, Wait
+from gradwire_server.backends.base import Array, Backend, RowBlock, Sums, Wait
 from gradwire_server.backends.row_blocks import Plan
 from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.jobs.stream.checkpoints import (
@@ -175,8 +175,8 @@ class StreamedJob:
     async def results(self) -> AsyncGenerator[ResultChunk | Checkpoint, None]:
         """Yield the results as they become ready.
 
-        Y and dX come block by block, requested checkpoints of dW in between, and dW at
-        the end.
+        Y and dX come block by block, requested checkpoints in between, and the sums
+        at the end.
 
         Raises:
             JobError: The job was handed over and ends here.
@@ -184,15 +184,15 @@ class StreamedJob:
         """
         while (computed := await self._computed.get()) is not None:
             if isinstance(computed, CheckpointReady):
-                for part in self._checkpoint(computed.rows, await computed.dw):
+                for part in self._checkpoint(computed.rows, await computed.sums):
                     yield part
                 self._checkpoints.left()
                 continue
             if isinstance(computed, DrainPoint):
                 await self._ring.all_released(self._submitted)
                 if computed.rows > self._checkpoints.rows:
-                    dw = await self._worker.submit(self, self._copy_sum)
-                    for part in self._checkpoint(computed.rows, dw):
+                    sums = await self._worker.submit(self, self._copy_sums)
+                    for part in self._checkpoint(computed.rows, sums):
                         yield part
                 raise computed.error()
             number, block, done = computed
@@ -204,14 +204,16 @@ class StreamedJob:
                         yield chunk
             self._ring.release(number)
             self._served_at = asyncio.get_running_loop().time()
-        if Matrix.DW in self.spec.results:
-            dw = await self._worker.submit(self, self._finish)
-            for chunk in self._chunks(Matrix.DW, 0, dw):
-                yield chunk
+        if self.spec.sums:
+            sums = await self._worker.submit(self, self._finish)
+            for matrix, array in sums.items():
+                for chunk in self._chunks(matrix, 0, array):
+                    yield chunk
 
-    def _checkpoint(self, rows: int, dw: Array) -> Iterator[ResultChunk | Checkpoint]:
+    def _checkpoint(self, rows: int, sums: Sums) -> Iterator[ResultChunk | Checkpoint]:
         yield Checkpoint(rows)
-        yield from self._chunks(Matrix.DW_SUM, 0, dw)
+        for matrix, array in sums.items():
+            yield from self._chunks(matrix.partial, 0, array)
 
     async def _unless_handed_over(self) -> None:
         """Block forever if the job was handed over: this task is about to end."""
@@ -242,10 +244,10 @@ class StreamedJob:
                 self._submit_checkpoint(self._submitted * rows)
 
     def _submit_checkpoint(self, rows: int) -> None:
-        """Queue dW's sum over the submitted blocks, if a checkpoint is due."""
+        """Queue the sums over the submitted blocks, if a checkpoint is due."""
         if self._checkpoints.begin(rows):
-            dw = self._worker.submit(self, self._copy_sum)
-            self._computed.put_nowait(CheckpointReady(rows, dw))
+            sums = self._worker.submit(self, self._copy_sums)
+            self._computed.put_nowait(CheckpointReady(rows, sums))
 
     def _next_rows(self) -> int | None:
         """Return the rows of the next block in order; None until it is complete."""
@@ -260,8 +262,7 @@ class StreamedJob:
         size = max(self.spec.max_chunk_bytes // itemsize, 1)
         first = first_row * array.shape[1]
         elements = array.reshape(-1).view(np.uint8).data
-        whole = matrix in {Matrix.DW, Matrix.DW_SUM}
-        number = None if whole else first_row // self._plan.block_rows
+        number = first_row // self._plan.block_rows if matrix.row_wise else None
         for start in range(0, array.size, size):
             payload = elements[start * itemsize : (start + size) * itemsize]
             self._progress.bytes_sent += payload.nbytes
@@ -285,14 +286,14 @@ class StreamedJob:
             return None
         return partial(self._computed_after, wait, number)
 
-    def _copy_sum(self) -> Array:
-        """Copy dW's sum into the ring; runs in the worker thread."""
-        dw = self._ring.dw_sum()
-        self._execution.copy_dw_sum(dw)
-        return dw
+    def _copy_sums(self) -> Sums:
+        """Copy the sums into the ring; runs in the worker thread."""
+        sums = self._ring.sums()
+        self._execution.copy_sums(sums)
+        return sums
 
-    def _finish(self) -> Array:
-        """Return dW; runs in the worker thread."""
+    def _finish(self) -> Sums:
+        """Return the sums; runs in the worker thread."""
         self._prepare()
         return self._execution.finish()
 
@@ -303,8 +304,8 @@ class StreamedJob:
         self._prepared = True
         if Matrix.W in self.spec.operands:
             self._execution.take_w(self._ring.w())
-        if self.spec.brings_dw_sum:
-            self._execution.take_dw_sum(self._ring.dw_sum())
+        if self.spec.brings_sums:
+            self._execution.take_sums(self._ring.sums())
 
     def _computed_after(self, wait: Wait, number: int) -> None:
         wait()
