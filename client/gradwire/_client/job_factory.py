@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,7 +146,8 @@ class JobFactory:
         """
         row_bytes = plan.upload_bytes(1) - plan.upload_bytes(0)
         dtype = plan.options.dw_accumulator or plan.dtype.sums_in
-        sum_bytes = plan.n * plan.k * dtype.itemsize
+        elements = sum(math.prod(plan.shape(matrix, 0)) for matrix in plan.sums)
+        sum_bytes = elements * dtype.itemsize
         apart = max(MIN_BYTES_PER_CHECKPOINT, MIN_ROWS_PER_CHECKPOINT_RATIO * sum_bytes)
         max_apart = self._policy.held_bytes // 4
         if rows.repeatable or not row_bytes or apart > max_apart:

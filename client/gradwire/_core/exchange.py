@@ -29,7 +29,7 @@ from gradwire._core.resume import Checkpoints, ResumePoint, point_after
 from gradwire._core.sender import Sender
 from gradwire_protocol import framing
 from gradwire_protocol.limits import RESUME
-from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
+from gradwire_protocol.matrices import PARTIAL_SUMS, ROW_OPERANDS, ROW_RESULTS, Matrix
 from gradwire_protocol.v1.job_pb2 import Accepted, Checkpoint, Queued
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
@@ -91,9 +91,7 @@ class JobExchange:
         self._plan = plan
         self._point = point
         self._checkpoints = Checkpoints(plan, point.checkpoint if point else None)
-        self._takes_checkpoints = checkpoint_rows is not None and (
-            Matrix.DW in plan.results
-        )
+        self._takes_checkpoints = checkpoint_rows is not None and bool(plan.sums)
         spec = plan.spec()
         if self._takes_checkpoints or point is not None:
             spec = replace(
@@ -122,12 +120,12 @@ class JobExchange:
     def weight_messages(self, w: Operand | None) -> Iterator[bytes]:
         """The messages that carry W, if the job needs it.
 
-        And behind it the sum of dW with which the job goes on.
+        And behind it the sums with which the job goes on.
         """
         if w is not None:
             yield from self._reported(self._sender.weights(w))
         if self._point is not None and self._point.checkpoint is not None:
-            yield from self._sender.dw_sum(self._point.checkpoint.dw)
+            yield from self._sender.sums(self._point.checkpoint.sums)
 
     def row_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
         """The messages that carry the next rows of X and dY."""
@@ -225,7 +223,7 @@ class JobExchange:
         self.accepted = accepted
 
     def _take(self, chunk: framing.Chunk) -> None:
-        if chunk.matrix == Matrix.DW_SUM:
+        if chunk.matrix in PARTIAL_SUMS:
             self._checkpoints.take(chunk)
             if not self._checkpoints.coming:
                 self._checkpoints.within(self._complete_row())
@@ -257,7 +255,7 @@ class JobExchange:
                 if matrix is not Matrix.W:
                     bytes_sent += plan.size_bytes(matrix, point.first_row)
             for matrix in plan.results:
-                if matrix is not Matrix.DW:
+                if matrix.row_wise:
                     rows = min(point.results_from_row, self._sender.rows_sent)
                     bytes_received += plan.size_bytes(matrix, rows)
         self._reporter.report(

@@ -44,6 +44,11 @@ class Plan:
         return self.options.results
 
     @property
+    def sums(self) -> tuple[Matrix, ...]:
+        """The wanted results that are summed over row blocks."""
+        return tuple(result for result in self.options.results if result.is_sum)
+
+    @property
     def operands(self) -> tuple[Matrix, ...]:
         """The operands that they need."""
         return operands_for(self.options.results)

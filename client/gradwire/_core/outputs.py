@@ -166,16 +166,10 @@ def output_shape(
     plan: Plan, operands: Mapping[Matrix, Operand], matrix: Matrix
 ) -> tuple[int, ...]:
     """Shape of a result, with the leading dimensions of its operand."""
-    lead = _lead(matrix, operands)
-    columns = matrix.row_length(plan.n, plan.k)
-    return (*(lead if lead is not None else (plan.n,)), columns)
-
-
-def _lead(matrix: Matrix, operands: Mapping[Matrix, Operand]) -> tuple[int, ...] | None:
-    """The dimensions that a result has before its columns; None for dW's."""
-    if matrix is Matrix.DW:
-        return None
-    return operands[Matrix.X if matrix is Matrix.Y else Matrix.DY].lead
+    if matrix.is_sum:
+        return plan.shape(matrix, 0)
+    lead = operands[matrix.needs[0]].lead
+    return (*lead, matrix.row_length(plan.n, plan.k))
 
 
 def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -128,7 +129,7 @@ class Receiver:
             return
         rows = row if self._sender.m is None else min(row, self._sender.m)
         for matrix in self._next:
-            if matrix is not Matrix.DW:
+            if matrix.row_wise:
                 columns = matrix.row_length(self._plan.n, self._plan.k)
                 self._next[matrix] = rows * columns
                 self._sinks[matrix].seek(row)
@@ -142,7 +143,7 @@ class Receiver:
         numbers = []
         for matrix, at in self._next.items():
             columns = matrix.row_length(self._plan.n, self._plan.k)
-            if matrix is not Matrix.DW and columns:
+            if matrix.row_wise and columns:
                 numbers.append(at // (block_rows * columns))
         return min(numbers) * block_rows if numbers else None
 
@@ -207,8 +208,8 @@ class Receiver:
     def _due(self, matrix: Matrix) -> int:
         """Elements that can have been computed from what was sent."""
         sender = self._sender
-        if matrix is Matrix.DW:
-            return self._plan.n * self._plan.k if sender.ended else 0
+        if matrix.is_sum:
+            return math.prod(self._plan.shape(matrix, 0)) if sender.ended else 0
         rows = sender.rows_sent
         if rows != sender.m:
             rows -= rows % sender.block_rows

@@ -9,6 +9,8 @@ block that is not here.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,16 +23,16 @@ from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.framing import Chunk
 from gradwire_protocol.job_spec import Fingerprint, Resume
-from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.matrices import PARTIAL_SUMS, Matrix
 from gradwire_protocol.v1.job_pb2 import Accepted, NumericsFingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """DW's sum over a job's first rows, in the accumulator's dtype."""
+    """The sums over a job's first rows, in the accumulator's dtype."""
 
     rows: int
-    dw: Array
+    sums: Mapping[Matrix, Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class ResumePoint:
     results_from_row: int
     """The first row of which Y and dX are wanted."""
     checkpoint: Checkpoint | None
-    """DW's sum over the rows before the first; None where there are none."""
+    """The sums over the rows before the first; None where there are none."""
 
     @property
     def resume(self) -> Resume:
@@ -65,11 +67,11 @@ def point_after(
         plan: The job.
         accepted: What the server had said of it.
         results_row: Rows of which Y and dX are here, from the first on; None
-            where dW alone is wanted.
+            where sums alone are wanted.
         checkpoint: The last one over no more rows than those.
     """
     size = accepted.block_rows
-    if Matrix.DW in plan.results:
+    if plan.sums:
         first = 0 if checkpoint is None else checkpoint.rows
         here = first if results_row is None else results_row
     else:
@@ -125,6 +127,8 @@ class Checkpoints:
         self._sure = begins_with
         self._last: Checkpoint | None = None
         self._coming: Checkpoint | None = None
+        self._missing: deque[Matrix] = deque()
+        """Of the one that is coming: the sums that are not complete, in order."""
         self._filled = 0
         self._dtype = Dtype.FLOAT32
 
@@ -149,21 +153,21 @@ class Checkpoints:
         Raises:
             ProtocolError: It is none, or not that in which the job was summed.
         """
-        if Matrix.DW not in self._plan.results:
+        if not self._plan.sums:
             return
         number = int(accepted.effective_job.numerics.dw_accumulator)
-        before = self._sure.dw.dtype if self._sure else None
         try:
             self._dtype = Dtype(number)
         except ValueError:
             raise ProtocolError(
-                f"the server would sum dW in the unknown dtype {number}"
+                f"the server would sum in the unknown dtype {number}"
             ) from None
-        if before is not None and self._dtype.numpy != before:
-            raise ProtocolError(
-                f"the server would sum dW in {self._dtype.label}, and the sum so far"
-                f" is {before}"
-            )
+        for matrix, before in self._sure.sums.items() if self._sure else ():
+            if self._dtype.numpy != before.dtype:
+                raise ProtocolError(
+                    f"the server would sum {matrix.label} in {self._dtype.label}, and"
+                    f" the sum so far is {before.dtype}"
+                )
 
     def begin(self, rows: int, rows_sent: int, block_rows: int) -> None:
         """The server announces one.
@@ -177,9 +181,12 @@ class Checkpoints:
                 f"the server sent a checkpoint of {rows} rows after one of {last},"
                 f" when {rows_sent} were sent in blocks of {block_rows}"
             )
-        shape = (self._plan.n, self._plan.k)
-        self._coming = Checkpoint(rows, np.empty(shape, self._dtype.numpy))
-        self._filled = 0
+        sums = {
+            matrix: np.empty(self._plan.shape(matrix, 0), self._dtype.numpy)
+            for matrix in self._plan.sums
+        }
+        self._coming = Checkpoint(rows, sums)
+        self._missing.extend(sums)
         self._complete()
 
     def take(self, chunk: Chunk) -> None:
@@ -190,10 +197,13 @@ class Checkpoints:
             ChecksumError: They were damaged on the way.
         """
         coming, payload, itemsize = self._coming, chunk.payload, self._dtype.itemsize
-        if coming is None or not payload:
-            raise ProtocolError("the server sent a sum of dW that it did not announce")
-        check_crc32c(self._plan.options, Matrix.DW_SUM, chunk.crc32c, payload)
-        room = coming.dw.reshape(-1).view(np.uint8)
+        matrix = PARTIAL_SUMS[Matrix(chunk.matrix)]
+        if coming is None or not payload or matrix is not self._missing[0]:
+            raise ProtocolError(
+                f"the server sent a sum of {matrix.label} that it did not announce"
+            )
+        check_crc32c(self._plan.options, matrix.partial, chunk.crc32c, payload)
+        room = coming.sums[matrix].reshape(-1).view(np.uint8)
         end = self._filled + len(payload)
         if (
             chunk.index * itemsize != self._filled
@@ -201,8 +211,8 @@ class Checkpoints:
             or end > room.size
         ):
             raise ProtocolError(
-                f"the server sent {len(payload)} bytes of a sum of dW from element"
-                f" {chunk.index} on, after {self._filled} of {room.size} bytes"
+                f"the server sent {len(payload)} bytes of a sum of {matrix.label} from"
+                f" element {chunk.index} on, after {self._filled} of {room.size} bytes"
             )
         room[self._filled : end] = np.frombuffer(payload, np.uint8)
         self._filled = end
@@ -217,7 +227,12 @@ class Checkpoints:
 
     def _complete(self) -> None:
         coming = self._coming
-        if coming is not None and self._filled == coming.dw.nbytes:
+        if coming is None:
+            return
+        while self._missing and self._filled == coming.sums[self._missing[0]].nbytes:
+            self._missing.popleft()
+            self._filled = 0
+        if not self._missing:
             # The older of two that are not sure will be so first.
             self._last = self._last or coming
             self._coming = None

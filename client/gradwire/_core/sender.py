@@ -67,13 +67,14 @@ class Sender:
         """The messages that carry W."""
         yield from self._messages(Matrix.W, w, 0, w.rows, row=0)
 
-    def dw_sum(self, dw: Array) -> Iterator[bytes]:
-        """The messages that carry a sum of dW."""
-        elements = max(1, self._plan.chunk_bytes // dw.itemsize)
-        flat = dw.reshape(-1)
-        for index in range(0, flat.size, elements):
-            payload = flat[index : index + elements].view(np.uint8).data
-            yield self._encoded(Matrix.DW_SUM, index, payload)
+    def sums(self, sums: Mapping[Matrix, Array]) -> Iterator[bytes]:
+        """The messages that carry partial sums of these results."""
+        for matrix, array in sums.items():
+            elements = max(1, self._plan.chunk_bytes // array.itemsize)
+            flat = array.reshape(-1)
+            for index in range(0, flat.size, elements):
+                payload = flat[index : index + elements].view(np.uint8).data
+                yield self._encoded(matrix.partial, index, payload)
 
     def all_rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
         """The messages that carry all rows that were not sent yet.

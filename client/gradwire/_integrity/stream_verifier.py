@@ -94,15 +94,14 @@ class RowCheck:
             while self._kept and _end(self._kept[0]) <= self._checked:
                 self._kept.popleft()
 
-    def finish(self, dw: Array | None, m: int, by: Computed) -> None:
-        """Check dW, after everything else.
+    def finish(self, sums: Mapping[Matrix, Array], m: int, by: Computed) -> None:
+        """Check what was summed over all rows, after everything else.
 
         Raises:
-            VerificationError: It is wrong.
+            VerificationError: A sum is wrong.
         """
-        if dw is not None:
-            with self._lock:
-                self._verifier.check_sum(dw, m, by)
+        with self._lock:
+            self._verifier.check_sums(sums, m, by)
 
     def _rows(self, first: int, last: int) -> dict[Matrix, Array]:
         """Rows [first, last) of X and dY."""

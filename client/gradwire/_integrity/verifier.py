@@ -14,7 +14,7 @@ from gradwire._api.types import Array, Device, Receipt, device_of
 from gradwire._api.verify import Verify
 from gradwire._arrays.operand import Operand
 from gradwire._core.job_plan import Plan
-from gradwire._integrity.freivalds import Wrong
+from gradwire._integrity.freivalds import SuspectRows, Wrong
 from gradwire._integrity.product_checks import (
     RowProduct,
     SumProduct,
@@ -72,8 +72,7 @@ class Verifier:
         # The server must not know the signs: they come from the system's entropy.
         self._rng = np.random.default_rng()
         self._products: dict[Matrix, RowProduct] = {}
-        self._sum: SumProduct | None = None
-        n, k = plan.n, plan.k
+        self._sums: dict[Matrix, SumProduct] = {}
         with self._working():
             if w is not None:
                 whole = w.take(0, w.rows).astype(self._dtype, copy=False)
@@ -81,8 +80,11 @@ class Verifier:
                     if matrix in plan.results and b.shape[1]:
                         random_sums = self._random_sums(matrix, len(b))
                         self._products[matrix] = RowProduct(b, random_sums)
-            if Matrix.DW in plan.results and n and k:
-                self._sum = SumProduct(n, self._random_sums(Matrix.DW, plan.m or n))
+            for matrix in plan.sums:
+                rows, columns = plan.shape(matrix, 0)
+                if rows and columns:
+                    random_sums = self._random_sums(matrix, plan.m or rows)
+                    self._sums[matrix] = SumProduct(rows, random_sums)
 
     @property
     def step(self) -> int:
@@ -90,13 +92,13 @@ class Verifier:
         return max(1, _ELEMENTS // max(1, self._plan.n, self._plan.k))
 
     def add(self, operands: Mapping[Matrix, Array]) -> None:
-        """Take rows of X and dY into account, of which dW is made."""
-        if self._sum is not None:
+        """Take rows of X and dY into account, of which sums are made."""
+        for matrix, product in self._sums.items():
             with self._working():
-                x, dy = (self._wide(operands[matrix]) for matrix in Matrix.DW.needs)
-                for first in range(0, len(x), self.step):
+                a, b = (self._wide(operands[each]) for each in matrix.needs)
+                for first in range(0, len(a), self.step):
                     part = slice(first, first + self.step)
-                    self._sum.add(x[part], dy[part])
+                    product.add(a[part], b[part])
 
     def check_rows(
         self,
@@ -117,20 +119,18 @@ class Verifier:
                 if wrong is not None:
                     raise _wrong_element(matrix, wrong, first_row, by, self._plan)
 
-    def check_sum(self, dw: Array, m: int, by: Computed) -> None:
-        """Check dW against all rows that were taken into account.
+    def check_sums(self, sums: Mapping[Matrix, Array], m: int, by: Computed) -> None:
+        """Check sums against all rows that were taken into account.
 
         Raises:
-            VerificationError: It is wrong.
+            VerificationError: One is wrong.
         """
-        if self._sum is None:
-            return
-        with self._working():
-            suspects, _ = self._sum.suspects(dw, self._arithmetic(Matrix.DW, by, m))
-        certain = suspects.rows[suspects.certain]
-        if certain.size:
-            excess = float(suspects.excess[suspects.certain].max())
-            raise _wrong_sum(int(certain[0]), len(certain), excess, by, self._plan)
+        for matrix, product in self._sums.items():
+            with self._working():
+                arithmetic = self._arithmetic(matrix, by, m)
+                suspects, _ = product.suspects(sums[matrix], arithmetic)
+            if suspects.certain.any():
+                raise _wrong_sum(matrix, suspects, by, self._plan)
 
     def check_arrays(
         self,
@@ -153,36 +153,48 @@ class Verifier:
             came = {each: rows.take(first, last) for each, rows in rows_of.items()}
             self.check_rows(taken, came, first, by)
             self.add(taken)
-        if self._sum is None:
-            return
-        with self._working():
-            dw = results[Matrix.DW]
-            self._again_without(self._sum.no_numbers, operands, m)
-            arithmetic = self._arithmetic(Matrix.DW, by, m)
-            suspects, length = self._sum.suspects(dw, arithmetic)
-
-            def again(rows: Array) -> tuple[Array, Array]:
-                parts = (
-                    (taken[Matrix.X], taken[Matrix.DY])
-                    for _, taken in self._parts(operands, m)
-                )
-                return summed_again(parts, rows, self._plan.k)
-
-            wrong = settle(suspects, dw, arithmetic, length, again)
+        for matrix in self._sums:
+            with self._working():
+                wrong = self._wrong_in_sum(matrix, operands, results[matrix], m, by)
             if wrong is not None:
-                raise _wrong_element(Matrix.DW, wrong, 0, by, self._plan)
+                raise _wrong_element(matrix, wrong, 0, by, self._plan)
 
-    def _again_without(
-        self, columns: Array, operands: Mapping[Matrix, Operand], m: int
-    ) -> None:
-        """Begin dW's sums anew, if there are columns that spoil them."""
+    def _wrong_in_sum(
+        self,
+        matrix: Matrix,
+        operands: Mapping[Matrix, Operand],
+        result: Array,
+        m: int,
+        by: Computed,
+    ) -> Wrong | None:
+        """What is most wrong in a sum, whose operands are still there."""
+        first, second = matrix.needs
+        product = self._without_spoilt(matrix, operands, m)
+        arithmetic = self._arithmetic(matrix, by, m)
+        suspects, length = product.suspects(result, arithmetic)
+
+        def again(rows: Array) -> tuple[Array, Array]:
+            parts = (
+                (taken[first], taken[second]) for _, taken in self._parts(operands, m)
+            )
+            return summed_again(parts, rows, result.shape[1])
+
+        return settle(suspects, result, arithmetic, length, again)
+
+    def _without_spoilt(
+        self, matrix: Matrix, operands: Mapping[Matrix, Operand], m: int
+    ) -> SumProduct:
+        """A sum's check; begun anew, if there are columns that spoil its sums."""
+        product = self._sums[matrix]
+        columns = product.no_numbers
         if not columns.size:
-            return
-        random_sums = self._random_sums(Matrix.DW, m)
+            return product
+        random_sums = self._random_sums(matrix, m)
         random_sums.mask(columns)
-        self._sum = SumProduct(self._plan.n, random_sums)
+        product = SumProduct(self._plan.shape(matrix, 0)[0], random_sums)
         for _, taken in self._parts(operands, m):
-            self._sum.add(*(self._wide(taken[each]) for each in Matrix.DW.needs))
+            product.add(*(self._wide(taken[each]) for each in matrix.needs))
+        return product
 
     def _parts(
         self, operands: Mapping[Matrix, Operand], m: int
@@ -257,17 +269,19 @@ def _wrong_element(
 
 
 def _wrong_sum(
-    row: int, rows: int, excess: float, by: Computed, plan: Plan
+    matrix: Matrix, suspects: SuspectRows, by: Computed, plan: Plan
 ) -> VerificationError:
-    others = f" and in {rows - 1} more" if rows > 1 else ""
+    certain = suspects.rows[suspects.certain]
+    row, excess = int(certain[0]), float(suspects.excess[suspects.certain].max())
+    others = f" and in {len(certain) - 1} more" if len(certain) > 1 else ""
     how_far = f"off by {excess:.3g} times what rounding explains"
     error = _error(
-        f"dw is wrong in row {row}{others}: sums of its elements are"
+        f"{matrix.label} is wrong in row {row}{others}: sums of its elements are"
         f" {how_far if excess else 'no numbers'}",
         by,
         plan,
     )
-    error.result, error.row = Matrix.DW.label, row
+    error.result, error.row = matrix.label, row
     error.error, error.bound = (excess, 1.0) if excess else (None, None)
     return error
 

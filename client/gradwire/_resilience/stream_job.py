@@ -15,6 +15,7 @@ from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
 from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
+from gradwire._core.outputs import output_shape
 from gradwire._core.receiver import BlockSink, Sink
 from gradwire._core.resume import (
     ResumePoint,
@@ -44,7 +45,7 @@ class StreamJob:
         exchange: The conversation with the server, that of the last attempt.
         options: What the caller asked for.
         ready: Row blocks that are complete and were not handed out yet.
-        dw: dW; None where it is not wanted.
+        sums: The wanted results that are summed over row blocks.
         receipt: What became of the job, once it is done.
         address: Of the server of the attempt that runs.
         check: What checks the results before they are handed out, if anything.
@@ -73,10 +74,12 @@ class StreamJob:
         self._checkpoint_rows = checkpoint_rows
         self.ready: deque[RowBlock] = deque()
         self._w = w if Matrix.W in plan.operands else None
-        self.dw: Array | None = None
-        if Matrix.DW in plan.results:
-            dtype = plan.array_dtype(Matrix.DW)
-            self.dw = np.empty((plan.n, plan.k), dtype.numpy)
+        self.sums: dict[Matrix, Array] = {
+            matrix: np.empty(
+                output_shape(plan, {}, matrix), plan.array_dtype(matrix).numpy
+            )
+            for matrix in plan.sums
+        }
         self._next_row = 0
         self._point: ResumePoint | None = None
         self._cause: GradwireError | None = None
@@ -95,8 +98,8 @@ class StreamJob:
         self._sender = Sender(plan)
         self._blocks = self._block_sinks(plan)
         sinks: dict[Matrix, Sink] = dict(self._blocks)
-        if self.dw is not None:
-            sinks[Matrix.DW] = ArraySink(self.dw, plan.result_dtype(Matrix.DW))
+        for matrix, array in self.sums.items():
+            sinks[matrix] = ArraySink(array, plan.result_dtype(matrix))
         self.exchange = JobExchange(
             plan,
             self._sender,
@@ -122,18 +125,14 @@ class StreamJob:
         while filled and all(self._next_row in sink.complete for sink in filled):
             self._hand_out(len(filled[0].complete[self._next_row]))
         self._held.discard_before(self._needed_row())
-        if (
-            self.dw is not None
-            and self._checkpoint_rows is None
-            and self._held.first_available
-        ):
+        if self.sums and self._checkpoint_rows is None and self._held.first_available:
             self._held.disable()  # the first rows are needed, and held no more
 
     def finish(self, attempts: Attempts | None = None) -> Receipt:
         """The server has ended the stream with OK; see `Exchange.finish`.
 
         Raises:
-            VerificationError: The last block or dW is wrong.
+            VerificationError: The last block or a sum is wrong.
         """
         receipt = self._copies.told(self.exchange.finish())
         if attempts is not None:
@@ -142,7 +141,7 @@ class StreamJob:
             self._hand_out(min(receipt.block_rows, receipt.m - self._next_row))
         receipt = replace(receipt, server_address=self.address)
         if self.check is not None:
-            self.check.finish(self.dw, receipt.m, Computed.of(receipt, self.address))
+            self.check.finish(self.sums, receipt.m, Computed.of(receipt, self.address))
             receipt = replace(receipt, verifying_s=self.check.seconds)
         self.receipt = receipt
         self._held.discard_before(receipt.m)
@@ -204,7 +203,7 @@ class StreamJob:
     def _needed_row(self) -> int:
         """The first row that an attempt after this one may have to send."""
         here = self._next_row - self._next_row % self._sender.block_rows
-        if self.dw is None:
+        if not self.sums:
             return here
         sure = self.exchange.committed_rows
         # A server that stops sums no fewer rows than it has sent results of.

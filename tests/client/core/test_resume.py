@@ -74,7 +74,7 @@ def test_a_checkpoint_comes_in_parts_and_counts_when_it_is_whole() -> None:
     came = one.within(None)
     assert came is not None
     assert came.rows == 32
-    assert came.dw.tobytes() == SUM.tobytes()
+    assert came.sums[Matrix.DW].tobytes() == SUM.tobytes()
 
 
 def test_the_last_one_counts_for_which_no_result_is_missing() -> None:
@@ -84,7 +84,7 @@ def test_the_last_one_counts_for_which_no_result_is_missing() -> None:
     assert one.within(16) is None
     sure = one.within(40)
     assert sure is not None
-    assert (sure.rows, sure.dw[0, 0]) == (32, 1)
+    assert (sure.rows, sure.sums[Matrix.DW][0, 0]) == (32, 1)
     send(one, 64, 3)
     assert one.committed_rows == 32
     assert one.within(64) is not None
@@ -93,7 +93,7 @@ def test_the_last_one_counts_for_which_no_result_is_missing() -> None:
 
 @pytest.mark.parametrize("rows", [0, 16, 40, 1008, -16])
 def test_a_checkpoint_that_cannot_be_is_refused(rows: int) -> None:
-    one = checkpoints(Checkpoint(16, SUM.reshape(N, K)))
+    one = checkpoints(Checkpoint(16, {Matrix.DW: SUM.reshape(N, K)}))
     with pytest.raises(gradwire.ProtocolError, match=f"a checkpoint of {rows} rows"):
         one.begin(rows, 1000, B)
 
@@ -106,7 +106,7 @@ def test_elements_that_are_not_next_are_refused(wrong: Chunk) -> None:
     with pytest.raises(gradwire.ProtocolError, match="did not announce"):
         one.take(chunk(0, SUM))
     one.begin(16, 1000, B)
-    with pytest.raises(gradwire.ProtocolError, match="bytes of a sum of dW"):
+    with pytest.raises(gradwire.ProtocolError, match="bytes of a sum of dw"):
         one.take(wrong)
 
 
@@ -120,7 +120,7 @@ def test_a_damaged_sum_is_found_out() -> None:
     assert not one.coming
 
 
-SUMMED = Checkpoint(32, SUM.reshape(N, K))
+SUMMED = Checkpoint(32, {Matrix.DW: SUM.reshape(N, K)})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from gradwire._client._sync.row_source import SyncRowSource
 from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob
+from gradwire_protocol.matrices import Matrix
 from tests.client.core.fake_server import FakeServer, converse
 from tests.support import oracle
 
@@ -75,9 +76,9 @@ def test_row_blocks_come_back_in_order_and_whole(
             assert (part is not None) == (name in results)
             if part is not None:
                 assert np.allclose(part, expected[name][where])
-    assert (job.dw is not None) == ("dw" in results)
-    if job.dw is not None:
-        assert np.allclose(job.dw, expected["dw"])
+    assert [matrix.label for matrix in job.sums] == [r for r in results if r == "dw"]
+    for matrix, array in job.sums.items():
+        assert np.allclose(array, expected[matrix.label])
     assert job.receipt is not None
     assert job.receipt.m == m
 
@@ -102,9 +103,9 @@ def test_what_is_not_needed_may_be_left_out(results: str, item: Any) -> None:
 def test_no_rows_at_all_give_empty_results() -> None:
     job, blocks = run([])
     assert blocks == []
-    assert job.dw is not None
-    assert not job.dw.any()
-    assert job.dw.shape == (3, 2)
+    dw = job.sums[Matrix.DW]
+    assert not dw.any()
+    assert dw.shape == (3, 2)
 
 
 @pytest.mark.parametrize(

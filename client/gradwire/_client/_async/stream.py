@@ -16,6 +16,7 @@ from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob, require_receipt
 from gradwire._transport.async_io import AsyncLock, run_beside
 from gradwire._transport.grpc.async_call import AsyncCall
+from gradwire_protocol.matrices import Matrix
 
 R = TypeVar("R")
 
@@ -115,7 +116,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             ClientStateError: The stream is not exhausted.
         """
         require_receipt(self._job)
-        return self._job.dw if self._job else None
+        return self._job.sums.get(Matrix.DW) if self._job else None
 
     @property
     def receipt(self) -> Receipt:

@@ -18,6 +18,7 @@ from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob, require_receipt
 from gradwire._transport.grpc.sync_call import SyncCall
 from gradwire._transport.sync_io import SyncLock, run_beside
+from gradwire_protocol.matrices import Matrix
 
 R = TypeVar("R")
 
@@ -117,7 +118,7 @@ class GradientStream(Iterator[RowBlock]):
             ClientStateError: The stream is not exhausted.
         """
         require_receipt(self._job)
-        return self._job.dw if self._job else None
+        return self._job.sums.get(Matrix.DW) if self._job else None
 
     @property
     def receipt(self) -> Receipt:
