@@ -143,12 +143,12 @@ def compute(
             )
             with stream:
                 for block in stream:
-                    if block.y is not None:
-                        files.append("y", block.y)
-                    if block.dx is not None:
-                        files.append("dx", block.dx)
-                if stream.dw is not None:
-                    files.append("dw", stream.dw)
+                    for result in wanted:
+                        if result.row_wise:
+                            files.append(result.label, getattr(block, result.label))
+                for result in wanted:
+                    if result.is_sum:
+                        files.append(result.label, getattr(stream, result.label))
         written = files.commit()
     if not quiet:
         if len(address) > 1:
@@ -218,7 +218,7 @@ def _summary(
         + (f", {format_bytes(moved / seconds)}/s" if seconds else ""),
     )
     m, n, k = operands.m, operands.n, operands.k
-    flops = 2 * m * n * k * len(specs)
+    flops = m * sum(Matrix[name.upper()].row_operations(n, k) for name in specs)
     if receipt.verifying_s:
         yield "verified", f"in {format_seconds(receipt.verifying_s)}"
     yield (

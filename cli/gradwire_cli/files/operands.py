@@ -163,13 +163,10 @@ class Operands:
             wanted: The results.
             dtypes: Dtypes that differ from the operands' dtype.
         """
-        shapes = {
-            Matrix.Y: (self.m, self.k),
-            Matrix.DX: (self.m, self.n),
-            Matrix.DW: (self.n, self.k),
-        }
         return {
-            r.label: ResultSpec(shapes[r], dtypes.get(r.label, self.dtype))
+            r.label: ResultSpec(
+                r.shape(self.m, self.n, self.k), dtypes.get(r.label, self.dtype)
+            )
             for r in wanted
         }
 
