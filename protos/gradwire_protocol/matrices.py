@@ -35,6 +35,8 @@ _TABLE = {
     "DX": _Row("m", "n", ("DY", "W")),
     "DW": _Row("n", "k", ("X", "DY"), "DW_SUM"),
     "DW_SUM": _Row("n", "k"),
+    "DB": _Row("1", "k", ("DY",), "DB_SUM"),
+    "DB_SUM": _Row("1", "k"),
 }
 
 
@@ -53,6 +55,8 @@ class Matrix(enum.IntEnum):
     DW = 6
     DW_SUM = 7
     """The unrounded sum of dW over a job's first rows, as in checkpoints."""
+    DB = 8
+    DB_SUM = 9
 
     label: str
     """Name in messages and fields: ``x``, ``w``, ``dy``, ..."""
@@ -60,6 +64,8 @@ class Matrix(enum.IntEnum):
     """Whether the matrix has the job's m rows."""
     is_sum: bool
     """Whether the matrix is a result summed over row blocks."""
+    is_vector: bool
+    """Whether the matrix has one row in any job."""
 
     def __init__(self, _: int) -> None:
         # Computed once: used for every message.
@@ -68,6 +74,7 @@ class Matrix(enum.IntEnum):
         self._rows, self._columns, self._needs, self._partial = row
         self.row_wise = self._rows == "m"
         self.is_sum = bool(self._partial)
+        self.is_vector = self._rows == "1"
         of_operands = (_TABLE[name].sizes for name in self._needs)
         self._terms = set().union(*of_operands) - {"m"}
 
@@ -87,7 +94,8 @@ class Matrix(enum.IntEnum):
 
     def shape(self, m: int, n: int, k: int) -> tuple[int, int]:
         """Rows and columns of the matrix."""
-        return m if self.row_wise else n, self.row_length(n, k)
+        rows = m if self.row_wise else 1 if self.is_vector else n
+        return rows, self.row_length(n, k)
 
     def row_operations(self, n: int, k: int) -> int:
         """Multiplications and additions of a result for each of the job's rows."""
@@ -97,6 +105,9 @@ class Matrix(enum.IntEnum):
 
 OPERANDS = (Matrix.X, Matrix.W, Matrix.DY)
 RESULTS = tuple(matrix for matrix in Matrix if matrix.needs)
+
+DEFAULT_RESULTS = (Matrix.Y, Matrix.DX, Matrix.DW)
+"""The results that callers get who name none."""
 
 ROW_OPERANDS = tuple(matrix for matrix in OPERANDS if matrix.row_wise)
 """Operands with m rows, in the order that breaks ties."""

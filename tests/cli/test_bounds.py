@@ -32,7 +32,7 @@ def to_tf32(a: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def as_a_server_would(job: Products) -> dict[str, npt.NDArray[np.float64]]:
     sums, result = job.dtype.sums_in.numpy, job.dtype.numpy
     x, w, dy = (a.astype(sums) for a in job.operands)
-    products = {"y": x @ w, "dx": dy @ w.T, "dw": x.T @ dy}
+    products = {"y": x @ w, "dx": dy @ w.T, "dw": x.T @ dy, "db": dy.sum(axis=0)}
     return {name: a.astype(result).astype(np.float64) for name, a in products.items()}
 
 

@@ -158,6 +158,20 @@ def test_results_have_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
     assert dtypes == {"y": "float16", "dx": "float32", "dw": "float64"}
 
 
+def test_column_sums_of_dy_need_no_other_file(tmp_path: Path) -> None:
+    problem = whole_numbers(50, 7, 5, "float32", ("db",))
+    np.save(tmp_path / "g.npy", problem.dy)
+    out = tmp_path / "out"
+    done = gradwire(
+        *("compute", "--dy", tmp_path / "g.npy", "--out", out, "--results=db"),
+        "--verify",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert listing(out) == ["db.npy"]
+    assert "5 float32" in done.stdout
+    np.testing.assert_array_equal(np.load(out / "db.npy"), problem.dy.sum(axis=0))
+
+
 def test_float32_may_travel_in_half_the_bytes(tmp_path: Path) -> None:
     problem = whole_numbers(50, 7, 5, "float32")
     paths = save(tmp_path, problem)

@@ -20,7 +20,7 @@ from gradwire_cli.files.results import ResultSpec
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import RESULTS, Matrix
 
-X, W, DY, Y, DX, DW, _ = Matrix
+X, W, DY, Y, DX, DW, _, DB, _ = Matrix
 
 
 def paths(*operands: Matrix) -> dict[Matrix, Path]:
@@ -51,8 +51,9 @@ def test_one_file_suffices_for_nothing(given: tuple[Matrix, ...]) -> None:
 
 def test_named_results_are_wanted_and_their_operands_required() -> None:
     assert wanted_results(("dw", "y"), paths(X, W, DY)) == (Y, DW)
-    with pytest.raises(CommandError, match="names 'db': expected some of y,dx,dw"):
-        wanted_results(("y", "db"), paths(X, W, DY))
+    assert wanted_results(("db",), paths(DY)) == (DB,)
+    with pytest.raises(CommandError, match="names 'b': expected some of y,dx,dw,db"):
+        wanted_results(("y", "b"), paths(X, W, DY))
     with pytest.raises(CommandError, match="names nothing"):
         wanted_results((), paths(X, W, DY))
     with pytest.raises(CommandError, match="y, dw cannot be computed without dy"):

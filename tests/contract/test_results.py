@@ -245,7 +245,7 @@ def test_a_result_comes_in_the_dtype_that_it_was_asked_in(channel, dtype, wider)
 
 @pytest.mark.parametrize("narrower", ["float16", "bfloat16"])
 def test_a_result_may_be_narrower_than_the_operands(channel, narrower):
-    problem = whole_numbers(100, 6, 5, "float64")
+    problem = whole_numbers(100, 6, 5, "float64", tuple(NEEDS))
     results = dict.fromkeys(NEEDS, narrower)
     outcome = stream_job(channel, problem, results=results)
     assert_exact(outcome, problem, **results)

@@ -10,7 +10,9 @@ from gradwire_protocol import limits
 from gradwire_protocol.dtypes import ACCUMULATORS, WIRE_DTYPES, Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.matrices import (
+    DEFAULT_RESULTS,
     OPERANDS,
+    PARTIAL_SUMS,
     RESULTS,
     ROW_OPERANDS,
     ROW_RESULTS,
@@ -106,13 +108,26 @@ def test_limits_of_a_dtype_are_those_of_ieee_754(
 
 
 def test_operands_and_results_are_all_the_matrices():
-    assert set(OPERANDS) | set(RESULTS) == set(Matrix) - {Matrix.DW_SUM}
+    assert set(OPERANDS) | set(RESULTS) == set(Matrix) - set(PARTIAL_SUMS)
     assert not set(OPERANDS) & set(RESULTS)
     assert set(ROW_OPERANDS) < set(OPERANDS)
     assert set(ROW_RESULTS) < set(RESULTS)
     assert all(result.needs for result in RESULTS)
     assert not any(operand.needs for operand in OPERANDS)
     assert set(SUMS) == set(RESULTS) - set(ROW_RESULTS)
+    assert set(DEFAULT_RESULTS) < set(RESULTS)
+
+
+def test_every_sum_has_a_partial_sum_of_its_shape():
+    assert PARTIAL_SUMS == {Matrix.DW_SUM: Matrix.DW, Matrix.DB_SUM: Matrix.DB}
+    for partial, result in PARTIAL_SUMS.items():
+        assert result.partial is partial
+        assert partial.shape(2, 3, 5) == result.shape(2, 3, 5)
+
+
+def test_a_product_takes_two_operations_for_each_of_its_terms():
+    operations = {result: result.row_operations(3, 5) for result in RESULTS}
+    assert operations == dict.fromkeys(DEFAULT_RESULTS, 30) | {Matrix.DB: 10}
 
 
 @pytest.mark.parametrize(
@@ -122,11 +137,12 @@ def test_operands_and_results_are_all_the_matrices():
         ((Matrix.Y,), (Matrix.X, Matrix.W)),
         ((Matrix.DX,), (Matrix.W, Matrix.DY)),
         ((Matrix.DW,), (Matrix.X, Matrix.DY)),
+        ((Matrix.DB,), (Matrix.DY,)),
         ((Matrix.DX, Matrix.DW), OPERANDS),
         (RESULTS, OPERANDS),
     ],
 )
-def test_each_result_needs_two_operands(results, operands):
+def test_each_result_needs_its_operands(results, operands):
     assert operands_for(results) == operands
 
 
@@ -140,6 +156,8 @@ def test_shapes_follow_from_m_n_and_k():
         "dx": (2, 3),
         "dw": (3, 5),
         "dw_sum": (3, 5),
+        "db": (1, 5),
+        "db_sum": (1, 5),
     }
 
 
@@ -150,6 +168,8 @@ def test_rows_have_n_columns_in_x_and_dx_and_k_in_the_others():
         Matrix.W: 5,
         Matrix.DW: 5,
         Matrix.DW_SUM: 5,
+        Matrix.DB: 5,
+        Matrix.DB_SUM: 5,
         Matrix.Y: 5,
         Matrix.DY: 5,
     }

@@ -21,7 +21,7 @@ from tests.support.proxy import Direction, Fault, Proxy
 from tests.support.serving import BACKEND, ServerProcess, running_server
 
 X, W, DY = oracle.operands(405, 30, 20)
-SETS = [("y",), ("dw",), ("dx", "dw"), ("y", "dx", "dw")]
+SETS = [("y",), ("dw",), ("dx", "dw"), ("y", "dx", "dw"), ("db",), ("dw", "db")]
 SOON = gradwire.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.1, budget=1e6)
 B = 16
 """Rows of a block: 405 are 26 blocks, of which the last is short."""
@@ -48,7 +48,7 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="module")
 def expected(server: ServerProcess) -> gradwire.Gradients:
     with gradwire.connect(server.address) as client:
-        return client.gradients(X, W, DY)
+        return client.gradients(X, W, DY, results=("y", "dx", "dw", "db"))
 
 
 class Job:
@@ -160,7 +160,7 @@ def test_arrays_cut_off_between_any_messages(
     results: Any,
 ) -> None:
     job = job_of(kind)
-    for rows in (None, 50) if "dw" in results else (None,):
+    for rows in (None, 50) if {"dw", "db"} & set(results) else (None,):
 
         def run(rows: int | None = rows) -> gradwire.Gradients:
             return job.gradients(results, checkpoint_rows=rows)
@@ -189,7 +189,7 @@ def test_streams_cut_off_between_any_messages(
     source: Any,
 ) -> None:
     job = job_of(kind)
-    for results in SETS[::3]:
+    for results in (*SETS[::3], ("y", "dw", "db")):
 
         def run(results: Any = results) -> Any:
             return job.stream(source(), results, checkpoint_rows=50)
@@ -199,8 +199,10 @@ def test_streams_cut_off_between_any_messages(
             blocks, stream = run()
             if results != ("dw",):
                 assert_blocks(blocks, results, expected)
-            if "dw" in results:
-                assert oracle.same_bits(stream.dw, expected.dw), fault
+            for name in {"dw", "db"} & set(results):
+                assert oracle.same_bits(
+                    getattr(stream, name), getattr(expected, name)
+                ), fault
 
 
 @pytest.mark.parametrize("of", ["requests", "responses"])

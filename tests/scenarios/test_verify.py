@@ -152,6 +152,21 @@ def test_a_wrong_result_raises_and_says_which_and_whose(
         assert error.error > error.bound
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["element", "block"])
+def test_a_wrong_sum_of_columns_is_always_found(
+    server: WrongServer, form: Form, kind: str, dtype: str
+) -> None:
+    server.does(Fault(kind, "db", column=39, by=2.0))
+    x, w, dy = oracle.operands(M, N, K, dtype)
+    dy[:, 39] = 1 / 64  # sums to 11, in steps of 1/16 in bfloat16
+    with pytest.raises(gradwire.VerificationError, match="db is wrong in row 0") as e:
+        form(server.address, x, w, dy, results=("dw", "db"), verify=True)
+    assert e.value.result == "db"
+    assert e.value.column == 39 or kind == "block"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_without_verify_a_wrong_result_is_not_noticed(
     server: WrongServer, form: Form

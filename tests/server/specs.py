@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import BufferRef, JobSpec
-from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.matrices import RESULTS, Matrix
 
-ALL = (Matrix.Y, Matrix.DX, Matrix.DW)
+ALL = RESULTS
 
 
 def make_spec(

@@ -40,9 +40,9 @@ def operands(
 
 
 def exact(x: Any, w: Any, dy: Any) -> dict[str, Any]:
-    """Y, dX and dW in float64, of operands in any layout."""
+    """Y, dX, dW and db in float64, of operands in any layout."""
     x, w, dy = (np.asarray(a, dtype=np.float64) for a in (x, w, dy))
-    return {"y": x @ w, "dx": dy @ w.T, "dw": x.T @ dy}
+    return {"y": x @ w, "dx": dy @ w.T, "dw": x.T @ dy, "db": dy.sum(axis=0)}
 
 
 def bounds(
@@ -56,6 +56,7 @@ def bounds(
     """How far each element of a backend's result may be from the exact one."""
     magnitudes = exact(*(np.abs(np.asarray(a, dtype=np.float64)) for a in (x, w, dy)))
     lengths = {"y": w.shape[0], "dx": w.shape[1], "dw": x.shape[0]}
+    lengths["db"] = x.shape[0]
     sums_in = Dtype.named(dtype).sums_in.numpy
     result = ml_dtypes.finfo(numpy_dtype(result_dtype or dtype))
     allowed = {}
@@ -82,7 +83,7 @@ def assert_right(
     """Every result that is there is right, element by element."""
     expected = exact(x, w, dy)
     allowed = bounds(x, w, dy, dtype, result_dtype, backend)
-    for name in ("y", "dx", "dw"):
+    for name in ("y", "dx", "dw", "db"):
         actual = getattr(result, name, None)
         if actual is None:
             continue

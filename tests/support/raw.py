@@ -29,7 +29,7 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-NEEDS = {"y": ("x", "w"), "dx": ("dy", "w"), "dw": ("x", "dy")}
+NEEDS = {"y": ("x", "w"), "dx": ("dy", "w"), "dw": ("x", "dy"), "db": ("dy",)}
 INLINE = job_pb2.Operand(inline=job_pb2.InlineSource())
 Request = service_pb2.ComputeStreamRequest
 Response = service_pb2.ComputeStreamResponse
@@ -183,6 +183,7 @@ class Problem:
         """The results by float64; exact for operands of small whole numbers."""
         x, w, dy = (a.astype(np.float64) for a in (self.x, self.w, self.dy))
         exact = {"y": x @ w, "dx": dy @ w.T, "dw": x.T @ dy}
+        exact["db"] = dy.sum(axis=0, keepdims=True)
         return {
             name: exact[name].astype(DTYPES[dtypes.get(name, self.dtype)])
             for name in self.results
@@ -351,7 +352,7 @@ class Stream:
         outcome.receipt = message.receipt
         assert self.receive() is None
         m, n, k = outcome.receipt.m, job.n, job.k
-        shapes = {"y": (m, k), "dx": (m, n), "dw": (n, k)}
+        shapes = {"y": (m, k), "dx": (m, n), "dw": (n, k), "db": (1, k)}
         for name, data in parts.items():
             elements = np.frombuffer(b"".join(data), result_dtype(job, name))
             outcome.arrays[name] = elements.reshape(shapes[name])
@@ -416,6 +417,7 @@ def compute_request(
     response = service_pb2.ComputeResponse.FromString(answer)
     job = response.accepted.effective_job
     shapes = {"y": (job.m, job.k), "dx": (job.m, job.n), "dw": (job.n, job.k)}
+    shapes["db"] = (1, job.k)
     arrays = {
         name: np.frombuffer(getattr(response, name), result_dtype(job, name)).reshape(
             shape

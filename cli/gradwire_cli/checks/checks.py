@@ -41,7 +41,7 @@ class CheckResult:
     """m, n and k."""
 
     result: str
-    """``y``, ``dx`` or ``dw``; ``all`` for all results together."""
+    """``y``, ``dx``, ``dw`` or ``db``; ``all`` for all results together."""
 
     error: float
     """Error of the element with the largest ratio of error to bound, or, for an
@@ -146,13 +146,13 @@ def finite_differences(
 def products(
     client: Client, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[CheckResult]:
-    """Compare all three results for normal operands with float64 products.
+    """Compare all results for normal operands with float64 products.
 
     The sums are short, so the bound is tight: rounding the operands to TF32
     exceeds it many times.
     """
     job = normal_products(rng, (48, 40, 56), dtype)
-    results = client.gradients(*job.operands)
+    results = client.gradients(*job.operands, results=RESULTS)
     called = {name: getattr(results, name) for name in RESULTS}
     exact = job.exact()
     for name, bound in job.bounds(exact, results.receipt.device).items():
@@ -253,6 +253,7 @@ def not_finite(
             "y": np.sum(a[:, :, None] * b[None], axis=1),
             "dx": np.sum(c[:, :, None] * b.T[None], axis=1),
             "dw": np.sum(a.T[:, :, None] * c[None], axis=1),
+            "db": np.sum(c, axis=0),
         }
     yield _count("NaN and Inf", job, _called(client, job), expected)
 
@@ -294,7 +295,7 @@ _MOST_ROWS = 1_800_000
 
 
 def _called(client: Client, job: Products) -> Results:
-    results = client.gradients(*job.operands)
+    results = client.gradients(*job.operands, results=RESULTS)
     return {name: getattr(results, name) for name in RESULTS}
 
 
@@ -312,15 +313,17 @@ def _streamed(
         (x[first : first + rows_at_once], dy[first : first + rows_at_once])
         for first in range(0, m, rows_at_once)
     )
-    with client.stream(rows, w) as stream:
+    with client.stream(rows, w, results=RESULTS) as stream:
         for block in stream:
             here = slice(block.first_row, block.first_row + len(block))
             results["y"][here] = block.y
             results["dx"][here] = block.dx
-        dw = stream.dw
-    if dw is None:
-        raise TypeError("an exhausted stream has dW if dW was requested")
-    return {**results, "dw": dw}, stream.receipt
+        sums = {"dw": stream.dw, "db": stream.db}
+    for name, array in sums.items():
+        if array is None:
+            raise TypeError(f"an exhausted stream has {name} if it was requested")
+        results[name] = array
+    return results, stream.receipt
 
 
 def _exactly(check: str, job: Products, got: Results) -> Iterator[CheckResult]:

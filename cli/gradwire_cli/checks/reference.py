@@ -16,7 +16,7 @@ Doubles: TypeAlias = npt.NDArray[np.float64]
 Results: TypeAlias = dict[str, Array]
 Shape: TypeAlias = tuple[int, int, int]
 
-RESULTS = ("y", "dx", "dw")
+RESULTS = ("y", "dx", "dw", "db")
 
 
 class Products:
@@ -39,8 +39,8 @@ class Products:
         return self.x, self.w, self.dy
 
     def exact(self) -> dict[str, Doubles]:
-        """Y, dX and dW in float64."""
-        return _three_products(*self._widened())
+        """The results in float64."""
+        return _products(*self._widened())
 
     def bounds(
         self, exact: dict[str, Doubles], device: Device | None = None
@@ -61,8 +61,8 @@ class Products:
             )
 
         m, n, k = self.shape
-        magnitudes = _three_products(*(np.abs(a) for a in self._widened()))
-        lengths = {"y": n, "dx": k, "dw": m}
+        magnitudes = _products(*(np.abs(a) for a in self._widened()))
+        lengths = {"y": n, "dx": k, "dw": m, "db": m}
         return {
             name: arithmetic(length).bound(exact[name], magnitudes[name], length)
             for name, length in lengths.items()
@@ -119,7 +119,7 @@ def _same(a: Doubles, b: Doubles) -> npt.NDArray[np.bool_]:
     return same
 
 
-def _three_products(x: Array, w: Array, dy: Array) -> dict[str, Doubles]:
+def _products(x: Array, w: Array, dy: Array) -> dict[str, Doubles]:
     # In extended precision if available, and never with BLAS: a server on this
     # machine may use the same BLAS.
     x, w, dy = (a.astype(np.longdouble) for a in (x, w, dy))
@@ -127,5 +127,6 @@ def _three_products(x: Array, w: Array, dy: Array) -> dict[str, Doubles]:
         "y": np.einsum("mn,nk->mk", x, w),
         "dx": np.einsum("mk,nk->mn", dy, w),
         "dw": np.einsum("mn,mk->nk", x, dy),
+        "db": np.einsum("mk->k", dy),
     }
     return {name: a.astype(np.float64) for name, a in products.items()}

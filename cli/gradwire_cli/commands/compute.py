@@ -90,8 +90,8 @@ def compute(
         w: W, shape (n, k).
         dy: dY = dL/dY, shape (m, k).
         out: Output directory; created if missing.
-        results: Wanted results, from y,dx,dw. Default: all results possible
-            with the given files.
+        results: Wanted results, from y,dx,dw,db. Default: all of y,dx,dw
+            possible with the given files. db has the column sums of dY.
         address: Server address: HOST:PORT or unix:PATH. May be repeated, or
             dns:///HOST:PORT for every address of a name: the job goes to an
             available server.
@@ -101,7 +101,7 @@ def compute(
             Default: the operands' dtype.
         wire_dtype: Send float32 operands, and results not in --result-dtype,
             rounded to this dtype: half the bytes.
-        dw_accumulator: Dtype of the sum of dW over row blocks.
+        dw_accumulator: Dtype of the sums of dW and db over row blocks.
         allow_tf32: Let a GPU multiply float32 operands in TF32.
         checksum: Protect all payloads with CRC-32C.
         verify: Verify the results locally with random sums, block by block.
@@ -204,7 +204,7 @@ def _summary(
     written: Sequence[Path],
 ) -> Iterator[tuple[str, str]]:
     for spec, path in zip(specs.values(), written, strict=True):
-        yield str(path), f"{spec.shape[0]} x {spec.shape[1]} {spec.dtype.label}"
+        yield str(path), f"{' x '.join(map(str, spec.shape))} {spec.dtype.label}"
     yield "job", receipt.job_id
     yield "server", f"{server}, over {receipt.transport}"
     yield "device", f"{receipt.device.backend}: {receipt.device.name}"

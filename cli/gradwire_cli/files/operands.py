@@ -12,7 +12,7 @@ from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_cli.files.npy import Array, NpyMatrix, open_npy
 from gradwire_cli.files.results import ResultSpec
 from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.matrices import RESULTS, Matrix, operands_for
+from gradwire_protocol.matrices import DEFAULT_RESULTS, RESULTS, Matrix, operands_for
 
 _ROWS_BYTES = 4 << 20
 """Bytes of X and dY read at once."""
@@ -27,13 +27,13 @@ _MEANING = {
 def wanted_results(
     names: Sequence[str] | None, files: Mapping[Matrix, Path]
 ) -> tuple[Matrix, ...]:
-    """The results to compute: the named ones, or all possible with the files.
+    """The results to compute: the named ones, or what the files suffice for.
 
     Raises:
         CommandError: A name is unknown, or a needed file is missing.
     """
     if names is None:
-        wanted = tuple(r for r in RESULTS if all(o in files for o in r.needs))
+        wanted = tuple(r for r in DEFAULT_RESULTS if all(o in files for o in r.needs))
         if not wanted:
             raise CommandError(
                 "at least two operands are needed: x and w give y, dy and w give dx, "
@@ -165,7 +165,8 @@ class Operands:
         """
         return {
             r.label: ResultSpec(
-                r.shape(self.m, self.n, self.k), dtypes.get(r.label, self.dtype)
+                r.shape(self.m, self.n, self.k)[r.is_vector :],
+                dtypes.get(r.label, self.dtype),
             )
             for r in wanted
         }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import uuid
@@ -32,17 +33,17 @@ from gradwire_protocol.dtypes import Dtype
 class ResultSpec(NamedTuple):
     """Shape and dtype of a result in its file."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: Dtype
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all elements."""
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class ResultFiles:
-    """The files ``DIR/y.npy``, ``DIR/dx.npy`` and ``DIR/dw.npy`` of one job.
+    """The files ``DIR/y.npy``, ``DIR/dx.npy`` and so on of one job.
 
     A context manager: leaving it without `commit` leaves the directory
     unchanged. bfloat16 is written like NumPy writes it, as raw 2-byte elements.

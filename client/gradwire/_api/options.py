@@ -20,7 +20,7 @@ from gradwire._api.verify import Verify, VerifyLike, parse_verify
 from gradwire_protocol import checksum as checksums
 from gradwire_protocol import limits
 from gradwire_protocol.dtypes import ACCUMULATORS, WIRE_DTYPES, Dtype
-from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.matrices import DEFAULT_RESULTS, RESULTS, Matrix
 
 DtypeLike: TypeAlias = Any
 ResultDtypes: TypeAlias = "DtypeLike | Mapping[str, DtypeLike] | None"
@@ -33,7 +33,8 @@ _LONGEST_TIMEOUT_S = 365 * 86_400.0
 
 TRANSPORTS = ("auto", "tcp", "shm")
 
-_ALL_RESULTS = tuple(matrix.label for matrix in RESULTS)
+_DEFAULT_RESULTS = tuple(matrix.label for matrix in DEFAULT_RESULTS)
+_NAMES = ", ".join(matrix.label for matrix in RESULTS)
 
 _LEAST_TIMEOUT_S = 0.001
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
@@ -44,7 +45,7 @@ class Options:
     """What a caller asked for, beside the operands."""
 
     results: tuple[Matrix, ...]
-    """Wanted results, in the order Y, dX, dW."""
+    """Wanted results, in the order Y, dX, dW, dB."""
 
     result_dtypes: Mapping[Matrix, Dtype]
     """Of the results that shall not have the operands' dtype."""
@@ -124,7 +125,7 @@ def parse_options(**given: Unpack[GradientsOptions]) -> Options:
     Raises:
         InputError: A value is invalid; the text names its option.
     """
-    wanted = _results(given.get("results", _ALL_RESULTS))
+    wanted = _results(given.get("results", _DEFAULT_RESULTS))
     checksum = bool(given.get("checksum"))
     if checksum and not checksums.AVAILABLE:
         raise InputError(
@@ -282,9 +283,9 @@ def _results(results: str | Iterable[str]) -> tuple[Matrix, ...]:
     known = {matrix.label: matrix for matrix in RESULTS}
     for name in names:
         if not isinstance(name, str) or name not in known:
-            raise InputError(f"results has {name!r}; it can have y, dx and dw")
+            raise InputError(f"results has {name!r}; it can have {_NAMES}")
     if not names:
-        raise InputError("results is empty: name at least one of y, dx and dw")
+        raise InputError(f"results is empty: name at least one of {_NAMES}")
     wanted = {known[name] for name in names}
     return tuple(matrix for matrix in RESULTS if matrix in wanted)
 

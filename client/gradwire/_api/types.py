@@ -305,6 +305,8 @@ class _ThreeResults(NamedTuple):
 class Gradients(_ThreeResults):
     """The results of `gradients`: a tuple (y, dx, dw), None where not wanted.
 
+    `db` is no element of the tuple.
+
     Example:
         >>> result = client.gradients(x, w, dy)
         >>> y, dx, dw = result
@@ -315,14 +317,21 @@ class Gradients(_ThreeResults):
     receipt: Receipt
     """What became of the job."""
 
-    def __new__(cls, y: Any, dx: Any, dw: Any, receipt: Receipt) -> Gradients:
-        """The three results with their receipt."""
+    db: Any
+    """The column sums of dY, shape (k,): the gradient of a bias. None where not
+    wanted."""
+
+    def __new__(
+        cls, y: Any, dx: Any, dw: Any, receipt: Receipt, db: Any = None
+    ) -> Gradients:
+        """The results with their receipt."""
         self = super().__new__(cls, y, dx, dw)
         self.receipt = receipt
+        self.db = db
         return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return (*self, self.receipt)
+        return (*self, self.receipt, self.db)
 
 
 class _TwoResults(NamedTuple):

@@ -19,6 +19,8 @@ class ArraySink:
     """
 
     def __init__(self, array: Array, dtype: Dtype) -> None:
+        if array.ndim == 1:
+            array = array[None]
         self._target = array
         self._dtype = dtype.numpy
         self._columns = array.shape[-1]

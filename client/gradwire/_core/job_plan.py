@@ -194,8 +194,9 @@ def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
     if w is not None:
         n, k = w.rows, w.columns
     else:
-        # Only dW goes without W, and it has both of the others.
-        n, k = operands[Matrix.X].columns, operands[Matrix.DY].columns
+        # dW needs both of the others, dB only dY.
+        n = 0 if x is None else x.columns
+        k = operands[Matrix.DY].columns
     return Plan(None if rows is None else rows.rows, n, k, some.dtype, options)
 
 
@@ -213,10 +214,9 @@ def require(given: Mapping[Matrix, object], options: Options) -> None:
     for result in options.results:
         for needed in result.needs:
             if given.get(needed) is None:
-                first, second = (matrix.label for matrix in result.needs)
+                operands = " and ".join(matrix.label for matrix in result.needs)
                 raise InputError(
-                    f"{result.label} needs {first} and {second}, and {needed.label}"
-                    " is None"
+                    f"{result.label} needs {operands}, and {needed.label} is None"
                 )
 
 

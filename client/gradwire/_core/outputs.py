@@ -22,7 +22,7 @@ from gradwire._arrays.device_copy import (
 from gradwire._arrays.operand import Operand, as_numpy
 from gradwire._core.job_plan import Plan
 from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.matrices import DEFAULT_RESULTS, Matrix
 
 _OVERLAP_WORK = 10_000
 """How hard NumPy tries to prove that two strided arrays share no element."""
@@ -44,35 +44,36 @@ def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
 
     Args:
         out: None, a mapping from names, a tuple or list with an entry for
-            every one of `results` (None: make one), or, where there is only
-            one result, that array itself.
+            every one of `results` that is a default one (None: make one), or,
+            where there is only one result, that array itself.
         results: What the method returns.
 
     Raises:
         InputError: It has none of these forms.
     """
-    names = [matrix.label for matrix in results]
     if out is None:
         return {}
+    entries = [matrix for matrix in results if matrix in DEFAULT_RESULTS]
+    names = ", ".join(matrix.label for matrix in entries)
     if isinstance(out, Mapping):
         by_name = {matrix.label: matrix for matrix in results}
         for name in out:
             if name not in by_name:
-                raise InputError(f"out has {name!r}; it can have {', '.join(names)}")
+                raise InputError(f"out has {name!r}; it can have {', '.join(by_name)}")
         given = {by_name[name]: value for name, value in out.items()}
     elif isinstance(out, tuple | list):
-        if len(out) != len(results):
+        if len(out) != len(entries):
             raise InputError(
-                f"out has {len(out)} entries; it takes {len(results)}:"
-                f" {', '.join(names)}, with None for those to be made"
+                f"out has {len(out)} entries; it takes {len(entries)}:"
+                f" {names}, with None for those to be made"
             )
-        given = dict(zip(results, out, strict=True))
+        given = dict(zip(entries, out, strict=True))
     elif len(results) == 1:
         given = {results[0]: out}
     else:
         raise InputError(
             f"out is a {type(out).__qualname__}: give a mapping such as"
-            f' {{"{names[0]}": array}}, or a tuple of {", ".join(names)}'
+            f' {{"{results[0].label}": array}}, or a tuple of {names}'
         )
     return {matrix: value for matrix, value in given.items() if value is not None}
 
@@ -167,7 +168,7 @@ def output_shape(
 ) -> tuple[int, ...]:
     """Shape of a result, with the leading dimensions of its operand."""
     if matrix.is_sum:
-        return plan.shape(matrix, 0)
+        return plan.shape(matrix, 0)[matrix.is_vector :]
     lead = operands[matrix.needs[0]].lead
     return (*lead, matrix.row_length(plan.n, plan.k))
 

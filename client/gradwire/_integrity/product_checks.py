@@ -137,6 +137,36 @@ class SumProduct:
         return suspects, length
 
 
+class ColumnSums:
+    """c = 1ᵀ B, summed over rows of B that come and go: cheap enough to do again.
+
+    Args:
+        columns: Of B.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._exact, self._magnitude = np.zeros((2, 1, columns))
+        self._rows = 0
+
+    def add(self, b: Array) -> None:
+        """Take the next rows."""
+        wide = b.astype(np.float64)
+        self._exact += wide.sum(axis=0)
+        self._magnitude += np.abs(wide).sum(axis=0)
+        self._rows += len(b)
+
+    def wrong(self, c: Array, arithmetic: Arithmetic) -> Wrong | None:
+        """The element that is most wrong, if any is."""
+        return worst_element(
+            np.zeros(1, np.intp),
+            c[None],
+            arithmetic,
+            self._rows,
+            exact=self._exact,
+            magnitude=self._magnitude,
+        )
+
+
 def settle(
     suspects: SuspectRows, c: Array, arithmetic: Arithmetic, length: int, again: Again
 ) -> Wrong | None:

@@ -16,6 +16,7 @@ from gradwire._arrays.operand import Operand
 from gradwire._core.job_plan import Plan
 from gradwire._integrity.freivalds import SuspectRows, Wrong
 from gradwire._integrity.product_checks import (
+    ColumnSums,
     RowProduct,
     SumProduct,
     settle,
@@ -73,6 +74,7 @@ class Verifier:
         self._rng = np.random.default_rng()
         self._products: dict[Matrix, RowProduct] = {}
         self._sums: dict[Matrix, SumProduct] = {}
+        self._column_sums: dict[Matrix, ColumnSums] = {}
         with self._working():
             if w is not None:
                 whole = w.take(0, w.rows).astype(self._dtype, copy=False)
@@ -82,7 +84,9 @@ class Verifier:
                         self._products[matrix] = RowProduct(b, random_sums)
             for matrix in plan.sums:
                 rows, columns = plan.shape(matrix, 0)
-                if rows and columns:
+                if matrix.is_vector:
+                    self._column_sums[matrix] = ColumnSums(columns)
+                elif rows and columns:
                     random_sums = self._random_sums(matrix, plan.m or rows)
                     self._sums[matrix] = SumProduct(rows, random_sums)
 
@@ -99,6 +103,11 @@ class Verifier:
                 for first in range(0, len(a), self.step):
                     part = slice(first, first + self.step)
                     product.add(a[part], b[part])
+        for matrix, column_sums in self._column_sums.items():
+            with self._working():
+                rows = operands[matrix.needs[0]]
+                for first in range(0, len(rows), self.step):
+                    column_sums.add(rows[first : first + self.step])
 
     def check_rows(
         self,
@@ -131,6 +140,7 @@ class Verifier:
                 suspects, _ = product.suspects(sums[matrix], arithmetic)
             if suspects.certain.any():
                 raise _wrong_sum(matrix, suspects, by, self._plan)
+        self._check_column_sums(sums, m, by)
 
     def check_arrays(
         self,
@@ -156,6 +166,17 @@ class Verifier:
         for matrix in self._sums:
             with self._working():
                 wrong = self._wrong_in_sum(matrix, operands, results[matrix], m, by)
+            if wrong is not None:
+                raise _wrong_element(matrix, wrong, 0, by, self._plan)
+        self._check_column_sums(results, m, by)
+
+    def _check_column_sums(
+        self, results: Mapping[Matrix, Array], m: int, by: Computed
+    ) -> None:
+        for matrix, column_sums in self._column_sums.items():
+            with self._working():
+                arithmetic = self._arithmetic(matrix, by, m)
+                wrong = column_sums.wrong(results[matrix], arithmetic)
             if wrong is not None:
                 raise _wrong_element(matrix, wrong, 0, by, self._plan)
 
@@ -237,7 +258,7 @@ class Verifier:
             plan.dtype,
             plan.result_dtype(matrix),
             length,
-            tf32=plan.options.allow_tf32,
+            tf32=plan.options.allow_tf32 and not matrix.is_vector,
         )
 
     @contextmanager

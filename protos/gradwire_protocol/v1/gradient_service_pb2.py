@@ -26,7 +26,7 @@ from gradwire_protocol.v1 import job_pb2 as gradwire_dot_v1_dot_job__pb2
 from gradwire_protocol.v1 import matrix_pb2 as gradwire_dot_v1_dot_matrix__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"gradwire/v1/gradient_service.proto\x12\x0bgradwire.v1\x1a\x15gradwire/v1/job.proto\x1a\x18gradwire/v1/matrix.proto\"Q\n\x0e\x43omputeRequest\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.gradwire.v1.Job\x12\t\n\x01x\x18\x02 \x01(\x0c\x12\t\n\x01w\x18\x03 \x01(\x0c\x12\n\n\x02\x64y\x18\x04 \x01(\x0c\"\x84\x01\n\x0f\x43omputeResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.gradwire.v1.Accepted\x12\t\n\x01y\x18\x02 \x01(\x0c\x12\n\n\x02\x64x\x18\x03 \x01(\x0c\x12\n\n\x02\x64w\x18\x04 \x01(\x0c\x12%\n\x07receipt\x18\x05 \x01(\x0b\x32\x14.gradwire.v1.Receipt\"\x88\x01\n\x14\x43omputeStreamRequest\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x10.gradwire.v1.JobH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.ChunkH\x00\x12\x1f\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x10.gradwire.v1.EndH\x00\x42\t\n\x07message\"\xf1\x01\n\x15\x43omputeStreamResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.gradwire.v1.AcceptedH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.ChunkH\x00\x12\'\n\x07receipt\x18\x03 \x01(\x0b\x32\x14.gradwire.v1.ReceiptH\x00\x12%\n\x06queued\x18\x04 \x01(\x0b\x32\x13.gradwire.v1.QueuedH\x00\x12-\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x17.gradwire.v1.CheckpointH\x00\x42\t\n\x07message\"\'\n\x11OpenRegionRequest\x12\x12\n\nsize_bytes\x18\x01 \x01(\x03\"`\n\x12OpenRegionResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\n\n\x02\x66\x64\x18\x03 \x01(\x05\x12\x0e\n\x06\x63ookie\x18\x04 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"\x16\n\x14GetServerInfoRequest\"\xf6\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x17\n\x0fserver_instance\x18\x02 \x01(\t\x12\x10\n\x08\x63ontract\x18\x03 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\x12$\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x13.gradwire.v1.Device\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x06 \x01(\t\x12\"\n\x06\x64types\x18\x07 \x03(\x0e\x32\x12.gradwire.v1.Dtype\x12#\n\x06limits\x18\x08 \x01(\x0b\x32\x13.gradwire.v1.Limits\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x44\n\tlibraries\x18\n \x03(\x0b\x32\x31.gradwire.v1.GetServerInfoResponse.LibrariesEntry\x1a\x30\n\x0eLibrariesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x91\x01\n\x06Limits\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x10\n\x08max_jobs\x18\x02 \x01(\x05\x12\x11\n\tmax_queue\x18\x03 \x01(\x05\x12\x13\n\x0bmax_columns\x18\x04 \x01(\x03\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x03\x12\x1c\n\x14idle_timeout_seconds\x18\x06 \x01(\x01\x32\xdc\x02\n\x0fGradientService\x12\x44\n\x07\x43ompute\x12\x1b.gradwire.v1.ComputeRequest\x1a\x1c.gradwire.v1.ComputeResponse\x12Z\n\rComputeStream\x12!.gradwire.v1.ComputeStreamRequest\x1a\".gradwire.v1.ComputeStreamResponse(\x01\x30\x01\x12O\n\nOpenRegion\x12\x1e.gradwire.v1.OpenRegionRequest\x1a\x1f.gradwire.v1.OpenRegionResponse0\x01\x12V\n\rGetServerInfo\x12!.gradwire.v1.GetServerInfoRequest\x1a\".gradwire.v1.GetServerInfoResponseB8\n\x0eio.gradwire.v1P\x01Z\x16gradwire/v1;gradwirev1\xaa\x02\x0bGradwire.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"gradwire/v1/gradient_service.proto\x12\x0bgradwire.v1\x1a\x15gradwire/v1/job.proto\x1a\x18gradwire/v1/matrix.proto\"Q\n\x0e\x43omputeRequest\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.gradwire.v1.Job\x12\t\n\x01x\x18\x02 \x01(\x0c\x12\t\n\x01w\x18\x03 \x01(\x0c\x12\n\n\x02\x64y\x18\x04 \x01(\x0c\"\x90\x01\n\x0f\x43omputeResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.gradwire.v1.Accepted\x12\t\n\x01y\x18\x02 \x01(\x0c\x12\n\n\x02\x64x\x18\x03 \x01(\x0c\x12\n\n\x02\x64w\x18\x04 \x01(\x0c\x12%\n\x07receipt\x18\x05 \x01(\x0b\x32\x14.gradwire.v1.Receipt\x12\n\n\x02\x64\x62\x18\x06 \x01(\x0c\"\x88\x01\n\x14\x43omputeStreamRequest\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x10.gradwire.v1.JobH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.ChunkH\x00\x12\x1f\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x10.gradwire.v1.EndH\x00\x42\t\n\x07message\"\xf1\x01\n\x15\x43omputeStreamResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.gradwire.v1.AcceptedH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.ChunkH\x00\x12\'\n\x07receipt\x18\x03 \x01(\x0b\x32\x14.gradwire.v1.ReceiptH\x00\x12%\n\x06queued\x18\x04 \x01(\x0b\x32\x13.gradwire.v1.QueuedH\x00\x12-\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x17.gradwire.v1.CheckpointH\x00\x42\t\n\x07message\"\'\n\x11OpenRegionRequest\x12\x12\n\nsize_bytes\x18\x01 \x01(\x03\"`\n\x12OpenRegionResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\n\n\x02\x66\x64\x18\x03 \x01(\x05\x12\x0e\n\x06\x63ookie\x18\x04 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"\x16\n\x14GetServerInfoRequest\"\xf6\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x17\n\x0fserver_instance\x18\x02 \x01(\t\x12\x10\n\x08\x63ontract\x18\x03 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\x12$\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x13.gradwire.v1.Device\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x06 \x01(\t\x12\"\n\x06\x64types\x18\x07 \x03(\x0e\x32\x12.gradwire.v1.Dtype\x12#\n\x06limits\x18\x08 \x01(\x0b\x32\x13.gradwire.v1.Limits\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x44\n\tlibraries\x18\n \x03(\x0b\x32\x31.gradwire.v1.GetServerInfoResponse.LibrariesEntry\x1a\x30\n\x0eLibrariesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x91\x01\n\x06Limits\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x10\n\x08max_jobs\x18\x02 \x01(\x05\x12\x11\n\tmax_queue\x18\x03 \x01(\x05\x12\x13\n\x0bmax_columns\x18\x04 \x01(\x03\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x03\x12\x1c\n\x14idle_timeout_seconds\x18\x06 \x01(\x01\x32\xdc\x02\n\x0fGradientService\x12\x44\n\x07\x43ompute\x12\x1b.gradwire.v1.ComputeRequest\x1a\x1c.gradwire.v1.ComputeResponse\x12Z\n\rComputeStream\x12!.gradwire.v1.ComputeStreamRequest\x1a\".gradwire.v1.ComputeStreamResponse(\x01\x30\x01\x12O\n\nOpenRegion\x12\x1e.gradwire.v1.OpenRegionRequest\x1a\x1f.gradwire.v1.OpenRegionResponse0\x01\x12V\n\rGetServerInfo\x12!.gradwire.v1.GetServerInfoRequest\x1a\".gradwire.v1.GetServerInfoResponseB8\n\x0eio.gradwire.v1P\x01Z\x16gradwire/v1;gradwirev1\xaa\x02\x0bGradwire.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,23 +39,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMPUTEREQUEST']._serialized_start=100
   _globals['_COMPUTEREQUEST']._serialized_end=181
   _globals['_COMPUTERESPONSE']._serialized_start=184
-  _globals['_COMPUTERESPONSE']._serialized_end=316
-  _globals['_COMPUTESTREAMREQUEST']._serialized_start=319
-  _globals['_COMPUTESTREAMREQUEST']._serialized_end=455
-  _globals['_COMPUTESTREAMRESPONSE']._serialized_start=458
-  _globals['_COMPUTESTREAMRESPONSE']._serialized_end=699
-  _globals['_OPENREGIONREQUEST']._serialized_start=701
-  _globals['_OPENREGIONREQUEST']._serialized_end=740
-  _globals['_OPENREGIONRESPONSE']._serialized_start=742
-  _globals['_OPENREGIONRESPONSE']._serialized_end=838
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=840
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=862
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=865
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1239
-  _globals['_GETSERVERINFORESPONSE_LIBRARIESENTRY']._serialized_start=1191
-  _globals['_GETSERVERINFORESPONSE_LIBRARIESENTRY']._serialized_end=1239
-  _globals['_LIMITS']._serialized_start=1242
-  _globals['_LIMITS']._serialized_end=1387
-  _globals['_GRADIENTSERVICE']._serialized_start=1390
-  _globals['_GRADIENTSERVICE']._serialized_end=1738
+  _globals['_COMPUTERESPONSE']._serialized_end=328
+  _globals['_COMPUTESTREAMREQUEST']._serialized_start=331
+  _globals['_COMPUTESTREAMREQUEST']._serialized_end=467
+  _globals['_COMPUTESTREAMRESPONSE']._serialized_start=470
+  _globals['_COMPUTESTREAMRESPONSE']._serialized_end=711
+  _globals['_OPENREGIONREQUEST']._serialized_start=713
+  _globals['_OPENREGIONREQUEST']._serialized_end=752
+  _globals['_OPENREGIONRESPONSE']._serialized_start=754
+  _globals['_OPENREGIONRESPONSE']._serialized_end=850
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=852
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=874
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=877
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1251
+  _globals['_GETSERVERINFORESPONSE_LIBRARIESENTRY']._serialized_start=1203
+  _globals['_GETSERVERINFORESPONSE_LIBRARIESENTRY']._serialized_end=1251
+  _globals['_LIMITS']._serialized_start=1254
+  _globals['_LIMITS']._serialized_end=1399
+  _globals['_GRADIENTSERVICE']._serialized_start=1402
+  _globals['_GRADIENTSERVICE']._serialized_end=1750
 # @@protoc_insertion_point(module_scope)

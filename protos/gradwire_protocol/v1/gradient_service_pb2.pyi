@@ -21,18 +21,20 @@ class ComputeRequest(_message.Message):
     def __init__(self, job: _Optional[_Union[_job_pb2.Job, _Mapping]] = ..., x: _Optional[bytes] = ..., w: _Optional[bytes] = ..., dy: _Optional[bytes] = ...) -> None: ...
 
 class ComputeResponse(_message.Message):
-    __slots__ = ("accepted", "y", "dx", "dw", "receipt")
+    __slots__ = ("accepted", "y", "dx", "dw", "receipt", "db")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     Y_FIELD_NUMBER: _ClassVar[int]
     DX_FIELD_NUMBER: _ClassVar[int]
     DW_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    DB_FIELD_NUMBER: _ClassVar[int]
     accepted: _job_pb2.Accepted
     y: bytes
     dx: bytes
     dw: bytes
     receipt: _job_pb2.Receipt
-    def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., y: _Optional[bytes] = ..., dx: _Optional[bytes] = ..., dw: _Optional[bytes] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ...) -> None: ...
+    db: bytes
+    def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., y: _Optional[bytes] = ..., dx: _Optional[bytes] = ..., dw: _Optional[bytes] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ..., db: _Optional[bytes] = ...) -> None: ...
 
 class ComputeStreamRequest(_message.Message):
     __slots__ = ("job", "chunk", "end")

@@ -73,11 +73,11 @@ class GradientServiceServicer(object):
     def ComputeStream(self, request_iterator, context):
         """Runs a job of any size. The client sends Job, waits for Accepted, sends W,
         then X and dY in turn, then End, and half-closes. The server sends Y and dX
-        as soon as a row block is computed, then dW, then Receipt. The next rows to
+        as soon as a row block is computed, then dW and dB, then Receipt. The next rows to
         send belong to the operand with fewer complete rows sent, X on a tie;
         neither may lead by more than Accepted.window_rows. A client must read while
         it writes.
-        A job with Checkpoints receives the sum of dW in between. A job with Resume
+        A job with Checkpoints receives the sums so far in between. A job with Resume
         continues an interrupted job.
         A job in shared memory has no Chunks: the client sends Job, with its m, and
         End; the server sends Accepted and Receipt.

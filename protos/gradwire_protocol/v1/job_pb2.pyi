@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume")
+    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume", "db")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class Job(_message.Message):
     REGIONS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    DB_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     m: int
     n: int
@@ -45,7 +46,8 @@ class Job(_message.Message):
     regions: _containers.RepeatedCompositeFieldContainer[SharedRegion]
     checkpoints: Checkpoints
     resume: Resume
-    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+    db: Result
+    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., db: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
 
 class Checkpoints(_message.Message):
     __slots__ = ("rows",)
@@ -54,16 +56,18 @@ class Checkpoints(_message.Message):
     def __init__(self, rows: _Optional[int] = ...) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("fingerprint", "first_row", "results_from_row", "dw_sum")
+    __slots__ = ("fingerprint", "first_row", "results_from_row", "dw_sum", "db_sum")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FROM_ROW_FIELD_NUMBER: _ClassVar[int]
     DW_SUM_FIELD_NUMBER: _ClassVar[int]
+    DB_SUM_FIELD_NUMBER: _ClassVar[int]
     fingerprint: NumericsFingerprint
     first_row: int
     results_from_row: int
     dw_sum: Operand
-    def __init__(self, fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., first_row: _Optional[int] = ..., results_from_row: _Optional[int] = ..., dw_sum: _Optional[_Union[Operand, _Mapping]] = ...) -> None: ...
+    db_sum: Operand
+    def __init__(self, fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., first_row: _Optional[int] = ..., results_from_row: _Optional[int] = ..., dw_sum: _Optional[_Union[Operand, _Mapping]] = ..., db_sum: _Optional[_Union[Operand, _Mapping]] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("rows",)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18gradwire/v1/matrix.proto\x12\x0bgradwire.v1\"v\n\x05\x43hunk\x12#\n\x06matrix\x18\x01 \x01(\x0e\x32\x13.gradwire.v1.Matrix\x12\r\n\x05index\x18\x02 \x01(\x03\x12\x13\n\x06\x63rc32c\x18\x03 \x01(\x07H\x01\x88\x01\x01\x12\x0e\n\x04\x64\x61ta\x18\x0f \x01(\x0cH\x00\x42\t\n\x07payloadB\t\n\x07_crc32c*\x8a\x01\n\x06Matrix\x12\x16\n\x12MATRIX_UNSPECIFIED\x10\x00\x12\x0c\n\x08MATRIX_X\x10\x01\x12\x0c\n\x08MATRIX_W\x10\x02\x12\r\n\tMATRIX_DY\x10\x03\x12\x0c\n\x08MATRIX_Y\x10\x04\x12\r\n\tMATRIX_DX\x10\x05\x12\r\n\tMATRIX_DW\x10\x06\x12\x11\n\rMATRIX_DW_SUM\x10\x07*k\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT16\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04*9\n\x08\x43hecksum\x12\x18\n\x14\x43HECKSUM_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43HECKSUM_CRC32C\x10\x01\x42\x38\n\x0eio.gradwire.v1P\x01Z\x16gradwire/v1;gradwirev1\xaa\x02\x0bGradwire.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18gradwire/v1/matrix.proto\x12\x0bgradwire.v1\"v\n\x05\x43hunk\x12#\n\x06matrix\x18\x01 \x01(\x0e\x32\x13.gradwire.v1.Matrix\x12\r\n\x05index\x18\x02 \x01(\x03\x12\x13\n\x06\x63rc32c\x18\x03 \x01(\x07H\x01\x88\x01\x01\x12\x0e\n\x04\x64\x61ta\x18\x0f \x01(\x0cH\x00\x42\t\n\x07payloadB\t\n\x07_crc32c*\xac\x01\n\x06Matrix\x12\x16\n\x12MATRIX_UNSPECIFIED\x10\x00\x12\x0c\n\x08MATRIX_X\x10\x01\x12\x0c\n\x08MATRIX_W\x10\x02\x12\r\n\tMATRIX_DY\x10\x03\x12\x0c\n\x08MATRIX_Y\x10\x04\x12\r\n\tMATRIX_DX\x10\x05\x12\r\n\tMATRIX_DW\x10\x06\x12\x11\n\rMATRIX_DW_SUM\x10\x07\x12\r\n\tMATRIX_DB\x10\x08\x12\x11\n\rMATRIX_DB_SUM\x10\t*k\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT16\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04*9\n\x08\x43hecksum\x12\x18\n\x14\x43HECKSUM_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43HECKSUM_CRC32C\x10\x01\x42\x38\n\x0eio.gradwire.v1P\x01Z\x16gradwire/v1;gradwirev1\xaa\x02\x0bGradwire.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,11 +33,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016io.gradwire.v1P\001Z\026gradwire/v1;gradwirev1\252\002\013Gradwire.V1'
   _globals['_MATRIX']._serialized_start=162
-  _globals['_MATRIX']._serialized_end=300
-  _globals['_DTYPE']._serialized_start=302
-  _globals['_DTYPE']._serialized_end=409
-  _globals['_CHECKSUM']._serialized_start=411
-  _globals['_CHECKSUM']._serialized_end=468
+  _globals['_MATRIX']._serialized_end=334
+  _globals['_DTYPE']._serialized_start=336
+  _globals['_DTYPE']._serialized_end=443
+  _globals['_CHECKSUM']._serialized_start=445
+  _globals['_CHECKSUM']._serialized_end=502
   _globals['_CHUNK']._serialized_start=41
   _globals['_CHUNK']._serialized_end=159
 # @@protoc_insertion_point(module_scope)

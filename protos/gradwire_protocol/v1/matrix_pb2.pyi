@@ -15,6 +15,8 @@ class Matrix(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MATRIX_DX: _ClassVar[Matrix]
     MATRIX_DW: _ClassVar[Matrix]
     MATRIX_DW_SUM: _ClassVar[Matrix]
+    MATRIX_DB: _ClassVar[Matrix]
+    MATRIX_DB_SUM: _ClassVar[Matrix]
 
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,6 +38,8 @@ MATRIX_Y: Matrix
 MATRIX_DX: Matrix
 MATRIX_DW: Matrix
 MATRIX_DW_SUM: Matrix
+MATRIX_DB: Matrix
+MATRIX_DB_SUM: Matrix
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT16: Dtype
 DTYPE_BFLOAT16: Dtype

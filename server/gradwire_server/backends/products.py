@@ -1,12 +1,14 @@
-"""The three products of a row block, for any array library.
+"""The products of a row block, for any array library.
 
     Y_b  = X_b W
     dX_b = dY_b Wᵀ
     dW  += X_bᵀ dY_b
+    dB  += 1ᵀ dY_b
 
-with X_b (rows, n), W (n, k), dY_b and Y_b (rows, k), dX_b (rows, n) and dW
-(n, k). The sum of dW over the blocks is Xᵀ dY, because a product over m rows
-is the sum of the products over any partition of them.
+with X_b (rows, n), W (n, k), dY_b and Y_b (rows, k), dX_b (rows, n), dW (n, k), a
+column 1 of as many ones and dB (1, k). The sum of dW over the blocks is Xᵀ dY,
+because a product over m rows is the sum of the products over any partition of
+them.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ def compute_block(
     dy: Operand | None,
     y: Result | None,
     dx: Result | None,
+    ones: Operand | None,
     sums: Mapping[Matrix, Sum],
 ) -> None:
     """Computes what is wanted of a row block: y and dx if not None, and `sums`.
@@ -68,3 +71,6 @@ def compute_block(
     dw = sums.get(Matrix.DW)
     if dw is not None and x is not None and dy is not None:
         products.accumulate_transposed(x, dy, dw)
+    db = sums.get(Matrix.DB)
+    if db is not None and ones is not None and dy is not None:
+        products.accumulate_transposed(ones, dy, db)

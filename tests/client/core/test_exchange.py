@@ -22,7 +22,7 @@ from gradwire._resilience.array_job import ArrayJob
 from gradwire.v1.gradient_service_pb2 import ComputeResponse, ComputeStreamResponse
 from gradwire.v1.job_pb2 import Accepted, Job, Receipt
 from gradwire_protocol import checksum, framing
-from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.matrices import DEFAULT_RESULTS, Matrix
 from tests.client.core.fake_server import FakeServer, accepted, converse
 from tests.support import oracle
 
@@ -74,7 +74,7 @@ def test_a_job_of_any_shape_gives_right_results(
     for answer in converse(exchange, job.messages(exchange), server):
         exchange.receive(answer)
     receipt = exchange.finish()
-    results = job.outputs.results(RESULTS)
+    results = job.outputs.results(DEFAULT_RESULTS)
     oracle.assert_right(gradwire.Gradients(*results, receipt), x, w, dy, dtype)
 
 

@@ -12,7 +12,7 @@ from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._core.job_plan import plan_arrays
 from gradwire._core.outputs import ArrayOutputs, given_outputs, named_outputs
 from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.matrices import DEFAULT_RESULTS, RESULTS, Matrix
 
 X, W, DY = np.ones((3, 4), "f4"), np.ones((4, 6), "f4"), np.ones((3, 6), "f4")
 
@@ -36,7 +36,7 @@ def test_arrays_are_made_where_none_are_given() -> None:
     )
     outputs = ArrayOutputs(plan, operands, {}, ResultPool())
     outputs.all()
-    shapes = [array.shape for array in outputs.results(RESULTS)]
+    shapes = [array.shape for array in outputs.results(DEFAULT_RESULTS)]
     assert shapes == [(3, 6), (3, 4), (4, 6)]
 
 
@@ -55,7 +55,7 @@ def strided(*strides: int) -> Any:
 @pytest.mark.parametrize(
     ("out", "options", "says"),
     [
-        ({"x": empty(3, 4)}, {}, "out has 'x'; it can have y, dx, dw"),
+        ({"x": empty(3, 4)}, {}, "out has 'x'; it can have y, dx, dw, db"),
         (
             (empty(3, 6),),
             {},

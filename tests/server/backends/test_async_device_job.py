@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
 
@@ -13,6 +14,7 @@ import pytest
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import BufferRef
 from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.async_device.gemm import Compute
 from gradwire_server.backends.async_device.job import DeviceJob
 from gradwire_server.backends.async_device.layout import make_layout
 from gradwire_server.backends.base import RowBlock, Times, empty_aligned
@@ -26,6 +28,8 @@ SETS = [
     (Matrix.DW,),
     (Matrix.Y, Matrix.DX),
     (Matrix.DX, Matrix.DW),
+    (Matrix.DB,),
+    (Matrix.DW, Matrix.DB),
     ALL,
 ]
 
@@ -200,17 +204,36 @@ def test_zero_sizes_give_what_numpy_gives(shape, dtype):
     assert_right(spec, computed, given, blocks=2)
 
 
-def test_dw_goes_where_it_shall_lie():
+def test_sums_go_where_they_shall_lie():
     place = {Matrix.DW: BufferRef(region=0, offset=0)}
     for result_dtype in (Dtype.BFLOAT16, Dtype.FLOAT32):
         spec = make_spec(
             20, 7, 5, Dtype.BFLOAT16, ALL, result_dtype=result_dtype, places=place
         )
         given = operands(spec, 20)
-        dw = np.full((7, 5), np.nan, result_dtype.numpy)
-        computed = run(spec, given, 8, sums={Matrix.DW: dw})
-        assert computed[Matrix.DW] is dw
+        sums = {
+            result: np.full(result.shape(20, 7, 5), np.nan, result_dtype.numpy)
+            for result in spec.sums
+        }
+        computed = run(spec, given, 8, sums=sums)
+        assert all(computed[result] is array for result, array in sums.items())
         assert_right(spec, computed, given, blocks=3)
+
+
+def test_tf32_is_for_products_and_not_for_sums_of_columns():
+    spec = replace(make_spec(20, 7, 5), allow_tf32=True)
+    device = SimulatedDevice()
+    computed = {}
+    multiply = device.multiply
+
+    def note(product):
+        # dB's products alone have one column.
+        computed.setdefault(product.n == 1, set()).add(product.compute)
+        multiply(product)
+
+    device.multiply = note
+    run(spec, operands(spec, 20), 8, device)
+    assert computed == {True: {Compute.FLOAT32}, False: {Compute.TF32}}
 
 
 def test_after_an_error_nothing_of_the_job_goes_on():
@@ -257,6 +280,7 @@ def test_matrices_lie_apart_and_aligned(m, results, dtype, result_dtype, accumul
             spans.append((offset, offset + elements * itemsize))
 
     add(layout.w, 33 * 20, dtype.itemsize)
+    add(layout.ones, 10, dtype.itemsize)
     assert set(layout.sums) == set(spec.sums)
     for matrix, place in layout.sums.items():
         size = math.prod(matrix.shape(0, 33, 20))

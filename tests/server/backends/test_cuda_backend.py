@@ -161,7 +161,10 @@ def test_a_job_takes_the_memory_that_was_said(
     given = operands(spec, 50)
     host, device = System(), SimulatedDevice()
     pool = Pool(host.allocate, max_free_bytes=0)
-    place = np.empty((300, 200), result_dtype.numpy)
+    sums = {
+        result: np.empty(result.shape(50, 300, 200), result_dtype.numpy)
+        for result in spec.sums
+    }
     job = DeviceJob(
         spec,
         16,
@@ -169,12 +172,12 @@ def test_a_job_takes_the_memory_that_was_said(
         device,
         times=Times(),
         empty=lambda size_bytes: empty_pinned(pool, size_bytes),
-        sums={Matrix.DW: place} if in_place else None,
+        sums=sums if in_place else None,
     )
     assert Bare().device_bytes(spec, 16) == rounded_up(device.taken_bytes)
     run_all(device, [pieces_of(spec, job, given, room(spec, 50), 16)])
-    dw = job.finish()[Matrix.DW]
-    assert dw.nbytes == 300 * 200 * result_dtype.itemsize
+    for result, array in job.finish().items():
+        assert array.nbytes == spec.size_bytes(result)
     assert Bare().job_bytes(spec, 16) == host.taken_bytes
     assert device.taken_bytes <= Bare().device_bytes(spec, 16)
     job.close()

@@ -61,7 +61,8 @@ def operands(spec, m, seed=0):
 
 def exact(x, w, dy):
     x, w, dy = (each.astype(np.float64) for each in (x, w, dy))
-    return {Matrix.Y: x @ w, Matrix.DX: dy @ w.T, Matrix.DW: x.T @ dy}
+    db = dy.sum(axis=0, keepdims=True)
+    return {Matrix.Y: x @ w, Matrix.DX: dy @ w.T, Matrix.DW: x.T @ dy, Matrix.DB: db}
 
 
 def bounds(spec, x, w, dy, blocks):
@@ -75,6 +76,7 @@ def bounds(spec, x, w, dy, blocks):
     """
     sizes = exact(*map(np.abs, (x, w, dy)))
     lengths = {Matrix.Y: spec.n, Matrix.DX: spec.k, Matrix.DW: len(x) + blocks}
+    lengths[Matrix.DB] = lengths[Matrix.DW]
     limits = {}
     for matrix, dtype in spec.results.items():
         gamma = sum(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import gradwire
 from gradwire._core.exchange import JobExchange
 from gradwire_protocol import framing
-from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.matrices import DEFAULT_RESULTS, Matrix
 from tests.client.core.fake_server import FakeServer, converse
 from tests.client.core.test_exchange import array_job
 from tests.support import oracle
@@ -49,7 +49,7 @@ def any_answers() -> Iterator[Check]:
         except gradwire.GradwireError as refused:
             assert str(refused)  # noqa: PT017
             return
-        results = job.outputs.results(RESULTS)
+        results = job.outputs.results(DEFAULT_RESULTS)
         assert [each.shape for each in results] == [(M, K), (M, N), (N, K)]
         assert receipt.m == M
 

@@ -197,7 +197,7 @@ def assert_documented(failure: CallError) -> None:
 def _is_too_much(outcome: Outcome) -> bool:
     job = outcome.accepted.effective_job
     rows = job.m + outcome.accepted.block_rows
-    sizes = {"y": rows * job.k, "dx": rows * job.n, "dw": job.n * job.k}
+    sizes = {"y": rows * job.k, "dx": rows * job.n, "dw": job.n * job.k, "db": job.k}
     return any(
         job.HasField(name) and size * result_dtype(job, name).itemsize > MOST_RESULTS
         for name, size in sizes.items()
@@ -205,7 +205,7 @@ def _is_too_much(outcome: Outcome) -> bool:
 
 
 _MODELLED = {
-    *("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw"),
+    *("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "db"),
     *("numerics", "checksum", "max_chunk_bytes"),
 }
 

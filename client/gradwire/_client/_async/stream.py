@@ -119,6 +119,16 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         return self._job.sums.get(Matrix.DW) if self._job else None
 
     @property
+    def db(self) -> Array | None:
+        """The column sums of dY, shape (k,), like `dw`.
+
+        Raises:
+            ClientStateError: The stream is not exhausted.
+        """
+        require_receipt(self._job)
+        return self._job.sums.get(Matrix.DB) if self._job else None
+
+    @property
     def receipt(self) -> Receipt:
         """The job's receipt, once the stream is exhausted.
 

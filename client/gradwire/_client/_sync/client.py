@@ -158,7 +158,9 @@ class Client(ClientBase[SyncEngine]):
         out: Any = None,
         **options: Unpack[GradientsOptions],
     ) -> Gradients:
-        """Compute Y = X W, dX = dY Wᵀ and dW = Xᵀ dY, or those that are wanted.
+        """Compute Y = X W, dX = dY Wᵀ, dW = Xᵀ dY, or those that are wanted.
+
+        db, if it is wanted, has the column sums of dY: the gradient of a bias.
 
         All operands have one dtype: float16, bfloat16, float32 or float64. Nested
         lists of Python floats are float64. NumPy's array-likes are accepted in any
@@ -177,7 +179,8 @@ class Client(ClientBase[SyncEngine]):
             **options: All of them are optional.
 
         Keyword Args:
-            results: Any of ``"y"``, ``"dx"`` and ``"dw"``; all by default.
+            results: Any of ``"y"``, ``"dx"``, ``"dw"`` and ``"db"``; the first
+                three by default.
             result_dtype: The results' dtype: one for all, or a mapping such as
                 ``{"dw": "float32"}``. By default, the operands' dtype.
             wire_dtype: ``"bfloat16"`` or ``"float16"``: float32 operands are
@@ -186,7 +189,7 @@ class Client(ClientBase[SyncEngine]):
                 loss. A result that is too large becomes Inf. A finite operand
                 that is too large raises InputError and cancels the job.
             dw_accumulator: ``"float32"`` or ``"float64"``: the dtype in which dW
-                is summed over row blocks.
+                and db are summed over row blocks.
             allow_tf32: Whether float32 products may use TF32; False by default.
             checksum: Whether a CRC-32C protects every payload; False by default.
             verify: Whether the client checks the results, with random sums that
@@ -208,7 +211,8 @@ class Client(ClientBase[SyncEngine]):
         Returns:
             The tuple (y, dx, dw) of NumPy arrays of shapes (..., k), (..., n) and
             (n, k), or the arrays of `out`; None for results that are not wanted.
-            Its `receipt` says how the job was computed.
+            Its `db` has shape (k,), and its `receipt` says how the job was
+            computed.
 
         Raises:
             InputError: An argument is invalid; nothing was sent.
@@ -224,8 +228,8 @@ class Client(ClientBase[SyncEngine]):
         given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
         job = self._engine.jobs.array_job(given, out, RESULTS, parse_options(**options))
         receipt = self._remember(self._engine.run(job))
-        y, dx, dw = job.outputs.results(RESULTS)
-        return Gradients(y, dx, dw, receipt)
+        y, dx, dw, db = job.outputs.results(RESULTS)
+        return Gradients(y, dx, dw, receipt, db)
 
     def forward(
         self, x: Any, w: Any, *, out: Any = None, **options: Unpack[ForwardOptions]
@@ -316,16 +320,16 @@ class Client(ClientBase[SyncEngine]):
                 the job continues after a failure; rows of other iterables are copied
                 for that (docs/failing.md). An exception of the iterable cancels the job
                 and is raised here.
-            w: W, shape (n, k); None if only dW is wanted.
+            w: W, shape (n, k); None if only dW and db are wanted.
             m: The number of all rows, if it is known.
             **options: As for `gradients`. `verify` checks a block before it is
                 handed out, and dW at the end. `timeout_s` is for the whole stream.
 
         Returns:
-            An iterator of `RowBlock`, with `dw` and `receipt` once it is exhausted.
-            Iterating begins the job. A stream that is left early, by ``break``, an
-            exception or garbage collection, cancels its job; as a context manager it
-            does so at once.
+            An iterator of `RowBlock`, with `dw`, `db` and `receipt` once it is
+            exhausted. Iterating begins the job. A stream that is left early, by
+            ``break``, an exception or garbage collection, cancels its job; as a context
+            manager it does so at once.
 
         Raises:
             InputError: An argument is invalid. An invalid item raises while

@@ -8,6 +8,7 @@ the operands in the other order, and nothing is ever copied or turned:
     Y  = X W     Yᵀ  = Wᵀ Xᵀ     stored W is Wᵀ (k, n) and X is Xᵀ (n, rows)
     dX = dY Wᵀ   dXᵀ = W dYᵀ     stored W has to be turned, dY is dYᵀ (k, rows)
     dW = Xᵀ dY   dWᵀ = dYᵀ X     stored dY is dYᵀ (k, rows), X has to be turned
+    dB = 1ᵀ dY   dBᵀ = dYᵀ 1     likewise, with a column of ones for X
 
 which in the letters of a gemm, C (m, n) = alpha op(A) op(B) + beta C with
 op(A) (m, k) and op(B) (k, n), is
@@ -16,6 +17,7 @@ op(A) (m, k) and op(B) (k, n), is
     Y         N      N      k  rows  n     W   k    X   n    Y   k
     dX        T      N      n  rows  k     W   k    dY  k    dX  n
     dW        N      T      k  n     rows  dY  k    X   n    dW  k
+    dB        N      T      k  1     rows  dY  k    1   1    dB  k
 
 Nothing here needs a GPU: any BLAS that takes these letters will do.
 """

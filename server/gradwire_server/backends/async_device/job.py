@@ -17,7 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+
+import numpy as np
 
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
@@ -66,6 +69,7 @@ class DeviceJob:
         sums: Sums | None = None,
     ) -> None:
         self._spec = spec
+        self._block_rows = block_rows
         self._device = device
         self._times = times
         self._empty = empty
@@ -85,9 +89,8 @@ class DeviceJob:
     def take_w(self, w: Array) -> None:
         """Copies W, shape (n, k), to the device."""
         placed = self._placed.w
-        if placed is None or not placed.size:
-            return
-        self._upload_whole(w, placed)
+        if placed is not None:
+            self._upload_whole(w, placed)
 
     def take_sums(self, sums: Sums) -> None:
         """Copies sums, with which the job goes on, to the device."""
@@ -117,12 +120,17 @@ class DeviceJob:
 
     def compute_block(self, block: RowBlock) -> Wait | None:
         """Begins a row block: copies it, computes, and copies its results."""
-        if not (self._slots and block.rows):
+        if not (self._slots and block.rows and self._spec.n):
             # Sums of no products: cuBLAS does not take them.
             for result in (block.y, block.dx):
                 if result is not None:
                     result.fill(0)
+            block = replace(block, y=None, dx=None)
+        if not (self._slots and block.rows):
             return None
+        ones = self._placed.ones(self._block_rows)
+        if ones is not None and not self._blocks:
+            self._upload_whole(np.ones(ones.rows, ones.dtype.numpy), ones)
         number = self._blocks % len(self._slots)
         with self._begun() as events:
             self._upload(number, block, events)
@@ -195,7 +203,7 @@ class DeviceJob:
                 raise
 
     def _upload_whole(self, array: Array, to: DeviceMatrix) -> None:
-        """Copies W, or a partial sum, and waits for it."""
+        """Copies what has no row blocks, and waits for it."""
         with self._begun() as events:
             self._device.record(Stream.H2D, events.upload_begun)
             self._device.upload(array, to.address)
@@ -234,6 +242,7 @@ class DeviceJob:
             dy=of_rows(matrix=Matrix.DY),
             y=of_rows(matrix=Matrix.Y),
             dx=of_rows(matrix=Matrix.DX),
+            ones=self._placed.ones(block.rows),
             sums=self._sums,
         )
         self._device.record(Stream.COMPUTE, events.computed)
@@ -269,6 +278,7 @@ class _Products:
     ) -> None:
         self._device = device
         self._compute = compute
+        self._full = Compute.of(placed.spec.dtype, allow_tf32=False)
         self._placed = placed
         self._first = first
 
@@ -289,8 +299,11 @@ class _Products:
     ) -> None:
         # A share of its own is added to the sum by another kernel.
         first = self._first or out.share is not out.total
+        # TF32 would round what ones add up, and is no faster.
+        with_ones = a == self._placed.ones(a.rows)
+        compute = self._full if with_ones else self._compute
         self._device.multiply(
-            gemm.accumulate_transposed(a, b, out.share, self._compute, first=first)
+            gemm.accumulate_transposed(a, b, out.share, compute, first=first)
         )
         if out.share is not out.total:
             self._device.convert(out.share, out.total, add=not self._first)

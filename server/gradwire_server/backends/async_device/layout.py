@@ -32,6 +32,8 @@ class Layout:
     """
 
     w: int | None
+    ones: int | None
+    """As many ones as a block has rows, of which dB is made."""
     sums: dict[Matrix, SumLayout]
     unrounded: int | None
     """Rows of Y or dX in the dtype of the sums, where cuBLAS cannot round
@@ -59,6 +61,7 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
 
     n, k, dtype = spec.n, spec.k, spec.dtype
     w = place(n * k, dtype) if Matrix.W in spec.operands else None
+    ones = place(block_rows, dtype) if Matrix.DB in spec.results else None
     spare_w = w
     sums = {}
     for matrix in spec.sums:
@@ -91,7 +94,7 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
         }
         for _ in range(_slots(spec, block_rows, pipeline_depth))
     )
-    return Layout(w, sums, unrounded, slots, end)
+    return Layout(w, ones, sums, unrounded, slots, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +118,27 @@ class Placed:
     address: int
 
     def of_rows(self, slot: int, matrix: Matrix, rows: int) -> DeviceMatrix | None:
-        """A row block's matrix in a slot; None: the job has none."""
+        """A row block's matrix in a slot; None: the job has none, or no elements."""
         offset = self.layout.slots[slot].get(matrix)
-        if offset is None:
+        columns = self.spec.row_length(matrix)
+        if offset is None or not columns:
             return None
         dtype = self.spec.dtype if matrix in OPERANDS else self.spec.results[matrix]
-        columns = self.spec.row_length(matrix)
         return DeviceMatrix(self.address + offset, rows, columns, dtype)
 
     @property
     def w(self) -> DeviceMatrix | None:
-        """W."""
-        if self.layout.w is None:
+        """W; None: the job has none, or no elements."""
+        if self.layout.w is None or not (self.spec.n and self.spec.k):
             return None
         return self._whole(Matrix.W, self.layout.w, self.spec.dtype)
+
+    def ones(self, rows: int) -> DeviceMatrix | None:
+        """So many ones, one below the other; None: the job needs none."""
+        if self.layout.ones is None:
+            return None
+        address = self.address + self.layout.ones
+        return DeviceMatrix(address, rows, 1, self.spec.dtype)
 
     def sums(self) -> dict[Matrix, PlacedSum]:
         """The results that are summed over row blocks."""
@@ -153,7 +163,7 @@ class Placed:
 
 
 def _slots(spec: JobSpec, block_rows: int, pipeline_depth: int) -> int:
-    if not block_rows or not spec.n or not spec.k:
+    if not block_rows or not spec.row_operations:
         return 0
     if spec.m is None:
         return pipeline_depth

@@ -105,6 +105,8 @@ class NumpyBackend:
             rows * columns
             for rows, columns in _scratch_shapes(spec, block_rows).values()
         )
+        if Matrix.DB in spec.results:
+            scratch += block_rows
         size = scratch * spec.dtype.sums_in.itemsize
         for result in spec.sums:
             if not _sums_in_place(spec, result):
@@ -169,6 +171,9 @@ class NumpyJob:
             purpose: np.empty(shape, spec.dtype.sums_in.numpy)
             for purpose, shape in _scratch_shapes(spec, block_rows).items()
         }
+        self._ones: Array | None = None
+        if Matrix.DB in spec.results:
+            self._ones = np.ones((block_rows, 1), spec.dtype.sums_in.numpy)
         self._tiles: SimpleQueue[Array] = SimpleQueue()
         tile_elements = _tile_elements(spec)
         for _ in range(threads.count):
@@ -206,6 +211,7 @@ class NumpyJob:
                 dy=self._widened("dy", block.dy),
                 y=self._result("y", block.y),
                 dx=self._result("dx", block.dx),
+                ones=None if self._ones is None else self._ones[: block.rows],
                 sums=self._sums,
             )
             try:
@@ -277,7 +283,7 @@ class _Products:
 
     def __init__(self, tiles: SimpleQueue[Array], *, first: bool) -> None:
         self.pieces: list[Piece] = []
-        self._tiles = panels
+        self._tiles = tiles
         self._first = first
 
     def multiply(self, a: Array, b: Array, out: _Result) -> None:
