@@ -242,8 +242,8 @@ def test_a_server_of_another_contract(connect: Callable[..., None]) -> None:
     ):
         connect(address)
     assert str(refused.value) == (
-        f"the server at {address} (gradwire 9.0) speaks gradwire.v2, and this client"
-        " speaks gradwire.v1: one of them has to be updated"
+        f"the server at {address} (gradwire 9.0) has contract gradwire.v2, but this"
+        " client has gradwire.v1: update one of them"
     )
 
 

@@ -313,7 +313,7 @@ def test_a_closed_client_says_so(server_address: str) -> None:
     client = gradwire.connect(server_address)
     client.close()
     client.close()
-    says = f"this Client of {server_address} was closed: make another"
+    says = f"this Client of {server_address} is closed: create a new one"
     for call in (
         lambda: client.gradients(X, W, DY),
         lambda: client.forward(X, W),
@@ -344,7 +344,7 @@ def test_closing_a_client_ends_its_streams(
 async def test_a_closed_async_client_says_so(server_address: str) -> None:
     async with gradwire.AsyncClient(server_address) as client:
         pass
-    with pytest.raises(gradwire.ClientStateError, match="was closed: make another"):
+    with pytest.raises(gradwire.ClientStateError, match="is closed: create a new one"):
         await client.gradients(X, W, DY)
 
 
@@ -356,8 +356,7 @@ def test_a_client_that_is_pickled_says_what_to_do_instead(cls: Any, how: Any) ->
         how(client)
     assert str(refused.value) == (
         f"a gradwire.{cls.__name__} holds a connection and cannot be pickled or"
-        " copied: hand over its address, 'gpu-node:50051', and make a client of it"
-        " there"
+        " copied: pass its address, 'gpu-node:50051', and create a client there"
     )
 
 

@@ -224,7 +224,7 @@ def test_shm_says_clearly_that_the_server_does_not_allow_it(server: Any) -> None
 
 @pytest.mark.parametrize("transport", ["udp", None, np.ones(2)], ids=str)
 def test_a_transport_is_one_of_three(transport: Any) -> None:
-    with pytest.raises(gradwire.InputError, match="it can be auto, tcp, shm"):
+    with pytest.raises(gradwire.InputError, match="expected one of auto, tcp, shm"):
         gradwire.Client("localhost:1", transport=transport)
 
 

@@ -376,8 +376,12 @@ async def test_what_an_async_iterable_raises_is_raised_unchanged(
     ("rows", "options", "says"),
     [
         ([(X, DY), (X, DY[:1])], {}, "item 1 of rows: x has shape"),
-        ([(X, DY), (X, DY)], {"m": 700}, "rows gave 800 rows or more, and m is 700"),
-        ([(X, DY)], {"m": 700}, "rows gave 400 rows, and m is 700"),
+        (
+            [(X, DY), (X, DY)],
+            {"m": 700},
+            "rows has at least 800 rows: expected m = 700",
+        ),
+        ([(X, DY)], {"m": 700}, "rows has 400 rows: expected m = 700"),
         ([X], {}, "item 0 of rows: it is a ndarray: give pairs"),
     ],
 )

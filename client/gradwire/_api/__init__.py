@@ -1,1 +1,1 @@
-"""What callers see and say: errors, results, options."""
+"""The types of the public API: errors, results and options."""

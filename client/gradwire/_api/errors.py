@@ -1,27 +1,27 @@
-"""What gradwire raises.
+"""The exceptions of gradwire.
 
     GradwireError
-     ├── InputError (ValueError)           an argument is refused; nothing was sent
+     ├── InputError (ValueError)           an argument is invalid; nothing was sent
      ├── ClientStateError (RuntimeError)   the client is closed, or of another loop
      ├── ConnectError (ConnectionError)    no gradwire server answers at the address
-     │    ├── TlsError                     TLS could not be agreed on with it
-     │    └── ContractError                a server answers, of another contract
+     │    ├── TlsError                     the TLS handshake failed
+     │    └── ContractError                the server has no known contract
      ├── ProtocolError                     the server broke the contract
-     ├── VerificationError                 a result is wrong, as `verify` found
-     └── CallError                         a call ended with a status but OK:
-          ├── RequestError                   INVALID_ARGUMENT and its kind
+     ├── VerificationError                 `verify` found a wrong result
+     └── CallError                         a call ended with a status other than OK:
+          ├── RequestError                   INVALID_ARGUMENT and similar statuses
           ├── UnsupportedError               UNIMPLEMENTED
           ├── ExhaustedError                 RESOURCE_EXHAUSTED
-          │    ├── JobTooLargeError            more than this server can ever hold
-          │    ├── ServerBusyError             not now; see `retry_after_s`
-          │    └── DeviceOutOfMemoryError      the device ran out in spite of all
+          │    ├── JobTooLargeError            the server has too little memory
+          │    ├── ServerBusyError             the queue is full; see `retry_after_s`
+          │    └── DeviceOutOfMemoryError      the device ran out of memory
           ├── UnavailableError               UNAVAILABLE
           │    ├── DrainingError               the server is about to stop
-          │    ├── DeviceLostError             its device failed, and it stops
+          │    ├── DeviceLostError             a device failed; the server stops
           │    ├── ConnectionLostError (ConnectionError)
-          │    └── RowsLostError               a stream cannot go on where it was
+          │    └── RowsLostError               a stream cannot continue
           ├── AbortedError                   ABORTED
-          │    └── ClientIdleError             this side sent or read too slowly
+          │    └── ClientIdleError             the client sent or read too slowly
           ├── JobCancelledError              CANCELLED
           ├── DeadlineError (TimeoutError)   DEADLINE_EXCEEDED
           ├── DataLossError                  DATA_LOSS
@@ -30,8 +30,8 @@
           ├── NotAllowedError                PERMISSION_DENIED
           └── ServerError                    INTERNAL, UNKNOWN
 
-What the caller's own code raises inside a call (an iterable of rows, a
-progress callback) is none of these: it cancels the job and passes unchanged.
+An exception of the caller's own code (an iterable of rows, a progress callback) cancels
+the job and reaches the caller unchanged.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NO_DETAILS = ErrorDetails()
 
 
 class GradwireError(Exception):
-    """Everything that gradwire raises on its own account.
+    """Base class of all exceptions that gradwire raises.
 
     Example:
         >>> try:
@@ -59,28 +59,29 @@ class GradwireError(Exception):
     """
 
     status: StatusCode | None
-    """The status that the call ended with; None where no call has ended."""
+    """Status of the call; None if no call ended."""
 
     reason: Reason | None
-    """The server's stable reason; None where it gave none."""
+    """The server's reason, a stable name; None if the server gave none."""
 
     fields: Mapping[str, str]
-    """What is wrong with which field of the request, by the field's path."""
+    """Description of the error for each invalid field of the request, by field path."""
 
     metadata: Mapping[str, str]
-    """What else the server attached to the reason, such as ``error_id``."""
+    """Further details from the server, such as ``error_id``."""
 
     retry_after_s: float | None
-    """Seconds after which the same call may succeed, where the server said."""
+    """Seconds after which the same call may succeed; None if the server gave no
+    time."""
 
     job_id: str | None
-    """The job's id, the one in the server's log; None outside a job."""
+    """Id of the job, as in the server's log; None outside a job."""
 
     details: str
-    """The server's or gRPC's own text; empty where there was none."""
+    """Message of the server or of gRPC; empty if there was none."""
 
     attempts: int
-    """How often the call was tried; see `RetryPolicy`."""
+    """Number of attempts; see `RetryPolicy`."""
 
     def __init__(
         self,
@@ -103,58 +104,58 @@ class GradwireError(Exception):
 
 
 class InputError(GradwireError, ValueError):
-    """An argument is refused; nothing was sent."""
+    """An argument is invalid. Nothing was sent."""
 
 
 class ClientStateError(GradwireError, RuntimeError):
-    """The client cannot be used here: it is closed, or bound to another loop."""
+    """The client is closed, or belongs to another event loop."""
 
 
 class ConnectError(GradwireError, ConnectionError):
-    """No gradwire server answers at the address; the text says what does."""
+    """No gradwire server answers at the address. The message says what does answer."""
 
 
 class TlsError(ConnectError):
-    """The TLS handshake failed; the text says whom the other side is not, or why.
+    """The TLS handshake failed. The message says why.
 
-    What a server finds wrong with the client's certificate it does not tell:
-    it closes the connection, which is a `ConnectError`.
+    A server that rejects the client's certificate gives no reason: it closes the
+    connection, which raises a plain `ConnectError`.
     """
 
 
 class ContractError(ConnectError):
-    """What answers at the address speaks no contract that this SDK speaks."""
+    """The server at the address has no contract version that this SDK knows."""
 
 
 class ProtocolError(GradwireError):
-    """The server sent what the contract does not allow; the job was given up."""
+    """The server violated the contract. The job was cancelled."""
 
 
 class VerificationError(GradwireError):
-    """A result is not the product that it should be, as `verify` has found.
+    """`verify` found a wrong result.
 
-    The text names the server's address and the device; another may compute
-    right. What was handed out of a stream before has been checked.
+    The message names the server's address and the device; another device may compute
+    correctly. Row blocks that a stream yielded earlier were checked and are correct.
     """
 
     result: str = ""
-    """Which: ``"y"``, ``"dx"`` or ``"dw"``."""
+    """The wrong result: ``"y"``, ``"dx"`` or ``"dw"``."""
 
     row: int = 0
-    """A row of it that is wrong, leading dimensions flattened."""
+    """Index of a wrong row, with leading dimensions flattened."""
 
     column: int | None = None
-    """A column in which it is; None where only sums of the row are known."""
+    """Index of a wrong column; None if only sums over the row were compared."""
 
     error: float | None = None
-    """How far off it is; None where that is no number. Of sums: in multiples of
-    what rounding can explain."""
+    """Absolute error of the element, or, if `column` is None, the error of a sum as a
+    multiple of its bound. None if the error is not a finite number."""
 
     bound: float | None = None
-    """How far off rounding could have brought it. Of sums: 1."""
+    """Largest error that rounding can cause; 1 if `column` is None."""
 
     server_instance: str = ""
-    """The server process that computed it: the name in its receipts."""
+    """The server process that computed the result, as in its receipts."""
 
 
 class CallError(GradwireError):
@@ -162,11 +163,11 @@ class CallError(GradwireError):
 
 
 class RequestError(CallError):
-    """The server found something wrong with the request (see `fields`)."""
+    """The server rejected the request as invalid; see `fields`."""
 
 
 class UnsupportedError(CallError):
-    """The server does not know an option or a feature that was asked for."""
+    """The server does not support a requested option or feature."""
 
 
 class ExhaustedError(CallError):
@@ -174,7 +175,7 @@ class ExhaustedError(CallError):
 
 
 class JobTooLargeError(ExhaustedError):
-    """The job needs more memory than this server can ever give one."""
+    """The job needs more memory than the server can give to any job."""
 
 
 class ServerBusyError(ExhaustedError):
@@ -182,19 +183,19 @@ class ServerBusyError(ExhaustedError):
 
 
 class DeviceOutOfMemoryError(ExhaustedError):
-    """The server's device ran out of memory in the middle of the job."""
+    """The server's device ran out of memory during the job."""
 
 
 class UnavailableError(CallError):
-    """The service cannot be had just now."""
+    """The service is currently unavailable."""
 
 
 class DrainingError(UnavailableError):
-    """The server takes no new jobs because it is about to stop."""
+    """The server accepts no new jobs because it is about to stop."""
 
 
 class DeviceLostError(UnavailableError):
-    """A device of the server failed for good: it ends, and may be restarted."""
+    """A device of the server failed permanently. The server stops, and may restart."""
 
 
 class ConnectionLostError(UnavailableError, ConnectionError):
@@ -202,13 +203,14 @@ class ConnectionLostError(UnavailableError, ConnectionError):
 
 
 class RowsLostError(UnavailableError):
-    """A stream broke, and rows that would be needed again are held no more.
+    """A stream broke and cannot continue, because needed rows are no longer buffered.
 
-    Its cause is what ended the attempt. What it gave before stays right.
+    ``__cause__`` is the error that broke the stream. Row blocks that were yielded
+    earlier remain valid.
     """
 
     rows: range = range(0)
-    """Those rows."""
+    """The missing rows."""
 
 
 class AbortedError(CallError):
@@ -216,35 +218,35 @@ class AbortedError(CallError):
 
 
 class ClientIdleError(AbortedError):
-    """The server gave up waiting for this side to send or to read."""
+    """The server ended the call because the client neither sent nor read in time."""
 
 
 class JobCancelledError(CallError):
-    """The job was cancelled, by this side or on the way."""
+    """The job was cancelled, by the client or in the network."""
 
 
 class DeadlineError(CallError, TimeoutError):
-    """The call was not done within its `timeout_s`."""
+    """The call took longer than its `timeout_s`."""
 
 
 class DataLossError(CallError):
-    """Data was damaged on the way."""
+    """Data was damaged in transit."""
 
 
 class ChecksumError(DataLossError):
-    """The checksum of a payload, in either direction, is wrong."""
+    """The checksum of a payload is wrong, in either direction."""
 
 
 class AuthenticationError(CallError):
-    """The server does not know who is calling."""
+    """The caller's credentials are missing or invalid."""
 
 
 class NotAllowedError(CallError):
-    """The server knows who is calling and refuses."""
+    """The caller is authenticated but not allowed to make the call."""
 
 
 class ServerError(CallError):
-    """Something went wrong inside the server; its log has ``error_id``."""
+    """An internal error of the server. The server's log has the ``error_id``."""
 
 
 BY_STATUS: dict[StatusCode, type[CallError]] = {
@@ -265,7 +267,7 @@ BY_STATUS: dict[StatusCode, type[CallError]] = {
     StatusCode.INTERNAL: ServerError,
     StatusCode.UNKNOWN: ServerError,
 }
-"""The class of every status but OK."""
+"""Exception class of every status other than OK."""
 
 BY_REASON: dict[Reason, type[CallError]] = {
     Reason.JOB_TOO_LARGE: JobTooLargeError,
@@ -276,4 +278,4 @@ BY_REASON: dict[Reason, type[CallError]] = {
     Reason.CLIENT_IDLE: ClientIdleError,
     Reason.CHECKSUM_MISMATCH: ChecksumError,
 }
-"""The class of the reasons that have one narrower than their status's."""
+"""Exception class of each reason that has a more specific class than its status."""

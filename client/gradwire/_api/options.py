@@ -1,4 +1,4 @@
-"""The options of a call: what callers may write, checked and made uniform."""
+"""The options of a call, validated and normalized."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MetadataPairs: TypeAlias = tuple[tuple[str, "str | bytes"], ...]
 OnProgress: TypeAlias = Callable[[Progress], object]
 
 _LONGEST_TIMEOUT_S = 365 * 86_400.0
-"""gRPC cannot count much longer ones, and nobody sits out this one."""
+"""Longest timeout passed to gRPC, which cannot represent much longer ones."""
 
 TRANSPORTS = ("auto", "tcp", "shm")
 
@@ -42,19 +42,20 @@ _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a caller asked for, beside the operands."""
+    """The validated options of a call."""
 
     results: tuple[Matrix, ...]
     """Wanted results, in the order Y, dX, dW, dB."""
 
     result_dtypes: Mapping[Matrix, Dtype]
-    """Of the results that shall not have the operands' dtype."""
+    """Dtypes of results whose dtype differs from the operands'."""
 
     wire_dtype: Dtype | None
-    """In which float32 operands travel, and results not named above."""
+    """Dtype in which float32 operands are sent, and results not in `result_dtypes`;
+    None: unchanged."""
 
     dw_accumulator: Dtype | None
-    """In which dW is summed; None: as the contract has it."""
+    """Dtype in which dW is summed; None: the contract's default."""
 
     allow_tf32: bool
     """Whether float32 products may use TF32."""
@@ -63,26 +64,26 @@ class Options:
     """Whether every payload carries a CRC-32C."""
 
     verify: Verify | None
-    """How results are checked here; None: as the client has it."""
+    """How the client checks results; None: the client's default."""
 
     timeout_s: float | None
-    """Seconds for the whole call; None: as long as it takes."""
+    """Seconds for the whole call; None: no limit."""
 
     on_progress: OnProgress | None
-    """Told how far the job has come."""
+    """Called with the progress of the job; None: not called."""
 
     job_id: str
-    """The caller's id for the job, or one made up here."""
+    """Id of the job, from the caller or generated."""
 
     metadata: tuple[tuple[str, str | bytes], ...] = field(repr=False)
-    """Sent with the call. What it says may be a secret."""
+    """Metadata of the call. It may contain secrets, so it is not in the repr."""
 
     checkpoint_rows: int | None = None
-    """Rows after which the server sends dW's sum; None: as is best."""
+    """Rows between two checkpoints of dW's sum; None: chosen automatically."""
 
 
 class ForwardOptions(TypedDict, total=False):
-    """The options of `Client.forward`, which every call has; see `Client.gradients`."""
+    """The options of `Client.forward`, common to all calls; see `Client.gradients`."""
 
     result_dtype: ResultDtypes
     wire_dtype: DtypeLike
@@ -109,7 +110,7 @@ class GradientsOptions(BackwardOptions, total=False):
 
 
 def check_names(call: str, given: Mapping[str, Any], known: type) -> None:
-    """Check the names of keyword arguments, as Python checks a signature's.
+    """Check the names of keyword arguments, as Python does for a signature.
 
     Raises:
         TypeError: A name is unknown.
@@ -120,10 +121,10 @@ def check_names(call: str, given: Mapping[str, Any], known: type) -> None:
 
 
 def parse_options(**given: Unpack[GradientsOptions]) -> Options:
-    """The options of a call, checked.
+    """Validate the options of a call.
 
     Raises:
-        InputError: A value is invalid; the text names its option.
+        InputError: A value is invalid; the message names its option.
     """
     wanted = _results(given.get("results", _DEFAULT_RESULTS))
     checksum = bool(given.get("checksum"))
@@ -134,7 +135,7 @@ def parse_options(**given: Unpack[GradientsOptions]) -> Options:
         )
     on_progress = given.get("on_progress")
     if on_progress is not None and not callable(on_progress):
-        raise InputError(f"on_progress is {on_progress!r}, which cannot be called")
+        raise InputError(f"on_progress is {on_progress!r}: expected a callable")
     return Options(
         results=wanted,
         result_dtypes=_result_dtypes(given.get("result_dtype"), wanted),
@@ -152,10 +153,10 @@ def parse_options(**given: Unpack[GradientsOptions]) -> Options:
 
 
 def parse_timeout(value: float | None, name: str) -> float | None:
-    """Seconds, at most a year, or None where none were given.
+    """Return a timeout in seconds, at most a year, or None if `value` is None.
 
     Raises:
-        InputError: It is no positive number.
+        InputError: The value is not a positive number.
     """
     if value is None:
         return None
@@ -166,23 +167,27 @@ def parse_timeout(value: float | None, name: str) -> float | None:
     except (TypeError, ValueError):
         seconds = math.nan
     if not seconds > 0:
-        raise InputError(f"{name} is {value!r}: give seconds, more than 0, or None")
+        raise InputError(
+            f"{name} is {value!r}: expected a number of seconds above 0, or None"
+        )
     return min(seconds, _LONGEST_TIMEOUT_S)
 
 
 def parse_transport(value: str) -> str:
-    """How elements shall travel: "auto", "tcp" or "shm".
+    """Return the transport of elements: "auto", "tcp" or "shm".
 
     Raises:
-        InputError: It is none of them.
+        InputError: The value is none of them.
     """
     if not isinstance(value, str) or value not in TRANSPORTS:
-        raise InputError(f"transport is {value!r}; it can be {', '.join(TRANSPORTS)}")
+        raise InputError(
+            f"transport is {value!r}: expected one of {', '.join(TRANSPORTS)}"
+        )
     return value
 
 
 def left_of(options: Options, begun: float) -> Options:
-    """The options of a call that is part of one begun at a monotonic time."""
+    """Return `options` with the time left of a call that began at time `begun`."""
     if options.timeout_s is None:
         return options
     left = options.timeout_s - (time.monotonic() - begun)
@@ -190,74 +195,74 @@ def left_of(options: Options, begun: float) -> Options:
 
 
 def at_most(seconds: float, left_s: float | None) -> float:
-    """So many seconds, or what is left where that is less; more than none."""
+    """Return the smaller of `seconds` and `left_s`, but more than 0."""
     return seconds if left_s is None else max(_LEAST_TIMEOUT_S, min(seconds, left_s))
 
 
 def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
-    """Metadata as gRPC takes it: ``{"traceparent": "00-..."}`` or pairs.
+    """Return metadata as pairs for gRPC, from ``{"traceparent": "00-..."}`` or pairs.
 
     Raises:
-        InputError: It is no such thing, or gRPC would refuse a key or a value.
+        InputError: The value is neither, or gRPC would refuse a key or a value.
     """
     pairs: Any = metadata.items() if isinstance(metadata, Mapping) else metadata
     if not isinstance(pairs, Iterable):
         raise InputError(
-            f"metadata is {metadata!r}: give a mapping or pairs (key, value)"
+            f"metadata is {metadata!r}: expected a mapping or pairs (key, value)"
         )
     checked = []
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InputError(f"metadata has {pair!r}: give pairs (key, value)")
+            raise InputError(f"metadata has {pair!r}: expected pairs (key, value)")
         key, value = pair
         if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key):
             raise InputError(
-                f"the metadata key {key!r} may hold digits, lower-case letters and"
-                " the signs - _ . only"
+                f"the metadata key {key!r} is invalid: expected lower-case letters,"
+                " digits and the signs - _ ."
             )
         if key.startswith("grpc-"):
-            raise InputError(f"the metadata key {key!r} is gRPC's own")
+            raise InputError(f"the metadata key {key!r} is reserved for gRPC")
         binary = key.endswith("-bin")
-        # A value may be a secret, and is not repeated.
+        # The message omits the value, which may be a secret.
         if not isinstance(value, bytes if binary else str):
             raise InputError(
-                f"the metadata {key!r} is a {type(value).__name__}: a value is a"
-                " string, or bytes where the key ends in -bin"
+                f"the metadata value of {key!r} is a {type(value).__name__}: expected"
+                " a string, or bytes for keys ending in -bin"
             )
         if isinstance(value, str) and not (value.isascii() and value.isprintable()):
-            raise InputError(f"the metadata {key!r} is not printable ASCII")
+            raise InputError(f"the metadata value of {key!r} is not printable ASCII")
         checked.append((key, value))
     return tuple(checked)
 
 
 def parse_shape(value: Any) -> tuple[int, ...]:
-    """A shape from a number or a sequence of numbers.
+    """Return a shape from a number or a sequence of numbers.
 
     Raises:
-        InputError: It is none.
+        InputError: The value is not a shape.
     """
     try:
         numbers = value if isinstance(value, Iterable) else (value,)
         shape = tuple(operator.index(number) for number in numbers)
     except TypeError:
-        raise InputError(f"shape is {value!r}: give whole numbers") from None
+        raise InputError(f"shape is {value!r}: expected integers") from None
     if any(size < 0 for size in shape):
-        raise InputError(f"shape is {shape}: give sizes of at least 0")
+        raise InputError(f"shape is {shape}: expected sizes of at least 0")
     return shape
 
 
 def parse_dtype(
     value: DtypeLike, name: str, among: Collection[Dtype] = tuple(Dtype)
 ) -> Dtype:
-    """The element type that a name, a NumPy dtype or a scalar type means.
+    """Return the dtype for a name, a NumPy dtype or a scalar type.
 
     Args:
-        value: What the caller gave.
-        name: What to call it in errors.
-        among: What it can be.
+        value: The caller's value.
+        name: Name of the option, for errors.
+        among: The accepted dtypes.
 
     Raises:
-        InputError: It is none of these.
+        InputError: The value is none of these.
     """
     given = repr(value)
     try:
@@ -271,13 +276,13 @@ def parse_dtype(
     except (KeyError, TypeError, ValueError):
         pass
     can_be = ", ".join(each.label for each in among)
-    raise InputError(f"{name} is {given}; it can be {can_be}")
+    raise InputError(f"{name} is {given}: expected one of {can_be}")
 
 
 def _results(results: str | Iterable[str]) -> tuple[Matrix, ...]:
     if not isinstance(results, Iterable):
         raise InputError(
-            f'results is {results!r}: give names, such as "y" or ("dx", "dw")'
+            f'results is {results!r}: expected names, such as "y" or ("dx", "dw")'
         )
     names = (results,) if isinstance(results, str) else tuple(results)
     known = {matrix.label: matrix for matrix in RESULTS}
@@ -302,7 +307,7 @@ def _result_dtypes(
     for name in spec:
         if name not in by_name:
             raise InputError(
-                f"result_dtype has {name!r}, and the wanted results are"
+                f"result_dtype has {name!r}: expected one of the wanted results,"
                 f" {', '.join(by_name)}"
             )
     return {
@@ -329,7 +334,7 @@ def _checkpoint_rows(value: int | None) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise InputError(
-            f"checkpoint_rows is {value!r}: give a number of rows, 0 for none, or None"
+            f"checkpoint_rows is {value!r}: expected an integer of at least 0, or None"
         )
     return min(int(value), limits.MAX_INT64)
 
@@ -338,11 +343,11 @@ def _job_id(request_id: str | None) -> str:
     if request_id is None:
         return secrets.token_hex(8)
     if not isinstance(request_id, str):
-        raise InputError(f"request_id is {request_id!r}: give a string")
+        raise InputError(f"request_id is {request_id!r}: expected a string")
     printable = request_id.isascii() and request_id.isprintable()
     if not request_id or not printable or len(request_id) > limits.MAX_JOB_ID_LENGTH:
         raise InputError(
-            f"request_id is {request_id!r}: give 1 to {limits.MAX_JOB_ID_LENGTH}"
+            f"request_id is {request_id!r}: expected 1 to {limits.MAX_JOB_ID_LENGTH}"
             " printable ASCII characters"
         )
     return request_id

@@ -1,7 +1,4 @@
-"""What gradwire hands to its callers beside arrays and exceptions.
-
-Bytes are bytes, and every time is in seconds.
-"""
+"""The result types of gradwire. Sizes are in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -28,57 +25,57 @@ class Device:
     """A device that computes."""
 
     backend: str
-    """The backend that drives it: ``numpy``, ``cupy``, or another that is
-    installed with the server."""
+    """The backend that uses the device: ``numpy``, ``cupy``, or another installed
+    backend."""
 
     index: int
-    """The backend's own number for it, from 0."""
+    """The backend's number for the device, from 0."""
 
     name: str
-    """Its name, for people."""
+    """The device's name, for display."""
 
     memory_bytes: int
-    """Its memory."""
+    """Memory of the device."""
 
     compute_capability: str = ""
-    """What it can do, by CUDA's number for it: ``9.0``; empty for CPUs."""
+    """CUDA compute capability, for example ``9.0``; empty for CPUs."""
 
     memory_limit_bytes: int = 0
-    """Most of its own memory that the jobs on it may hold together; 0 where it
-    computes in the host's memory."""
+    """Most bytes of the device's own memory that its jobs may hold together; 0 if the
+    device computes in host memory."""
 
     sums_rounded_to_nearest: tuple[str, ...] = ()
-    """Element types of operands whose products it sums with every addition
-    rounded to nearest. `verify` allows sums of others more: what tensor cores
-    lose. Empty where the server does not say."""
+    """Dtypes of operands for which the device rounds every addition to nearest. For
+    other dtypes, `verify` allows larger errors, as on tensor cores. Empty if the server
+    does not say."""
 
     ignores_tf32: bool = False
-    """Whether ``allow_tf32`` has no effect on it."""
+    """Whether ``allow_tf32`` has no effect on the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class NumericsFingerprint:
-    """What a result's last bits depend on, beside operands and options.
+    """Everything that affects a result's last bits, beside operands and options.
 
     Two jobs with equal fingerprints, options and operands give equal bits.
     """
 
     library: str
-    """The library that computed the products, with its version."""
+    """Library that computed the products, with its version."""
 
     device: str
-    """The kind of processor that it ran on."""
+    """Kind of processor."""
 
     threads: int
-    """Threads that shared one product."""
+    """Number of threads that shared one product."""
 
     block_rows: int
-    """Rows of a block."""
+    """Number of rows of a row block."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What became of a job. Its stages overlap, so their times do not add up.
+    """Statistics of a finished job. Stages overlap, so their times do not add up.
 
     Example:
         >>> client.gradients(x, w, dy).receipt.computing_s
@@ -86,19 +83,19 @@ class Receipt:
     """
 
     job_id: str
-    """The job's id, in the server's log too."""
+    """Id of the job, as in the server's log."""
 
     server_instance: str
-    """The server process that ran it: a fresh random name each start."""
+    """The server process that ran the job: a new random name at each start."""
 
     m: int
-    """Rows that were computed."""
+    """Number of rows."""
 
     blocks: int
-    """Row blocks that were computed."""
+    """Number of row blocks computed."""
 
     block_rows: int
-    """Rows of a block; the last one may have fewer."""
+    """Number of rows of a row block. The last block may have fewer."""
 
     bytes_received: int
     """Bytes of operands that the server received, without framing."""
@@ -107,99 +104,99 @@ class Receipt:
     """Bytes of results that the server sent, without framing."""
 
     queued_s: float
-    """From the header's arrival until the job ran."""
+    """Time from the arrival of the header until the job started."""
 
     receiving_s: float
-    """Waiting for operands and taking them in."""
+    """Time spent waiting for operands and receiving them."""
 
     copy_to_device_s: float
-    """Copies from the host's memory to the device."""
+    """Time of copies from host memory to the device."""
 
     computing_s: float
-    """The products and the sum of dW."""
+    """Time of the products and the sum of dW."""
 
     copy_from_device_s: float
-    """Copies from the device to the host's memory."""
+    """Time of copies from the device to host memory."""
 
     sending_s: float
-    """Handing results to the network, with the wait for a slow reader."""
+    """Time spent sending results, including the wait for a slow reader."""
 
     total_s: float
-    """From the header's arrival to the receipt."""
+    """Time from the arrival of the header to the receipt."""
 
     device: Device
-    """Where the job ran."""
+    """The device that ran the job."""
 
     fingerprint: NumericsFingerprint
-    """What the results' last bits depend on."""
+    """Fingerprint of the results' last bits."""
 
     reserved_bytes: int
-    """The host's memory that the server held for the job."""
+    """Host memory that the server reserved for the job."""
 
     peak_memory_bytes: int
     """Highest resident memory of the server process so far."""
 
     transport: str
-    """How the elements travelled: ``tcp``, ``unix``, or ``shm`` (shared memory)."""
+    """Transport of the elements: ``tcp``, ``unix`` or ``shm`` (shared memory)."""
 
     dtype: str
-    """Element type in which the operands travelled."""
+    """Dtype in which the operands were sent."""
 
     result_dtypes: Mapping[str, str]
-    """Element types in which the results travelled, by their names."""
+    """Dtype in which each result was sent, by the result's name."""
 
     device_bytes: int = 0
-    """The device's own memory that the server held for the job, beside
-    `reserved_bytes`; 0 where it computed in the host's memory."""
+    """The device's own memory that the server reserved for the job, in addition to
+    `reserved_bytes`; 0 if the device computes in host memory."""
 
     host_copy_bytes: int = 0
-    """Bytes that this client copied between a GPU's memory and the host's: of
-    operands that lay there, and of results that `out` wanted there."""
+    """Bytes that the client copied between a GPU and host memory, for operands on a GPU
+    and for results in `out` arrays on a GPU."""
 
     host_copy_s: float = 0.0
-    """How long those copies took, beside everything else."""
+    """Time of those copies."""
 
     attempts: int = 1
-    """How often the job was tried; all else here is of the last attempt."""
+    """Number of attempts. All other fields describe the last attempt."""
 
     retried: tuple[str, ...] = ()
-    """Why each attempt before it failed: a reason such as ``DRAINING``, or else
-    a status such as ``UNAVAILABLE``."""
+    """Why each earlier attempt failed: a reason such as ``DRAINING``, or a status such
+    as ``UNAVAILABLE``."""
 
     server_address: str = ""
-    """Where this client reached the server that ran it."""
+    """Address of the server that ran the job."""
 
     verifying_s: float = 0.0
-    """How long this client took to check the results; 0 where it did not."""
+    """Time that the client spent checking the results; 0 if it did not check them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What one server allows, and where it asks for a token, its tenant of it."""
+    """Limits of a server, or of the caller's tenant on it."""
 
     memory_bytes: int
-    """Most bytes of the host's memory that all its jobs together may reserve."""
+    """Most bytes of host memory that all jobs together may reserve."""
 
     max_jobs: int
-    """Most jobs that run at once."""
+    """Most jobs that run at the same time."""
 
     max_queue: int
-    """Most jobs that wait; one more is refused as busy."""
+    """Most jobs that wait. Further jobs are refused with `ServerBusyError`."""
 
     max_columns: int
-    """Largest n and largest k."""
+    """Largest n and k."""
 
     max_message_bytes: int
     """Largest payload of a message."""
 
     idle_timeout_s: float
-    """Without progress for so long, a job whose client does not send, or
-    does not read, is ended."""
+    """Time without progress after which the server ends a job whose client neither
+    sends nor reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server is, offers and allows.
+    """Description of a server.
 
     Example:
         >>> client.server_info().devices[0].backend
@@ -207,41 +204,41 @@ class ServerInfo:
     """
 
     version: str
-    """Version of gradwire that serves."""
+    """gradwire version of the server."""
 
     server_instance: str
-    """The server process: a fresh random name each start."""
+    """The server process: a new random name at each start."""
 
     contract: str
-    """The contract that is served: ``gradwire.v1``."""
+    """The contract, for example ``gradwire.v1``."""
 
     features: tuple[str, ...]
-    """Optional features of the contract that it has."""
+    """Optional features of the contract that the server supports."""
 
     devices: tuple[Device, ...]
-    """The devices that compute."""
+    """The server's devices."""
 
     backend_reason: str
-    """Why its backend was chosen, in a sentence."""
+    """Why the server chose its backend, as a sentence."""
 
     dtypes: tuple[str, ...]
-    """Element types that it takes: ``float32``, ..."""
+    """Supported dtypes of operands: ``float32``, ..."""
 
     limits: ServerLimits
-    """What a job may ask for."""
+    """Limits of the server's jobs."""
 
     draining: bool
-    """Whether it takes no new jobs because it is about to stop."""
+    """Whether the server accepts no new jobs because it is about to stop."""
 
     libraries: Mapping[str, str]
-    """Versions of Python, grpcio and the libraries that compute, by name."""
+    """Versions of Python, grpcio and the computing libraries, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job has come, as ``on_progress`` is told.
+    """Progress of a job, passed to ``on_progress``.
 
-    When a job is tried again, it steps back to where the new attempt begins.
+    A retry resets the progress to the start of the new attempt.
 
     Example:
         >>> def show(progress):
@@ -250,26 +247,26 @@ class Progress:
     """
 
     bytes_sent: int
-    """Bytes of operands that were handed to the network."""
+    """Bytes of operands passed to the network."""
 
     bytes_to_send: int | None
     """Bytes of all operands; None while m is unknown."""
 
     bytes_received: int
-    """Bytes of results that came back."""
+    """Bytes of results received."""
 
     bytes_to_receive: int | None
     """Bytes of all wanted results; None while m is unknown."""
 
     rows_sent: int
-    """Rows that were handed to the network, or are being."""
+    """Rows passed to the network, including the rows being passed now."""
 
     m: int | None
-    """All rows; None while that is unknown."""
+    """Total number of rows; None while it is unknown."""
 
     jobs_ahead: int | None
-    """Jobs that run before this one while it waits; None once it runs, and
-    before the server has said."""
+    """Number of jobs ahead of this one in the queue; None while unknown and once the
+    job runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,10 +282,10 @@ class RowBlock:
     """Index of the first row within the whole job."""
 
     y: Array | None
-    """Those rows of Y, shape (rows, k); None where Y is not wanted."""
+    """The rows of Y, shape (rows, k); None if Y is not wanted."""
 
     dx: Array | None
-    """Those rows of dX, shape (rows, n); None where dX is not wanted."""
+    """The rows of dX, shape (rows, n); None if dX is not wanted."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -303,7 +300,7 @@ class _ThreeResults(NamedTuple):
 
 
 class Gradients(_ThreeResults):
-    """The results of `gradients`: a tuple (y, dx, dw), None where not wanted.
+    """The results of `gradients`: a tuple (y, dx, dw). Unwanted results are None.
 
     `db` is no element of the tuple.
 
@@ -350,7 +347,7 @@ class Backward(_TwoResults):
     """What became of the job."""
 
     def __new__(cls, dx: Any, dw: Any, receipt: Receipt) -> Backward:
-        """The two results with their receipt."""
+        """Create the tuple of two results with its receipt."""
         self = super().__new__(cls, dx, dw)
         self.receipt = receipt
         return self
@@ -360,7 +357,7 @@ class Backward(_TwoResults):
 
 
 def device_of(message: DeviceMessage) -> Device:
-    """A device as the contract writes it."""
+    """Convert the contract's device message."""
     return Device(
         message.backend,
         message.index,
@@ -374,7 +371,7 @@ def device_of(message: DeviceMessage) -> Device:
 
 
 def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
-    """A receipt as the contract writes it, with what Accepted said before."""
+    """Convert the contract's receipt message, with fields of the earlier Accepted."""
     fingerprint, job = accepted.fingerprint, accepted.effective_job
     return Receipt(
         job_id=message.job_id,
@@ -412,7 +409,7 @@ def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
 
 
 def server_info_of(message: GetServerInfoResponse) -> ServerInfo:
-    """A server's answer about itself."""
+    """Convert the contract's server-info message."""
     return ServerInfo(
         version=message.version,
         server_instance=message.server_instance,
@@ -435,6 +432,6 @@ def server_info_of(message: GetServerInfoResponse) -> ServerInfo:
 
 
 def _labels(numbers: Iterable[int]) -> tuple[str, ...]:
-    """Names of element types; those that this version does not know are left out."""
+    """Return the names of dtypes, without dtypes unknown to this version."""
     known = {int(dtype) for dtype in Dtype}
     return tuple(Dtype(number).label for number in numbers if number in known)

@@ -1,4 +1,4 @@
-"""What `verify=` means: how thoroughly results are checked on the client."""
+"""The option `verify`: how thoroughly the client checks results."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _GROUPS = 16
 
 _NARROW_GROUPS = 64
 _NARROW_COLUMNS = 16
-"""Columns of a group of a 16-bit result, as long as there are no more groups."""
+"""Columns of a group of a 16-bit result, up to `_NARROW_GROUPS` groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """How results are checked: by Freivalds' random vectors, row by row.
+    """Settings of the check of results, by Freivalds' algorithm, row by row.
 
-    Each round deals a result's columns out to groups and adds up those of a
-    group with random signs; the same sums are computed from the operands in
-    O(m n + n k + m k). docs/gradients.md says what is caught.
+    Each round divides a result's columns into random groups and sums each group with
+    random signs. The client computes the same sums from the operands, in O(m n + n k +
+    m k). docs/gradients.md describes which errors are found.
 
     Raises:
-        InputError: A value is out of its range; the text names the field.
+        InputError: A value is out of range; the message names the field.
 
     Example:
         >>> finer = gradwire.Verify(groups=64)
@@ -36,14 +36,13 @@ class Verify:
     """
 
     rounds: int = 2
-    """Independent random vectors, 1 to 1024. Errors in one row that happen to
-    cancel each other in one of them do not in the next."""
+    """Number of independent random vectors, 1 to 1024. Errors in one row that cancel
+    out in one round do not cancel out in the next."""
 
     groups: int | None = None
-    """Parts of a row that are added up separately, 1 to 1024; the fewer
-    elements in one, the smaller the error that stands out from their rounding.
-    The check's time grows with `rounds` times `groups`. None: 16, and for
-    results of 16 bits, which are rounded most, up to 64."""
+    """Number of groups of a row, 1 to 1024. With fewer elements in a group, smaller
+    errors are found. The time of the check grows with `rounds` times `groups`. None:
+    16; up to 64 for 16-bit results, which are rounded most."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "groups"):
@@ -56,12 +55,12 @@ class Verify:
                 or not 1 <= value <= _MOST
             ):
                 raise InputError(
-                    f"Verify's {name} is {value!r}: give a whole number from 1 to"
+                    f"Verify's {name} is {value!r}: expected an integer from 1 to"
                     f" {_MOST}"
                 )
 
     def groups_for(self, columns: int, dtype: Dtype) -> int:
-        """Groups of a result of so many columns, of that dtype."""
+        """Return the number of groups for a result of `columns` columns."""
         if self.groups is not None:
             return self.groups
         if not dtype.is_narrow:
@@ -73,13 +72,13 @@ VerifyLike: TypeAlias = Verify | bool | int | None
 
 
 def parse_verify(value: VerifyLike) -> Verify | None:
-    """How results shall be checked; None: as the client's others.
+    """Return the settings for a value of `verify`; None: the client's default.
 
-    `Verify` with the fields' defaults for True, with so many rounds for a
-    number. False stays false: not at all.
+    True gives `Verify` with its defaults, a number gives that many rounds, and False
+    gives `NOT`, which is falsy.
 
     Raises:
-        InputError: It is none of these.
+        InputError: The value is none of these.
     """
     if value is None or isinstance(value, Verify):
         return value
@@ -90,13 +89,13 @@ def parse_verify(value: VerifyLike) -> Verify | None:
     if isinstance(value, int | np.integer):
         return Verify(rounds=int(value))
     raise InputError(
-        f"verify is {value!r}: give True, False, a number of rounds or a"
+        f"verify is {value!r}: expected True, False, a number of rounds or a"
         " gradwire.Verify"
     )
 
 
 class _Not(Verify):
-    """No check, where a client's others are checked."""
+    """No check, even if the client's default is to check."""
 
     __slots__ = ()
 
@@ -105,4 +104,4 @@ class _Not(Verify):
 
 
 NOT = _Not()
-"""What `verify=False` means."""
+"""Settings for `verify=False`."""

@@ -1,1 +1,1 @@
-"""The clients: what joins arguments, jobs and calls."""
+"""The clients: they turn arguments into jobs, and jobs into calls."""

@@ -1,4 +1,4 @@
-"""What both clients have in common, seen from outside."""
+"""The public attributes that both clients have in common."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ClientBase(Generic[EngineT]):
     """A client that does no I/O.
 
     Args:
-        engine: What does it.
+        engine: Makes the calls.
     """
 
     def __init__(self, engine: EngineT) -> None:
@@ -25,15 +25,15 @@ class ClientBase(Generic[EngineT]):
 
     @property
     def address(self) -> str:
-        """The server's address, as it was given; of several, all of them."""
+        """The server's address as given, or the addresses of all servers."""
         return self._engine.address
 
     @property
     def last_receipt(self) -> Receipt | None:
-        """What became of the job that this thread was last done with here.
+        """The receipt of the last job that this thread finished with this client.
 
-        None before the first. Where several coroutines share a client, the
-        receipt on the result itself is the surer one.
+        None before the first job. If several coroutines share a client, use the
+        receipt of the result instead.
         """
         return getattr(self._local, "receipt", None)
 
@@ -45,7 +45,7 @@ class ClientBase(Generic[EngineT]):
         kind = type(self).__name__
         raise TypeError(
             f"a gradwire.{kind} holds a connection and cannot be pickled or copied:"
-            f" hand over its address, {self.address!r}, and make a client of it there"
+            f" pass its address, {self.address!r}, and create a client there"
         )
 
     def _remember(self, receipt: Receipt) -> Receipt:

@@ -1,4 +1,4 @@
-"""`connect`: the shortest way to a client."""
+"""The function `connect`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
         timeout_s: Seconds for every call that does not say itself; None, the
             default: no limit.
         metadata: Sent with every call: ``{"traceparent": "00-..."}``.
-        transport: How elements travel. ``"tcp"``: in messages, over the connection
-            that the address names. ``"shm"``: through memory that the server shares,
-            if it is allowed to; see `Client.empty`. ``"auto"``, the default: through
-            shared memory if the server allows it and is surely on this host.
+        +transport: How elements are sent. ``"tcp"``: in messages, over the connection
+            of the address. ``"shm"``: in memory shared with the server; see
+            `Client.empty`. ``"auto"``, the default: in shared memory if the server
+            allows it and is known to be on this host.
         tls: None, the default: plaintext, for this host and for networks that you
             trust; an ``authorization`` in the metadata is refused for other hosts.
             True: TLS, to a server with a certificate of an authority that the system
@@ -43,10 +43,9 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
             token can be renewed; its exceptions are raised by the call. An
             `AsyncClient` calls it on the event loop, which it must not block. A
             token is refused if it would go to another host in plaintext.
-        retries: When a failed call is made again: True, the default, as
-            `RetryPolicy` says; False: never.
-        verify: Whether the client checks results, for every call that does not say
-            itself; see `Client.gradients`.
+        +retries: When a failed call is retried. True, the default: with `RetryPolicy`'s
+            defaults. False: never. Or a `RetryPolicy`.
+        +verify: Default of the option `verify` of every call; see `Client.gradients`.
 
     Returns:
         A client, once the server has answered.
@@ -54,10 +53,11 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
     Raises:
         InputError: An argument is invalid, or a file of `tls` or the token cannot
             be used.
-        ConnectError: No server answers at the address (of several addresses: at
-            any), the answer is not a gradwire server's (`ContractError`: it is that
-            of another version of the contract), the server is not to be trusted
-            (`TlsError`), or it does not share memory with ``transport="shm"``.
+        +ConnectError: No server answers at the address (at any, if there are several).
+            Or something else than a gradwire server answers, or a server with an
+            unknown version of the contract (`ContractError`). Or the server is not
+            trusted (`TlsError`). Or ``transport="shm"``, and the server shares no
+            memory.
 
     Example:
         >>> with gradwire.connect("gpu-node:50051") as client:

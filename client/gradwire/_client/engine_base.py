@@ -1,4 +1,4 @@
-"""What the engines of both clients have in common: everything but waiting."""
+"""Everything that the engines of both clients have in common, without I/O."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ _WAIT_STEPS_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class EngineBase:
-    """A client's server, or servers, and the calls that are made there.
+    """The server or servers of a client, and its calls to them.
 
     Args:
         address: As for `connect`.
         options: As for `connect`.
 
     Raises:
-        InputError: One of them cannot be.
+        InputError: An argument is invalid.
 
     Attributes:
-        address: As it was given; of several, all of them.
+        address: The address as given, or all addresses.
         jobs: Makes the jobs.
         closed: Whether no more calls can be made.
         connect_timeout_s: Seconds that the server has to answer at first.
@@ -55,14 +55,14 @@ class EngineBase:
     """
 
     client_name: ClassVar[str]
-    """What the client is called, for errors."""
+    """Name of the client's class, for errors."""
 
     def __init__(self, address: str | Sequence[str], options: ClientOptions) -> None:
         self._options = options
         self._addresses = parse_addresses(address)
         self.address = self._addresses.text
         tls, token = options.get("tls"), options.get("token")
-        # Where there are several, each has an engine of its own.
+        # If there are several servers, each has an engine of its own.
         self._endpoint = Endpoint(self._addresses.first, tls, token)
         self._endpoints = None
         if self._addresses.several:
@@ -86,21 +86,21 @@ class EngineBase:
         if self._addresses.several:
             if transport == "shm":
                 raise InputError(
-                    'transport is "shm", and memory is shared with one server: give'
-                    " one address"
+                    'transport is "shm", which works with one server only: expected one'
+                    " address"
                 )
             transport = "tcp"
         self.shm = ShmPolicy(transport, self.address)
 
     def require_open(self) -> None:
-        """Check that calls can be made.
+        """Check that the client is open.
 
         Raises:
             ClientStateError: The client was closed.
         """
         if self.closed:
             raise ClientStateError(
-                f"this {self.client_name} of {self.address} was closed: make another"
+                f"this {self.client_name} of {self.address} is closed: create a new one"
             )
 
     def waits_for_ready(self) -> Callable[[GradwireError], float | None]:
@@ -122,34 +122,34 @@ class EngineBase:
         return delay_s
 
     def attempts(self, options: Options) -> Attempts:
-        """Those of a job that begins now."""
+        """Return the attempts of a job that begins now."""
         return Attempts(self._retries, options.timeout_s, options.job_id)
 
     def _learn_features(self, engines: Sequence[EngineBase]) -> None:
-        """Of several servers, take what all offer that have said what they do."""
+        """Use the common features of all servers that have answered."""
         offered = [each.jobs.features for each in engines if each.jobs.features]
         if offered:
             self.jobs.features = frozenset.intersection(*offered)
 
     def _learn(self, info: ServerInfo) -> ServerInfo:
-        """Go by what a server says of itself.
+        """Use a server's answer about itself.
 
         Raises:
-            ContractError: It speaks another contract.
-            CannotShareError: It does not share memory, which is demanded.
+            ContractError: The server has another version of the contract.
+            CannotShareError: ``transport="shm"``, and the server shares no memory.
         """
         if info.contract != limits.CONTRACT:
             raise ContractError(
-                f"the server at {self.address} (gradwire {info.version}) speaks"
-                f" {info.contract or 'no contract that it names'}, and this client"
-                f" speaks {limits.CONTRACT}: one of them has to be updated"
+                f"the server at {self.address} (gradwire {info.version}) has contract"
+                f" {info.contract or '(none)'}, but this client has"
+                f" {limits.CONTRACT}: update one of them"
             )
         self.shm.learn(info)
         self.jobs.features = frozenset(info.features)
         return info
 
     def _should_use_shm(self, job: ArrayJob) -> bool:
-        """Whether a job shall go through shared memory."""
+        """Return whether to send a job through shared memory."""
         if self.jobs.tuning.unary or job.plan.options.checksum:
             return False
         return self.shm.should_use(job.plan, job.operands, unary=job.unary)
@@ -165,7 +165,7 @@ def may_become_ready(error: GradwireError) -> bool:
 def member_options(
     options: ClientOptions, endpoints: Endpoints, name: str | None
 ) -> ClientOptions:
-    """The options of the engine of one of several servers.
+    """Return the options of the engine of one of several servers.
 
     Args:
         options: The options of the client.
@@ -180,13 +180,14 @@ def member_options(
 
 
 def look_up_address(address: str, known: Mapping[str, EngineT]) -> EngineT:
-    """The engine of one of a client's servers.
+    """Return the engine of one of a client's servers.
 
     Raises:
-        InputError: It has none of that address.
+        InputError: The client has no server with that address.
     """
     if address not in known:
         raise InputError(
-            f"address is {address!r}; this client's servers are {', '.join(known)}"
+            f"address is {address!r}: expected one of the client's servers,"
+            f" {', '.join(known)}"
         )
     return known[address]

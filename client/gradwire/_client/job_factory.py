@@ -1,4 +1,4 @@
-"""A client's jobs, made of the arguments of its methods."""
+"""Creation of a client's jobs from the arguments of its methods."""
 
 from __future__ import annotations
 
@@ -24,41 +24,40 @@ from gradwire_protocol.limits import RESUME
 from gradwire_protocol.matrices import Matrix
 
 MIN_ROWS_PER_CHECKPOINT_RATIO = 16
-"""Checkpoints that the caller did not ask for are spaced so that the rows between
-two have at least so many times a checkpoint's bytes."""
+"""Unrequested checkpoints are spaced so that the rows between two have at least this
+many times the bytes of a checkpoint."""
 
 MIN_BYTES_PER_CHECKPOINT = 16 * limits.MIB
-"""And at least so many bytes."""
+"""Minimum bytes of the rows between two unrequested checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How jobs travel. Results do not depend on it, and a test says so."""
+    """How jobs are sent. It does not affect results, as a test checks."""
 
     chunk_bytes: int = limits.DEFAULT_CHUNK_BYTES
-    """Largest payload of a stream's message, in both directions."""
+    """Largest payload of a chunk, in both directions."""
 
     unary: bool | None = None
-    """Whether jobs go through Compute; None: the small ones do."""
+    """Whether jobs use the method Compute; None: only small jobs do."""
 
 
 class JobFactory:
     """Makes a client's jobs.
 
     Args:
-        policy: When calls are made again.
-        verify: How results are checked where a call does not say; None: not.
-        timeout_s: Seconds for calls that name none.
-        metadata: Sent with every call.
-        require_private: Checks that metadata holds no secret that others could
-            read on its way.
+        policy: When calls are retried.
+        verify: Default check of results; None: no check.
+        timeout_s: Default timeout, in seconds.
+        metadata: Metadata of every call.
+        require_private: Checks that metadata sent in plaintext holds no secret.
 
     Attributes:
-        features: What the server offers, once it has said.
-        memory: Where results' arrays come from.
-        timeout_s: See above.
-        metadata: See above, as pairs.
-        tuning: How jobs travel.
+        features: Features of the server, once it has answered.
+        memory: Allocates arrays for results.
+        timeout_s: As above.
+        metadata: As above, as pairs.
+        tuning: How jobs are sent.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class JobFactory:
         self.tuning = Tuning()
 
     def with_defaults(self, options: Options) -> Options:
-        """The options of a call, with the client's where it does not say."""
+        """Return a call's options, completed with the client's defaults."""
         self._require_private(options.metadata)
         if self.timeout_s is None and not self.metadata and self._verify is None:
             return options
@@ -98,7 +97,7 @@ class JobFactory:
         returns: tuple[Matrix, ...],
         options: Options,
     ) -> ArrayJob:
-        """A job from the arguments of a method that returns `returns`."""
+        """Create a job from the arguments of a method that returns `returns`."""
         copies = HostCopies()
         plan, operands = plan_arrays(given, self.with_defaults(options), copies)
         if plan.chunk_bytes != self.tuning.chunk_bytes:
@@ -117,7 +116,7 @@ class JobFactory:
         )
 
     def stream_job(self, reader: RowReader, rows: ReplayBuffer) -> StreamJob:
-        """A stream's job, now that its first item is known, if it has any."""
+        """Create a stream's job, once its first item (if any) is known."""
         plan = replace(reader.plan(rows.first), chunk_bytes=self.tuning.chunk_bytes)
         checkpoint_rows = self._checkpoint_rows(plan.options)
         if checkpoint_rows == 0 and plan.options.checkpoint_rows is None:
@@ -127,22 +126,22 @@ class JobFactory:
         )
 
     def replay_buffer(self, reader: RowReader, rows: object) -> ReplayBuffer:
-        """Room for a stream's rows, as far as they may be needed again."""
+        """Create the buffer of a stream's rows that may have to be sent again."""
         if self._policy.attempts == 1:
             return ReplayBuffer(reader)
         again = rows if isinstance(rows, Sequence) else None
         return ReplayBuffer(reader, self._policy.held_bytes, again)
 
     def after_fork(self) -> None:
-        """Begin anew in a child: the parent's arrays come back to the parent."""
+        """Use a new pool in the child of a fork."""
         self.memory = ResultPool()
 
     def _checkpoint_rows_of_stream(self, plan: Plan, rows: ReplayBuffer) -> int:
-        """How often a stream asks for checkpoints of its own accord; 0: never.
+        """Return the rows between unrequested checkpoints of a stream; 0: none.
 
-        So often that the rows behind the last one are held, with those that are
-        on their way, if they cannot be had again; but not so often that the
-        checkpoints are much beside the rows.
+        Rows that the iterable cannot give again are buffered. Checkpoints are
+        frequent enough that the rows since the last one fit in the buffer, with the
+        rows in transit. They are rare enough to be small beside the rows.
         """
         row_bytes = plan.upload_bytes(1) - plan.upload_bytes(0)
         dtype = plan.options.dw_accumulator or plan.dtype.sums_in
@@ -155,9 +154,9 @@ class JobFactory:
         return max(1, apart // row_bytes)
 
     def _checkpoint_rows(self, options: Options) -> int | None:
-        """How often a job asks for checkpoints; None: never.
+        """Return the rows between a job's checkpoints; None: no checkpoints.
 
-        By default for the one alone that a server sends which stops: it costs
+        The default is 0: the server sends one checkpoint, when it stops. That costs
         nothing before.
         """
         if self._policy.attempts == 1:

@@ -1,4 +1,4 @@
-"""Whether the server took on what it was asked, and answers that."""
+"""Checks that the server accepted and answered the requested job."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from gradwire_protocol.v1.job_pb2 import Accepted, Job
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 _FILLED_IN = frozenset({"job_id", "numerics.dw_accumulator", "max_chunk_bytes"})
-"""Options that a server chooses where a job leaves them out."""
+"""Options with a default that the server chooses."""
 
 
 def check_accepted(accepted: Accepted, job: Job) -> None:
-    """Check that the server took on what it was asked.
+    """Check that the server accepted the job as it was sent.
 
     Raises:
-        ProtocolError: An option was not understood, or a size cannot be.
+        ProtocolError: The server understood an option otherwise, or sent an
+            impossible size.
     """
     if accepted.block_rows < 1 or accepted.window_rows < 1:
         raise ProtocolError(
@@ -26,31 +27,31 @@ def check_accepted(accepted: Accepted, job: Job) -> None:
             f" of {accepted.window_rows}"
         )
     if _with_defaults(job, accepted.effective_job) == accepted.effective_job:
-        return  # as nearly always, and found out far sooner than what differs
+        return  # The usual case, and faster than the search for a difference.
     difference = _difference(job, accepted.effective_job)
     if difference is not None:
         path, asked, understood = difference
         raise ProtocolError(
-            f"the server did not understand the option {path}: it was asked for"
-            f" {asked} and would do {understood}"
+            f"the server did not understand the option {path}: expected {asked},"
+            f" but the server would use {understood}"
         )
 
 
 def check_receipt(receipt: ReceiptMessage, job: Job, m: int | None) -> None:
-    """Check that a receipt is this job's.
+    """Check that a receipt belongs to the job.
 
     Raises:
-        ProtocolError: It is not.
+        ProtocolError: It belongs to another job.
     """
     if receipt.m != m or receipt.job_id != job.job_id:
         raise ProtocolError(
-            f"the server's receipt is for {receipt.m} rows of job {receipt.job_id!r},"
-            f" and job {job.job_id!r} had {m}"
+            f"the server's receipt is for {receipt.m} rows of job {receipt.job_id!r}:"
+            f" expected {m} rows of job {job.job_id!r}"
         )
 
 
 def _with_defaults(asked: Job, understood: Job) -> Job:
-    """What was asked, with what `understood` chose where most jobs ask nothing."""
+    """Return `asked`, with the accumulator of `understood` if `asked` has none."""
     filled = Job()
     filled.CopyFrom(asked)
     if not asked.numerics.dw_accumulator:
@@ -61,7 +62,7 @@ def _with_defaults(asked: Job, understood: Job) -> Job:
 def _difference(
     asked: Message, understood: Message, path: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """The first option in which two headers differ, with both its values."""
+    """Return the first option in which two headers differ, and its two values."""
     for field in asked.DESCRIPTOR.fields:
         name = path + field.name
         if field.has_presence and not (

@@ -1,10 +1,10 @@
-"""One job's conversation with the server, without the I/O.
+"""The messages of one streamed job, without I/O.
 
-An `Exchange` says what to send, and is told what came; whoever drives it only
-pumps. The two directions may run in different threads: sending is a chain of
-generators, receiving is one method, and each looks at the other's counters only.
+A `JobExchange` yields the messages to send, and takes the received ones. Its driver
+only transfers messages. The two directions may run in different threads: sending is a
+chain of generators, receiving is one method, and each reads only counters of the other.
 
-    exchange = Exchange(plan, sender, sinks)
+    exchange = JobExchange(plan, sender, sinks)
     send(exchange.opening())
     ... receive messages until exchange.accepted ...
     send everything of exchange.array_messages(operands)
@@ -38,44 +38,44 @@ def decode_response(message: bytes, *, after_receipt: bool) -> framing.ResponseM
     """Decode a message of the server.
 
     Args:
-        message: As it came.
-        after_receipt: Whether the job's receipt came before it.
+        message: The received bytes.
+        after_receipt: Whether the job's receipt was received before.
 
     Raises:
-        ProtocolError: It is no message, or comes after the receipt.
+        ProtocolError: The bytes are not a message, or come after the receipt.
     """
     try:
         received = framing.decode_response(message)
     except framing.FramingError as error:
-        raise ProtocolError(f"the server sent no message: {error}") from error
+        raise ProtocolError(f"the server sent an invalid message: {error}") from error
     if after_receipt:
-        raise ProtocolError("the server went on after the job's receipt")
+        raise ProtocolError("the server sent a message after the job's receipt")
     return received
 
 
 class ExchangeProtocol(Protocol):
-    """What whoever pumps a stream's requests must know of it."""
+    """The parts of an exchange that the sending side of a call needs."""
 
     accepted: Accepted | None
-    """What the server said when it took the job on."""
+    """The server's Accepted, once received."""
 
     def opening(self) -> bytes:
-        """The first message; the next ones may go once `accepted` is set."""
+        """Return the first message. Send the next ones once `accepted` is set."""
 
 
 class JobExchange:
-    """A job's stream, as its client sees it.
+    """The client's side of a ComputeStream call.
 
     Args:
         plan: The job.
-        sender: What is sent.
-        sinks: Where results go.
-        point: Where the job goes on; None: it begins at its beginning.
-        checkpoint_rows: How many rows there are at least between checkpoints;
-            0: only the server's last one, should it stop; None: none.
+        sender: Makes the requests.
+        sinks: Store the results.
+        point: Where the job resumes; None: it starts at its beginning.
+        checkpoint_rows: Minimum number of rows between checkpoints; 0: one, when the
+            server stops; None: none.
 
     Attributes:
-        accepted: What the server said when it took the job on.
+        accepted: The server's Accepted, once received.
     """
 
     def __init__(
@@ -107,18 +107,18 @@ class JobExchange:
         self._receipt: ReceiptMessage | None = None
 
     def opening(self) -> bytes:
-        """The first message; the next ones may go once `accepted` is set."""
+        """Return the first message. Send the next ones once `accepted` is set."""
         return framing.encode_job(self._job)
 
     def array_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
-        """Everything after it, for operands that are all there."""
+        """Yield all messages after the first, for complete operands."""
         rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
         yield from self.weight_messages(operands.get(Matrix.W))
         yield from self._reported(self._sender.all_rows(rows))
         yield from self._reported(self._sender.end())
 
     def weight_messages(self, w: Operand | None) -> Iterator[bytes]:
-        """The messages that carry W, if the job needs it.
+        """Yield the messages with W, if the job needs it.
 
         And behind it the sums with which the job goes on.
         """
@@ -128,26 +128,26 @@ class JobExchange:
             yield from self._sender.sums(self._point.checkpoint.sums)
 
     def row_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
-        """The messages that carry the next rows of X and dY."""
+        """Yield the messages with the next rows of X and dY."""
         rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
         yield from self._reported(self._sender.rows(rows))
 
     def end_messages(self) -> Iterator[bytes]:
-        """The messages that complete the job."""
+        """Yield the messages that complete the job."""
         yield from self._reported(self._sender.last_rows())
         yield from self._reported(self._sender.end())
 
     def receive(self, message: bytes) -> None:
-        """Take a message from the server.
+        """Process a message from the server.
 
         Raises:
-            ProtocolError: The contract does not allow it here.
-            ChecksumError: Its payload was damaged on the way.
+            ProtocolError: The message violates the contract.
+            ChecksumError: The payload was damaged in transit.
         """
         received = decode_response(message, after_receipt=self._receipt is not None)
         if isinstance(received, framing.Chunk):
             if self.accepted is None:
-                raise ProtocolError("the server sent results before it took the job on")
+                raise ProtocolError("the server sent results before accepting the job")
             self._take(received)
         elif isinstance(received, Queued):
             self._report(jobs_ahead=received.jobs_ahead)
@@ -162,10 +162,10 @@ class JobExchange:
         self._report()
 
     def finish(self) -> Receipt:
-        """The receipt, once the server has ended the stream with OK.
+        """Return the receipt, once the server has ended the stream with OK.
 
         Raises:
-            ProtocolError: Something is missing.
+            ProtocolError: Results or the receipt are missing.
         """
         if self._receipt is None or self.accepted is None:
             raise ProtocolError("the server ended the job without a receipt")
@@ -174,11 +174,11 @@ class JobExchange:
         return receipt_of(self._receipt, self.accepted)
 
     def resume_point(self, results_row: int | None = None) -> ResumePoint | None:
-        """Where the job can go on that was cut off; None: at its beginning.
+        """Return where the interrupted job can resume; None: at its start.
 
         Args:
-            results_row: Rows of which Y and dX are where they belong; None:
-                those that were taken here.
+            results_row: Number of leading rows whose Y and dX are stored; None: the
+                rows stored by this exchange.
         """
         if self.accepted is None:
             return self._point
@@ -190,15 +190,15 @@ class JobExchange:
 
     @property
     def committed_rows(self) -> int:
-        """Rows before which none is needed again for its share of dW."""
+        """Number of leading rows that are never needed again for dW."""
         if self._checkpoints.unsure:
             self._checkpoints.within(self._complete_row())
         return self._checkpoints.committed_rows
 
     def _complete_row(self) -> int | None:
-        """Rows of which Y and dX are here, in whole blocks from the first on.
+        """Return the leading rows, in whole blocks, whose Y and dX were received.
 
-        None where neither is wanted.
+        None if neither is wanted.
         """
         if not any(matrix in self._plan.results for matrix in ROW_RESULTS):
             return None
@@ -208,13 +208,13 @@ class JobExchange:
 
     def _accept(self, accepted: Accepted) -> None:
         if self.accepted is not None:
-            raise ProtocolError("the server took the job on twice")
+            raise ProtocolError("the server accepted the job twice")
         check_accepted(accepted, self._job)
         point = self._point
         if point is not None and accepted.fingerprint != point.fingerprint:
             raise ProtocolError(
-                "the server lets the job go on where other bits come out, against what"
-                " was asked"
+                "the server resumes the job with another fingerprint, contrary to the"
+                " request"
             )
         first_row = point.first_row if point else 0
         self._sender.accept(accepted.block_rows, accepted.window_rows, first_row)
@@ -228,15 +228,15 @@ class JobExchange:
             if not self._checkpoints.coming:
                 self._checkpoints.within(self._complete_row())
         elif self._checkpoints.coming:
-            raise ProtocolError("the server broke a checkpoint off")
+            raise ProtocolError("the server did not complete a checkpoint")
         else:
             self._receiver.take(chunk)
 
     def _begin_checkpoint(self, received: Checkpoint) -> None:
         if not self._takes_checkpoints or self.accepted is None:
-            raise ProtocolError("the server sent a checkpoint that nobody asked for")
+            raise ProtocolError("the server sent a checkpoint that was not requested")
         if self._checkpoints.coming:
-            raise ProtocolError("the server broke a checkpoint off")
+            raise ProtocolError("the server did not complete a checkpoint")
         sender = self._sender
         self._checkpoints.begin(received.rows, sender.rows_sent, sender.block_rows)
 
@@ -250,7 +250,7 @@ class JobExchange:
         bytes_sent = self._sender.bytes_sent
         bytes_received = self._receiver.bytes_received
         if point is not None and self.accepted is not None:
-            # What need not travel again counts as if it had.
+            # Elements that are not sent again count as sent.
             for matrix in plan.operands:
                 if matrix is not Matrix.W:
                     bytes_sent += plan.size_bytes(matrix, point.first_row)

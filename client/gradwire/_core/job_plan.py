@@ -1,4 +1,4 @@
-"""A job, planned: sizes that fit together, and the header that says so."""
+"""The plan of a job: its checked sizes and options, and its header."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gradwire_protocol.v1.job_pb2 import Job
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is fixed about a job before it is sent."""
+    """The properties of a job that are fixed before it is sent."""
 
     m: int | None
-    """Rows; None: not known yet."""
+    """Number of rows; None while it is unknown."""
 
     n: int
     """Columns of X, rows of W."""
@@ -30,13 +30,13 @@ class Plan:
     """Columns of W and of dY."""
 
     dtype: Dtype
-    """Element type of the operands, as they travel."""
+    """Dtype in which the operands are sent."""
 
     options: Options
-    """What the caller asked for."""
+    """The options of the call."""
 
     chunk_bytes: int = limits.DEFAULT_CHUNK_BYTES
-    """Largest payload of a message, in both directions."""
+    """Largest payload of a chunk, in both directions."""
 
     @property
     def results(self) -> tuple[Matrix, ...]:
@@ -50,43 +50,43 @@ class Plan:
 
     @property
     def operands(self) -> tuple[Matrix, ...]:
-        """The operands that they need."""
+        """The operands that the wanted results need."""
         return operands_for(self.options.results)
 
     def result_dtype(self, result: Matrix) -> Dtype:
-        """Element type of a result, as it travels."""
+        """Return the dtype in which a result is sent."""
         return self.options.result_dtypes.get(result, self.dtype)
 
     def array_dtype(self, result: Matrix) -> Dtype:
-        """Element type of the array that the caller gets for a result."""
+        """Return the dtype of the caller's array for a result."""
         if self.options.wire_dtype is None:
             return self.result_dtype(result)
         return self.options.result_dtypes.get(result, Dtype.FLOAT32)
 
     def shape(self, matrix: Matrix, m: int) -> tuple[int, int]:
-        """Rows and columns of one of the six matrices, were there m rows."""
+        """Return the shape of a matrix, if the job has m rows."""
         return matrix.shape(m, self.n, self.k)
 
     def size_bytes(self, matrix: Matrix, m: int) -> int:
-        """Bytes of one of the six matrices, were there m rows."""
+        """Return the size of a matrix, if the job has m rows."""
         rows, columns = self.shape(matrix, m)
         dtype = self.dtype if matrix in OPERANDS else self.result_dtype(matrix)
         return rows * columns * dtype.itemsize
 
     def upload_bytes(self, m: int) -> int:
-        """Bytes of all operands that are sent."""
+        """Return the size of all operands."""
         return sum(self.size_bytes(matrix, m) for matrix in self.operands)
 
     def download_bytes(self, m: int) -> int:
-        """Bytes of all wanted results."""
+        """Return the size of all wanted results."""
         return sum(self.size_bytes(matrix, m) for matrix in self.results)
 
     def elements_per_message(self) -> int:
-        """Elements of an operand that one message carries, at least 1."""
+        """Return the number of elements in a full message, at least 1."""
         return max(1, self.chunk_bytes // self.dtype.itemsize)
 
     def spec(self) -> JobSpec:
-        """What its header asks for, while its matrices travel in messages."""
+        """Return the job's spec, with all matrices sent in messages."""
         options = self.options
         return JobSpec(
             m=self.m,
@@ -101,9 +101,10 @@ class Plan:
         )
 
     def header(self) -> Job:
-        """The header of a job that asks for no more than `spec` says.
+        """Return the header for `spec`.
 
-        Small jobs come in thousands, and what they have in common is made once.
+        Headers are cached without their job ids, because programs with small jobs
+        send thousands of equal ones.
         """
         options = self.options
         results = tuple((result, self.result_dtype(result)) for result in self.results)
@@ -131,16 +132,19 @@ def plan_arrays(
     options: Options,
     copies: HostCopies | None = None,
 ) -> tuple[Plan, dict[Matrix, Operand]]:
-    """The plan of a job whose operands are all there, and the needed ones.
+    """Plan a job of arrays.
 
     Args:
-        given: What the caller gave for X, W and dY; None where it gave none.
-            One that is not needed is checked too, but not sent.
-        options: What the caller asked for.
-        copies: Told of copies from a GPU's memory.
+        given: The caller's X, W and dY, or None. Operands that no wanted result
+            needs are checked, but not sent.
+        options: The options of the call.
+        copies: Counts copies from a GPU's memory.
+
+    Returns:
+        The plan, and the operands to send.
 
     Raises:
-        InputError: An operand is missing or is none, or two do not fit.
+        InputError: An operand is missing or invalid, or two do not fit together.
     """
     require(given, options)
     operands = {
@@ -153,15 +157,15 @@ def plan_arrays(
 
 
 def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
-    """The plan of a job with these operands, m included.
+    """Return the plan of a job with these operands, with m.
 
     Raises:
-        InputError: Two of them do not fit together.
+        InputError: Two operands do not fit together.
     """
     x, w, dy = (operands.get(matrix) for matrix in OPERANDS)
     if w is not None and w.array.ndim != 2:
         raise InputError(
-            f"w has shape {w.array.shape}: W is one matrix, of two dimensions"
+            f"w has shape {w.array.shape}: expected a matrix with two dimensions"
         )
     _same_dtype(operands)
     if x is not None and w is not None and x.columns != w.rows:
@@ -187,8 +191,8 @@ def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
     accumulator = options.dw_accumulator
     if accumulator is not None and accumulator not in some.dtype.accumulators:
         raise InputError(
-            f"dw_accumulator is {accumulator.label} and the operands are"
-            f" {some.dtype.label}: leave it out, or send {accumulator.label} operands"
+            f"dw_accumulator is {accumulator.label}, but the operands are"
+            f" {some.dtype.label}: omit it, or send {accumulator.label} operands"
         )
     rows = dy if x is None else x
     if w is not None:
@@ -201,15 +205,15 @@ def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
 
 
 def with_rows(plan: Plan, m: int | None) -> Plan:
-    """The same plan for another number of rows; None: not known yet."""
+    """Return the plan for another number of rows; None: unknown."""
     return replace(plan, m=m)
 
 
 def require(given: Mapping[Matrix, object], options: Options) -> None:
-    """Check that every operand that is needed was given.
+    """Check that every needed operand was given.
 
     Raises:
-        InputError: One was not.
+        InputError: An operand is None.
     """
     for result in options.results:
         for needed in result.needs:
@@ -226,6 +230,6 @@ def _same_dtype(operands: Mapping[Matrix, Operand]) -> None:
         if value.dtype is not first.dtype:
             raise InputError(
                 f"{name.label} is {first.dtype.label} and {other.label} is"
-                f" {value.dtype.label}, and the operands of a job have one dtype:"
-                f" convert one, for example {other.label}.astype({name.label}.dtype)"
+                f" {value.dtype.label}: expected one dtype for all operands; convert"
+                f" one, for example {other.label}.astype({name.label}.dtype)"
             )

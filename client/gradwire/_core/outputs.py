@@ -1,4 +1,4 @@
-"""Where results go: the caller's own arrays, or such as are made for them."""
+"""The destinations of results: the caller's arrays, or new arrays."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import DEFAULT_RESULTS, Matrix
 
 _OVERLAP_WORK = 10_000
-"""How hard NumPy tries to prove that two strided arrays share no element."""
+"""NumPy's work limit for deciding whether two strided arrays share an element."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One wanted result."""
+    """The destination of one wanted result."""
 
     handed_back: Any
-    """What the caller gets: its own object, where it gave one."""
+    """The object returned to the caller: its own array, or a new one."""
 
     array: Array
-    """The host's memory that is written: leading dimensions like the operands'."""
+    """The array in host memory that is written, with the operands' leading
+    dimensions."""
 
 
 def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
-    """Whatever form `out` has, by result.
+    """Return the arrays of `out` by result.
 
     Args:
         out: None, a mapping from names, a tuple or list with an entry for
@@ -49,7 +50,7 @@ def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
         results: What the method returns.
 
     Raises:
-        InputError: It has none of these forms.
+        InputError: `out` has none of these forms.
     """
     if out is None:
         return {}
@@ -81,15 +82,15 @@ def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
 def given_outputs(
     plan: Plan, operands: Mapping[Matrix, Operand], given: Mapping[Matrix, Any]
 ) -> dict[Matrix, Output]:
-    """The caller's own arrays for results.
+    """Check the caller's arrays for results.
 
     Raises:
-        InputError: An array that was given cannot take its result, or shares
-            memory with an operand or with another.
+        InputError: An array cannot hold its result, or shares memory with an operand
+            or with another array of `out`.
     """
     for matrix in given:
         if matrix not in plan.results:
-            raise InputError(f"out has {matrix.label}, which results does not name")
+            raise InputError(f"out has {matrix.label}, which is not in results")
     checked: dict[Matrix, Output] = {}
     for matrix in plan.results:
         if matrix in given:
@@ -107,13 +108,13 @@ def given_outputs(
 
 
 class ArrayOutputs:
-    """Where a job's results go: the caller's arrays, or arrays made when needed.
+    """The arrays of a job's results: the caller's, or arrays created when needed.
 
     Args:
         plan: The job.
-        operands: Whose leading dimensions the results get.
-        given: The caller's own arrays.
-        memory: Where arrays for the other results come from.
+        operands: The operands. Results have their leading dimensions.
+        given: The caller's arrays.
+        memory: Allocates the other arrays.
     """
 
     def __init__(
@@ -129,11 +130,11 @@ class ArrayOutputs:
         self._outputs = dict(given)
 
     def present(self) -> dict[Matrix, Array]:
-        """The results' arrays that are there already."""
+        """Return the arrays that exist already."""
         return {matrix: output.array for matrix, output in self._outputs.items()}
 
     def all(self) -> dict[Matrix, Array]:
-        """All results' arrays; they are made for those that have none."""
+        """Return the arrays of all results, and create missing arrays."""
         for matrix in self._plan.results:
             if matrix not in self._outputs:
                 dtype = self._plan.array_dtype(matrix).numpy
@@ -142,12 +143,12 @@ class ArrayOutputs:
         return self.present()
 
     def hand_back(self, matrix: Matrix, elements: Array) -> None:
-        """Make a result that has no array yet of these elements."""
+        """Use an array of elements as a result that has no array yet."""
         array = elements.reshape(self._shape(matrix))
         self._outputs[matrix] = Output(array, array)
 
     def copy_to_devices(self, copies: HostCopies) -> None:
-        """Copy results to the caller's arrays that lie in a GPU's memory."""
+        """Copy results to the caller's arrays in a GPU's memory."""
         for output in self._outputs.values():
             if is_on_device(output.handed_back):
                 with copies.copying():
@@ -155,7 +156,7 @@ class ArrayOutputs:
                 copies.size_bytes += output.array.nbytes
 
     def results(self, wanted: Iterable[Matrix]) -> list[Any]:
-        """What the caller gets of these, None for those it did not want."""
+        """Return the objects for the caller; None for unwanted results."""
         made = self._outputs
         return [made[each].handed_back if each in made else None for each in wanted]
 
@@ -176,8 +177,8 @@ def output_shape(
 def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Array:
     if is_torch_tensor(value) and value.requires_grad:
         raise InputError(
-            f"out's {name} requires grad, and a result is written past autograd: pass"
-            " its .detach()"
+            f"out's {name} requires grad, but results are written without autograd:"
+            " pass its .detach()"
         )
     if isinstance(value, np.ma.MaskedArray):
         raise InputError(f"out's {name} is a masked array: pass its .data")
@@ -187,7 +188,7 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Arr
         isinstance(value, np.ndarray) or is_torch_tensor(value) or is_cupy_array(value)
     ):
         raise InputError(
-            f"out's {name} is a {type(value).__qualname__}: give a NumPy array, a"
+            f"out's {name} is a {type(value).__qualname__}: expected a NumPy array, a"
             " PyTorch tensor or a CuPy array"
         )
     if is_on_device(value):
@@ -203,27 +204,25 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], dtype: Dtype) -> Arr
         )
     if not np.can_cast(dtype.numpy, array.dtype, "equiv"):
         raise InputError(
-            f"out's {name} is {array.dtype}, and {name} is {dtype.label}:"
-            f' result_dtype={{"{name}": ...}} asks for another'
+            f"out's {name} is {array.dtype}: expected {dtype.label}; to change that,"
+            f' set result_dtype={{"{name}": ...}}'
         )
     if not array.flags.writeable:
         raise InputError(f"out's {name} is read-only")
     if _overlaps_itself(array):
-        raise InputError(
-            f"out's {name} overlaps itself: not every element has memory of its own"
-        )
+        raise InputError(f"out's {name} overlaps itself: elements share memory")
     return array
 
 
 def _room_for_device(
     value: Any, name: str, shape: tuple[int, ...], dtype: Dtype
 ) -> Array:
-    """Host memory in which a result arrives that goes on to a GPU."""
+    """Return host memory for a result that is later copied to a GPU."""
     _check_shape(value, name, shape)
     if dtype_name(value) != dtype.label:
         raise InputError(
-            f"out's {name} is {dtype_name(value)}, and {name} is {dtype.label}:"
-            f' result_dtype={{"{name}": ...}} asks for another'
+            f"out's {name} is {dtype_name(value)}: expected {dtype.label}; to change"
+            f' that, set result_dtype={{"{name}": ...}}'
         )
     return np.empty(shape, dtype.numpy)
 
@@ -231,15 +230,14 @@ def _room_for_device(
 def _check_shape(value: Any, name: str, shape: tuple[int, ...]) -> None:
     if tuple(value.shape) != shape:
         given = tuple(value.shape)
-        raise InputError(f"out's {name} has shape {given}, and {name} {shape}")
+        raise InputError(f"out's {name} has shape {given}: expected {shape}")
 
 
 def _overlaps_itself(array: Array) -> bool:
-    """Whether two elements may share memory.
+    """Return whether two elements may share memory.
 
-    None do if every step along a dimension leads past all that the dimensions
-    of smaller steps hold, as in every array that was sliced, transposed or
-    reshaped from one whose elements lie apart.
+    They do not if each stride is at least the extent of the dimensions with smaller
+    strides. That holds for every slice, transpose and reshape of an ordinary array.
     """
     if not array.size:
         return False
@@ -278,7 +276,7 @@ def _overlap(one: Array, other: Array) -> bool:
     if not np.may_share_memory(one, other):
         return False
     try:
-        work: Any = _OVERLAP_WORK  # NumPy's stubs know two of its values only
+        work: Any = _OVERLAP_WORK  # NumPy's stubs allow two values only
         return bool(np.shares_memory(one, other, max_work=work))
     except np.exceptions.TooHardError:
         return True

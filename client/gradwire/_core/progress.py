@@ -1,4 +1,4 @@
-"""How far a job has come, as its caller is told."""
+"""Reports of a job's progress to its caller."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gradwire._core.job_plan import Plan
 
 
 class Reporter:
-    """Tells a caller's `on_progress`, from both directions, one at a time."""
+    """Calls `on_progress` from both directions of a stream, but never concurrently."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -24,7 +24,7 @@ class Reporter:
         m: int | None,
         jobs_ahead: int | None = None,
     ) -> None:
-        """Tell how far the job has come."""
+        """Report the current progress."""
         on_progress = self._plan.options.on_progress
         if on_progress is None:
             return

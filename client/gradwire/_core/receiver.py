@@ -1,4 +1,4 @@
-"""What a job receives: results, checked before a byte of them is used."""
+"""The results of a job, checked before they are stored."""
 
 from __future__ import annotations
 
@@ -25,31 +25,30 @@ _BY_NUMBER = {int(matrix): matrix for matrix in RESULTS}
 
 
 class Sink(Protocol):
-    """Takes a result's elements in their order, each after the one before."""
+    """Stores a result's elements in order."""
 
     def seek(self, row: int) -> None:
-        """The next elements are those from a row on; it begins a row block."""
+        """Continue at `row`, the first row of a row block."""
 
     def write(self, payload: memoryview) -> None:
-        """Take the next elements: whole ones, at least one."""
+        """Store the next elements: a whole number, at least one."""
 
     def close(self) -> None:
-        """There are no more."""
+        """Finish: there are no more elements."""
 
 
 class BlockSink:
-    """Puts a result's elements together to arrays, one for each row block.
+    """Collects a result's elements in one array for each row block.
 
     Args:
         columns: Elements of a row.
-        array_dtype: The arrays' dtype.
-        dtype: The elements', as they come.
-        sender: Knows how many rows a block has.
+        array_dtype: Dtype of the arrays.
+        dtype: Dtype of the received elements.
+        sender: Provides the number of rows of a row block.
 
     Attributes:
         columns: Elements of a row.
-        complete: Row blocks that are complete and were not taken yet, by
-            their first rows.
+        complete: Complete row blocks that were not yet taken, by first row.
     """
 
     def __init__(
@@ -70,15 +69,15 @@ class BlockSink:
         self._missing = 0
 
     def empty(self, rows: int) -> Array:
-        """A new array for some rows."""
+        """Create an array for `rows` rows."""
         return np.empty((rows, self.columns), self._array_dtype.numpy)
 
     def seek(self, row: int) -> None:
-        """The next elements are those of the block that begins with a row."""
+        """Continue at `row`, the first row of a row block."""
         self._first_row = row
 
     def write(self, payload: memoryview) -> None:
-        """Take the next elements."""
+        """Store the next elements."""
         while payload:
             if self._array is None or self._sink is None:
                 self._array = self.empty(self._rows())
@@ -94,10 +93,10 @@ class BlockSink:
                 self._array = None
 
     def close(self) -> None:
-        """Nothing is left to do: the last element completed the last block."""
+        """Do nothing: the last element completed the last block."""
 
     def _rows(self) -> int:
-        # A short block is sent only after End, so m is known by then.
+        # The server sends a short block only after End, when m is known.
         sender = self._sender
         if sender.m is None:
             return sender.block_rows
@@ -105,10 +104,10 @@ class BlockSink:
 
 
 class Receiver:
-    """The results of a job, as they come.
+    """Receives the results of a job.
 
     Attributes:
-        bytes_received: Bytes of results that were taken.
+        bytes_received: Bytes of results stored.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Receiver:
         self._next = dict.fromkeys(plan.results, 0)
 
     def begin(self, row: int) -> None:
-        """Y and dX come from a row on that begins a row block."""
+        """Expect Y and dX from `row` on, the first row of a row block."""
         if not row:
             return
         rows = row if self._sender.m is None else min(row, self._sender.m)
@@ -135,9 +134,9 @@ class Receiver:
                 self._sinks[matrix].seek(row)
 
     def complete_row(self) -> int | None:
-        """The first row of the first block that is not here, whole.
+        """Return the first row of the first incomplete row block.
 
-        None: no rows are wanted.
+        None if neither Y nor dX is wanted.
         """
         block_rows = self._sender.block_rows
         numbers = []
@@ -148,21 +147,22 @@ class Receiver:
         return min(numbers) * block_rows if numbers else None
 
     def flush(self) -> None:
-        """Have the whole rows that were taken in their places."""
+        """Write all complete rows to their arrays."""
         for sink in self._sinks.values():
             sink.close()
 
     def take(self, chunk: Chunk) -> None:
-        """Use the elements of a message.
+        """Store the elements of a chunk.
 
         Raises:
-            ProtocolError: They are not what comes next, or cannot be yet.
-            ChecksumError: They were damaged on the way.
+            ProtocolError: The elements are not the next ones, or cannot have been
+                computed yet.
+            ChecksumError: The elements were damaged in transit.
         """
         matrix = _BY_NUMBER.get(chunk.matrix)
         if matrix is None or matrix not in self._next:
             name = matrix.label if matrix else f"matrix {chunk.matrix}"
-            raise ProtocolError(f"the server sent {name}, which was not asked for")
+            raise ProtocolError(f"the server sent {name}, which was not requested")
         payload = chunk.payload
         if not payload:
             raise ProtocolError(
@@ -173,29 +173,29 @@ class Receiver:
         count, rest = divmod(len(payload), itemsize)
         if rest:
             raise ProtocolError(
-                f"the server sent {len(payload)} bytes of {matrix.label}, whose"
-                f" elements have {itemsize}"
+                f"the server sent {len(payload)} bytes of {matrix.label}:"
+                f" expected a multiple of {itemsize}"
             )
         at = self._next[matrix]
         if chunk.index != at:
             raise ProtocolError(
-                f"the server sent {matrix.label} from element {chunk.index} on, and"
-                f" element {at} is next"
+                f"the server sent {matrix.label} from element {chunk.index} on:"
+                f" expected element {at}"
             )
         if at + count > self._due(matrix):
             raise ProtocolError(
-                f"the server sent {matrix.label} up to element {at + count}, and the"
-                f" rows that it has make up {self._due(matrix)}"
+                f"the server sent {at + count} elements of {matrix.label}: expected at"
+                f" most {self._due(matrix)} for the rows sent"
             )
         self._next[matrix] = at + count
         self._sinks[matrix].write(payload)
         self.bytes_received += len(payload)
 
     def finish(self) -> None:
-        """Check that nothing is missing.
+        """Check that all results are complete.
 
         Raises:
-            ProtocolError: Something is.
+            ProtocolError: Elements are missing.
         """
         for matrix, at in self._next.items():
             if at != self._due(matrix) or not self._sender.ended:
@@ -206,7 +206,7 @@ class Receiver:
             self._sinks[matrix].close()
 
     def _due(self, matrix: Matrix) -> int:
-        """Elements that can have been computed from what was sent."""
+        """Return how many elements the server can have computed from the rows sent."""
         sender = self._sender
         if matrix.is_sum:
             return math.prod(self._plan.shape(matrix, 0)) if sender.ended else 0
@@ -219,21 +219,21 @@ class Receiver:
 def check_crc32c(
     options: Options, matrix: Matrix, crc32c: int | None, payload: memoryview
 ) -> None:
-    """Check that a payload is as it was when the server sent it.
+    """Check the checksum of a payload.
 
     Raises:
-        ProtocolError: It has no checksum, or one that was not asked for.
-        ChecksumError: It was damaged on the way.
+        ProtocolError: The checksum is missing, or was not requested.
+        ChecksumError: The payload was damaged in transit.
     """
     wanted = options.checksum
     if wanted != (crc32c is not None):
         which = "without" if wanted else "with"
         raise ProtocolError(
-            f"the server sent {matrix.label} {which} a checksum, against the job"
+            f"the server sent {matrix.label} {which} a checksum, contrary to the job"
         )
     if wanted and checksum.crc32c(payload) != crc32c:
         raise ChecksumError(
-            f"a chunk of {matrix.label} was damaged on the way: its checksum is wrong",
+            f"a chunk of {matrix.label} was damaged in transit: its checksum is wrong",
             status=Reason.CHECKSUM_MISMATCH.status,
             attached=ErrorDetails(reason=Reason.CHECKSUM_MISMATCH),
             job_id=options.job_id,

@@ -1,10 +1,9 @@
-"""Where a job that was cut off goes on.
+"""The point at which an interrupted job resumes.
 
-A block of rows counts once in dW, whatever happens: the server sends the sum
-of dW over the first rows now and then (a checkpoint), and a job that goes on
-begins there. Without one it begins anew, and rows whose Y and dX are here
-already are sent for their share of dW alone. Y and dX go on with the first row
-block that is not here.
+Every row block counts exactly once in dW. The server sends checkpoints: the sum of dW
+over the first rows. A resumed job starts at the last usable checkpoint. Without one it
+starts at row 0, and rows whose Y and dX were received are sent for their share of dW
+only. Y and dX resume at the first row block that was not received.
 """
 
 from __future__ import annotations
@@ -37,20 +36,20 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where a job goes on: on the grid of the server that it began on."""
+    """The point at which a job resumes, on the row blocks of its first server."""
 
     fingerprint: NumericsFingerprint
-    """What the server said that its bits depend on."""
+    """Fingerprint of the interrupted job."""
     first_row: int
-    """The first row that is sent."""
+    """The first row to send."""
     results_from_row: int
-    """The first row of which Y and dX are wanted."""
+    """The first row with Y and dX wanted."""
     checkpoint: Checkpoint | None
     """The sums over the rows before the first; None where there are none."""
 
     @property
     def resume(self) -> Resume:
-        """What a header says of it."""
+        """The field `resume` of the job's header."""
         fingerprint = Fingerprint.from_message(self.fingerprint)
         return Resume(self.first_row, self.results_from_row, fingerprint)
 
@@ -61,7 +60,7 @@ def point_after(
     results_row: int | None,
     checkpoint: Checkpoint | None,
 ) -> ResumePoint | None:
-    """Where a job goes on that was cut off; None: at its beginning.
+    """Return where an interrupted job resumes; None: at its start.
 
     Args:
         plan: The job.
@@ -85,7 +84,7 @@ def point_after(
 
 
 def made_progress(now: ResumePoint | None, before: ResumePoint | None) -> bool:
-    """Whether a job has got further between two failures."""
+    """Return whether a job made progress between two failures."""
     if now is None or before is None:
         return now is not None
     return (now.first_row, now.results_from_row) > (
@@ -95,7 +94,7 @@ def made_progress(now: ResumePoint | None, before: ResumePoint | None) -> bool:
 
 
 def resume_refused(error: GradwireError) -> bool:
-    """Whether a server does not let a job go on that it would let begin anew."""
+    """Return whether the server refused to resume but would accept a fresh start."""
     return isinstance(error, CallError) and error.reason in {
         Reason.RESUME_MISMATCH,
         Reason.FEATURE_UNKNOWN,
@@ -103,23 +102,23 @@ def resume_refused(error: GradwireError) -> bool:
 
 
 def needs_no_checkpoints(plan: Plan, error: GradwireError) -> bool:
-    """Whether a server has none to give, and it was nobody's wish to have them.
+    """Return whether the server cannot send checkpoints, and none were requested.
 
-    Behind one address there may be servers of several versions.
+    Servers of several versions may be behind one address.
     """
     unknown = isinstance(error, CallError) and error.reason is Reason.FEATURE_UNKNOWN
     return unknown and plan.options.checkpoint_rows is None
 
 
 class Checkpoints:
-    """The checkpoints of one job, as they come.
+    """Receives the checkpoints of one job.
 
-    Of those that came whole two are kept at most: the last that no result is
-    missing for, and one before whose rows results may still be missing.
+    At most two complete checkpoints are kept: the last one whose rows all have their
+    results, and a later one with results still missing.
 
     Args:
         plan: The job.
-        begins_with: That with which the job goes on.
+        begins_with: The checkpoint from which the job resumes.
     """
 
     def __init__(self, plan: Plan, begins_with: Checkpoint | None) -> None:
@@ -134,24 +133,24 @@ class Checkpoints:
 
     @property
     def coming(self) -> bool:
-        """Whether one has begun and is not complete."""
+        """Whether a checkpoint has started and is not complete."""
         return self._coming is not None
 
     @property
     def unsure(self) -> bool:
-        """Whether results may be missing for the last one."""
+        """Whether results may be missing for the last checkpoint."""
         return self._last is not None
 
     @property
     def committed_rows(self) -> int:
-        """Rows of the last one that no result is missing for; 0: there is none."""
+        """Rows of the last checkpoint without missing results; 0 if there is none."""
         return self._sure.rows if self._sure else 0
 
     def accept(self, accepted: Accepted) -> None:
-        """Take over the dtype that the server sums in.
+        """Use the dtype in which the server sums dW.
 
         Raises:
-            ProtocolError: It is none, or not that in which the job was summed.
+            ProtocolError: The dtype is unknown, or differs from the sum so far.
         """
         if not self._plan.sums:
             return
@@ -170,10 +169,10 @@ class Checkpoints:
                 )
 
     def begin(self, rows: int, rows_sent: int, block_rows: int) -> None:
-        """The server announces one.
+        """Start an announced checkpoint.
 
         Raises:
-            ProtocolError: It cannot be.
+            ProtocolError: The checkpoint has an impossible number of rows.
         """
         last = max((each.rows for each in (self._sure, self._last) if each), default=0)
         if not last < rows <= rows_sent or rows % block_rows:
@@ -190,11 +189,11 @@ class Checkpoints:
         self._complete()
 
     def take(self, chunk: Chunk) -> None:
-        """Take elements of it.
+        """Store elements of the current checkpoint.
 
         Raises:
-            ProtocolError: They are not what comes next.
-            ChecksumError: They were damaged on the way.
+            ProtocolError: The elements are not the next ones.
+            ChecksumError: The elements were damaged in transit.
         """
         coming, payload, itemsize = self._coming, chunk.payload, self._dtype.itemsize
         matrix = PARTIAL_SUMS[Matrix(chunk.matrix)]
@@ -219,7 +218,7 @@ class Checkpoints:
         self._complete()
 
     def within(self, results_row: int | None) -> Checkpoint | None:
-        """The last one of no more rows than those; None: of however many."""
+        """Return the last checkpoint of at most `results_row` rows (None: any)."""
         last = self._last
         if last is not None and (results_row is None or last.rows <= results_row):
             self._sure, self._last = last, None

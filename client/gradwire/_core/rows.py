@@ -1,4 +1,4 @@
-"""The items of a stream's rows, as the caller gives them."""
+"""The caller's items of a stream's rows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Final
 from gradwire._api.errors import InputError
 
 END_OF_ROWS: Final = object()
-"""Stands behind the last item."""
+"""Marks the end of the items."""
 
 
 def iterate_rows(rows: object) -> Iterator[object]:
-    """The caller's items.
+    """Return an iterator of the caller's items.
 
     Raises:
         InputError: `rows` cannot be iterated.
@@ -20,6 +20,6 @@ def iterate_rows(rows: object) -> Iterator[object]:
     if isinstance(rows, Iterable):
         return iter(rows)
     raise InputError(
-        f"rows is a {type(rows).__qualname__}, which cannot be iterated: give pairs"
+        f"rows is a {type(rows).__qualname__}: expected an iterable of pairs"
         " (x_rows, dy_rows)"
     )

@@ -1,9 +1,9 @@
-"""What a job sends, in its order: W, the rows in turn, End.
+"""The requests of a job, in order: W, the rows of X and dY, End.
 
-Rows travel in runs. A run ends at the next row block's boundary, or before
-it: X's rows of the run go first, then dY's, so that neither operand is ever
-ahead by more than a run, and the next rows always belong to the operand with
-fewer complete rows (X on a tie).
+Rows are sent in runs. A run ends at the boundary of a row block, or before it. The
+rows of X in a run are sent first, then the rows of dY. So neither operand is ahead by
+more than a run, and the next rows always belong to the operand with fewer complete
+rows (X on a tie).
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import ROW_OPERANDS, Matrix
 
 STALE_S = 0.1
-"""Rows that trickle in are put together to a message for at most so long,
-so that the server sees a slow caller go on."""
+"""Longest time that rows are collected for a full message, so that the server sees
+progress of a slow caller."""
 
 
 class Sender:
     """The requests of one job, after its header.
 
-    Everything is told before it is handed out to be sent: the server's
-    answer may be there before the sender runs again.
+    All attributes are updated before a message is yielded, because the server's answer
+    may arrive before the sender continues.
 
     Attributes:
-        m: All rows, once that is known.
-        block_rows: Rows of a block, once the server has said.
-        rows_sent: Rows of which elements were, or are being, handed out.
-        bytes_sent: Bytes of operands that were handed out.
-        ended: Whether End was handed out.
+        m: Number of all rows, once it is known.
+        block_rows: Rows of a row block, once the server has accepted the job.
+        rows_sent: Rows that were yielded, wholly or in part.
+        bytes_sent: Bytes of operands that were yielded.
+        ended: Whether End was yielded.
     """
 
     def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
@@ -52,19 +52,19 @@ class Sender:
         self._staging: _Staging | None = None
 
     def accept(self, block_rows: int, window_rows: int, first_row: int = 0) -> None:
-        """Take over the server's grid of row blocks.
+        """Use the server's row blocks.
 
         Args:
-            block_rows: Rows of a block, at least 1.
-            window_rows: How many rows one operand may be ahead, at least 1.
-            first_row: The first row that is sent; those before it count as sent.
+            block_rows: Rows of a row block, at least 1.
+            window_rows: Rows by which one operand may be ahead, at least 1.
+            first_row: The first row to send. Earlier rows count as sent.
         """
         self.block_rows = block_rows
         self._run_rows = min(block_rows, window_rows)
         self.rows_sent = first_row
 
     def weights(self, w: Operand) -> Iterator[bytes]:
-        """The messages that carry W."""
+        """Yield the messages with W."""
         yield from self._messages(Matrix.W, w, 0, w.rows, row=0)
 
     def sums(self, sums: Mapping[Matrix, Array]) -> Iterator[bytes]:
@@ -77,10 +77,10 @@ class Sender:
                 yield self._encoded(matrix.partial, index, payload)
 
     def all_rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
-        """The messages that carry all rows that were not sent yet.
+        """Yield the messages with all rows not yet sent.
 
         Args:
-            operands: All rows of X and of dY, as far as the job needs them.
+            operands: All rows of X and dY, if the job needs them.
         """
         m = self.m or 0
         while self.rows_sent < m:
@@ -89,21 +89,22 @@ class Sender:
             yield from self._run(operands, first, count, row=first)
 
     def rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
-        """The messages that carry the next rows.
+        """Yield the messages with the next rows.
 
-        A few rows may be held back, copied, to travel with the next.
+        A few rows may be copied and kept, to be sent together with later rows.
 
         Args:
-            operands: Rows of X and of dY, as far as the job needs them:
-                equally many.
+            operands: Rows of X and dY, if the job needs them, in equal number.
 
         Raises:
-            InputError: They are more than the job was said to have.
+            InputError: There are more rows than m.
         """
         total = next(iter(operands.values())).rows
         told = self.rows_sent + self._held() + total
         if self._plan.m is not None and told > self._plan.m:
-            raise InputError(f"rows gave {told} rows or more, and m is {self._plan.m}")
+            raise InputError(
+                f"rows has at least {told} rows: expected m = {self._plan.m}"
+            )
         capacity = self._stage_rows()
         start = 0
         while start < total:
@@ -121,18 +122,18 @@ class Sender:
             start += count
 
     def last_rows(self) -> Iterator[bytes]:
-        """The messages that carry the rows that were held back.
+        """Yield the messages with the rows kept by `rows`.
 
         Raises:
-            InputError: The rows are fewer than the job was said to have.
+            InputError: There are fewer rows than m.
         """
         yield from self._flush()
         if self._plan.m is not None and self.rows_sent != self._plan.m:
-            raise InputError(f"rows gave {self.rows_sent} rows, and m is {self.m}")
+            raise InputError(f"rows has {self.rows_sent} rows: expected m = {self.m}")
         self.m = self.rows_sent
 
     def end(self) -> Iterator[bytes]:
-        """The message that completes the job."""
+        """Yield the message that completes the job."""
         self.ended = True
         yield framing.encode_end(self.m or 0)
 
@@ -140,12 +141,12 @@ class Sender:
         return 0 if self._staging is None else self._staging.count
 
     def _room(self) -> int:
-        """Rows until the run must end."""
+        """Return the number of rows until the run must end."""
         to_boundary = self.block_rows - self.rows_sent % self.block_rows
         return min(to_boundary, self._run_rows)
 
     def _stage_rows(self) -> int:
-        """Rows that fill a message of the wider operand."""
+        """Return the number of rows in a full message of the wider operand."""
         columns = max(
             operand.row_length(self._plan.n, self._plan.k)
             for operand in ROW_OPERANDS
@@ -197,7 +198,7 @@ class Sender:
         *,
         row: int,
     ) -> Iterator[bytes]:
-        """Rows [first, last) of an operand, as rows `row`, ... of the matrix."""
+        """Yield rows [first, last) of an operand, as rows `row`, ... of the matrix."""
         shift = (row - first) * operand.columns
         elements = self._plan.elements_per_message()
         for index, payload in operand.pieces(first, last, elements):
@@ -210,7 +211,7 @@ class Sender:
 
 
 class _Staging:
-    """Rows that wait for more, in memory of their own."""
+    """Copied rows that wait to be sent together with later rows."""
 
     def __init__(self, like: Mapping[Matrix, Operand], rows: int) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""A small job in one message each way: the same checks, without a stream."""
+"""A small job in one message each way, with the same checks as a stream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_BYTES = 1 << 20
 
 
 def fits_one_message(plan: Plan) -> bool:
-    """Whether a job is small enough to be worth one message each way."""
+    """Return whether a job is small enough for one message each way."""
     return (
         plan.m is not None
         and not plan.options.checksum
@@ -30,11 +30,11 @@ def fits_one_message(plan: Plan) -> bool:
 
 
 class UnaryExchange:
-    """A call of Compute, as its client sees it.
+    """The client's side of a Compute call.
 
     Args:
         plan: The job.
-        outputs: Where its results go: arrays of any layout.
+        outputs: Arrays for the results, in any memory layout.
     """
 
     def __init__(self, plan: Plan, outputs: Mapping[Matrix, Array]) -> None:
@@ -44,7 +44,7 @@ class UnaryExchange:
         self._reporter = Reporter(plan)
 
     def request(self, operands: Mapping[Matrix, Operand]) -> ComputeRequest:
-        """The message to send."""
+        """Return the request."""
         self._report(sent=False, received=0)
         payloads = {
             matrix.label: operand.take(0, operand.rows).tobytes()
@@ -53,10 +53,10 @@ class UnaryExchange:
         return ComputeRequest(job=self._job, **payloads)
 
     def receive(self, response: ComputeResponse) -> Receipt:
-        """Take the message that came back.
+        """Store the results of a response.
 
         Raises:
-            ProtocolError: It does not answer the request.
+            ProtocolError: The response does not match the request.
         """
         check_accepted(response.accepted, self._job)
         m = self._job.m
@@ -67,8 +67,8 @@ class UnaryExchange:
             size = 0 if output is None else self._plan.size_bytes(result, m)
             if len(payload) != size:
                 raise ProtocolError(
-                    f"the server sent {len(payload)} bytes of {result.label}, which"
-                    f" has {size}"
+                    f"the server sent {len(payload)} bytes of {result.label}:"
+                    f" expected {size}"
                 )
             if output is not None:
                 elements = np.frombuffer(payload, self._plan.result_dtype(result).numpy)
@@ -80,7 +80,7 @@ class UnaryExchange:
 
     def _report(self, *, sent: bool, received: int) -> None:
         if self._plan.options.on_progress is None:
-            return  # what it would be told takes longer than saying nothing
+            return  # Avoids the cost of computing the sizes.
         m = self._job.m
         self._reporter.report(
             bytes_sent=self._plan.upload_bytes(m) if sent else 0,

@@ -28,7 +28,7 @@ class RowReader:
         if m is not None and (not isinstance(m, int | np.integer) or m < 0):
             raise InputError(f"m is {m!r}: give the number of rows, or None")
         if m is not None and m > limits.MAX_INT64:
-            raise InputError(f"m is {m}; it can be up to {limits.MAX_INT64}")
+            raise InputError(f"m is {m}: expected at most {limits.MAX_INT64}")
         self._m = None if m is None else int(m)
         self.options = options
         self._needed = tuple(

@@ -147,9 +147,9 @@ def test_only_float32_travels_in_fewer_bits(dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("float32", "wire_dtype is float32; it can be float16, bfloat16"),
-        ("half", "wire_dtype is 'half'; it can be float16, bfloat16"),
-        (np.int8, "wire_dtype is <class 'numpy.int8'>; it can be float16"),
+        ("float32", "wire_dtype is float32: expected one of float16, bfloat16"),
+        ("half", "wire_dtype is 'half': expected one of float16, bfloat16"),
+        (np.int8, "wire_dtype is <class 'numpy.int8'>: expected one of float16"),
     ],
 )
 def test_a_wire_dtype_that_is_none_is_refused(value: Any, says: str) -> None:

@@ -115,29 +115,32 @@ def test_the_answers_are_what_the_next_test_takes_them_for() -> None:
         (lambda a: [a[-1]], "ended the job after 0 of 12 elements of y"),
         (lambda a: a[:4] + a[5:], "ended the job after 0 of 6 elements of dw"),
         (lambda a: a[:2] + a[4:], "ended the job after 8 of 12 elements of y"),
-        (lambda a: [*a, a[-1]], "went on after the job's receipt"),
-        (lambda a: [*a, a[0]], "went on after the job's receipt"),
-        (lambda a: [a[0], *a], "sent y from element 0 on, and element 8 is next"),
-        (lambda a: a[2:], "sent y from element 8 on, and element 0 is next"),
-        (lambda a: [chunk(4, 0, 13)], "sent y up to element 13, and the rows that it"),
-        (lambda a: [chunk(1, 0, 1)], "sent matrix 1, which was not asked for"),
-        (lambda a: [chunk(99, 0, 1)], "sent matrix 99, which was not asked for"),
+        (lambda a: [*a, a[-1]], "sent a message after the job's receipt"),
+        (lambda a: [*a, a[0]], "sent a message after the job's receipt"),
+        (lambda a: [a[0], *a], "sent y from element 0 on: expected element 8"),
+        (lambda a: a[2:], "sent y from element 8 on: expected element 0"),
+        (lambda a: [chunk(4, 0, 13)], "sent 13 elements of y: expected at most"),
+        (lambda a: [chunk(1, 0, 1)], "sent matrix 1, which was not requested"),
+        (lambda a: [chunk(99, 0, 1)], "sent matrix 99, which was not requested"),
         (lambda a: [chunk(4, 0, 0)], "sent a chunk of y without elements"),
-        (lambda a: [framing.encode_chunk(4, 0, b"123")], "sent 3 bytes of y, whose"),
-        (lambda a: [chunk(4, 0, 1, 7)], "sent y with a checksum, against the job"),
-        (lambda a: [b"\xff\xff"], "sent no message: the bytes are no"),
-        (lambda a: [b""], "sent no message: the message holds neither"),
+        (
+            lambda a: [framing.encode_chunk(4, 0, b"123")],
+            "sent 3 bytes of y: expected a multiple",
+        ),
+        (lambda a: [chunk(4, 0, 1, 7)], "sent y with a checksum, contrary to the job"),
+        (lambda a: [b"\xff\xff"], "sent an invalid message: the bytes are no"),
+        (lambda a: [b""], "sent an invalid message: the message holds neither"),
         (
             lambda a: [framing.encode_accepted(Accepted(block_rows=1, window_rows=1))],
-            "took the job on twice",
+            "accepted the job twice",
         ),
         (
             lambda a: [*a[:-1], framing.encode_receipt(Receipt(job_id="me", m=7))],
-            "receipt is for 7 rows of job 'me', and job 'me' had 6",
+            "receipt is for 7 rows of job 'me': expected 6 rows",
         ),
         (
             lambda a: [*a[:-1], framing.encode_receipt(Receipt(job_id="you", m=6))],
-            "receipt is for 6 rows of job 'you', and job 'me' had 6",
+            "receipt is for 6 rows of job 'you': expected 6 rows",
         ),
     ],
 )
@@ -150,14 +153,16 @@ def test_a_server_that_sends_nonsense_never_gives_a_wrong_array(
 
 
 def test_a_result_that_was_not_wanted_is_refused() -> None:
-    with pytest.raises(gradwire.ProtocolError, match="sent dx, which was not asked"):
+    with pytest.raises(
+        gradwire.ProtocolError, match="sent dx, which was not requested"
+    ):
         conversation(lambda a: [chunk(5, 0, 1)], results="y")
 
 
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (chunk(4, 0, 1), "sent results before it took the job on"),
+        (chunk(4, 0, 1), "sent results before accepting the job"),
         (
             framing.encode_accepted(Accepted(block_rows=0, window_rows=1)),
             "announced blocks of 0 rows and a window of 1",
@@ -177,7 +182,7 @@ def test_results_before_their_rows_were_sent_are_refused() -> None:
         exchange.receive(answer)
     messages = job.messages(exchange)
     next(messages)
-    with pytest.raises(gradwire.ProtocolError, match="the rows that it has make up 0"):
+    with pytest.raises(gradwire.ProtocolError, match="expected at most 0 for the rows"):
         exchange.receive(chunk(4, 0, 1))
 
 
@@ -189,7 +194,7 @@ def test_dw_before_the_end_of_the_rows_is_refused() -> None:
     everything_but_end = 5
     for message in itertools.islice(job.messages(exchange), everything_but_end):
         assert isinstance(framing.decode_request(message), framing.Chunk)
-    with pytest.raises(gradwire.ProtocolError, match="sent dw up to element 6"):
+    with pytest.raises(gradwire.ProtocolError, match="sent 6 elements of dw"):
         exchange.receive(chunk(6, 0, 6))
 
 
@@ -276,7 +281,7 @@ def test_a_newer_server_may_say_more() -> None:
 def test_a_damaged_payload_is_a_checksum_error() -> None:
     right = checksum.crc32c(bytes(8))
     conversation(lambda a: [chunk(4, 0, 1, right)], checksum=True)
-    with pytest.raises(gradwire.ChecksumError, match="damaged on the way") as refused:
+    with pytest.raises(gradwire.ChecksumError, match="damaged in transit") as refused:
         conversation(lambda a: [chunk(4, 0, 1, right ^ 1)], checksum=True)
     assert refused.value.reason == "CHECKSUM_MISMATCH"
     with pytest.raises(gradwire.ProtocolError, match="sent y without a checksum"):
@@ -305,9 +310,9 @@ def unary_response(job: ArrayJob) -> ComputeResponse:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda r: r.ClearField("y"), "sent 0 bytes of y, which has 96"),
-        (lambda r: setattr(r, "dx", b"123"), "sent 3 bytes of dx, which has 144"),
-        (lambda r: setattr(r, "dw", bytes(1000)), "sent 1000 bytes of dw, which has"),
+        (lambda r: r.ClearField("y"), "sent 0 bytes of y: expected 96"),
+        (lambda r: setattr(r, "dx", b"123"), "sent 3 bytes of dx: expected 144"),
+        (lambda r: setattr(r, "dw", bytes(1000)), "sent 1000 bytes of dw: expected"),
         (lambda r: r.ClearField("receipt"), "receipt is for 0 rows of job ''"),
         (lambda r: r.ClearField("accepted"), "announced blocks of 0 rows"),
         (
@@ -352,7 +357,7 @@ def test_results_in_one_message_reach_arrays_of_any_layout() -> None:
 
 def test_a_message_may_not_hold_a_result_that_was_not_wanted() -> None:
     job = small_job(results=("y", "dx"))
-    with pytest.raises(gradwire.ProtocolError, match="sent 48 bytes of dw, which has"):
+    with pytest.raises(gradwire.ProtocolError, match="sent 48 bytes of dw: expected"):
         job.unary_exchange().receive(unary_response(job))
 
 

@@ -64,14 +64,14 @@ def plan(x: Any, w: Any, dy: Any, results: Any = ALL, **options: Any) -> Plan:
             ones(1, 4, 6),
             ones(3, 6),
             ALL,
-            "w has shape (1, 4, 6): W is one matrix, of two dimensions",
+            "w has shape (1, 4, 6): expected a matrix with two dimensions",
         ),
         (
             ones(3, 4),
             ones(4, 6, dtype=np.float64),
             ones(3, 6),
             ALL,
-            "x is float32 and w is float64, and the operands of a job have one dtype:"
+            "x is float32 and w is float64: expected one dtype for all operands;"
             " convert one, for example w.astype(x.dtype)",
         ),
         (
@@ -79,12 +79,12 @@ def plan(x: Any, w: Any, dy: Any, results: Any = ALL, **options: Any) -> Plan:
             ones(4, 6),
             ones(3, 6, dtype=np.float16),
             ALL,
-            "x is float32 and dy is float16, and the operands of a job have one dtype:"
+            "x is float32 and dy is float16: expected one dtype for all operands;"
             " convert one, for example dy.astype(x.dtype)",
         ),
-        (None, ones(4, 6), ones(3, 6), "y", "y needs x and w, and x is None"),
-        (ones(3, 4), None, ones(3, 6), ALL, "y needs x and w, and w is None"),
-        (ones(3, 4), ones(4, 6), None, "dw", "dw needs x and dy, and dy is None"),
+        (None, ones(4, 6), ones(3, 6), "y", "y needs x and w, but x is None"),
+        (ones(3, 4), None, ones(3, 6), ALL, "y needs x and w, but w is None"),
+        (ones(3, 4), ones(4, 6), None, "dw", "dw needs x and dy, but dy is None"),
         # What is not needed has to fit all the same.
         (
             ones(3, 4),
@@ -170,35 +170,47 @@ def test_a_job_without_an_id_gets_one_that_differs() -> None:
         ({"result_dtype": "int8"}, "result_dtype is 'int8'; it can be float16"),
         ({"result_dtype": np.int64}, "result_dtype is"),
         ({"result_dtype": [("a", "f4", -1)]}, "result_dtype is"),
-        ({"result_dtype": {"dw": "f99"}}, "result_dtype['dw'] is 'f99'; it can be"),
+        (
+            {"result_dtype": {"dw": "f99"}},
+            "result_dtype['dw'] is 'f99': expected one of",
+        ),
         (
             {"results": "y", "result_dtype": {"dw": "float32"}},
-            "result_dtype has 'dw', and the wanted results are y",
+            "result_dtype has 'dw': expected one of the wanted results, y",
         ),
-        ({"dw_accumulator": "float16"}, "it can be float32, float64"),
-        ({"dw_accumulator": "int8"}, "is 'int8'; it can be float32, float64"),
-        ({"wire_dtype": "float64"}, "is float64; it can be float16, bfloat16"),
-        ({"wire_dtype": "int8"}, "is 'int8'; it can be float16, bfloat16"),
-        ({"timeout_s": 0}, "timeout_s is 0: give seconds, more than 0, or None"),
+        ({"dw_accumulator": "float16"}, "expected one of float32, float64"),
+        ({"dw_accumulator": "int8"}, "is 'int8': expected one of float32, float64"),
+        ({"wire_dtype": "float64"}, "is float64: expected one of float16, bfloat16"),
+        ({"wire_dtype": "int8"}, "is 'int8': expected one of float16, bfloat16"),
+        (
+            {"timeout_s": 0},
+            "timeout_s is 0: expected a number of seconds above 0, or None",
+        ),
         ({"timeout_s": -1.5}, "timeout_s is -1.5"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"timeout_s": "soon"}, "timeout_s is 'soon'"),
-        ({"timeout_s": -(10**400)}, "give seconds, more than 0, or None"),
-        ({"request_id": ""}, "give 1 to 128 printable ASCII characters"),
-        ({"request_id": "x" * 129}, "give 1 to 128 printable ASCII characters"),
-        ({"request_id": "é"}, "give 1 to 128 printable ASCII characters"),
-        ({"request_id": "a\nb"}, "give 1 to 128 printable ASCII characters"),
-        ({"request_id": 7}, "request_id is 7: give a string"),
-        ({"on_progress": 7}, "on_progress is 7, which cannot be called"),
-        ({"metadata": 5}, "metadata is 5: give a mapping or pairs (key, value)"),
-        ({"metadata": None}, "metadata is None: give a mapping or pairs (key, value)"),
-        ({"metadata": ["abc"]}, "metadata has 'abc': give pairs (key, value)"),
-        ({"metadata": ["ab"]}, "metadata has 'ab': give pairs (key, value)"),
-        ({"metadata": [7]}, "metadata has 7: give pairs (key, value)"),
-        ({"metadata": {"Key": "v"}}, "the metadata key 'Key' may hold digits"),
-        ({"metadata": {"grpc-x": "v"}}, "the metadata key 'grpc-x' is gRPC's own"),
-        ({"metadata": {"key": b"v"}}, "a value is a string, or bytes where the key"),
-        ({"metadata": {"key-bin": "v"}}, "a value is a string, or bytes where the"),
+        ({"timeout_s": -(10**400)}, "expected a number of seconds above 0, or None"),
+        ({"request_id": ""}, "expected 1 to 128 printable ASCII characters"),
+        ({"request_id": "x" * 129}, "expected 1 to 128 printable ASCII characters"),
+        ({"request_id": "é"}, "expected 1 to 128 printable ASCII characters"),
+        ({"request_id": "a\nb"}, "expected 1 to 128 printable ASCII characters"),
+        ({"request_id": 7}, "request_id is 7: expected a string"),
+        ({"on_progress": 7}, "on_progress is 7: expected a callable"),
+        ({"metadata": 5}, "metadata is 5: expected a mapping or pairs (key, value)"),
+        (
+            {"metadata": None},
+            "metadata is None: expected a mapping or pairs (key, value)",
+        ),
+        ({"metadata": ["abc"]}, "metadata has 'abc': expected pairs (key, value)"),
+        ({"metadata": ["ab"]}, "metadata has 'ab': expected pairs (key, value)"),
+        ({"metadata": [7]}, "metadata has 7: expected pairs (key, value)"),
+        ({"metadata": {"Key": "v"}}, "the metadata key 'Key' is invalid"),
+        (
+            {"metadata": {"grpc-x": "v"}},
+            "the metadata key 'grpc-x' is reserved for gRPC",
+        ),
+        ({"metadata": {"key": b"v"}}, "expected a string, or bytes for keys"),
+        ({"metadata": {"key-bin": "v"}}, "expected a string, or bytes for"),
         ({"metadata": {"key": "é"}}, "not printable ASCII"),
     ],
 )
@@ -212,7 +224,7 @@ def test_an_option_that_cannot_be_is_refused_by_name(
 
 def test_a_float32_accumulator_of_float64_operands_is_refused() -> None:
     wide = (ones(*shape, dtype=np.float64) for shape in ((3, 4), (4, 6), (3, 6)))
-    with pytest.raises(gradwire.InputError, match="dw_accumulator is float32 and the"):
+    with pytest.raises(gradwire.InputError, match="dw_accumulator is float32, but the"):
         plan(*wide, dw_accumulator="float32")
 
 

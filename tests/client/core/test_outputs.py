@@ -59,41 +59,44 @@ def strided(*strides: int) -> Any:
         (
             (empty(3, 6),),
             {},
-            "out has 1 entries; it takes 3: y, dx, dw, with None for those to be made",
+            "out has 1 entries: expected 3 (y, dx, dw), with None for arrays to be"
+            " created",
         ),
         (
             empty(3, 6),
             {},
-            'out is a ndarray: give a mapping such as {"y": array}, or a tuple of y,'
+            'out is a ndarray: expected a mapping such as {"y": array}, or a tuple of'
+            " y,"
             " dx, dw",
         ),
         (
             {"dx": empty(3, 4)},
             {"results": "y"},
-            "out has dx, which results does not name",
+            "out has dx, which is not in results",
         ),
-        ({"y": empty(6, 3)}, {}, "out's y has shape (6, 3), and y (3, 6)"),
+        ({"y": empty(6, 3)}, {}, "out's y has shape (6, 3): expected (3, 6)"),
         (
             {"y": empty(3, 6, dtype="f8")},
             {},
-            'out\'s y is float64, and y is float32: result_dtype={"y": ...} asks for'
-            " another",
+            "out's y is float64: expected float32; to change that, set"
+            ' result_dtype={"y": ...}',
         ),
         (
             {"y": [[0.0] * 6] * 3},
             {},
-            "out's y is a list: give a NumPy array, a PyTorch tensor or a CuPy array",
+            "out's y is a list: expected a NumPy array, a PyTorch tensor or a CuPy"
+            " array",
         ),
         ({"y": np.broadcast_to(empty(1, 6), (3, 6))}, {}, "out's y is read-only"),
         (
             {"y": strided(0, 4)},
             {},
-            "out's y overlaps itself: not every element has memory of its own",
+            "out's y overlaps itself: elements share memory",
         ),
         (
             {"y": strided(4, 4)},
             {},
-            "out's y overlaps itself: not every element has memory of its own",
+            "out's y overlaps itself: elements share memory",
         ),
         (
             {"dx": X},

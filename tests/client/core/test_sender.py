@@ -158,8 +158,8 @@ def test_memory_of_an_item_may_be_used_again_for_the_next() -> None:
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        ([3, 3], "rows gave 6 rows or more, and m is 5"),
-        ([3], "rows gave 3 rows, and m is 5"),
+        ([3, 3], "rows has at least 6 rows: expected m = 5"),
+        ([3], "rows has 3 rows: expected m = 5"),
     ],
 )
 def test_rows_that_disagree_with_m_are_refused(sizes: list[int], says: str) -> None:

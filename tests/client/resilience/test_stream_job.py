@@ -169,12 +169,17 @@ def test_no_rows_at_all_give_empty_results() -> None:
             {"results": "dw"},
             "item 1 of rows has float64, and item 0 had float32",
         ),
-        ([(X, DY)], None, {}, "y needs x and w, and w is None"),
+        ([(X, DY)], None, {}, "y needs x and w, but w is None"),
         ([(X, DY)], W, {"m": -1}, "m is -1: give the number of rows, or None"),
         ([(X, DY)], W, {"m": 2.5}, "m is 2.5: give the number of rows, or None"),
-        ([(X, DY)], W, {"m": 2**70}, f"m is {2**70}; it can be up to {2**63 - 1}"),
-        ([(X, DY)], W, {"m": 4}, "rows gave 5 rows or more, and m is 4"),
-        ([(X, DY)], W, {"m": 6}, "rows gave 5 rows, and m is 6"),
+        (
+            [(X, DY)],
+            W,
+            {"m": 2**70},
+            f"m is {2**70}: expected at most {2**63 - 1}",
+        ),
+        ([(X, DY)], W, {"m": 4}, "rows has at least 5 rows: expected m = 4"),
+        ([(X, DY)], W, {"m": 6}, "rows has 5 rows: expected m = 6"),
     ],
 )
 def test_items_that_cannot_be_are_refused_by_their_number(

@@ -30,9 +30,9 @@ class AsyncRowSource:
     def batches(self, row: int) -> AsyncGenerator[Mapping[Matrix, Operand]]:
         """The rows from a row on; batches of an earlier call end."""
         self._attempt += 1
-        return self._chunks(row, self._attempt)
+        return self._batches_of(row, self._attempt)
 
-    async def _chunks(
+    async def _batches_of(
         self, row: int, attempt: int
     ) -> AsyncGenerator[Mapping[Matrix, Operand]]:
         # What an attempt that has failed still took would have rows dropped that

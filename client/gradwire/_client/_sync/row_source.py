@@ -30,9 +30,9 @@ class SyncRowSource:
     def batches(self, row: int) -> Iterator[Mapping[Matrix, Operand]]:
         """The rows from a row on; batches of an earlier call end."""
         self._attempt += 1
-        return self._chunks(row, self._attempt)
+        return self._batches_of(row, self._attempt)
 
-    def _chunks(self, row: int, attempt: int) -> Iterator[Mapping[Matrix, Operand]]:
+    def _batches_of(self, row: int, attempt: int) -> Iterator[Mapping[Matrix, Operand]]:
         # What an attempt that has failed still took would have rows dropped that
         # this attempt has not sent again yet.
         while attempt == self._attempt:
