@@ -185,7 +185,7 @@ def test_no_such_name(connect: Callable[..., None]) -> None:
     with pytest.raises(gradwire.ConnectError) as refused:
         connect("no-such-host.invalid:50051")
     assert str(refused.value) == (
-        "the name in no-such-host.invalid:50051 has no address that could be found"
+        "the name in no-such-host.invalid:50051 has no known address"
     )
 
 

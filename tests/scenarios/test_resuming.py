@@ -267,7 +267,7 @@ def test_rows_that_are_held_no_more_are_named_and_what_came_stays(
     assert lost.value.rows.start == 0
     assert lost.value.rows.stop > 200
     assert isinstance(lost.value.__cause__, gradwire.ConnectionLostError)
-    assert f"rows 0 to {lost.value.rows.stop - 1} would be needed" in str(lost.value)
+    assert f"rows 0 to {lost.value.rows.stop - 1} are needed again" in str(lost.value)
     assert "give rows as a sequence" in str(lost.value)
     assert isinstance(lost.value, gradwire.UnavailableError)
     for block in came:

@@ -262,7 +262,7 @@ def test_jobs_go_on_as_servers_die_and_come_back_until_none_is_left(kind: str) -
                 server.kill()
             with pytest.raises(gradwire.ConnectError) as caught:
                 caller.run(caller.client.gradients(X, W, DY, timeout_s=1))
-        assert "none of the 3 servers can be had" in str(caught.value)
+        assert "none of the 3 servers is available" in str(caught.value)
         for address in addresses(servers):
             assert f"nothing listens at {address}" in str(caught.value)
         with pytest.raises(gradwire.ConnectError, match="none of the 3"):

@@ -171,10 +171,10 @@ def test_memory_stays_flat_however_many_rows_there_are(server_address: str) -> N
 
 def test_dw_is_there_only_at_the_end(stream_client: gradwire.Client) -> None:
     stream = stream_client.stream(pairs(), W)
-    with pytest.raises(gradwire.ClientStateError, match="iterated to its end"):
+    with pytest.raises(gradwire.ClientStateError, match="once the stream is exhausted"):
         _ = stream.dw
     next(stream)
-    with pytest.raises(gradwire.ClientStateError, match="iterated to its end"):
+    with pytest.raises(gradwire.ClientStateError, match="once the stream is exhausted"):
         _ = stream.receipt
     assert sum(len(block) for block in stream) > 0
     assert stream.dw is not None
@@ -382,7 +382,7 @@ async def test_what_an_async_iterable_raises_is_raised_unchanged(
             "rows has at least 800 rows: expected m = 700",
         ),
         ([(X, DY)], {"m": 700}, "rows has 400 rows: expected m = 700"),
-        ([X], {}, "item 0 of rows: it is a ndarray: give pairs"),
+        ([X], {}, "item 0 of rows: it is a ndarray: expected a pair"),
     ],
 )
 def test_a_bad_item_ends_the_stream_with_its_number(

@@ -1,4 +1,4 @@
-"""A job on arrays over all of its attempts, without the I/O."""
+"""A job of arrays over all of its attempts, without I/O."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ArrayJob:
         checkpoint_rows: int | None = None,
     ) -> None:
         self.resume_point: ResumePoint | None = None
-        """Where the next attempt goes on; None: at the beginning."""
+        """Where the next attempt resumes; None: at the start."""
         self._checkpoint_rows = checkpoint_rows
         self._copies = copies
         self.plan = plan
@@ -49,7 +49,7 @@ class ArrayJob:
         self.outputs = outputs
 
     def exchange(self) -> JobExchange:
-        """The conversation, as a stream."""
+        """Create the exchange of a streamed attempt."""
         return JobExchange(
             self.plan,
             Sender(self.plan),
@@ -61,7 +61,7 @@ class ArrayJob:
     def cut_off(
         self, exchange: JobExchange, error: GradwireError, attempts: Attempts
     ) -> bool:
-        """Take the failure of a stream; whether to begin anew, and at once."""
+        """Record a failed stream, and return whether to start over immediately."""
         before = self.resume_point
         if before is not None and resume_refused(error):
             self.resume_point = None
@@ -75,32 +75,32 @@ class ArrayJob:
         return False
 
     def unary_exchange(self) -> UnaryExchange:
-        """The conversation, as one message each way."""
+        """Create the exchange of an attempt with one message each way."""
         return UnaryExchange(self.plan, self.outputs.all())
 
     def messages(self, exchange: JobExchange) -> Iterator[bytes]:
-        """What the stream sends after its opening."""
+        """Yield the messages after the first."""
         return exchange.array_messages(self.operands)
 
     @property
     def to_verify(self) -> bool:
-        """Whether results shall be checked before they are handed back."""
+        """Whether results are checked before they are returned."""
         return bool(self.plan.options.verify)
 
     def verified(self, receipt: Receipt, address: str) -> Receipt:
-        """Results are right, as far as the caller wants that checked.
+        """Check the results, if the caller wants that.
 
         Args:
-            receipt: What the server said.
-            address: Where it was reached.
+            receipt: The server's receipt.
+            address: The server's address.
 
         Returns:
-            The receipt, with that address.
+            The receipt, with the address.
 
         Raises:
-            VerificationError: One is wrong.
+            VerificationError: A result is wrong.
         """
-        # Should they be wrong, nothing of them is to be gone on with.
+        # If a result is wrong, the next attempt must start over.
         self.resume_point = None
         receipt = replace(receipt, server_address=address)
         if not self.plan.options.verify:
@@ -112,10 +112,10 @@ class ArrayJob:
         return replace(receipt, verifying_s=verifier.seconds)
 
     def deliver(self, receipt: Receipt) -> Receipt:
-        """Have results where the caller wants them.
+        """Copy results to the caller's arrays on GPUs.
 
         Returns:
-            The receipt, with what was copied from and to a GPU's memory.
+            The receipt, with the size and time of all copies from and to GPUs.
         """
         self.outputs.copy_to_devices(self._copies)
         return self._copies.told(receipt)

@@ -1,10 +1,9 @@
-"""Several servers behind one client: which of them the next job goes to.
+"""Choice of the server for each job of a client with several servers.
 
-A job goes to the server that has the fewest of this client's jobs, and among
-equals to the one that has waited longest for one. (Of a handful of servers,
-all are looked at; two at random are for those who cannot.) One that cannot be
-had is left out for a while, which doubles each time, and is asked what it is
-before the next job goes there.
+A job goes to the server with the fewest jobs of this client; among equals, to the one
+that was chosen least recently. All servers are compared, because there are only a few.
+A server that is unavailable is ejected for a while, which doubles with each failure.
+It is probed before its next job.
 """
 
 from __future__ import annotations
@@ -33,65 +32,65 @@ EngineT = TypeVar("EngineT")
 
 FIRST_OUT_S = 0.5
 MOST_OUT_S = 10.0
-"""How long a server is left out after it failed for the first time, and at most."""
+"""Ejection times after the first failure, and at most, in seconds."""
 
 WRONG_OUT_S = 60.0
-"""How long after its results were wrong."""
+"""Ejection time after wrong results, in seconds."""
 
 ASK_S = 1.0
-"""How long a server that was left out has to say that it is there again."""
+"""Timeout of a probe of an ejected server, in seconds."""
 
 RESOLVED_S = 30.0
-"""How long the addresses of a name are taken for current; SOON_S once a server
-could not be had."""
+"""Time for which a name's addresses are used without a new lookup, in seconds. It is
+reduced to SOON_S after a server was unavailable."""
 
 SOON_S = 1.0
 
 
 @dataclass(eq=False, slots=True)
 class ServerState(Generic[EngineT]):
-    """One of the servers."""
+    """The state of one server."""
 
     address: str
 
     engine: EngineT
-    """Makes the calls to this server alone."""
+    """Makes the calls to this server."""
 
     name: str | None = None
-    """The name that has this address, where it is one's."""
+    """The DNS name with this address; None if the address was given."""
 
     running: int = 0
-    """Jobs of this client that it has now."""
+    """Number of this client's jobs on the server."""
 
     turn: int = 0
-    """When it was last chosen, counted in choices."""
+    """Number of the last choice of this server, for the least recently chosen one."""
 
     failures: int = 0
-    """How often in a row it could not be had."""
+    """Number of consecutive failures."""
 
     ejected_until: float = 0.0
-    """Until when it is left out."""
+    """Time at which the ejection ends."""
 
     needs_probe: bool = False
-    """Whether it must be asked before it is given a job."""
+    """Whether the server must be probed before its next job."""
 
     asking: bool = False
-    """Whether that is being done."""
+    """Whether a probe is in progress."""
 
     gone: bool = False
-    """Whether its name has another address now."""
+    """Whether the DNS name no longer has this address."""
 
 
 class LoadBalancer(Generic[EngineT]):
-    """The servers of a client. Threads may share them.
+    """The servers of a client. Thread-safe.
 
     Args:
-        make: Makes the engine of an address; the second argument is the name
-            that has it, where it is one's.
-        addresses: Those that are known.
-        names: ``HOST:PORT`` of those whose addresses are to be looked up.
-        clock: Seconds that only grow.
-        draw: Gives a number between two others.
+        make: Creates the engine for an address. The second argument is the DNS name
+            with the address, or None.
+        addresses: The known addresses.
+        names: ``HOST:PORT`` of the DNS names to look up.
+        clock: A monotonic clock, in seconds.
+        draw: Draws a number between two others.
     """
 
     def __init__(
@@ -114,17 +113,17 @@ class LoadBalancer(Generic[EngineT]):
 
     @property
     def members(self) -> list[ServerState[EngineT]]:
-        """Those that there are now."""
+        """The current servers."""
         with self._lock:
             return [member for member in self._members if not member.gone]
 
     def engines(self) -> list[EngineT]:
-        """The engines of all servers, including those that are gone."""
+        """Return the engines of all servers, including servers that are gone."""
         with self._lock:
             return [member.engine for member in self._members]
 
     def names_due(self) -> tuple[str, ...]:
-        """The names to be looked up now; whoever asks does it."""
+        """Return the names that the caller must look up now."""
         with self._lock:
             if not self._names or self._clock() < self._resolve_at:
                 return ()
@@ -132,10 +131,10 @@ class LoadBalancer(Generic[EngineT]):
             return self._names
 
     def resolved(self, name: str, addresses: Sequence[str]) -> list[EngineT]:
-        """Take the addresses that a name has now.
+        """Set the current addresses of a name.
 
         Returns:
-            The engines of servers that are gone and have no job: to be closed.
+            The engines of idle servers that are gone. The caller must close them.
         """
         with self._lock:
             self._unresolved.pop(name, None)
@@ -153,28 +152,31 @@ class LoadBalancer(Generic[EngineT]):
             return [member.engine for member in idle]
 
     def not_resolved(self, name: str, error: OSError) -> None:
-        """A name has no address, or nobody says; those that it had are kept."""
+        """Record a failed lookup. The name keeps its earlier addresses."""
         with self._lock:
             self._resolve_at = min(self._resolve_at, self._clock() + SOON_S)
             self._unresolved[name] = ConnectError(
-                f"the name in {name} has no address that could be found"
+                f"no address was found for the name in {name}"
                 f" ({error.strerror or error})",
                 status=StatusCode.UNAVAILABLE,
             )
 
     def unresolved(self) -> dict[str, GradwireError]:
-        """The names that have no address, and why."""
+        """Return the names without an address, and their errors."""
         with self._lock:
             return dict(self._unresolved)
 
     def choose(
         self, avoid: Collection[str] = (), unusable: Collection[str] = ()
     ) -> ServerState[EngineT] | None:
-        """The server for the next job, which it has from here on.
+        """Choose the server for the next job, and count the job there.
 
         Args:
-            avoid: Addresses to take only if there are no others.
-            unusable: Addresses not to take.
+            avoid: Addresses to choose only if there are no others.
+            unusable: Addresses not to choose.
+
+        Returns:
+            The server, or None if there is none.
         """
         with self._lock:
             now = self._clock()
@@ -184,7 +186,7 @@ class LoadBalancer(Generic[EngineT]):
                 if not member.gone and member.address not in unusable
             ]
             ready = [m for m in there if m.ejected_until <= now and not m.asking]
-            # Where all are left out, any that answers after all will do.
+            # If all are ejected, try them all the same.
             chosen = min(
                 ready or there,
                 key=lambda m: (m.address in avoid, m.running, m.turn),
@@ -198,13 +200,13 @@ class LoadBalancer(Generic[EngineT]):
             return chosen
 
     def release(self, member: ServerState[EngineT]) -> None:
-        """The job that it had is over."""
+        """Record that a server's job has ended."""
         with self._lock:
             member.running = max(0, member.running - 1)
             member.asking = False
 
     def mark_healthy(self, member: ServerState[EngineT]) -> None:
-        """It can be had."""
+        """Record that a server is available."""
         with self._lock:
             member.failures, member.ejected_until = 0, 0.0
             member.needs_probe = member.asking = False
@@ -212,7 +214,7 @@ class LoadBalancer(Generic[EngineT]):
     def record_failure(
         self, member: ServerState[EngineT], error: GradwireError
     ) -> None:
-        """Take the way in which a call ended there."""
+        """Record a failed call, and eject the server if necessary."""
         with self._lock:
             now = self._clock()
             if isinstance(error, VerificationError):
@@ -227,7 +229,7 @@ class LoadBalancer(Generic[EngineT]):
                 self._resolve_at = min(self._resolve_at, now + SOON_S)
 
     def has_healthy_other(self, member: ServerState[EngineT]) -> bool:
-        """Whether there are others that are not left out."""
+        """Return whether another server is not ejected."""
         with self._lock:
             now = self._clock()
             return any(
@@ -237,25 +239,25 @@ class LoadBalancer(Generic[EngineT]):
             )
 
     def renew(self) -> None:
-        """Begin anew in the child of a fork."""
+        """Reset the lock and the jobs in the child of a fork."""
         self._lock = threading.Lock()
         for member in self._members:
             member.running, member.asking = 0, False
 
 
 class Lease(Generic[EngineT]):
-    """A server for one attempt of a call.
+    """The use of a server for one attempt of a call.
 
-    As a context manager it ends as the attempt does.
+    As a context manager, it ends with the attempt.
 
     Args:
-        engine: Makes the calls to that server alone.
-        servers: All of them; None where there is one only.
-        member: That server among them.
-        attempts: The call's: told where it has failed.
+        engine: Makes the calls to the server.
+        servers: All servers; None if there is only one.
+        member: The server.
+        attempts: The attempts of the call.
 
     Attributes:
-        engine: Makes the calls to that server alone.
+        engine: Makes the calls to the server.
     """
 
     def __init__(
@@ -282,7 +284,7 @@ class Lease(Generic[EngineT]):
         self.ended(error)
 
     def ended(self, error: BaseException | None = None) -> None:
-        """The attempt is over; None: it came to a good end. May be called again."""
+        """Record the end of the attempt; None: success. Further calls do nothing."""
         servers, member, self._member = self._servers, self._member, None
         if servers is None or member is None:
             return
@@ -297,27 +299,27 @@ class Lease(Generic[EngineT]):
 
 
 def require_jobs(info: ServerInfo, address: str) -> ServerInfo:
-    """Check that a server takes jobs.
+    """Check that a server accepts jobs.
 
     Raises:
-        DrainingError: It is about to stop.
+        DrainingError: The server is about to stop.
     """
     if info.draining:
         raise DrainingError(
-            f"the server at {address} takes no new jobs because it is about to stop",
+            f"the server at {address} is about to stop and accepts no new jobs",
             status=StatusCode.UNAVAILABLE,
         )
     return info
 
 
 def none_left(causes: Mapping[str, GradwireError]) -> GradwireError:
-    """The error of a call for which there is no server, and why not."""
+    """Return the error of a call if no server is available, with the causes."""
     if not causes:
         return ConnectError("the names of the servers have no address")
     each = "; ".join(f"{address}: {error}" for address, error in causes.items())
     passing = any(is_passing(error) for error in causes.values())
     return ConnectError(
-        f"none of the {len(causes)} servers can be had: {each}",
+        f"none of the {len(causes)} servers is available: {each}",
         status=StatusCode.UNAVAILABLE if passing else None,
     )
 

@@ -1,9 +1,9 @@
-"""A stream's rows: as the caller's iterable gives them, and once more if need be.
+"""The buffer of a stream's rows, for rows that must be sent again.
 
-A job that was cut off is sent rows again that the server had already. Where
-the caller gave a sequence, they come from there. What else can be iterated is
-asked for each item once, so its rows are copied as they are sent, and held
-until they cannot be needed any more, or until they are too many.
+A resumed job sends some rows again. Rows of a sequence are read again from the
+sequence. Other iterables give each item only once, so their rows are copied when they
+are sent. The copies are kept until they are no longer needed, or until the buffer is
+full.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from gradwire_protocol.limits import MIB
 from gradwire_protocol.matrices import Matrix
 
 _PORTION_BYTES = 4 * MIB
-"""About how much of a large item is copied at once, right before it is sent."""
+"""Approximate size of a batch of copied rows. A large item is copied batch by batch,
+right before each is sent."""
 
 _PORTION_OVERHEAD = 1024
-"""Bytes that a batch takes beside its elements, or somewhat less."""
+"""Approximate overhead of a batch, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +33,23 @@ class _Batch:
     rows: int
     size_bytes: int
     operands: Mapping[Matrix, Operand] | None
-    """None: they are in the caller's sequence."""
+    """None: the rows are in the caller's sequence."""
     item: int
 
 
 class ReplayBuffer:
-    """The rows of a stream. Threads may share it.
+    """The rows of a stream. Thread-safe.
 
-    Items are added as they are drawn, each after the one before was sent as
-    far as its memory is concerned: then it may be used again.
+    The next item is added only after the memory of the previous one may be reused.
 
     Args:
-        reader: Makes operands of items.
-        limit_bytes: Most bytes that are held; 0: none.
-        again: Where the same items can be had once more, if there is such a
-            place.
+        reader: Converts items to operands.
+        limit_bytes: Most bytes of copied rows; 0: none.
+        again: A sequence with the same items, if there is one.
 
     Attributes:
-        count: Rows that were handed out.
-        first: Operands of the first item; None before it is there.
+        count: Number of rows returned by `batch`.
+        first: Operands of the first item; None before it is added.
         complete: Whether there are no more items.
     """
 
@@ -75,33 +74,33 @@ class ReplayBuffer:
 
     @property
     def repeatable(self) -> bool:
-        """Whether rows come again from where they came from."""
+        """Whether all rows can be read again from a sequence."""
         return self._again is not None
 
     @property
     def first_available(self) -> int:
-        """The first row that can be had again."""
+        """The first row that is still available."""
         with self._lock:
             return next(iter(self._batches), self.count)
 
     def has(self, row: int) -> bool:
-        """Whether the rows from a row on can be had, now or when they are drawn."""
+        """Return whether the rows from `row` on are available, now or later."""
         return self.first_available <= row
 
     def drawn_beyond(self, row: int) -> bool:
-        """Whether rows from a row on need no other item to be drawn."""
+        """Return whether `batch(row)` needs no further item."""
         with self._lock:
             return row < self.count or self._left() > 0
 
     def settle(self) -> None:
-        """The next item is about to be asked for."""
+        """Prepare for the request of the next item."""
         self._reader.settle()
 
     def add(self, item: object) -> None:
-        """Take the next item; the one before was handed out whole.
+        """Add the next item. All rows of the previous one must have been returned.
 
         Raises:
-            InputError: It is none, or does not fit the first.
+            InputError: The item is invalid, or does not fit the first one.
         """
         operands = self._reader.read(item)
         with self._lock:
@@ -111,9 +110,9 @@ class ReplayBuffer:
                 self.first = operands
 
     def batch(self, row: int) -> Mapping[Matrix, Operand] | None:
-        """Operands of the rows from a row on, so many as there are together.
+        """Return the next batch of rows, from `row` on.
 
-        None where another item has to be added first, if there is one.
+        None if the next item must be added first, or if there are no more items.
         """
         with self._lock:
             batch = self._find(row)
@@ -128,14 +127,14 @@ class ReplayBuffer:
         return _behind(operands or {}, skipped)
 
     def disable(self) -> None:
-        """None will be needed again."""
+        """Drop all rows: none is needed again."""
         with self._lock:
             self._limit_bytes = 0
             for batch in list(self._batches.values()):
                 self._drop(batch)
 
     def discard_before(self, row: int) -> None:
-        """Rows before a row are not needed again."""
+        """Drop the rows before `row`: they are not needed again."""
         with self._lock:
             while self._batches:
                 first = next(iter(self._batches.values()))
@@ -144,7 +143,7 @@ class ReplayBuffer:
                 self._drop(first)
 
     def _left(self) -> int:
-        """Rows of the item that is there which were not handed out."""
+        """Return the number of rows of the current item not yet returned."""
         if self._item is None:
             return 0
         return next(iter(self._item.values())).rows - self._taken
@@ -183,7 +182,7 @@ class ReplayBuffer:
         for each in self._batches.values():
             if each.first_row <= row < each.first_row + each.rows:
                 return each
-        raise RuntimeError(f"row {row} is held no more")
+        raise RuntimeError(f"row {row} is no longer buffered")
 
     def _drop(self, batch: _Batch) -> None:
         del self._batches[batch.first_row]
@@ -191,12 +190,12 @@ class ReplayBuffer:
 
 
 def _given(batch: _Batch, operands: Mapping[Matrix, Operand]) -> _Batch:
-    """A batch that is handed out for the first time, and is there."""
+    """Return a batch that is returned for the first time, with its operands."""
     return _Batch(batch.first_row, batch.rows, batch.size_bytes, operands, batch.item)
 
 
 def _behind(operands: Mapping[Matrix, Operand], rows: int) -> Mapping[Matrix, Operand]:
-    """The same without the first rows."""
+    """Return operands without their first `rows` rows."""
     if not rows:
         return operands
     return {

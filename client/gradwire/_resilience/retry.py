@@ -1,9 +1,8 @@
-"""When a call that failed is made again, and how soon: without the I/O.
+"""The decision whether and when to retry a failed call, without I/O.
 
-A job has no effects but its results, so whatever became of an attempt, the
-next one does no harm. Whether it is worth it depends on how the attempt ended,
-on what is left of the call's deadline, and on how the client's other calls
-have fared. Whoever makes the calls asks after each failure, and waits.
+A job has no effects other than its results, so a retry is always safe. Whether it is
+useful depends on the error, the time left and the client's retry budget. The engine
+asks after each failure, and waits.
 """
 
 from __future__ import annotations
@@ -30,32 +29,31 @@ from gradwire._api.options import Options, left_of
 from gradwire._api.types import Receipt
 
 _log = logging.getLogger("gradwire")
-# Without a handler of the program's own Python would write to standard error.
+# Without a handler, Python would write the warnings to standard error.
 _log.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a call is made again that failed, and how soon.
+    """When and how often a failed call is retried.
 
-    Made again are calls that end with UNAVAILABLE (nobody listens, the
-    connection broke, the server drains or lost its device), with
-    RESOURCE_EXHAUSTED and a time to come back, or with a payload whose
-    checksum is wrong, as long as their `timeout_s` allows. Nothing else is:
-    it would end in the same way.
+    A call is retried if it fails with UNAVAILABLE (no server listens, the connection
+    broke, the server drains or lost its device), with RESOURCE_EXHAUSTED and a retry
+    time from the server, or with a wrong checksum, as long as its `timeout_s` allows.
+    Other failures would occur again.
 
     The r-th retry waits between 0 and
-    min(`max_backoff_s`, `initial_backoff_s` * `multiplier` ** (r - 1)) seconds,
-    drawn uniformly ("full jitter": M. Brooker, Exponential Backoff And Jitter,
-    AWS Architecture Blog, 2015), and as long as the server said before that.
+    min(`max_backoff_s`, `initial_backoff_s` * `multiplier` ** (r - 1)) seconds, drawn
+    uniformly ("full jitter": M. Brooker, Exponential Backoff And Jitter, AWS
+    Architecture Blog, 2015). A retry time from the server is added.
 
-    Each client has a budget for all of its calls (as in gRPC's retry
-    throttling, proposal A6): a failed attempt takes one from it, a call that
-    succeeds gives `refund` back, and while half of it or less is left no call
-    is made again. A dead service is thus not hammered by many threads.
+    Each client has a budget for all of its calls, as in gRPC's retry throttling
+    (proposal A6). A failed attempt takes 1 from it, and a successful call returns
+    `refund`. While half of the budget or less is left, no call is retried. So many
+    threads do not overload a service that is down.
 
     Raises:
-        InputError: A value is out of its range; the text names the field.
+        InputError: A value is out of range; the message names the field.
 
     Example:
         >>> patient = gradwire.RetryPolicy(attempts=20, max_backoff_s=30)
@@ -63,48 +61,49 @@ class RetryPolicy:
     """
 
     attempts: int = 8
-    """Most attempts in a row of which none gets any further."""
+    """Most consecutive attempts without progress."""
 
     initial_backoff_s: float = 0.1
-    """Most seconds before the first retry, unless the server says longer."""
+    """Longest wait before the first retry, without the server's retry time."""
 
     multiplier: float = 2.0
-    """By how much that grows from one retry to the next."""
+    """Factor by which the longest wait grows with each retry."""
 
     max_backoff_s: float = 5.0
-    """Most seconds before any retry, unless the server says longer."""
+    """Longest wait before any retry, without the server's retry time."""
 
     budget: float = 100.0
-    """Failed attempts of all the client's calls that use the budget up; half
-    as many are followed by a retry."""
+    """The full budget: the number of failed attempts that use it up. Half of them are
+    retried."""
 
     refund: float = 0.1
-    """What a call that succeeds gives back to the budget."""
+    """Part of the budget that a successful call returns."""
 
     held_bytes: int = 256 << 20
-    """Most bytes of its rows that a stream holds in copies, so that it can go on
-    where it was cut off; 0: none. Rows that are given as a sequence are not
-    copied. See docs/failing.md."""
+    """Most bytes of copied rows that a stream buffers, so that it can resume after a
+    failure; 0: none. Rows of a sequence are not copied. See docs/failing.md."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"RetryPolicy's {name} is {value!r}: give a number")
+                raise InputError(
+                    f"RetryPolicy's {name} is {value!r}: expected a number"
+                )
             if not least <= value < _MOST:
                 raise InputError(
-                    f"RetryPolicy's {name} is {value!r}: give at least {least}, and"
-                    f" less than {_MOST:g}"
+                    f"RetryPolicy's {name} is {value!r}: expected at least {least},"
+                    f" and less than {_MOST:g}"
                 )
         for name in ("attempts", "held_bytes"):
             value = getattr(self, name)
             if not isinstance(value, int):
                 raise InputError(
-                    f"RetryPolicy's {name} is {value!r}: give a whole number"
+                    f"RetryPolicy's {name} is {value!r}: expected an integer"
                 )
 
     def backoff_s(self, retry: int) -> float:
-        """Most seconds before the so many-th retry, counted from 1."""
+        """Return the longest wait before retry number `retry`, counted from 1."""
         grown = self.initial_backoff_s
         for _ in range(retry - 1):
             if grown >= self.max_backoff_s:
@@ -124,19 +123,19 @@ _LEAST: dict[str, float] = {
 }
 
 _LONGEST_S = 3600.0
-"""A server that wants to be left alone for longer is not waited for."""
+"""Longest retry time of a server that the client waits for."""
 
 _MOST = 1e9
-"""What waits and counts are below, so that they can be counted with."""
+"""Upper limit of every field, to avoid overflow."""
 
 RetriesLike: TypeAlias = RetryPolicy | bool | None
 
 
 def parse_retries(value: RetriesLike) -> RetryPolicy:
-    """The policy that an argument `retries` means.
+    """Return the policy for a value of `retries`.
 
     Raises:
-        InputError: It means none.
+        InputError: The value is invalid.
     """
     if value is None or value is False:
         return RetryPolicy(attempts=1)
@@ -145,19 +144,17 @@ def parse_retries(value: RetriesLike) -> RetryPolicy:
     if isinstance(value, RetryPolicy):
         return value
     raise InputError(
-        f"retries is {value!r}: give True, False or a gradwire.RetryPolicy"
+        f"retries is {value!r}: expected True, False or a gradwire.RetryPolicy"
     )
 
 
 class Retries:
-    """A client's policy, and what its calls have left of the budget.
-
-    Threads may share one.
+    """A client's policy and its retry budget. Thread-safe.
 
     Args:
         policy: The policy.
-        draw: Gives a number between two others, for the jitter.
-        clock: Seconds that only grow.
+        draw: Draws a number between two others, for the jitter.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
@@ -173,34 +170,35 @@ class Retries:
         self._lock = threading.Lock()
 
     def failed(self) -> bool:
-        """Take a failed attempt from the budget; whether a retry is in it."""
+        """Count a failed attempt, and return whether the budget allows a retry."""
         with self._lock:
             self._left = max(0.0, self._left - 1)
             return self._left > self.policy.budget / 2
 
     def succeeded(self) -> None:
-        """Give something back for a call that succeeded."""
+        """Return part of the budget after a successful call."""
         with self._lock:
             self._left = min(self.policy.budget, self._left + self.policy.refund)
 
     def renew(self) -> None:
-        """Begin anew in the child of a fork, where the lock may be held."""
+        """Replace the lock in the child of a fork, where it may be held."""
         self._lock = threading.Lock()
 
 
 class Attempts:
-    """The attempts of one call, from the first one's beginning.
+    """The attempts of one call.
 
     Args:
-        retries: The client's.
-        timeout_s: Seconds for all of them together; None: as long as it takes.
-        job_id: The job's id; None where there is none.
+        retries: The client's policy and budget.
+        timeout_s: Seconds for all attempts together; None: no limit.
+        job_id: Id of the job; None for calls without a job.
 
     Attributes:
-        made: How many there were, with the one that runs.
-        causes: Why each of the others failed: a reason, or else a status.
-        avoid: Addresses of servers where it failed.
-        elsewhere: Whether the next attempt has another server.
+        count: Number of attempts, including the current one.
+        causes: Why each earlier attempt failed: a reason, or a status.
+        begun: Time at which the first attempt began.
+        avoid: Addresses of servers on which an attempt failed.
+        retry_on_other_server: Whether the next attempt can use another server.
     """
 
     def __init__(
@@ -218,30 +216,30 @@ class Attempts:
         self.retry_on_other_server = False
 
     def options(self, options: Options) -> Options:
-        """The options of the attempt that is due: with what is left of time."""
+        """Return the options of the next attempt, with the time left."""
         return left_of(options, self.begun)
 
     @property
     def left_s(self) -> float | None:
-        """What is left of time; None: as long as it takes."""
+        """The time left, in seconds; None: no limit."""
         if self._timeout_s is None:
             return None
         return self._timeout_s - (self._retries.clock() - self.begun)
 
     def make_final(self) -> None:
-        """The attempt that runs is the last, however it ends."""
+        """Allow no further attempt after the current one."""
         self._final = True
 
     def progressed(self) -> None:
-        """The attempt that ran has got further than those before it."""
+        """Record that the current attempt got further than the earlier ones."""
         self._in_vain = 0
 
     def after(self, error: GradwireError) -> float | None:
-        """Take the failure of the attempt that ran.
+        """Record the failure of the current attempt.
 
         Returns:
-            Seconds to wait before the next one; None: there is none, and the
-            error is what the call ends with.
+            Seconds to wait before the next attempt. None: there is no further attempt,
+            and the call fails with `error`.
         """
         self._in_vain += 1
         delay_s = self._delay_s(error)
@@ -251,13 +249,13 @@ class Attempts:
             error.attempts = self.count
             if self.count > 1:
                 error.add_note(
-                    f"This was attempt {self.count}; those before it ended with"
+                    f"This was attempt {self.count}; the earlier ones failed with"
                     f" {', '.join(self.causes)}."
                 )
             return None
         self.causes.append(str(cause))
         _log.warning(
-            "%s: attempt %d ended with %s, and the next one begins in %.3f s: %s",
+            "%s: attempt %d failed with %s; the next one starts in %.3f s: %s",
             f"job {self._job_id}" if self._job_id else "a call",
             self.count,
             cause,
@@ -275,11 +273,11 @@ class Attempts:
         return delay_s
 
     def succeeded(self) -> None:
-        """The attempt that ran came to a good end."""
+        """Record that the current attempt succeeded."""
         self._retries.succeeded()
 
     def annotate(self, receipt: Receipt) -> Receipt:
-        """The receipt, with how many attempts there were, and why."""
+        """Return the receipt with the number of attempts and their causes."""
         if self.count == 1:
             return receipt
         return replace(receipt, attempts=self.count, retried=tuple(self.causes))
@@ -302,11 +300,10 @@ class Attempts:
 
 
 def is_passing(error: GradwireError) -> bool:
-    """Whether the same call may end otherwise when it is made again.
+    """Return whether a retry of the same call may succeed.
 
-    RESOURCE_EXHAUSTED without a time to come back is not passing: a job may
-    be too large, and gRPC itself ends oversize messages so. Nor is it where
-    the two sides do not trust each other.
+    RESOURCE_EXHAUSTED without a retry time is permanent: the job is too large, or gRPC
+    refused an oversize message. TLS errors are permanent, too.
     """
     if isinstance(error, TlsError):
         return False

@@ -1,4 +1,4 @@
-"""Streams of rows: the caller's items in, blocks of result rows out."""
+"""Conversion of a stream's items to operands."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gradwire_protocol.matrices import ROW_OPERANDS, Matrix, operands_for
 
 
 class RowReader:
-    """Makes operands of the items that a caller's iterable gives.
+    """Converts the items of the caller's iterable to operands.
 
-    An item is a pair (x_rows, dy_rows), with None for one that the job does
-    not need; where it needs one only, that one alone will do. Both of a pair
-    have equally many rows, any number.
+    An item is a pair (x_rows, dy_rows), with None for an operand that the job does not
+    need. If the job needs only one operand, an item may be that operand. Both operands
+    of a pair have the same number of rows, which may be any number.
     """
 
     def __init__(self, w: object, m: int | None, options: Options) -> None:
         if m is not None and (not isinstance(m, int | np.integer) or m < 0):
-            raise InputError(f"m is {m!r}: give the number of rows, or None")
+            raise InputError(f"m is {m!r}: expected an integer of at least 0, or None")
         if m is not None and m > limits.MAX_INT64:
             raise InputError(f"m is {m}: expected at most {limits.MAX_INT64}")
         self._m = None if m is None else int(m)
@@ -36,39 +36,39 @@ class RowReader:
         )
         require(dict.fromkeys(self._needed, True) | {Matrix.W: w}, options)
         self.copies = HostCopies()
-        """What was copied from a GPU's memory so far."""
+        """Copies from GPU memory so far."""
         self.w = (
             None
             if w is None
             else operand(w, "w", options.wire_dtype, copies=self.copies)
         )
         self.check: RowCheck | None = None
-        """What checks the results, where that is wanted."""
+        """Checks the results; None: no check."""
         self._plan: Plan | None = None
         self._count = 0
         self._rows = 0
 
     def plan(self, first: Mapping[Matrix, Operand] | None) -> Plan:
-        """The plan of a job whose first item has these operands, if any.
+        """Return the plan of a job whose first item, if any, has these operands.
 
         Raises:
-            InputError: Without an item and without W, nothing is known.
+            InputError: There is neither an item nor W.
         """
         if first is None and self.w is None:
             raise InputError(
-                "rows gave nothing and w is None, so that n, k and the dtype are"
-                " unknown: give at least one pair, of no rows if need be"
+                "rows is empty and w is None, so n, k and the dtype are unknown:"
+                " expected at least one pair, possibly with 0 rows"
             )
         self._plan = with_rows(self._check(first or {}), self._m)
         self._begin_check(self._plan)
         return self._plan
 
     def read(self, item: object) -> dict[Matrix, Operand]:
-        """The operands in an item.
+        """Return the operands of an item.
 
         Raises:
-            InputError: It is none, or does not fit the first; the text says
-                which item it is, counted from 0.
+            InputError: The item is invalid, or does not fit the first one. The message
+                has the item's number, counted from 0.
         """
         try:
             operands = self._operands(item)
@@ -83,8 +83,8 @@ class RowReader:
             for size, wanted in zip(sizes, expected, strict=True):
                 if size != wanted:
                     raise InputError(
-                        f"item {self._count} of rows has {size}, and item 0 had"
-                        f" {wanted}"
+                        f"item {self._count} of rows has {size}: expected {wanted},"
+                        " as in item 0"
                     )
         if (check := self._begin_check(plan)) is not None:
             check.took(self._rows, operands)
@@ -93,12 +93,12 @@ class RowReader:
         return operands
 
     def settle(self) -> None:
-        """The next item is about to be asked for."""
+        """Prepare for the request of the next item."""
         if self.check is not None:
             self.check.settle()
 
     def again(self, item: object) -> dict[Matrix, Operand]:
-        """The operands in an item that was read before."""
+        """Return the operands of an item that was read before."""
         return self._operands(item)
 
     def _begin_check(self, plan: Plan) -> RowCheck | None:
@@ -115,14 +115,14 @@ class RowReader:
             values = {self._needed[0]: item}
         else:
             raise InputError(
-                f"it is a {type(item).__qualname__}: give pairs (x_rows, dy_rows)"
+                f"it is a {type(item).__qualname__}: expected a pair (x_rows, dy_rows)"
             )
         operands = {}
         for matrix in self._needed:
             if values[matrix] is None:
                 wanted = " and ".join(result.label for result in self.options.results)
                 raise InputError(
-                    f"{matrix.label}'s rows are None, and {wanted} cannot be without"
+                    f"{matrix.label}'s rows are None, but needed for {wanted}"
                 )
             operands[matrix] = operand(
                 values[matrix],
@@ -133,8 +133,8 @@ class RowReader:
             )
             if operands[matrix].array.ndim != 2:
                 raise InputError(
-                    f"{matrix.label} has shape {operands[matrix].array.shape}: rows"
-                    " of a stream have two dimensions"
+                    f"{matrix.label} has shape {operands[matrix].array.shape}: expected"
+                    " two dimensions"
                 )
         return operands
 

@@ -1,4 +1,4 @@
-"""A stream's job over all of its attempts, without the I/O."""
+"""A stream's job over all of its attempts, without I/O."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 
 
 class StreamJob:
-    """A job whose rows come and go in parts.
+    """A job whose rows are sent and received in parts.
 
         job = StreamJob(plan, w, held)
         exchange = job.begin()
         ... send job.opening_messages(exchange), then the rows from first_row on,
-            and give each message that comes to receive ...
-        receipt = job.finish(), or, where it failed,
+            and pass each received message to receive ...
+        receipt = job.finish(), or, after a failure,
         job.cut_off(...), and begin() again
 
     Attributes:
@@ -87,11 +87,11 @@ class StreamJob:
 
     @property
     def first_row(self) -> int:
-        """The first row that is sent, in the attempt that has begun."""
+        """The first row that the current attempt sends."""
         return self._point.first_row if self._point else 0
 
     def begin(self) -> JobExchange:
-        """The conversation of the next attempt."""
+        """Begin the next attempt, and return its exchange."""
         plan = self._plan
         if self._held.complete:
             plan = replace(plan, m=self._held.count)
@@ -110,17 +110,17 @@ class StreamJob:
         return self.exchange
 
     def opening_messages(self, exchange: JobExchange) -> Iterator[bytes]:
-        """What is sent before any row."""
+        """Yield the messages before the rows."""
         return exchange.weight_messages(self._w)
 
     def receive(self, message: bytes) -> None:
-        """Take a message from the server; see `Exchange.receive`.
+        """Process a message from the server; see `JobExchange.receive`.
 
         Raises:
-            VerificationError: It completes a block that is wrong.
+            VerificationError: The message completes a wrong row block.
         """
         self.exchange.receive(message)
-        # A matrix without columns has no elements, so none of it ever comes.
+        # A matrix without columns has no elements to receive.
         filled = [sink for sink in self._blocks.values() if sink.columns]
         while filled and all(self._next_row in sink.complete for sink in filled):
             self._hand_out(len(filled[0].complete[self._next_row]))
@@ -129,7 +129,7 @@ class StreamJob:
             self._held.disable()  # the first rows are needed, and held no more
 
     def finish(self, attempts: Attempts | None = None) -> Receipt:
-        """The server has ended the stream with OK; see `Exchange.finish`.
+        """Finish after the server has ended with OK; see `JobExchange.finish`.
 
         Raises:
             VerificationError: The last block or a sum is wrong.
@@ -148,11 +148,11 @@ class StreamJob:
         return receipt
 
     def cut_off(self, error: GradwireError, attempts: Attempts) -> bool:
-        """Take the failure of an attempt; whether to begin anew, and at once.
+        """Record a failed attempt, and return whether to start over immediately.
 
         Raises:
-            GradwireError: That of the attempt before, where results of it have
-                been handed out and the server computes other bits.
+            GradwireError: The server computes other bits, and row blocks were already
+                yielded. It is the error of the earlier attempt.
         """
         before = self._point
         if before is not None and resume_refused(error):
@@ -160,7 +160,9 @@ class StreamJob:
                 self._point = None
                 return True
             if self._cause is not None:
-                self._cause.add_note(f"The job cannot go on elsewhere: {error}")
+                self._cause.add_note(
+                    f"The job cannot resume on another server: {error}"
+                )
                 raise self._cause from error
             return False
         if self._checkpoint_rows is not None and needs_no_checkpoints(
@@ -177,22 +179,22 @@ class StreamJob:
         return False
 
     def require_rows(self, error: GradwireError) -> None:
-        """Check that the next attempt can be sent its rows.
+        """Check that the rows of the next attempt are available.
 
         Args:
-            error: Why there has to be one.
+            error: The error of the current attempt.
 
         Raises:
-            RowsLostError: It cannot.
+            RowsLostError: Rows are no longer available.
         """
         first, oldest = self.first_row, self._held.first_available
         if self._held.has(first):
             return
         lost = RowsLostError(
-            f"{error}; the job could go on, but rows {first} to {oldest - 1} would be"
-            " needed again, and are held no more: give rows as a sequence, which can"
-            " be read again, or checkpoint_rows, so that fewer rows are needed, or"
-            " RetryPolicy(held_bytes=...), so that more are held",
+            f"{error}; the job cannot resume, because rows {first} to {oldest - 1} are"
+            " needed again and are no longer buffered: give rows as a sequence, which"
+            " can be read again, or checkpoint_rows, so that fewer rows are needed, or"
+            " RetryPolicy(held_bytes=...), so that more rows are buffered",
             status=error.status,
             job_id=error.job_id,
             details=error.details,
@@ -201,12 +203,12 @@ class StreamJob:
         raise lost from error
 
     def _needed_row(self) -> int:
-        """The first row that an attempt after this one may have to send."""
+        """Return the first row that a later attempt may have to send."""
         here = self._next_row - self._next_row % self._sender.block_rows
         if not self.sums:
             return here
         sure = self.exchange.committed_rows
-        # A server that stops sums no fewer rows than it has sent results of.
+        # The checkpoint of a stopping server has at least the rows with results sent.
         only_last = self._checkpoint_rows == 0 and not self._held.has(sure)
         return max(sure, here) if only_last else sure
 
@@ -238,13 +240,13 @@ class StreamJob:
 
 
 def require_receipt(job: StreamJob | None) -> Receipt:
-    """What became of a stream's job, if it is done.
+    """Return the receipt of a stream's job.
 
     Raises:
-        ClientStateError: It is not, or was not even begun.
+        ClientStateError: The job is not done, or did not begin.
     """
     if job is None or job.receipt is None:
         raise ClientStateError(
-            "dw and receipt are there once the stream has been iterated to its end"
+            "dw and receipt are available once the stream is exhausted"
         )
     return job.receipt

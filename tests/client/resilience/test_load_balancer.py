@@ -182,7 +182,8 @@ def test_the_error_of_none_names_each_and_passes_if_one_does() -> None:
     final = gradwire.ContractError("another contract")
     error = none_left({"a": LOST, "b": final})
     assert (
-        str(error) == "none of the 2 servers can be had: a: broke; b: another contract"
+        str(error)
+        == "none of the 2 servers is available: a: broke; b: another contract"
     )
     assert error.status is StatusCode.UNAVAILABLE
     assert none_left({"b": final}).status is None

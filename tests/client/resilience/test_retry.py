@@ -93,7 +93,7 @@ def test_waits_grow_up_to_their_most_and_then_the_error_is_the_calls() -> None:
     assert error.attempts == 6
     before = ", ".join(["UNAVAILABLE"] * 5)
     assert error.__notes__ == [
-        f"This was attempt 6; those before it ended with {before}."
+        f"This was attempt 6; the earlier ones failed with {before}."
     ]
 
 
@@ -191,7 +191,7 @@ def test_each_retry_leaves_a_record_with_job_cause_and_delay(
         "reason": "DRAINING",
         "delay_s": 0.1,
     }
-    assert "job job-1: attempt 1 ended with DRAINING" in record.getMessage()
+    assert "job job-1: attempt 1 failed with DRAINING" in record.getMessage()
 
 
 def test_retries_can_be_switched_off() -> None:
@@ -225,7 +225,7 @@ def test_a_policy_that_cannot_be_is_refused_by_its_field(
 
 
 def test_what_is_no_policy_is_refused() -> None:
-    with pytest.raises(gradwire.InputError, match="retries is 3: give True, False"):
+    with pytest.raises(gradwire.InputError, match="retries is 3: expected True, False"):
         gradwire.Client("gpu-node:50051", retries=3)  # type: ignore[arg-type]
 
 

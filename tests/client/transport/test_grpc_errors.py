@@ -136,7 +136,7 @@ def test_every_status_without_a_reason_becomes_an_exception(
             "errors resolving gpu-node:50051: [field:hostname lookup error:address"
             " lookup failed for gpu-node:50051: Domain name not found]",
             gradwire.ConnectError,
-            "the name in gpu-node:50051 has no address that could be found",
+            "the name in gpu-node:50051 has no known address",
         ),
         (
             "Socket closed",

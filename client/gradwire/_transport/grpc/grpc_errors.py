@@ -146,7 +146,7 @@ def _unavailable(endpoint: Endpoint, text: str, job_id: str | None) -> GradwireE
     if sentence := _handshake(endpoint, text):
         kind, message = TlsError, sentence
     elif _NO_SUCH_NAME.search(text):
-        message = f"the name in {endpoint} has no address that could be found"
+        message = f"the name in {endpoint} has no known address"
     elif _NO_HTTP2.search(text):
         message = f"what listens at {endpoint} does not speak HTTP/2, so it is no"
         message += " gradwire server"
