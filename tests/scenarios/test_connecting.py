@@ -211,7 +211,8 @@ def test_a_web_server(connect: Callable[..., None]) -> None:
             connect(address)
         web.shutdown()
     assert str(refused.value) == (
-        f"what listens at {address} does not speak HTTP/2, so it is no gradwire server"
+        f"the server at {address} does not support HTTP/2, so it is not a gradwire"
+        " server"
     )
 
 
@@ -221,7 +222,9 @@ def test_something_that_hangs_up(connect: Callable[..., None]) -> None:
 
     with (
         listening(hang_up) as address,
-        pytest.raises(gradwire.ConnectError, match="is no gradwire server, or stops"),
+        pytest.raises(
+            gradwire.ConnectError, match="is not a gradwire server, or is stopping"
+        ),
     ):
         connect(address)
 
@@ -254,7 +257,7 @@ def test_a_server_that_refuses_this_contract(connect: Callable[..., None]) -> No
     ):
         connect(address)
     assert str(refused.value) == (
-        f"the server at {address} does not speak gradwire.v1: this server speaks"
+        f"the server at {address} does not support gradwire.v1: this server speaks"
         " gradwire.v2"
     )
     assert refused.value.reason is Reason.CONTRACT_UNKNOWN

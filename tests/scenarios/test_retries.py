@@ -324,6 +324,6 @@ def test_closing_a_client_ends_the_wait_for_a_retry_at_once(
 
     closing = threading.Thread(target=close)
     closing.start()
-    with pytest.raises(gradwire.ClientStateError, match="was closed"):
+    with pytest.raises(gradwire.ClientStateError, match="is closed"):
         client.gradients(X, W, DY)
     closing.join()

@@ -365,7 +365,7 @@ def test_a_client_says_which_servers_it_has(three: list[ServerProcess]) -> None:
         with pytest.raises(gradwire.InputError, match="this client's servers are"):
             client.server_info(address="127.0.0.1:1")
         assert client.empty((3, 4)).shape == (3, 4)
-    with pytest.raises(gradwire.ClientStateError, match="was closed"):
+    with pytest.raises(gradwire.ClientStateError, match="is closed"):
         client.gradients(X, W, DY)
 
 

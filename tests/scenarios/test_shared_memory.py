@@ -231,7 +231,7 @@ def test_a_transport_is_one_of_three(transport: Any) -> None:
 def test_a_server_elsewhere_is_noticed(sharing: Any, monkeypatch: Any) -> None:
     # As if the same path led to another host's or process namespace's file.
     monkeypatch.setattr(os, "pread", lambda *_: b"another file")
-    with pytest.raises(gradwire.ConnectError, match="cannot be opened from here"):
+    with pytest.raises(gradwire.ConnectError, match="cannot be opened here"):
         gradwire.connect(sharing.address, transport="shm")
     operands = oracle.operands(9000, 40, 30, "float32")
     with gradwire.connect(sharing.address, transport="auto") as client:

@@ -85,7 +85,7 @@ def test_an_async_client_belongs_to_the_loop_of_its_first_use(
             second.run(client.gradients(*operands))
         assert str(refused.value) == (
             "this AsyncClient belongs to another event loop, that of its first use:"
-            " make one for each loop"
+            " create one for each loop"
         )
         assert first.run(client.gradients(*operands)).receipt.m == 5
         first.run(client.close())

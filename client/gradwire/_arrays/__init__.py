@@ -1,1 +1,1 @@
-"""Callers' arrays: read as operands, filled with results, copied from devices."""
+"""The caller's arrays: operands, results, and copies from and to devices."""

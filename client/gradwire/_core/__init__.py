@@ -1,1 +1,1 @@
-"""One job's conversation with a server, without I/O."""
+"""The messages of one job, without I/O."""

@@ -1,1 +1,1 @@
-"""Whether results are right: random checks on the client's side."""
+"""Verification of results on the client, with random sums."""

@@ -1,1 +1,1 @@
-"""Jobs over all of their attempts: retries, servers, rows that are needed again."""
+"""Jobs over all of their attempts: retries, choice of servers, buffered rows."""

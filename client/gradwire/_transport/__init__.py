@@ -1,1 +1,1 @@
-"""How messages travel: addresses, TLS, tokens."""
+"""The transport of messages: addresses, TLS, tokens."""

@@ -1,4 +1,4 @@
-"""Addresses, and the channels that are made to them."""
+"""Server addresses, and the options of gRPC channels."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from gradwire_protocol import limits
 from gradwire_protocol.version import VERSION
 
 _ALL_OF = "dns:///"
-"""Begins the address of every server that a name stands for."""
+"""Prefix of a DNS name that stands for several servers."""
 
 _MAX_SOCKET_PATH_BYTES = 107
-"""What `sockaddr_un` holds on Linux, without its final zero."""
+"""Largest path in Linux's `sockaddr_un`, without the final zero byte."""
 
 _MAX_BACKOFF_MS = 500
-"""Between two attempts to connect. Until the next one, every call fails with
-what the last one found, so this is how long a server that came back can look
-as if it had not."""
+"""Longest time between two connection attempts. Until the next attempt, every call
+fails with the last attempt's error, even if the server is back."""
 
 
 def grpc_target(address: str) -> str:
-    """gRPC's name for an address.
+    """Return gRPC's target for an address.
 
     Args:
         address: ``HOST:PORT`` (an IPv6 host in brackets) or ``unix:PATH``.
 
     Raises:
-        InputError: It is neither; the text says what to write.
+        InputError: The address is neither; the message says what is expected.
     """
     if not isinstance(address, str):
         raise InputError(
-            f"the address is a {type(address).__name__}; write it as a string:"
+            f"the address is a {type(address).__name__}: expected a string,"
             " HOST:PORT or unix:PATH"
         )
     scheme, _, path = address.partition(":")
     if scheme == "unix":
         if not path:
-            raise InputError(f"the address {address!r} has no path: write unix:PATH")
+            raise InputError(f"the address {address!r} has no path: expected unix:PATH")
         size = len(path.encode())
         if size > _MAX_SOCKET_PATH_BYTES:
             raise InputError(
-                f"the socket path of {address!r} has {size} bytes; a unix socket's"
-                f" has at most {_MAX_SOCKET_PATH_BYTES}"
+                f"the socket path of {address!r} has {size} bytes: expected at most"
+                f" {_MAX_SOCKET_PATH_BYTES}"
             )
         return address
     if "/" in address:
         raise InputError(
-            f"the address {address!r} is a URL or a path: write HOST:PORT or unix:PATH"
+            f"the address {address!r} is a URL or a path: expected HOST:PORT or"
+            " unix:PATH"
         )
     host, _, port = address.rpartition(":")
     if not host or (":" in host and not (host[0] == "[" and host[-1] == "]")):
-        raise InputError(f"the address {address!r} has no port: write HOST:PORT")
+        raise InputError(f"the address {address!r} has no port: expected HOST:PORT")
     if not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(
-            f"the address {address!r} has the port {port!r}; a port is a number"
+            f"the address {address!r} has the port {port!r}: expected a number"
             " from 1 to 65535"
         )
     return f"dns:///{address}"
@@ -66,20 +66,20 @@ def grpc_target(address: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Of the servers of a client."""
+    """The addresses of a client's servers."""
 
     known: tuple[str, ...]
-    """``HOST:PORT`` or ``unix:PATH``, each once."""
+    """``HOST:PORT`` or ``unix:PATH``, without repetition."""
 
     names: tuple[str, ...]
-    """``HOST:PORT`` whose host's addresses are a server each."""
+    """``HOST:PORT`` of DNS names, each of whose addresses is a server."""
 
     text: str
-    """All of them, as they were given."""
+    """All addresses as given."""
 
     @property
     def first(self) -> str:
-        """One of them."""
+        """One of the addresses."""
         return (*self.known, *self.names)[0]
 
     @property
@@ -89,14 +89,14 @@ class Addresses:
 
 
 def parse_addresses(value: str | Sequence[str]) -> Addresses:
-    """The servers that an argument `address` means.
+    """Return the addresses for a value of `address`.
 
     Args:
-        value: An address, or several: ``HOST:PORT``, ``unix:PATH`` or, for all
-            the addresses that a name has, ``dns:///HOST:PORT``.
+        value: An address, or several: ``HOST:PORT``, ``unix:PATH``, or
+            ``dns:///HOST:PORT`` for all addresses of a name.
 
     Raises:
-        InputError: It means none; the text says what to write.
+        InputError: An address is invalid; the message says what is expected.
     """
     each = (
         (value,)
@@ -104,14 +104,16 @@ def parse_addresses(value: str | Sequence[str]) -> Addresses:
         else tuple(dict.fromkeys(value))
     )
     if not each:
-        raise InputError("address is empty: give HOST:PORT or unix:PATH, or several")
+        raise InputError("address is empty: expected HOST:PORT or unix:PATH")
     known, names = [], []
     for address in each:
         if isinstance(address, str) and address.startswith(_ALL_OF):
             name = address.removeprefix(_ALL_OF)
             grpc_target(name)
             if name.startswith("unix:"):
-                raise InputError(f"{address!r} has no host: write {_ALL_OF}HOST:PORT")
+                raise InputError(
+                    f"{address!r} has no host: expected {_ALL_OF}HOST:PORT"
+                )
             names.append(name)
         else:
             grpc_target(address)
@@ -120,21 +122,21 @@ def parse_addresses(value: str | Sequence[str]) -> Addresses:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """The parts of a ``HOST:PORT`` that is one."""
+    """Split a valid ``HOST:PORT``."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def addresses_of(port: int, found: Iterable[tuple[Any, ...]]) -> list[str]:
-    """``HOST:PORT`` of what `socket.getaddrinfo` found, each once."""
+    """Return ``HOST:PORT`` for each address found by `socket.getaddrinfo`."""
     hosts = dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found)
     return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is surely of this host.
+    """Return whether an address certainly belongs to this host.
 
-    A name other than localhost is not: who answers for it can change.
+    Names other than localhost do not count, because their addresses can change.
     """
     return address.startswith("unix:") or _is_loopback(address)
 
@@ -178,12 +180,11 @@ def proxy_of(address: str) -> str:
 
 
 def channel_options(address: str) -> tuple[tuple[str, Any], ...]:
-    """The options of a channel to an address.
+    """Return the options of a channel to an address.
 
-    Each client has connections of its own, so that one client's bytes do not
-    wait behind another's. Pings keep a connection alive through middleboxes
-    while a long job computes. gRPC's own retries are off: they would hold
-    every message of a job back in memory, and cover only small calls.
+    Each client has its own connections, so that clients do not delay each other. Pings
+    keep connections through middleboxes alive during long jobs. gRPC's own retries are
+    off: they would buffer every message of a job, and only cover small calls.
     """
     return (
         ("grpc.primary_user_agent", f"gradwire/{VERSION}"),

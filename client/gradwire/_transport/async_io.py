@@ -1,7 +1,7 @@
-"""What waits, for programs with an event loop.
+"""Waiting and input for asynchronous clients.
 
-`sync_io` has the same names, with Sync instead of Async, for programs that wait in
-threads: the client is written once on top of either.
+`sync_io` has the same names, with Sync instead of Async, for synchronous clients. The
+client's code is written once on top of both.
 """
 
 from __future__ import annotations
@@ -31,48 +31,48 @@ AsyncLock = asyncio.Lock
 
 
 class AsyncFlag:
-    """Something that happens once, and can be waited for."""
+    """An event that happens once, and can be waited for."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
     def set(self) -> None:
-        """It has happened."""
+        """Signal the event."""
         self._event.set()
 
     async def wait(self, timeout_s: float) -> None:
-        """Return once it has happened, or when the time is up."""
+        """Wait for the event, at most `timeout_s` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._event.wait()
 
 
 async def run_beside(work: Callable[[], R]) -> R:
-    """Do work that takes a while where the event loop does not wait for it."""
+    """Run long work in a thread, so that the event loop is not blocked."""
     return await asyncio.to_thread(work)
 
 
 async def iterate(messages: Iterable[bytes]) -> AsyncGenerator[bytes]:
-    """Messages as an asynchronous iterator; `sync_io` has a plain one."""
+    """Return the messages as an asynchronous iterator (in `sync_io`: an iterator)."""
     for message in messages:
         yield message
 
 
 async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
-    """The addresses of a host, as `socket.getaddrinfo` gives them.
+    """Look up the addresses of a host with `getaddrinfo`.
 
     Raises:
-        OSError: It has none.
+        OSError: The host has no address.
     """
     loop = asyncio.get_running_loop()
     return await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 class AsyncAnswers(Generic[K, R]):
-    """Questions that are asked side by side, and answered in any order.
+    """Calls that run concurrently, with results in any order.
 
     Args:
-        asks: What asks each of them. It must not raise.
+        asks: The calls. They must not raise.
     """
 
     def __init__(self, asks: Mapping[K, Callable[[], Awaitable[R]]]) -> None:
@@ -83,7 +83,7 @@ class AsyncAnswers(Generic[K, R]):
         self._done: list[asyncio.Task[tuple[K, R]]] = []
 
     async def next(self, timeout_s: float | None) -> tuple[K, R] | None:
-        """The next answer; None: there are no more, or not in time."""
+        """Return the next result; None if there are no more, or after the timeout."""
         if not self._done and self._waiting:
             done, self._waiting = await asyncio.wait(
                 self._waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -92,18 +92,17 @@ class AsyncAnswers(Generic[K, R]):
         return self._done.pop().result() if self._done else None
 
     async def aclose(self) -> None:
-        """Wait for no more answers."""
+        """Cancel the remaining calls."""
         for task in self._waiting:
             task.cancel()
         await asyncio.gather(*self._waiting, return_exceptions=True)
 
 
 class AsyncItems:
-    """The items of the caller's iterable, each asked for once.
+    """The items of the caller's iterable, each requested once.
 
-    An asynchronous iterable is asked in a task of its own, the same for all items:
-    cancelling the task that waits for an item must not reach it, for a generator
-    ends with what is raised in it.
+    An asynchronous iterable runs in its own task. So cancelling the task that waits for
+    an item does not raise in the iterable, which would end a generator.
     """
 
     def __init__(self, rows: Iterable[object] | AsyncIterable[object]) -> None:
@@ -115,10 +114,10 @@ class AsyncItems:
         self._error: BaseException | None = None
 
     async def next(self) -> object:
-        """The next item; `END_OF_ROWS` behind the last.
+        """Return the next item, or `END_OF_ROWS` after the last.
 
         Raises:
-            BaseException: What the iterable raised, each time.
+            BaseException: An exception of the iterable. Further calls raise it again.
         """
         if self._error is not None:
             raise self._error
@@ -139,13 +138,13 @@ class AsyncItems:
         return item
 
     async def aclose(self) -> None:
-        """Ask for no more items; a question that runs is cancelled."""
+        """Request no more items, and cancel the current request."""
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.wait([self._asking])
 
     def abandon(self) -> None:
-        """The same, from the thread that collects the owner as garbage."""
+        """Do the same from the garbage collector, in any thread."""
         if self._asking is not None and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop may be closed
                 self._loop.call_soon_threadsafe(self._asking.cancel)
@@ -160,7 +159,7 @@ class AsyncItems:
                 self._error = error
                 if self._answer is not None:
                     self._answer.set_exception(error)
-                    # The stream may have ended, and nobody wait for it any more.
+                    # Marks the error as retrieved: the stream may have ended.
                     self._answer.exception()
                 return
             if self._answer is not None:

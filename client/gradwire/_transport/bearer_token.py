@@ -1,4 +1,4 @@
-"""The token that proves to a server on whose behalf it is called."""
+"""The bearer token that authenticates the client."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from gradwire._api.errors import InputError
 from gradwire._api.options import MetadataPairs
 
 TokenLike: TypeAlias = "str | Callable[[], str]"
-"""A token, or what gives one whenever a call begins."""
+"""A token, or a function that returns one for each call."""
 
 HEADER = "authorization"
 
 _BEARER = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
-"""What a bearer token may be made of (RFC 6750, section 2.1)."""
+"""Syntax of a bearer token (RFC 6750, section 2.1)."""
 
 
 class Token:
-    """A client's token, which shows itself to nobody but the server.
+    """A client's token. Only the server ever sees it.
 
     Args:
         given: As for `connect`.
 
     Raises:
-        InputError: It is no token; the text does not repeat it.
+        InputError: The token is invalid. The message does not contain it.
     """
 
     def __init__(self, given: TokenLike) -> None:
@@ -37,15 +37,15 @@ class Token:
         return "<a token>"
 
     def added_to(self, metadata: MetadataPairs) -> MetadataPairs:
-        """A call's metadata, with the token as it is now.
+        """Return a call's metadata with the current token.
 
         Raises:
-            InputError: What gives the token gave none, or the caller's own
-                metadata has another.
+            InputError: The token's function returned no token, or the caller's
+                metadata has another one.
         """
         if any(key == HEADER for key, _ in metadata):
             raise InputError(
-                f"metadata holds {HEADER}, and the client was given a token: give one"
+                f"metadata has {HEADER}, but the client has a token: expected only one"
                 " of them"
             )
         if callable(self._given):
@@ -56,11 +56,11 @@ class Token:
 
 
 class Authorized:
-    """A method of the service, each call of which has the token.
+    """A method of the service with the token in the metadata of each call.
 
     Args:
-        method: The method, as gRPC's channels of either kind make it.
-        token: Asked for at each call.
+        method: The method of a synchronous or asynchronous gRPC channel.
+        token: The token.
     """
 
     def __init__(self, method: Any, token: Token) -> None:
@@ -70,7 +70,7 @@ class Authorized:
     def __call__(
         self, request: Any = None, *, timeout: Any = None, metadata: MetadataPairs = ()
     ) -> Any:
-        """Call it."""
+        """Call the method."""
         return self._method(
             request, timeout=timeout, metadata=self._token.added_to(tuple(metadata))
         )
@@ -78,7 +78,7 @@ class Authorized:
     def future(
         self, request: Any, *, timeout: Any = None, metadata: MetadataPairs = ()
     ) -> Any:
-        """Call it, and do not wait."""
+        """Call the method without waiting for the response."""
         return self._method.future(
             request, timeout=timeout, metadata=self._token.added_to(tuple(metadata))
         )
@@ -87,11 +87,12 @@ class Authorized:
 def _checked(token: object, name: str) -> str:
     if not isinstance(token, str):
         raise InputError(
-            f"{name} is a {type(token).__name__}: give a string, or what returns one"
+            f"{name} is a {type(token).__name__}: expected a string, or a function"
+            " that returns one"
         )
     if not _BEARER.fullmatch(token):
         raise InputError(
-            f"{name} is no bearer token: those are of letters, digits and - . _ ~ + /"
-            " alone, with no space or line break"
+            f"{name} is not a bearer token: expected letters, digits and - . _ ~ + /,"
+            " without spaces and line breaks"
         )
     return token

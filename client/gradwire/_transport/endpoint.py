@@ -1,4 +1,4 @@
-"""A server's address, and the channels that are made to it."""
+"""A server's address, and the gRPC channels to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Method = TypeVar("Method")
 
 
 class Endpoint:
-    """Where a client's calls go, and whether TLS protects them.
+    """The address of a client's server, with TLS and token.
 
     Args:
         address: ``HOST:PORT`` or ``unix:PATH``.
@@ -32,12 +32,12 @@ class Endpoint:
         token: As for `connect`.
 
     Raises:
-        InputError: The address or a field of `tls` cannot be, or the token
-            would go to another host in plaintext.
+        InputError: The address or a field of `tls` is invalid, or the token would be
+            sent to another host in plaintext.
 
     Attributes:
-        address: As it was given.
-        tls: What is wanted of TLS; None where everything goes in plaintext.
+        address: The address as given.
+        tls: The TLS settings; None for plaintext.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Endpoint:
         self._token = None if token is None else Token(token)
         if token is not None and not self.private:
             raise InputError(
-                f"the token would go to {address} in plaintext, and everybody on the"
-                " way could use it: give tls, or an address of this host (127.0.0.1,"
-                " [::1], localhost or unix:PATH) where a tunnel begins"
+                f"the token would be sent to {address} in plaintext, where others"
+                " could read it: set tls, or use a tunnel from an address of this"
+                " host (127.0.0.1, [::1], localhost or unix:PATH)"
             )
 
     def __str__(self) -> str:
@@ -63,40 +63,40 @@ class Endpoint:
 
     @property
     def private(self) -> bool:
-        """Whether nobody on the way can read what is sent.
+        """Whether others cannot read what is sent.
 
-        It goes over TLS, or never leaves this host. What shall stay secret, a
-        token for example, may be sent on no other condition.
+        That is so with TLS, and for addresses of this host. Secrets such as tokens must
+        not be sent otherwise.
         """
         return self.tls is not None or is_local(self.address)
 
     def require_private(self, metadata: MetadataPairs) -> None:
-        """Check that metadata holds no secret that others could read.
+        """Check that metadata has no secret that others could read.
 
         Raises:
-            InputError: It does.
+            InputError: It has one.
         """
         if any(key == HEADER for key, _ in metadata) and not self.private:
             raise InputError(
-                f"metadata holds {HEADER}, which would go to {self.address} in"
-                " plaintext: give tls, or everybody on the way can read it"
+                f"metadata has {HEADER}, which would be sent to {self.address} in"
+                " plaintext, where others could read it: set tls"
             )
 
     def authorized(self, method: Method) -> Method:
-        """A method of the service, called with the token, if there is one."""
+        """Return a method that is called with the token, if there is one."""
         if self._token is None:
             return method
         return cast("Method", Authorized(method, self._token))
 
     def channel(self) -> grpc.Channel:
-        """A channel for programs that wait."""
+        """Create a synchronous channel."""
         if self._credentials is None:
             return grpc.insecure_channel(self._target, self._options())
         credentials = self._credentials.of_channel()
         return grpc.secure_channel(self._target, credentials, self._options())
 
     def aio_channel(self) -> grpc.aio.Channel:
-        """A channel for programs with an event loop."""
+        """Create an asynchronous channel."""
         if self._credentials is None:
             return grpc.aio.insecure_channel(self._target, self._options())
         credentials = self._credentials.of_channel()
@@ -108,10 +108,10 @@ class Endpoint:
 
 
 class Endpoints:
-    """Where the calls of a client of several servers go.
+    """The addresses of a client's servers, if there are several.
 
-    The arguments are those of `Endpoint`. Of names whose addresses are to be
-    looked up, what can be is checked as if they were one server's.
+    The arguments are those of `Endpoint`. A DNS name is checked like the address of one
+    server, before its addresses are known.
     """
 
     def __init__(
@@ -130,18 +130,18 @@ class Endpoints:
         return self._text
 
     def require_private(self, metadata: MetadataPairs) -> None:
-        """Check that metadata holds no secret that others could read.
+        """Check that metadata has no secret that others could read.
 
         Raises:
-            InputError: It does.
+            InputError: It has one.
         """
         for endpoint in self._all:
             endpoint.require_private(metadata)
 
     def tls_of(self, name: str | None) -> Tls | bool | None:
-        """What is wanted of TLS at one of the addresses that a name has.
+        """Return the TLS settings for an address of a DNS name.
 
-        Certificates are for names, and not for what they stand for just now.
+        Certificates are issued for the name, not for its current addresses.
         """
         if name is None or not self._tls:
             return self._tls

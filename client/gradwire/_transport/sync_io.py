@@ -1,4 +1,4 @@
-"""What waits, for programs that wait in threads; see `async_io`."""
+"""Waiting and input for synchronous clients; see `async_io`."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from gradwire._core.rows import END_OF_ROWS, iterate_rows
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
 
-# Reentrant: a stream that fails while it is read closes itself.
+# Reentrant, because a stream that fails while it is read closes itself.
 SyncLock = threading.RLock
 
 
 class SyncFlag:
-    """Something that happens once, and can be waited for."""
+    """An event that happens once, and can be waited for."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
 
     def set(self) -> None:
-        """It has happened."""
+        """Signal the event."""
         self._event.set()
 
     def wait(self, timeout_s: float) -> None:
-        """Return once it has happened, or when the time is up."""
+        """Wait for the event, at most `timeout_s` seconds."""
         self._event.wait(timeout_s)
 
 
 def run_beside(work: Callable[[], R]) -> R:
-    """Do work that takes a while: here, for the caller waits anyway."""
+    """Run long work directly, because the caller waits for it."""
     return work()
 
 
 def iterate(messages: Iterable[bytes]) -> Iterator[bytes]:
-    """Messages as an iterator; `async_io` has an asynchronous one."""
+    """Return the messages as an iterator (in `async_io`: asynchronous)."""
     return iter(messages)
 
 
 def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
-    """The addresses of a host, as `socket.getaddrinfo` gives them.
+    """Look up the addresses of a host with `getaddrinfo`.
 
     Raises:
-        OSError: It has none.
+        OSError: The host has no address.
     """
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 class SyncAnswers(Generic[K, R]):
-    """Questions that are asked side by side, and answered in any order.
+    """Calls that run concurrently, with results in any order.
 
     Args:
-        asks: What asks each of them, in a thread. It must not raise.
+        asks: The calls, each made in a thread. They must not raise.
     """
 
     def __init__(self, asks: Mapping[K, Callable[[], R]]) -> None:
@@ -69,7 +69,7 @@ class SyncAnswers(Generic[K, R]):
             threading.Thread(target=ask, args=(key,), daemon=True).start()
 
     def next(self, timeout_s: float | None) -> tuple[K, R] | None:
-        """The next answer; None: there are no more, or not in time."""
+        """Return the next result; None if there are no more, or after the timeout."""
         if not self._left:
             return None
         try:
@@ -80,21 +80,21 @@ class SyncAnswers(Generic[K, R]):
         return answer
 
     def close(self) -> None:
-        """Wait for no more answers."""
+        """Do nothing: the remaining threads end by themselves."""
 
 
 class SyncItems:
-    """The items of the caller's iterable, each asked for once."""
+    """The items of the caller's iterable, each requested once."""
 
     def __init__(self, rows: Iterable[object]) -> None:
         self._items = iterate_rows(rows)
         self._error: BaseException | None = None
 
     def next(self) -> object:
-        """The next item; `END_OF_ROWS` behind the last.
+        """Return the next item, or `END_OF_ROWS` after the last.
 
         Raises:
-            BaseException: What the iterable raised, each time.
+            BaseException: An exception of the iterable. Further calls raise it again.
         """
         if self._error is not None:
             raise self._error
@@ -105,7 +105,7 @@ class SyncItems:
             raise
 
     def close(self) -> None:
-        """Ask for no more items."""
+        """Request no more items."""
 
     def abandon(self) -> None:
-        """The same, where the owner is collected as garbage."""
+        """Do the same from the garbage collector."""

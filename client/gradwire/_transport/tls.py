@@ -1,4 +1,4 @@
-"""How a client and its server make sure of each other: `Tls`."""
+"""The TLS settings of a client."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gradwire_protocol import pem
 from gradwire_protocol.pem import PemError
 
 Pem: TypeAlias = "str | os.PathLike[str] | bytes"
-"""A path of a file in PEM form, or what such a file holds."""
+"""The path of a PEM file, or its contents."""
 
 _BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine, Arch
     "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, RHEL
     "/etc/ssl/ca-bundle.pem",  # openSUSE
 )
-"""Where distributions keep the authorities that the system trusts."""
+"""Certificate bundles of Linux distributions."""
 
 _GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
-"""Who sets it has told gRPC itself which authorities to trust. gRPC also has
-some of its own, for systems whose bundle is not found."""
+"""gRPC's own setting of trusted authorities. If it is set, it takes precedence. gRPC
+has built-in authorities for systems without a known bundle."""
 
 _BEGIN = "-----BEGIN "
 
@@ -38,10 +38,10 @@ _NAME = re.compile("[!-~]+")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Tls:
-    """What a client wants of TLS, beside that it is there.
+    """TLS settings of a client.
 
-    Each of the first three is a path of a file in PEM form, or what such a
-    file holds, as bytes. They are read when the client is made.
+    `ca`, `cert` and `key` are paths of PEM files, or their contents as bytes. Files are
+    read when the client is created.
 
     Example:
         >>> tls = gradwire.Tls(ca="ca.pem", cert="me.pem", key="me-key.pem")
@@ -49,22 +49,20 @@ class Tls:
     """
 
     ca: Pem | None = None
-    """Certificates of the authorities of which one must have signed the
-    server's. None: those that the system trusts."""
+    """Certificates of trusted authorities, one of which must have signed the server's
+    certificate. None: the system's authorities."""
 
     cert: Pem | None = None
-    """The client's own certificate, and what leads from it to its authority,
-    for a server that asks for one."""
+    """The client's certificate with its chain, for servers that require one."""
 
     key: Pem | None = None
     """The private key of `cert`, not encrypted."""
 
     server_name: str | None = None
-    """The name that the server's certificate must be for. None: the host in
-    the address."""
+    """The name in the server's certificate. None: the host of the address."""
 
     def __repr__(self) -> str:
-        """Every field that is set; of PEM itself no more than that."""
+        """Show all fields that are set, but no PEM contents."""
         shown = (
             f"{field.name}={_shown(value)}"
             for field in fields(self)
@@ -74,13 +72,13 @@ class Tls:
 
 
 class Credentials:
-    """A client's TLS, read and checked.
+    """TLS settings with their files read and checked.
 
     Args:
-        tls: What the caller wants.
+        tls: The settings.
 
     Raises:
-        InputError: A field cannot be; the text names it.
+        InputError: A field is invalid; the message names it.
     """
 
     def __init__(self, tls: Tls) -> None:
@@ -94,32 +92,32 @@ class Credentials:
         self._ca, self._cert, self._key = _authorities(tls), *_identity(tls)
 
     def of_channel(self) -> grpc.ChannelCredentials:
-        """They, as gRPC takes them."""
+        """Return gRPC's credentials."""
         return grpc.ssl_channel_credentials(self._ca, self._key, self._cert)
 
     def options(self) -> Iterator[tuple[str, str]]:
-        """What they add to a channel's options."""
+        """Yield additional options of a channel."""
         if self.tls.server_name is not None:
             yield "grpc.ssl_target_name_override", self.tls.server_name
 
 
 def parse_tls(value: Tls | bool | None, address: str) -> Credentials | None:
-    """What a caller wants of TLS; None where everything goes in plaintext.
+    """Return the credentials for a value of `tls`; None for plaintext.
 
     Raises:
-        InputError: It cannot be; the text names the field.
+        InputError: The value is invalid; the message names the field.
     """
     if value is None or value is False:
         return None
     if value is not True and not isinstance(value, Tls):
         raise InputError(
-            f"tls is a {type(value).__name__}: give True, which trusts the authorities"
-            " of the system, or a gradwire.Tls"
+            f"tls is a {type(value).__name__}: expected True, to trust the system's"
+            " authorities, or a gradwire.Tls"
         )
     if address.startswith("unix:"):
         raise InputError(
-            f"tls is given, but {address} is a unix socket, on which servers speak"
-            " plaintext: leave tls out"
+            f"tls is set, but {address} is a unix socket, which has no TLS: expected"
+            " no tls"
         )
     return Credentials(Tls() if value is True else value)
 
@@ -168,9 +166,9 @@ def _read(field: str, given: Pem) -> bytes:
         )
     if _is_pem(given):
         return str(given).encode()
-    # A text of several lines is more likely a key than a path, and not shown.
+    # Several lines are more likely a key than a path, so they are not shown.
     if "\n" in os.fspath(given):
-        raise InputError(f"tls.{field} is a text that is neither a path nor PEM")
+        raise InputError(f"tls.{field} is a string that is neither a path nor PEM")
     try:
         return Path(given).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: it has a zero byte

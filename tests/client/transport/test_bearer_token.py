@@ -20,7 +20,7 @@ SECRET = "gw_very-secret"
 def test_a_token_is_not_sent_to_another_host_in_plaintext(kind, address):
     with pytest.raises(gradwire.InputError) as refused:
         kind(address, token=SECRET)
-    assert "give tls, or an address of this host" in str(refused.value)
+    assert "set tls, or use a tunnel" in str(refused.value)
     assert SECRET not in str(refused.value)
 
 
@@ -35,11 +35,14 @@ def test_on_this_host_and_over_tls_it_is(address):
 @pytest.mark.parametrize(
     ("token", "says"),
     [
-        ("", "token is no bearer token"),
-        (f"{SECRET}\n", "no space or line break"),
-        (f"Bearer {SECRET}", "no space or line break"),
-        (f"{SECRET}é", "token is no bearer token"),
-        (SECRET.encode(), "token is a bytes: give a string, or what returns one"),
+        ("", "token is not a bearer token"),
+        (f"{SECRET}\n", "without spaces and line breaks"),
+        (f"Bearer {SECRET}", "without spaces and line breaks"),
+        (f"{SECRET}é", "token is not a bearer token"),
+        (
+            SECRET.encode(),
+            "token is a bytes: expected a string, or a function that returns one",
+        ),
         (7, "token is a int"),
     ],
 )
@@ -73,7 +76,7 @@ def test_what_returns_no_token_is_said_and_not_repeated(returned):
 
 
 def test_two_credentials_are_one_too_many():
-    with pytest.raises(gradwire.InputError, match="give one of them"):
+    with pytest.raises(gradwire.InputError, match="expected only one of them"):
         Token(SECRET).added_to((("authorization", "Basic x"),))
 
 

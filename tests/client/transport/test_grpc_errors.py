@@ -42,7 +42,7 @@ def test_a_call_that_the_other_side_reset_is_a_lost_connection() -> None:
     cancelled = grpc.StatusCode.CANCELLED
     error = call_error(Outcome(cancelled, "CANCELLED"), ADDRESS, "j-1")
     assert type(error) is gradwire.ConnectionLostError
-    assert "was cut off at gpu-node:50051" in str(error)
+    assert "was interrupted by the server at gpu-node:50051" in str(error)
     here = call_error(Outcome(cancelled, "Channel closed!"), ADDRESS)
     assert type(here) is gradwire.JobCancelledError
 
@@ -121,16 +121,16 @@ def test_every_status_without_a_reason_becomes_an_exception(
             " ipv4:127.0.0.1:80: Failed parsing HTTP/2 (Expected SETTINGS frame as"
             " the first frame, got frame type 79)",
             gradwire.ConnectError,
-            "what listens at gpu-node:50051 does not speak HTTP/2, so it is no"
+            "the server at gpu-node:50051 does not support HTTP/2, so it is not a"
             " gradwire server",
         ),
         (
             "failed to connect to all addresses; last error: UNAVAILABLE:"
             " ipv4:127.0.0.1:80: recvmsg:Connection reset by peer (104)",
             gradwire.ConnectError,
-            "what listens at gpu-node:50051 closed the connection at once: it expects"
-            " TLS (tls=...), is no gradwire server, or stops (recvmsg:Connection reset"
-            " by peer (104))",
+            "the server at gpu-node:50051 closed the connection at once: it expects"
+            " TLS (tls=...), is not a gradwire server, or is stopping"
+            " (recvmsg:Connection reset by peer (104))",
         ),
         (
             "errors resolving gpu-node:50051: [field:hostname lookup error:address"
@@ -147,7 +147,7 @@ def test_every_status_without_a_reason_becomes_an_exception(
         (
             "Received http2 header with status: 502",
             gradwire.UnavailableError,
-            "what stands before gpu-node:50051 has no server for it (Received http2"
+            "the proxy before gpu-node:50051 has no server available (Received http2"
             " header with status: 502)",
         ),
     ],
@@ -178,8 +178,8 @@ def test_a_certificate_for_another_name_is_no_matter_of_grpcs_version(
     error = call_error(outcome, Endpoint("gpu-node:50051", tls=True))
     assert type(error) is gradwire.TlsError
     assert str(error) == (
-        "the certificate of the server at gpu-node:50051 is for another name than the"
-        " host there; tls.server_name names the one to expect"
+        "the certificate of the server at gpu-node:50051 is not for the host of the"
+        " address: tls.server_name sets the expected name"
     )
 
 

@@ -50,7 +50,7 @@ def pool(fd: int, closed: list[str]) -> Pool:
     "fields", [{"cookie": bytes(32)}, {"size_bytes": SIZE // 2}, {"pid": 1 << 22}]
 )
 def test_another_file_is_never_taken_for_the_region(fd: int, fields: dict) -> None:
-    with pytest.raises(gradwire.ConnectError, match="cannot be opened from here"):
+    with pytest.raises(gradwire.ConnectError, match="cannot be opened here"):
         Segment(answer(fd, **fields), lambda: None)
 
 

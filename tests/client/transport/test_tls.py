@@ -81,13 +81,13 @@ def test_a_field_that_cannot_be_is_named_when_the_client_is_made(
         (tls(ca="\0"), "cannot be read: embedded null byte"),
         (tls(server_name="gpu\0node"), "tls.server_name is 'gpu\\x00node': expected"),
         (tls(server_name=""), "tls.server_name is '': expected a host's name"),
-        ("ca.pem", "tls is a str: give True"),
+        ("ca.pem", "tls is a str: expected True"),
     ):
         assert expected in refusal(given)
 
 
 def test_a_unix_socket_is_not_asked_for_tls() -> None:
-    assert "is a unix socket, on which servers speak plaintext" in refusal(
+    assert "is a unix socket, which has no TLS" in refusal(
         True, "unix:/run/gradwire.sock"
     )
 

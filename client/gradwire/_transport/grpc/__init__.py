@@ -1,1 +1,1 @@
-"""Calls over gRPC, for programs that wait and for event loops."""
+"""Calls over gRPC, synchronous and asynchronous."""

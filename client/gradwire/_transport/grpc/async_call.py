@@ -1,10 +1,8 @@
-"""Running calls, for programs with an event loop.
+"""Asynchronous connections and calls.
 
-A task writes while the caller's coroutine reads, so both directions go on at
-once. One task alone writes, and nothing is read after a read was cancelled:
-gRPC allows neither.
-
-`sync_call` has the same names, with Sync instead of Async.
+A task writes while the caller's coroutine reads, so both directions run concurrently.
+Only one task writes, and nothing is read after a cancelled read, because gRPC allows
+neither. `sync_call` has the same names, with Sync instead of Async.
 """
 
 from __future__ import annotations
@@ -49,15 +47,14 @@ _StreamStreamCall: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
 class AsyncConnector:
-    """Connects to a server when that is needed first.
+    """Connects to a server on first use.
 
-    The connection belongs to the event loop of its first use, and to the process
-    that made the connector.
+    The connection belongs to the event loop of its first use, and to the process that
+    created the connector.
 
     Args:
-        endpoint: Where the server is.
-        on_fork: Called in the child of a fork; not here, where a child cannot go
-            on.
+        endpoint: The server's address.
+        on_fork: Unused, because a child process cannot use the connection.
     """
 
     def __init__(self, endpoint: Endpoint, on_fork: Callable[[], object]) -> None:
@@ -70,28 +67,28 @@ class AsyncConnector:
         self._dropped: weakref.finalize[..., AsyncConnector] | None = None
 
     def connection(self) -> AsyncConnection:
-        """The connection.
+        """Return the connection.
 
         Raises:
-            ClientStateError: It cannot be used from here.
+            ClientStateError: The connection cannot be used here.
         """
         fork_support.require_calls()
         if self._closed:
-            raise ClientStateError(f"the connection to {self._endpoint} was closed")
+            raise ClientStateError(f"the connection to {self._endpoint} is closed")
         if fork_support.aio_lost is not None:
             raise ClientStateError(fork_support.aio_lost)
         loop = asyncio.get_running_loop()
         if os.getpid() != self._pid:
             raise ClientStateError(
-                "this AsyncClient was made before the process forked: make another"
-                " in the child"
+                "this AsyncClient was created before the process forked: create a new"
+                " one in the child"
             )
         if self._loop is None:
             self._loop = loop
         elif self._loop is not loop:
             raise ClientStateError(
                 "this AsyncClient belongs to another event loop, that of its first"
-                " use: make one for each loop"
+                " use: create one for each loop"
             )
         if self._connection is None:
             self._connection = AsyncConnection(self._endpoint)
@@ -103,7 +100,7 @@ class AsyncConnector:
         return self._connection
 
     async def aclose(self) -> None:
-        """Close the connection; calls that still run are cancelled."""
+        """Close the connection and cancel running calls."""
         self._closed = True
         connection, self._connection = self._connection, None
         if self._dropped is not None:
@@ -113,7 +110,7 @@ class AsyncConnector:
 
 
 class AsyncConnection:
-    """A channel, and the service's calls on it."""
+    """A channel with the service's calls."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         raise_mmap_threshold()
@@ -126,10 +123,10 @@ class AsyncConnection:
     async def compute(
         self, request: ComputeRequest, options: Options
     ) -> ComputeResponse:
-        """What Compute answers.
+        """Call Compute.
 
         Raises:
-            GradwireError: It ended with a status other than OK.
+            GradwireError: The call failed.
         """
         try:
             with fork_support.aio_calling():
@@ -147,16 +144,16 @@ class AsyncConnection:
         *,
         connecting: bool = False,
     ) -> GetServerInfoResponse:
-        """What GetServerInfo answers.
+        """Call GetServerInfo.
 
         Args:
-            timeout_s: Seconds that it has for that.
-            metadata: Sent with the call.
-            connecting: Whether nothing is known of the server yet, so that what
-                does not answer rightly may be another server.
+            timeout_s: Timeout in seconds; None: no limit.
+            metadata: Metadata of the call.
+            connecting: Whether this is the first call, so that the address may be of
+                something else than a gradwire server.
 
         Raises:
-            GradwireError: It ended with a status other than OK.
+            GradwireError: The call failed.
         """
         try:
             with fork_support.aio_calling():
@@ -170,10 +167,10 @@ class AsyncConnection:
         return response
 
     async def open_segment(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
-        """Memory that the server shares, until it is closed.
+        """Open memory shared with the server.
 
         Raises:
-            GradwireError: The server refuses it, or it cannot be opened here.
+            GradwireError: The server refused, or the memory cannot be opened here.
         """
         rpc = self.methods.open_region(
             OpenRegionRequest(size_bytes=size_bytes), metadata=metadata
@@ -187,7 +184,7 @@ class AsyncConnection:
         except TimeoutError:
             rpc.cancel()
             raise ConnectError(
-                f"the server at {self.endpoint} opened no region in"
+                f"the server at {self.endpoint} opened no region within"
                 f" {OPEN_TIMEOUT_S:g} s"
             ) from None
         except grpc.RpcError as error:
@@ -196,19 +193,19 @@ class AsyncConnection:
             rpc.cancel()
             raise
         if segment is None:
-            raise ProtocolError("the server ended a region at once")
+            raise ProtocolError("the server closed a region at once")
         rpc.add_done_callback(segment.on_end())
         return segment
 
 
 class AsyncCall:
-    """A running ComputeStream: an asynchronous iterator of its messages.
+    """A ComputeStream call: an asynchronous iterator of the server's messages.
 
     Args:
-        connection: Over which it goes.
-        exchange: Whose header is sent first.
-        messages: Gives what is sent after the server took the job on.
-        options: The job's.
+        connection: The connection.
+        exchange: Provides the first message.
+        messages: Yields the messages to send after the server has accepted the job.
+        options: The job's options.
     """
 
     def __init__(
@@ -238,24 +235,24 @@ class AsyncCall:
         return self
 
     async def __anext__(self) -> bytes:
-        """The server's next message.
+        """Return the server's next message.
 
         Raises:
-            StopAsyncIteration: The server has ended the call with OK.
-            GradwireError: The call ended otherwise.
-            BaseException: What the messages raised, unchanged.
+            StopAsyncIteration: The server ended the call with OK.
+            GradwireError: The call failed.
+            BaseException: An exception of `messages`, unchanged.
         """
         if self._exchange.accepted is not None:
             self._requests.settled.set()
         try:
             message = await self._rpc.read()
         except asyncio.CancelledError:
-            # gRPC raises this too where the writer has cancelled the call.
+            # gRPC also raises this if the writer has cancelled the call.
             self._requests.raise_error()
             task = asyncio.current_task()
             if task is not None and not task.cancelling():
                 raise JobCancelledError(
-                    "the job was cancelled by this side",
+                    "the job was cancelled by the client",
                     status=grpc.StatusCode.CANCELLED,
                     job_id=self._job_id,
                 ) from None
@@ -269,12 +266,12 @@ class AsyncCall:
         raise StopAsyncIteration
 
     async def cancel(self) -> None:
-        """End the call, unless it has ended, and wait for its writer."""
+        """Cancel the call, unless it has ended, and wait for its writer."""
         self._end()
         await asyncio.wait([self._writer])
 
     def abandon(self) -> None:
-        """End the call from wherever its owner was collected."""
+        """Cancel the call from the garbage collector, in any thread."""
         with contextlib.suppress(RuntimeError):  # the loop may be closed
             self._loop.call_soon_threadsafe(self._end)
 
@@ -284,7 +281,7 @@ class AsyncCall:
 
 
 class RequestWriter:
-    """The requests of one call, which one task alone writes."""
+    """Writes the requests of one call, in a task."""
 
     def __init__(
         self, opening: bytes, messages: Callable[[], AsyncGenerator[bytes]]
@@ -295,9 +292,9 @@ class RequestWriter:
         self._error: BaseException | None = None
 
     async def run(self, rpc: _StreamStreamCall) -> None:
-        """The header, then, once the server took the job on, the rest."""
+        """Write the header, then the messages once the server has accepted the job."""
         try:
-            # The writer lives as long as its call or almost.
+            # The writer lives about as long as its call.
             with fork_support.aio_calling():
                 await self._write_all(rpc)
         except asyncio.CancelledError:
@@ -320,24 +317,24 @@ class RequestWriter:
             await rpc.done_writing()
 
     def raise_error(self) -> None:
-        """Raise what the messages raised, if they did."""
+        """Raise the exception of the messages, if there was one."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
 
 def _cancel(rpc: Any, loop: asyncio.AbstractEventLoop) -> None:
-    """End a call from whatever thread; a closed loop has ended it already."""
+    """Cancel a call from any thread. A closed loop has already ended it."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(rpc.cancel)
 
 
 async def _write(rpc: Any, message: bytes) -> bool:
-    """Whether it could be written; why not is for the reader to say.
+    """Write a message, and return whether that succeeded. The reader finds the error.
 
-    A write that finds the call over must leave it at that. grpc.aio's own gives
-    the call a status that it makes up, for good: what was not read yet, the
-    server's word on what went wrong included, would never be read.
+    If the call is over, a write must not change its status. The write method of
+    grpc.aio would replace the status with its own. Unread messages and the server's
+    error would then be lost.
     """
     if rpc.done():
         return False

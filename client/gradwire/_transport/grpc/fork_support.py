@@ -1,16 +1,14 @@
-"""Forks in the middle of calls.
+"""Forks during calls.
 
-A child has none of its parent's threads but the one that forked. gRPC comes
-through that only if it was asked, at its import, to hold its threads still
-across forks, and if no other thread is inside it at that moment. So:
+A child process has only the thread that forked. gRPC survives a fork only if its fork
+support was enabled at import, and if no other thread is inside gRPC. Therefore:
 
 - gRPC is imported with fork support (`gradwire_protocol.grpc_import`).
-- A fork first lets no new call begin and gives those that run a moment to end;
-  most are short, and a gRPC at rest is the surest to survive. Then whatever
-  still runs stops before it enters gRPC (`calling`, `waiting`), and the fork
-  goes on once no thread is inside.
-- Where that cannot be had (on an event loop gRPC has a thread that never
-  rests), the child is told so by an exception instead of hanging.
+- A fork first blocks new calls, and waits a moment for running calls to end. Most calls
+  are short. Then it stops all threads before they enter gRPC (`calling`, `waiting`),
+  and continues once no thread is inside.
+- If that is impossible (on an event loop, gRPC has a thread that is always active), the
+  child raises an exception on use, instead of hanging.
 """
 
 from __future__ import annotations
@@ -29,14 +27,14 @@ from gradwire._api.errors import ClientStateError
 from gradwire_protocol.grpc_import import FORK_SUPPORT
 
 PATIENCE_S = 5.0
-"""How long a fork waits, at most, for threads to leave gRPC. They enter it for
-moments only."""
+"""Longest time that a fork waits for threads to leave gRPC, in seconds. They are inside
+only for moments."""
 
 DRAIN_S = 0.5
-"""How long a fork waits for running calls to end."""
+"""Longest time that a fork waits for running calls to end, in seconds."""
 
 _LOOK_S = 0.01
-"""Between two looks at whether threads rest."""
+"""Interval of the check whether threads are idle, in seconds."""
 
 _FIRST_VERSION = (1, 82)
 """The first grpcio whose children go on after a fork (grpc/grpc#41784)."""
@@ -45,7 +43,7 @@ _WAIT = threading.Condition.wait.__code__
 
 
 class _State:
-    """What this process knows about its calls."""
+    """The state of this process's calls."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -65,18 +63,17 @@ _after_in_parent: list[Callable[[], None]] = []
 _after_in_child: list[Callable[[], None]] = []
 
 lost: str | None = None
-"""Why this process, a child, can make no calls; None: it can."""
+"""Why this process, a child, cannot make calls; None: it can."""
 
 aio_lost: str | None = None
-"""Why this process, a child, can make no calls from an event loop."""
+"""Why this process, a child, cannot make calls from an event loop; None: it can."""
 
 
 def require_calls() -> None:
     """Check that this process can make calls.
 
     Raises:
-        ClientStateError: It cannot: it was forked at a moment that gRPC does not
-            survive.
+        ClientStateError: The process was forked during a call.
     """
     if lost is not None:
         raise ClientStateError(lost)
@@ -87,7 +84,7 @@ def at_fork(
     after_in_parent: Callable[[], None],
     after_in_child: Callable[[], None],
 ) -> None:
-    """Have these called around every fork, while no thread is inside gRPC."""
+    """Register functions to call around every fork, while no thread is inside gRPC."""
     _before_fork.append(before)
     _after_in_parent.append(after_in_parent)
     _after_in_child.append(after_in_child)
@@ -95,11 +92,11 @@ def at_fork(
 
 @contextlib.contextmanager
 def calling() -> Iterator[None]:
-    """While this thread is inside gRPC: forks wait."""
+    """Mark this thread as inside gRPC, so that forks wait for it."""
     state, thread = _state, threading.get_ident()
     with state.changed:
-        # A thread that is inside already, or that forks (and meanwhile has
-        # garbage to collect), would wait for itself.
+        # A thread that is already inside, or that forks (and collects garbage
+        # meanwhile), would wait for itself.
         if thread not in state.inside and thread not in state.forking:
             state.changed.wait_for(lambda: not state.forking)
         state.inside[thread] = state.inside.get(thread, 0) + 1
@@ -115,7 +112,7 @@ def calling() -> Iterator[None]:
 
 
 class Running:
-    """A call that runs, from now until its end."""
+    """A running call, from its creation until `end`."""
 
     def __init__(self) -> None:
         self._state = _state
@@ -123,7 +120,7 @@ class Running:
             _state.calls[id(self)] = threading.get_ident()
 
     def end(self) -> None:
-        """It is over; again is no harm."""
+        """Record the end of the call. Further calls do nothing."""
         state = self._state
         if state is _state:
             with state.changed:
@@ -132,7 +129,7 @@ class Running:
 
     @property
     def inherited(self) -> bool:
-        """Whether it is the parent's, and not this process's to touch."""
+        """Whether the call belongs to the parent process."""
         return self._state is not _state
 
 
@@ -165,7 +162,7 @@ def _pause() -> None:
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """While this thread waits for gRPC: forks go on once it rests there."""
+    """Mark this thread as waiting for gRPC, so that forks wait until it is idle."""
     _pause()
     waiting, thread = _state.waiting, threading.get_ident()
     waiting.add(thread)
@@ -177,7 +174,7 @@ def waiting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def aio_calling() -> Iterator[None]:
-    """While a call runs on an event loop."""
+    """Count a call on an event loop."""
     state = _state
     state.aio_calls += 1
     try:
@@ -187,7 +184,7 @@ def aio_calling() -> Iterator[None]:
 
 
 def aio_began() -> None:
-    """gRPC runs on an event loop from now on."""
+    """Record that gRPC is used on an event loop."""
     _state.aio_used = True
 
 
@@ -196,7 +193,7 @@ def _others_inside(state: _State) -> bool:
 
 
 def _all_rest() -> bool:
-    """Whether all threads that wait for gRPC wait outside of it, in Python."""
+    """Return whether all threads that wait for gRPC are idle in Python code."""
     frames = sys._current_frames()
     return all(
         frames[thread].f_code is _WAIT
@@ -215,7 +212,7 @@ def _before() -> None:
         _state.paused = True
         _state.changed.wait_for(lambda: not _others_inside(_state), PATIENCE_S)
     deadline = time.monotonic() + PATIENCE_S
-    # A thread that is woken between two looks is not at rest.
+    # A thread that wakes up between two checks is not idle.
     while _state.waiting - {threading.get_ident()} and time.monotonic() < deadline:
         rested = _all_rest()
         time.sleep(_LOOK_S)
@@ -239,15 +236,15 @@ def _after_in_this_child() -> None:
     parent, _state = _state, _State()
     if lost is None and (_others_inside(parent) or parent.aio_calls):
         lost = (
-            "this process was forked while a call of gradwire ran in another thread"
-            " or on an event loop, and gRPC cannot go on in it: fork when none runs,"
+            "this process was forked while a gradwire call ran in another thread or"
+            " on an event loop, so gRPC cannot be used in it: fork while no call runs,"
             " or start the process with the method spawn"
         )
     if lost is None and (parent.used or parent.aio_used):
         lost = _why_no_child_survives()
     if aio_lost is None and parent.aio_used:
         aio_lost = (
-            "this process was forked from one that used an AsyncClient, and gRPC"
+            "this process was forked from one that used an AsyncClient, so gRPC"
             " cannot use an event loop in it: use a Client, or start the process with"
             " the method spawn"
         )

@@ -1,8 +1,8 @@
-"""From the way a call ended to the exception that says so.
+"""Conversion of gRPC's errors to gradwire's exceptions.
 
-gRPC reports with one status, UNAVAILABLE, that nobody listens, that a name
-has no address, and that a running call's connection broke. Only its text
-tells them apart, so the text is looked at here, and nowhere else.
+gRPC has one status, UNAVAILABLE, for several errors: no server listens, a name has no
+address, or the connection of a running call broke. Only gRPC's message distinguishes
+them. This module is the only one that examines the message.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from gradwire_protocol import error_details, limits
 from gradwire_protocol.error_details import ErrorDetails
 from gradwire_protocol.error_reasons import Reason
 
-LATE = "the call was not done within its timeout_s"
+LATE = "the call took longer than its timeout_s"
 
 _NO_SUCH_NAME = re.compile("DNS resolution failed|Domain name not found|lookup failed")
 _RESET = "CANCELLED"
-"""What gRPC says of a call that the other side has reset: a server that is closed, or
-a proxy. Of calls that this side has cancelled it says more, and a gradwire server
-that ends a call gives its reason."""
+"""gRPC's message for a call reset by a server that was closed, or by a proxy. For calls
+cancelled by the client, the message is longer, and a gradwire server gives a reason."""
 
 _REMOVED = "Stream removed"
-"""What gRPC says of a call whose connection ended in a way that it has no status for,
-as when TLS finds that bytes were changed."""
+"""gRPC's message for a connection that ended without a status of its own, for example
+after TLS detected changed bytes."""
 
 _NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server|selected ALPN")
 _CONNECT_CAUSE = re.compile("(?:to remote host|connect failed: .* error): ?(.+)")
@@ -51,22 +50,22 @@ _NOBODY = re.compile("refused|No such file")
 
 
 class Outcome(Protocol):
-    """What gRPC's errors, of either shell, tell about a call that ended."""
+    """The common interface of gRPC's synchronous and asynchronous errors."""
 
     def code(self) -> StatusCode:
-        """The call's status."""
+        """Return the call's status."""
 
     def details(self) -> str | None:
-        """The text beside it."""
+        """Return the message."""
 
     def trailing_metadata(self) -> Any:
-        """The metadata that came last."""
+        """Return the trailing metadata."""
 
 
 def call_error(
     outcome: Outcome, endpoint: Endpoint, job_id: str | None = None
 ) -> GradwireError:
-    """The exception for a call that ended with a status other than OK."""
+    """Return the exception for a call that ended with a status other than OK."""
     code, text = outcome.code(), outcome.details() or ""
     attached = _attached(outcome)
     if attached.reason is None:
@@ -74,8 +73,8 @@ def call_error(
             code is StatusCode.UNKNOWN and text.startswith(_REMOVED)
         ):
             return ConnectionLostError(
-                f"the call was cut off at {endpoint.address}, or on the way there,"
-                f" before it was done ({text})",
+                f"the call was interrupted by the server at {endpoint.address}, or in"
+                f" the network, before it was done ({text})",
                 status=code,
                 job_id=job_id,
                 details=text,
@@ -92,14 +91,14 @@ def call_error(
             )
     if attached.reason is Reason.CONTRACT_UNKNOWN:
         return ContractError(
-            f"the server at {endpoint} does not speak {limits.CONTRACT}: {text}",
+            f"the server at {endpoint} does not support {limits.CONTRACT}: {text}",
             status=code,
             attached=attached,
             details=text,
         )
     if code is StatusCode.OK:
         return ProtocolError(
-            "the server ended the call early and called it a success", job_id=job_id
+            "the server ended the call too early, with status OK", job_id=job_id
         )
     kind = BY_STATUS[code]
     if attached.reason is not None:
@@ -115,7 +114,7 @@ def call_error(
 def connect_error(
     outcome: Outcome, endpoint: Endpoint, connect_timeout_s: float
 ) -> GradwireError:
-    """The exception for a handshake that ended with a status other than OK."""
+    """Return the exception for a handshake that ended with a status other than OK."""
     error = call_error(outcome, endpoint)
     if outcome.code() is StatusCode.DEADLINE_EXCEEDED:
         return ConnectError(
@@ -125,7 +124,7 @@ def connect_error(
         )
     if isinstance(error, ConnectionLostError):
         return ConnectError(
-            f"what listens at {endpoint} is no gradwire server: it closed the"
+            f"the server at {endpoint} is not a gradwire server: it closed the"
             f" connection ({error.details})",
             status=error.status,
             details=error.details,
@@ -148,7 +147,7 @@ def _unavailable(endpoint: Endpoint, text: str, job_id: str | None) -> GradwireE
     elif _NO_SUCH_NAME.search(text):
         message = f"the name in {endpoint} has no known address"
     elif _NO_HTTP2.search(text):
-        message = f"what listens at {endpoint} does not speak HTTP/2, so it is no"
+        message = f"the server at {endpoint} does not support HTTP/2, so it is not a"
         message += " gradwire server"
     elif cause is not None and _NOBODY.search(cause[1]):
         message = f"nothing listens at {endpoint} ({cause[1]})"
@@ -158,11 +157,12 @@ def _unavailable(endpoint: Endpoint, text: str, job_id: str | None) -> GradwireE
     elif cause is not None:
         message = f"{endpoint} cannot be reached ({cause[1]})"
     elif text.startswith("failed to connect to all addresses"):
-        message = f"what listens at {endpoint} closed the connection at once:"
-        message += f" {_refusal(endpoint)}, or stops ({text.rpartition(': ')[2]})"
+        message = f"the server at {endpoint} closed the connection at once:"
+        message += f" {_refusal(endpoint)}, or is stopping"
+        message += f" ({text.rpartition(': ')[2]})"
     elif "http2 header with status" in text:
         kind = UnavailableError
-        message = f"what stands before {endpoint} has no server for it ({text})"
+        message = f"the proxy before {endpoint} has no server available ({text})"
     else:
         kind = ConnectionLostError
         message = f"the connection to {endpoint} broke before the call was done"
@@ -171,40 +171,41 @@ def _unavailable(endpoint: Endpoint, text: str, job_id: str | None) -> GradwireE
 
 
 def _handshake(endpoint: Endpoint, text: str) -> str | None:
-    """The sentence for a server that TLS could not be agreed on with."""
+    """Return the message for a failed TLS handshake; None if it did not fail."""
     if endpoint.tls is None:
         return None
     if distrusted := _DISTRUSTED.search(text):
         if distrusted[1] == "certificate has expired":
             return f"the certificate of the server at {endpoint} has expired"
-        signers = "the system trusts" if endpoint.tls.ca is None else "of tls.ca"
+        signers = "of the system" if endpoint.tls.ca is None else "of tls.ca"
         return (
             f"the certificate of the server at {endpoint} is not trusted: no authority"
-            f" {signers} vouches for it ({distrusted[1]})"
+            f" {signers} has signed it ({distrusted[1]})"
         )
     if _WRONG_NAME.search(text):
         name = endpoint.tls.server_name
         return (
-            f"the certificate of the server at {endpoint} is for another name than"
-            f" {name or 'the host there'}; tls.server_name names the one to expect"
+            f"the certificate of the server at {endpoint} is not for"
+            f" {name or 'the host of the address'}: tls.server_name sets the expected"
+            " name"
         )
     if _NO_TLS.search(text):
         return (
-            f"what listens at {endpoint} does not speak TLS: it is no gradwire server,"
-            " or one that was started without tls-cert"
+            f"the server at {endpoint} does not use TLS: it is not a gradwire server,"
+            " or was started without tls-cert"
         )
     if reason := _HANDSHAKE.search(text):
-        return f"no TLS could be agreed on with the server at {endpoint} ({reason[1]})"
+        return f"the TLS handshake with the server at {endpoint} failed ({reason[1]})"
     return None
 
 
 def _refusal(endpoint: Endpoint) -> str:
-    """Why a server may close a connection at once, as far as this side knows."""
+    """Return possible reasons why a server closed a connection at once."""
     if endpoint.tls is None:
-        return "it expects TLS (tls=...), is no gradwire server"
+        return "it expects TLS (tls=...), is not a gradwire server"
     if endpoint.tls.cert is None:
-        return "it wants a client's certificate (tls.cert), is no gradwire server"
-    return "it does not trust tls.cert, is no gradwire server"
+        return "it requires a client certificate (tls.cert), is not a gradwire server"
+    return "it does not trust tls.cert, is not a gradwire server"
 
 
 def _label(error: GradwireError) -> str:

@@ -1,4 +1,4 @@
-"""The service's methods on a channel, of whichever kind."""
+"""The service's methods on a synchronous or asynchronous channel."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def warn_dropped(client_name: str, address: str) -> None:
 
 
 class Methods:
-    """What is called on a channel, with the token that the endpoint wants.
+    """The service's methods, called with the endpoint's token.
 
     Args:
         channel: A `grpc.Channel` or a `grpc.aio.Channel`.
-        endpoint: Where it leads.
+        endpoint: The server of the channel.
     """
 
     def __init__(self, channel: Any, endpoint: Endpoint) -> None:
@@ -63,5 +63,5 @@ class Methods:
                 response_deserializer=OpenRegionResponse.FromString,
             )
         )
-        # Without serializers both sides of the stream are given plain bytes.
+        # Without serializers, messages in both directions are bytes.
         self.stream = authorized(channel.stream_stream(COMPUTE_STREAM))

@@ -1,7 +1,7 @@
-"""Running calls, for programs that wait; see `async_call`.
+"""Synchronous connections and calls; see `async_call`.
 
-gRPC takes requests from an iterator, which it runs in a thread of its own,
-while the caller's thread reads: so both directions go on at once.
+gRPC takes requests from an iterator in its own thread while the caller's thread reads,
+so both directions run concurrently.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _Response = TypeVar("_Response")
 
 
 class SyncConnector:
-    """Connects to a server when that is needed first, and again in a child.
+    """Connects to a server on first use, and again in the child of a fork.
 
     Args:
-        endpoint: Where the server is.
-        on_fork: Called in the child of a fork: nothing of the parent's may be
-            used there, nor closed.
+        endpoint: The server's address.
+        on_fork: Called in the child of a fork. The child must neither use nor close
+            the parent's resources.
     """
 
     def __init__(self, endpoint: Endpoint, on_fork: Callable[[], object]) -> None:
@@ -56,16 +56,17 @@ class SyncConnector:
         _connectors.add(self)
 
     def connection(self) -> SyncConnection:
-        """The connection.
+        """Return the connection.
 
         Raises:
-            ClientStateError: This process can make no calls.
+            ClientStateError: The connection is closed, or this process cannot make
+                calls.
         """
         with self._lock, fork_support.calling():
             fork_support.require_calls()
-            # `close` may have run in another thread since the client looked.
+            # `close` may have run in another thread in the meantime.
             if self._closed:
-                raise ClientStateError(f"the connection to {self._endpoint} was closed")
+                raise ClientStateError(f"the connection to {self._endpoint} is closed")
             if self._connection is None:
                 self._connection = SyncConnection(self._endpoint)
                 # gRPC keeps a channel, and its connection, until it is closed.
@@ -76,7 +77,7 @@ class SyncConnector:
             return self._connection
 
     def close(self) -> None:
-        """Close the connection; calls that still run are cancelled."""
+        """Close the connection and cancel running calls."""
         with self._lock:
             self._closed = True
             connection, self._connection = self._connection, None
@@ -91,7 +92,7 @@ class SyncConnector:
             self._dropped = None
 
     def after_fork(self) -> None:
-        """Begin anew in the child: locks may have been held by threads not here."""
+        """Reset the state in a child, where locks may be held by missing threads."""
         _inherited.append(self._connection)
         self._forget_dropped()
         self._connection = None
@@ -108,7 +109,7 @@ def _close_dropped(channel: grpc.Channel, address: str) -> None:
 
 
 class SyncConnection:
-    """A channel, and the service's calls on it."""
+    """A channel with the service's calls."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         raise_mmap_threshold()
@@ -117,10 +118,10 @@ class SyncConnection:
         self.methods = Methods(self.channel, endpoint)
 
     def compute(self, request: ComputeRequest, options: Options) -> ComputeResponse:
-        """What Compute answers.
+        """Call Compute.
 
         Raises:
-            GradwireError: It ended with a status other than OK.
+            GradwireError: The call failed.
         """
         try:
             response: ComputeResponse = call_unary(
@@ -137,16 +138,16 @@ class SyncConnection:
         *,
         connecting: bool = False,
     ) -> GetServerInfoResponse:
-        """What GetServerInfo answers.
+        """Call GetServerInfo.
 
         Args:
-            timeout_s: Seconds that it has for that.
-            metadata: Sent with the call.
-            connecting: Whether nothing is known of the server yet, so that what
-                does not answer rightly may be another server.
+            timeout_s: Timeout in seconds; None: no limit.
+            metadata: Metadata of the call.
+            connecting: Whether this is the first call, so that the address may be of
+                something else than a gradwire server.
 
         Raises:
-            GradwireError: It ended with a status other than OK.
+            GradwireError: The call failed.
         """
         request = GetServerInfoRequest()
         try:
@@ -160,10 +161,10 @@ class SyncConnection:
         return response
 
     def open_segment(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
-        """Memory that the server shares, until it is closed.
+        """Open memory shared with the server.
 
         Raises:
-            GradwireError: The server refuses it, or it cannot be opened here.
+            GradwireError: The server refused, or the memory cannot be opened here.
         """
         request = OpenRegionRequest(size_bytes=size_bytes)
         with fork_support.calling():
@@ -171,7 +172,7 @@ class SyncConnection:
         process = os.getpid()
 
         def end() -> None:
-            if os.getpid() == process:  # else the call is the parent's
+            if os.getpid() == process:  # otherwise it is the parent's call
                 with fork_support.calling():
                     rpc.cancel()
 
@@ -185,7 +186,7 @@ class SyncConnection:
         except BaseException as error:
             end()
             if isinstance(error, StopIteration):
-                raise ProtocolError("the server ended a region at once") from None
+                raise ProtocolError("the server closed a region at once") from None
             if isinstance(error, grpc.RpcError):
                 raise call_error(error, self.endpoint) from None
             raise
@@ -203,14 +204,14 @@ def call_unary(
     timeout_s: float | None,
     metadata: MetadataPairs,
 ) -> _Response:
-    """What a method with one message each way answers.
+    """Call a method with one message each way.
 
     Raises:
-        grpc.RpcError: It ended with a status other than OK.
+        grpc.RpcError: The call failed.
     """
     options: Any = {"timeout": timeout_s, "metadata": metadata}
     if threading.active_count() == 1:
-        # The quickest way waits inside gRPC. Nobody can fork meanwhile.
+        # The fastest call blocks inside gRPC. No other thread can fork meanwhile.
         return method(request, **options)
     with fork_support.calling():
         future = method.future(request, **options)
@@ -226,15 +227,15 @@ def call_unary(
 
 
 class SyncCall:
-    """A running ComputeStream: an iterator of the server's messages.
+    """A ComputeStream call: an iterator of the server's messages.
 
-    As a context manager it is cancelled unless it came to its end.
+    As a context manager, it cancels the call unless the call has ended.
 
     Args:
-        connection: Over which it goes.
-        exchange: Whose header is sent first.
-        messages: Gives what is sent after the server took the job on.
-        options: The job's.
+        connection: The connection.
+        exchange: Provides the first message.
+        messages: Yields the messages to send after the server has accepted the job.
+        options: The job's options.
     """
 
     def __init__(
@@ -267,12 +268,12 @@ class SyncCall:
         return self
 
     def __next__(self) -> bytes:
-        """The server's next message.
+        """Return the server's next message.
 
         Raises:
-            StopIteration: The server has ended the call with OK.
-            GradwireError: The call ended otherwise.
-            BaseException: What the messages raised, unchanged.
+            StopIteration: The server ended the call with OK.
+            GradwireError: The call failed.
+            BaseException: An exception of `messages`, unchanged.
         """
         if self._exchange.accepted is not None:
             self._requests.go()
@@ -288,11 +289,11 @@ class SyncCall:
         return message
 
     def abandon(self) -> None:
-        """The same, where the owner is collected as garbage."""
+        """Cancel the call from the garbage collector."""
         self.cancel()
 
     def cancel(self) -> None:
-        """End the call, unless it has ended."""
+        """Cancel the call, unless it has ended."""
         if self._running.inherited:
             return
         self._running.end()
@@ -302,7 +303,7 @@ class SyncCall:
 
 
 class RequestIterator:
-    """The requests of one call, as gRPC's thread draws them."""
+    """The requests of one call, for gRPC's thread."""
 
     def __init__(self, opening: bytes, messages: Callable[[], Iterator[bytes]]) -> None:
         self._opening = opening
@@ -314,7 +315,7 @@ class RequestIterator:
         self._cancel: Callable[[], object] | None = None
 
     def requests(self) -> Iterator[bytes]:
-        """The header, then, once the server took the job on, the rest."""
+        """Yield the header, then the messages once the server has accepted the job."""
         with fork_support.waiting():
             yield self._opening
         self._settled.wait()
@@ -332,7 +333,7 @@ class RequestIterator:
             self._fail(error)
 
     def attach(self, cancel: Callable[[], object]) -> None:
-        """How the call is ended when the messages fail."""
+        """Set the function that cancels the call when the messages fail."""
         with self._lock:
             self._cancel = cancel
             failed = self._error is not None
@@ -340,16 +341,16 @@ class RequestIterator:
             cancel()
 
     def go(self) -> None:
-        """Let what follows the header be sent."""
+        """Allow the messages after the header."""
         self._settled.set()
 
     def stop(self) -> None:
-        """Send no more."""
+        """Yield no more messages."""
         self._stopped = True
         self._settled.set()
 
     def raise_error(self) -> None:
-        """Raise what the messages raised, if they did."""
+        """Raise the exception of the messages, if there was one."""
         with self._lock:
             error, self._error = self._error, None
         if error is not None:
@@ -372,8 +373,8 @@ def _channels() -> list[grpc.Channel]:
     return [each.channel for each in connections if each is not None]
 
 
-# gRPC would cancel the parent's calls in the child, for which it takes locks
-# that a thread of the parent may hold. It is kept from knowing the channels.
+# In a child, gRPC would cancel the parent's calls. That takes locks which a thread of
+# the parent may hold. So the channels are unregistered from gRPC during a fork.
 
 
 def _before_fork() -> None:

@@ -1,1 +1,1 @@
-"""Jobs whose matrices lie in memory that the server shares."""
+"""Jobs in memory shared with the server."""

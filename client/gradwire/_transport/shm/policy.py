@@ -1,4 +1,4 @@
-"""Whether a client shares memory with its server, and which jobs use it."""
+"""The decision whether a job uses memory shared with the server."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from gradwire_protocol.limits import MIB, SHARED_MEMORY
 from gradwire_protocol.matrices import Matrix
 
 OPEN_TIMEOUT_S = 10.0
-"""A server opens a region or refuses it at once; this is for a dead one."""
+"""Timeout for opening a region. A live server opens or refuses it at once."""
 
 _MOST_COPIED_BYTES = 256 * MIB
-"""Where nobody asked for shared memory, operands that would have to be copied
-there travel in messages from this size on: those take no memory."""
+"""With ``transport="auto"``, most bytes of operands that are copied to shared memory.
+Larger operands are sent in messages, which need no additional memory."""
 
 _FOR_GOOD = (CannotShareError, ContractError, NotAllowedError, UnsupportedError)
 
 
 class ShmPolicy:
-    """The regions of one client, and its choice of transport.
+    """The shared memory of one client, and its choice of transport.
 
     Args:
         transport: "auto", "tcp" or "shm".
-        address: The server's.
+        address: The server's address.
     """
 
     def __init__(self, transport: str, address: str) -> None:
@@ -54,21 +54,20 @@ class ShmPolicy:
 
     @property
     def on(self) -> bool:
-        """Whether memory is shared, as far as is known."""
+        """Whether the server shares memory, as far as known."""
         return self._possible
 
     def learn(self, info: ServerInfo) -> None:
-        """Decide by what the server offers.
+        """Use the server's answer about itself.
 
         Raises:
-            CannotShareError: Shared memory is demanded, and it does not.
+            CannotShareError: ``transport="shm"``, and the server shares no memory.
         """
         offered = SHARED_MEMORY in info.features
         if self.demanded and not offered:
             raise CannotShareError(
-                f"the server at {self._address} does not share memory: it is allowed"
-                ' by its setting allow-shared-memory, and transport="auto" does'
-                " without"
+                f"the server at {self._address} does not share memory: enable its"
+                ' setting allow-shared-memory, or use transport="auto"'
             )
         if self._allowed and not self.demanded:
             self._possible = offered and self._local
@@ -76,10 +75,10 @@ class ShmPolicy:
     def should_use(
         self, plan: Plan, operands: Mapping[Matrix, Operand], *, unary: bool
     ) -> bool:
-        """Whether a job shall go through shared memory.
+        """Return whether to send a job through shared memory.
 
-        Where that was not demanded, small jobs whose arrays lie elsewhere go
-        in one message, and large ones in many.
+        With ``transport="auto"``, jobs whose arrays are in ordinary memory are sent in
+        messages if they are small enough for one message, or very large.
         """
         if self.demanded:
             return True
@@ -99,14 +98,14 @@ class ShmPolicy:
     def place(
         self, plan: Plan, operands: Mapping[Matrix, Operand], outputs: ArrayOutputs
     ) -> ShmJob:
-        """The job's places, as far as its arrays lie in regions."""
+        """Create a job in shared memory, which uses arrays already there in place."""
         return ShmJob(plan, operands, outputs, self.pool)
 
     def on_refusal(self, error: GradwireError) -> None:
-        """Take a region's refusal: do without, for good where it is final.
+        """Record that the server refused a region. Stop asking if that is permanent.
 
         Raises:
-            GradwireError: The same, where shared memory is demanded.
+            GradwireError: The same error, with ``transport="shm"``.
         """
         if self.demanded:
             raise error
@@ -114,22 +113,22 @@ class ShmPolicy:
             self._possible = False
 
     def after_fork(self) -> Pool:
-        """Begin anew in the child of a fork.
+        """Use a new pool in the child of a fork.
 
         Returns:
-            What the parent goes on using.
+            The parent's pool.
         """
         inherited, self.pool = self.pool, Pool()
         return inherited
 
 
 def may_be_smaller(error: GradwireError) -> bool:
-    """Whether a smaller region might have been given."""
+    """Return whether the server might open a smaller region."""
     return isinstance(error, ExhaustedError)
 
 
 class EmptyArray:
-    """An array that a caller wants, wherever it will lie."""
+    """The shape and dtype of an array requested with `Client.empty`."""
 
     def __init__(self, shape: Any, dtype: DtypeLike) -> None:
         self.shape = parse_shape(shape)
@@ -138,7 +137,7 @@ class EmptyArray:
         self.sizes = [count * self.dtype.itemsize]
 
     def made(self, rooms: Sequence[Allocation] | None) -> Array:
-        """The array: in this room, or of the process's own memory."""
+        """Create the array, in shared memory if `rooms` is not None."""
         if rooms is None:
             return np.empty(self.shape, self.dtype.numpy)
         return rooms[0].array.view(self.dtype.numpy).reshape(self.shape)

@@ -1,4 +1,4 @@
-"""Memory shared with a server on the same host, and arrays that lie there."""
+"""Memory shared with a server on the same host, and the arrays in it."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ from gradwire_protocol.limits import MIB, SHARED_ALIGNMENT
 from gradwire_protocol.v1.gradient_service_pb2 import OpenRegionResponse
 
 _ALIGNMENT = 256
-"""Bytes to which arrays are aligned: more than the contract asks, and what the
-fastest kernels like."""
+"""Alignment of arrays: more than the contract requires, as the fastest kernels
+prefer."""
 
 _LEAST_BYTES = 16 * MIB
-"""Smallest region that is opened, so that most clients need one."""
+"""Smallest region to open, so that most clients need only one."""
 
 _MOST_AHEAD_BYTES = 256 * MIB
-"""Most that a region is opened larger than what is needed of it, and most
-free regions' bytes that are kept open."""
+"""Largest region opened in advance, and most bytes of unused regions kept open."""
 
 
 class CannotShareError(ConnectError):
-    """Memory cannot be shared with the server, now or later."""
+    """The server cannot share memory with this client."""
 
 
 class Segment:
-    """Memory that both sides have mapped.
+    """A region of memory mapped by client and server.
 
     Args:
-        answer: What the server said of it.
-        end: Closes the call that keeps it open.
+        answer: The server's response.
+        end: Closes the call that keeps the region open.
 
     Attributes:
-        token: What the server calls it.
-        alive: Whether the server still has it, as far as is known.
+        token: The server's token of the region.
+        alive: Whether the region is open on the server, as far as known.
 
     Raises:
-        CannotShareError: It cannot be opened from here.
+        CannotShareError: The memory cannot be opened here.
     """
 
     def __init__(self, answer: OpenRegionResponse, end: Callable[[], object]) -> None:
@@ -61,18 +60,18 @@ class Segment:
 
     @property
     def unused(self) -> bool:
-        """Whether no array lies in it."""
+        """Whether the region has no arrays."""
         return self._holes == [(0, self.size_bytes)]
 
     def close(self) -> None:
-        """Let the server have it back; arrays that lie there stay valid here."""
+        """Close the region on the server. Its arrays remain valid in this process."""
         self.alive = False
         self._end()
 
     def on_end(self) -> Callable[..., None]:
-        """What to call when the server has closed it, or is gone.
+        """Return a function to call when the region has ended on the server.
 
-        It does not keep the region alive, as a call that never ends would.
+        The function has a weak reference, because a call may never end.
         """
         weak = weakref.ref(self)
 
@@ -84,7 +83,7 @@ class Segment:
         return ended
 
     def allocate(self, size_bytes: int) -> int | None:
-        """Where so many bytes, a multiple of the alignment, are free now."""
+        """Allocate bytes, and return their offset; None: there is no space."""
         for position, (offset, free) in enumerate(self._holes):
             if free >= size_bytes:
                 if free == size_bytes:
@@ -95,7 +94,7 @@ class Segment:
         return None
 
     def free(self, offset: int, size_bytes: int) -> None:
-        """These bytes are free again."""
+        """Free allocated bytes."""
         position = bisect.bisect(self._holes, (offset, 0))
         if position < len(self._holes) and self._holes[position][0] == (
             offset + size_bytes
@@ -108,17 +107,17 @@ class Segment:
         self._holes.insert(position, (offset, size_bytes))
 
     def array(self, offset: int, size_bytes: int) -> Array:
-        """An array of bytes, which every view of it keeps alive.
+        """Return an array of bytes that every view of it keeps alive.
 
-        NumPy lets a view keep alive the first array that is no view itself;
-        so this must be none of an array of the whole region.
+        A NumPy view keeps only its base array alive. So this array must not be a view
+        of an array of the whole region.
         """
         return np.frombuffer(self._memory, np.uint8, size_bytes, offset)
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """Bytes of a region, free until the last view of `array` has died."""
+    """Allocated bytes of a region, freed after the last view of `array` is gone."""
 
     array: Array
     region: Segment
@@ -126,27 +125,26 @@ class Allocation:
 
 
 class Pool:
-    """The regions of a client, and which of their bytes are free.
+    """Allocates arrays in the regions of a client. Thread-safe.
 
-    An array's bytes are free again when the last view of it has died. Threads
-    may share a pool.
+    An array's bytes are freed after its last view is gone.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._regions: list[Segment] = []
-        # Arrays die wherever the interpreter happens to be, under the lock
-        # as well, so that must not be taken there.
+        # Arrays may be collected anywhere, even while the lock is held. So their
+        # finalizers must not take the lock.
         self._died: deque[tuple[Segment, int, int]] = deque()
 
     def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
-        """Rooms of so many bytes each; None where not all of them fit."""
+        """Allocate several arrays; None if not all of them fit."""
         with self._lock:
             self._tidy()
             return self._take(self._regions, sizes)
 
     def bytes_to_open(self, sizes: Sequence[int]) -> list[int]:
-        """How large a region for such rooms may be: the best, then the least."""
+        """Return possible sizes of a new region for such arrays, the best first."""
         least = sum(map(_aligned, sizes))
         with self._lock:
             present = sum(region.size_bytes for region in self._regions)
@@ -154,18 +152,18 @@ class Pool:
         return [best, least] if best > least else [least]
 
     def add(self, region: Segment, sizes: Sequence[int]) -> list[Allocation]:
-        """Make use of a new region, first for rooms of these sizes."""
+        """Add a new region, and allocate arrays in it."""
         with self._lock:
             rooms = self._take([region], sizes)
             if rooms is None:
-                raise ValueError("the region is too small for its first rooms")
+                raise ValueError("the region is too small for its first arrays")
             self._regions.append(region)
             return rooms
 
     def find(self, array: Array) -> tuple[Segment, int] | None:
-        """The region in which an array lies as jobs need it, and where there.
+        """Return the region and offset of an array that a job can use in place.
 
-        None for an array that does not, or of another layout or byte order.
+        None if the array is elsewhere, or has another layout or byte order.
         """
         if not (array.size and array.flags.c_contiguous and array.dtype.isnative):
             return None
@@ -179,7 +177,7 @@ class Pool:
         return None
 
     def invalidate(self, regions: Iterable[Segment]) -> None:
-        """Close regions for good: what lies there is ordinary memory from now."""
+        """Close regions. Their arrays are ordinary memory from now on."""
         for region in regions:
             region.close()
         with self._lock:
@@ -215,13 +213,13 @@ class Pool:
         return rooms
 
     def _tidy(self) -> None:
-        """Collects dead arrays' bytes, and closes what is too much."""
+        """Free the bytes of collected arrays, and close surplus regions."""
         while self._died:
             region, offset, size = self._died.popleft()
             region.free(offset, size)
         unused = [region for region in self._regions if region.alive and region.unused]
-        # The largest is kept whatever its size: it is what a loop of large jobs
-        # needs next, and taking its pages again costs more than it computes.
+        # The largest region is kept, whatever its size: a loop of large jobs needs it
+        # again, and new pages cost more than the computation.
         kept = 0
         for region in sorted(unused, key=lambda each: each.size_bytes, reverse=True):
             kept += region.size_bytes
@@ -235,11 +233,10 @@ def _aligned(size_bytes: int) -> int:
 
 
 def _mapped(answer: OpenRegionResponse) -> mmap.mmap:
-    """The region's memory.
+    """Map the region's memory.
 
-    The path may lead to anything at all where the server is of another host
-    or process namespace, so it is looked at before it is opened, and what was
-    opened before it is believed.
+    If the server has another host or process namespace, the path may be any file. So
+    the path is checked before it is opened, and the file before it is mapped.
     """
     path = Path(f"/proc/{answer.pid}/fd/{answer.fd}")
     try:
@@ -253,8 +250,8 @@ def _mapped(answer: OpenRegionResponse) -> mmap.mmap:
             os.close(fd)
     except (OSError, ValueError) as error:
         raise CannotShareError(
-            f"the server's shared memory cannot be opened from here ({error}): the"
-            " server has to be of the same host, user and process namespace"
+            f"the server's shared memory cannot be opened here ({error}): the server"
+            " must have the same host, user and process namespace"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The conversation of a job in shared memory: a stream without elements."""
+"""The messages of a job in shared memory, without I/O."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 
 class ShmExchange:
-    """A stream without chunks, as its client sees it.
+    """The client's side of a ComputeStream call without chunks.
 
     Attributes:
-        accepted: What the server said when it took the job on.
+        accepted: The server's Accepted, once received.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class ShmExchange:
         self._receipt: ReceiptMessage | None = None
 
     def opening(self) -> bytes:
-        """The first message; the next ones may go once `accepted` is set."""
+        """Return the first message. Send the next ones once `accepted` is set."""
         return framing.encode_job(self._job)
 
     def messages(self) -> Iterator[bytes]:
-        """Everything after it."""
+        """Yield the other messages."""
         yield framing.encode_end(self._m)
 
     def receive(self, message: bytes) -> None:
-        """Take a message from the server.
+        """Process a message from the server.
 
         Raises:
-            ProtocolError: The contract does not allow it here.
+            ProtocolError: The message violates the contract.
         """
         received = decode_response(message, after_receipt=self._receipt is not None)
         if isinstance(received, Queued):
@@ -56,7 +56,7 @@ class ShmExchange:
             return
         if isinstance(received, Accepted):
             if self.accepted is not None:
-                raise ProtocolError("the server took the job on twice")
+                raise ProtocolError("the server accepted the job twice")
             check_accepted(received, self._job)
             self.accepted = received
         elif isinstance(received, ReceiptMessage):
@@ -66,10 +66,10 @@ class ShmExchange:
         self._report()
 
     def finish(self) -> Receipt:
-        """The receipt, once the server has ended the stream with OK.
+        """Return the receipt, once the server has ended the stream with OK.
 
         Raises:
-            ProtocolError: There is none.
+            ProtocolError: There is no receipt.
         """
         if self._receipt is None or self.accepted is None:
             raise ProtocolError("the server ended the job without a receipt")

@@ -1,4 +1,4 @@
-"""Where the matrices of a job in shared memory lie."""
+"""The memory layout of a job in shared memory."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from gradwire_protocol.matrices import Matrix
 
 
 class ShmJob:
-    """Places for a job's matrices in a client's regions.
+    """Places a job's matrices in shared memory.
 
-    Operands and results that lie there are used where they are; for the
-    others room is needed, out of which results without an array of the
-    caller's are handed back.
+    Operands and results already in shared memory are used in place. For the others,
+    memory is allocated. Results without an array of the caller are returned from it.
 
         shared = ShmJob(plan, operands, outputs, pool)
-        shared.place(rooms of shared.sizes)
+        shared.place(allocations of shared.sizes)
         shared.copy_in()
         ... run shared.exchange() ...
         shared.copy_out()
 
     Attributes:
-        sizes: Bytes of the room that is needed, by matrix.
-        at_risk: Whether the server may still write to arrays that the caller
-            gave as `out`, so that no other attempt may.
+        sizes: Bytes to allocate for each matrix not in shared memory.
+        at_risk: Whether the server may still write to the caller's `out` arrays, so
+            that a retry must not.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class ShmJob:
         self._pool = pool
         self._places: dict[Matrix, tuple[Segment, int]] = {}
         self._room: dict[Matrix, Array] = {}
-        # What travels in another dtype cannot be used where it lies.
+        # Matrices sent in another dtype cannot be used in place.
         self._widened = {
             matrix
             for matrix in plan.results
@@ -78,14 +77,14 @@ class ShmJob:
         self.sizes = [plan.size_bytes(matrix, plan.m or 0) for matrix in self._missing]
 
     def place(self, rooms: Sequence[Allocation]) -> None:
-        """Use these for what does not lie in a region yet."""
+        """Use allocations for the matrices not in shared memory."""
         for matrix, room in zip(self._missing, rooms, strict=True):
             self._places[matrix] = (room.region, room.offset)
             self._room[matrix] = room.array
 
     @property
     def copies(self) -> bool:
-        """Whether elements have to be copied, before or after."""
+        """Whether elements must be copied, before or after the job."""
         given = self._outputs.present()
         return any(
             matrix in self._operands or matrix in given or matrix in self._widened
@@ -93,7 +92,7 @@ class ShmJob:
         )
 
     def copy_in(self) -> None:
-        """Copy the operands that lie elsewhere.
+        """Copy the operands not in shared memory.
 
         Raises:
             InputError: An element is too large for 16 bits.
@@ -103,11 +102,11 @@ class ShmJob:
                 operand.copy_to(self._room[matrix])
 
     def exchange(self) -> ShmExchange:
-        """The conversation."""
+        """Create the job's exchange."""
         return ShmExchange(self._plan, self._places)
 
     def copy_out(self) -> None:
-        """Have the results where the caller gets them."""
+        """Copy the results to the caller's arrays, if they are elsewhere."""
         plan, given = self._plan, self._outputs.present()
         for matrix in plan.results:
             if matrix not in self._room:
@@ -123,11 +122,11 @@ class ShmJob:
                 self._outputs.hand_back(matrix, room)
 
     def worth_another_try(self, error: BaseException) -> bool:
-        """What a failed job means for its regions; whether they were the cause.
+        """Record a failed job, and return whether its regions were the cause.
 
-        Only the server's own word says that it has let go of them. Without
-        that, with a deadline for example, it may write results for as long as
-        a row block takes, so their regions are not used again.
+        Only an answer of the server confirms that it no longer uses the regions.
+        Otherwise, for example after a deadline, it may still write results for the
+        duration of a row block. The regions are then not reused.
         """
         reason = error.reason if isinstance(error, CallError) else None
         if reason is Reason.REGION_UNKNOWN:
