@@ -393,7 +393,9 @@ def test_a_bad_item_ends_the_stream_with_its_number(
 
 
 def test_rows_that_cannot_be_iterated_are_refused(streamer: Any) -> None:
-    with pytest.raises(gradwire.InputError, match="rows is a int, which cannot be"):
+    with pytest.raises(
+        gradwire.InputError, match="rows is a int: expected an iterable"
+    ):
         streamer.stream(7, W)
 
 

@@ -1,4 +1,4 @@
-"""Elements that arrive in order, put into an array of any layout."""
+"""Storage of received elements in an array of any memory layout."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gradwire_protocol.dtypes import Dtype
 
 
 class ArraySink:
-    """Takes a result's elements in order and puts them into an array.
+    """Stores a result's elements, in order, in an array.
 
     Args:
-        array: Of any layout, of the elements' dtype or a wider one.
-        dtype: The elements', as they come.
+        array: The array, of any memory layout, with `dtype` or a wider dtype.
+        dtype: Dtype of the received elements.
     """
 
     def __init__(self, array: Array, dtype: Dtype) -> None:
@@ -29,7 +29,7 @@ class ArraySink:
         self._filled = 0
         self._moved = 0
         self._flat = array.flags.c_contiguous and array.dtype == self._dtype
-        # Elements one after the other, which are not as they come.
+        # A contiguous array with another dtype than the received elements.
         self._line: Array | None = None
         if self._flat:
             self._rows = array
@@ -37,13 +37,13 @@ class ArraySink:
             self._line = array.reshape(-1)
             return
         else:
-            # Rows are put together here, and moved when they are complete.
+            # Rows are collected here, and copied to the array when complete.
             rows = max(1, (1 << 20) // max(1, self._row_bytes))
             self._rows = np.empty((rows, self._columns), dtype.numpy)
         self._bytes = self._rows.reshape(-1).view(np.uint8).data
 
     def seek(self, row: int) -> None:
-        """The next elements are those from a row on."""
+        """Continue at `row`."""
         if self._flat:
             self._filled = row * self._row_bytes
         elif self._line is not None:
@@ -53,7 +53,7 @@ class ArraySink:
             self._moved = row
 
     def write(self, payload: memoryview) -> None:
-        """Take the next elements, which must not be more than are missing."""
+        """Store the next elements, at most as many as are missing."""
         if self._flat:
             end = self._filled + len(payload)
             self._bytes[self._filled : end] = payload
@@ -74,7 +74,7 @@ class ArraySink:
                 self._move()
 
     def close(self) -> None:
-        """Have every element that was taken in its place."""
+        """Copy all collected elements to the array."""
         if not self._flat and self._line is None and self._filled:
             self._move()
 

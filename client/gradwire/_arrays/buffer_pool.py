@@ -1,9 +1,8 @@
-"""Memory for results, and for the messages that bring them, used again.
+"""Reuse of memory for results and messages.
 
-Pages that a process touches for the first time are dear: the machine clears
-each of them, on virtual machines at a tenth of the speed of memory that is
-warm. A loop that computes the same sizes again and again finds its memory
-here as it was left.
+New pages are expensive, because the kernel clears each of them: on virtual machines, at
+a tenth of the speed of memory in use. A loop with equal sizes reuses its memory from
+this pool.
 """
 
 from __future__ import annotations
@@ -21,22 +20,20 @@ from gradwire._api.types import Array
 from gradwire_protocol.limits import MIB
 
 MAX_FREE_BYTES = 256 * MIB
-"""Most bytes that a pool keeps free."""
+"""Default of `ResultPool.max_free_bytes`."""
 
 _SMALLEST_BYTES = MIB
-"""Smaller arrays are left to the C library, which keeps such memory itself."""
+"""Smallest pooled array. The C library itself reuses the memory of smaller arrays."""
 
 _LARGEST_KEPT_BY_LIBC = 32 * MIB
-"""What glibc lets its threshold grow to (DEFAULT_MMAP_THRESHOLD_MAX)."""
+"""Maximum of glibc's dynamic threshold (DEFAULT_MMAP_THRESHOLD_MAX)."""
 
 
 class ResultPool:
-    """Makes arrays whose memory comes back when nobody refers to them any more.
+    """Creates arrays whose memory returns to the pool after their last reference.
 
-    Memory is used again for arrays of the same size. What lay free for longest
-    is given back to the machine when more than `max_free_bytes` are free.
-
-    Safe to use from many threads.
+    Memory is reused for arrays of the same size. If more than `max_free_bytes` are
+    free, the memory that was free for longest is released. Thread-safe.
     """
 
     def __init__(self, max_free_bytes: int = MAX_FREE_BYTES) -> None:
@@ -46,36 +43,36 @@ class ResultPool:
         self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
-        """An uninitialised array of that shape, C-contiguous."""
+        """Create an uninitialized, C-contiguous array."""
         size_bytes = math.prod(shape) * dtype.itemsize
         if size_bytes < _SMALLEST_BYTES:
             return np.empty(shape, dtype)
         memory = self._take(size_bytes)
         if memory is None:
             memory = np.empty(size_bytes, np.uint8)
-        # Every view of it refers to this array, which owns nothing: when it
-        # dies, nobody can see the memory any more.
+        # Every view refers to this array, which does not own the memory. After it is
+        # collected, the memory is no longer accessible.
         lent = np.frombuffer(memory.data, np.uint8)
         weakref.finalize(lent, _died, weakref.ref(self), memory).atexit = False
         return lent.view(dtype).reshape(shape)
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that wait to be used again."""
+        """Free bytes, available for reuse."""
         with self._lock:
             self._tidy()
             return sum(memory.nbytes for memory in self._free)
 
     def close(self) -> None:
-        """Give back what is free, and what becomes so."""
+        """Release free memory, now and in the future."""
         with self._lock:
             self._max_free_bytes = 0
             self._tidy()
 
     def take_back(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Take memory that nobody refers to any more."""
-        # It may become so in any thread and in the middle of anything, also
-        # while this thread has the lock; who has it tidies up some time.
+        """Return memory without references to the pool."""
+        # The garbage collector may run this anywhere, even while this thread holds the
+        # lock. In that case, the lock's owner tidies up later.
         self._died.append(memory)
         if self._lock.acquire(blocking=False):
             try:
@@ -107,7 +104,7 @@ def _died(
 
 
 def raise_mmap_threshold() -> None:
-    """Has the C library keep the memory of messages for the next ones.
+    """Make the C library reuse the memory of messages.
 
     Where it is glibc: it hands freed memory back to the machine from a size
     on that is 128 KiB at first, and that it raises to the largest which the

@@ -1,8 +1,8 @@
-"""Arrays in a GPU's memory: copied to host memory to be sent, and back.
+"""Copies of arrays between GPU memory and host memory.
 
-Which library an array is of is found out without importing any: its owner has.
-The copies wait for what the caller has queued on the library's current stream,
-and are done when they return.
+No library is imported to recognize its arrays, because the arrays' owner has imported
+it. Copies run after the work that the caller has queued on the library's current
+stream, and are complete on return.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from gradwire._api.types import Array, Receipt
 from gradwire_protocol.dtypes import Dtype
 
 _IN_HOST_MEMORY = frozenset({1, 3, 11})
-"""DLPack's kinds of device whose memory the host reads: the CPU, and what CUDA
-and ROCm have pinned of its memory."""
+"""DLPack device types with memory that the host can read: CPU, and host memory pinned
+by CUDA or ROCm."""
 
 
 @dataclass(slots=True)
 class HostCopies:
-    """What was copied between a GPU's memory and the host's, for one job."""
+    """Size and time of one job's copies between GPUs and host memory."""
 
     size_bytes: int = 0
     seconds: float = 0.0
 
     @contextmanager
     def copying(self) -> Iterator[None]:
-        """Counts the time within as copying."""
+        """Count the time in this context as copying."""
         began = time.perf_counter()
         try:
             yield
@@ -41,7 +41,7 @@ class HostCopies:
             self.seconds += time.perf_counter() - began
 
     def told(self, receipt: Receipt) -> Receipt:
-        """The receipt, which knows of the copies."""
+        """Return the receipt with the size and time of the copies."""
         if not self.size_bytes:
             return receipt
         return replace(
@@ -50,17 +50,17 @@ class HostCopies:
 
 
 def is_torch_tensor(value: object) -> bool:
-    """Whether it is a PyTorch tensor."""
+    """Return whether a value is a PyTorch tensor."""
     return _is(value, "torch", "Tensor")
 
 
 def is_cupy_array(value: object) -> bool:
-    """Whether it is a CuPy array."""
+    """Return whether a value is a CuPy array."""
     return _is(value, "cupy", "ndarray")
 
 
 def is_on_device(value: object) -> bool:
-    """Whether an array's elements are where the host cannot read them."""
+    """Return whether an array is in memory that the host cannot read."""
     if isinstance(value, np.ndarray):
         return False
     if is_torch_tensor(value):
@@ -68,49 +68,49 @@ def is_on_device(value: object) -> bool:
     try:
         kind = value.__dlpack_device__()[0]  # type: ignore[attr-defined]
     except Exception:  # noqa: BLE001
-        # It has none, or is a foreign type whose method may raise anything.
+        # Without the method, or any exception of a foreign type's method.
         return False
     return kind not in _IN_HOST_MEMORY
 
 
 def to_host(value: Any) -> Any:
-    """An array of a GPU in host memory; a PyTorch tensor stays one.
+    """Copy an array from a GPU to host memory. A PyTorch tensor remains a tensor.
 
     Raises:
-        Exception: Whatever its library raises where it cannot.
+        Exception: Any exception of the array's library.
     """
     if is_torch_tensor(value):
         return value.detach().cpu()
     if is_cupy_array(value):
         return value.get()
     try:
-        # What the array API standard says: ask for a copy on the CPU.
+        # The array API standard's request for a copy on the CPU.
         return np.from_dlpack(value, device="cpu", copy=True)
     except BufferError:
-        # NumPy takes no bfloat16 that way; JAX's arrays give a copy all the same.
+        # NumPy does not support bfloat16 here, but JAX arrays convert themselves.
         if not hasattr(value, "__array__"):
             raise
         return np.asarray(value)
 
 
 def dtype_name(value: Any) -> str:
-    """The element type of a CuPy array or a PyTorch tensor, as NumPy names it."""
+    """Return NumPy's name of the dtype of a CuPy array or a PyTorch tensor."""
     return str(value.dtype).removeprefix("torch.")
 
 
 def to_device(array: Array, value: Any) -> None:
-    """Copies from host memory into a CuPy array or a PyTorch tensor.
+    """Copy an array from host memory to a CuPy array or a PyTorch tensor.
 
     Args:
-        array: C-contiguous, of the shape and dtype of `value`.
-        value: Of any layout.
+        array: C-contiguous, with the shape and dtype of `value`.
+        value: The destination, of any memory layout.
     """
     if is_torch_tensor(value):
         torch = sys.modules["torch"]
         dtype = Dtype.of(array.dtype)
         if dtype.is_numpys_own:
             source = torch.from_numpy(array)
-        else:  # PyTorch takes only NumPy's own dtypes
+        else:  # PyTorch only accepts NumPy's built-in dtypes
             raw = array.view(f"i{dtype.itemsize}")
             source = torch.from_numpy(raw).view(getattr(torch, dtype.label))
         value.copy_(source)

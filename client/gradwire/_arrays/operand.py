@@ -1,8 +1,7 @@
-"""Operands: from whatever holds numbers to rows that can be sent.
+"""Conversion of the caller's arrays to operands.
 
-Nothing is copied here that need not be: an array in C order and native byte
-order is read where it lies, and any other is brought into that form a few
-rows at a time, while it is sent.
+Arrays in C order and native byte order are sent without a copy. Other arrays are
+converted a few rows at a time, while they are sent.
 """
 
 from __future__ import annotations
@@ -31,19 +30,18 @@ from gradwire_protocol.dtypes import Dtype
 _COMPUTES = ", ".join(dtype.label for dtype in Dtype)
 
 _COPIED_ELEMENTS = 1 << 18
-"""Elements that are rounded at once on their way from memory to memory."""
+"""Elements rounded at once in copies from memory to memory."""
 
 
 class Operand:
-    """A matrix to be sent: an array whose leading dimensions count as rows.
+    """A matrix to send: an array whose leading dimensions count as rows.
 
     Attributes:
-        array: As it was given: any layout, any byte order, two dimensions or
-            more.
-        dtype: The element type in which it travels: the array's, unless
-            `rounding` makes it another.
-        rounding: Rounds a float32 array's elements to `dtype`; None: they
-            have it.
+        array: The array, with any memory layout and byte order, and at least two
+            dimensions.
+        dtype: Dtype in which the elements are sent: the array's, unless `rounding` is
+            set.
+        rounding: Rounds the elements of a float32 array to `dtype`; None: no rounding.
         rows: The product of all dimensions but the last.
         columns: The last dimension.
     """
@@ -67,25 +65,25 @@ class Operand:
         self.rows: int = math.prod(array.shape[:-1])
         self.columns: int = array.shape[-1]
         self._flat = array.flags.c_contiguous and array.dtype.isnative
-        # The array with two dimensions, where that takes no copy.
+        # The array with two dimensions, if that needs no copy.
         self._matrix: Array | None = None
         with contextlib.suppress(ValueError):
             self._matrix = array.reshape(self.rows, self.columns, copy=False)
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The dimensions that count as rows."""
+        """The leading dimensions, which count as rows."""
         return self.array.shape[:-1]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all elements, as they travel."""
+        """Size of all elements as sent."""
         return self.rows * self.columns * self.dtype.itemsize
 
     def take(self, first: int, last: int) -> Array:
-        """Rows [first, last) as they travel: in C order and native byte order.
+        """Return rows [first, last) as sent: in C order and native byte order.
 
-        A view where the array has that form already.
+        The result is a view, if the array has that form.
 
         Raises:
             InputError: An element is too large for 16 bits.
@@ -96,7 +94,7 @@ class Operand:
         return self.rounding.rounded(part, first * self.columns)
 
     def _read(self, first: int, last: int) -> Array:
-        """Rows [first, last) in the array's own dtype, C order, native order."""
+        """Return rows [first, last) unrounded, in C order and native byte order."""
         if self._matrix is not None:
             part = self._matrix[first:last]
         else:
@@ -106,7 +104,7 @@ class Operand:
     def pieces(
         self, first: int, last: int, elements: int
     ) -> Iterator[tuple[int, memoryview]]:
-        """The bytes of rows [first, last), in order.
+        """Yield the bytes of rows [first, last), in order.
 
         Args:
             first: The first row.
@@ -114,8 +112,8 @@ class Operand:
             elements: Most elements of a piece, at least 1.
 
         Yields:
-            The index of a piece's first element within the operand, and the
-            piece. Its memory may be used again for the next.
+            The index of a piece's first element within the operand, and the piece. The
+            piece's memory may be reused for the next one.
 
         Raises:
             InputError: An element is too large for 16 bits.
@@ -133,10 +131,10 @@ class Operand:
                 yield index, piece.view(np.uint8).data
 
     def copy_to(self, room: Array) -> None:
-        """Put all elements, as they travel, into `room`.
+        """Copy all elements, as sent, to `room`.
 
         Args:
-            room: Their bytes' place, one-dimensional and contiguous.
+            room: The destination: one-dimensional, contiguous bytes.
 
         Raises:
             InputError: An element is too large for 16 bits.
@@ -157,20 +155,20 @@ def operand(
     first_row: int = 0,
     copies: HostCopies | None = None,
 ) -> Operand:
-    """An operand from what the caller gave.
+    """Convert a value of the caller to an operand.
 
     Args:
-        value: An array with at least two dimensions of a supported dtype: a
-            NumPy array, anything with ``__array__``, ``__dlpack__`` or the
-            buffer protocol, or nested sequences of Python floats, which are
-            float64 as in NumPy. What lies in a GPU's memory is copied.
-        name: What to call it in errors.
-        wire_dtype: The 16-bit dtype in which it shall travel, if it shall.
-        first_row: Number of its first row, for errors.
-        copies: Told of a copy from a GPU's memory.
+        value: An array with at least two dimensions and a supported dtype: a NumPy
+            array, an object with ``__array__``, ``__dlpack__`` or the buffer protocol,
+            or nested sequences of Python floats, which are float64 as in NumPy. Arrays
+            on a GPU are copied.
+        name: Name of the operand, for errors.
+        wire_dtype: The 16-bit dtype in which to send the elements; None: unchanged.
+        first_row: Number of the first row, for errors.
+        copies: Counts copies from a GPU.
 
     Raises:
-        InputError: It is no such thing; the text says what to do.
+        InputError: The value is invalid; the message says what to do.
     """
     if is_on_device(value):
         array = _from_device(value, name, HostCopies() if copies is None else copies)
@@ -180,13 +178,13 @@ def operand(
     if wire_dtype is not None and wire_dtype not in dtype.travels_as:
         wide = " or ".join(it.label for it in Dtype if wire_dtype in it.travels_as)
         raise InputError(
-            f"{name} is {dtype.label}, and wire_dtype is for {wide} operands: convert"
-            " them, or leave wire_dtype out"
+            f"{name} is {dtype.label}, but wire_dtype is for {wide} operands: convert"
+            " them, or omit wire_dtype"
         )
     if array.ndim < 2:
-        text = f"{name} has shape {array.shape}, and a matrix has two dimensions"
+        text = f"{name} has shape {array.shape}: expected at least two dimensions"
         if array.ndim == 1:
-            text += f": make it one row with {name}[None, :] or one column with"
+            text += f"; make it one row with {name}[None, :] or one column with"
             text += f" {name}[:, None]"
         raise InputError(text)
     if wire_dtype is None:
@@ -196,10 +194,10 @@ def operand(
 
 
 def as_numpy(value: object, name: str) -> Array:
-    """The NumPy array that shares its memory with `value`, or a copy of it.
+    """Return a NumPy array that shares memory with `value`, or a copy.
 
     Raises:
-        InputError: There is none.
+        InputError: The value cannot be converted.
     """
     losses.check(value, name)
     if isinstance(value, np.ndarray):
@@ -219,23 +217,23 @@ def as_numpy(value: object, name: str) -> Array:
     except InputError:
         raise
     except Exception as error:
-        # A foreign type's conversion may raise anything at all.
+        # The conversion of a foreign type may raise any exception.
         if hasattr(value, "__cuda_array_interface__"):
             raise _no_copy(value, name, error) from error
         raise _no_array(value, name, error) from error
 
 
 def _from_device(value: Any, name: str, copies: HostCopies) -> Array:
-    """A copy in host memory of an array on a GPU.
+    """Copy an array from a GPU to host memory.
 
     Raises:
-        InputError: Its library makes none.
+        InputError: The array's library cannot copy it.
     """
     try:
         with copies.copying():
             copied = to_host(value)
     except Exception as error:
-        # A foreign type's conversion may raise anything at all.
+        # The conversion of a foreign type may raise any exception.
         raise _no_copy(value, name, error) from error
     array = as_numpy(copied, name)
     copies.size_bytes += array.nbytes
@@ -247,9 +245,9 @@ def _from_torch(tensor: Any, name: str) -> Array:
     if tensor.layout is not torch.strided:
         raise InputError(f"{name} is a sparse tensor: pass {name}.to_dense()")
     label = str(tensor.dtype).removeprefix("torch.")
-    if label.startswith("float8"):  # which NumPy does not have
+    if label.startswith("float8"):  # unknown to NumPy
         raise InputError(
-            f"{name} is {label}; gradwire computes {_COMPUTES}: convert with"
+            f"{name} is {label}: expected one of {_COMPUTES}; convert with"
             f" {name}.to(torch.float32)"
         )
     tensor = tensor.detach().resolve_neg()
@@ -267,7 +265,7 @@ def _no_copy(value: object, name: str, cause: BaseException) -> InputError:
     where = getattr(value, "device", "a device")
     return InputError(
         f"{name} is a {type(value).__module__}.{type(value).__qualname__} on {where},"
-        f" which gives no copy of itself in host memory ({cause}): pass such a copy"
+        f" which cannot be copied to host memory ({cause}): pass a copy in host memory"
     )
 
 
@@ -277,7 +275,7 @@ def _no_array(
     kind = "None" if value is None else f"a {type(value).__qualname__}"
     why = f" ({cause})" if cause else ""
     return InputError(
-        f"{name} is {kind}, from which no array can be made{why}: pass an array of"
+        f"{name} is {kind}, which is not an array{why}: expected an array of"
         f" {_COMPUTES}"
     )
 
@@ -287,18 +285,18 @@ def _dtype(array: Array, name: str, value: object) -> Dtype:
         return Dtype.of(array.dtype)
     except KeyError:
         pass
-    text = f"{name} is {array.dtype}; gradwire computes {_COMPUTES}: "
+    text = f"{name} is {array.dtype}: expected one of {_COMPUTES}; "
     kind = array.dtype.kind
     if is_torch_tensor(value):
         convert = f"{name}.to(torch.float32)"
     else:
         convert = f"{name}.astype(np.float32)"
     if kind == "c":
-        text += f"pass {name}.real and {name}.imag as jobs of their own"
+        text += f"pass {name}.real and {name}.imag in separate jobs"
     elif kind == "V" and array.dtype.itemsize == 2:
         text += f"raw 2-byte values may be {name}.view(ml_dtypes.bfloat16)"
     elif kind == "O":
-        text += "an array of Python objects has no element type to send"
+        text += "an array of Python objects cannot be sent"
     else:
         text += f"convert with {convert}"
     raise InputError(text)

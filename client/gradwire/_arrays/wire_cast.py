@@ -1,4 +1,4 @@
-"""float32 operands that travel in 16 bits: rounded as they are sent."""
+"""Rounding of float32 operands to 16 bits while they are sent."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from gradwire_protocol.dtypes import WIRE_DTYPES, Dtype
 class Rounding:
     """Rounds an operand's elements to nearest, ties to even.
 
-    NaN and Inf stay what they are. A finite element that would become Inf is
-    an error: whoever holds float32 did not ask for infinities.
+    NaN and Inf are unchanged. A finite element that would become Inf is an error.
 
     Args:
         dtype: float16 or bfloat16.
-        name: What to call the operand in errors.
+        name: Name of the operand, for errors.
         columns: Elements of a row.
         first_row: Number of the operand's first row, for errors.
     """
@@ -34,16 +33,16 @@ class Rounding:
         self._limit = overflows_from(dtype)
 
     def rounded(self, part: Array, index: int) -> Array:
-        """These elements in 16 bits.
+        """Return elements in 16 bits.
 
         Args:
             part: float32, in C order, of any shape.
-            index: Of its first element within the operand.
+            index: Index of the first element within the operand.
 
         Raises:
-            InputError: One is finite and too large.
+            InputError: A finite element is too large.
         """
-        # A caller's own error settings are about the caller's arithmetic.
+        # The caller's NumPy error settings are not for this computation.
         with np.errstate(all="ignore"):
             if part.size and not (
                 part.min() > -self._limit and part.max() < self._limit
@@ -59,18 +58,17 @@ class Rounding:
         row, column = divmod(index + int(found[0]), self._columns)
         largest = self._dtype.largest
         wider = [each.label for each in WIRE_DTYPES if each.largest > 2 * largest]
-        other = (
-            f'wire_dtype="{wider[0]}", or leave it out' if wider else "no wire_dtype"
-        )
+        other = f'wire_dtype="{wider[0]}", or omit it' if wider else "no wire_dtype"
         raise InputError(
             f"{self._name} has {part[found[0]]:g} in row {self._first_row + row},"
-            f" column {column}, and {self._dtype.label} ends at {largest:g}: use"
+            f" column {column}: {self._dtype.label} has at most {largest:g}; use"
             f" {other}"
         )
 
 
 def overflows_from(dtype: Dtype) -> float:
-    """The least magnitude that rounds to Inf: half a step past the largest."""
-    # The largest number is (2 - 2u) 2^e, and the step up to it is 2u 2^e.
+    """Return the smallest magnitude that rounds to Inf."""
+    # It is half a step above the largest number, which is (2 - 2u) 2^e. The step is
+    # 2u 2^e.
     u = dtype.unit_roundoff
     return dtype.largest * (1 + u / (2 - 2 * u))

@@ -30,7 +30,7 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
         timeout_s: Seconds for every call that does not say itself; None, the
             default: no limit.
         metadata: Sent with every call: ``{"traceparent": "00-..."}``.
-        +transport: How elements are sent. ``"tcp"``: in messages, over the connection
+        transport: How elements are sent. ``"tcp"``: in messages, over the connection
             of the address. ``"shm"``: in memory shared with the server; see
             `Client.empty`. ``"auto"``, the default: in shared memory if the server
             allows it and is known to be on this host.
@@ -43,9 +43,9 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
             token can be renewed; its exceptions are raised by the call. An
             `AsyncClient` calls it on the event loop, which it must not block. A
             token is refused if it would go to another host in plaintext.
-        +retries: When a failed call is retried. True, the default: with `RetryPolicy`'s
+        retries: When a failed call is retried. True, the default: with `RetryPolicy`'s
             defaults. False: never. Or a `RetryPolicy`.
-        +verify: Default of the option `verify` of every call; see `Client.gradients`.
+        verify: Default of the option `verify` of every call; see `Client.gradients`.
 
     Returns:
         A client, once the server has answered.
@@ -53,7 +53,7 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
     Raises:
         InputError: An argument is invalid, or a file of `tls` or the token cannot
             be used.
-        +ConnectError: No server answers at the address (at any, if there are several).
+        ConnectError: No server answers at the address (at any, if there are several).
             Or something else than a gradwire server answers, or a server with an
             unknown version of the contract (`ContractError`). Or the server is not
             trusted (`TlsError`). Or ``transport="shm"``, and the server shares no

@@ -1,22 +1,20 @@
-"""How far a product C = A B may be off, seen from random sums of its columns.
+"""Detection of wrong rows of C = A B from random sums of its columns.
 
-Two thresholds, both for the difference e = C s - A (B s) of one row and one
-group of columns s, for which the elements' errors d_c are added up with random
-signs:
+For a row and a group of columns s, the difference e = C s - A (B s) is the sum of the
+elements' errors with random signs. It is compared with two thresholds:
 
-- What is *suspicious*: more than 4 standard deviations of what rounding
-  usually does, each of the l additions in a sum rounding by itself (N. J.
-  Higham and T. Mary, A new approach to probabilistic rounding error analysis,
-  2019) and the result by up to half a step, evenly. Rows beyond that are
-  computed again, element by element, and held against Higham's worst case: no
-  rounding gets past that, so that a right result is never called wrong.
-- What is *certain*: more than 9 times the root of the sum of the squares of
-  the elements' worst cases. By Hoeffding's inequality (1963) the signs, of
-  which the server knows nothing, let right elements come there with a
-  probability of at most 2 exp(-81 / 2) < 1e-17.
+- *Suspicious*: more than 4 standard deviations of the usual rounding error. Each of the
+  l additions in a sum rounds independently (N. J. Higham and T. Mary, A new approach to
+  probabilistic rounding error analysis, 2019), and the result's rounding is uniform, up
+  to half a step. Suspicious rows are recomputed, and each element is compared with
+  Higham's worst-case bound. So a correct result is never reported as wrong.
+- *Certain*: more than 9 times the root of the sum of squares of the elements'
+  worst-case bounds. The server does not know the signs. So, by Hoeffding's inequality
+  (1963), correct elements exceed this with a probability of at most 2 exp(-81 / 2) <
+  1e-17.
 
-Both take |A| |B| for at most the product of the norms of A's row and B's
-columns, as Cauchy and Schwarz have it, so that neither takes another product.
+Both bound |A| |B| by the norms of A's row and B's columns (Cauchy-Schwarz inequality),
+which needs no further product.
 """
 
 from __future__ import annotations
@@ -37,16 +35,16 @@ CERTAIN = 9.0
 
 
 class SuspectRows(NamedTuple):
-    """Rows that are not as expected."""
+    """Suspicious rows of a product."""
 
     rows: npt.NDArray[np.intp]
-    """Their numbers, the most suspicious first."""
+    """Row indices, the most suspicious first."""
 
     certain: npt.NDArray[np.bool_]
-    """Of these: whether they cannot be right."""
+    """Whether each row is certainly wrong."""
 
     excess: Doubles
-    """Of these: by how much the worst sum is off, in bounds of the certain."""
+    """Error of each row's worst sum, as a multiple of the threshold *certain*."""
 
 
 def compare(
@@ -59,21 +57,21 @@ def compare(
     row_norms: Doubles,
     group_norms: Doubles,
 ) -> SuspectRows:
-    """Rows of a product whose sums are not those expected.
+    """Return the rows of a product with unexpected sums.
 
     Args:
         result: Rows of C.
-        expected: The sums, from A (B s), of the same rows.
-        random_sums: s.
+        expected: The sums A (B s) of the same rows.
+        random_sums: The vectors s.
         arithmetic: How C was computed.
         length: Columns of A.
-        row_norms: Of A's rows.
-        group_norms: Of B's columns, by group: the root of the sum of squares.
+        row_norms: Norms of A's rows.
+        group_norms: Norms of B's columns in each group: the root of the sum of squares.
     """
     u, size = Dtype.of(expected.dtype).unit_roundoff, random_sums.size
     off = np.abs(random_sums.project(result).astype(np.float64) - expected)
     scale = np.outer(row_norms, group_norms)
-    # This check's own sums round as well: of l elements, and twice of `size`.
+    # The sums of this check are rounded, too: l elements, and twice `size`.
     own = u * (math.sqrt(length) + 2 * math.sqrt(size))
     usual = (arithmetic.usual + own) * scale
     own = gamma(length + 2 * size + 2, u) * math.sqrt(size)
@@ -84,14 +82,14 @@ def compare(
         worst += CERTAIN * rounded
     tiny = 2 * (size + 1) * arithmetic.tiny
     usual, worst = SUSPICIOUS * usual + tiny, worst + tiny
-    # What is no number is suspicious, too.
+    # NaN is suspicious, too.
     excess = np.where(off <= usual, 0, off / usual)
     excess = np.where(np.isnan(excess), np.inf, excess).max(axis=1, initial=0)
     rows = np.flatnonzero(excess > 0)
     rows = rows[np.argsort(-excess[rows], kind="stable")]
     off, worst, scale = off[rows], worst[rows], scale[rows]
-    # Inf from finite operands is wrong where no sum can have come so far, and
-    # says nothing elsewhere.
+    # Inf from finite operands is wrong if no sum can be that large. Otherwise it
+    # proves nothing.
     finite = np.isfinite(off)
     impossible = ~finite & (4 * size * scale < arithmetic.largest)
     beyond = np.where(finite & (off > worst), off / worst, 0)
@@ -100,7 +98,7 @@ def compare(
 
 
 class Wrong(NamedTuple):
-    """An element that no rounding explains."""
+    """An element with an error larger than rounding allows."""
 
     row: int
     column: int
@@ -118,10 +116,10 @@ def worst_element(
     exact: Doubles,
     magnitude: Doubles,
 ) -> Wrong | None:
-    """Of rows that were computed again, the element that is most wrong, if any.
+    """Return the most wrong element of recomputed rows, or None.
 
     Args:
-        rows: Their numbers.
+        rows: Row indices.
         result: These rows of C.
         arithmetic: How C was computed.
         length: Columns of A.
@@ -131,7 +129,7 @@ def worst_element(
     values = result.astype(np.float64)
     allowed = arithmetic.bound(exact, magnitude, length)
     excess = np.abs(values - exact) / allowed
-    # NaN and Inf among the operands lead to the same, and too large is Inf.
+    # NaN and Inf in the operands give NaN or Inf, and overflow gives Inf.
     may_overflow = np.abs(exact) + allowed >= arithmetic.largest
     may_overflow |= magnitude >= arithmetic.operands.sums_in.largest / 2
     wrong = np.where(
@@ -153,7 +151,7 @@ def worst_element(
 
 
 def row_norms(matrix: Array) -> Doubles:
-    """Of each row: the root of the sum of the squares."""
+    """Return the norm of each row."""
     squares: Array = np.einsum("ij,ij->i", matrix, matrix)
     norms: Doubles = np.sqrt(squares).astype(np.float64)
     extreme = np.flatnonzero(~can_be_squared(norms, matrix.dtype))
@@ -164,7 +162,7 @@ def row_norms(matrix: Array) -> Doubles:
 
 
 def column_squares(matrix: Array) -> npt.NDArray[np.longdouble]:
-    """Of each column: the sum of the squares."""
+    """Return the sum of squares of each column."""
     summed: Array = np.einsum("ij,ij->j", matrix, matrix)
     squares: npt.NDArray[np.longdouble] = summed.astype(np.longdouble)
     extreme = np.flatnonzero(~can_be_squared(np.sqrt(squares), matrix.dtype))

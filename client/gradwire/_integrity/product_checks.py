@@ -1,4 +1,4 @@
-"""The three products of a job, as they are checked: rows at a time."""
+"""Checks of a job's three products, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from gradwire._integrity.random_sums import RandomSums
 from gradwire._integrity.rounding_error import Arithmetic
 
 RECHECKED = 16
-"""Rows that are computed again at once, and at most for mere suspicion."""
+"""Rows recomputed at once, and most suspicious rows recomputed."""
 
 _PANEL = 512
-"""Columns that are computed again at once."""
+"""Columns recomputed at once."""
 
 Again: TypeAlias = Callable[[npt.NDArray[np.intp]], tuple[Doubles, Doubles]]
-"""Computes rows of A B and of |A| |B| again, in float64."""
+"""Recomputes rows of A B and of |A| |B| in float64."""
 
 
 class RowProduct:
-    """C = A B, of which B is there and rows of A and C come and go.
+    """Checks C = A B for a fixed B, a few rows of A and C at a time.
 
     Args:
         b: B, in the dtype of the sums.
-        random_sums: For B's columns.
+        random_sums: Random sums of B's columns.
     """
 
     def __init__(self, b: Array, random_sums: RandomSums) -> None:
@@ -47,11 +47,11 @@ class RowProduct:
         self._group_norms = random_sums.group_norms(squares)
 
     def wrong(self, a: Array, c: Array, arithmetic: Arithmetic) -> Wrong | None:
-        """What is most wrong in rows of C, if anything is.
+        """Return the most wrong element in rows of C, or None.
 
         Args:
             a: The same rows of A, in the dtype of the sums.
-            c: The rows, as they came.
+            c: The received rows.
             arithmetic: How they were computed.
         """
         length = len(self._b)
@@ -79,11 +79,11 @@ class RowProduct:
 
 
 class SumProduct:
-    """C = Aᵀ B, summed over rows of A and B that come and go.
+    """Checks C = Aᵀ B, summed over rows of A and B, a few rows at a time.
 
     Args:
         rows: Rows of C.
-        random_sums: For B's columns.
+        random_sums: Random sums of B's columns.
     """
 
     def __init__(self, rows: int, random_sums: RandomSums) -> None:
@@ -95,29 +95,29 @@ class SumProduct:
 
     @property
     def no_numbers(self) -> npt.NDArray[np.intp]:
-        """B's columns in which there is NaN or Inf."""
+        """Columns of B with NaN or Inf."""
         if self._b_squares is None:
             return np.zeros(0, np.intp)
         return np.flatnonzero(~np.isfinite(self._b_squares))
 
     def add(self, a: Array, b: Array) -> None:
-        """Take the next rows, in the dtype of the sums."""
+        """Add the next rows, in the dtype of the sums."""
         squares = column_squares(b)
         bad = ~np.isfinite(squares)
         if bad.any():
-            # They spoil the sums of their own group and no others.
+            # Only the sums of their own group become NaN or Inf.
             b = np.where(bad, 0, b)
         self._expected += a.T @ self._random_sums.project(b)
         self._a_squares += column_squares(a)
         self._b_squares = (
             squares if self._b_squares is None else self._b_squares + squares
         )
-        # Within these rows it was summed in the dtype of the sums, then in float64.
+        # These rows were summed in the dtype of the sums, then in float64.
         self._longest = max(self._longest, len(a))
         self._total += len(a)
 
     def suspects(self, c: Array, arithmetic: Arithmetic) -> tuple[SuspectRows, int]:
-        """Rows of C that are not as expected, and the length of this check's sums."""
+        """Return the suspicious rows of C, and the length of this check's sums."""
         if self._b_squares is None:
             self._b_squares = np.zeros(c.shape[1], np.longdouble)
         dtype = arithmetic.operands.sums_in.numpy
@@ -170,12 +170,10 @@ class ColumnSums:
 def settle(
     suspects: SuspectRows, c: Array, arithmetic: Arithmetic, length: int, again: Again
 ) -> Wrong | None:
-    """Compute again what is not as expected, as far as it is worth it.
-
-    Everything that cannot be right, and a few rows of what is suspicious.
+    """Recompute all certainly wrong rows, and a few suspicious ones.
 
     Returns:
-        The element that is most wrong of the first rows that are.
+        The most wrong element of the first wrong rows, or None.
     """
     for rows in _batches(suspects):
         exact, magnitude = again(rows)
@@ -199,7 +197,7 @@ def _batches(suspects: SuspectRows) -> Iterator[npt.NDArray[np.intp]]:
 def summed_again(
     parts: Iterable[tuple[Array, Array]], rows: npt.NDArray[np.intp], columns: int
 ) -> tuple[Doubles, Doubles]:
-    """Rows of Aᵀ B and of |A|ᵀ |B|, from rows of A and B."""
+    """Return rows of Aᵀ B and of |A|ᵀ |B|, from rows of A and B."""
     exact, magnitude = np.zeros((2, len(rows), columns))
     for a, b in parts:
         a64, b64 = a[:, rows].astype(np.float64), b.astype(np.float64)

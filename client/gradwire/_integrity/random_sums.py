@@ -1,11 +1,10 @@
 """Sums of a matrix's columns with random signs: the vectors of Freivalds' check.
 
 R. Freivalds, Probabilistic machines can use less running time (IFIP 1977):
-C = A B is checked by C s = A (B s) for random s, at the price of three
-products of a matrix and a vector. Here s takes one group of columns at a time
-(M. Charikar, K. Chen and M. Farach-Colton, Finding frequent items in data
-streams, 2002, count columns in the same way), so that what rounding does to the
-other groups does not hide an error in this one.
+C = A B is checked by C s = A (B s) for random s, with three products of a matrix and a
+vector. Here, each s covers one group of columns (as in M. Charikar, K. Chen and M.
+Farach-Colton, Finding frequent items in data streams, 2002). So the rounding errors of
+other groups do not hide an error in this group.
 """
 
 from __future__ import annotations
@@ -19,27 +18,25 @@ from gradwire._api.types import Array, Doubles
 from gradwire._integrity.rounding_error import can_be_squared
 
 _DENSE = 128
-"""Most sums that are computed as one product with a matrix of signs: faster
-than picking columns as long as there are few."""
+"""Largest number of sums computed as one product with a matrix of signs. For few sums,
+that is faster than selecting columns."""
 
 
 class RandomSums:
-    """Random groups and signs for so many columns.
+    """Random groups and signs of a matrix's columns.
 
     Args:
-        columns: How many.
-        rounds: Independent ones.
-        groups: Of each round.
-        length: Length of the sums of which the columns' elements consist.
-            Where it is small, there are more groups: the sums cost no more
-            than the columns themselves do.
-        dtype: In which sums are computed.
-        rng: Where the random numbers come from: such as the server cannot
-            foresee.
+        columns: Number of columns.
+        rounds: Number of independent rounds.
+        groups: Number of groups in each round.
+        length: Number of terms in each element of the matrix. If it is small, there
+            are more groups, because the sums cost no more than the matrix itself.
+        dtype: Dtype of the sums.
+        rng: Source of random numbers that the server cannot predict.
 
     Attributes:
-        sums: How many there are, of all rounds together.
-        size: Columns of the largest group.
+        sums: Number of sums in all rounds.
+        size: Number of columns in the largest group.
     """
 
     def __init__(
@@ -73,18 +70,18 @@ class RandomSums:
             self._members = np.abs(self._matrix)
 
     def mask(self, columns: npt.NDArray[np.intp]) -> None:
-        """Treat these columns as zeros: their elements are no numbers."""
+        """Treat columns as zeros, because they have NaN or Inf."""
         self._masked = columns if columns.size else None
 
     def project(self, matrix: Array) -> Array:
-        """The sums of each row's elements, with their signs."""
+        """Return the signed sums of each row."""
         matrix = self._usable(matrix)
         if self._matrix is not None:
             return np.asarray(matrix @ self._matrix)
         return self._added(matrix, signed=True)
 
     def sums_of_squares(self, matrix: Array) -> Doubles:
-        """The sums of the squares of each row's elements."""
+        """Return the sums of squares of each row."""
         usable = self._usable(matrix)
         sums = self._squared(usable)
         known = can_be_squared(np.sqrt(sums), self._dtype)
@@ -94,7 +91,7 @@ class RandomSums:
         return sums
 
     def group_norms(self, values: npt.NDArray[np.longdouble]) -> Doubles:
-        """The root of the sum of each group's values, one a column."""
+        """Return the root of each group's sum of `values`, one value per column."""
         if self._masked is not None:
             values = values.copy()
             values[self._masked] = 0

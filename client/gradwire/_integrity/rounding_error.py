@@ -1,4 +1,4 @@
-"""What rounding does: the one place that says how far a product may be off.
+"""Bounds on the rounding error of a product.
 
 N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition,
 sections 2.1 and 3.1.
@@ -17,49 +17,49 @@ from gradwire._api.types import Device, Doubles
 from gradwire_protocol.dtypes import Dtype
 
 _TENSOR_CORES = 3.0
-"""Unit roundoffs that an addition loses there: they truncate (M. Fasi, N. J.
-Higham, M. Mikaitis and S. Pranesh, Numerical behavior of NVIDIA tensor cores,
-PeerJ Computer Science 7:e330, 2021)."""
+"""Error of an addition on tensor cores, which truncate, in unit roundoffs (M. Fasi, N.
+J. Higham, M. Mikaitis and S. Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ
+Computer Science 7:e330, 2021)."""
 
 _TF32 = 2 * 2.0**-10
-"""By how much a product is off whose factors were cut to TF32."""
+"""Relative error of a product of factors truncated to TF32."""
 
 
 def gamma(length: int, u: float) -> float:
-    """gamma_n: n u / (1 - n u), and infinity from n u = 1 on."""
+    """Return gamma_n = n u / (1 - n u), or infinity if n u is at least 1."""
     return length * u / (1 - length * u) if length * u < 1 else float("inf")
 
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """How a product C = A B was computed, as far as its rounding depends on it."""
+    """Everything about the computation of C = A B that affects its rounding error."""
 
     operands: Dtype
     """Dtype of the operands."""
 
     result: Dtype
-    """Dtype in which the result travels, rounded once."""
+    """Dtype in which the result is sent, rounded once."""
 
     length: int
-    """Most additions that an element has been through."""
+    """Largest number of additions in an element."""
 
     roundoffs: float = 1.0
-    """How many unit roundoffs of the sums' dtype one addition may lose."""
+    """Largest error of an addition, in unit roundoffs of the sums' dtype."""
 
     coarse: float = 0.0
-    """By how much, relatively, a product of two elements may be off."""
+    """Largest relative error of a product of two elements."""
 
     @classmethod
     def of_device(
         cls, device: Device, operands: Dtype, result: Dtype, length: int, *, tf32: bool
     ) -> Arithmetic:
-        """That of a device, as its server describes it.
+        """Return the arithmetic of a device, as described by its server.
 
         Args:
-            device: What computed.
+            device: The device.
             operands: Dtype of the operands.
-            result: Dtype in which the result travels.
-            length: Most additions that an element has been through.
+            result: Dtype in which the result is sent.
+            length: Largest number of additions in an element.
             tf32: Whether the job allows TF32.
         """
         tf32 = tf32 and operands.has_tf32 and not device.ignores_tf32
@@ -74,24 +74,24 @@ class Arithmetic:
 
     @property
     def worst(self) -> float:
-        """Bound on an error, relative to |A| |B|."""
+        """Bound of an error, relative to |A| |B|."""
         return gamma(self.length, self._u) + self.coarse
 
     @property
     def usual(self) -> float:
-        """Standard deviation of an error, relative to |A| |B|, or more."""
+        """Upper bound of the standard deviation of an error, relative to |A| |B|."""
         return self._u * math.sqrt(self.length) + self.coarse
 
     @property
     def rounding(self) -> float:
-        """Relative error of the result's own rounding; 0 where there is none."""
+        """Relative error of rounding the result; 0 if it is not rounded."""
         if self.result.itemsize >= self.operands.sums_in.itemsize:
             return 0.0
         return self.result.unit_roundoff
 
     @property
     def tiny(self) -> float:
-        """What underflow adds to an error."""
+        """Absolute error due to underflow."""
         return (
             self.length * self.operands.sums_in.smallest_subnormal
             + self.result.smallest_subnormal / 2
@@ -99,11 +99,11 @@ class Arithmetic:
 
     @property
     def largest(self) -> float:
-        """What no element and no sum can pass without becoming Inf."""
+        """Largest finite value of an element or a sum."""
         return min(self.result.largest, self.operands.sums_in.largest)
 
     def bound(self, exact: Doubles, magnitude: Doubles, length: int) -> Doubles:
-        """Bound on |result - exact| for every element of a product.
+        """Return a bound of |result - exact| for every element of a product.
 
         For an inner product of length n, summed in any order in an arithmetic
         of unit roundoff u,
@@ -111,17 +111,16 @@ class Arithmetic:
             |fl(a . b) - a . b| <= gamma_n |a| . |b|,  gamma_n = n u / (1 - n u)
 
         (N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd
-        edition, section 3.1, inequality (3.5)). The order being free, it holds
-        for sums that are cut into row blocks, and fused multiply-adds only make
-        the left side smaller. The model of one rounding in section 2.2,
-        fl(s) = s (1 + d) with |d| <= u, gives the share of a result that is
-        rounded to a narrower dtype afterwards. Underflow adds up to half a
-        subnormal each time. Neither is a statement about probabilities: a
-        server that exceeds the bound is wrong.
+        edition, section 3.1, inequality (3.5)). Because any order is allowed, it also
+        holds for sums over row blocks. Fused multiply-adds only reduce the left side.
+        For results rounded to a narrower dtype afterwards, the model of one rounding in
+        section 2.2 gives the additional error: fl(s) = s (1 + d) with |d| <= u.
+        Underflow adds at most half a subnormal each time. These bounds are strict: a
+        result that exceeds them is wrong.
 
         Args:
-            exact: The product, summed in float64, shape (rows, columns). Its own
-                error is within the bound.
+            exact: The product, summed in float64, shape (rows, columns). The bound
+                includes its own error.
             magnitude: |A| |B|, of the same shape.
             length: Length of the sums in float64.
         """
@@ -137,12 +136,12 @@ class Arithmetic:
 def can_be_squared(
     norms: npt.NDArray[Any], dtype: np.dtype[np.generic]
 ) -> npt.NDArray[np.bool_]:
-    """Whether sums of squares of that dtype neither overflowed nor underflowed.
+    """Return whether sums of squares neither overflowed nor underflowed.
 
     Args:
-        norms: Their roots.
-        dtype: In which they were computed: float32 or float64.
+        norms: The roots of the sums.
+        dtype: Dtype of the computation: float32 or float64.
     """
-    # Squares reach its 0.78th power: the rest is for their sum.
+    # Squares stay below the 0.78th power, which leaves room for their sum.
     near = Dtype.of(dtype).largest ** 0.39
     return np.asarray((norms > 1 / near) & (norms < near))

@@ -1,4 +1,4 @@
-"""A stream's results, checked as they come, against rows that have gone."""
+"""Verification of a stream's results as they arrive."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
 
 
 class RowCheck:
-    """Keeps the rows whose results have not come yet, and checks those.
+    """Keeps sent rows until their results arrive, and checks the results.
 
-    Rows are read in one thread, maybe, and results checked in another. An
-    item's rows are copied, as far as they are still needed, when the next item
-    is asked for: from then on their memory is the caller's again.
+    Rows and results may come from different threads. When the next item is requested,
+    the rows of the last one that are still needed are copied, because the caller may
+    then reuse their memory.
 
     Args:
-        plan: The job, of any number of rows.
+        plan: The job, with any number of rows.
         w: W, if the job needs it.
-        verify: How thoroughly.
+        verify: Settings of the check.
     """
 
     def __init__(self, plan: Plan, w: Operand | None, verify: Verify) -> None:
@@ -39,18 +39,18 @@ class RowCheck:
 
     @property
     def seconds(self) -> float:
-        """What it took so far."""
+        """Time spent so far."""
         return self._verifier.seconds
 
     def took(self, first_row: int, operands: Mapping[Matrix, Operand]) -> None:
-        """An item was read, of rows from a row on."""
+        """Record a new item, with its first row."""
         with self._lock:
             self._last = first_row, operands
             if self._needs_rows:
                 self._kept.append(self._last)
 
     def settle(self) -> None:
-        """The next item is about to be asked for."""
+        """Prepare for the request of the next item."""
         with self._lock:
             if self._last is None:
                 return
@@ -72,10 +72,10 @@ class RowCheck:
                     self._kept.append((first_row + needed, copies))
 
     def check(self, block: RowBlock, by: Computed) -> None:
-        """Check a block's results; blocks come in order.
+        """Check a row block. Row blocks must be checked in order.
 
         Raises:
-            VerificationError: They are wrong.
+            VerificationError: A result is wrong.
         """
         given = {Matrix.Y: block.y, Matrix.DX: block.dx}
         came = {each: array for each, array in given.items() if array is not None}
@@ -104,7 +104,7 @@ class RowCheck:
             self._verifier.check_sums(sums, m, by)
 
     def _rows(self, first: int, last: int) -> dict[Matrix, Array]:
-        """Rows [first, last) of X and dY."""
+        """Return rows [first, last) of X and dY."""
         parts: dict[Matrix, list[Array]] = {matrix: [] for matrix in ROW_OPERANDS}
         for first_row, operands in self._kept:
             for matrix, operand in operands.items():
@@ -120,7 +120,7 @@ class RowCheck:
 
 
 def _copied(operand: Operand, first: int, last: int) -> Operand:
-    """Rows [first, last), as they travel, in memory of their own."""
+    """Copy rows [first, last) of an operand, as sent."""
     return Operand(np.array(operand.take(first, last)), operand.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Whether a job's results are right, as `verify=` asks; see `_freivalds`."""
+"""Verification of a job's results, for the option `verify`; see `freivalds`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_protocol.v1.job_pb2 import Accepted
 
 _ELEMENTS = 1 << 20
-"""Elements of a matrix that are checked at once, about."""
+"""Approximate number of elements checked at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Who computed a job, and on which grid."""
+    """The server and device of a job, and its row blocks."""
 
     address: str
     server_instance: str
@@ -43,26 +43,26 @@ class Computed:
 
     @classmethod
     def of(cls, receipt: Receipt, address: str) -> Computed:
-        """What a receipt says, of a job at an address."""
+        """Create from the receipt of a server at `address`."""
         return cls(address, receipt.server_instance, receipt.device, receipt.block_rows)
 
     @classmethod
     def as_accepted(cls, accepted: Accepted, address: str) -> Computed:
-        """What a server said when it took a job on."""
+        """Create from the Accepted of a server at `address`."""
         device = device_of(accepted.device)
         return cls(address, accepted.server_instance, device, accepted.block_rows)
 
 
 class Verifier:
-    """Checks the results of one job, rows at a time; nothing is kept of them.
+    """Checks the results of one job, a few rows at a time, without keeping them.
 
     Args:
         plan: The job.
         w: W, if the job needs it.
-        verify: How thoroughly.
+        verify: Settings of the check.
 
     Attributes:
-        seconds: What it took so far.
+        seconds: Time spent so far.
     """
 
     def __init__(self, plan: Plan, w: Operand | None, verify: Verify) -> None:
@@ -70,7 +70,7 @@ class Verifier:
         self._plan = plan
         self._verify = verify
         self._dtype = plan.dtype.sums_in.numpy
-        # The server must not know the signs: they come from the system's entropy.
+        # The server must not be able to predict the signs, so the seed is random.
         self._rng = np.random.default_rng()
         self._products: dict[Matrix, RowProduct] = {}
         self._sums: dict[Matrix, SumProduct] = {}
@@ -92,7 +92,7 @@ class Verifier:
 
     @property
     def step(self) -> int:
-        """Rows that are best checked at once."""
+        """Best number of rows to check at once."""
         return max(1, _ELEMENTS // max(1, self._plan.n, self._plan.k))
 
     def add(self, operands: Mapping[Matrix, Array]) -> None:
@@ -119,7 +119,7 @@ class Verifier:
         """Check rows of Y and dX against the same rows of X and dY.
 
         Raises:
-            VerificationError: They are wrong.
+            VerificationError: A result is wrong.
         """
         with self._working():
             for matrix, product in self._products.items():
@@ -152,7 +152,7 @@ class Verifier:
         """Check all results against all operands.
 
         Raises:
-            VerificationError: One of them is wrong.
+            VerificationError: A result is wrong.
         """
         rows_of = {
             matrix: Operand(results[matrix], Dtype.of(results[matrix].dtype))
@@ -265,7 +265,7 @@ class Verifier:
     def _working(self) -> Iterator[None]:
         begun = time.perf_counter()
         try:
-            # NaN, Inf and overflow are what this looks for, not events to warn of.
+            # This code checks for NaN, Inf and overflow, so no warnings are needed.
             with np.errstate(all="ignore"):
                 yield
         finally:
@@ -279,7 +279,7 @@ def _wrong_element(
     off = abs(wrong.value - wrong.exact)
     error = _error(
         f"{matrix.label} is wrong in row {row}, column {wrong.column}: it is"
-        f" {wrong.value:.6g}, and has to be within {wrong.bound:.3g} of"
+        f" {wrong.value:.6g}, but must be within {wrong.bound:.3g} of"
         f" {wrong.exact:.6g}",
         by,
         plan,

@@ -166,7 +166,7 @@ def test_lists_of_python_floats_are_float64_as_in_numpy() -> None:
     assert sent([[1.0, 2.0], [3.0, 4.5]]) == np.array([[1, 2], [3, 4.5]]).tobytes()
 
 
-COMPUTES = "gradwire computes float16, bfloat16, float32, float64: "
+COMPUTES = "expected one of float16, bfloat16, float32, float64; "
 
 
 MASKED = (
@@ -235,50 +235,49 @@ def test_missing_values_of_a_table_are_refused() -> None:
     [
         (
             MATRIX.astype(np.int64),
-            f"x is int64; {COMPUTES}convert with x.astype(np.float32)",
+            f"x is int64: {COMPUTES}convert with x.astype(np.float32)",
         ),
         (
             [[1, 2], [3, 4]],
-            f"x is int64; {COMPUTES}convert with x.astype(np.float32)",
+            f"x is int64: {COMPUTES}convert with x.astype(np.float32)",
         ),
         (
             MATRIX > 3,
-            f"x is bool; {COMPUTES}convert with x.astype(np.float32)",
+            f"x is bool: {COMPUTES}convert with x.astype(np.float32)",
         ),
         (
             MATRIX.astype(np.longdouble),
-            f"x is {np.dtype(np.longdouble)}; {COMPUTES}convert with"
+            f"x is {np.dtype(np.longdouble)}: {COMPUTES}convert with"
             " x.astype(np.float32)",
         ),
         (
             MATRIX.astype(ml_dtypes.float8_e4m3fn),
-            f"x is float8_e4m3fn; {COMPUTES}convert with x.astype(np.float32)",
+            f"x is float8_e4m3fn: {COMPUTES}convert with x.astype(np.float32)",
         ),
         (
             MATRIX.astype(np.complex64),
-            f"x is complex64; {COMPUTES}pass x.real and x.imag as jobs of their own",
+            f"x is complex64: {COMPUTES}pass x.real and x.imag in separate jobs",
         ),
         (
             MATRIX.astype(object),
-            f"x is object; {COMPUTES}an array of Python objects has no element type"
-            " to send",
+            f"x is object: {COMPUTES}an array of Python objects cannot be sent",
         ),
         (
             MATRIX.astype(ml_dtypes.bfloat16).view("V2"),
-            f"x is |V2; {COMPUTES}raw 2-byte values may be x.view(ml_dtypes.bfloat16)",
+            f"x is |V2: {COMPUTES}raw 2-byte values may be x.view(ml_dtypes.bfloat16)",
         ),
         (
             MATRIX[0],
-            "x has shape (4,), and a matrix has two dimensions: make it one row with"
+            "x has shape (4,): expected at least two dimensions; make it one row with"
             " x[None, :] or one column with x[:, None]",
         ),
         (
             np.float32(1.5),
-            "x has shape (), and a matrix has two dimensions",
+            "x has shape (): expected at least two dimensions",
         ),
         (
             array.array("f", [1, 2]),
-            "x has shape (2,), and a matrix has two dimensions: make it one row with"
+            "x has shape (2,): expected at least two dimensions; make it one row with"
             " x[None, :] or one column with x[:, None]",
         ),
         (
@@ -293,36 +292,36 @@ def test_missing_values_of_a_table_are_refused() -> None:
         (
             OnTheCard(),
             f"x is a {__name__}.OnTheCard on <CUDA Device 0>, which"
-            " gives no copy of itself in host memory (Implicit conversion to a NumPy"
-            " array is not allowed.): pass such a copy",
+            " cannot be copied to host memory (Implicit conversion to a NumPy array is"
+            " not allowed.): pass a copy in host memory",
         ),
         (
             DlpackForTheCardOnly(),
             f"x is a {__name__}.DlpackForTheCardOnly on cuda:0, which"
-            " gives no copy of itself in host memory"
+            " cannot be copied to host memory"
             " (DlpackForTheCardOnly.__dlpack__() got an unexpected keyword argument"
-            " 'dl_device'): pass such a copy",
+            " 'dl_device'): pass a copy in host memory",
         ),
         (
             None,
-            "x is None, from which no array can be made: pass an array of float16,"
+            "x is None, which is not an array: expected an array of float16,"
             " bfloat16, float32, float64",
         ),
         (
             {"a": 1},
-            "x is a dict, from which no array can be made: pass an array of float16,"
+            "x is a dict, which is not an array: expected an array of float16,"
             " bfloat16, float32, float64",
         ),
         (
             "x.npy",
-            "x is a str, from which no array can be made: pass an array of float16,"
+            "x is a str, which is not an array: expected an array of float16,"
             " bfloat16, float32, float64",
         ),
         (
             3.5,
-            "x is a float, from which no array can be made (memoryview: a bytes-like"
-            " object is required, not 'float'): pass an array of float16, bfloat16,"
-            " float32, float64",
+            "x is a float, which is not an array (memoryview: a bytes-like object is"
+            " required, not 'float'): expected an array of float16, bfloat16, float32,"
+            " float64",
         ),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
@@ -336,7 +335,7 @@ def test_what_cannot_be_an_operand_is_refused_with_what_to_do(
 
 
 def test_a_ragged_list_is_refused() -> None:
-    with pytest.raises(gradwire.InputError, match="x is a list, from which no array"):
+    with pytest.raises(gradwire.InputError, match="x is a list, which is not an array"):
         operand([[1.0], [1.0, 2.0]], "x")
 
 
@@ -393,13 +392,13 @@ def test_a_tensor_that_requires_grad_is_taken(device: str) -> None:
         (
             "strided",
             "torch.float8_e4m3fn",
-            "x is float8_e4m3fn; gradwire computes float16, bfloat16, float32, float64:"
+            "x is float8_e4m3fn: expected one of float16, bfloat16, float32, float64;"
             " convert with x.to(torch.float32)",
         ),
         (
             "strided",
             "torch.float8_e5m2",
-            "x is float8_e5m2; gradwire computes float16, bfloat16, float32, float64:"
+            "x is float8_e5m2: expected one of float16, bfloat16, float32, float64;"
             " convert with x.to(torch.float32)",
         ),
     ],

@@ -100,13 +100,13 @@ def test_the_first_magnitude_that_overflows_is_known(dtype: Dtype) -> None:
         (
             Dtype.FLOAT16,
             -7e4,
-            "x has -70000 in row 2, column 1, and float16 ends at 65504: use"
-            ' wire_dtype="bfloat16", or leave it out',
+            "x has -70000 in row 2, column 1: float16 has at most 65504; use"
+            ' wire_dtype="bfloat16", or omit it',
         ),
         (
             Dtype.BFLOAT16,
             3.4e38,
-            "x has 3.4e+38 in row 2, column 1, and bfloat16 ends at 3.38953e+38: use"
+            "x has 3.4e+38 in row 2, column 1: bfloat16 has at most 3.38953e+38; use"
             " no wire_dtype",
         ),
     ],
@@ -131,7 +131,7 @@ def test_the_callers_own_error_settings_do_not_matter() -> None:
     value = np.array([[1e-30, 1e-40, np.inf, np.nan]], np.float32)
     with np.errstate(all="raise"):
         assert len(sent(value, Dtype.FLOAT16)) == 8
-        with pytest.raises(gradwire.InputError, match="float16 ends at"):
+        with pytest.raises(gradwire.InputError, match="float16 has at most"):
             sent(np.full((1, 1), 1e9, np.float32), Dtype.FLOAT16)
 
 
@@ -139,7 +139,7 @@ def test_the_callers_own_error_settings_do_not_matter() -> None:
 def test_only_float32_travels_in_fewer_bits(dtype: Any) -> None:
     with pytest.raises(
         gradwire.InputError,
-        match=r"x is b?float\d\d, and wire_dtype is for float32 operands",
+        match=r"x is b?float\d\d, but wire_dtype is for float32 operands",
     ):
         operand(np.ones((2, 2), dtype), "x", Dtype.BFLOAT16)
 

@@ -148,7 +148,7 @@ def test_no_rows_at_all_give_empty_results() -> None:
             [(X[0], DY[0])],
             W,
             {},
-            "item 0 of rows: x has shape (3,), and a matrix has two dimensions",
+            "item 0 of rows: x has shape (3,): expected at least two dimensions",
         ),
         (
             [(X[None], DY[None])],
