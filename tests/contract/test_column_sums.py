@@ -107,13 +107,13 @@ def going_on(
 
 def body_from(problem: Problem, first: int, sums: dict[str, bytes]) -> Iterator[Any]:
     if "w" in problem.operands:
-        yield from problem.blocks("w", 0, N)
+        yield from problem.chunks("w", 0, N)
     for name, data in sums.items():
         yield chunk(SUMS[name], 0, data)
     for row in range(first, M, 16):
         for name in problem.operands:
             if name != "w":
-                yield from problem.blocks(name, row, min(row + 16, M))
+                yield from problem.chunks(name, row, min(row + 16, M))
     yield end(M)
 
 
@@ -149,7 +149,7 @@ def test_sums_come_in_their_order(channel: grpc.Channel) -> None:
     with Stream(channel) as stream:
         stream.send(PROBLEM.job(resume=going_on(accepted, 16)))
         stream.receive_accepted()
-        stream.send(*PROBLEM.blocks("w", 0, N), chunk(SUMS["db"], 0, b"0123"))
+        stream.send(*PROBLEM.chunks("w", 0, N), chunk(SUMS["db"], 0, b"0123"))
         failure = stream.failure()
     assert failure.reason == "ORDER_INVALID"
     assert "dw_sum is not complete: 0 of 600 elements came" in failure.text

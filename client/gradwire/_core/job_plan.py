@@ -220,7 +220,7 @@ def require(given: Mapping[Matrix, object], options: Options) -> None:
             if given.get(needed) is None:
                 operands = " and ".join(matrix.label for matrix in result.needs)
                 raise InputError(
-                    f"{result.label} needs {operands}, and {needed.label} is None"
+                    f"{result.label} needs {operands}, but {needed.label} is None"
                 )
 
 

@@ -65,15 +65,15 @@ def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
     elif isinstance(out, tuple | list):
         if len(out) != len(entries):
             raise InputError(
-                f"out has {len(out)} entries; it takes {len(entries)}:"
-                f" {names}, with None for those to be made"
+                f"out has {len(out)} entries: expected {len(entries)} ({names}), with"
+                " None for arrays to be created"
             )
         given = dict(zip(entries, out, strict=True))
     elif len(results) == 1:
         given = {results[0]: out}
     else:
         raise InputError(
-            f"out is a {type(out).__qualname__}: give a mapping such as"
+            f"out is a {type(out).__qualname__}: expected a mapping such as"
             f' {{"{results[0].label}": array}}, or a tuple of {names}'
         )
     return {matrix: value for matrix, value in given.items() if value is not None}

@@ -164,10 +164,10 @@ def test_a_job_without_an_id_gets_one_that_differs() -> None:
         ({"results": ()}, "results is empty: name at least one of y, dx, dw, db"),
         ({"results": "z"}, "results has 'z'; it can have y, dx, dw, db"),
         ({"results": ("y", "x")}, "results has 'x'"),
-        ({"results": 5}, "results is 5: give names, such as"),
-        ({"results": None}, "results is None: give names, such as"),
+        ({"results": 5}, "results is 5: expected names, such as"),
+        ({"results": None}, "results is None: expected names, such as"),
         ({"results": [["y"]]}, "results has ['y']; it can have y, dx, dw, db"),
-        ({"result_dtype": "int8"}, "result_dtype is 'int8'; it can be float16"),
+        ({"result_dtype": "int8"}, "result_dtype is 'int8': expected one of float16"),
         ({"result_dtype": np.int64}, "result_dtype is"),
         ({"result_dtype": [("a", "f4", -1)]}, "result_dtype is"),
         (
