@@ -140,6 +140,8 @@ def rounded(
 ) -> npt.NDArray[Any]:
     """Round every element once, to nearest, ties to even.
 
+    Overflow gives Inf; NumPy's error settings say whether it warns.
+
     Args:
         array: Elements of any dtype of the table, of any shape.
         dtype: The dtype of the result.
@@ -153,10 +155,10 @@ def rounded(
         if array.dtype == dtype.numpy:
             return array
         out = np.empty(array.shape, dtype.numpy)
+    if dtype.is_numpys_own or array.dtype != np.float64:
+        np.copyto(out, array, casting="unsafe")
+        return out
     with np.errstate(all="ignore"):
-        if dtype.is_numpys_own or array.dtype != np.float64:
-            np.copyto(out, array, casting="unsafe")
-            return out
         # ml_dtypes rounds a float64 to float32 and then once more. Rounding to odd
         # in between loses nothing: S. Boldo and G. Melquiond, Emulation of FMA and
         # correctly rounded sums: proved algorithms using rounding to odd, IEEE

@@ -191,6 +191,17 @@ def test_forward_writes_to_one_array_and_backward_to_two(caller: Any) -> None:
     )
 
 
+def test_float64_sums_become_bfloat16_in_one_rounding(caller: Any) -> None:
+    """By way of float32, each of these would be rounded to 1 instead."""
+    one = np.ones((1, 1))
+    above = one + 2.0**-8 + 2.0**-40
+    result = caller.gradients(above, one, above, result_dtype="bfloat16")
+    assert result.y == 1.0078125
+    assert result.dx == 1.0078125
+    dw = caller.gradients(above, None, one, results="dw", result_dtype="bfloat16").dw
+    assert dw == 1.0078125
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("result_dtype", oracle.DTYPES)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gradwire import Device
 from gradwire._integrity.rounding_error import Arithmetic
+from gradwire_protocol import dtypes
 from gradwire_protocol.dtypes import Dtype
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -94,7 +95,7 @@ def integer_products(rng: np.random.Generator, shape: Shape, dtype: Dtype) -> Pr
 def rounded(exact: Doubles, dtype: Dtype) -> Doubles:
     """`exact` rounded to `dtype`; Inf for values that are too large."""
     with np.errstate(over="ignore"):
-        return exact.astype(dtype.numpy).astype(np.float64)
+        return dtypes.rounded(exact, dtype).astype(np.float64)
 
 
 def differences(result: Array, expected: Doubles) -> Doubles:

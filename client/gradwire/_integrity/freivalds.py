@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwire._api.types import Array, Doubles
+from gradwire._integrity.non_finite import Misplaced
 from gradwire._integrity.random_sums import RandomSums
 from gradwire._integrity.rounding_error import Arithmetic, can_be_squared, gamma
 from gradwire_protocol.dtypes import Dtype
@@ -55,7 +56,7 @@ def compare(
     length: int,
     *,
     row_norms: Doubles,
-    group_norms: Doubles,
+    group_norms: npt.NDArray[np.longdouble],
 ) -> SuspectRows:
     """Return the rows of a product with unexpected sums.
 
@@ -68,9 +69,19 @@ def compare(
         row_norms: Norms of A's rows.
         group_norms: Norms of B's columns in each group: the root of the sum of squares.
     """
-    u, size = Dtype.of(expected.dtype).unit_roundoff, random_sums.size
-    off = np.abs(random_sums.project(result).astype(np.float64) - expected)
-    scale = np.outer(row_norms, group_norms)
+    u, size = arithmetic.operands.sums_in.unit_roundoff, random_sums.size
+    finite = np.isfinite(result)
+    unknown = None
+    if not finite.all():
+        # `non_finite` says whether they are right. The sums that they are part of
+        # say nothing.
+        unknown = random_sums.touched(~finite)
+        result = np.where(finite, result, 0)
+    wide = np.result_type(expected.dtype, np.float64)
+    off = np.abs(random_sums.project(result).astype(wide) - expected)
+    if unknown is not None:
+        off[unknown] = 0
+    scale = np.outer(row_norms.astype(wide), group_norms.astype(wide))
     # The sums of this check are rounded, too: l elements, and twice `size`.
     own = u * (math.sqrt(length) + 2 * math.sqrt(size))
     usual = (arithmetic.usual + own) * scale
@@ -84,7 +95,10 @@ def compare(
     usual, worst = SUSPICIOUS * usual + tiny, worst + tiny
     # NaN is suspicious, too.
     excess = np.where(off <= usual, 0, off / usual)
-    excess = np.where(np.isnan(excess), np.inf, excess).max(axis=1, initial=0)
+    excess = np.where(np.isnan(excess), np.inf, excess)
+    if unknown is not None:
+        excess[unknown] = 0
+    excess = excess.max(axis=1, initial=0)
     rows = np.flatnonzero(excess > 0)
     rows = rows[np.argsort(-excess[rows], kind="stable")]
     off, worst, scale = off[rows], worst[rows], scale[rows]
@@ -94,17 +108,26 @@ def compare(
     impossible = ~finite & (4 * size * scale < arithmetic.largest)
     beyond = np.where(finite & (off > worst), off / worst, 0)
     certain = np.asarray(((beyond > 0) | impossible).any(axis=1))
-    return SuspectRows(rows, certain, beyond.max(axis=1, initial=0))
+    most = beyond.max(axis=1, initial=0).astype(np.float64)
+    return SuspectRows(rows, certain, most)
 
 
 class Wrong(NamedTuple):
-    """An element with an error larger than rounding allows."""
+    """An element with an error that rounding cannot explain."""
 
     row: int
     column: int
     value: float
     exact: float
+    """NaN if operands with NaN or Inf make the element NaN or Inf."""
     bound: float
+    """Inf if the element is NaN or Inf, and no sum can be as large."""
+
+    @classmethod
+    def misplaced(cls, found: Misplaced) -> Wrong:
+        """An element that is finite and may not be, or the other way round."""
+        exact, bound = (math.nan, 0.0) if found.swallowed else (0.0, math.inf)
+        return cls(found.row, found.column, found.value, exact, bound)
 
 
 def worst_element(

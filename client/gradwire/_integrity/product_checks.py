@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from gradwire._api.types import Array, Doubles
+from gradwire._integrity import non_finite
 from gradwire._integrity.freivalds import (
     SuspectRows,
     Wrong,
@@ -19,6 +20,7 @@ from gradwire._integrity.freivalds import (
 )
 from gradwire._integrity.random_sums import RandomSums
 from gradwire._integrity.rounding_error import Arithmetic
+from gradwire_protocol.dtypes import Dtype
 
 RECHECKED = 16
 """Rows recomputed at once, and most suspicious rows recomputed."""
@@ -42,7 +44,9 @@ class RowProduct:
         self._b = b
         self._random_sums = random_sums
         squares = column_squares(b)
-        random_sums.mask(np.flatnonzero(~np.isfinite(squares)))
+        self._no_numbers = _no_numbers(b, squares)
+        self._norms = np.sqrt(squares).astype(np.float64)
+        random_sums.mask(np.flatnonzero(self._no_numbers))
         self._projected = random_sums.project(b)
         self._group_norms = random_sums.group_norms(squares)
 
@@ -54,14 +58,24 @@ class RowProduct:
             c: The received rows.
             arithmetic: How they were computed.
         """
-        length = len(self._b)
+        length, norms = len(self._b), row_norms(a)
+        misplaced = non_finite.find(
+            c,
+            rows=_no_numbers(a.T, norms),
+            columns=self._no_numbers,
+            row_norms=norms,
+            column_norms=self._norms,
+            largest=arithmetic.largest,
+        )
+        if misplaced is not None:
+            return Wrong.misplaced(misplaced)
         suspects = compare(
             c,
             a @ self._projected,
             self._random_sums,
             arithmetic,
             length,
-            row_norms=row_norms(a),
+            row_norms=norms,
             group_norms=self._group_norms,
         )
         return settle(
@@ -88,51 +102,82 @@ class SumProduct:
 
     def __init__(self, rows: int, random_sums: RandomSums) -> None:
         self._random_sums = random_sums
-        self._expected = np.zeros((rows, random_sums.sums))
+        self._expected = np.zeros((rows, random_sums.sums), random_sums.wider)
         self._a_squares = np.zeros(rows, np.longdouble)
-        self._b_squares: npt.NDArray[np.longdouble] | None = None
+        self._b_squares = np.zeros(random_sums.columns, np.longdouble)
+        self._rows_without_numbers = np.zeros(rows, np.bool_)
+        self._columns_without_numbers = np.zeros(random_sums.columns, np.bool_)
         self._longest = self._total = 0
 
     @property
     def no_numbers(self) -> npt.NDArray[np.intp]:
         """Columns of B with NaN or Inf."""
-        if self._b_squares is None:
-            return np.zeros(0, np.intp)
-        return np.flatnonzero(~np.isfinite(self._b_squares))
+        return np.flatnonzero(self._columns_without_numbers)
 
     def add(self, a: Array, b: Array) -> None:
         """Add the next rows, in the dtype of the sums."""
-        squares = column_squares(b)
-        bad = ~np.isfinite(squares)
-        if bad.any():
-            # Only the sums of their own group become NaN or Inf.
-            b = np.where(bad, 0, b)
-        self._expected += a.T @ self._random_sums.project(b)
-        self._a_squares += column_squares(a)
-        self._b_squares = (
-            squares if self._b_squares is None else self._b_squares + squares
-        )
-        # These rows were summed in the dtype of the sums, then in float64.
+        a, a_squares = self._numbers(a, self._rows_without_numbers)
+        b, b_squares = self._numbers(b, self._columns_without_numbers)
+        self._expected += self._product(a, b, a_squares, b_squares)
+        self._a_squares += a_squares
+        self._b_squares += b_squares
+        # These rows were summed in the dtype of the sums, then in a wider one.
         self._longest = max(self._longest, len(a))
         self._total += len(a)
 
+    @staticmethod
+    def _numbers(
+        matrix: Array, without: npt.NDArray[np.bool_]
+    ) -> tuple[Array, npt.NDArray[np.longdouble]]:
+        """Replace columns that have NaN or Inf by zeros, and flag them in `without`."""
+        squares = column_squares(matrix)
+        bad = _no_numbers(matrix, squares)
+        if bad.any():
+            without |= bad
+            matrix, squares = np.where(bad, 0, matrix), np.where(bad, 0, squares)
+        return matrix, squares
+
+    def _product(
+        self,
+        a: Array,
+        b: Array,
+        a_squares: npt.NDArray[np.longdouble],
+        b_squares: npt.NDArray[np.longdouble],
+    ) -> Array:
+        """Aᵀ (B s), in the wider dtype if a sum might overflow."""
+        most = np.sqrt(a_squares.max(initial=0)) * np.sqrt(b_squares.max(initial=0))
+        largest = Dtype.of(a.dtype).largest
+        if most * self._random_sums.size < largest / 2:
+            return np.asarray(a.T @ self._random_sums.project(b))
+        wide = self._expected.dtype
+        signed = self._random_sums.project(b.astype(wide), wide)
+        return np.asarray(a.T.astype(wide) @ signed)
+
+    def misplaced(self, c: Array, arithmetic: Arithmetic) -> Wrong | None:
+        """Return an element of C that is wrongly NaN, Inf or finite, or None."""
+        found = non_finite.find(
+            c,
+            rows=self._rows_without_numbers,
+            columns=self._columns_without_numbers,
+            row_norms=np.sqrt(self._a_squares).astype(np.float64),
+            column_norms=np.sqrt(self._b_squares).astype(np.float64),
+            largest=arithmetic.largest,
+        )
+        return None if found is None else Wrong.misplaced(found)
+
     def suspects(self, c: Array, arithmetic: Arithmetic) -> tuple[SuspectRows, int]:
         """Return the suspicious rows of C, and the length of this check's sums."""
-        if self._b_squares is None:
-            self._b_squares = np.zeros(c.shape[1], np.longdouble)
         dtype = arithmetic.operands.sums_in.numpy
         narrower = dtype != self._expected.dtype
         length = self._longest if narrower else self._total
-        group_norms = self._random_sums.group_norms(self._b_squares)
-        self._random_sums.mask(self.no_numbers)
         suspects = compare(
             c,
-            self._expected.astype(dtype),
+            self._expected,
             self._random_sums,
             arithmetic,
             length,
             row_norms=np.sqrt(self._a_squares).astype(np.float64),
-            group_norms=group_norms,
+            group_norms=self._random_sums.group_norms(self._b_squares),
         )
         return suspects, length
 
@@ -146,6 +191,7 @@ class ColumnSums:
 
     def __init__(self, columns: int) -> None:
         self._exact, self._magnitude = np.zeros((2, 1, columns))
+        self._without_numbers = np.zeros(columns, np.bool_)
         self._rows = 0
 
     def add(self, b: Array) -> None:
@@ -153,10 +199,21 @@ class ColumnSums:
         wide = b.astype(np.float64)
         self._exact += wide.sum(axis=0)
         self._magnitude += np.abs(wide).sum(axis=0)
+        self._without_numbers |= _no_numbers(wide, self._magnitude[0])
         self._rows += len(b)
 
     def wrong(self, c: Array, arithmetic: Arithmetic) -> Wrong | None:
         """The element that is most wrong, if any is."""
+        found = non_finite.find(
+            c[None],
+            rows=np.zeros(1, np.bool_),
+            columns=self._without_numbers,
+            row_norms=np.ones(1),
+            column_norms=self._magnitude[0],
+            largest=arithmetic.largest,
+        )
+        if found is not None:
+            return Wrong.misplaced(found)
         return worst_element(
             np.zeros(1, np.intp),
             c[None],
@@ -165,6 +222,22 @@ class ColumnSums:
             exact=self._exact,
             magnitude=self._magnitude,
         )
+
+
+def _no_numbers(
+    matrix: Array, sizes: npt.NDArray[np.floating[Any]]
+) -> npt.NDArray[np.bool_]:
+    """Which columns of a matrix have NaN or Inf.
+
+    Args:
+        matrix: The matrix.
+        sizes: Norms of the columns, or their squares: finite where no element is NaN
+            or Inf, unless they overflowed.
+    """
+    bad = np.asarray(~np.isfinite(sizes))
+    if bad.any():
+        bad[bad] = ~np.isfinite(matrix[:, bad]).all(axis=0)
+    return bad
 
 
 def settle(

@@ -36,6 +36,8 @@ class RandomSums:
 
     Attributes:
         sums: Number of sums in all rounds.
+        columns: How many columns there are.
+        wider: A dtype with more range than that of the sums, where there is one.
         size: Number of columns in the largest group.
     """
 
@@ -51,7 +53,9 @@ class RandomSums:
     ) -> None:
         groups = max(groups, math.ceil(4 * columns / max(1, length)))
         groups = max(1, min(columns, groups))
+        self.columns = columns
         self.sums = groups * rounds
+        self.wider = np.dtype(np.longdouble if dtype == np.float64 else np.float64)
         self.size = math.ceil(columns / groups)
         self._dtype = dtype
         self._starts = np.arange(groups) * columns // groups
@@ -73,11 +77,18 @@ class RandomSums:
         """Treat columns as zeros, because they have NaN or Inf."""
         self._masked = columns if columns.size else None
 
-    def project(self, matrix: Array) -> Array:
-        """Return the signed sums of each row."""
-        matrix = self._usable(matrix)
+    def project(
+        self, matrix: Array, dtype: np.dtype[np.generic] | None = None
+    ) -> Array:
+        """Return the signed sums of each row's elements.
+
+        Args:
+            matrix: The rows.
+            dtype: Dtype in which the sums are computed; None: that of all others.
+        """
+        matrix = self._usable(matrix, dtype)
         if self._matrix is not None:
-            return np.asarray(matrix @ self._matrix)
+            return np.asarray(matrix @ self._matrix.astype(matrix.dtype, copy=False))
         return self._added(matrix, signed=True)
 
     def sums_of_squares(self, matrix: Array) -> Doubles:
@@ -90,18 +101,29 @@ class RandomSums:
             sums[extreme] = self._squared(usable[extreme].astype(np.float64))
         return sums
 
-    def group_norms(self, values: npt.NDArray[np.longdouble]) -> Doubles:
+    def touched(self, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return which sums of each row have a flagged element."""
+        counts = self._usable(flags)
+        if self._members is not None:
+            return np.asarray(counts @ self._members > 0)
+        return np.asarray(self._added(counts, signed=False) > 0)
+
+    def group_norms(
+        self, values: npt.NDArray[np.longdouble]
+    ) -> npt.NDArray[np.longdouble]:
         """Return the root of each group's sum of `values`, one value per column."""
         if self._masked is not None:
             values = values.copy()
             values[self._masked] = 0
         if not values.size:
-            return np.zeros(self.sums)
+            return np.zeros(self.sums, np.longdouble)
         sums = [np.add.reduceat(values[order], self._starts) for order in self._orders]
-        return np.asarray(np.sqrt(np.concatenate(sums)), np.float64)
+        return np.asarray(np.sqrt(np.concatenate(sums)))
 
-    def _usable(self, matrix: Array) -> Array:
-        matrix = matrix.astype(self._dtype, copy=False)
+    def _usable(
+        self, matrix: Array, dtype: np.dtype[np.generic] | None = None
+    ) -> Array:
+        matrix = matrix.astype(dtype or self._dtype, copy=False)
         if self._masked is not None:
             matrix = matrix.copy()
             matrix[:, self._masked] = 0

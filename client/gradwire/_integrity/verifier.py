@@ -137,6 +137,9 @@ class Verifier:
         for matrix, product in self._sums.items():
             with self._working():
                 arithmetic = self._arithmetic(matrix, by, m)
+                misplaced = product.misplaced(sums[matrix], arithmetic)
+                if misplaced is not None:
+                    raise _wrong_element(matrix, misplaced, 0, by, self._plan)
                 suspects, _ = product.suspects(sums[matrix], arithmetic)
             if suspects.certain.any():
                 raise _wrong_sum(matrix, suspects, by, self._plan)
@@ -190,8 +193,11 @@ class Verifier:
     ) -> Wrong | None:
         """What is most wrong in a sum, whose operands are still there."""
         first, second = matrix.needs
-        product = self._without_spoilt(matrix, operands, m)
         arithmetic = self._arithmetic(matrix, by, m)
+        misplaced = self._sums[matrix].misplaced(result, arithmetic)
+        if misplaced is not None:
+            return misplaced
+        product = self._without_spoilt(matrix, operands, m)
         suspects, length = product.suspects(result, arithmetic)
 
         def again(rows: Array) -> tuple[Array, Array]:
@@ -277,10 +283,15 @@ def _wrong_element(
 ) -> VerificationError:
     row = first_row + wrong.row
     off = abs(wrong.value - wrong.exact)
+    if np.isnan(wrong.exact):
+        must = "but must be NaN or Inf, as its operands are"
+    elif np.isinf(wrong.bound):
+        must = "but no sum of its operands' products can be that large"
+    else:
+        must = f"but must be within {wrong.bound:.3g} of {wrong.exact:.6g}"
     error = _error(
         f"{matrix.label} is wrong in row {row}, column {wrong.column}: it is"
-        f" {wrong.value:.6g}, but must be within {wrong.bound:.3g} of"
-        f" {wrong.exact:.6g}",
+        f" {wrong.value:.6g}, {must}",
         by,
         plan,
     )

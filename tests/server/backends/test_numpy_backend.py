@@ -123,6 +123,15 @@ def test_a_float64_accumulator_sums_blocks_without_rounding_them_to_float32():
     assert run(wide, x, w, dy, block_rows=1)[Matrix.DW].item() == 2.0**24 + 2
 
 
+def test_a_float64_sum_over_blocks_becomes_bfloat16_in_one_rounding():
+    x = np.zeros((48, 1), Dtype.BFLOAT16.numpy)
+    x[[0, 16, 32], 0] = 1, 2.0**-8, 2.0**-40
+    dy = np.ones((48, 1), Dtype.BFLOAT16.numpy)
+    spec = make_spec(48, 1, 1, Dtype.BFLOAT16, (Matrix.DW,), accumulator=Dtype.FLOAT64)
+    results = run(spec, x, None, dy, block_rows=16)
+    assert float(results[Matrix.DW][0, 0]) == 1.0078125
+
+
 @pytest.mark.parametrize("dtype", Dtype)
 @pytest.mark.parametrize(("n", "k"), [(30, 7), (7, 30)])
 def test_dw_in_tiles_is_dw(monkeypatch, dtype, n, k):

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
-from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.dtypes import Dtype, rounded
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MIB
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
@@ -238,7 +238,7 @@ class NumpyJob:
                 for own in self._sums.values():
                     own.fill(0)
             return {
-                result: own.astype(self._spec.results[result].numpy, copy=False)
+                result: rounded(own, self._spec.results[result])
                 for result, own in self._sums.items()
             }
 
@@ -262,8 +262,9 @@ class NumpyJob:
         if result is None:
             return None
         if purpose not in self._scratch:
-            return _Result(result, result)
-        return _Result(result, self._scratch[purpose][: len(result)])
+            return _Result(result, result, self._spec.dtype.sums_in)
+        computed = self._scratch[purpose][: len(result)]
+        return _Result(result, computed, Dtype.of(result.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +273,8 @@ class _Result:
 
     rounded: Array
     computed: Array
+    dtype: Dtype
+    """Of `rounded`."""
 
 
 class _Products:
@@ -322,7 +325,7 @@ class _Products:
 def _multiply(a: Array, b: Array, out: _Result, part: tuple[slice, slice]) -> None:
     np.matmul(a, b, out=out.computed[part])
     if out.rounded is not out.computed:
-        np.copyto(out.rounded[part], out.computed[part], casting="unsafe")
+        rounded(out.computed[part], out.dtype, out.rounded[part])
 
 
 @functools.lru_cache(512)
