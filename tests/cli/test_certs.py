@@ -142,7 +142,7 @@ def test_variables_do_for_flags(
     assert run(["health"]) == 0
     assert "accepts jobs" in capsys.readouterr().out
     monkeypatch.setenv("GRADWIRE_CONNECT_TLS_SERVER_NAME", "gpu.example")
-    assert "another name than gpu.example" in refusal_here(capsys, "health")
+    assert "is not for gpu.example" in refusal_here(capsys, "health")
 
 
 def test_what_is_wrong_is_one_sentence(
@@ -152,7 +152,7 @@ def test_what_is_wrong_is_one_sentence(
     for flags, text in (
         ([], "it expects TLS"),
         (["--tls"], "is not trusted"),
-        ([f"--tls-ca={directory / 'ca.pem'}"], "it wants a client's certificate"),
+        ([f"--tls-ca={directory / 'ca.pem'}"], "it requires a client certificate"),
         (["--tls-ca=/none"], "tls.ca (/none) cannot be read: No such file"),
     ):
         refusal = refusal_here(capsys, "info", "--address", server, *flags)

@@ -159,7 +159,7 @@ def test_an_address_that_nobody_listens_on_is_a_sentence(
     assert nobody in sentence(done)
     done = gradwire(command, "--address", "http://here")
     assert done.returncode == 1
-    assert "write HOST:PORT or unix:PATH" in sentence(done)
+    assert "expected HOST:PORT or unix:PATH" in sentence(done)
 
 
 def test_a_reader_that_leaves_early_is_no_error(server: ServerProcess) -> None:

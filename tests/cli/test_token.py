@@ -136,5 +136,5 @@ def test_commands_send_the_token_of_a_file_or_of_the_environment(
     refused = refusal_here(
         capsys, "info", "--address", "gpu-node:1", "--token-file", mine
     )
-    assert "would go to gpu-node:1 in plaintext" in refused
+    assert "would be sent to gpu-node:1 in plaintext" in refused
     assert mine.read_text().strip() not in refused

@@ -170,9 +170,11 @@ def test_it_may_be_wider_and_go_where_the_caller_says(caller: Caller) -> None:
         result = caller.gradients(x, w, dy, out={"db": room}, **options)
         assert result.db is room
         assert oracle.same_bits(np.ascontiguousarray(room), expected)
-    with pytest.raises(gradwire.InputError, match=r"shape \(1, 30\), and db \(30,\)"):
+    with pytest.raises(gradwire.InputError, match=r"shape \(1, 30\): expected \(30,\)"):
         caller.gradients(x, w, dy, out={"db": np.empty((1, 30))}, **options)
-    with pytest.raises(gradwire.InputError, match="4 entries; it takes 3: y, dx, dw"):
+    with pytest.raises(
+        gradwire.InputError, match=r"4 entries: expected 3 \(y, dx, dw\)"
+    ):
         caller.gradients(x, w, dy, out=(None,) * 4, **options)
 
 
@@ -185,7 +187,7 @@ def test_in_half_the_bytes(caller: Caller) -> None:
 
 def test_what_cannot_be_is_refused(client: gradwire.Client) -> None:
     x, w, _ = oracle.operands(3, 4, 5)
-    with pytest.raises(gradwire.InputError, match="db needs dy, and dy is None"):
+    with pytest.raises(gradwire.InputError, match="db needs dy, but dy is None"):
         client.gradients(x, w, None, results=("y", "db"))
     with pytest.raises(gradwire.InputError, match="dy's rows are None"):
         list(client.stream([(x, None)], w, results=("y", "db")))

@@ -168,7 +168,7 @@ def test_a_proxy_that_does_not_answer_is_named(
         " (http_proxy=http://127.0.0.1:1; Connection refused)"
     )
     monkeypatch.setenv("no_proxy", "example.com, .invalid")
-    with pytest.raises(gradwire.ConnectError, match="has no address"):
+    with pytest.raises(gradwire.ConnectError, match="has no known address"):
         connect("gpu-node.invalid:50051")
 
 

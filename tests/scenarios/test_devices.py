@@ -138,8 +138,8 @@ def test_a_tensor_that_cannot_take_a_result_is_refused(
 ) -> None:
     x, w, _ = oracle.operands(20, 10, 15)
     for out, says in (
-        (torch.empty((15, 20)), r"out's y has shape \(15, 20\), and y \(20, 15\)"),
-        (torch.empty((20, 15)).double(), "out's y is float64, and y is float32"),
+        (torch.empty((15, 20)), r"out's y has shape \(15, 20\): expected \(20, 15\)"),
+        (torch.empty((20, 15)).double(), "out's y is float64: expected float32"),
         (torch.empty((20, 15)).requires_grad_(), "out's y requires grad"),
     ):
         with pytest.raises(gradwire.InputError, match=says):

@@ -238,9 +238,13 @@ def test_a_checkpoint_saves_the_rows_before_it(
     job_of: MakeJob, proxy: Proxy, expected: gradwire.Gradients
 ) -> None:
     job = job_of("sync")
-    for rows in (None, 50):
+    for rows, fault in (
         # When all but two blocks and End have passed.
-        proxy.arm(Fault("requests", cut_after_messages=50))
+        (None, Fault("requests", cut_after_messages=50)),
+        # When Accepted, Checkpoint and its sum have passed, in two chunks.
+        (50, Fault("responses", cut_after_messages=4)),
+    ):
+        proxy.arm(fault)
         result = job.gradients(("dw",), checkpoint_rows=rows)
         assert result.receipt.attempts == 2
         assert (result.receipt.blocks == 26) == (rows is None)
@@ -372,7 +376,7 @@ def test_on_a_server_of_other_bits_a_stream_ends_with_what_broke_it(
         finally:
             proxy.target = server.address
             proxy.cut()
-    assert "cannot go on" in lost.value.__notes__[0]
+    assert "cannot resume" in lost.value.__notes__[0]
     assert "RESUME_MISMATCH" in lost.value.__notes__[0]
 
 

@@ -231,7 +231,7 @@ def test_a_job_without_its_server_fails_within_its_deadline(
             caller.gradients(X, W, DY, timeout_s=0.5)
         assert time.monotonic() - begun < 3
         assert gone.value.attempts > 1
-        assert "those before it ended with UNAVAILABLE" in gone.value.__notes__[0]
+        assert "the earlier ones failed with UNAVAILABLE" in gone.value.__notes__[0]
         caller.close()
 
 
