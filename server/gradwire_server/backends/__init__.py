@@ -1,1 +1,1 @@
-"""What computes: NumPy, CuPy, and what they have in common."""
+"""The backends: NumPy, CuPy, and their common interface."""

@@ -1,12 +1,12 @@
-"""What a backend is: devices, and jobs that take row blocks.
+"""The interface of a backend: devices, and jobs that take row blocks.
 
-A backend knows nothing of gRPC, of clients or of other jobs. Everything that
-is declared here on `BackendJob` is called by the one thread of a device worker, but for
-jobs that are too small for that (`Backend.inline_below_ops`).
+A backend does not know gRPC, clients or other jobs. All methods of `BackendJob` are
+called in the thread of a device worker, except for very small jobs
+(`Backend.inline_below_ops`).
 
-A device may work beside the thread that talks to it. Work that such a device
-has only begun is a `Wait`: the device worker begins more before it waits, so that bytes
-go to the device, and come from it, while it computes.
+A device may be asynchronous. Its work in progress is represented by a `Wait`. The
+device worker starts more work before it waits, so copies to and from the device overlap
+with computation.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Sums: TypeAlias = Mapping[Matrix, Array]
 `JobSpec.sums`, in that order."""
 
 Wait: TypeAlias = Callable[[], None]
-"""Returns when work that has begun is done, or raises why it failed. It is
-called once, in the thread that began the work, and in the order of beginning."""
+"""Waits for work in progress, and raises its error if it failed. Waits are called once
+each, in the thread that started the work, and in the order of starting."""
 
 
 class DeviceLostError(Exception):
-    """A device that this process cannot use any more, whatever the job."""
+    """This process can no longer use the device, for any job."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Times:
     """Seconds of a job's stages on its device. Stages may overlap."""
 
     to_device_s: float = 0.0
-    """Copies from host memory; 0 where the device computes in that."""
+    """Copies from host memory; 0 if the device computes in host memory."""
     computing_s: float = 0.0
     """The products and the sums of them."""
     from_device_s: float = 0.0
@@ -53,7 +53,7 @@ class Times:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Counts what is done within this context as computing."""
+        """Count the time in this context as computing."""
         started = time.perf_counter()
         try:
             yield
@@ -63,7 +63,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """A device of a backend, and what its results' last bits depend on."""
+    """A device of a backend, with everything that affects its results' last bits."""
 
     backend: str
     index: int
@@ -74,26 +74,24 @@ class DeviceInfo:
     threads: int
     """Threads that share one product."""
     compute_capability: str = ""
-    """CUDA's number for what the device can do, as "9.0"; empty where there is
-    none."""
+    """CUDA compute capability, such as "9.0"; empty if the device has none."""
     in_host_memory: bool = False
-    """Whether it computes in the host's memory, and has none of its own."""
+    """Whether the device computes in host memory, and has no memory of its own."""
     sums_rounded_to_nearest: tuple[Dtype, ...] = ()
-    """Dtypes of operands whose products are summed with every addition rounded
-    to nearest. Clients that verify allow sums of others more, but no more than
-    tensor cores need: what rounds worse than those is found to be wrong."""
+    """Dtypes of operands for which the device rounds every addition to nearest. For
+    other dtypes, verifying clients allow the larger errors of tensor cores. Even larger
+    errors are reported as wrong results."""
     ignores_tf32: bool = False
-    """Whether products of float32 operands are the same where a job allows
-    TF32. If not, clients that verify allow them more then."""
+    """Whether products of float32 operands are the same if a job allows TF32. If not,
+    verifying clients allow larger errors for such jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
     """The matrices of one row block, in host memory.
 
-    Each is C-contiguous with `rows` rows and the dtype that it has on the
-    wire; those that the job does not have are None. x and dy are read, y and
-    dx are written.
+    Each matrix is C-contiguous, with `rows` rows and its dtype on the wire. Matrices
+    that the job does not have are None. x and dy are read; y and dx are written.
     """
 
     rows: int
@@ -106,110 +104,111 @@ class RowBlock:
 class BackendJob(Protocol):
     """One job on one device.
 
-    Its methods raise `MemoryError` where the device has no memory left, and
-    `DeviceLostError` where the device is of no use any more. After either, or
-    any other error, only `close` is called.
+    Methods raise `MemoryError` if the device is out of memory, and `DeviceLostError` if
+    the device is no longer usable. After any error, only `close` is called.
     """
 
     def take_w(self, w: Array) -> None:
-        """Takes W, shape (n, k), before any row block.
+        """Take W, shape (n, k), before any row block.
 
-        `w` stays as it is until the job is closed.
+        `w` does not change until the job is closed.
         """
 
     def take_sums(self, sums: Sums) -> None:
-        """Goes on with these sums, in the accumulator's dtype.
+        """Continue these sums, in the accumulator's dtype.
 
-        Only where sums are wanted, before any row block. They may change after it.
+        Called only if sums are wanted, before any row block. `sums` may change
+        afterwards.
         """
 
     def compute_block(self, block: RowBlock) -> Wait | None:
-        """Computes the block's Y and dX, and adds its share to each sum.
+        """Compute the block's Y and dX, and add its contribution to each sum.
 
-        Blocks come in order. None: y and dx hold the results. Otherwise they
-        do after the wait, and until then the block's arrays are in use.
+        Blocks are computed in order.
+
+        Returns:
+            None if y and dx are complete. Otherwise they are complete after the wait,
+            and the block's arrays are in use until then.
         """
 
     def copy_sums(self, out: Sums) -> None:
-        """Copies the sums over the blocks so far, before they are rounded.
+        """Copy the sums over the blocks so far, before they are rounded.
 
-        Only where sums are wanted, between row blocks.
+        Called only if sums are wanted, between row blocks.
 
         Args:
             out: Host memory, C-contiguous, in the accumulator's dtype.
         """
 
     def finish(self) -> Sums:
-        """The sums, C-contiguous, each in its dtype on the wire.
+        """Return the sums, C-contiguous, each in its dtype on the wire.
 
-        Only where sums are wanted, once, after the last block.
+        Called only if sums are wanted, once, after the last block.
         """
 
     def close(self) -> None:
-        """Gives the job's memory on the device back.
+        """Release the job's memory on the device.
 
-        Nothing of the job is being done any more: whatever has begun was
-        waited for. It may be called in any thread, and more than once.
+        All work of the job has ended. May be called in any thread, and more than once.
         """
 
 
 class Backend(Protocol):
-    """A way to compute, with the devices that it drives."""
+    """A kind of devices, and the code that computes on them."""
 
     name: str
     max_columns: int
-    """Largest n and largest k that it takes."""
+    """Largest supported n and k."""
 
     inline_below_ops: int
-    """Multiplications and additions of a job below which it may run in any
-    thread, beside the device worker's: waking that takes as long. 0 where none may."""
+    """Jobs with fewer multiplications and additions may run in any thread, because
+    waking the device worker's thread would take as long. 0: none may."""
 
     row_block_bytes: int
-    """Bytes of a row block's operands with which it computes fast."""
+    """Size of a row block's operands for which the device is fast."""
 
     pipeline_depth: int
-    """Most row blocks that a device has begun before the first is waited for;
-    1 where it does one after the other."""
+    """Most row blocks in progress on a device; 1 for synchronous devices."""
 
     devices: tuple[DeviceInfo, ...]
 
     def init_thread(self, device: int) -> None:
-        """Called once in the thread of each device worker, before any of its jobs.
+        """Initialize the thread of a device worker, before its first job.
 
         Args:
             device: Index of the worker's device.
         """
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """Bytes of host memory that `open_job` and `finish` will allocate.
+        """Return the bytes of host memory that `open_job` and `finish` will allocate.
 
-        For a job that has places, with room for the sums given to `open_job`.
+        For a job in shared memory, `open_job` is given the memory for the sums.
         """
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """Bytes that `open_job` will allocate on the job's device.
+        """Return the bytes that `open_job` will allocate on the job's device.
 
-        0 where the device has no memory of its own.
+        0 if the device has no memory of its own.
         """
 
     def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
-        """Uninitialised host memory for what goes to a device and comes back.
+        """Allocate uninitialized host memory for copies to and from a device.
 
-        It begins at a multiple of `ALIGNMENT`, and is given back when the last
-        array that refers to it is gone. Called in the thread of a device worker.
+        It starts at a multiple of `ALIGNMENT`, and is released after the last reference
+        to the array. Called in the thread of a device worker.
 
         Raises:
-            MemoryError: There is not so much.
+            MemoryError: There is not enough memory.
         """
 
     def pin(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Host memory that others share, made fast to copy to and from.
+        """Pin shared host memory for fast copies, if possible.
 
-        Where that cannot be, it stays as it is. Called in any thread.
+        Called in any thread.
 
         Returns:
-            The same bytes; what was done ends with the last array that refers
-            to it, before `memory` can go.
+            An array of the same bytes. They are unpinned after the last reference to
+            it, before `memory` is released.
         """
 
     def open_job(
@@ -221,30 +220,30 @@ class Backend(Protocol):
         times: Times,
         sums: Sums | None = None,
     ) -> BackendJob:
-        """A job on a device; takes the memory that the job needs there.
+        """Open a job on a device, and allocate its memory there.
 
         Args:
-            spec: What was asked.
-            block_rows: Most rows of a block.
+            spec: The job.
+            block_rows: Most rows of a row block.
             device: Index of the device.
-            times: Told how long the job's stages took.
-            sums: Where the sums will lie, C-contiguous, each in its dtype on
-                the wire; for jobs that have places. The backend may sum there,
-                and `finish` then gives them back.
+            times: Counts the times of the job's stages.
+            sums: Memory for the sums, C-contiguous, each in its dtype on the wire. Set
+                for jobs in shared memory. The backend may sum there, and `finish` then
+                returns them.
 
         Raises:
-            MemoryError: The device has not so much left.
+            MemoryError: The device has not enough memory left.
         """
 
     def close(self) -> None:
-        """Gives up what the backend took from the process; no job is open."""
+        """Release all resources of the backend. No job is open."""
 
     def libraries(self) -> dict[str, str]:
-        """Versions of the libraries that compute, by name."""
+        """Return the versions of the computing libraries, by name."""
 
 
 def empty_aligned(size_bytes: int) -> npt.NDArray[np.uint8]:
-    """Uninitialised memory that begins at a multiple of `ALIGNMENT`."""
+    """Allocate uninitialized memory that starts at a multiple of `ALIGNMENT`."""
     memory = np.empty(size_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size_bytes]

@@ -1,4 +1,4 @@
-"""What is said of a server's devices, and how much of their memory is for jobs."""
+"""Descriptions of a server's devices, and the memory limits of their jobs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from gradwire_server.backends.base import DeviceInfo
 from gradwire_server.errors import BackendError
 
 MEMORY_FRACTION = 0.9
-"""Of a device's memory, how much jobs may hold unless the operator says: CUDA's
-context, its libraries and cuBLAS's workspace take some for themselves."""
+"""Default of the part of a device's memory for jobs. CUDA's context, its libraries and
+cuBLAS's workspace need the rest."""
 
 
 def memory_limit(device: DeviceInfo, asked: int | None) -> int | None:
-    """Most bytes of a device's memory that its jobs hold together.
+    """Return the most bytes of a device's memory that its jobs may hold together.
 
     Args:
         device: The device.
-        asked: What the operator allows; None: `MEMORY_FRACTION` of what it has.
+        asked: The operator's limit; None: `MEMORY_FRACTION` of the device's memory.
 
     Returns:
-        That, never more than the device has; None where it has no memory of
-        its own.
+        The limit, at most the device's memory; None if the device has no memory of its
+        own.
     """
     if device.in_host_memory:
         return None
@@ -32,15 +32,15 @@ def memory_limit(device: DeviceInfo, asked: int | None) -> int | None:
 
 
 def check_asked(backend: str, asked: Sequence[int], present: Sequence[int]) -> None:
-    """Checks that the devices that were asked for are there.
+    """Check that the requested devices exist.
 
     Args:
         backend: Name of the backend.
-        asked: Numbers of the devices that the operator wants.
-        present: Numbers of those that there are.
+        asked: Numbers of the requested devices.
+        present: Numbers of the existing devices.
 
     Raises:
-        BackendError: One of them is not there.
+        BackendError: A device does not exist.
     """
     missing = [number for number in asked if number not in present]
     if missing:
@@ -51,16 +51,16 @@ def check_asked(backend: str, asked: Sequence[int], present: Sequence[int]) -> N
 
 
 def label(device: DeviceInfo) -> str:
-    """A device, for messages to people."""
+    """Return a device's name for messages."""
     return f"device {device.index} ({device.name})"
 
 
 def device_message(device: DeviceInfo, limit: int | None) -> job_pb2.Device:
-    """A device, as the contract describes it.
+    """Convert a device to the contract's message.
 
     Args:
         device: The device.
-        limit: What the operator allows jobs of its memory.
+        limit: The operator's limit of the device's memory, in bytes.
     """
     return job_pb2.Device(
         backend=device.backend,

@@ -1,4 +1,4 @@
-"""Memory that this process has taken, and how the C library keeps it."""
+"""The process's memory: its size, and the settings of malloc."""
 
 from __future__ import annotations
 
@@ -14,41 +14,40 @@ _M_ARENA_MAX = -8
 
 
 def peak_resident_bytes() -> int:
-    """Highest resident set of this process so far."""
+    """Return the highest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tune_malloc() -> bool:
-    """Has freed memory kept for what is allocated next, in the whole process.
+    """Make the process keep freed memory for later allocations.
 
-    Pages that are touched for the first time are dear, on virtual machines
-    dearer than the products that are written to them; and the C library
-    gives large ones back to the machine at every job's end. `trim_malloc`
-    still lets go of them.
+    New pages are expensive. On virtual machines, they cost more than the products that
+    are written to them, and the C library releases large pages at the end of every job.
+    `trim_malloc` can still release them.
 
-    What Python has made so far is set aside from its garbage collection, so
-    that collecting what a job has left takes no time.
+    All existing Python objects are excluded from garbage collection, so that
+    collections after a job take no time.
 
     Returns:
-        Whether the C library can be told so; only glibc can.
+        Whether the C library supports it; only glibc does.
     """
     gc.collect()
     gc.freeze()
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is None or platform.libc_ver()[0] != "glibc":
         return False
-    # One arena, because memory that one device worker's thread frees should serve the
-    # next job's region, which another's may allocate.
+    # One arena, so that memory freed in one device worker's thread can be used for the
+    # next job in another thread.
     options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
     done = [tune(option, value) for option, value in options.items()]
     return all(done)
 
 
 def trim_malloc() -> None:
-    """Returns memory that is free within this process to the machine.
+    """Return this process's free memory to the operating system.
 
-    The C library keeps what gRPC's buffers took in a burst. Where it offers
-    no way to let go of it (only glibc does), nothing happens.
+    The C library keeps the memory of gRPC's buffers after a burst. Libraries other than
+    glibc cannot release it; then nothing happens.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

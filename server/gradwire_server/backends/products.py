@@ -27,26 +27,25 @@ Sum_contra = TypeVar("Sum_contra", contravariant=True)
 
 
 class Products(Protocol[Operand_contra, Result_contra, Sum_contra]):
-    """How a library multiplies into memory that is already there.
+    """A library's products into existing memory.
 
-    What it multiplies, computes Y and dX into, and sums in may each be of a
-    type of its own.
+    Operands, the results Y and dX, and sums may have different types.
     """
 
     def multiply(
         self, a: Operand_contra, b: Operand_contra, out: Result_contra
     ) -> None:
-        """Out = a b."""
+        """Compute out = a b."""
 
     def multiply_transposed(
         self, a: Operand_contra, b: Operand_contra, out: Result_contra
     ) -> None:
-        """Out = a bᵀ."""
+        """Compute out = a bᵀ."""
 
     def accumulate_transposed(
         self, a: Operand_contra, b: Operand_contra, out: Sum_contra
     ) -> None:
-        """Out += aᵀ b."""
+        """Compute out += aᵀ b."""
 
 
 def compute_block(
@@ -60,9 +59,9 @@ def compute_block(
     ones: Operand | None,
     sums: Mapping[Matrix, Sum],
 ) -> None:
-    """Computes what is wanted of a row block: y and dx if not None, and `sums`.
+    """Compute the wanted results of a row block: y and dx if not None, and `sums`.
 
-    The operands that those need are not None either.
+    The operands that they need must not be None either.
     """
     if y is not None and x is not None and w is not None:
         products.multiply(x, w, y)

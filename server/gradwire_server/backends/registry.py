@@ -1,12 +1,12 @@
-"""Backends loaded by name, of gradwire and of installed packages.
+"""Loading of backends by name, from gradwire and from installed packages.
 
-A package adds a backend with an entry point of the group `backend_names.GROUP`,
-which names a `MakeBackend`. In its pyproject.toml:
+A package adds a backend with an entry point in the group `backend_names.GROUP`, which
+refers to a `MakeBackend`. In its pyproject.toml:
 
     [project.entry-points."gradwire.backends"]
     tiny = "tiny_backend:make_backend"
 
-Then ``gradwire serve --backend tiny`` computes with it.
+Then ``gradwire serve --backend tiny`` uses it.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
 
 
 class MakeBackend(Protocol):
-    """What an entry point of a backend names."""
+    """The function that an entry point refers to."""
 
     def __call__(self, settings: Settings, /) -> Backend:
-        """The backend, ready to open jobs on its devices.
+        """Create the backend, ready to open jobs on its devices.
 
-        Nothing is imported before this call but the module that defines it, so
-        that module should import a large library here and not at its top.
+        Only the module of this function is imported before the call. So the module
+        should import large libraries here and not at its top.
 
         Args:
-            settings: All settings of the server; `Settings.devices` names the
-                devices that the operator wants (`check_asked` checks them).
+            settings: All settings of the server. `Settings.devices` has the requested
+            devices; check them with `check_asked`.
 
         Raises:
-            BackendUnavailableError: A package, a driver or a device is
-                missing; the text says which.
-            BackendError: The settings ask for what the backend does not have.
-            ImportError, DeviceLostError, MemoryError: As
-                BackendUnavailableError, with the error's first line for a text.
+            BackendUnavailableError: A package, a driver or a device is missing; the
+                message says which.
+            BackendError: The settings request something that the backend does not have.
+            ImportError, DeviceLostError, MemoryError: As BackendUnavailableError, with
+                the error's first line as the message.
         """
 
 
 def load(name: str) -> MakeBackend:
-    """The function that makes the backend of that name.
+    """Return the function that creates the backend with a name.
 
     Raises:
-        BackendError: No backend or two backends have the name, or it cannot be
+        BackendError: No backend or two backends have the name, or the backend cannot be
             imported.
     """
     found = sorted(backend_names.entry_points(name))
@@ -58,7 +58,7 @@ def load(name: str) -> MakeBackend:
         )
     if len(found) > 1:
         raise BackendError(
-            f"the backend {name} cannot be used: two packages have one of that "
+            f"the backend {name} cannot be used: two packages have a backend of that "
             f"name, {' and '.join(found)}"
         )
     (point,) = found
@@ -66,7 +66,7 @@ def load(name: str) -> MakeBackend:
     try:
         make: MakeBackend = getattr(importlib.import_module(module), attribute)
     except Exception as error:
-        # The module is another package's, and may raise anything.
+        # The module belongs to another package, and may raise any exception.
         raise BackendError(
             f"the backend {name} cannot be used: its plug-in {point} cannot be "
             f"imported: {first_line(error)}"
@@ -75,5 +75,5 @@ def load(name: str) -> MakeBackend:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, for the end of a sentence."""
+    """Return the first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,8 +1,8 @@
-"""How a job is cut into row blocks, and what memory that takes.
+"""Division of a job into row blocks, and its memory layout.
 
-Both follow from n, k, the dtypes and the server's configuration alone, so
-that the same job on the same server is cut in the same places, whatever m is
-and however its bytes arrive; a product's last bits depend on the cut.
+Both depend only on n, k, the dtypes and the server's configuration. So a job on the
+same server always has the same row blocks, for any m and any order of arrival. A
+product's last bits depend on the row blocks.
 """
 
 from __future__ import annotations
@@ -13,80 +13,80 @@ from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
 
 MAX_BLOCK_ROWS = 8192
-"""Rows of a block where rows are short. A product does not get faster from
-there on, and a block's results should leave soon."""
+"""Most rows of a row block. More rows do not make a product faster, and delay its
+results."""
 
 RING_ENDS = 2
-"""Row blocks that a job holds beside those that its device has begun: one
-arrives, one leaves."""
+"""Row blocks that a job holds in addition to those in progress on the device: one is
+being received, one is being sent."""
 
 ALIGNMENT = 256
-"""Bytes to which every matrix in memory is aligned: what cuBLAS asks for its
-fastest kernels, and more than any CPU does."""
+"""Alignment of every matrix in memory, in bytes: required by cuBLAS's fastest kernels,
+and more than any CPU requires."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The row blocks of a job, and where its bytes lie."""
+    """The row blocks and the memory layout of a job."""
 
     block_rows: int
-    """Rows of a block, B: block b is rows [b * B, (b + 1) * B)."""
+    """Rows of a row block, B: block b is rows [b * B, (b + 1) * B)."""
 
     slot_rows: int
-    """Rows for which a slot of the ring has room: B, or m if that is less."""
+    """Rows that fit in a slot of the ring: B, or m if it is smaller."""
 
     offsets: dict[Matrix, int]
-    """Where W and partial sums begin in the region, and each row matrix in a slot;
-    bytes."""
+    """Byte offsets of W and of partial sums in the region, and of each row matrix in a
+    slot."""
 
     w_bytes: int
-    """Bytes at the start of the region that W takes, aligned."""
+    """Size of W at the start of the region, aligned."""
 
     slot_bytes: int
-    """Bytes of one slot, aligned; 0 where rows have no elements at all."""
+    """Size of one slot, aligned; 0 if rows have no elements."""
 
     pipeline_depth: int = 1
-    """Most row blocks of the job that its device has begun and not done."""
+    """Most row blocks of the job in progress on its device."""
 
     sum_bytes: int = 0
-    """Bytes behind W for partial sums that come or leave, aligned. 0 also where
-    they leave when no row block is left, and take the room of those."""
+    """Size of the memory after W for received or sent partial sums, aligned. 0 if there
+    are none, or if they are only sent after all row blocks and use their memory."""
 
     least_bytes: int = 0
-    """Bytes that the region has at least, so that it has room for those sums."""
+    """Smallest size of the region, so that it can hold the partial sums."""
 
     @property
     def slots(self) -> int:
-        """Row blocks that the job holds."""
+        """Number of row blocks that the job holds."""
         return self.pipeline_depth + RING_ENDS
 
     @property
     def window_rows(self) -> int:
-        """How far one row operand may be ahead of the other.
+        """Rows by which one row operand may be ahead of the other.
 
-        One slot less than the ring has: the operand that is behind may stand
-        in the middle of a block, and its slot must still be there.
+        It is one slot less than the ring. The operand that is behind may be in the
+        middle of a block, whose slot must still exist.
         """
         return (self.slots - 1) * self.block_rows
 
     @property
     def slots_start(self) -> int:
-        """Where the first slot begins in the region; bytes."""
+        """Byte offset of the first slot in the region."""
         return self.w_bytes + self.sum_bytes
 
     @property
     def region_bytes(self) -> int:
-        """Bytes of the region: W, partial sums, then the slots."""
+        """Size of the region: W, partial sums, then the slots."""
         return max(self.slots_start + self.slots * self.slot_bytes, self.least_bytes)
 
 
 def make_plan(spec: JobSpec, row_block_bytes: int, pipeline_depth: int) -> Plan:
-    """The plan of a job.
+    """Plan a job.
 
     Args:
-        spec: What was asked.
-        row_block_bytes: Bytes of a block's operands at which the server aims.
-        pipeline_depth: Most row blocks that its device has begun and not done.
+        spec: The job.
+        row_block_bytes: Desired size of a row block's operands.
+        pipeline_depth: Most row blocks in progress on the device.
     """
     block_rows = rows_of_a_block(spec, row_block_bytes)
     if spec.m is not None:
@@ -124,10 +124,10 @@ def make_plan(spec: JobSpec, row_block_bytes: int, pipeline_depth: int) -> Plan:
 
 
 def rows_of_a_block(spec: JobSpec, row_block_bytes: int) -> int:
-    """B: the largest power of two whose operand rows fit `row_block_bytes`.
+    """Return B, the largest power of two whose operand rows fit in `row_block_bytes`.
 
-    Rows of X and of dY both count, also when a job sends only one of them,
-    so that a result has the same bits whatever else is wanted with it.
+    Rows of both X and dY count, even if a job sends only one of them. So a result has
+    the same bits with any other wanted results.
     """
     row_bytes = (spec.n + spec.k) * spec.dtype.itemsize
     rows = min(MAX_BLOCK_ROWS, row_block_bytes // max(row_bytes, 1))

@@ -1,4 +1,4 @@
-"""Which backend a server takes."""
+"""Choice of a server's backend."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from gradwire_server.errors import BackendError, BackendUnavailableError
 from gradwire_server.settings import Settings
 
 _PREFERRED = {"cupy": "a CUDA device answers"}
-"""What `AUTO` tries, the first one first, and why it was taken."""
+"""Backends that `AUTO` tries in order, with the reason for choosing each."""
 
 _FALLBACK = "numpy"
-"""What `AUTO` takes where nothing else can be used."""
+"""The backend that `AUTO` chooses if no other is usable."""
 
 
 def choose(settings: Settings) -> tuple[Backend, str]:
-    """The backend that the settings mean here, and why, in a few words.
+    """Return the backend for the settings, and the reason for the choice.
 
     Raises:
-        BackendError: There is none of that name, or it cannot be used here; the
-            text says what is missing.
+        BackendError: No backend has the name, or it cannot be used here; the message
+            says what is missing.
     """
     name = settings.backend
     if name != AUTO:

@@ -1,1 +1,1 @@
-"""A device that works beside the thread that talks to it."""
+"""Jobs on an asynchronous device."""

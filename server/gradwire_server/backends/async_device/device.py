@@ -1,8 +1,8 @@
-"""What a job asks of a device that works beside the thread that talks to it.
+"""The interface of an asynchronous device.
 
-Everything but `synchronize`, `synchronize_all` and taking memory only queues work on
-one of three streams. Work on one stream is done in the order in which it was
-queued; between streams there is no order but that of events.
+All methods except `synchronize`, `synchronize_all` and `allocate` only queue work on
+one of three streams. The work of a stream is done in the order of queueing. Events are
+the only order between streams.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class Stream(enum.Enum):
     H2D = enum.auto()
     """Copies to the device."""
     COMPUTE = enum.auto()
-    """Products, and what is done with them there."""
+    """Products and conversions."""
     D2H = enum.auto()
     """Copies from the device."""
 
 
 Event: TypeAlias = Any
-"""A point in a stream's work, with its time."""
+"""A point in a stream's work, with a time."""
 
 
 @dataclass(slots=True, eq=False)
 class Events:
-    """The events of one row block, from its first copy to its last."""
+    """The events of one row block, from the first copy to the last."""
 
     upload_begun: Event
     uploaded: Event
@@ -50,74 +50,74 @@ class DeviceMemory(Protocol):
     address: int
 
     def free(self) -> None:
-        """Lets others have it; in any thread, and more than once."""
+        """Release the memory. May be called in any thread, and more than once."""
 
 
 class Device(Protocol):
-    """A device, for the thread of its device worker alone."""
+    """A device, used only in the thread of its device worker."""
 
     def errors(self) -> AbstractContextManager[None]:
-        """Within it, the device's own errors become those of a backend's job.
+        """Convert the device's errors in this context to those of a `BackendJob`.
 
-        That is `MemoryError` and `DeviceLostError`; others stay what they are.
+        These are `MemoryError` and `DeviceLostError`. Other errors are unchanged.
         """
 
     def allocate(self, size_bytes: int) -> DeviceMemory:
-        """Memory that begins at a multiple of `ALIGNMENT`.
+        """Allocate memory that starts at a multiple of `ALIGNMENT`.
 
         Raises:
-            MemoryError: There is not so much.
+            MemoryError: There is not enough memory.
         """
 
     def events(self) -> Events:
-        """Events that nobody uses."""
+        """Return unused events."""
 
     def release_events(self, events: Events) -> None:
-        """Lets others have them; they were waited for."""
+        """Return events for reuse, after they were waited for."""
 
     def upload(self, source: Array, to: int) -> None:
-        """Copies an array to an address, on `Stream.H2D`.
+        """Copy an array to an address, on `Stream.H2D`.
 
-        The array stays alive and as it is until that is done.
+        The array must remain alive and unchanged until the copy is done.
         """
 
     def multiply(self, gemm: Gemm) -> None:
-        """Computes a product, on `Stream.COMPUTE`."""
+        """Compute a product, on `Stream.COMPUTE`."""
 
     def convert(self, source: DeviceMatrix, to: DeviceMatrix, *, add: bool) -> None:
-        """Writes `source` in another dtype, on `Stream.COMPUTE`.
+        """Convert `source` to another dtype, on `Stream.COMPUTE`.
 
         Args:
             source: float32 or float64.
-            to: As many elements of another dtype, rounded to nearest, ties to
-                even.
-            add: Whether it is added to what `to` holds, which is float64.
+            to: The same number of elements in another dtype, rounded to nearest, ties
+                to even.
+            add: Whether to add to the elements of `to`, which is then float64.
         """
 
     def download(self, source: int, to: Array) -> None:
-        """Copies from an address to an array, on `Stream.D2H`.
+        """Copy from an address to an array, on `Stream.D2H`.
 
-        The array stays alive until that is done.
+        The array must remain alive until the copy is done.
         """
 
     def record(self, stream: Stream, event: Event) -> None:
-        """Marks the end of what was queued on a stream so far."""
+        """Record an event after all work queued on a stream so far."""
 
     def wait(self, stream: Stream, event: Event) -> None:
-        """Has what is queued on a stream from now on wait for an event."""
+        """Make all work queued on a stream from now on wait for an event."""
 
     def synchronize(self, event: Event) -> None:
-        """Returns when an event is reached; other threads run meanwhile."""
+        """Wait for an event, without blocking other threads."""
 
     def elapsed_s(self, begin: Event, end: Event) -> float:
-        """Seconds between two events that were reached."""
+        """Return the seconds between two events that have occurred."""
 
     def synchronize_all(self) -> None:
-        """Returns when nothing that was queued is being done any more.
+        """Wait for all queued work.
 
-        It never raises: a device that is lost does nothing any more.
+        It never raises: a lost device does no more work.
         """
 
 
 Allocate: TypeAlias = Callable[[int], Array]
-"""Bytes of host memory that a device copies fast to and from."""
+"""Allocates host memory for fast copies to and from a device."""

@@ -1,17 +1,17 @@
-"""Products in cuBLAS's letters, as data.
+"""The arguments of cuBLAS's gemm for the three products.
 
-cuBLAS reads matrices column by column. A row-major matrix of r rows and c
-columns, read so, is its transpose: c rows, r columns, and a leading dimension
-of c. So for row-major operands a product is asked for as its transpose, with
-the operands in the other order, and nothing is ever copied or turned:
+cuBLAS reads matrices in column-major order. So it reads a row-major matrix of r rows
+and c columns as its transpose: c rows, r columns, and a leading dimension of c. A
+product of row-major operands is therefore computed as its transpose, with the operands
+swapped. Nothing is copied or transposed in memory:
 
     Y  = X W     Yᵀ  = Wᵀ Xᵀ     stored W is Wᵀ (k, n) and X is Xᵀ (n, rows)
-    dX = dY Wᵀ   dXᵀ = W dYᵀ     stored W has to be turned, dY is dYᵀ (k, rows)
-    dW = Xᵀ dY   dWᵀ = dYᵀ X     stored dY is dYᵀ (k, rows), X has to be turned
+    dX = dY Wᵀ   dXᵀ = W dYᵀ     stored W is transposed, dY is dYᵀ (k, rows)
+    dW = Xᵀ dY   dWᵀ = dYᵀ X     stored dY is dYᵀ (k, rows), X is transposed
     dB = 1ᵀ dY   dBᵀ = dYᵀ 1     likewise, with a column of ones for X
 
-which in the letters of a gemm, C (m, n) = alpha op(A) op(B) + beta C with
-op(A) (m, k) and op(B) (k, n), is
+With C (m, n) = alpha op(A) op(B) + beta C, op(A) (m, k) and op(B) (k, n), the arguments
+of gemm are:
 
     product   op(A)  op(B)  m  n     k     A   lda  B   ldb  C   ldc
     Y         N      N      k  rows  n     W   k    X   n    Y   k
@@ -19,7 +19,7 @@ op(A) (m, k) and op(B) (k, n), is
     dW        N      T      k  n     rows  dY  k    X   n    dW  k
     dB        N      T      k  1     rows  dY  k    1   1    dB  k
 
-Nothing here needs a GPU: any BLAS that takes these letters will do.
+This module needs no GPU: the arguments are valid for any BLAS.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from typing import NamedTuple
 from gradwire_protocol.dtypes import Dtype
 
 DISALLOW_REDUCED_PRECISION_REDUCTION = 16
-"""`cublasMath_t`: parts of a sum are added in the compute type, never in the
-narrower type of the result."""
+"""`cublasMath_t`: partial sums are added in the compute type, never in the narrower
+type of the result."""
 
 POINTER_MODE_HOST = 0
 """`cublasPointerMode_t`: alpha and beta are in host memory."""
@@ -44,20 +44,20 @@ NO_TRANSPOSE, TRANSPOSE = 0, 1
 """`cublasOperation_t`."""
 
 MAX_SIZE = 2**31 - 1
-"""Largest m, n, k and leading dimension: cuBLAS's are 32 bits."""
+"""Largest m, n, k and leading dimension: 32 bits in cuBLAS."""
 
 
 class CudaType(NamedTuple):
-    """What CUDA knows of an element type."""
+    """CUDA's properties of a dtype."""
 
     number: int
     """`cudaDataType_t`."""
 
     c_name: str
-    """The type of an element in the source of the kernels."""
+    """Type of an element in the kernels' source code."""
 
     truncated: bool = False
-    """Whether tensor cores take such operands, which truncate sums of them."""
+    """Whether products use tensor cores, which truncate sums."""
 
 
 CUDA_TYPES = {
@@ -66,35 +66,34 @@ CUDA_TYPES = {
     Dtype.FLOAT32: CudaType(0, "float"),
     Dtype.FLOAT64: CudaType(1, "double"),
 }
-"""All that this backend knows of each element type, beside how the kernels
-round to it (`to_float16` and so on there)."""
+"""CUDA's properties of each dtype. The kernels' rounding (`to_float16` and so on) is in
+`kernels`."""
 
 SUMS_ROUNDED_TO_NEAREST = tuple(
     dtype for dtype, cuda in CUDA_TYPES.items() if not cuda.truncated
 )
-"""Element types of operands whose products are summed with every addition
-rounded to nearest."""
+"""Dtypes of operands for which every addition is rounded to nearest."""
 
 
 class Compute(enum.IntEnum):
-    """In what products are computed and summed: `cublasComputeType_t`.
+    """Type in which products are computed and summed: `cublasComputeType_t`.
 
-    Beside TF32 each has the name of the dtype of the sums.
+    Except TF32, members have the name of the dtype of the sums.
     """
 
     FLOAT32 = 68
     TF32 = 77
-    """float32 operands are rounded to 10 bits of fraction first."""
+    """float32 operands are first rounded to 10 bits of fraction."""
     FLOAT64 = 70
 
     @property
     def scalars(self) -> Dtype:
-        """The element type of alpha and beta."""
+        """Dtype of alpha and beta."""
         return Dtype.FLOAT32 if self is Compute.TF32 else Dtype[self.name]
 
     @classmethod
     def of(cls, operands: Dtype, *, allow_tf32: bool) -> Compute:
-        """How products of such operands are computed."""
+        """Return the compute type for products of operands."""
         if operands.has_tf32 and allow_tf32:
             return cls.TF32
         return cls[operands.sums_in.name]
@@ -102,7 +101,7 @@ class Compute(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class DeviceMatrix:
-    """A row-major matrix without gaps in a device's memory."""
+    """A contiguous row-major matrix in a device's memory."""
 
     address: int
     rows: int
@@ -111,13 +110,13 @@ class DeviceMatrix:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.rows * self.columns
 
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """C (m, n) = alpha op(A) op(B) + beta C, columns first, as cuBLAS has it.
+    """C (m, n) = alpha op(A) op(B) + beta C, in cuBLAS's column-major order.
 
     With beta = 0, C is not read.
     """
@@ -128,26 +127,26 @@ class Gemm:
     n: int
     k: int
     a: int
-    """Address of A, and the others' likewise."""
+    """Address of A. b and c are the addresses of B and C."""
     lda: int
     b: int
     ldb: int
     c: int
     ldc: int
     operands: Dtype
-    """Element type of A and B."""
+    """Dtype of A and B."""
     result: Dtype
-    """Element type of C."""
+    """Dtype of C."""
     compute: Compute
     alpha: float = 1.0
     beta: float = 0.0
 
 
 def computes_into(operands: Dtype, result: Dtype) -> bool:
-    """Whether a gemm of such operands can write such a result by itself.
+    """Return whether a gemm can write the result's dtype directly.
 
-    It computes in `operands.sums_in` and rounds once; cuBLAS has no other
-    pairs. Elsewhere the result passes through scratch in that type.
+    It computes in `operands.sums_in` and rounds once. cuBLAS supports no other pairs of
+    dtypes. Other results are computed in scratch memory in that dtype first.
     """
     return result in {operands, operands.sums_in}
 
@@ -155,7 +154,7 @@ def computes_into(operands: Dtype, result: Dtype) -> bool:
 def multiply(
     a: DeviceMatrix, b: DeviceMatrix, out: DeviceMatrix, compute: Compute
 ) -> Gemm:
-    """Out = a b, as Y = X W."""
+    """Return the arguments for out = a b, as in Y = X W."""
     return Gemm(
         transa=False,
         transb=False,
@@ -177,7 +176,7 @@ def multiply(
 def multiply_transposed(
     a: DeviceMatrix, b: DeviceMatrix, out: DeviceMatrix, compute: Compute
 ) -> Gemm:
-    """Out = a bᵀ, as dX = dY Wᵀ."""
+    """Return the arguments for out = a bᵀ, as in dX = dY Wᵀ."""
     return Gemm(
         transa=True,
         transb=False,
@@ -204,7 +203,7 @@ def accumulate_transposed(
     *,
     first: bool,
 ) -> Gemm:
-    """Out += aᵀ b, as dW += Xᵀ dY; with `first`, out = aᵀ b."""
+    """Return the arguments for out += aᵀ b, or for out = aᵀ b with `first`."""
     return Gemm(
         transa=False,
         transb=True,

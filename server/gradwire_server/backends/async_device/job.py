@@ -1,16 +1,16 @@
-"""A job on a device that works beside the thread of its device worker.
+"""A job on an asynchronous device.
 
-While a row block is computed, the next one is copied to the device and the one
-before it is copied back:
+While a row block is computed, the next one is copied to the device, and the previous
+one is copied back:
 
     up:       x0 dy0 | x1 dy1 | x2 dy2 | ...
     compute:           y0 dx0 dw | y1 dx1 dw | ...
     down:                          y0 dx0 | y1 dx1 | ...
 
-Each block lies in a slot of the job's device memory, and slots are used in
-turn. A block's products wait for its own upload, and for the download of the
-block that was in its slot; its upload waits for the products of that block,
-and its download for its own products. All of that is waited for on the device.
+Each block is in a slot of the job's device memory, and slots are used in turn. A
+block's upload waits for the products of the previous block in its slot. Its products
+wait for its upload, and for the download of that previous block. Its download waits for
+its products. All these waits are on the device.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from gradwire_server.backends.base import Array, RowBlock, Sums, Times, Wait
 
 
 class DeviceJob:
-    """A job on a device: its memory there, and what is done when.
+    """A job on a device: its memory there, and the order of its work.
 
     Args:
-        spec: What was asked.
-        block_rows: Most rows of a block.
-        pipeline_depth: Most row blocks that have begun and were not waited for.
-        device: Where.
-        times: Told how long the stages took, by the device's own clock.
-        empty: Host memory for the sums, if no `sums` are given.
-        sums: Where the sums go, each in its dtype on the wire.
+        spec: The job.
+        block_rows: Most rows of a row block.
+        pipeline_depth: Most row blocks in progress.
+        device: The device.
+        times: Counts the times of the stages, by the device's clock.
+        empty: Allocates host memory for the sums, if `sums` is None.
+        sums: Memory for the sums, each in its dtype on the wire.
 
     Raises:
-        MemoryError: The device has not so much memory.
+        MemoryError: The device has not enough memory.
     """
 
     def __init__(
@@ -81,26 +81,26 @@ class DeviceJob:
         self._placed = Placed(spec, layout, self._memory.address)
         self._sums = self._placed.sums()
         self._slots: list[Events | None] = [None] * len(layout.slots)
-        """Of each slot, the events of its block until that was waited for."""
+        """Events of the block in each slot, until it was waited for."""
         self._blocks = 0
         self._begun_sums = False
-        """Whether there are sums, of this job's blocks or of others before."""
+        """Whether there are sums, from this job or from its earlier attempt."""
 
     def take_w(self, w: Array) -> None:
-        """Copies W, shape (n, k), to the device."""
+        """Copy W, shape (n, k), to the device."""
         placed = self._placed.w
         if placed is not None:
             self._upload_whole(w, placed)
 
     def take_sums(self, sums: Sums) -> None:
-        """Copies sums, with which the job goes on, to the device."""
+        """Copy the sums with which the job resumes to the device."""
         self._begun_sums = True
         for matrix, placed in self._sums.items():
             if placed.total.size:
                 self._upload_whole(sums[matrix], placed.total)
 
     def copy_sums(self, out: Sums) -> None:
-        """Copies the sums over the blocks that have begun from the device."""
+        """Copy the sums over all started blocks from the device."""
         there = self._there(out)
         if not there:
             return
@@ -111,7 +111,7 @@ class DeviceJob:
             for matrix, placed in there.items():
                 self._device.download(placed.total.address, out[matrix])
             self._device.record(Stream.D2H, events.done)
-            # The next block, which adds to them, is begun after this.
+            # The next block, which adds to them, starts after this.
             self._device.synchronize(events.done)
             self._times.from_device_s += self._device.elapsed_s(
                 events.download_begun, events.done
@@ -119,9 +119,9 @@ class DeviceJob:
             self._device.release_events(events)
 
     def compute_block(self, block: RowBlock) -> Wait | None:
-        """Begins a row block: copies it, computes, and copies its results."""
+        """Start a row block: copy it, compute, and copy its results."""
         if not (self._slots and block.rows and self._spec.n):
-            # Sums of no products: cuBLAS does not take them.
+            # Empty sums, which cuBLAS does not support.
             for result in (block.y, block.dx):
                 if result is not None:
                     result.fill(0)
@@ -142,7 +142,7 @@ class DeviceJob:
         return partial(self._wait, number, block, events)
 
     def finish(self) -> Sums:
-        """The sums, rounded once from the accumulator."""
+        """Return the sums, rounded once from the accumulator."""
         results = self._results or {matrix: self._room(matrix) for matrix in self._sums}
         there = self._there(results)
         if not there:
@@ -169,7 +169,7 @@ class DeviceJob:
         return results
 
     def close(self) -> None:
-        """Gives the job's memory on the device back."""
+        """Release the job's memory on the device."""
         self._memory.free()
 
     def _there(self, out: Sums) -> dict[Matrix, PlacedSum]:
@@ -190,9 +190,9 @@ class DeviceJob:
 
     @contextmanager
     def _begun(self) -> Iterator[Events]:
-        """Events for what is queued within; if that fails, it comes to an end.
+        """Provide events for work queued in this context. After an error, wait for it.
 
-        The job's memory, here and there, is others' soon after an error.
+        The wait is necessary because the job's memory is reused soon after an error.
         """
         with self._device.errors():
             events = self._device.events()
@@ -203,12 +203,12 @@ class DeviceJob:
                 raise
 
     def _upload_whole(self, array: Array, to: DeviceMatrix) -> None:
-        """Copies what has no row blocks, and waits for it."""
+        """Copy a matrix without row blocks to the device, and wait."""
         with self._begun() as events:
             self._device.record(Stream.H2D, events.upload_begun)
             self._device.upload(array, to.address)
             self._device.record(Stream.H2D, events.uploaded)
-            # What it came in may be gone when this job is, at any moment.
+            # The source's memory may be released at any time after this job ends.
             self._device.synchronize(events.uploaded)
             self._times.to_device_s += self._device.elapsed_s(
                 events.upload_begun, events.uploaded
@@ -257,7 +257,7 @@ class DeviceJob:
         self._device.record(Stream.D2H, events.done)
 
     def _wait(self, slot: int, block: RowBlock, events: Events) -> None:
-        """Waits for a block, whose arrays live until then."""
+        """Wait for a block. The argument `block` keeps its arrays alive until then."""
         del block
         device, times = self._device, self._times
         with device.errors():
@@ -271,7 +271,7 @@ class DeviceJob:
 
 
 class _Products:
-    """Products of a row block on a device, through cuBLAS's letters."""
+    """Products of a row block on a device."""
 
     def __init__(
         self, device: Device, compute: Compute, placed: Placed, *, first: bool
@@ -309,7 +309,7 @@ class _Products:
             self._device.convert(out.share, out.total, add=not self._first)
 
     def _computed(self, a: DeviceMatrix, out: DeviceMatrix) -> DeviceMatrix:
-        """Where a product is computed that ends up in `out`."""
+        """Return the memory in which to compute a product for `out`."""
         offset = self._placed.layout.unrounded
         if offset is None or gemm.computes_into(a.dtype, out.dtype):
             return out

@@ -1,4 +1,4 @@
-"""Where a job's matrices lie in the one piece of device memory that it takes."""
+"""The layout of a job's matrices in its device memory."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from gradwire_server.backends.row_blocks import ALIGNMENT
 
 @dataclass(frozen=True, slots=True)
 class SumLayout:
-    """Offsets of a result that is summed over row blocks; None: not needed."""
+    """Byte offsets of a result summed over row blocks; None: not needed."""
 
     total: int
     """The sum, in the accumulator's dtype."""
     share: int | None
-    """A block's share, where that is of another dtype than the sum."""
+    """A block's contribution, if it has another dtype than the sum."""
     rounded: int | None
-    """The result as it leaves, where it is of another dtype than the sum."""
+    """The result as sent, if it has another dtype than the sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Offsets in bytes from where the job's memory begins; None: not needed.
+    """Byte offsets in the job's memory; None: not needed.
 
     All are multiples of `ALIGNMENT`.
     """
 
     w: int | None
     ones: int | None
-    """As many ones as a block has rows, of which dB is made."""
+    """A one for each row of a block, to compute dB."""
     sums: dict[Matrix, SumLayout]
     unrounded: int | None
-    """Rows of Y or dX in the dtype of the sums, where cuBLAS cannot round
-    them itself. One for all: a block's products follow each other."""
+    """Rows of Y or dX in the dtype of the sums, if cuBLAS cannot round them itself. One
+    is enough, because a block's products are computed one after the other."""
     slots: tuple[dict[Matrix, int], ...]
-    """Of each row block that the device has begun: x, dy, y and dx."""
+    """Offsets of x, dy, y and dx for each row block in progress."""
     size_bytes: int
 
 
 def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
-    """The layout of a job.
+    """Return the layout of a job.
 
     Args:
-        spec: What was asked.
-        block_rows: Most rows of a block.
-        pipeline_depth: Most row blocks that the device has begun.
+        spec: The job.
+        block_rows: Most rows of a row block.
+        pipeline_depth: Most row blocks in progress.
     """
     end = 0
 
@@ -71,7 +71,7 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
         if spec.accumulator != dtype.sums_in:
             share = place(size, dtype.sums_in)
         if result != spec.accumulator:
-            # After the last block nothing reads W or a share any more.
+            # After the last block, W and the contribution are no longer needed.
             fits_w = size * result.itemsize <= n * k * dtype.itemsize
             if share is not None and result.itemsize <= dtype.sums_in.itemsize:
                 rounded = share
@@ -99,26 +99,26 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class PlacedSum:
-    """A result that is summed over row blocks, where the job's memory is."""
+    """A result summed over row blocks, at the address of the job's memory."""
 
     total: DeviceMatrix
     """The sum, in the accumulator's dtype."""
     share: DeviceMatrix
-    """A block's share; `total` itself where no other dtype is needed."""
+    """A block's contribution; `total` itself if it has the same dtype."""
     leaves: DeviceMatrix
-    """The result as it leaves; `total` itself where no other dtype is needed."""
+    """The result as sent; `total` itself if it has the same dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A layout's matrices, where the job's memory is."""
+    """The matrices of a layout, at the address of the job's memory."""
 
     spec: JobSpec
     layout: Layout
     address: int
 
     def of_rows(self, slot: int, matrix: Matrix, rows: int) -> DeviceMatrix | None:
-        """A row block's matrix in a slot; None: the job has none, or no elements."""
+        """Return a row block's matrix in a slot; None if it is empty or absent."""
         offset = self.layout.slots[slot].get(matrix)
         columns = self.spec.row_length(matrix)
         if offset is None or not columns:
@@ -128,20 +128,20 @@ class Placed:
 
     @property
     def w(self) -> DeviceMatrix | None:
-        """W; None: the job has none, or no elements."""
+        """W; None if the job has no W, or it is empty."""
         if self.layout.w is None or not (self.spec.n and self.spec.k):
             return None
         return self._whole(Matrix.W, self.layout.w, self.spec.dtype)
 
     def ones(self, rows: int) -> DeviceMatrix | None:
-        """So many ones, one below the other; None: the job needs none."""
+        """Return a column of ones; None if the job needs none."""
         if self.layout.ones is None:
             return None
         address = self.address + self.layout.ones
         return DeviceMatrix(address, rows, 1, self.spec.dtype)
 
     def sums(self) -> dict[Matrix, PlacedSum]:
-        """The results that are summed over row blocks."""
+        """Return the results summed over row blocks."""
         return {
             matrix: self._sum(matrix, layout)
             for matrix, layout in self.layout.sums.items()

@@ -1,1 +1,1 @@
-"""NVIDIA GPUs, through CuPy."""
+"""NVIDIA GPUs, with CuPy."""

@@ -1,6 +1,6 @@
-"""The CuPy backend: CUDA GPUs, through cuBLAS.
+"""The CuPy backend: CUDA GPUs, with cuBLAS.
 
-CuPy is imported when a backend is made, never before.
+CuPy is imported when a backend is created, never before.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from gradwire_server.backends.cuda.device import CupyDevice
 
 ROW_BLOCK_BYTES = 32 * MIB
-"""On an H200 the products of 16 MiB take a tenth longer, those of 64 MiB are
-hardly faster. Submitting a block takes the device worker's thread 0.2 ms, whatever the
+"""On an H200, products of 16 MiB take a tenth longer, and products of 64 MiB are hardly
+faster. Submitting a block takes the device worker's thread 0.2 ms, whatever the
 block's size."""
 
 PIPELINE_DEPTH = 4
-"""Row blocks that a device has begun: one arrives, one is computed, one leaves,
-and one is next, so that copies go on while the thread begins another."""
+"""Row blocks in progress on a device: one is copied to it, one is computed, one is
+copied back, and one is queued, so that copies continue while the thread submits
+another."""
 
 MAX_FREE_PINNED_FRACTION = 1 / 16
 """Largest part of the machine's memory that stays pinned while no job uses it.
 Pinning memory again costs as much as copying it several times."""
 
 PINNED_SPARE = 1.25
-"""By how much pinned memory that is used again may be larger than needed."""
+"""Factor by which reused pinned memory may be larger than needed."""
 
 MAX_FREE_DEVICE_FRACTION = 1 / 4
 """Largest part of a device's memory that is kept while no job uses it."""
@@ -48,14 +49,13 @@ class CupyBackend:
     """Computes on GPUs.
 
     Args:
-        devices: CUDA's numbers of them; empty: all that there are.
-        memory_limit: Most bytes of each GPU's memory that jobs take; None:
-            what it has.
+        devices: CUDA's numbers of the GPUs; empty: all GPUs.
+        memory_limit: Most bytes of each GPU's memory for jobs; None: no limit.
 
     Raises:
         ImportError: CuPy or a library of CUDA is missing.
         DeviceLostError: A GPU cannot be used, or there is no driver.
-        MemoryError: A GPU has no memory for as much as cuBLAS's own needs.
+        MemoryError: A GPU has not enough memory for cuBLAS.
     """
 
     name = "cupy"
@@ -91,18 +91,18 @@ class CupyBackend:
         self._initialized: dict[int, CupyDevice] = {}
 
     def init_thread(self, device: int) -> None:
-        """Makes streams and a cuBLAS handle, of and for the calling thread."""
+        """Create streams and a cuBLAS handle for the calling thread."""
         self._initialized[device] = self._host.CupyDevice(device, self._memory[device])
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """Bytes of the pinned memory in which the sums arrive."""
+        """Return the size of the pinned memory for the sums."""
         del block_rows
         if spec.buffers:
             return 0
         return sum(rounded_up(spec.size_bytes(result)) for result in spec.sums)
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """Bytes of W, the sums, scratch, and the row blocks that have begun."""
+        """Return the size of W, the sums, scratch, and the row blocks in progress."""
         return rounded_up(make_layout(spec, block_rows, PIPELINE_DEPTH).size_bytes)
 
     def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
@@ -113,7 +113,7 @@ class CupyBackend:
         return empty_pinned(self._pinned, size_bytes)
 
     def pin(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Pins it, as long as an array refers to it."""
+        """Pin the memory until the last reference to the array."""
         return self._host.register(memory, self.devices[0].index)
 
     def open_job(
@@ -125,7 +125,7 @@ class CupyBackend:
         times: Times,
         sums: Sums | None = None,
     ) -> DeviceJob:
-        """A job on a GPU, in whose device worker's thread this is called."""
+        """Open a job on a GPU, in the thread of its device worker."""
         return DeviceJob(
             spec,
             block_rows,
@@ -137,13 +137,13 @@ class CupyBackend:
         )
 
     def close(self) -> None:
-        """Gives up streams, handles and all memory."""
+        """Release streams, handles and all memory."""
         for device in self._memory:
             self._host.with_device(device, partial(self._give_up, device))
         self._host.with_device(self.devices[0].index, self._pinned.clear)
 
     def libraries(self) -> dict[str, str]:
-        """Versions of CuPy, cuBLAS, and CUDA's runtime and driver."""
+        """Return the versions of CuPy, cuBLAS, and CUDA's runtime and driver."""
         return self._host.libraries()
 
     def _give_up(self, device: int) -> None:

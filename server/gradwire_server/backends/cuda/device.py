@@ -1,7 +1,7 @@
-"""A GPU as its device worker's thread uses it, through CuPy's thin layers.
+"""A GPU in the thread of its device worker, with CuPy's low-level functions.
 
-CuPy's arrays, pools and current settings are not used: addresses are numbers,
-and every call is one of CUDA's runtime, of cuBLAS, or of a kernel of our own.
+CuPy's arrays, pools and current settings are not used. Addresses are numbers, and every
+call goes to CUDA's runtime, to cuBLAS, or to one of gradwire's kernels.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class CupyMemory:
         self.address = int(piece.memory.ptr)
 
     def free(self) -> None:
-        """Lets others have it."""
+        """Release the memory."""
         self._piece.free()
 
 
 class CupyDevice:
-    """A GPU with its streams and its cuBLAS handle, in the calling thread.
+    """A GPU with streams and a cuBLAS handle, for the calling thread.
 
     Args:
-        index: CUDA's number of it.
-        pool: Its memory.
+        index: CUDA's number of the GPU.
+        pool: The pool of its memory.
 
     Raises:
-        MemoryError: cuBLAS has no memory for itself.
+        MemoryError: There is not enough memory for cuBLAS.
         DeviceLostError: The GPU cannot be used.
     """
 
@@ -82,26 +82,26 @@ class CupyDevice:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """CUDA's errors as those of a job."""
+        """Convert CUDA's errors to those of a `BackendJob`."""
         with translated(self._pool.clear, runtime.deviceSynchronize):
             yield
 
     def allocate(self, size_bytes: int) -> CupyMemory:
-        """Memory of the GPU's pool."""
+        """Allocate memory from the GPU's pool."""
         return CupyMemory(self._pool.take(size_bytes))
 
     def events(self) -> Events:
-        """Events on which a thread can wait, and that know their time."""
+        """Return unused events with times, on which a thread can wait."""
         if self._events:
             return self._events.pop()
         return Events(*(CudaEvent(block=True) for _ in range(6)))
 
     def release_events(self, events: Events) -> None:
-        """Keeps the events for another block."""
+        """Keep the events for another block."""
         self._events.append(events)
 
     def upload(self, source: Array, to: int) -> None:
-        """cudaMemcpyAsync from the array's memory."""
+        """Copy with cudaMemcpyAsync from the array's memory."""
         if source.nbytes:
             runtime.memcpyAsync(
                 to,
@@ -112,7 +112,7 @@ class CupyDevice:
             )
 
     def download(self, source: int, to: Array) -> None:
-        """cudaMemcpyAsync to the array's memory."""
+        """Copy with cudaMemcpyAsync to the array's memory."""
         if to.nbytes:
             runtime.memcpyAsync(
                 to.ctypes.data,
@@ -123,7 +123,7 @@ class CupyDevice:
             )
 
     def multiply(self, gemm: Gemm) -> None:
-        """cublasGemmEx, with alpha and beta in the type that it computes in."""
+        """Call cublasGemmEx, with alpha and beta in the compute type."""
         scalars = gemm.compute.scalars
         operands = CUDA_TYPES[gemm.operands].number
         result = CUDA_TYPES[gemm.result].number
@@ -150,7 +150,7 @@ class CupyDevice:
         )
 
     def convert(self, source: DeviceMatrix, to: DeviceMatrix, *, add: bool) -> None:
-        """One of our own kernels."""
+        """Run one of gradwire's kernels."""
         self._kernel(kernel_name(source.dtype, to.dtype, add=add))(
             (grid(source.size),),
             (THREADS,),
@@ -159,10 +159,10 @@ class CupyDevice:
         )
 
     def _kernel(self, name: str) -> Any:
-        """A kernel; all are compiled when the first is asked for.
+        """Return a kernel. The first call compiles all kernels.
 
-        NVRTC does that within some hundredths of a second, in memory. Not
-        through CuPy's kernels, which need a folder to write to.
+        NVRTC compiles them in memory, in some hundredths of a second. CuPy's own
+        kernels are not used, because they need a writable directory.
         """
         if self._module is None:
             compiled, _ = compile_using_nvrtc(SOURCE, cache_in_memory=True)
@@ -173,24 +173,24 @@ class CupyDevice:
         return self._kernels[name]
 
     def record(self, stream: Stream, event: Event) -> None:
-        """cudaEventRecord."""
+        """Call cudaEventRecord."""
         event.record(self._streams[stream])
 
     def wait(self, stream: Stream, event: Event) -> None:
-        """cudaStreamWaitEvent."""
+        """Call cudaStreamWaitEvent."""
         self._streams[stream].wait_event(event)
 
     def synchronize(self, event: Event) -> None:
-        """cudaEventSynchronize, without Python's lock."""
+        """Call cudaEventSynchronize, without Python's lock."""
         event.synchronize()
 
     def elapsed_s(self, begin: Event, end: Event) -> float:
-        """cudaEventElapsedTime."""
+        """Call cudaEventElapsedTime."""
         milliseconds: float = get_elapsed_time(begin, end)
         return milliseconds / 1000
 
     def synchronize_all(self) -> None:
-        """cudaStreamSynchronize, of each."""
+        """Call cudaStreamSynchronize for each stream."""
         for stream in self._streams.values():
             with suppress(runtime.CUDARuntimeError):
                 stream.synchronize()

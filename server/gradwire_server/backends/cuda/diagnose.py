@@ -1,7 +1,7 @@
-"""Whether CUDA can be used here, and what is missing where it cannot.
+"""Diagnosis of why CUDA cannot be used.
 
-Three parts have to be there, each with a cure of its own: CuPy with CUDA's
-libraries (packages), NVIDIA's driver (the host's), and a device.
+Three parts are needed, each with its own remedy: CuPy with CUDA's libraries (packages),
+NVIDIA's driver (on the host), and a device.
 """
 
 from __future__ import annotations
@@ -12,27 +12,26 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-_INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver: none, or too old a one
+_INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver: no driver, or too old
 _NO_DEVICE = 100  # cudaErrorNoDevice
 
 _INSTALL = (
-    "pip install 'gradwire[server,cuda13]', or cuda12 where the driver is older "
-    "than 580"
+    "pip install 'gradwire[server,cuda13]', or cuda12 if the driver is older than 580"
 )
 
 
 def missing() -> str | None:
-    """What keeps CuPy from computing here, and what to do about it.
+    """Return why CuPy cannot compute here, and the remedy.
 
-    CuPy is imported where it is installed.
+    CuPy is imported if it is installed.
 
     Returns:
-        A part of a sentence; None: nothing does.
+        A part of a sentence; None if CuPy can compute.
     """
     if find_spec("cupy") is None:
         return f"CuPy is not installed ({_INSTALL})"
     try:
-        # CuPy knows bfloat16 only if ml_dtypes was imported before it.
+        # CuPy supports bfloat16 only if ml_dtypes was imported before.
         import ml_dtypes  # noqa: F401, PLC0415
         from cupy.cuda import runtime  # noqa: PLC0415
 
@@ -52,12 +51,13 @@ def missing_device(
     driver_version: Callable[[], int],
     runtime_version: Callable[[], int],
 ) -> str | None:
-    """What keeps CUDA from showing a device.
+    """Return why CUDA has no usable device; None if it has one.
 
     Args:
-        count: How many there are; raises an error with CUDA's `status`.
-        driver_version: The CUDA version of the driver; 0: there is none.
-        runtime_version: That of the libraries. Both as 1000 major + 10 minor.
+        count: Returns the number of devices, or raises an error with CUDA's `status`.
+        driver_version: Returns the driver's CUDA version, 1000 major + 10 minor; 0:
+            there is no driver.
+        runtime_version: Returns the libraries' CUDA version, in the same form.
     """
     try:
         found = count()
@@ -80,7 +80,7 @@ def _why(
             "start a container with its devices (docker run --gpus all)"
         )
     return (
-        f"the NVIDIA driver is for CUDA {_text(driver_version())}, and CuPy here "
+        f"the NVIDIA driver is for CUDA {_text(driver_version())}, but CuPy here "
         f"needs {_text(runtime_version())}: install a newer driver, or the extra for "
         f"an older CUDA"
     )

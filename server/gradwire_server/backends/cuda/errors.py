@@ -1,4 +1,4 @@
-"""CUDA's errors, and what they mean for a job and for its device."""
+"""Conversion of CUDA's errors to those of a backend's job."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cupy.cuda import cublas, driver, runtime
 from gradwire_server.backends.base import DeviceLostError
 
 MEMORY = frozenset({2})
-"""cudaErrorMemoryAllocation. The driver's numbers are the runtime's here, and
-in what follows."""
+"""cudaErrorMemoryAllocation. The driver has the same numbers as the runtime, here and
+below."""
 
 LOST = frozenset(
     {
@@ -49,22 +49,22 @@ which CUDA says that all further work fails until the process is started again,
 and those of a device, driver or context that is gone."""
 
 CUBLAS_MEMORY = frozenset({1, 3})
-"""CUBLAS_STATUS_NOT_INITIALIZED, which is what creating a handle says without
+"""CUBLAS_STATUS_NOT_INITIALIZED, which is the error of creating a handle without
 memory, and CUBLAS_STATUS_ALLOC_FAILED."""
 
 
 @contextmanager
 def translated(free: Callable[[], None], probe: Callable[[], object]) -> Iterator[None]:
-    """Within it, CUDA's errors are raised as those of a backend's job.
+    """Convert CUDA's errors in this context to those of a backend's job.
 
     Args:
-        free: Gives memory that nobody uses back to the system.
-        probe: Asks the device anything; it fails if the device is lost, of
-            which cuBLAS's own status says nothing.
+        free: Releases unused memory.
+        probe: Makes any call to the device. It fails if the device is lost, which
+            cuBLAS's status does not show.
 
     Raises:
-        MemoryError: There was no memory, and `free` was called.
-        DeviceLostError: The device is of no use any more.
+        MemoryError: There was not enough memory, and `free` was called.
+        DeviceLostError: The device is no longer usable.
     """
     try:
         yield
@@ -87,7 +87,7 @@ def translated(free: Callable[[], None], probe: Callable[[], object]) -> Iterato
 
 
 def _raise_known(error: Exception, free: Callable[[], None]) -> None:
-    # The types of CuPy's errors are not known to mypy.
+    # mypy does not know the types of CuPy's errors.
     status: int = getattr(error, "status", 0)
     if status in LOST:
         raise DeviceLostError(str(error)) from error

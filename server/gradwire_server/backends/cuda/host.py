@@ -27,21 +27,21 @@ _log = logging.getLogger("gradwire_server")
 
 
 def all_devices() -> tuple[int, ...]:
-    """CUDA's numbers of the GPUs that it shows to this process.
+    """Return CUDA's numbers of the GPUs visible to this process.
 
     Raises:
-        DeviceLostError: There is none, or no driver that knows this CUDA.
+        DeviceLostError: There is no GPU, or no driver for this version of CUDA.
     """
     with translated(_nothing, _nothing):
         return tuple(range(runtime.getDeviceCount()))
 
 
 def inspect(index: int) -> DeviceInfo:
-    """What a GPU is, after it has shown that it answers.
+    """Check that a GPU responds, and describe it.
 
     Raises:
-        DeviceLostError: It does not.
-        MemoryError: It has no memory left for a process.
+        DeviceLostError: The GPU does not respond.
+        MemoryError: The GPU has no memory left for a process.
     """
     with translated(_nothing, _nothing):
         with_device(index, runtime.memGetInfo)
@@ -59,7 +59,7 @@ def inspect(index: int) -> DeviceInfo:
                 *_cublas_settings(),
             ]
         ),
-        # Beside the library and the kind of GPU, bits depend on the number of these.
+        # The last bits depend on this number, the library and the kind of GPU.
         threads=properties["multiProcessorCount"],
         compute_capability=f"{properties['major']}.{properties['minor']}",
         sums_rounded_to_nearest=SUMS_ROUNDED_TO_NEAREST,
@@ -67,7 +67,7 @@ def inspect(index: int) -> DeviceInfo:
 
 
 def libraries() -> dict[str, str]:
-    """Versions of CuPy, cuBLAS, and CUDA's runtime and driver."""
+    """Return the versions of CuPy, cuBLAS, and CUDA's runtime and driver."""
     return {
         "cupy": cupy.__version__,
         "cublas": _cublas_version(),
@@ -77,33 +77,33 @@ def libraries() -> dict[str, str]:
 
 
 def allocate(size_bytes: int) -> Any:
-    """Memory of the calling thread's GPU; its `ptr` is its address.
+    """Allocate memory on the calling thread's GPU; `ptr` is its address.
 
     Raises:
-        MemoryError: There is not so much.
+        MemoryError: There is not enough memory.
     """
     return _or_memory_error(lambda: Memory(size_bytes))
 
 
 def allocate_pinned(size_bytes: int) -> Any:
-    """Host memory that is pinned for every GPU; its `ptr` is its address.
+    """Allocate host memory pinned for every GPU; `ptr` is its address.
 
     Raises:
-        MemoryError: There is not so much.
+        MemoryError: There is not enough memory.
     """
     return _or_memory_error(lambda: PinnedMemory(size_bytes, runtime.hostAllocPortable))
 
 
 def register(memory: npt.NDArray[np.uint8], index: int) -> npt.NDArray[np.uint8]:
-    """Pins memory that was taken elsewhere, for every GPU.
+    """Pin existing memory for every GPU.
 
     Args:
         memory: Whole pages.
-        index: A GPU in whose name that is done.
+        index: The GPU used for the call.
 
     Returns:
-        The same bytes, pinned until the last array that refers to it is gone;
-        `memory` itself where they cannot be.
+        An array of the same bytes, pinned until its last reference is gone; `memory`
+        itself if it cannot be pinned.
     """
     address = memory.ctypes.data
     flags = runtime.hostAllocPortable  # cudaHostRegisterPortable is the same
@@ -116,7 +116,7 @@ def register(memory: npt.NDArray[np.uint8], index: int) -> npt.NDArray[np.uint8]
 
 
 class _Registered:
-    """What an array over pinned memory refers to."""
+    """Owner of pinned memory, referenced by its array."""
 
     def __init__(self, memory: npt.NDArray[np.uint8], index: int) -> None:
         self._memory = memory
@@ -125,17 +125,17 @@ class _Registered:
 
     def __del__(self) -> None:
         address = self._memory.ctypes.data
-        # What is left to be done about a lost device, or while the interpreter
-        # ends, is done by the end of the process.
+        # If the device is lost, or the interpreter ends, the end of the process
+        # unpins the memory.
         with suppress(RuntimeError):
             with_device(self._index, lambda: runtime.hostUnregister(address))
 
 
 def with_device(index: int, act: Callable[[], T]) -> T:
-    """Does it in a thread of its own, in which that GPU is the current one.
+    """Call `act` in a new thread with a GPU as the current one.
 
-    Any call of CUDA in a thread without one has it set up the first GPU, which
-    may not be ours; and the calling thread's stays what it is.
+    In a thread without a current GPU, any CUDA call would initialize the first GPU,
+    which may not be ours. The calling thread's current GPU is unchanged.
     """
 
     def run() -> T:
@@ -158,9 +158,9 @@ def _or_memory_error(take: Callable[[], T]) -> T:
 @functools.cache
 def _cublas_version() -> str:
     try:
-        # No handle, which would take memory: it is the library that is asked.
+        # Without a handle, which would need memory.
         version: int = cublas.getVersion(0)
-    except cublas.CUBLASError:  # an older one wants a handle all the same
+    except cublas.CUBLASError:  # older versions need a handle
         version = cublas.getVersion(get_cublas_handle())
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 

@@ -1,9 +1,9 @@
-"""CUDA kernels that write sums in another dtype, or add them to wider ones.
+"""CUDA kernels that convert sums to another dtype, or add them to wider sums.
 
-They need no headers, only NVRTC itself. Conversions are PTX instructions and
-arithmetic on bits, so that no compiler's option (CuPy's own kernels take
-denormals for zero) has a say in them. Every one rounds once, to nearest, ties
-to even; a float64 is never rounded to float32 on its way to 16 bits.
+They need only NVRTC, no headers. Conversions use PTX instructions and bit arithmetic,
+so that compiler options do not affect them (CuPy's own kernels flush denormals to
+zero). Every conversion rounds once, to nearest, ties to even. A float64 is never
+rounded to float32 before 16 bits.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from gradwire_protocol.dtypes import ACCUMULATORS, Dtype
 from gradwire_server.backends.async_device.gemm import CUDA_TYPES
 
 THREADS = 256
-"""Threads of a block of the grid."""
+"""Threads in a block of the grid."""
 
 _MOST_BLOCKS = 1 << 16
-"""Blocks of the grid; each thread goes on with what is left."""
+"""Most blocks in the grid. Each thread converts several elements if there are more."""
 
 _FUNCTIONS = r"""
 typedef unsigned short u16;
@@ -88,16 +88,16 @@ __device__ __forceinline__ u16 to_bfloat16(double value) {
 
 
 def kernel_name(source: Dtype, to: Dtype, *, add: bool) -> str:
-    """The kernel that writes `source` in the dtype `to`, or adds it there.
+    """Return the name of the kernel that converts `source` to `to`, or adds it there.
 
     Raises:
-        KeyError: There is none.
+        KeyError: There is no such kernel.
     """
     return _NAMES[source, to, add]
 
 
 def grid(size: int) -> int:
-    """Blocks of the grid for that many elements, more than none."""
+    """Return the number of blocks in the grid for `size` elements, at least 1."""
     return min(-(-size // THREADS), _MOST_BLOCKS)
 
 
@@ -123,4 +123,4 @@ def _kernels() -> str:
 
 
 SOURCE = _FUNCTIONS + _kernels()
-"""Every kernel takes where to read, where to write, and how many elements."""
+"""Source of all kernels. Their arguments are source, destination and size."""

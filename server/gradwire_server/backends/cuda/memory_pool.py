@@ -1,10 +1,9 @@
-"""Memory that is dear to take from the system, kept for the next job.
+"""A pool of memory that is expensive to allocate.
 
-Pinned host memory and device memory cost milliseconds to take and to give
-back, during which the device may stand still; and jobs of one client tend to
-be of one size. So pieces that jobs give back are kept, up to a bound, and
-given to the next job whose size fits. Pieces are never cut: what a job holds is
-what it asked for, rounded up, and what is free is free as a whole.
+Allocating and releasing pinned host memory or device memory takes milliseconds, in
+which the device may be idle. Jobs of one client usually have the same size. So freed
+pieces are kept, up to a limit, and reused for the next job of a similar size. Pieces
+are never split.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 GRAIN_BYTES = 64 * 1024
-"""To a multiple of this sizes are rounded up, so that jobs of almost the same
-size can use each other's memory."""
+"""Sizes are rounded up to a multiple of this, so that jobs of almost the same size can
+reuse each other's memory."""
 
 _MOST_KEPT = 64
-"""Pieces that are kept at most: small ones should not be searched for long."""
+"""Most pieces kept, so that the search among small pieces is fast."""
 
 
 def rounded_up(size_bytes: int) -> int:
-    """What a piece of that size takes."""
+    """Return the size of a piece for `size_bytes` bytes."""
     return -(-size_bytes // GRAIN_BYTES) * GRAIN_BYTES
 
 
 class Piece(Generic[T]):
-    """Memory of a pool, in use until it is given back.
+    """Memory of a pool, in use until it is freed.
 
     Attributes:
-        memory: What the pool's `allocate` has returned.
-        size_bytes: Its size, a multiple of `GRAIN_BYTES`.
+        memory: The return value of the pool's `allocate`.
+        size_bytes: Size of the memory, a multiple of `GRAIN_BYTES`.
     """
 
     __slots__ = ("_given", "memory", "size_bytes")
@@ -45,10 +44,10 @@ class Piece(Generic[T]):
         self._given: deque[Piece[T]] | None = given
 
     def free(self) -> None:
-        """Lets others have it; in any thread, and more than once.
+        """Free the piece. May be called in any thread, and more than once.
 
-        It takes no lock and frees nothing, because it may be called by the
-        garbage collector, anywhere.
+        It takes no lock and releases nothing, because the garbage collector may call it
+        anywhere.
         """
         given, self._given = self._given, None
         if given is not None:
@@ -56,15 +55,14 @@ class Piece(Generic[T]):
 
 
 class Pool(Generic[T]):
-    """Pieces of memory of one kind, in use or kept.
+    """Pieces of one kind of memory, in use or kept for reuse.
 
     Args:
-        allocate: Takes that many bytes from the system, or raises
-            `MemoryError`. They go back when the last reference is dropped,
-            which happens in a thread that calls `take` or `clear`.
-        max_free_bytes: Most that is kept.
-        limit_bytes: Most that is in use and kept; None: what there is.
-        spare: By which factor a piece may be larger than what is asked for.
+        allocate: Allocates a number of bytes, or raises `MemoryError`. They are
+            released with the last reference, in a thread that calls `take` or `clear`.
+        max_free_bytes: Most bytes of pieces kept.
+        limit_bytes: Most bytes of all pieces; None: no limit.
+        spare: Factor by which a reused piece may be larger than requested.
     """
 
     def __init__(
@@ -82,21 +80,21 @@ class Pool(Generic[T]):
         self._lock = Lock()
         self._given: deque[Piece[T]] = deque()
         self._kept: deque[Piece[T]] = deque()
-        """What may be used again, oldest first."""
+        """Pieces kept for reuse, oldest first."""
         self._taken_bytes = 0
-        """In use, given back and kept."""
+        """Bytes of all pieces: in use, freed, and kept."""
 
     @property
     def taken_bytes(self) -> int:
-        """Bytes that were taken from the system and not given back to it."""
+        """Bytes allocated and not released."""
         return self._taken_bytes
 
     def take(self, size_bytes: int) -> Piece[T]:
-        """A piece of at least that size, which is not cleared.
+        """Return an uninitialized piece of at least `size_bytes` bytes.
 
         Raises:
-            MemoryError: There is not so much, within the pool's limit or in
-                the system, even if nothing is kept.
+            MemoryError: There is not enough memory, even after all kept pieces are
+                released.
         """
         size_bytes = rounded_up(size_bytes)
         with self._lock:
@@ -105,7 +103,7 @@ class Pool(Generic[T]):
             if piece is None:
                 dropped += self._make_room(size_bytes)
                 self._taken_bytes += size_bytes
-        del dropped  # freed while others may go on
+        del dropped  # released without the lock
         if piece is not None:
             return piece
         try:
@@ -117,7 +115,7 @@ class Pool(Generic[T]):
         return Piece(memory, size_bytes, self._given)
 
     def clear(self) -> None:
-        """Gives what is kept back to the system."""
+        """Release all kept pieces."""
         with self._lock:
             dropped = self._collect()
             dropped += self._drop(lambda: bool(self._kept))
@@ -127,12 +125,12 @@ class Pool(Generic[T]):
         try:
             return self._allocate(size_bytes)
         except MemoryError:
-            pass  # here, so that the error keeps nothing alive
+            pass  # left here, so that the error keeps no memory alive
         self.clear()
         return self._allocate(size_bytes)
 
     def _collect(self) -> list[T]:
-        """Takes in what was given back; returns what that is too much for."""
+        """Collect freed pieces, and return surplus pieces to be released."""
         while self._given:
             self._kept.append(self._given.popleft())
         return self._drop(
@@ -163,7 +161,7 @@ class Pool(Generic[T]):
         )
         if self._taken_bytes + size_bytes > limit:
             raise MemoryError(
-                f"{size_bytes} bytes asked for: {self._taken_bytes} of {limit} are "
+                f"{size_bytes} bytes requested, but {self._taken_bytes} of {limit} are "
                 f"in use"
             )
         return dropped

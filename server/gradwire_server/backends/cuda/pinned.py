@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies to and from at full speed, as arrays."""
+"""Arrays of pinned host memory, which a GPU copies at full speed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradwire_server.backends.cuda.memory_pool import Piece, Pool
 
 
 class _Owner:
-    """What an array refers to: its piece is given back with the last of them."""
+    """Owner of a piece, referenced by its array. It frees the piece."""
 
     __slots__ = ("__array_interface__", "_piece")
 
@@ -29,14 +29,14 @@ class _Owner:
 
 
 def empty_pinned(pool: Pool[Any], size_bytes: int) -> npt.NDArray[np.uint8]:
-    """Uninitialised memory of a pool, until the last array over it is gone.
+    """Return an uninitialized array in a pool's memory, freed with its last reference.
 
     Args:
-        pool: Of pieces whose `ptr` is the address of their first byte.
-        size_bytes: Bytes of the array.
+        pool: A pool of memory with the address in `ptr`.
+        size_bytes: Size of the array.
 
     Raises:
-        MemoryError: There is not so much.
+        MemoryError: There is not enough memory.
     """
     if not size_bytes:
         return np.empty(0, np.uint8)

@@ -1,4 +1,4 @@
-"""The CuPy backend as the registry finds it."""
+"""The entry point of the CuPy backend."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def make_backend(settings: Settings) -> CupyBackend:
-    """The GPUs that were asked for, or all.
+    """Create the backend for the requested GPUs, or for all.
 
     Raises:
         BackendUnavailableError: CuPy, the driver or a device is missing.
-        BackendError: A device was asked for that is not there.
+        BackendError: A requested device does not exist.
     """
     if (why_not := missing()) is not None:
         raise BackendUnavailableError(why_not)
     try:
-        # CuPy is imported where it is used, and takes a second.
+        # The import of CuPy takes a second, so it is not at the top.
         from gradwire_server.backends.cuda.backend import CupyBackend  # noqa: PLC0415
         from gradwire_server.backends.cuda.host import all_devices  # noqa: PLC0415
 

@@ -1,1 +1,1 @@
-"""The CPU, through NumPy's BLAS."""
+"""The CPU, with NumPy's BLAS."""

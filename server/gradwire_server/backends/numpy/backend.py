@@ -1,4 +1,4 @@
-"""The NumPy backend: one device, the CPU, through NumPy's BLAS."""
+"""The NumPy backend: one device, the CPU, with NumPy's BLAS."""
 
 from __future__ import annotations
 
@@ -36,33 +36,32 @@ from gradwire_server.backends.numpy.worker_threads import (
 from gradwire_server.backends.products import compute_block
 
 PARTS = 4
-"""Most pieces into which a product is cut along its longer side, for threads
-to share, unless dW's tiles have to be smaller."""
+"""Most pieces of a product, cut along its longer side and shared by the threads. There
+are more if dW's tiles must be smaller."""
 
 PIECE = 512
-"""Rows or columns of a piece where a product has enough of them, and
-SMALL_PIECE where not: BLAS packs the operand that was not cut once for each
-piece, which should not become what takes the time."""
+"""Rows or columns of a piece of a large product; SMALL_PIECE for small ones. BLAS packs
+the operand that is not cut once for each piece, so pieces must not be too small."""
 
 SMALL_PIECE = 128
 
 INLINE_BELOW_OPS = 1 << 22
-"""Multiplications and additions of a row block's products below which the
-device worker's thread does them alone: waking another takes as long as they do."""
+"""The device worker's thread computes products with fewer multiplications and additions
+alone, because waking another thread would take as long."""
 
 TILE_BYTES = 16 * MIB
-"""Most of a sum's share that a thread computes before it is added, so that no
-second n x k matrix is needed."""
+"""Largest tile of a block's contribution to a sum that a thread computes at once before
+adding it. So no second n x k matrix is needed."""
 
 
 class NumpyBackend:
     """Computes on the CPU.
 
     Args:
-        threads: How many threads compute. Each then calls BLAS with one
-            thread, to which BLAS is limited in the whole process until
-            `close`. 0: one thread, and BLAS stays as it is.
-        niceness: By how much they are nicer than the process.
+        threads: Number of computing threads. Each calls single-threaded BLAS: BLAS is
+            limited to one thread in the whole process until `close`. 0: one computing
+            thread, and BLAS is unchanged.
+        niceness: Niceness of the threads, added to the process's.
     """
 
     name = "numpy"
@@ -95,12 +94,12 @@ class NumpyBackend:
         )
 
     def init_thread(self, device: int) -> None:
-        """Makes the device worker's thread one of the worker threads."""
+        """Make the device worker's thread one of the worker threads."""
         del device
         self._threads.enter()
 
     def job_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """Bytes of the accumulator, of widened copies and of scratch."""
+        """Return the size of the accumulator, widened copies and scratch."""
         scratch = sum(
             rows * columns
             for rows, columns in _scratch_shapes(spec, block_rows).values()
@@ -117,16 +116,16 @@ class NumpyBackend:
         return size + self._threads.count * tile * spec.dtype.sums_in.itemsize
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
-        """0: everything is host memory."""
+        """Return 0: all memory is host memory."""
         del spec, block_rows
         return 0
 
     def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
-        """Memory like any other, but for where it begins."""
+        """Allocate ordinary, aligned memory."""
         return empty_aligned(size_bytes)
 
     def pin(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The memory itself: all of it is the device's own."""
+        """Return the memory itself: the device computes in host memory."""
         return memory
 
     def open_job(
@@ -138,23 +137,23 @@ class NumpyBackend:
         times: Times,
         sums: Sums | None = None,
     ) -> NumpyJob:
-        """A job; `device` is 0."""
+        """Open a job; `device` is 0."""
         del device
         return NumpyJob(spec, block_rows, self._threads, times, sums or {})
 
     def close(self) -> None:
-        """Ends the threads, and gives BLAS its own back."""
+        """End the threads, and restore BLAS's own threads."""
         self._threads.close()
         if self._blas is not None:
             self._blas.restore_original_limits()
 
     def libraries(self) -> dict[str, str]:
-        """Versions of NumPy and of its BLAS, and the kernels that BLAS has chosen."""
+        """Return the versions of NumPy and its BLAS, and the kernels chosen by BLAS."""
         return self._libraries
 
 
 class NumpyJob:
-    """A job on the CPU: W, the accumulators of sums, and scratch."""
+    """A job on the CPU, with W, the accumulators of sums, and scratch."""
 
     def __init__(
         self,
@@ -186,22 +185,22 @@ class NumpyJob:
             for result in spec.sums
         }
         self._begun = False
-        """Whether there are sums, of this job's blocks or of others before."""
+        """Whether there are sums, from this job or from its earlier attempt."""
 
     def take_w(self, w: Array) -> None:
-        """Takes W, shape (n, k)."""
+        """Take W, shape (n, k)."""
         with self._times.computing(), np.errstate(all="ignore"):
             self._w = self._widened("w", w)
 
     def take_sums(self, sums: Sums) -> None:
-        """Goes on with these sums."""
+        """Continue these sums."""
         for result, own in self._sums.items():
             np.copyto(own, sums[result])
         self._begun = True
 
     def compute_block(self, block: RowBlock) -> None:
-        """Computes y and dx of the block and adds its share to the sums."""
-        # NaN, Inf and overflow are data here, not events to warn of.
+        """Compute y and dx of the block, and add its contribution to the sums."""
+        # NaN, Inf and overflow are valid results, so no warnings are needed.
         with self._times.computing(), np.errstate(all="ignore"):
             products = _Products(self._tiles, first=not self._begun)
             compute_block(
@@ -218,13 +217,13 @@ class NumpyJob:
                 operations = self._spec.row_operations * block.rows
                 self._threads.run(products.pieces, inline=operations < INLINE_BELOW_OPS)
             finally:
-                # Pieces know their products: a cycle, which would hold the
-                # block's memory until the garbage collector comes by.
+                # Pieces refer to their products. This cycle would keep the block's
+                # memory until the next garbage collection.
                 products.pieces.clear()
         self._begun = True
 
     def copy_sums(self, out: Sums) -> None:
-        """Copies the sums over the blocks so far."""
+        """Copy the sums over the blocks so far."""
         for result, own in self._sums.items():
             if self._begun:
                 np.copyto(out[result], own)
@@ -232,7 +231,7 @@ class NumpyJob:
                 out[result].fill(0)
 
     def finish(self) -> Sums:
-        """The sums, rounded once from the accumulator."""
+        """Return the sums, rounded once from the accumulator."""
         with self._times.computing(), np.errstate(all="ignore"):
             if not self._begun:
                 for own in self._sums.values():
@@ -243,13 +242,13 @@ class NumpyJob:
             }
 
     def close(self) -> None:
-        """Its memory goes with it."""
+        """Do nothing: the memory is released with the job."""
 
     def _widened(self, purpose: str, given: Array | None) -> Array | None:
-        """`given` in the dtype of the sums: itself, or a copy kept here.
+        """Return `given` in the dtype of the sums: itself, or a copy in scratch.
 
-        NumPy's own products of 16-bit arrays are slow and round every step.
-        What shares memory with another operand is copied as well.
+        NumPy's own products of 16-bit arrays are slow and round every step. An operand
+        that shares memory with another one is copied, too.
         """
         if given is None or purpose not in self._scratch:
             return given
@@ -258,7 +257,7 @@ class NumpyJob:
         return copy
 
     def _result(self, purpose: str, result: Array | None) -> _Result | None:
-        """Where a result is computed: in place, or where it can be rounded."""
+        """Return the memory in which a result is computed: its own, or scratch."""
         if result is None:
             return None
         if purpose not in self._scratch:
@@ -269,7 +268,7 @@ class NumpyJob:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """Rows of Y or dX, and room in the dtype of the sums to compute them in."""
+    """Rows of Y or dX, and memory in the dtype of the sums to compute them in."""
 
     rounded: Array
     computed: Array
@@ -278,10 +277,10 @@ class _Result:
 
 
 class _Products:
-    """Products through NumPy's BLAS, cut into pieces for the worker threads.
+    """Products with NumPy's BLAS, cut into pieces for the worker threads.
 
-    Transposes are flags of BLAS's call, never copies. Where a product is cut
-    depends on its shape alone, and so do its bits.
+    Transposes are flags of BLAS's call, never copies. The cuts, and so the bits of a
+    product, depend only on its shape.
     """
 
     def __init__(self, tiles: SimpleQueue[Array], *, first: bool) -> None:
@@ -300,7 +299,7 @@ class _Products:
 
     def accumulate_transposed(self, a: Array, b: Array, out: Array) -> None:
         most = TILE_BYTES // b.dtype.itemsize
-        # The largest pieces go first, so that no thread ends long after another.
+        # The largest pieces come first, so that all threads end at about the same time.
         self.pieces[:0] = [
             partial(self._accumulate, a[:, rows].T, b[:, columns], out[rows, columns])
             for rows, columns in _tiles(len(out), out.shape[1], most)
@@ -332,11 +331,11 @@ def _multiply(a: Array, b: Array, out: _Result, part: tuple[slice, slice]) -> No
 def _tiles(
     rows: int, columns: int, most_elements: int | None = None
 ) -> Sequence[tuple[slice, slice]]:
-    """The pieces of a product with elements: of its rows, or of its columns.
+    """Return the pieces of a product, cut by rows or by columns.
 
-    Every piece needs one operand whole, which BLAS packs again for each:
-    cutting the longer side makes that the smaller operand. The first piece is
-    as large as any.
+    Every piece needs one whole operand, which BLAS packs again for each piece. The
+    longer side is cut, so that this is the smaller operand. The first piece is the
+    largest.
     """
     if not rows or not columns:
         return ()
@@ -352,17 +351,17 @@ def _tiles(
 
 
 def _sums_in_place(spec: JobSpec, result: Matrix) -> bool:
-    """Whether a sum needs no memory but that in which the result will lie."""
+    """Return whether a result is summed in its own memory."""
     return bool(spec.buffers) and spec.results[result] == spec.accumulator
 
 
 def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]]:
-    """Shapes of a job's scratch, in the dtype of its sums, by purpose.
+    """Return the shapes of a job's scratch, in the dtype of its sums, by purpose.
 
-    Operands are widened where products are summed in a wider dtype than
-    theirs, and results pass through scratch where they are rounded. An operand
-    that shares memory with another is copied too: NumPy multiplies a matrix by
-    its own transpose with BLAS's SYRK, which gives other bits than GEMM.
+    Operands are widened if products are summed in a wider dtype, and results are
+    computed in scratch if they are rounded. An operand that shares memory with another
+    one is copied, too: NumPy multiplies a matrix by its own transpose with BLAS's SYRK,
+    whose bits differ from GEMM's.
     """
     n, sums_in = spec.n, spec.dtype.sums_in
     shapes: dict[str, tuple[int, int]] = {}
@@ -379,7 +378,7 @@ def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]
 
 
 def _tile_elements(spec: JobSpec) -> int:
-    """Elements of the room that each thread has for a piece of a sum's share."""
+    """Return the number of elements of each thread's tile."""
     most = 0
     for result in spec.sums:
         n, k = result.shape(0, spec.n, spec.k)
@@ -401,7 +400,7 @@ def _processor() -> str:
 
 
 def _blas_threads() -> int:
-    """How many threads BLAS starts, as it decides when it is loaded."""
+    """Return the number of threads that BLAS starts when it is loaded."""
     for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(variable, "")
         if value.isdigit() and int(value):

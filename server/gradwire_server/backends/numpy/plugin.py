@@ -1,4 +1,4 @@
-"""The NumPy backend as the registry finds it."""
+"""The entry point of the NumPy backend."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from gradwire_server.settings import Settings
 
 
 def make_backend(settings: Settings) -> NumpyBackend:
-    """The CPU, with as many threads as the settings have.
+    """Create the backend with the threads of the settings.
 
     Raises:
-        BackendError: Another device than 0 was asked for.
+        BackendError: Another device than 0 was requested.
     """
     check_asked(NumpyBackend.name, settings.devices, (0,))
     threads = processors() if settings.cpu_threads is None else settings.cpu_threads

@@ -1,10 +1,9 @@
 """The threads that share the work of a row block on the CPU.
 
-Each calls BLAS with one thread of its own. BLAS's own threads split every
-product evenly and wait for each other spinning, so that a core that is taken
-away for a moment (by the network's threads) delays all of them; here who is
-free takes the next piece. What is computed does not depend on how many there
-are.
+Each thread calls single-threaded BLAS. BLAS's own threads split every product evenly
+and spin while they wait for each other. So one core that is briefly busy, for example
+with the network, delays all of them. Here, a free thread takes the next piece. Results
+do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -33,40 +32,40 @@ class WorkerThreads:
     """A device worker's thread and its helpers.
 
     Args:
-        threads: How many work, the calling one counted.
-        niceness: By how much they are nicer than the process, so that those
-            which move bytes and answer small calls need not wait for them.
+        threads: Number of threads, including the calling one.
+        niceness: Niceness of the threads, added to the process's. Threads that
+            transfer messages and answer small calls then have priority.
     """
 
     def __init__(self, threads: int, niceness: int = 0) -> None:
         self.count = threads
-        # Threads begin with the niceness of the one that starts them, which may
-        # be the device worker's: so all of them are given the same.
+        # A thread starts with the niceness of its creator, which may be the device
+        # worker's thread. So the niceness is set in every thread.
         self._niceness = niceness and min(_own_niceness() + niceness, 19)
         self._pool = ThreadPoolExecutor(
             max(threads - 1, 1), "gradwire-worker", self.enter
         )
 
     def enter(self) -> None:
-        """Makes the calling thread one that works."""
+        """Make the calling thread one of the worker threads."""
         np.seterr(all="ignore")
-        # Linux gives every thread a niceness of its own.
+        # On Linux, every thread has its own niceness.
         if self._niceness and sys.platform == "linux":
             os.setpriority(os.PRIO_PROCESS, 0, self._niceness)
 
     def close(self) -> None:
-        """Ends the helpers."""
+        """End the helper threads."""
         self._pool.shutdown()
 
     def run(self, pieces: Sequence[Piece], *, inline: bool = False) -> None:
-        """Does the pieces, in any order, and returns when all are done.
+        """Run all pieces, in any order, and wait for them.
 
         Args:
-            pieces: What is to be done.
-            inline: Whether the calling thread does it without the helpers.
+            pieces: The pieces of work.
+            inline: Whether the calling thread runs them without the helpers.
 
         Raises:
-            Exception: What a piece raised.
+            Exception: An exception of a piece.
         """
         if inline:
             for piece in pieces:
@@ -97,18 +96,18 @@ def _own_niceness() -> int:
 
 
 class BlasLimit(Protocol):
-    """A limit that can be lifted again."""
+    """A limit of BLAS's threads."""
 
     def restore_original_limits(self) -> None:
-        """Lifts it."""
+        """Remove the limit."""
 
 
 def limit_blas() -> BlasLimit | None:
-    """Limits BLAS to one thread a call, in the whole process.
+    """Limit BLAS to one thread per call, in the whole process.
 
     Returns:
-        What lifts the limit; None where threadpoolctl, which knows how to
-        tell each BLAS, is not installed (it comes with the extra `server`).
+        The limit; None if threadpoolctl is not installed (it comes with the extra
+        `server`).
     """
     if threadpool_limits is None:
         _log.info("BLAS shares its own threads: install gradwire[server] to tune it")
