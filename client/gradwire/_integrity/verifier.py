@@ -96,7 +96,7 @@ class Verifier:
         return max(1, _ELEMENTS // max(1, self._plan.n, self._plan.k))
 
     def add(self, operands: Mapping[Matrix, Array]) -> None:
-        """Take rows of X and dY into account, of which sums are made."""
+        """Add rows of X and dY to the expected sums."""
         for matrix, product in self._sums.items():
             with self._working():
                 a, b = (self._wide(operands[each]) for each in matrix.needs)
@@ -211,7 +211,7 @@ class Verifier:
     def _without_spoilt(
         self, matrix: Matrix, operands: Mapping[Matrix, Operand], m: int
     ) -> SumProduct:
-        """A sum's check; begun anew, if there are columns that spoil its sums."""
+        """Return a sum's check, recomputed without columns with NaN or Inf."""
         product = self._sums[matrix]
         columns = product.no_numbers
         if not columns.size:

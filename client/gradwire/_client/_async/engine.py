@@ -1,4 +1,4 @@
-"""The engine of `AsyncClient`: it makes the calls, and makes them again."""
+"""The engine of `AsyncClient`, which makes and retries calls."""
 
 from __future__ import annotations
 
@@ -129,11 +129,11 @@ class AsyncEngine(EngineBase):
     async def server_info(
         self, timeout_s: float | None, address: str | None = None
     ) -> ServerInfo:
-        """What a server says about itself.
+        """Ask a server about itself.
 
         Args:
             timeout_s: Seconds that the server has to answer; None: no limit.
-            address: Which of several servers; None: the next job's.
+            address: The server's address; None: the server of the next job.
 
         Raises:
             InputError: There is no server at that address.
@@ -152,7 +152,7 @@ class AsyncEngine(EngineBase):
         return await self._retry(attempts, attempt)
 
     async def run(self, job: ArrayJob) -> Receipt:
-        """Compute a job, at the second or a later attempt if need be.
+        """Compute a job, with retries.
 
         Raises:
             GradwireError: The last attempt failed.
@@ -207,11 +207,11 @@ class AsyncEngine(EngineBase):
         batches: AsyncGenerator[Mapping[Matrix, Operand]],
         attempts: Attempts,
     ) -> AsyncCall:
-        """Begin an attempt at a stream's job, on this engine's server.
+        """Begin an attempt of a stream's job on this engine's server.
 
         Args:
             job: The job.
-            batches: Its rows, from the job's `first_row` on.
+            batches: Yields the job's rows, from its `first_row` on.
             attempts: The call's attempts.
         """
         job.address = self.address
@@ -230,10 +230,10 @@ class AsyncEngine(EngineBase):
             sizes: Bytes of each allocation.
 
         Returns:
-            The allocations; None where the server shares no more memory.
+            The allocations; None if the server shares no more memory.
 
         Raises:
-            GradwireError: The same, for ``transport="shm"``.
+            GradwireError: The server shares no more memory, with ``transport="shm"``.
         """
         if not sizes:
             return []
@@ -256,7 +256,7 @@ class AsyncEngine(EngineBase):
         return None
 
     async def sleep(self, seconds: float) -> None:
-        """Wait, unless the client is closed meanwhile."""
+        """Wait, at most until the client is closed."""
         await self._closing.wait(seconds)
 
     async def aclose(self) -> None:
@@ -270,9 +270,9 @@ class AsyncEngine(EngineBase):
         await self._connector.aclose()
 
     def after_fork(self) -> None:
-        """Start anew in the child of a fork.
+        """Reset the state in the child of a fork.
 
-        The parent's shared memory and locks are not the child's to use or close.
+        The child must neither use nor close the parent's shared memory and locks.
         """
         _inherited.append(self.shm.after_fork())
         self.jobs.after_fork()
@@ -284,7 +284,7 @@ class AsyncEngine(EngineBase):
             self._servers.renew()
 
     async def _execute(self, job: ArrayJob, attempts: Attempts) -> Receipt:
-        """Compute a job on this engine's server, in the fastest possible way."""
+        """Compute a job on this engine's server, in the fastest way."""
         options = job.plan.options
         if self._should_use_shm(job):
             receipt = await self._run_in_shm(job, attempts)
@@ -321,7 +321,7 @@ class AsyncEngine(EngineBase):
     async def _run_in_shm(
         self, job: ArrayJob, attempts: Attempts, *, again: bool = True
     ) -> Receipt | None:
-        """Compute a job in shared memory; None where none can be allocated."""
+        """Compute a job in shared memory; None if there is not enough."""
         shared = self.shm.place(job.plan, job.operands, job.outputs)
         allocations = await self.allocate(shared.sizes)
         if allocations is None:
@@ -359,7 +359,7 @@ class AsyncEngine(EngineBase):
         return self._learn(await self._server_info(timeout_s, connecting=True))
 
     async def _ask(self, timeout_s: float | None) -> ServerInfo | Exception:
-        """Ask the server about itself; the error is returned instead of raised."""
+        """Ask the server about itself, and return an error instead of raising it."""
         try:
             return require_jobs(await self._probe(timeout_s), self.address)
         except Exception as error:  # noqa: BLE001 - the caller raises it
@@ -386,7 +386,7 @@ class AsyncEngine(EngineBase):
                 await gone.aclose()
 
     async def _engine_at(self, address: str) -> AsyncEngine:
-        """The engine of one server.
+        """Return the engine of one server.
 
         Raises:
             InputError: There is no server at that address.
@@ -400,7 +400,7 @@ class AsyncEngine(EngineBase):
     async def _retry(
         self, attempts: Attempts, attempt: Callable[[], Awaitable[R]]
     ) -> R:
-        """The result of the first attempt that succeeds.
+        """Return the result of the first successful attempt.
 
         Raises:
             GradwireError: The last attempt failed.
@@ -418,7 +418,7 @@ class AsyncEngine(EngineBase):
             await self.sleep(delay_s)
 
     def _connection(self) -> AsyncConnection:
-        """The connection to the server, made now if there is none.
+        """Return the connection to the server, and create it if necessary.
 
         Raises:
             ClientStateError: The client is closed, or cannot make calls here.
@@ -444,7 +444,7 @@ async def stream_messages(
     exchange: JobExchange,
     batches: AsyncGenerator[Mapping[Matrix, Operand]],
 ) -> AsyncGenerator[bytes]:
-    """What a stream sends after its header."""
+    """Yield the messages of a stream after its header."""
     for message in job.opening_messages(exchange):
         yield message
     async for operands in batches:

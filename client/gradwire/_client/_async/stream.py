@@ -1,4 +1,4 @@
-"""`AsyncGradientStream`: the results of a stream of rows."""
+"""The class `AsyncGradientStream`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         return self
 
     async def __anext__(self) -> RowBlock:
-        """The next block of rows.
+        """Return the next row block.
 
         Raises:
             StopAsyncIteration: The job is done.
@@ -92,7 +92,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             return self._job.ready.popleft()
 
     async def aclose(self) -> None:
-        """Cancel the job, unless it is done; no more blocks come."""
+        """Cancel the job, unless it is done, and yield no more row blocks."""
         self._over = True
         if self._call is not None:
             await self._call.cancel()
@@ -138,7 +138,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         return require_receipt(self._job)
 
     async def _begun(self) -> tuple[StreamJob, AsyncCall]:
-        """The job and its call, begun now if they have not."""
+        """Return the job and its call, and begin them if necessary."""
         if self._job is None or self._attempts is None:
             await self._rows.fetch(0)
             self._attempts = self._engine.attempts(self._reader.options)
@@ -151,22 +151,22 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         return self._job, self._call
 
     async def _end_call(self) -> None:
-        """End the call of an attempt that failed; the next one begins another."""
+        """End the call of a failed attempt."""
         if self._call is not None:
             await self._call.cancel()
         self._call = None
 
     def _release(self, error: BaseException | None = None) -> None:
-        """Release the server; `error` is how the attempt ended there."""
+        """Release the server, with the error of the attempt, if any."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.ended(error)
 
     def _delay_s(self, error: GradwireError) -> float | None:
-        """Seconds until the next attempt after a failure; None: there is none.
+        """Return the seconds until the next attempt after a failure; None: no attempt.
 
         Raises:
-            RowsLostError: An attempt would need rows that are no longer held.
+            RowsLostError: The next attempt needs rows that are no longer buffered.
         """
         if self._attempts is None or self._job is None:
             return None

@@ -1,6 +1,6 @@
 # Generated from _async/client.py by scripts/generate-sync: edit that file.
 
-"""`Client`: the methods that a program calls."""
+"""The class `Client`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Client(ClientBase[SyncEngine]):
     def server_info(
         self, *, timeout_s: float | None = None, address: str | None = None
     ) -> ServerInfo:
-        """What the server is, offers and allows.
+        """Ask the server about its version, devices, features and limits.
 
         Args:
             timeout_s: Seconds that the server has to answer.
@@ -113,9 +113,9 @@ class Client(ClientBase[SyncEngine]):
         return self._engine.server_info(seconds, address)
 
     def empty(self, shape: int | Sequence[int], dtype: DtypeLike = "float32") -> Array:
-        """An array in memory that the server shares, or else an ordinary array.
+        """Create an array in memory shared with the server, or else an ordinary array.
 
-        The elements of an array in shared memory do not travel. As an operand or as
+        The elements of an array in shared memory are not sent. As an operand or as
         `out` of `gradients`, `forward` and `backward`, the array is used in place,
         and so is every C-contiguous part of it that begins at a multiple of 64
         bytes; other operands are copied to shared memory first. The memory is
@@ -132,7 +132,7 @@ class Client(ClientBase[SyncEngine]):
             dtype: A dtype that gradwire computes.
 
         Returns:
-            An array, not initialised.
+            An uninitialized array.
 
         Raises:
             InputError: The shape or the dtype is invalid.
@@ -184,8 +184,8 @@ class Client(ClientBase[SyncEngine]):
             result_dtype: The results' dtype: one for all, or a mapping such as
                 ``{"dw": "float32"}``. By default, the operands' dtype.
             wire_dtype: ``"bfloat16"`` or ``"float16"``: float32 operands are
-                rounded to it and travel in half the bytes, and so do the results
-                that `result_dtype` does not name; docs/gradients.md states the
+                rounded to it and sent in half the bytes, and so are the results that
+                `result_dtype` does not name; docs/gradients.md states the
                 loss. A result that is too large becomes Inf. A finite operand
                 that is too large raises InputError and cancels the job.
             dw_accumulator: ``"float32"`` or ``"float64"``: the dtype in which dW
@@ -193,9 +193,8 @@ class Client(ClientBase[SyncEngine]):
             allow_tf32: Whether float32 products may use TF32; False by default.
             checksum: Whether a CRC-32C protects every payload; False by default.
             verify: Whether the client checks the results, with random sums that
-                cost O(m n + n k + m k): True, a number of rounds, or a `Verify`;
-                None: as the client's `verify` says. docs/gradients.md states the
-                errors found.
+                cost O(m n + n k + m k): True, a number of rounds, or a `Verify`; None:
+                the client's `verify`. docs/gradients.md states the errors found.
             timeout_s: Seconds for the whole call, retries included.
             on_progress: Called with a `Progress` now and then, never concurrently,
                 maybe in another thread. An exception that it raises cancels the

@@ -1,6 +1,6 @@
 # Generated from _async/row_source.py by scripts/generate-sync: edit that file.
 
-"""A stream's rows, as whatever sends them fetches them."""
+"""The source of a stream's rows for its attempts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gradwire_protocol.matrices import Matrix
 
 
 class SyncRowSource:
-    """The caller's rows, fetched by whatever needs the next ones.
+    """Fetches the caller's rows for the attempts of a stream.
 
-    An attempt that has failed may still be waiting for an item: the next attempt
-    then waits for the same one.
+    A failed attempt may still be waiting for an item. The next attempt then waits for
+    the same item.
     """
 
     def __init__(self, rows: Iterable[object], buffer: ReplayBuffer) -> None:
@@ -28,13 +28,13 @@ class SyncRowSource:
         self._error: BaseException | None = None
 
     def batches(self, row: int) -> Iterator[Mapping[Matrix, Operand]]:
-        """The rows from a row on; batches of an earlier call end."""
+        """Yield the rows from `row` on, and end the iterators of earlier calls."""
         self._attempt += 1
         return self._batches_of(row, self._attempt)
 
     def _batches_of(self, row: int, attempt: int) -> Iterator[Mapping[Matrix, Operand]]:
-        # What an attempt that has failed still took would have rows dropped that
-        # this attempt has not sent again yet.
+        # A failed attempt must take no more batches: that could drop rows which this
+        # attempt has not sent yet.
         while attempt == self._attempt:
             batch = self._buffer.batch(row)
             if batch is not None:
@@ -44,13 +44,14 @@ class SyncRowSource:
                 return
 
     def fetch(self, row: int) -> bool:
-        """Have an item drawn, unless the rows from a row on are there.
+        """Fetch the next item, unless the rows from `row` on are already available.
 
         Returns:
-            Whether there is one.
+            Whether there are such rows.
 
         Raises:
-            BaseException: What the caller's iterable raised, each time.
+            BaseException: An exception of the caller's iterable. Further calls raise
+                it again.
         """
         with self._turn:
             if self._error is not None:
@@ -71,9 +72,9 @@ class SyncRowSource:
             return item is not END_OF_ROWS
 
     def close(self) -> None:
-        """Ask for no more items."""
+        """Request no more items."""
         self._items.close()
 
     def abandon(self) -> None:
-        """The same, where the owner is collected as garbage."""
+        """Do the same from the garbage collector."""
         self._items.abandon()

@@ -1,6 +1,6 @@
 # Generated from _async/stream.py by scripts/generate-sync: edit that file.
 
-"""`GradientStream`: the results of a stream of rows."""
+"""The class `GradientStream`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class GradientStream(Iterator[RowBlock]):
         return self
 
     def __next__(self) -> RowBlock:
-        """The next block of rows.
+        """Return the next row block.
 
         Raises:
             StopIteration: The job is done.
@@ -94,7 +94,7 @@ class GradientStream(Iterator[RowBlock]):
             return self._job.ready.popleft()
 
     def close(self) -> None:
-        """Cancel the job, unless it is done; no more blocks come."""
+        """Cancel the job, unless it is done, and yield no more row blocks."""
         self._over = True
         if self._call is not None:
             self._call.cancel()
@@ -140,7 +140,7 @@ class GradientStream(Iterator[RowBlock]):
         return require_receipt(self._job)
 
     def _begun(self) -> tuple[StreamJob, SyncCall]:
-        """The job and its call, begun now if they have not."""
+        """Return the job and its call, and begin them if necessary."""
         if self._job is None or self._attempts is None:
             self._rows.fetch(0)
             self._attempts = self._engine.attempts(self._reader.options)
@@ -153,22 +153,22 @@ class GradientStream(Iterator[RowBlock]):
         return self._job, self._call
 
     def _end_call(self) -> None:
-        """End the call of an attempt that failed; the next one begins another."""
+        """End the call of a failed attempt."""
         if self._call is not None:
             self._call.cancel()
         self._call = None
 
     def _release(self, error: BaseException | None = None) -> None:
-        """Release the server; `error` is how the attempt ended there."""
+        """Release the server, with the error of the attempt, if any."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.ended(error)
 
     def _delay_s(self, error: GradwireError) -> float | None:
-        """Seconds until the next attempt after a failure; None: there is none.
+        """Return the seconds until the next attempt after a failure; None: no attempt.
 
         Raises:
-            RowsLostError: An attempt would need rows that are no longer held.
+            RowsLostError: The next attempt needs rows that are no longer buffered.
         """
         if self._attempts is None or self._job is None:
             return None
