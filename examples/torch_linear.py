@@ -35,6 +35,7 @@ class RemoteProduct(torch.autograd.Function):
         return torch.from_numpy(client.forward(x.detach(), w.detach()))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # a second derivative is an error
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """None for the client; dX and dW if needed."""
         x, w = (saved.detach() for saved in ctx.saved_tensors)

@@ -1,8 +1,8 @@
 """Element types: one table of all that both sides know of them.
 
-A new element type is a value of `gradwire.v1.Dtype`, a row here, and a row of
-the CUDA backend's table. NumPy computes with it as soon as it is here, where
-NumPy or ml_dtypes has a dtype of that name.
+A new element type is a value of `gradwire.v1.Dtype` and a row here; NumPy computes
+with it if NumPy or ml_dtypes has a dtype of that name. For GPUs, it needs a row of
+`CUDA_TYPES` and two conversions in the CUDA backend's kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Table of a job's matrices: their shapes, and what each result is computed from.
 
-To add a result, add a row: all code that moves, checks or counts matrices uses this
-table.
+All code that moves, checks or counts matrices uses this table. What else a further
+result needs is in docs/architecture.md.
 """
 
 from __future__ import annotations

@@ -72,6 +72,35 @@ def test_a_torch_layer_learns_through_a_server(server_address):
     assert losses[-1] < losses[0] / 10
 
 
+SECOND_DERIVATIVE = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import gradwire, torch
+from torch_linear import RemoteProduct
+
+x, w = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in "xw")
+with gradwire.connect(sys.argv[1]) as client:
+    y = RemoteProduct.apply(client, x, w)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    try:
+        dx.sum().backward()
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_the_torch_layer_refuses_second_derivatives(server_address):
+    pytest.importorskip("torch")
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND_DERIVATIVE, server_address, str(EXAMPLES)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert "differentiate twice" in done.stdout
+
+
 def test_the_torch_example_says_what_it_needs(monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

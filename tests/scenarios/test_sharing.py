@@ -332,6 +332,23 @@ async def test_an_async_client_that_is_dropped_warns() -> None:
         wait_until(lambda: connections_of(server.pid) == 0, "the connection is closed")
 
 
+GREEN = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+import gradwire
+try:
+    gradwire.connect(sys.argv[1])
+except gradwire.ClientStateError as error:
+    print(error)
+"""
+
+
+def test_green_threads_are_refused_before_they_hang(server_address: str) -> None:
+    pytest.importorskip("gevent")
+    assert "gevent has replaced threads by green" in run_script(GREEN, server_address)
+
+
 FORK_WITHOUT_SUPPORT = """
 import os, sys
 import numpy as np

@@ -12,6 +12,8 @@ from cyclopts import App, Parameter
 
 import gradwire
 from gradwire import Device, ServerInfo
+from gradwire._transport.address import is_local
+from gradwire_cli.errors import CommandError
 from gradwire_cli.options import (
     DEFAULT_ADDRESS,
     FLAG,
@@ -43,13 +45,18 @@ def info(
         timeout: Time limit for the answer.
     """
     address = address or DEFAULT_ADDRESS
-    with gradwire.connect(
-        address,
-        connect_timeout_s=timeout,
-        tls=security.wanted,
-        token=security.token,
-    ) as client:
-        answer = client.server_info()
+    try:
+        with gradwire.connect(
+            address,
+            connect_timeout_s=timeout,
+            tls=security.wanted,
+            token=security.token,
+        ) as client:
+            answer = client.server_info()
+    except gradwire.ConnectError as error:
+        if is_local(address) and str(error).startswith("nothing listens"):
+            raise CommandError(f"{error}; gradwire serve starts a server") from error
+        raise
     if as_json:
         json.dump({"address": address, **dataclasses.asdict(answer)}, sys.stdout)
         sys.stdout.write("\n")

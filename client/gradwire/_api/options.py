@@ -37,6 +37,9 @@ _DEFAULT_RESULTS = tuple(matrix.label for matrix in DEFAULT_RESULTS)
 _NAMES = ", ".join(matrix.label for matrix in RESULTS)
 
 _LEAST_TIMEOUT_S = 0.001
+MAX_METADATA_BYTES = 7 * 1024
+"""Most bytes of a call's metadata, including the token."""
+
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 
 
@@ -232,7 +235,30 @@ def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
         if isinstance(value, str) and not (value.isascii() and value.isprintable()):
             raise InputError(f"the metadata value of {key!r} is not printable ASCII")
         checked.append((key, value))
+    check_metadata_size(checked)
     return tuple(checked)
+
+
+def check_metadata_size(pairs: Iterable[tuple[str, str | bytes]]) -> None:
+    """Check that gRPC accepts metadata of this size.
+
+    gRPC refuses calls with more than 8 KiB at random, and with more than 16 KiB
+    always. Its own headers take up to 1 KiB.
+
+    Raises:
+        InputError: The metadata is too large.
+    """
+    # RFC 9113, section 6.5.2: an entry counts its name, its value and 32 bytes.
+    # gRPC sends bytes in base64.
+    size = sum(
+        len(key) + 32 + (len(value) if isinstance(value, str) else len(value) * 4 // 3)
+        for key, value in pairs
+    )
+    if size > MAX_METADATA_BYTES:
+        raise InputError(
+            f"metadata has {size} bytes, with its keys and the token: expected at most"
+            f" {MAX_METADATA_BYTES}"
+        )
 
 
 def parse_shape(value: Any) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from gradwire._api.errors import InputError
-from gradwire._api.options import MetadataPairs
+from gradwire._api.options import MetadataPairs, check_metadata_size
 
 TokenLike: TypeAlias = "str | Callable[[], str]"
 """A token, or a function that returns one for each call."""
@@ -52,7 +52,9 @@ class Token:
             now = _checked(self._given(), "what token() returned")
         else:
             now = self._given
-        return (*metadata, (HEADER, f"Bearer {now}"))
+        whole = (*metadata, (HEADER, f"Bearer {now}"))
+        check_metadata_size(whole)
+        return whole
 
 
 class Authorized:

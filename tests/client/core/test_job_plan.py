@@ -164,6 +164,10 @@ def test_a_job_without_an_id_gets_one_that_differs() -> None:
         ({"results": ()}, "results is empty: name at least one of y, dx, dw, db"),
         ({"results": "z"}, "results has 'z'; it can have y, dx, dw, db"),
         ({"results": ("y", "x")}, "results has 'x'"),
+        (
+            {"metadata": {"trace": "x" * 4000, "bytes-bin": b"x" * 3000}},
+            "metadata has 8078 bytes, with its keys and the token: expected at most",
+        ),
         ({"results": 5}, "results is 5: expected names, such as"),
         ({"results": None}, "results is None: expected names, such as"),
         ({"results": [["y"]]}, "results has ['y']; it can have y, dx, dw, db"),

@@ -31,7 +31,7 @@ from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import call_error, connect_error
-from gradwire._transport.grpc.methods import Methods, warn_dropped
+from gradwire._transport.grpc.methods import Methods, require_real_threads, warn_dropped
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -91,6 +91,7 @@ class AsyncConnector:
                 " use: create one for each loop"
             )
         if self._connection is None:
+            require_real_threads()
             self._connection = AsyncConnection(self._endpoint)
             # gRPC closes such a channel by itself when it is dropped.
             self._dropped = weakref.finalize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
+from gradwire._api.errors import ClientStateError
 from gradwire._transport.endpoint import Endpoint
 from gradwire_protocol.limits import (
     COMPUTE,
@@ -20,6 +22,29 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     OpenRegionRequest,
     OpenRegionResponse,
 )
+
+
+def require_real_threads() -> None:
+    """Check that gevent or eventlet have not replaced threads by green ones.
+
+    gRPC waits in threads of its own, and streams through green threads hang.
+
+    Raises:
+        ClientStateError: They have.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    patcher = sys.modules.get("eventlet.patcher")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        name = "gevent"
+    elif patcher is not None and patcher.is_monkey_patched("thread"):
+        name = "eventlet"
+    else:
+        return
+    raise ClientStateError(
+        f"{name} has replaced threads by green ones in this process, in which gRPC's"
+        f" streams hang: leave threads unpatched (thread=False), or use gradwire in a"
+        " process of its own"
+    )
 
 
 def warn_dropped(client_name: str, address: str) -> None:

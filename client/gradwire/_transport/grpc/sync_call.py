@@ -22,7 +22,7 @@ from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import call_error, connect_error
-from gradwire._transport.grpc.methods import Methods, warn_dropped
+from gradwire._transport.grpc.methods import Methods, require_real_threads, warn_dropped
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -68,6 +68,7 @@ class SyncConnector:
             if self._closed:
                 raise ClientStateError(f"the connection to {self._endpoint} is closed")
             if self._connection is None:
+                require_real_threads()
                 self._connection = SyncConnection(self._endpoint)
                 # gRPC keeps a channel, and its connection, until it is closed.
                 self._dropped = weakref.finalize(
