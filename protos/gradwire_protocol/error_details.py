@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
-from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
 from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.rich_status import BadRequest, ErrorInfo, RetryInfo, Status
 
 TRAILER = "grpc-status-details-bin"
 DOMAIN = "gradwire"
@@ -45,7 +43,7 @@ def encode(
     status: StatusCode, message: str, details: ErrorDetails
 ) -> tuple[tuple[str, bytes], ...]:
     """Encode `details` as trailing metadata."""
-    parts: list[ErrorInfo | BadRequest | RetryInfo] = []
+    parts: list[Any] = []
     if details.reason is not None:
         parts.append(
             ErrorInfo(reason=details.reason, domain=DOMAIN, metadata=details.metadata)
@@ -60,9 +58,9 @@ def encode(
             )
         )
     if details.retry_after_s is not None:
-        delay = Duration()
-        delay.FromNanoseconds(round(details.retry_after_s * 1e9))
-        parts.append(RetryInfo(retry_delay=delay))
+        retry = RetryInfo()
+        retry.retry_delay.FromNanoseconds(round(details.retry_after_s * 1e9))
+        parts.append(retry)
     packed = Status(code=status.value[0], message=message)
     for part in parts:
         packed.details.add().Pack(part)
@@ -78,7 +76,7 @@ def decode(trailer: bytes) -> ErrorDetails:
         return ErrorDetails()
 
 
-def _collect(parts: list[AnyMessage]) -> ErrorDetails:
+def _collect(parts: list[Any]) -> ErrorDetails:
     reason: Reason | None = None
     fields: dict[str, str] = {}
     metadata: dict[str, str] = {}

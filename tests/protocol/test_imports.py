@@ -90,3 +90,31 @@ def test_importing_leaves_the_environment_as_it_was(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert printed.stdout.strip() == found
+
+
+OTHER_STATUS = """
+from google.protobuf import descriptor_pb2, descriptor_pool
+
+file = descriptor_pb2.FileDescriptorProto(
+    name="google/rpc/status.proto", package="google.rpc", syntax="proto3"
+)
+file.message_type.add(name="Status").field.add(
+    name="other", number=9, type="TYPE_STRING", label="LABEL_OPTIONAL"
+)
+descriptor_pool.Default().Add(file)
+import gradwire
+import gradwire_server
+print("imported")
+"""
+
+
+def test_another_packages_copy_of_google_rpc_does_no_harm() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_STATUS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout == "imported\n"
