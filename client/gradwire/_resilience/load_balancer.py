@@ -26,7 +26,7 @@ from gradwire._api.errors import (
     VerificationError,
 )
 from gradwire._api.types import ServerInfo
-from gradwire._resilience.retry import Attempts, is_passing
+from gradwire._resilience.retry import Attempts, is_transient
 
 EngineT = TypeVar("EngineT")
 
@@ -317,7 +317,7 @@ def none_left(causes: Mapping[str, GradwireError]) -> GradwireError:
     if not causes:
         return ConnectError("the names of the servers have no address")
     each = "; ".join(f"{address}: {error}" for address, error in causes.items())
-    passing = any(is_passing(error) for error in causes.values())
+    passing = any(is_transient(error) for error in causes.values())
     return ConnectError(
         f"none of the {len(causes)} servers is available: {each}",
         status=StatusCode.UNAVAILABLE if passing else None,

@@ -284,7 +284,7 @@ class Attempts:
 
     def _delay_s(self, error: GradwireError) -> float | None:
         wrong = isinstance(error, VerificationError) and self.retry_on_other_server
-        if not (is_passing(error) or wrong) or not self._retries.failed():
+        if not (is_transient(error) or wrong) or not self._retries.failed():
             return None
         policy = self._retries.policy
         if self._final or self._in_vain >= policy.attempts:
@@ -299,7 +299,7 @@ class Attempts:
         return delay_s if left_s is None or delay_s < left_s else None
 
 
-def is_passing(error: GradwireError) -> bool:
+def is_transient(error: GradwireError) -> bool:
     """Return whether a retry of the same call may succeed.
 
     RESOURCE_EXHAUSTED without a retry time is permanent: the job is too large, or gRPC

@@ -116,7 +116,7 @@ class JobService:
                 ) from error
 
     def read_job(self, call: CallState, header: job_pb2.Job) -> JobSpec:
-        """Check a header and cut its job into row blocks.
+        """Check a header and plan the row blocks of its job.
 
         Raises:
             JobError: The header is invalid, or asks for an unknown or impossible

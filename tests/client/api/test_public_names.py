@@ -17,7 +17,7 @@ MODULES = (
 # What the SDK uses among its own modules.
 INTERNAL = {
     *("device_of", "receipt_of", "server_info_of"),
-    *("Attempts", "Retries", "is_passing", "parse_retries"),
+    *("Attempts", "Retries", "is_transient", "parse_retries"),
 }
 CLASSES = [
     getattr(gradwire, name)

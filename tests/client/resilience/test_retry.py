@@ -9,7 +9,7 @@ import pytest
 import gradwire
 from gradwire._api.errors import BY_STATUS, CallError
 from gradwire._api.options import parse_options
-from gradwire._resilience.retry import Attempts, Retries, is_passing, parse_retries
+from gradwire._resilience.retry import Attempts, Retries, is_transient, parse_retries
 from gradwire._transport.grpc.grpc_errors import call_error
 from gradwire_protocol.error_details import ErrorDetails
 from gradwire_protocol.error_reasons import Reason
@@ -47,7 +47,7 @@ def attempts(
 def test_of_statuses_alone_only_unavailable_is_worth_a_retry(
     status: grpc.StatusCode,
 ) -> None:
-    assert is_passing(lost(status)) == (status is UNAVAILABLE)
+    assert is_transient(lost(status)) == (status is UNAVAILABLE)
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -68,17 +68,17 @@ def test_what_reasons_are_worth_a_retry(reason: Reason) -> None:
 
     error = call_error(Ended(), "gpu-node:50051")
     worth = {Reason.DRAINING, Reason.DEVICE_LOST, Reason.CHECKSUM_MISMATCH}
-    assert is_passing(error) == (reason in worth)
+    assert is_transient(error) == (reason in worth)
 
 
 def test_a_server_that_is_not_trusted_is_not_asked_again() -> None:
-    assert not is_passing(gradwire.TlsError("who is it?", status=UNAVAILABLE))
+    assert not is_transient(gradwire.TlsError("who is it?", status=UNAVAILABLE))
 
 
 def test_a_server_without_room_is_asked_again_only_if_it_says_when() -> None:
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert is_passing(lost(status, reason=Reason.BUSY, retry_after_s=0.0))
-    assert not is_passing(lost(status, reason=Reason.BUSY))
+    assert is_transient(lost(status, reason=Reason.BUSY, retry_after_s=0.0))
+    assert not is_transient(lost(status, reason=Reason.BUSY))
 
 
 def test_waits_grow_up_to_their_most_and_then_the_error_is_the_calls() -> None:

@@ -61,7 +61,7 @@ class HeaderCache:
         self._parse_cached = functools.lru_cache(_MAX_CACHED)(self._parse)
 
     def read(self, header: job_pb2.Job) -> Header:
-        """Check a header and cut its job into row blocks.
+        """Check a header and plan the row blocks of its job.
 
         Args:
             header: The header. Its id is cleared: nothing here depends on it.
