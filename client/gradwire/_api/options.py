@@ -277,6 +277,19 @@ def parse_shape(value: Any) -> tuple[int, ...]:
     return shape
 
 
+_ALIASES = {"bf16": Dtype.BFLOAT16, "fp16": Dtype.FLOAT16, "fp32": Dtype.FLOAT32}
+"""Names that NumPy does not have."""
+
+
+def _named_or_numpy(label: str) -> Dtype:
+    try:
+        return Dtype.named(label)
+    except KeyError:
+        if label == "float":  # float64 to NumPy, float32 to PyTorch
+            raise
+        return Dtype.of(np.dtype(label))  # "f4", "half", "double"
+
+
 def parse_dtype(
     value: DtypeLike, name: str, among: Collection[Dtype] = tuple(Dtype)
 ) -> Dtype:
@@ -292,8 +305,11 @@ def parse_dtype(
     """
     given = repr(value)
     try:
-        if isinstance(value, str):
-            dtype = Dtype.named(value)
+        if type(value).__module__ == "torch":  # torch.bfloat16
+            dtype = Dtype.named(str(value).removeprefix("torch."))
+        elif isinstance(value, str):
+            label = value.removeprefix("torch.")
+            dtype = _ALIASES.get(label) or _named_or_numpy(label)
         else:
             dtype = Dtype.of(np.dtype(value))
         if dtype in among:

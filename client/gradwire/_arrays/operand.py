@@ -204,9 +204,13 @@ def as_numpy(value: object, name: str) -> Array:
         return np.asarray(value)
     if is_torch_tensor(value):
         return _from_torch(value, name)
+    if hasattr(value, "toarray") and hasattr(value, "nnz"):  # of SciPy
+        raise InputError(f"{name} is a sparse matrix: pass {name}.toarray()")
     if value is None or isinstance(value, str | bytes | dict | set):
         raise _no_array(value, name)
     try:
+        if isinstance(value, list | tuple):
+            _check_dtypes(value, name)
         if hasattr(value, "__array__") or isinstance(value, Sequence):
             array = np.asanyarray(value)  # a subclass, if it makes one
             losses.check(array, name)
@@ -221,6 +225,19 @@ def as_numpy(value: object, name: str) -> Array:
         if hasattr(value, "__cuda_array_interface__"):
             raise _no_copy(value, name, error) from error
         raise _no_array(value, name, error) from error
+
+
+def _check_dtypes(values: Sequence[object], name: str) -> None:
+    """Check that NumPy would not convert arrays of a sequence to a common dtype.
+
+    Raises:
+        InputError: There are arrays of two dtypes.
+    """
+    dtypes = {str(each.dtype): None for each in values if hasattr(each, "dtype")}
+    if len(dtypes) > 1:
+        raise InputError(
+            f"{name} has arrays of {' and '.join(dtypes)}: convert them to one dtype"
+        )
 
 
 def _from_device(value: Any, name: str, copies: HostCopies) -> Array:
@@ -242,6 +259,23 @@ def _from_device(value: Any, name: str, copies: HostCopies) -> Array:
 
 def _from_torch(tensor: Any, name: str) -> Array:
     torch = sys.modules["torch"]
+    if type(tensor).__name__.startswith("Uninitialized"):  # of torch.nn.parameter
+        raise InputError(
+            f"{name} is an uninitialized parameter of a lazy module: call the module"
+            " once first"
+        )
+    if hasattr(tensor, "full_tensor"):  # torch.distributed.tensor.DTensor
+        raise InputError(
+            f"{name} is a distributed tensor: pass {name}.full_tensor() or"
+            f" {name}.to_local()"
+        )
+    if getattr(tensor, "is_nested", False):
+        raise InputError(
+            f"{name} is a nested tensor: pass {name}.to_padded_tensor(0.0), or each of"
+            f" {name}.unbind()"
+        )
+    if getattr(tensor, "is_quantized", False):
+        raise InputError(f"{name} is a quantized tensor: pass {name}.dequantize()")
     if tensor.layout is not torch.strided:
         raise InputError(f"{name} is a sparse tensor: pass {name}.to_dense()")
     label = str(tensor.dtype).removeprefix("torch.")
@@ -251,14 +285,26 @@ def _from_torch(tensor: Any, name: str) -> Array:
             f" {name}.to(torch.float32)"
         )
     tensor = tensor.detach().resolve_neg()
-    if tensor.dtype is torch.bfloat16:
-        bits: Array = tensor.view(torch.int16).numpy()
-        return bits.view(ml_dtypes.bfloat16)
     try:
-        array: Array = tensor.numpy()
+        if tensor.dtype is torch.bfloat16:
+            return _shared(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+        return _shared(tensor)
     except (TypeError, RuntimeError) as error:
         raise _no_array(tensor, name, error) from error
-    return array
+
+
+def _shared(tensor: Any) -> Array:
+    """A tensor's memory as an array.
+
+    By DLPack if possible: ``tensor.numpy()`` forbids for ever to resize the tensor's
+    storage, which FSDP2 does.
+    """
+    with contextlib.suppress(AttributeError, BufferError, TypeError, RuntimeError):
+        array: Array = np.from_dlpack(tensor)
+        if array.flags.writeable:
+            return array
+    whole: Array = tensor.numpy()
+    return whole
 
 
 def _no_copy(value: object, name: str, cause: BaseException) -> InputError:
@@ -281,10 +327,8 @@ def _no_array(
 
 
 def _dtype(array: Array, name: str, value: object) -> Dtype:
-    try:
+    with contextlib.suppress(KeyError, TypeError):  # StringDType has no byte order
         return Dtype.of(array.dtype)
-    except KeyError:
-        pass
     text = f"{name} is {array.dtype}: expected one of {_COMPUTES}; "
     kind = array.dtype.kind
     if is_torch_tensor(value):
@@ -295,8 +339,8 @@ def _dtype(array: Array, name: str, value: object) -> Dtype:
         text += f"pass {name}.real and {name}.imag in separate jobs"
     elif kind == "V" and array.dtype.itemsize == 2:
         text += f"raw 2-byte values may be {name}.view(ml_dtypes.bfloat16)"
-    elif kind == "O":
-        text += "an array of Python objects cannot be sent"
+    elif kind in "OTUS":
+        text += "an array of Python objects or text cannot be sent"
     else:
         text += f"convert with {convert}"
     raise InputError(text)

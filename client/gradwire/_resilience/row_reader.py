@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -108,8 +109,19 @@ class RowReader:
             self.check = RowCheck(with_rows(plan, self._m), w, verify)
         return self.check
 
-    def _operands(self, item: object) -> dict[Matrix, Operand]:
-        if isinstance(item, tuple) and len(item) == 2:
+    def _is_pair(self, item: Any) -> bool:
+        """Whether an item is a pair, and not the rows of one operand."""
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            return False
+        # A DataLoader of PyTorch gives lists; a list may also be two rows.
+        return (
+            isinstance(item, tuple)
+            or len(self._needed) == 2
+            or all(getattr(each, "ndim", 0) == 2 for each in item)
+        )
+
+    def _operands(self, item: Any) -> dict[Matrix, Operand]:
+        if self._is_pair(item):
             values = dict(zip(ROW_OPERANDS, item, strict=True))
         elif len(self._needed) == 1:
             values = {self._needed[0]: item}

@@ -202,6 +202,45 @@ def test_a_masked_array_without_masked_elements_is_taken(value: Any) -> None:
     np.testing.assert_array_equal(taken, MATRIX)
 
 
+def test_a_tensors_storage_can_still_be_resized() -> None:
+    """As FSDP2 does with the parameters that it gathers."""
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch.ones(3, 3, dtype=dtype)
+        assert operand(tensor, "x").take(0, 3).sum() == 9
+        tensor.untyped_storage().resize_(0)
+
+
+def test_what_no_array_can_be_made_of_is_refused_with_what_to_pass() -> None:
+    torch = pytest.importorskip("torch")
+    sparse = pytest.importorskip("scipy.sparse")
+
+    class Distributed(torch.Tensor):  # as DTensor, which needs a process group
+        def full_tensor(self) -> Any:
+            return self
+
+    with warnings.catch_warnings(action="ignore"):  # prototypes
+        nested = torch.nested.nested_tensor([torch.ones(2, 2)])
+        quantized = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
+    for value, says in (
+        (sparse.csr_array(MATRIX), "x is a sparse matrix: pass x.toarray()"),
+        (sparse.coo_matrix(MATRIX), "x is a sparse matrix: pass x.toarray()"),
+        (torch.nn.UninitializedParameter(), "uninitialized parameter of a lazy"),
+        (torch.ones(2, 2).as_subclass(Distributed), "pass x.full_tensor() or"),
+        (nested, "x is a nested tensor: pass x.to_padded_tensor(0.0)"),
+        (quantized, "x is a quantized tensor: pass x.dequantize()"),
+        (
+            [torch.ones(3), torch.ones(3, dtype=torch.float64)],
+            "x has arrays of torch.float32 and torch.float64: convert them to one",
+        ),
+        (np.array([["a"]], np.dtypes.StringDType()), "or text cannot be sent"),
+        (np.array([["a"]]), "or text cannot be sent"),
+    ):
+        with pytest.raises(gradwire.InputError) as refused:
+            operand(value, "x")
+        assert says in str(refused.value)
+
+
 def test_a_masked_tensor_is_refused() -> None:
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings(action="ignore"):  # a prototype
@@ -260,7 +299,7 @@ def test_missing_values_of_a_table_are_refused() -> None:
         ),
         (
             MATRIX.astype(object),
-            f"x is object: {COMPUTES}an array of Python objects cannot be sent",
+            f"x is object: {COMPUTES}an array of Python objects or text cannot be sent",
         ),
         (
             MATRIX.astype(ml_dtypes.bfloat16).view("V2"),

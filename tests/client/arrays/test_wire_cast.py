@@ -148,7 +148,7 @@ def test_only_float32_travels_in_fewer_bits(dtype: Any) -> None:
     ("value", "says"),
     [
         ("float32", "wire_dtype is float32: expected one of float16, bfloat16"),
-        ("half", "wire_dtype is 'half': expected one of float16, bfloat16"),
+        ("float", "wire_dtype is 'float': expected one of float16, bfloat16"),
         (np.int8, "wire_dtype is <class 'numpy.int8'>: expected one of float16"),
     ],
 )

@@ -3,11 +3,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import gradwire
-from gradwire._api.options import parse_options
+from gradwire._api.options import parse_dtype, parse_options
 from gradwire._core import unary
 from gradwire._core.job_plan import Plan, plan_arrays
 from gradwire_protocol import checksum
@@ -275,3 +276,37 @@ def test_only_small_jobs_go_in_one_message() -> None:
     assert not unary.fits_one_message(plan(ones(600, 600), ones(600, 1), None, "y"))
     checked = plan(ones(10, 10), ones(10, 10), None, "y", checksum=True)
     assert not unary.fits_one_message(checked)
+
+
+@pytest.mark.parametrize(
+    ("given", "label"),
+    [
+        ("f4", "float32"),
+        ("<f4", "float32"),
+        ("double", "float64"),
+        ("half", "float16"),
+        ("bf16", "bfloat16"),
+        ("fp16", "float16"),
+        ("torch.bfloat16", "bfloat16"),
+        (np.float32, "float32"),
+        (ml_dtypes.bfloat16, "bfloat16"),
+        (np.dtype(">f8"), "float64"),
+    ],
+)
+def test_a_dtype_has_many_names(given: Any, label: str) -> None:
+    assert parse_dtype(given, "result_dtype") is Dtype.named(label)
+
+
+def test_a_dtype_of_pytorch_is_taken() -> None:
+    torch = pytest.importorskip("torch")
+    for label in ("float16", "bfloat16", "float32", "float64"):
+        dtype = getattr(torch, label)
+        assert parse_dtype(dtype, "result_dtype") is Dtype.named(label)
+    with pytest.raises(gradwire.InputError, match="int8: expected one of"):
+        parse_dtype(torch.int8, "result_dtype")
+
+
+@pytest.mark.parametrize("given", ["float", "torch.float", "float8_e4m3fn", "f3"])
+def test_a_name_that_may_be_two_dtypes_is_refused(given: str) -> None:
+    with pytest.raises(gradwire.InputError, match="expected one of float16, bfloat16"):
+        parse_dtype(given, "result_dtype")

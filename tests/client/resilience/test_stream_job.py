@@ -42,6 +42,16 @@ def run(items: list[Any], w: Any = W, server: FakeServer | None = None, **option
     return job, [*blocks, *job.ready]
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_pair_may_be_a_list_as_loaders_give_it(kind: Any) -> None:
+    for results in (ALL, ("y",)):
+        _, blocks = run([kind([X, DY])], results=results)
+        assert sum(len(block) for block in blocks) == len(X)
+    two_rows = list(X[:2])  # and no pair
+    _, blocks = run([two_rows], results=("y",))
+    assert [len(block) for block in blocks] == [2]
+
+
 @given(
     sizes=st.lists(st.integers(0, 6), max_size=5),
     n=st.integers(0, 3),
@@ -118,7 +128,7 @@ def test_no_rows_at_all_give_empty_results() -> None:
             {},
             "item 0 of rows: it is a ndarray: expected a pair (x_rows, dy_rows)",
         ),
-        ([[X, DY]], W, {}, "item 0 of rows: it is a list: expected a pair"),
+        ([[X, DY, DY]], W, {}, "item 0 of rows: it is a list: expected a pair"),
         ([(X, DY, DY)], W, {}, "item 0 of rows: it is a tuple: expected a pair"),
         (
             [(X, None)],
