@@ -59,7 +59,11 @@ def _check_items(items: Sequence[object], name: str) -> None:
         check(item, name)
         # Read when it is converted: only the array tells of a mask.
         if hasattr(item, "__array__") and not isinstance(item, np.ndarray | np.generic):
-            check(np.asanyarray(item), name)
+            try:
+                array = np.asanyarray(item)
+            except Exception:  # noqa: BLE001, S112 - whoever converts it reports that
+                continue
+            check(array, name)
 
 
 def _is_masked(value: object) -> bool:

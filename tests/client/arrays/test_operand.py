@@ -251,6 +251,13 @@ def test_a_masked_tensor_is_refused() -> None:
         operand(masked, "x")
 
 
+def test_a_list_of_tensors_that_cannot_be_converted_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    rows = [torch.ones(3, requires_grad=True), torch.ones(3)]
+    with pytest.raises(gradwire.InputError, match="x is a list, which is not an array"):
+        operand(rows, "x")
+
+
 def test_a_quantity_with_a_unit_is_refused() -> None:
     pint = pytest.importorskip("pint")
     registry = pint.UnitRegistry()
