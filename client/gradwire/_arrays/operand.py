@@ -299,7 +299,8 @@ def _shared(tensor: Any) -> Array:
     By DLPack if possible: ``tensor.numpy()`` forbids for ever to resize the tensor's
     storage, which FSDP2 does.
     """
-    with contextlib.suppress(AttributeError, BufferError, TypeError, RuntimeError):
+    # A subclass may raise anything.
+    with contextlib.suppress(Exception):
         array: Array = np.from_dlpack(tensor)
         if array.flags.writeable:
             return array
