@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from cyclopts.config import Dict, Env
 
 from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_cli.options import to_count
-from gradwire_cli.terminal.logs import LogSettings
 from gradwire_cli.terminal.units import parse_bytes
-from gradwire_cli.variables import hint
+from gradwire_cli.variables import SETTINGS, hint
 from gradwire_server.settings import Settings
 
 
@@ -88,13 +86,6 @@ class ServeSettings(Settings):
             raise CommandError(str(error), ExitStatus.USAGE) from None
 
 
-class _SettingsFile(Dict):
-    """The ``--config`` file, of which every key must be a setting."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(_loaded(path), source=str(path), use_commands_as_keys=False)
-
-
 def _loaded(path: Path) -> dict[str, Any]:
     """Load a TOML file, every key of which is a setting.
 
@@ -132,12 +123,6 @@ def _loaded(path: Path) -> dict[str, Any]:
     return config
 
 
-SETTINGS = frozenset(
-    field.name for of in (Settings, LogSettings) for field in dataclasses.fields(of)
-)
-"""The fields of all settings: the keys of the file."""
-
-
 def _from_file(
     app: App, commands: tuple[str, ...], arguments: ArgumentCollection
 ) -> None:
@@ -146,7 +131,7 @@ def _from_file(
     if not config.tokens:
         return
     path = Path(config.tokens[0].value)
-    file = _SettingsFile(path)
+    file = Dict(_loaded(path), source=str(path), use_commands_as_keys=False)
     try:
         file(app, commands, arguments)
     except (ValueError, RecursionError) as error:

@@ -32,12 +32,14 @@ _OF_CLIENTS = frozenset(
 )
 _OF_CONTAINERS = frozenset(PREFIX + name for name in ("GPU_IMAGE", "IMAGE", "PUBLISH"))
 
+SETTINGS = frozenset(
+    field.name for of in (Settings, LogSettings) for field in dataclasses.fields(of)
+)
+"""The fields of all settings of ``gradwire serve``: each is a variable, and a key of
+its file."""
+
 KNOWN = (
-    frozenset(
-        PREFIX + field.name.upper()
-        for settings in (Settings, LogSettings)
-        for field in dataclasses.fields(settings)
-    )
+    frozenset(PREFIX + name.upper() for name in SETTINGS)
     | {PREFIX + "CONFIG"}
     | _OF_CLIENTS
     | _OF_CONTAINERS
