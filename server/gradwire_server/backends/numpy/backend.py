@@ -208,8 +208,8 @@ class NumpyJob:
                 w=self._w,
                 x=self._widened("x", block.x),
                 dy=self._widened("dy", block.dy),
-                y=self._result("y", block.y),
-                dx=self._result("dx", block.dx),
+                y=self._result(Matrix.Y, block.y),
+                dx=self._result(Matrix.DX, block.dx),
                 ones=None if self._ones is None else self._ones[: block.rows],
                 sums=self._sums,
             )
@@ -256,14 +256,13 @@ class NumpyJob:
         np.copyto(copy, given)
         return copy
 
-    def _result(self, purpose: str, result: Array | None) -> _Result | None:
+    def _result(self, matrix: Matrix, result: Array | None) -> _Result | None:
         """Return the memory in which a result is computed: its own, or scratch."""
         if result is None:
             return None
-        if purpose not in self._scratch:
-            return _Result(result, result, self._spec.dtype.sums_in)
-        computed = self._scratch[purpose][: len(result)]
-        return _Result(result, computed, Dtype.of(result.dtype))
+        scratch = self._scratch.get(matrix.label)
+        computed = result if scratch is None else scratch[: len(result)]
+        return _Result(result, computed, self._spec.results[matrix])
 
 
 @dataclass(frozen=True, slots=True)
