@@ -27,7 +27,7 @@ from gradwire_protocol.dtypes import Dtype
 from gradwire_server import Settings
 from gradwire_server.backends import select
 from gradwire_server.backends.base import Backend
-from gradwire_server.backends.row_blocks import make_plan
+from gradwire_server.backends.row_blocks import plan_row_blocks
 from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.jobs.header.parse import parse_header
 from gradwire_server.jobs.stream.ring_buffer import RingBuffer
@@ -153,7 +153,7 @@ async def _job(
         ahead: Most started row blocks; None: one per slot.
     """
     spec = parse_header(_header(shape, dtype), backend.max_columns)
-    plan = make_plan(spec, backend.row_block_bytes, backend.pipeline_depth)
+    plan = plan_row_blocks(spec, backend.row_block_bytes, backend.pipeline_depth)
     progress = JobProgress()
     computation = DeviceExecution(spec, plan, backend, worker.device, progress)
     job = object()

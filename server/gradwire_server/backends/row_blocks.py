@@ -26,7 +26,7 @@ and more than any CPU requires."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RowBlockPlan:
     """The row blocks and the memory layout of a job."""
 
     block_rows: int
@@ -80,8 +80,10 @@ class Plan:
         return max(self.slots_start + self.slots * self.slot_bytes, self.least_bytes)
 
 
-def make_plan(spec: JobSpec, row_block_bytes: int, pipeline_depth: int) -> Plan:
-    """Plan a job.
+def plan_row_blocks(
+    spec: JobSpec, row_block_bytes: int, pipeline_depth: int
+) -> RowBlockPlan:
+    """Plan the row blocks of a job.
 
     Args:
         spec: The job.
@@ -111,7 +113,7 @@ def make_plan(spec: JobSpec, row_block_bytes: int, pipeline_depth: int) -> Plan:
             offsets[matrix] = slot_bytes
             row_bytes = spec.row_length(matrix) * spec.dtype_of(matrix).itemsize
             slot_bytes += _aligned(slot_rows * row_bytes)
-    return Plan(
+    return RowBlockPlan(
         block_rows,
         slot_rows,
         offsets,

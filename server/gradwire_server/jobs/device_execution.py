@@ -20,7 +20,7 @@ from gradwire_server.backends.base import (
     Sums,
     Wait,
 )
-from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.backends.row_blocks import RowBlockPlan
 from gradwire_server.scheduling.job_progress import JobProgress
 
 
@@ -38,7 +38,7 @@ class DeviceExecution:
     def __init__(
         self,
         spec: JobSpec,
-        plan: Plan,
+        plan: RowBlockPlan,
         backend: Backend,
         device: int,
         progress: JobProgress,

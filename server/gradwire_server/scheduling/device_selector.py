@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gradwire_protocol.job_spec import JobSpec
-from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.backends.row_blocks import RowBlockPlan
 from gradwire_server.scheduling.job_progress import JobProgress
 
 
@@ -57,7 +57,7 @@ class Load:
 
 
 def make_load(
-    spec: JobSpec, plan: Plan, device_bytes: int, progress: JobProgress
+    spec: JobSpec, plan: RowBlockPlan, device_bytes: int, progress: JobProgress
 ) -> Load:
     """Return a job's load."""
     return Load(

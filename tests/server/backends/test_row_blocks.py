@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.backends.row_blocks import ALIGNMENT, MAX_BLOCK_ROWS, make_plan
+from gradwire_server.backends.row_blocks import (
+    ALIGNMENT,
+    MAX_BLOCK_ROWS,
+    plan_row_blocks,
+)
 from tests.server.specs import ALL, make_spec
 
 SOME_RESULTS = [subset for size in (1, 2, 3) for subset in combinations(ALL, size)]
@@ -22,7 +26,7 @@ def test_rows_of_a_block_depend_on_nothing_but_shape_dtype_and_configuration(
     n, k, dtype, row_block_bytes
 ):
     rows = {
-        make_plan(spec, row_block_bytes, begun).block_rows
+        plan_row_blocks(spec, row_block_bytes, begun).block_rows
         for m in (None, 0, 1, 10**9)
         for results in SOME_RESULTS
         for spec in (make_spec(m, n, k, dtype, results),)
@@ -48,7 +52,7 @@ def test_rows_of_a_block_depend_on_nothing_but_shape_dtype_and_configuration(
 )
 def test_matrices_lie_aligned_and_apart(m, n, k, dtype, results, result_dtype, begun):
     spec = make_spec(m, n, k, dtype, results, result_dtype)
-    plan = make_plan(spec, 1 << 20, begun)
+    plan = plan_row_blocks(spec, 1 << 20, begun)
     ends = []
     for matrix, offset in plan.offsets.items():
         assert offset % ALIGNMENT == 0
@@ -67,16 +71,18 @@ def test_matrices_lie_aligned_and_apart(m, n, k, dtype, results, result_dtype, b
     ("m", "slots"), [(None, 6), (10**9, 6), (129, 4), (128, 3), (1, 3), (0, 3)]
 )
 def test_a_job_holds_what_its_device_has_begun_and_one_block_at_each_end(m, slots):
-    plan = make_plan(make_spec(m, 64, 64), 1 << 16, 4)
+    plan = plan_row_blocks(make_spec(m, 64, 64), 1 << 16, 4)
     assert plan.block_rows == 128
     assert plan.slots == slots
 
 
 def test_memory_does_not_grow_with_the_rows():
-    plans = [make_plan(make_spec(m, 64, 64), 1 << 20, 1) for m in (10**5, 10**12, None)]
+    plans = [
+        plan_row_blocks(make_spec(m, 64, 64), 1 << 20, 1) for m in (10**5, 10**12, None)
+    ]
     assert len({plan.region_bytes for plan in plans}) == 1
 
 
 @pytest.mark.parametrize("m", [0, 1, 7])
 def test_a_job_of_few_rows_takes_the_memory_of_few_rows(m):
-    assert make_plan(make_spec(m, 64, 64), 1 << 24, 1).slot_rows == m
+    assert plan_row_blocks(make_spec(m, 64, 64), 1 << 24, 1).slot_rows == m

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.framing import Chunk
 from gradwire_protocol.matrices import Matrix
-from gradwire_server.backends.row_blocks import make_plan
+from gradwire_server.backends.row_blocks import plan_row_blocks
 from gradwire_server.errors import JobError
 from gradwire_server.jobs.stream.request_validator import RequestValidator
 from tests.server.specs import ALL, make_spec
@@ -18,7 +18,7 @@ from tests.server.specs import ALL, make_spec
 
 def make_validator(m=None, n=3, k=5, results=ALL, block_rows=4):
     spec = make_spec(m, n, k, results=results)
-    plan = make_plan(spec, block_rows * (n + k) * 4, 1)
+    plan = plan_row_blocks(spec, block_rows * (n + k) * 4, 1)
     assert plan.block_rows == block_rows
     return RequestValidator(spec, plan), spec, plan
 

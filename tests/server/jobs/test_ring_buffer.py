@@ -8,7 +8,7 @@ import random
 import pytest
 
 from gradwire_server.backends.base import empty_aligned
-from gradwire_server.backends.row_blocks import make_plan
+from gradwire_server.backends.row_blocks import plan_row_blocks
 from gradwire_server.jobs.stream.ring_buffer import RingBuffer
 from tests.server.specs import make_spec
 
@@ -21,7 +21,7 @@ async def test_operands_that_do_not_keep_step_never_lock_it(begun, seed):
     """The client sends X as far ahead of dY as it may, and stalls whenever it likes."""
     chance = random.Random(seed)
     spec = make_spec(m=None)
-    plan = make_plan(spec, 1, begun)
+    plan = plan_row_blocks(spec, 1, begun)
     ring = RingBuffer(spec, plan, empty_aligned(plan.region_bytes))
     ahead = plan.window_rows // plan.block_rows
     complete = [asyncio.Event() for _ in range(BLOCKS)]
@@ -62,7 +62,7 @@ async def test_operands_that_do_not_keep_step_never_lock_it(begun, seed):
 
 def test_the_slots_of_a_ring_share_no_byte():
     spec = make_spec(m=None)
-    plan = make_plan(spec, 4096, 1)
+    plan = plan_row_blocks(spec, 4096, 1)
     ring = RingBuffer(spec, plan, empty_aligned(plan.region_bytes))
     arrays = [ring.w().view("u1").reshape(-1)]
     for block in range(plan.slots):

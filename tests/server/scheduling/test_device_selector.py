@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradwire_server.backends.row_blocks import make_plan
+from gradwire_server.backends.row_blocks import plan_row_blocks
 from gradwire_server.scheduling.device_selector import DeviceSelector, Load, make_load
 from gradwire_server.scheduling.job_progress import JobProgress
 from tests.server.specs import make_spec
@@ -80,7 +80,7 @@ def test_a_job_of_unknown_length_counts_what_has_come_and_one_block():
 
 def test_the_operations_of_a_job_are_those_of_its_products():
     spec = make_spec(m=10, n=3, k=4)
-    job = make_load(spec, make_plan(spec, 1 << 20, 1), 0, JobProgress())
+    job = make_load(spec, plan_row_blocks(spec, 1 << 20, 1), 0, JobProgress())
     assert job.remaining_ops == spec.operations
     assert job.done == 0
     job.progress.blocks = 1  # the only one, and larger than the job

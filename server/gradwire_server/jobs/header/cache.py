@@ -13,7 +13,7 @@ from gradwire_protocol.job_spec import Fingerprint, JobSpec
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.backends.base import Backend
 from gradwire_server.backends.device_info import device_message
-from gradwire_server.backends.row_blocks import Plan, make_plan
+from gradwire_server.backends.row_blocks import RowBlockPlan, plan_row_blocks
 from gradwire_server.jobs.header.parse import check_header_size, parse_header
 from gradwire_server.jobs.header.resume import check_grid
 
@@ -24,7 +24,7 @@ class Header:
 
     spec: JobSpec
     """The job's specification."""
-    plan: Plan
+    plan: RowBlockPlan
     """Its row blocks."""
     backend_bytes: int
     """Host memory that the backend allocates for the job, in bytes."""
@@ -80,7 +80,9 @@ class HeaderCache:
     def _parse(self, encoded: bytes) -> Header:
         job = job_pb2.Job.FromString(encoded)
         spec = parse_header(job, self._backend.max_columns, self._features)
-        plan = make_plan(spec, self._row_block_bytes, self._backend.pipeline_depth)
+        plan = plan_row_blocks(
+            spec, self._row_block_bytes, self._backend.pipeline_depth
+        )
         check_grid(spec, plan.block_rows)
         device_bytes = self._backend.device_bytes(spec, plan.slot_rows)
         echo = spec.to_message()

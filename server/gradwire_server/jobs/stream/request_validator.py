@@ -16,7 +16,7 @@ from gradwire_protocol.framing import Chunk
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
 from gradwire_protocol.matrices import OPERANDS, Matrix
-from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.backends.row_blocks import RowBlockPlan
 from gradwire_server.errors import JobError
 
 
@@ -32,9 +32,9 @@ class Span:
     payload: memoryview
 
     @property
-    def not_row_blocked(self) -> bool:
-        """Whether the matrix has no row blocks."""
-        return not self.matrix.row_wise
+    def in_row_block(self) -> bool:
+        """Whether the bytes belong to a row block."""
+        return self.matrix.row_wise
 
 
 class RequestValidator:
@@ -45,7 +45,7 @@ class RequestValidator:
         plan: Its row blocks.
     """
 
-    def __init__(self, spec: JobSpec, plan: Plan) -> None:
+    def __init__(self, spec: JobSpec, plan: RowBlockPlan) -> None:
         self._spec = spec
         self._plan = plan
         self._received: dict[Matrix, int] = {

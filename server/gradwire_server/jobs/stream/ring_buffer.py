@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.base import Array, RowBlock, Sums
-from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.backends.row_blocks import RowBlockPlan
 from gradwire_server.jobs.stream.request_validator import Span
 
 
@@ -32,7 +32,7 @@ class RingBuffer:
     """
 
     def __init__(
-        self, spec: JobSpec, plan: Plan, region: npt.NDArray[np.uint8]
+        self, spec: JobSpec, plan: RowBlockPlan, region: npt.NDArray[np.uint8]
     ) -> None:
         self._spec = spec
         self._plan = plan
@@ -66,7 +66,7 @@ class RingBuffer:
 
     def put(self, span: Span) -> None:
         """Copy received bytes to their destination."""
-        start = 0 if span.not_row_blocked else self._slot_start(span.block)
+        start = self._slot_start(span.block) if span.in_row_block else 0
         first = start + self._plan.offsets[span.matrix] + span.offset
         size = span.payload.nbytes
         self._region[first : first + size] = np.frombuffer(span.payload, np.uint8)

@@ -19,7 +19,7 @@ from gradwire_protocol.framing import Chunk
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 from gradwire_server.backends.base import Array, Backend, RowBlock, Sums, Wait
-from gradwire_server.backends.row_blocks import Plan
+from gradwire_server.backends.row_blocks import RowBlockPlan
 from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.jobs.stream.checkpoints import (
     Checkpoint,
@@ -67,7 +67,7 @@ class StreamedJob:
     def __init__(
         self,
         spec: JobSpec,
-        plan: Plan,
+        plan: RowBlockPlan,
         backend: Backend,
         worker: TenantHandle,
         progress: JobProgress,
@@ -149,9 +149,9 @@ class StreamedJob:
             JobError: The message does not continue the stream.
         """
         for span in self._validator.accept(chunk):
-            if not span.not_row_blocked:
+            if span.in_row_block:
                 await self._ring.wait_for_slot(span.block)
-            block_number = None if span.not_row_blocked else span.block
+            block_number = span.block if span.in_row_block else None
             await self._unless_handed_over()
             self._observe(Stage.RECEIVING, block_number)
             self._ring.put(span)
