@@ -56,21 +56,7 @@ def start_in_thread(settings: Settings | None = None) -> Iterator[Server]:
                 yield server
             finally:
                 asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
-                asyncio.run_coroutine_threadsafe(_last_tasks(), loop).result()
         finally:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
-
-
-async def _last_tasks() -> None:
-    """Let interrupted calls finish.
-
-    asyncio complains about pending tasks of a closed loop, and gRPC about its own tasks
-    if others cancel them.
-    """
-    if others := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait(others, timeout=_LAST_TASKS_S)
-
-
-_LAST_TASKS_S = 2.0

@@ -12,6 +12,7 @@ from gradwire_protocol.limits import MAX_MESSAGE_BYTES
 from gradwire_server.admission.controller import CALL_BYTES, Admission
 from gradwire_server.api.gradient_servicer import GradientServicer
 from gradwire_server.api.job_service import JobService
+from gradwire_server.api.open_calls import OpenCalls
 from gradwire_server.api.standard import health
 from gradwire_server.api.standard.guard import StandardServiceGuard
 from gradwire_server.api.standard.unknown_contracts import OtherContracts
@@ -83,6 +84,7 @@ class Server:
         self._backend = backend
         self._service: JobService | None = None
         self._health = health.Health()
+        self._calls = OpenCalls()
         self._lost = asyncio.Event()
         self.lost: str | None = None
         """The device that failed for good, and the cause; None before. The process is
@@ -115,7 +117,11 @@ class Server:
         )
         tls = None if self.settings.tls_cert is None else Certificates(self.settings)
         server = grpc.aio.server(
-            interceptors=[*filter(None, [self._gate]), StandardServiceGuard()],
+            interceptors=[
+                self._calls,
+                *filter(None, [self._gate]),
+                StandardServiceGuard(),
+            ],
             options=_CHANNEL_OPTIONS,
         )
         bound: list[str] = []
@@ -189,12 +195,25 @@ class Server:
             await service.admission.wait_idle()
 
     async def stop(self) -> None:
-        """Close the listeners and end all open calls."""
+        """Close the listeners and end all open calls.
+
+        It finishes even if the caller is cancelled meanwhile, as `drain` is by a second
+        signal: there is nothing left that could be faster.
+        """
         server, self._grpc = self._grpc, None
         if server is None:
             return
+        closing = asyncio.create_task(self._close(server))
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await closing
+            raise
+
+    async def _close(self, server: grpc.aio.Server) -> None:
         # A call that has just ended may still have its status to send.
         await server.stop(_FLUSH_S)
+        await self._calls.wait_ended(_UNWIND_S)
         if self._service is not None:
             self._service.close()
         for address in self.addresses:
@@ -237,6 +256,10 @@ class Server:
 
 
 _FLUSH_S = 0.5
+
+_UNWIND_S = 30.0
+"""Seconds for the handlers of ended calls to return. The longest of them wait for the
+row blocks that their device computes, which cannot be interrupted."""
 
 _HAND_OVER_S = 5.0
 """Seconds for handed-over jobs to finish the row blocks begun and send a checkpoint."""
