@@ -690,7 +690,7 @@ def test_every_reason_has_a_test():
         "JOB_CANCELLED",
         "DEADLINE_PASSED",
         "DRAINING",  # test_stopping.py
-        "RESUME_MISMATCH",  # test_resuming.py
+        "RESUME_MISMATCH",  # test_checkpoints.py
         "DEVICE_LOST",  # test_devices.py
         "DEVICE_OUT_OF_MEMORY",  # test_faults.py
         "UNFORESEEN",

@@ -18,7 +18,7 @@ import pytest
 
 import gradwire
 from tests.cli.conftest import gradwire as gradwire_command
-from tests.scenarios.test_sharing import run_script
+from tests.scenarios.test_threads_and_forks import run_script
 from tests.support import oracle
 from tests.support.serving import ServerProcess, running_server
 

@@ -17,7 +17,7 @@ import pytest
 import gradwire
 from gradwire import Tls
 from gradwire_server import ListenError, Settings, start_in_thread
-from tests.scenarios.test_sharing import run_script
+from tests.scenarios.test_threads_and_forks import run_script
 from tests.support import oracle
 from tests.support.certificates import Authority
 from tests.support.serving import ServerProcess, running_server

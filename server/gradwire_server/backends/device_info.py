@@ -31,18 +31,20 @@ def memory_limit(device: DeviceInfo, asked: int | None) -> int | None:
     return min(asked, device.memory_bytes)
 
 
-def check_asked(backend: str, asked: Sequence[int], present: Sequence[int]) -> None:
+def require_devices(
+    backend: str, requested: Sequence[int], present: Sequence[int]
+) -> None:
     """Check that the requested devices exist.
 
     Args:
         backend: Name of the backend.
-        asked: Numbers of the requested devices.
+        requested: Numbers of the requested devices.
         present: Numbers of the existing devices.
 
     Raises:
         BackendError: A device does not exist.
     """
-    missing = [number for number in asked if number not in present]
+    missing = [number for number in requested if number not in present]
     if missing:
         raise BackendError(
             f"devices names {_listed(missing)}, but the backend {backend} has "

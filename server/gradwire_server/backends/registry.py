@@ -33,7 +33,7 @@ class MakeBackend(Protocol):
 
         Args:
             settings: All settings of the server. `Settings.devices` has the requested
-            devices; check them with `check_asked`.
+            devices; check them with `require_devices`.
 
         Raises:
             BackendUnavailableError: A package, a driver or a device is missing; the

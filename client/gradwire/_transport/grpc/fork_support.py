@@ -111,7 +111,7 @@ def calling() -> Iterator[None]:
             state.changed.notify_all()
 
 
-class Running:
+class RunningCall:
     """A running call, from its creation until `end`."""
 
     def __init__(self) -> None:

@@ -216,7 +216,7 @@ def call_unary(
         return method(request, **options)
     with fork_support.calling():
         future = method.future(request, **options)
-        running = fork_support.Running()
+        running = fork_support.RunningCall()
     try:
         with fork_support.waiting():
             return future.result()
@@ -256,7 +256,7 @@ class SyncCall:
                 timeout=options.timeout_s,
                 metadata=options.metadata,
             )
-            self._running = fork_support.Running()
+            self._running = fork_support.RunningCall()
         self._requests.attach(self._rpc.cancel)
 
     def __enter__(self) -> SyncCall:

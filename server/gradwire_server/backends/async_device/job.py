@@ -34,8 +34,8 @@ from gradwire_server.backends.async_device.device import (
 )
 from gradwire_server.backends.async_device.gemm import Compute, DeviceMatrix
 from gradwire_server.backends.async_device.layout import (
-    Placed,
-    PlacedSum,
+    JobMatrices,
+    SumMatrices,
     make_layout,
 )
 from gradwire_server.backends.base import Array, RowBlock, Sums, Times, Wait
@@ -78,8 +78,8 @@ class DeviceJob:
         layout = make_layout(spec, block_rows, pipeline_depth)
         with device.errors():
             self._memory = device.allocate(layout.size_bytes)
-        self._placed = Placed(spec, layout, self._memory.address)
-        self._sums = self._placed.sums()
+        self._matrices = JobMatrices(spec, layout, self._memory.address)
+        self._sums = self._matrices.sums()
         self._slots: list[Events | None] = [None] * len(layout.slots)
         """Events of the block in each slot, until it was waited for."""
         self._blocks = 0
@@ -88,28 +88,28 @@ class DeviceJob:
 
     def take_w(self, w: Array) -> None:
         """Copy W, shape (n, k), to the device."""
-        placed = self._placed.w
-        if placed is not None:
-            self._upload_whole(w, placed)
+        on_device = self._matrices.w
+        if on_device is not None:
+            self._upload_whole(w, on_device)
 
     def take_sums(self, sums: Sums) -> None:
         """Copy the sums with which the job resumes to the device."""
         self._begun_sums = True
-        for matrix, placed in self._sums.items():
-            if placed.total.size:
-                self._upload_whole(sums[matrix], placed.total)
+        for matrix, on_device in self._sums.items():
+            if on_device.total.size:
+                self._upload_whole(sums[matrix], on_device.total)
 
     def copy_sums(self, out: Sums) -> None:
         """Copy the sums over all started blocks from the device."""
-        there = self._there(out)
-        if not there:
+        sums = self._sums_on_device(out)
+        if not sums:
             return
         with self._begun() as events:
             self._device.record(Stream.COMPUTE, events.computed)
             self._device.wait(Stream.D2H, events.computed)
             self._device.record(Stream.D2H, events.download_begun)
-            for matrix, placed in there.items():
-                self._device.download(placed.total.address, out[matrix])
+            for matrix, on_device in sums.items():
+                self._device.download(on_device.total.address, out[matrix])
             self._device.record(Stream.D2H, events.done)
             # The next block, which adds to them, starts after this.
             self._device.synchronize(events.done)
@@ -128,7 +128,7 @@ class DeviceJob:
             block = replace(block, y=None, dx=None)
         if not (self._slots and block.rows):
             return None
-        ones = self._placed.ones(self._block_rows)
+        ones = self._matrices.ones(self._block_rows)
         if ones is not None and not self._blocks:
             self._upload_whole(np.ones(ones.rows, ones.dtype.numpy), ones)
         number = self._blocks % len(self._slots)
@@ -144,19 +144,19 @@ class DeviceJob:
     def finish(self) -> Sums:
         """Return the sums, rounded once from the accumulator."""
         results = self._results or {matrix: self._room(matrix) for matrix in self._sums}
-        there = self._there(results)
-        if not there:
+        sums = self._sums_on_device(results)
+        if not sums:
             return results
         with self._begun() as events:
             self._device.record(Stream.COMPUTE, events.compute_begun)
-            for placed in there.values():
-                if placed.leaves is not placed.total:
-                    self._device.convert(placed.total, placed.leaves, add=False)
+            for on_device in sums.values():
+                if on_device.leaves is not on_device.total:
+                    self._device.convert(on_device.total, on_device.leaves, add=False)
             self._device.record(Stream.COMPUTE, events.computed)
             self._device.wait(Stream.D2H, events.computed)
             self._device.record(Stream.D2H, events.download_begun)
-            for matrix, placed in there.items():
-                self._device.download(placed.leaves.address, results[matrix])
+            for matrix, on_device in sums.items():
+                self._device.download(on_device.leaves.address, results[matrix])
             self._device.record(Stream.D2H, events.done)
             self._device.synchronize(events.done)
             self._times.computing_s += self._device.elapsed_s(
@@ -172,15 +172,15 @@ class DeviceJob:
         """Release the job's memory on the device."""
         self._memory.free()
 
-    def _there(self, out: Sums) -> dict[Matrix, PlacedSum]:
+    def _sums_on_device(self, out: Sums) -> dict[Matrix, SumMatrices]:
         """The sums on the device; those of nothing are written to `out` as zeros."""
-        there = {}
-        for matrix, placed in self._sums.items():
-            if self._begun_sums and placed.total.size:
-                there[matrix] = placed
+        sums = {}
+        for matrix, on_device in self._sums.items():
+            if self._begun_sums and on_device.total.size:
+                sums[matrix] = on_device
             else:
                 out[matrix].fill(0)
-        return there
+        return sums
 
     def _room(self, matrix: Matrix) -> Array:
         spec, dtype = self._spec, self._spec.results[matrix]
@@ -221,9 +221,9 @@ class DeviceJob:
             self._device.wait(Stream.H2D, before.computed)
         self._device.record(Stream.H2D, events.upload_begun)
         for matrix, array in ((Matrix.X, block.x), (Matrix.DY, block.dy)):
-            placed = self._placed.of_rows(slot, matrix, block.rows)
-            if placed is not None and array is not None:
-                self._device.upload(array, placed.address)
+            on_device = self._matrices.of_rows(slot, matrix, block.rows)
+            if on_device is not None and array is not None:
+                self._device.upload(array, on_device.address)
         self._device.record(Stream.H2D, events.uploaded)
 
     def _multiply(self, slot: int, block: RowBlock, events: Events) -> None:
@@ -232,17 +232,17 @@ class DeviceJob:
         if before is not None:
             self._device.wait(Stream.COMPUTE, before.done)
         self._device.record(Stream.COMPUTE, events.compute_begun)
-        of_rows = partial(self._placed.of_rows, slot, rows=block.rows)
+        of_rows = partial(self._matrices.of_rows, slot, rows=block.rows)
         products.compute_block(
             _Products(
-                self._device, self._compute, self._placed, first=not self._begun_sums
+                self._device, self._compute, self._matrices, first=not self._begun_sums
             ),
-            w=self._placed.w,
+            w=self._matrices.w,
             x=of_rows(matrix=Matrix.X),
             dy=of_rows(matrix=Matrix.DY),
             y=of_rows(matrix=Matrix.Y),
             dx=of_rows(matrix=Matrix.DX),
-            ones=self._placed.ones(block.rows),
+            ones=self._matrices.ones(block.rows),
             sums=self._sums,
         )
         self._device.record(Stream.COMPUTE, events.computed)
@@ -251,9 +251,9 @@ class DeviceJob:
         self._device.wait(Stream.D2H, events.computed)
         self._device.record(Stream.D2H, events.download_begun)
         for matrix, array in ((Matrix.Y, block.y), (Matrix.DX, block.dx)):
-            placed = self._placed.of_rows(slot, matrix, block.rows)
-            if placed is not None and array is not None:
-                self._device.download(placed.address, array)
+            on_device = self._matrices.of_rows(slot, matrix, block.rows)
+            if on_device is not None and array is not None:
+                self._device.download(on_device.address, array)
         self._device.record(Stream.D2H, events.done)
 
     def _wait(self, slot: int, block: RowBlock, events: Events) -> None:
@@ -274,12 +274,12 @@ class _Products:
     """Products of a row block on a device."""
 
     def __init__(
-        self, device: Device, compute: Compute, placed: Placed, *, first: bool
+        self, device: Device, compute: Compute, matrices: JobMatrices, *, first: bool
     ) -> None:
         self._device = device
         self._compute = compute
-        self._full = Compute.of(placed.spec.dtype, allow_tf32=False)
-        self._placed = placed
+        self._full = Compute.of(matrices.spec.dtype, allow_tf32=False)
+        self._matrices = matrices
         self._first = first
 
     def multiply(self, a: DeviceMatrix, b: DeviceMatrix, out: DeviceMatrix) -> None:
@@ -295,12 +295,12 @@ class _Products:
         self._round(computed, out)
 
     def accumulate_transposed(
-        self, a: DeviceMatrix, b: DeviceMatrix, out: PlacedSum
+        self, a: DeviceMatrix, b: DeviceMatrix, out: SumMatrices
     ) -> None:
         # A share of its own is added to the sum by another kernel.
         first = self._first or out.share is not out.total
         # TF32 would round what ones add up, and is no faster.
-        with_ones = a == self._placed.ones(a.rows)
+        with_ones = a == self._matrices.ones(a.rows)
         compute = self._full if with_ones else self._compute
         self._device.multiply(
             gemm.accumulate_transposed(a, b, out.share, compute, first=first)
@@ -310,10 +310,10 @@ class _Products:
 
     def _computed(self, a: DeviceMatrix, out: DeviceMatrix) -> DeviceMatrix:
         """Return the memory in which to compute a product for `out`."""
-        offset = self._placed.layout.unrounded
+        offset = self._matrices.layout.unrounded
         if offset is None or gemm.computes_into(a.dtype, out.dtype):
             return out
-        address = self._placed.address + offset
+        address = self._matrices.address + offset
         return DeviceMatrix(address, out.rows, out.columns, a.dtype.sums_in)
 
     def _round(self, computed: DeviceMatrix, out: DeviceMatrix) -> None:

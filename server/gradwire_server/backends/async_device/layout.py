@@ -98,7 +98,7 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedSum:
+class SumMatrices:
     """A result summed over row blocks, at the address of the job's memory."""
 
     total: DeviceMatrix
@@ -110,7 +110,7 @@ class PlacedSum:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class JobMatrices:
     """The matrices of a layout, at the address of the job's memory."""
 
     spec: JobSpec
@@ -140,14 +140,14 @@ class Placed:
         address = self.address + self.layout.ones
         return DeviceMatrix(address, rows, 1, self.spec.dtype)
 
-    def sums(self) -> dict[Matrix, PlacedSum]:
+    def sums(self) -> dict[Matrix, SumMatrices]:
         """Return the results summed over row blocks."""
         return {
             matrix: self._sum(matrix, layout)
             for matrix, layout in self.layout.sums.items()
         }
 
-    def _sum(self, matrix: Matrix, layout: SumLayout) -> PlacedSum:
+    def _sum(self, matrix: Matrix, layout: SumLayout) -> SumMatrices:
         spec = self.spec
         total = self._whole(matrix, layout.total, spec.accumulator)
         share = leaves = total
@@ -155,7 +155,7 @@ class Placed:
             share = self._whole(matrix, layout.share, spec.dtype.sums_in)
         if layout.rounded is not None:
             leaves = self._whole(matrix, layout.rounded, spec.results[matrix])
-        return PlacedSum(total, share, leaves)
+        return SumMatrices(total, share, leaves)
 
     def _whole(self, matrix: Matrix, offset: int, dtype: Dtype) -> DeviceMatrix:
         rows, columns = matrix.shape(0, self.spec.n, self.spec.k)

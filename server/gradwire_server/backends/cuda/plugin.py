@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gradwire_server.backends.base import DeviceLostError
 from gradwire_server.backends.cuda.diagnose import missing
-from gradwire_server.backends.device_info import check_asked
+from gradwire_server.backends.device_info import require_devices
 from gradwire_server.backends.registry import first_line
 from gradwire_server.errors import BackendUnavailableError
 from gradwire_server.settings import Settings
@@ -29,7 +29,7 @@ def make_backend(settings: Settings) -> CupyBackend:
         from gradwire_server.backends.cuda.backend import CupyBackend  # noqa: PLC0415
         from gradwire_server.backends.cuda.host import all_devices  # noqa: PLC0415
 
-        check_asked(CupyBackend.name, settings.devices, all_devices())
+        require_devices(CupyBackend.name, settings.devices, all_devices())
         return CupyBackend(settings.devices, settings.device_memory_limit)
     except (ImportError, DeviceLostError, MemoryError) as error:
         why_not = f"CUDA cannot be used: {first_line(error)}"
