@@ -216,6 +216,32 @@ FORK_BESIDE_A_CALL_INSIDE_GRPC = """
     client.forward(x, x)
 """
 
+FORK_BESIDE_A_BLOCKED_THREAD_OF_GRPC = """
+    import os, sys, threading
+    import gradwire, grpc
+    client = gradwire.connect(sys.argv[1])
+    inside, leave = threading.Event(), threading.Event()
+
+    def block(_):
+        inside.set()
+        leave.wait()
+
+    channel = grpc.insecure_channel(sys.argv[1])
+    call = channel.unary_unary("/gradwire.v1.GradientService/GetServerInfo").future(b"")
+    call.add_done_callback(block)
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            client.server_info(timeout_s=20)
+        except gradwire.ClientStateError as error:
+            print(error, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    leave.set()
+    client.server_info()
+"""
+
 FORK_AFTER_ASYNCIO = """
     import asyncio, os, sys
     import numpy as np
@@ -291,6 +317,14 @@ def test_a_fork_beside_a_call_that_stays_inside_grpc_is_told_to_the_child(
 ) -> None:
     printed = run_script(FORK_BESIDE_A_CALL_INSIDE_GRPC, server_address)
     assert "ran in another thread or on an event loop" in printed
+
+
+@pytest.mark.thorough  # gRPC waits 5 s for the thread
+def test_a_fork_for_which_a_thread_of_grpc_does_not_stop_is_told_to_the_child(
+    server_address: str,
+) -> None:
+    printed = run_script(FORK_BESIDE_A_BLOCKED_THREAD_OF_GRPC, server_address)
+    assert "while a thread of gRPC did not stop for it" in printed
 
 
 def connections_of(pid: int) -> int:

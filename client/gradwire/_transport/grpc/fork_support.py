@@ -153,6 +153,20 @@ def _why_no_child_survives() -> str | None:
     return None
 
 
+def _why_this_child_does_not() -> str | None:
+    """Why gRPC cannot be used in this child; None: it can."""
+    # gRPC stops its own threads before a fork, and waits 5 s for them. If one does not
+    # stop, on a busy machine or in a callback that blocks, it resets nothing in the
+    # child: there every call would wait for ever for the end of the fork.
+    if getattr(cygrpc, "_fork_handler_failed", False):
+        return (
+            "this process was forked while a thread of gRPC did not stop for it, so"
+            " gRPC cannot be used in it: fork while no call runs, or start the process"
+            " with the method spawn"
+        )
+    return None
+
+
 def _pause() -> None:
     state = _state
     if state.paused:
@@ -241,7 +255,7 @@ def _after_in_this_child() -> None:
             " or start the process with the method spawn"
         )
     if lost is None and (parent.used or parent.aio_used):
-        lost = _why_no_child_survives()
+        lost = _why_no_child_survives() or _why_this_child_does_not()
     if aio_lost is None and parent.aio_used:
         aio_lost = (
             "this process was forked from one that used an AsyncClient, so gRPC"
