@@ -119,6 +119,7 @@ class AsyncConnection:
         self._loop = asyncio.get_running_loop()
         fork_support.aio_began()
         self.channel = endpoint.aio_channel()
+        fork_support.register()
         self.methods = Methods(self.channel, endpoint)
 
     async def compute(

@@ -266,9 +266,24 @@ def _after_in_this_child() -> None:
         callback()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before,
-        after_in_parent=_after_in_this_process,
-        after_in_child=_after_in_this_child,
-    )
+def register() -> None:
+    """Register the handlers of forks, once gRPC has registered its own.
+
+    The last handlers run first before a fork. gRPC registers its own with the first
+    channel, and expects the program's threads to be out of gRPC when they run: if it
+    stopped its threads while calls begin and end, one might never stop.
+    """
+    global _registered  # noqa: PLW0603 - handlers cannot be removed
+    with _registering:
+        if _registered or not hasattr(os, "register_at_fork"):
+            return
+        _registered = True
+        os.register_at_fork(
+            before=_before,
+            after_in_parent=_after_in_this_process,
+            after_in_child=_after_in_this_child,
+        )
+
+
+_registering = threading.Lock()
+_registered = False

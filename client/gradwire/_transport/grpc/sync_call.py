@@ -116,6 +116,7 @@ class SyncConnection:
         raise_mmap_threshold()
         self.endpoint = endpoint
         self.channel = endpoint.channel()
+        fork_support.register()
         self.methods = Methods(self.channel, endpoint)
 
     def compute(self, request: ComputeRequest, options: Options) -> ComputeResponse:
