@@ -21,14 +21,15 @@ class Dtype(enum.IntEnum):
     """An element type, with its number on the wire (`gradwire.v1.Dtype`).
 
     A row: that number; the dtype in which products of such operands are
-    summed; the dtypes in which such operands may travel; whether TF32 is for
-    products of them.
+    summed; the default dtype of sums over row blocks; the dtypes in which such
+    operands may travel; whether TF32 is for products of them.
     """
 
-    FLOAT16 = 1, "float32"
-    BFLOAT16 = 2, "float32"
-    FLOAT32 = 3, "float32", ("float16", "bfloat16"), True
-    FLOAT64 = 4, "float64"
+    # 16-bit results lose far more in their own rounding than in a float32 sum.
+    FLOAT16 = 1, "float32", "float32"
+    BFLOAT16 = 2, "float32", "float32"
+    FLOAT32 = 3, "float32", "float64", ("float16", "bfloat16"), True
+    FLOAT64 = 4, "float64", "float64"
 
     numpy: np.dtype[Any]
     """The NumPy dtype, in native (little-endian) byte order."""
@@ -40,6 +41,7 @@ class Dtype(enum.IntEnum):
     """The name that people use: ``float16``, ``bfloat16``, ..."""
 
     _sums_in: str
+    _default_accumulator: str
     _travels_as: tuple[str, ...]
 
     has_tf32: bool
@@ -63,6 +65,7 @@ class Dtype(enum.IntEnum):
         cls,
         number: int,
         sums_in: str,
+        default_accumulator: str,
         travels_as: tuple[str, ...] = (),
         has_tf32: bool = False,
     ) -> Dtype:
@@ -70,6 +73,7 @@ class Dtype(enum.IntEnum):
         self = int.__new__(cls, number)
         self._value_ = number
         self._sums_in = sums_in
+        self._default_accumulator = default_accumulator
         self._travels_as = travels_as
         self.has_tf32 = has_tf32
         return self
@@ -93,8 +97,16 @@ class Dtype(enum.IntEnum):
 
     @functools.cached_property
     def sums_in(self) -> Dtype:
-        """The dtype in which products of such operands are summed."""
+        """The dtype in which each product of such operands is computed and summed."""
         return Dtype.named(self._sums_in)
+
+    @functools.cached_property
+    def default_accumulator(self) -> Dtype:
+        """The dtype in which dW of such operands is summed over row blocks by default.
+
+        Not narrower than `sums_in`.
+        """
+        return Dtype.named(self._default_accumulator)
 
     @functools.cached_property
     def accumulators(self) -> tuple[Dtype, ...]:

@@ -81,7 +81,7 @@ class JobSpec:
     results: Mapping[Matrix, Dtype]
     """The wanted results and their element types, in the order of `RESULTS`."""
     dw_accumulator: Dtype | None = None
-    """Dtype of sums over row blocks; None: the server's default."""
+    """Dtype of sums over row blocks; None: the default of `dtype`."""
     allow_tf32: bool = False
     checksum: bool = False
     """Whether every payload carries a CRC-32C."""
@@ -102,7 +102,7 @@ class JobSpec:
     @property
     def accumulator(self) -> Dtype:
         """Dtype of sums over row blocks."""
-        return self.dw_accumulator or self.dtype.sums_in
+        return self.dw_accumulator or self.dtype.default_accumulator
 
     @property
     def first_row(self) -> int:

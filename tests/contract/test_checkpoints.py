@@ -63,7 +63,7 @@ def with_checkpoints(
                 sums[last] = b""
                 order.append(f"sum of {last}")
             elif kind == "chunk" and message.chunk.matrix == SUM:
-                assert message.chunk.index * 4 == len(sums[last])
+                assert message.chunk.index * 8 == len(sums[last])
                 sums[last] += message.chunk.data
             elif kind == "chunk":
                 name = matrix_pb2.Matrix.Name(message.chunk.matrix)[7:].lower()
@@ -131,7 +131,7 @@ def test_checkpoints_come_at_the_ends_of_blocks_behind_their_results(
     assert accepted.block_rows == 16
     assert accepted.effective_job.checkpoints.rows == 100
     assert list(sums) == [112, 224]
-    assert all(len(each) == N * K * 4 for each in sums.values())
+    assert all(len(each) == N * K * 8 for each in sums.values())
     # Each comes when as many row blocks of Y and of dX as it sums have come.
     for rows in sums:
         before = order[: order.index(f"sum of {rows}")]
@@ -180,7 +180,7 @@ def test_only_jobs_that_ask_for_checkpoints_hold_room_for_them(
     # The last one of a server that stops takes the room of rows.
     assert reserved(checkpoints=job_pb2.Checkpoints()) == plain
     accepted = with_checkpoints(channel, 1000)[0]
-    assert 0 <= accepted.reserved_bytes - plain - N * K * 4 < 256
+    assert 0 <= accepted.reserved_bytes - plain - N * K * 8 < 256
 
 
 ACCEPTED = job_pb2.NumericsFingerprint(library="a", device="b", block_rows=16)
@@ -329,7 +329,8 @@ def test_a_sum_comes_after_w_before_rows_and_only_where_it_was_announced(
     channel: grpc.Channel,
 ) -> None:
     accepted = stream_job(channel, PROBLEM).accepted
-    sum_bytes = np.zeros(N * K, np.float32).tobytes()
+    sum_bytes = np.zeros(N * K, np.float64).tobytes()
+    too_long = sum_bytes + bytes(8)
     w = list(PROBLEM.chunks("w", 0, N))
     rows = list(PROBLEM.chunks("x", 16, 32))
     asked = resume(accepted, 16, 16, dw_sum=True)
@@ -338,7 +339,7 @@ def test_a_sum_comes_after_w_before_rows_and_only_where_it_was_announced(
         ({"resume": asked}, [chunk(SUM, 0, sum_bytes)], "ORDER_INVALID"),
         ({"resume": asked}, [*w, *rows], "ORDER_INVALID"),
         ({"resume": asked}, [*w, chunk(SUM, 4, sum_bytes)], "INDEX_INVALID"),
-        ({"resume": asked}, [*w, chunk(SUM, 0, sum_bytes + b"1234")], "PAYLOAD_EXCESS"),
+        ({"resume": asked}, [*w, chunk(SUM, 0, too_long)], "PAYLOAD_EXCESS"),
         ({"resume": asked}, [*w, chunk(SUM, 0, sum_bytes), end(M)], "PAYLOAD_MISSING"),
         ({"resume": asked}, [*w, chunk(SUM, 0, sum_bytes), end(8)], "M_MISMATCH"),
     ):

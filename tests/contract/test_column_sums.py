@@ -73,7 +73,7 @@ def test_a_job_that_goes_on_has_the_bits_of_the_whole(
                 last = sums[message.checkpoint.rows] = dict.fromkeys(wanted, b"")
             for name in wanted:
                 if message.chunk.matrix == SUMS[name]:
-                    assert message.chunk.index * 4 == len(last[name])
+                    assert message.chunk.index * 8 == len(last[name])
                     last[name] += message.chunk.data
                     order.append(name)
     assert list(sums) == [112, 224]
@@ -149,7 +149,7 @@ def test_sums_come_in_their_order(channel: grpc.Channel) -> None:
     with Stream(channel) as stream:
         stream.send(PROBLEM.job(resume=going_on(accepted, 16)))
         stream.receive_accepted()
-        stream.send(*PROBLEM.chunks("w", 0, N), chunk(SUMS["db"], 0, b"0123"))
+        stream.send(*PROBLEM.chunks("w", 0, N), chunk(SUMS["db"], 0, b"01234567"))
         failure = stream.failure()
     assert failure.reason == "ORDER_INVALID"
     assert "dw_sum is not complete: 0 of 600 elements came" in failure.text
@@ -186,4 +186,4 @@ def test_both_sums_hold_memory_where_checkpoints_are_wanted(
             return stream.receive_accepted().accepted.reserved_bytes
 
     more = reserved(checkpoints=job_pb2.Checkpoints(rows=1000)) - reserved()
-    assert 0 <= more - (N + 1) * K * 4 < 2 * 256
+    assert 0 <= more - (N + 1) * K * 8 < 2 * 256

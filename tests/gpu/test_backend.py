@@ -197,7 +197,7 @@ def test_a_job_takes_no_more_of_the_devices_memory_than_was_said(backend: Any) -
 
     free = cupy.cuda.runtime.memGetInfo
     spec = make_spec(4096, 4096, 4096, Dtype.FLOAT32, ALL, Dtype.FLOAT16)
-    spec = replace(spec, accumulator=Dtype.FLOAT64)
+    spec = replace(spec, dw_accumulator=Dtype.FLOAT64)
     given = operands(spec, 1)
     run(backend, spec, given, block_rows=1024)  # what is loaded when first used
     said = backend.device_bytes(spec, 1024)

@@ -81,6 +81,16 @@ def test_dw_is_summed_in_the_dtype_of_the_products_or_a_wider_one():
     for dtype in Dtype:
         wide_only = dtype is Dtype.FLOAT64
         assert dtype.accumulators == ACCUMULATORS[wide_only:]
+        assert dtype.default_accumulator in dtype.accumulators
+
+
+def test_dw_of_float32_is_summed_in_float64_by_default_and_of_16_bits_in_float32():
+    assert {d: d.default_accumulator for d in Dtype} == {
+        Dtype.FLOAT16: Dtype.FLOAT32,
+        Dtype.BFLOAT16: Dtype.FLOAT32,
+        Dtype.FLOAT32: Dtype.FLOAT64,
+        Dtype.FLOAT64: Dtype.FLOAT64,
+    }
 
 
 def test_float32_alone_may_travel_in_16_bits_and_be_computed_as_tf32():

@@ -242,7 +242,7 @@ def test_a_checkpoint_saves_the_rows_before_it(
         # When all but two blocks and End have passed.
         (None, Fault("requests", cut_after_messages=50)),
         # When Accepted, Checkpoint and its sum have passed, in two chunks.
-        (50, Fault("responses", cut_after_messages=4)),
+        (50, Fault("responses", cut_after_messages=5)),
     ):
         proxy.arm(fault)
         result = job.gradients(("dw",), checkpoint_rows=rows)
@@ -290,6 +290,8 @@ def test_with_checkpoints_a_few_rows_are_enough_to_hold(
 ) -> None:
     policy = gradwire.RetryPolicy(initial_backoff_s=0.01, held_bytes=50_000)
     job = job_of("sync", retries=policy)
+    # One message has a checkpoint's sum: 4800 bytes.
+    job.client._engine.jobs.tuning = Tuning(chunk_bytes=6000, unary=False)
     proxy.arm(Fault("responses", cut_after_messages=60))
     blocks, stream = job.stream(pairs(), ("y", "dx", "dw"), checkpoint_rows=B)
     assert stream.receipt.attempts == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from fractions import Fraction
 from typing import Any
 
 import autograd
@@ -228,11 +230,84 @@ def test_a_wider_accumulator_of_dw_loses_less(caller: Any) -> None:
     x[0], x[rows::rows] = 2.0**25, 1.0
     dy = np.ones((m, 1), np.float32)
     options: Any = {"results": "dw", "result_dtype": "float64"}
-    narrow = caller.gradients(x, None, dy, **options)
+    narrow = caller.gradients(x, None, dy, dw_accumulator="float32", **options)
     wide = caller.gradients(x, None, dy, dw_accumulator="float64", **options)
     assert narrow.receipt.block_rows == rows
     assert narrow.dw.item() == 2.0**25
     assert wide.dw.item() == 2.0**25 + 2
+    default = caller.gradients(x, None, dy, **options)
+    assert default.dw.item() == wide.dw.item()
+
+
+def test_a_long_sum_of_one_sign_is_as_exact_as_its_last_rounding(caller: Any) -> None:
+    """Rounded to float32 after every block it loses several units of roundoff."""
+    rng = np.random.default_rng(14)
+    m, n, k = 100_000, 3, 2
+    x, dy = (rng.random((m, columns), np.float32) for columns in (n, k))
+    # Products of two float32 are exact in float64, and fsum rounds their sum once.
+    products = x.T.astype(np.float64)[:, None] * dy.T.astype(np.float64)[None]
+    exact = np.array([[math.fsum(one) for one in row] for row in products])
+
+    def roundoffs(**options: Any) -> float:
+        result = caller.gradients(x, None, dy, results="dw", **options)
+        assert result.dw.dtype == np.float32
+        assert result.receipt.blocks > 100
+        return float(np.max(np.abs(result.dw - exact) / exact)) * 2.0**24
+
+    default = roundoffs()
+    assert default <= 1
+    assert roundoffs(dw_accumulator="float64") == default
+    assert roundoffs(dw_accumulator="float32") > 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_products_that_underflow_add_half_a_subnormal_each(
+    caller: Any, dtype: str
+) -> None:
+    """The documented bound, with an oracle of rational numbers."""
+    m, n, k = 40, 6, 5
+    limits = np.finfo(oracle.numpy_dtype(dtype))
+    eta = Fraction(float(limits.smallest_subnormal)) / 2
+    u = Fraction(float(limits.eps)) / 2
+    # Products of about the smallest subnormal number.
+    scale = 2.0 ** (math.log2(float(limits.smallest_subnormal)) / 2 + 0.5)
+    x, w, dy = (a * limits.dtype.type(scale) for a in oracle.operands(m, n, k, dtype))
+    result = caller.gradients(x, w, dy)
+
+    def gamma(length: int) -> Fraction:
+        return length * u / (1 - length * u)
+
+    blocks = result.receipt.blocks
+    length_of_dw = min(m, result.receipt.block_rows) + blocks
+    needed = False
+    for found, a, b, length in (
+        (result.y, x, w, n),
+        (result.dx, dy, w.T, k),
+        (result.dw, x.T, dy, length_of_dw),
+    ):
+        for (i, j), element in np.ndenumerate(found):
+            products = [
+                Fraction(float(one)) * Fraction(float(other))
+                for one, other in zip(a[i], b[:, j], strict=True)
+            ]
+            error = abs(Fraction(float(element)) - sum(products))
+            relative = gamma(length) * sum(map(abs, products))
+            assert error <= relative + (1 + gamma(length)) * len(products) * eta
+            needed |= error > relative
+    assert needed  # without the term, the bound does not hold
+
+
+def test_a_row_alone_is_as_exact_as_in_its_batch(caller: Any) -> None:
+    """Its bits may be others: a BLAS has other kernels for it."""
+    x, w, dy = oracle.operands(50, 40, 30)
+    batch = caller.gradients(x, w, dy)
+    oracle.assert_right(batch, x, w, dy, "float32")
+    for row in (0, 17, 49):
+        one = slice(row, row + 1)
+        alone = caller.gradients(x[one], w, dy[one])
+        oracle.assert_right(alone, x[one], w, dy[one], "float32")
+        again = caller.gradients(x[one], w, dy[one])
+        assert all(map(oracle.same_bits, alone, again))
 
 
 def test_nan_and_infinity_are_data(caller: Any) -> None:

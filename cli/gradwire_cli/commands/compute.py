@@ -101,7 +101,8 @@ def compute(
             Default: the operands' dtype.
         wire_dtype: Send float32 operands, and results not in --result-dtype,
             rounded to this dtype: half the bytes.
-        dw_accumulator: Dtype of the sums of dW and db over row blocks.
+        dw_accumulator: Dtype of the sums of dW and db over row blocks. Default:
+            float64 for float32 and float64 operands, float32 for 16-bit operands.
         allow_tf32: Let a GPU multiply float32 operands in TF32.
         checksum: Protect all payloads with CRC-32C.
         verify: Verify the results locally with random sums, block by block.

@@ -23,7 +23,7 @@ from gradwire_protocol import limits
 from gradwire_protocol.limits import RESUME
 from gradwire_protocol.matrices import Matrix
 
-MIN_ROWS_PER_CHECKPOINT_RATIO = 16
+MIN_ROWS_PER_CHECKPOINT_RATIO = 8
 """Unrequested checkpoints are spaced so that the rows between two have at least this
 many times the bytes of a checkpoint."""
 
@@ -144,7 +144,7 @@ class JobFactory:
         rows in transit. They are rare enough to be small beside the rows.
         """
         row_bytes = plan.upload_bytes(1) - plan.upload_bytes(0)
-        dtype = plan.options.dw_accumulator or plan.dtype.sums_in
+        dtype = plan.options.dw_accumulator or plan.dtype.default_accumulator
         elements = sum(math.prod(plan.shape(matrix, 0)) for matrix in plan.sums)
         sum_bytes = elements * dtype.itemsize
         apart = max(MIN_BYTES_PER_CHECKPOINT, MIN_ROWS_PER_CHECKPOINT_RATIO * sum_bytes)

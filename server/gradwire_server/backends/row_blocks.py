@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
 
@@ -134,6 +135,24 @@ def rows_of_a_block(spec: JobSpec, row_block_bytes: int) -> int:
     row_bytes = (spec.n + spec.k) * spec.dtype.itemsize
     rows = min(MAX_BLOCK_ROWS, row_block_bytes // max(row_bytes, 1))
     return 1 << max(rows.bit_length() - 1, 0)
+
+
+def held_in(spec: JobSpec, block_rows: int) -> Dtype:
+    """Return the dtype in which a backend holds a job's sums over row blocks.
+
+    It is the job's accumulator, unless the job is known to have one row block. Then
+    nothing is added, and a product that is widened before it is rounded has the same
+    bits: it is held as computed, without wider memory.
+
+    Args:
+        spec: The job.
+        block_rows: Most rows of a row block.
+    """
+    one_block = spec.m is not None and spec.m <= block_rows
+    # Partial sums arrive and leave in the accumulator's dtype, and so may results.
+    moves = spec.brings_sums or bool(spec.checkpoint_rows)
+    moves |= any(spec.results[result] == spec.accumulator for result in spec.sums)
+    return spec.dtype.sums_in if one_block and not moves else spec.accumulator
 
 
 def _aligned(size_bytes: int) -> int:

@@ -23,7 +23,9 @@ def accepted(job: Job, block_rows: int, window_rows: int) -> Accepted:
     effective.CopyFrom(job)
     if not effective.numerics.dw_accumulator:
         effective.numerics.dw_accumulator = (
-            Dtype.FLOAT64 if job.dtype == Dtype.FLOAT64 else Dtype.FLOAT32
+            Dtype.FLOAT64
+            if job.dtype in {Dtype.FLOAT32, Dtype.FLOAT64}
+            else Dtype.FLOAT32
         )
     return Accepted(
         server_instance="fake",

@@ -126,6 +126,22 @@ def test_every_dtype_is_as_exact_as_its_sums_allow(dtype, result_dtype, shape):
         assert_right(spec, computed, given, blocks=-(-m // 16))
 
 
+@pytest.mark.parametrize("result_dtype", Dtype)
+@pytest.mark.parametrize("dtype", Dtype)
+def test_one_block_costs_no_wider_sum_and_has_the_same_bits(dtype, result_dtype):
+    found, sizes = set(), []
+    for accumulator in dtype.accumulators:
+        spec = make_spec(16, 30, 7, dtype, ALL, result_dtype, accumulator)
+        found.add(run(spec, operands(spec, 16), 16)[Matrix.DW].tobytes())
+        sizes.append(make_layout(spec, 16, 3).size_bytes)
+    assert len(found) == 1
+    if result_dtype is not Dtype.FLOAT64:  # in which the sum leaves as it is held
+        assert sizes[-1] == sizes[0]
+    # A stream whose length is not known holds the accumulator from its beginning.
+    unknown = make_spec(None, 30, 7, dtype, ALL, result_dtype, accumulator)
+    assert found == {run(unknown, operands(unknown, 16), 16)[Matrix.DW].tobytes()}
+
+
 @pytest.mark.parametrize("results", SETS)
 @pytest.mark.parametrize("begun", [1, 2, 3])
 def test_nothing_is_read_or_written_before_its_time(results, begun):
@@ -284,7 +300,7 @@ def test_matrices_lie_apart_and_aligned(m, results, dtype, result_dtype, accumul
     assert set(layout.sums) == set(spec.sums)
     for matrix, place in layout.sums.items():
         size = math.prod(matrix.shape(0, 33, 20))
-        add(place.total, size, spec.accumulator.itemsize)
+        add(place.total, size, layout.held_in.itemsize)
         add(place.share, size, dtype.sums_in.itemsize)
         if place.rounded not in {place.share, layout.w}:
             add(place.rounded, size, result_dtype.itemsize)

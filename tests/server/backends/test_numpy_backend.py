@@ -107,15 +107,17 @@ def test_every_dtype_is_as_exact_as_its_sums_allow(dtype, result_dtype, shape):
 
 def test_a_float64_accumulator_sums_blocks_without_rounding_them_to_float32():
     """2**24 blocks of 1 would stop at 2**24 in float32; fewer show it as well."""
-    spec = make_spec(None, 1, 1, Dtype.FLOAT32, (Matrix.DW,))
-    wide = make_spec(
-        None,
-        1,
-        1,
-        Dtype.FLOAT32,
-        (Matrix.DW,),
-        result_dtype=Dtype.FLOAT64,
-        accumulator=Dtype.FLOAT64,
+    spec, wide = (
+        make_spec(
+            None,
+            1,
+            1,
+            Dtype.FLOAT32,
+            (Matrix.DW,),
+            result_dtype=Dtype.FLOAT64,
+            accumulator=accumulator,
+        )
+        for accumulator in (Dtype.FLOAT32, Dtype.FLOAT64)
     )
     x = np.array([[2.0**24], [1.0], [1.0]], np.float32)
     w, dy = np.ones((1, 1), np.float32), np.ones((3, 1), np.float32)
@@ -249,10 +251,30 @@ def test_a_job_takes_no_more_memory_than_was_said(dtype, result_dtype, accumulat
     assert said - slack <= peak <= said + slack
 
 
+@pytest.mark.parametrize("result_dtype", Dtype)
+@pytest.mark.parametrize("dtype", Dtype)
+def test_one_block_costs_no_wider_sum_and_has_the_same_bits(dtype, result_dtype):
+    backend, found, said = NumpyBackend(), set(), []
+    for accumulator in dtype.accumulators:
+        spec = make_spec(16, 30, 7, dtype, ALL, result_dtype, accumulator)
+        computed = run(spec, *operands(spec, 16), block_rows=16)
+        found.add(computed[Matrix.DW].tobytes())
+        said.append(backend.job_bytes(spec, 16))
+    assert len(found) == 1
+    assert said[-1] <= said[0]
+    # A stream whose length is not known holds the accumulator from its beginning.
+    unknown = make_spec(None, 30, 7, dtype, ALL, result_dtype, accumulator)
+    computed = run(unknown, *operands(unknown, 16), block_rows=16)
+    assert found == {computed[Matrix.DW].tobytes()}
+
+
 @pytest.mark.parametrize("m", [0, 5, 50])
 @pytest.mark.parametrize("dtype", Dtype)
 def test_dw_is_summed_where_it_will_lie_and_has_the_same_bits(dtype, m):
-    """Only where it lies in the dtype of the sum: others are rounded there."""
+    """Only where it lies in the dtype of the sum: others are rounded there.
+
+    The sum of one row block, of 16 rows, is not wider than its product.
+    """
     places = {
         matrix: BufferRef(region=number, offset=0)
         for number, matrix in enumerate((Matrix.X, Matrix.DY, Matrix.DW))
@@ -272,11 +294,12 @@ def test_dw_is_summed_where_it_will_lie_and_has_the_same_bits(dtype, m):
                 RowBlock(rows=rows, x=x[part], dy=dy[part], y=None, dx=None)
             )
         found.append(job.finish()[Matrix.DW])
-        in_place = place is not None and dtype is dtype.sums_in
+        same = dtype is (dtype.sums_in if m <= 16 else dtype.default_accumulator)
+        in_place = place is not None and same
         assert (found[-1] is place) == in_place
     assert found[0].tobytes() == found[1].tobytes()
     saved = backend.job_bytes(elsewhere, 16) - backend.job_bytes(spec, 16)
-    assert saved == (found[0].nbytes if dtype is dtype.sums_in else 0)
+    assert saved == (found[0].nbytes if same else 0)
 
 
 def test_a_block_is_let_go_of_without_the_garbage_collector():

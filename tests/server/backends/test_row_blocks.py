@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.job_spec import Fingerprint, Resume
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.row_blocks import (
     ALIGNMENT,
     MAX_BLOCK_ROWS,
+    held_in,
     plan_row_blocks,
 )
 from tests.server.specs import ALL, make_spec
@@ -86,3 +89,20 @@ def test_memory_does_not_grow_with_the_rows():
 @pytest.mark.parametrize("m", [0, 1, 7])
 def test_a_job_of_few_rows_takes_the_memory_of_few_rows(m):
     assert plan_row_blocks(make_spec(m, 64, 64), 1 << 24, 1).slot_rows == m
+
+
+def test_only_what_is_one_block_for_certain_is_held_as_its_product():
+    wide, product = Dtype.FLOAT64, Dtype.FLOAT32
+    spec = make_spec(16, dtype=product)
+    assert held_in(spec, 16) is product
+    assert held_in(replace(spec, checkpoint_rows=0), 16) is product
+    assert held_in(replace(spec, m=17), 16) is wide
+    assert held_in(replace(spec, m=None), 16) is wide
+    # Partial sums leave, or arrive, as the accumulator holds them.
+    assert held_in(replace(spec, checkpoint_rows=16), 16) is wide
+    there = Resume(16, 16, Fingerprint("", "", 1, 16))
+    assert held_in(replace(spec, resume=there), 16) is wide
+    results = spec.results | {Matrix.DW: wide}
+    assert held_in(replace(spec, results=results), 16) is wide
+    narrow = replace(spec, m=None, dw_accumulator=product)
+    assert held_in(narrow, 16) is product

@@ -87,7 +87,7 @@ def resumed(problem: Problem, first_row: int) -> list[bytes]:
     job.resume.fingerprint.library = ANY_SERVER
     job.resume.dw_sum.CopyFrom(INLINE)
     w = list(problem.chunks("w", 0, n))
-    dw_sum = chunk(matrix_pb2.MATRIX_DW_SUM, 0, np.ones(n * k, np.float32).tobytes())
+    dw_sum = chunk(matrix_pb2.MATRIX_DW_SUM, 0, np.ones(n * k, np.float64).tobytes())
     rows = [
         message
         for row in range(first_row, problem.shape[0], 4)

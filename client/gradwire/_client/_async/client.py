@@ -188,7 +188,8 @@ class AsyncClient(ClientBase[AsyncEngine]):
                 loss. A result that is too large becomes Inf. A finite operand
                 that is too large raises InputError and cancels the job.
             dw_accumulator: ``"float32"`` or ``"float64"``: the dtype in which dW
-                and db are summed over row blocks.
+                and db are summed over row blocks. By default ``"float64"`` for
+                float32 and float64 operands, ``"float32"`` for 16-bit operands.
             allow_tf32: Whether float32 products may use TF32; False by default.
             checksum: Whether a CRC-32C protects every payload; False by default.
             verify: Whether the client checks the results, with random sums that
@@ -202,9 +203,9 @@ class AsyncClient(ClientBase[AsyncEngine]):
                 errors: 1 to 128 printable ASCII characters.
             metadata: Metadata of the gRPC call: ``{"traceparent": "00-..."}``.
             checkpoint_rows: The least number of rows between two checkpoints, from
-                which a job continues after a failure (docs/failing.md). Each is as
-                large as dW. 0: only when the server stops. None: the client
-                decides.
+                which a job continues after a failure (docs/failing.md). Each has
+                dW's elements in `dw_accumulator`. 0: only when the server stops.
+                None: the client decides.
 
         Returns:
             The tuple (y, dx, dw) of NumPy arrays of shapes (..., k), (..., n) and

@@ -9,7 +9,7 @@ from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import OPERANDS, ROW_OPERANDS, ROW_RESULTS, Matrix
 from gradwire_server.backends.async_device.gemm import DeviceMatrix, computes_into
-from gradwire_server.backends.row_blocks import ALIGNMENT
+from gradwire_server.backends.row_blocks import ALIGNMENT, held_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class SumLayout:
     """Byte offsets of a result summed over row blocks; None: not needed."""
 
     total: int
-    """The sum, in the accumulator's dtype."""
+    """The sum, in the dtype `Layout.held_in`."""
     share: int | None
     """A block's contribution, if it has another dtype than the sum."""
     rounded: int | None
@@ -34,6 +34,8 @@ class Layout:
     w: int | None
     ones: int | None
     """A one for each row of a block, to compute dB."""
+    held_in: Dtype
+    """Dtype of the sums over row blocks; see `row_blocks.held_in`."""
     sums: dict[Matrix, SumLayout]
     unrounded: int | None
     """Rows of Y or dX in the dtype of the sums, if cuBLAS cannot round them itself. One
@@ -60,17 +62,18 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
         return start
 
     n, k, dtype = spec.n, spec.k, spec.dtype
+    held = held_in(spec, block_rows)
     w = place(n * k, dtype) if Matrix.W in spec.operands else None
     ones = place(block_rows, dtype) if Matrix.DB in spec.results else None
     spare_w = w
     sums = {}
     for matrix in spec.sums:
         size, result = math.prod(matrix.shape(0, n, k)), spec.results[matrix]
-        total = place(size, spec.accumulator)
+        total = place(size, held)
         share = rounded = None
-        if spec.accumulator != dtype.sums_in:
+        if held != dtype.sums_in:
             share = place(size, dtype.sums_in)
-        if result != spec.accumulator:
+        if result != held:
             # After the last block, W and the contribution are no longer needed.
             fits_w = size * result.itemsize <= n * k * dtype.itemsize
             if share is not None and result.itemsize <= dtype.sums_in.itemsize:
@@ -94,7 +97,7 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
         }
         for _ in range(_slots(spec, block_rows, pipeline_depth))
     )
-    return Layout(w, ones, sums, unrounded, slots, end)
+    return Layout(w, ones, held, sums, unrounded, slots, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class SumMatrices:
     """A result summed over row blocks, at the address of the job's memory."""
 
     total: DeviceMatrix
-    """The sum, in the accumulator's dtype."""
+    """The sum, in the dtype `Layout.held_in`."""
     share: DeviceMatrix
     """A block's contribution; `total` itself if it has the same dtype."""
     leaves: DeviceMatrix
@@ -149,7 +152,7 @@ class JobMatrices:
 
     def _sum(self, matrix: Matrix, layout: SumLayout) -> SumMatrices:
         spec = self.spec
-        total = self._whole(matrix, layout.total, spec.accumulator)
+        total = self._whole(matrix, layout.total, self.layout.held_in)
         share = leaves = total
         if layout.share is not None:
             share = self._whole(matrix, layout.share, spec.dtype.sums_in)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from gradwire_server.backends.numpy.worker_threads import (
     limit_blas,
 )
 from gradwire_server.backends.products import compute_block
+from gradwire_server.backends.row_blocks import held_in
 
 PARTS = 4
 """Most pieces of a product, cut along its longer side and shared by the threads. There
@@ -107,10 +109,12 @@ class NumpyBackend:
         if Matrix.DB in spec.results:
             scratch += block_rows
         size = scratch * spec.dtype.sums_in.itemsize
+        held = held_in(spec, block_rows)
         for result in spec.sums:
-            if not _sums_in_place(spec, result):
-                size += spec.size_bytes(result.partial)
-            if spec.results[result] != spec.accumulator:
+            if not _sums_in_place(spec, result, held):
+                elements = math.prod(result.shape(0, spec.n, spec.k))
+                size += elements * held.itemsize
+            if spec.results[result] != held:
                 size += spec.size_bytes(result)
         tile = _tile_elements(spec)
         return size + self._threads.count * tile * spec.dtype.sums_in.itemsize
@@ -178,10 +182,11 @@ class NumpyJob:
         for _ in range(threads.count):
             self._tiles.put(np.empty(tile_elements, spec.dtype.sums_in.numpy))
         self._w: Array | None = None
+        held = held_in(spec, block_rows)
         self._sums = {
             result: places[result]
-            if result in places and _sums_in_place(spec, result)
-            else np.empty(result.shape(0, spec.n, spec.k), spec.accumulator.numpy)
+            if result in places and _sums_in_place(spec, result, held)
+            else np.empty(result.shape(0, spec.n, spec.k), held.numpy)
             for result in spec.sums
         }
         self._begun = False
@@ -349,9 +354,9 @@ def _tiles(
     return tuple((whole, cut) for cut in cuts)
 
 
-def _sums_in_place(spec: JobSpec, result: Matrix) -> bool:
-    """Return whether a result is summed in its own memory."""
-    return bool(spec.buffers) and spec.results[result] == spec.accumulator
+def _sums_in_place(spec: JobSpec, result: Matrix, held: Dtype) -> bool:
+    """Return whether a result, held in a dtype, is summed in its own memory."""
+    return bool(spec.buffers) and spec.results[result] == held
 
 
 def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]]:
