@@ -4,7 +4,8 @@ A sum of L products in arithmetic of unit roundoff u, in any order, is off by
 at most gamma(L) = L u / (1 - L u) times the sum of the products' magnitudes
 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section
 3.1). Rounding the sum to the result's dtype adds its unit roundoff times the
-result, and half its smallest subnormal.
+result, and half its smallest subnormal; each product that underflows adds half
+the smallest subnormal of the sum's dtype (chapter 2, (2.8)).
 
 The tensor cores of a GPU, which take 16-bit operands, truncate where others
 round: b >= 4 products and the sum so far are aligned to the largest of them,
@@ -67,6 +68,7 @@ def bounds(
         gamma = lengths[name] * u / (1 - lengths[name] * u)
         rounding = float(result.eps) / 2
         tiny = float(result.smallest_subnormal)
+        tiny += lengths[name] * float(ml_dtypes.finfo(sums_in).smallest_subnormal)
         allowed[name] = (gamma * (1 + rounding) + rounding) * magnitude + tiny
     return allowed
 
