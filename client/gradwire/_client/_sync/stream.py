@@ -158,6 +158,15 @@ class GradientStream(Iterator[RowBlock]):
             self._call.cancel()
         self._call = None
 
+    def _interrupt(self, error: GradwireError) -> None:
+        """End the running attempt as if `error` had: the job resumes on its server.
+
+        For `gradwire check`. The rows must be a sequence.
+        """
+        if self._job is not None and self._attempts is not None:
+            self._job.cut_off(error, self._attempts)
+            self._end_call()
+
     def _release(self, error: BaseException | None = None) -> None:
         """Release the server, with the error of the attempt, if any."""
         lease, self._lease = self._lease, None
