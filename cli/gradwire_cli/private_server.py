@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypedDict, Unpack
 
 from gradwire import Client
 from gradwire_cli.errors import CommandError
 from gradwire_cli.options import Security
 from gradwire_cli.terminal.signals import signals_call
+
+
+class _Options(TypedDict, total=False):
+    transport: str
 
 
 @contextmanager
@@ -35,6 +41,38 @@ def connected(
         ConnectError: No gradwire server answers at the address.
         CommandError: A private server cannot start.
     """
+    with (
+        reachable(addresses, security, connect_timeout_s, timeout_s) as (
+            client_of,
+            name,
+        ),
+        client_of() as client,
+    ):
+        yield client, name
+
+
+@contextmanager
+def reachable(
+    addresses: Sequence[str],
+    security: Security,
+    connect_timeout_s: float,
+    timeout_s: float | None,
+) -> Iterator[tuple[Callable[..., AbstractContextManager[Client]], str]]:
+    """Yield how to connect to the servers at `addresses`, or to a private server.
+
+    Args:
+        addresses: As for `connected`.
+        security: As for `connected`.
+        connect_timeout_s: As for `connected`.
+        timeout_s: As for `connected`.
+
+    Yields:
+        A function of options of `gradwire.connect` that connects another client, and
+        a name of the servers for messages.
+
+    Raises:
+        CommandError: A private server cannot start.
+    """
     with ExitStack() as stack:
         name = ", ".join(addresses) or "a private server in this process"
         if not addresses:
@@ -42,16 +80,33 @@ def connected(
             tls, token = None, None
         else:
             at, tls, token = list(addresses), security.wanted, security.token
-        client = Client(
-            at,
-            connect_timeout_s=connect_timeout_s,
-            timeout_s=timeout_s,
-            tls=tls,
-            token=token,
-        )
-        stack.enter_context(signals_call(client.close))
-        stack.enter_context(client)
-        yield client, name
+
+        clients: list[Client] = []
+        stopped = threading.Event()
+
+        def stop() -> None:
+            stopped.set()
+            for client in clients:
+                client.close()
+
+        @contextmanager
+        def client_of(**options: Unpack[_Options]) -> Iterator[Client]:
+            client = Client(
+                at,
+                connect_timeout_s=connect_timeout_s,
+                timeout_s=timeout_s,
+                tls=tls,
+                token=token,
+                **options,
+            )
+            clients.append(client)
+            if stopped.is_set():
+                client.close()
+            with client:
+                yield client
+
+        stack.enter_context(signals_call(stop))
+        yield client_of, name
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from tests.cli.conftest import (
     serving_with,
     started,
 )
-from tests.cli.test_check import WrongBackend
+from tests.support.faults import Fault, FaultyBackend, FaultyJob
 from tests.support.raw import Problem, whole_numbers
 from tests.support.serving import ServerProcess
 
@@ -295,17 +295,18 @@ def test_an_address_that_nobody_listens_on_is_a_sentence_and_leaves_nothing(
     assert not (tmp_path / "new").exists()
 
 
-class StallingBackend(WrongBackend):
+class StallingBackend(FaultyBackend):
     """Computes one row block, and the next ones when it is let go."""
 
     def __init__(self, *, then_fail: bool = False) -> None:
-        super().__init__(before=self._stall)
+        super().__init__()
+        self.set(Fault("stalls", found_by="nothing", before=self._stall))
         self.reached = threading.Event()
         self.go_on = threading.Event()
         self._then_fail = then_fail
 
-    def _stall(self, block: RowBlock, number: int) -> RowBlock:
-        if number == 1:
+    def _stall(self, job: FaultyJob, block: RowBlock) -> RowBlock:
+        if job.block == 1:
             self.reached.set()
             self.go_on.wait(TIMEOUT_S)
             if self._then_fail:

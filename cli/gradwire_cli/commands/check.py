@@ -16,10 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gradwire import GradwireError
-from gradwire_cli.checks.checks import CheckResult, run_checks
+from gradwire_cli.checks.checks import run_checks
+from gradwire_cli.checks.clients import open_clients
+from gradwire_cli.checks.result import CheckResult
 from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_cli.options import FLAG, PLAINTEXT, Addresses, Seconds, SecurityOptions
-from gradwire_cli.private_server import connected
+from gradwire_cli.private_server import reachable
 from gradwire_cli.terminal.tables import console
 from gradwire_protocol.dtypes import Dtype
 
@@ -30,8 +32,9 @@ app = App(
 
     Compares gradients with finite differences along random directions, all
     results of every dtype with local float64 products (within the bound of
-    rounding errors), and integer sums over several row blocks with the exact
-    sums. Without --address, checks a private server in this process.
+    rounding errors), integer sums of many shapes with the exact sums, and jobs
+    sent in different ways with each other, bit by bit. Without --address, checks
+    a private server in this process.
 
     Exits with 0 if every check passed, 1 if a check failed, and 3 if no server
     could be checked.
@@ -64,16 +67,18 @@ def check(
     results: list[CheckResult] = []
     try:
         with (
-            connected(address, security, connect_timeout, timeout) as (client, name),
+            reachable(address, security, connect_timeout, timeout) as (connect, name),
             console(sys.stderr).status(f"checking {name}") as status,
+            open_clients(connect) as clients,
         ):
-            offered = {Dtype.named(label) for label in client.server_info().dtypes}
-            for result in run_checks(client, offered, seed):
+            info = clients.messages.server_info()
+            offered = {Dtype.named(label) for label in info.dtypes}
+            for result in run_checks(clients, offered, seed):
                 status.update(f"checking {name}: {result.check}, {result.dtype}")
                 results.append(result)
     except GradwireError as error:
         raise CommandError(str(error), ExitStatus.NOT_CHECKED) from error
-    report = _Report(name, results, time.perf_counter() - began)
+    report = Report(name, results, time.perf_counter() - began)
     if as_json:
         report.print_json()
     else:
@@ -82,16 +87,20 @@ def check(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Report:
+class Report:
+    """The results of all checks of a server."""
+
     server: str
     results: Sequence[CheckResult]
     seconds: float
 
     @property
     def passed(self) -> bool:
+        """Whether every check passed."""
         return all(result.passed for result in self.results)
 
     def print_json(self) -> None:
+        """Print one JSON object."""
         results = [
             # JSON cannot represent NaN and Inf as numbers.
             dataclasses.asdict(f)
@@ -113,6 +122,7 @@ class _Report:
         sys.stdout.write("\n")
 
     def print_table(self) -> None:
+        """Print the worst result of each check, all failures, and the conclusion."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in ("check", "dtype", "m x n x k", "result"):
             table.add_column(title, no_wrap=True)
@@ -131,9 +141,10 @@ class _Report:
             )
         out = console()
         out.print(table)
-        out.print(self._conclusion(), soft_wrap=True)
+        out.print(self.conclusion(), soft_wrap=True)
 
-    def _conclusion(self) -> Text:
+    def conclusion(self) -> Text:
+        """Return a sentence that names the failed checks."""
         wrong = [result for result in self.results if not result.passed]
         if not wrong:
             return Text(
