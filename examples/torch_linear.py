@@ -32,21 +32,18 @@ class RemoteProduct(torch.autograd.Function):
         """Y, shape (..., k)."""
         ctx.client = client
         ctx.save_for_backward(x, w)
-        return torch.from_numpy(client.forward(x.detach(), w.detach()))
+        y: torch.Tensor = client.forward(x, w)  # autograd is off here
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # a second derivative is an error
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """None for the client; dX and dW if needed."""
-        x, w = (saved.detach() for saved in ctx.saved_tensors)
+        x, w = ctx.saved_tensors
         _, needs_dx, needs_dw = ctx.needs_input_grad
         wanted = ["dx"] * needs_dx + ["dw"] * needs_dw
         _, dx, dw = ctx.client.gradients(x, w, dy, results=wanted)
-        return (
-            None,
-            None if dx is None else torch.from_numpy(dx),
-            None if dw is None else torch.from_numpy(dw),
-        )
+        return None, dx, dw
 
 
 class RemoteLinear(torch.nn.Module):

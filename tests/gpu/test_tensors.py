@@ -93,6 +93,26 @@ def test_operands_and_results_may_lie_on_the_device(
     assert result.receipt.host_copy_s > 0
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_operands_on_the_device_give_results_there(
+    client: gradwire.Client, library: Any, dtype: str
+) -> None:
+    operands = oracle.operands(*SHAPE, dtype)
+    expected = client.gradients(*operands)
+    on_device = library.put(operands[1])
+    result = client.gradients(operands[0], on_device, operands[2])
+    for name in NAMES:
+        array = getattr(result, name)
+        assert type(array) is type(on_device)
+        assert array.dtype == on_device.dtype
+        assert array.device == on_device.device
+        np.testing.assert_array_equal(
+            library.read(array).astype("f8"), getattr(expected, name).astype("f8")
+        )
+    copied = (operands[1], *expected)
+    assert result.receipt.host_copy_bytes == sum(array.nbytes for array in copied)
+
+
 def test_results_go_into_any_layout(client: gradwire.Client, library: Any) -> None:
     operands = oracle.operands(*SHAPE)
     expected = client.gradients(*operands)

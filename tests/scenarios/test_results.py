@@ -363,11 +363,12 @@ def test_torch_tensors_are_operands_with_or_without_grad(
     for operand in operands:
         wide = torch.from_numpy(operand.astype(np.float64))
         tensors.append(wide.to(getattr(torch, dtype)).requires_grad_())
-    for one, other in zip(caller.gradients(*tensors), expected, strict=True):
-        assert oracle.same_bits(one, other)
     turned = [tensor.T.contiguous().T for tensor in tensors]
-    for one, other in zip(caller.gradients(*turned), expected, strict=True):
-        assert oracle.same_bits(one, other)
+    for layout in (tensors, turned):
+        for one, other in zip(caller.gradients(*layout), expected, strict=True):
+            assert one.dtype is getattr(torch, dtype)
+            assert not one.requires_grad
+            assert one.double().numpy().tolist() == other.astype("f8").tolist()
 
 
 def test_torchs_own_autograd_agrees(caller: Any, torch: Any) -> None:

@@ -150,8 +150,8 @@ class Receipt:
     `reserved_bytes`; 0 if the device computes in host memory."""
 
     host_copy_bytes: int = 0
-    """Bytes that the client copied between a GPU and host memory, for operands on a GPU
-    and for results in `out` arrays on a GPU."""
+    """Bytes that the client copied between a GPU and host memory, for operands and
+    results on a GPU."""
 
     host_copy_s: float = 0.0
     """Time of those copies."""
@@ -281,16 +281,16 @@ class RowBlock:
     first_row: int
     """Index of the first row within the whole job."""
 
-    y: Array | None
+    y: Any
     """The rows of Y, shape (rows, k); None if Y is not wanted."""
 
-    dx: Array | None
+    dx: Any
     """The rows of dX, shape (rows, n); None if dX is not wanted."""
 
     def __len__(self) -> int:
         """Number of rows."""
         some = self.dx if self.y is None else self.y
-        return 0 if some is None else some.shape[0]
+        return 0 if some is None else len(some)
 
 
 class _ThreeResults(NamedTuple):

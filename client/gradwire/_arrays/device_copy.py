@@ -106,19 +106,23 @@ def to_device(array: Array, value: Any) -> None:
         value: The destination, of any memory layout.
     """
     if is_torch_tensor(value):
-        torch = sys.modules["torch"]
-        dtype = Dtype.of(array.dtype)
-        if dtype.is_numpys_own:
-            source = torch.from_numpy(array)
-        else:  # PyTorch only accepts NumPy's built-in dtypes
-            raw = array.view(f"i{dtype.itemsize}")
-            source = torch.from_numpy(raw).view(getattr(torch, dtype.label))
-        value.copy_(source)
+        value.copy_(as_torch(array))
         return
     cupy = sys.modules["cupy"]
     with value.device:
         value[...] = cupy.asarray(array)
         cupy.cuda.get_current_stream().synchronize()
+
+
+def as_torch(array: Array) -> Any:
+    """Return a PyTorch tensor on the CPU that shares the memory of an array."""
+    torch = sys.modules["torch"]
+    dtype = Dtype.of(array.dtype)
+    if dtype.is_numpys_own:
+        return torch.from_numpy(array)
+    # PyTorch only accepts NumPy's built-in dtypes.
+    raw = torch.from_numpy(array.view(f"i{dtype.itemsize}"))
+    return raw.view(getattr(torch, dtype.label))
 
 
 def _is(value: object, library: str, kind: str) -> bool:

@@ -11,6 +11,7 @@ from gradwire._api.options import Metadata, MetadataPairs, Options, parse_metada
 from gradwire._api.verify import Verify
 from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies
+from gradwire._arrays.library import library_of
 from gradwire._core.job_plan import Plan, plan_arrays
 from gradwire._core.outputs import ArrayOutputs, given_outputs, named_outputs
 from gradwire._core.unary import fits_one_message
@@ -109,7 +110,13 @@ class JobFactory:
         return ArrayJob(
             plan,
             operands,
-            ArrayOutputs(plan, operands, own, self.memory),
+            ArrayOutputs(
+                plan,
+                operands,
+                own,
+                self.memory,
+                library_of(given[matrix] for matrix in operands),
+            ),
             unary=unary,
             copies=copies,
             checkpoint_rows=self._checkpoint_rows(plan.options),
@@ -122,7 +129,13 @@ class JobFactory:
         if checkpoint_rows == 0 and plan.options.checkpoint_rows is None:
             checkpoint_rows = self._checkpoint_rows_of_stream(plan, rows)
         return StreamJob(
-            plan, reader.w, rows, reader.copies, checkpoint_rows, check=reader.check
+            plan,
+            reader.w,
+            rows,
+            reader.copies,
+            checkpoint_rows,
+            check=reader.check,
+            library=reader.library,
         )
 
     def replay_buffer(self, reader: RowReader, rows: object) -> ReplayBuffer:

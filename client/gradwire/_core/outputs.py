@@ -19,6 +19,7 @@ from gradwire._arrays.device_copy import (
     is_torch_tensor,
     to_device,
 )
+from gradwire._arrays.library import ResultLibrary
 from gradwire._arrays.operand import Operand, as_numpy
 from gradwire._core.job_plan import Plan
 from gradwire_protocol.dtypes import Dtype
@@ -115,6 +116,7 @@ class ArrayOutputs:
         operands: The operands. Results have their leading dimensions.
         given: The caller's arrays.
         memory: Allocates the other arrays.
+        library: The library of the other arrays; None: NumPy.
     """
 
     def __init__(
@@ -123,7 +125,10 @@ class ArrayOutputs:
         operands: Mapping[Matrix, Operand],
         given: Mapping[Matrix, Output],
         memory: ResultPool,
+        library: ResultLibrary | None = None,
     ) -> None:
+        self._library = library
+        self._given = frozenset(given)
         self._plan = plan
         self._operands = operands
         self._memory = memory
@@ -147,10 +152,14 @@ class ArrayOutputs:
         array = elements.reshape(self._shape(matrix))
         self._outputs[matrix] = Output(array, array)
 
-    def copy_to_devices(self, copies: HostCopies) -> None:
-        """Copy results to the caller's arrays in a GPU's memory."""
-        for output in self._outputs.values():
-            if is_on_device(output.handed_back):
+    def deliver(self, copies: HostCopies) -> None:
+        """Make the objects for the caller: in a GPU's memory, or of a library."""
+        for matrix, output in self._outputs.items():
+            if matrix not in self._given:
+                if self._library is not None:
+                    made = self._library.converted(output.array, copies)
+                    self._outputs[matrix] = Output(made, output.array)
+            elif is_on_device(output.handed_back):
                 with copies.copying():
                     to_device(output.array, output.handed_back)
                 copies.size_bytes += output.array.nbytes

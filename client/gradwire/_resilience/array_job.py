@@ -112,12 +112,12 @@ class ArrayJob:
         return replace(receipt, verifying_s=verifier.seconds)
 
     def deliver(self, receipt: Receipt) -> Receipt:
-        """Copy results to the caller's arrays on GPUs.
+        """Make the objects that the caller gets from the results.
 
         Returns:
             The receipt, with the size and time of all copies from and to GPUs.
         """
-        self.outputs.copy_to_devices(self._copies)
+        self.outputs.deliver(self._copies)
         return self._copies.told(receipt)
 
     def _sinks(self) -> dict[Matrix, ArraySink]:

@@ -10,6 +10,7 @@ import numpy as np
 from gradwire._api.errors import InputError
 from gradwire._api.options import Options
 from gradwire._arrays.device_copy import HostCopies
+from gradwire._arrays.library import ResultLibrary, library_of
 from gradwire._arrays.operand import Operand, operand
 from gradwire._core.job_plan import Plan, check, require, with_rows
 from gradwire._integrity.stream_verifier import RowCheck
@@ -37,7 +38,11 @@ class RowReader:
         )
         require(dict.fromkeys(self._needed, True) | {Matrix.W: w}, options)
         self.copies = HostCopies()
-        """Copies from GPU memory so far."""
+        """Copies from and to GPU memory so far."""
+        needs_w = Matrix.W in operands_for(options.results)
+        self._weights = (w,) if needs_w else ()
+        self.library: ResultLibrary | None = library_of(self._weights)
+        """Library of the results, by W and the first item; None: NumPy."""
         self.w = (
             None
             if w is None
@@ -130,6 +135,9 @@ class RowReader:
                 f"it is a {type(item).__qualname__}: expected a pair (x_rows, dy_rows)"
             )
         operands = {}
+        if not self._count:
+            needed = [values[matrix] for matrix in self._needed]
+            self.library = library_of([*needed, *self._weights])
         for matrix in self._needed:
             if values[matrix] is None:
                 wanted = " and ".join(result.label for result in self.options.results)

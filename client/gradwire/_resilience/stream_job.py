@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from gradwire._api.errors import ClientStateError, GradwireError, RowsLostError
 from gradwire._api.types import Array, Receipt, RowBlock
 from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.device_copy import HostCopies
+from gradwire._arrays.library import ResultLibrary
 from gradwire._arrays.operand import Operand
 from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
@@ -45,7 +47,7 @@ class StreamJob:
         exchange: The conversation with the server, that of the last attempt.
         options: What the caller asked for.
         ready: Row blocks that are complete and were not handed out yet.
-        sums: The wanted results that are summed over row blocks.
+        sums: The wanted results that are summed over row blocks, as NumPy arrays.
         receipt: What became of the job, once it is done.
         address: Of the server of the attempt that runs.
         check: What checks the results before they are handed out, if anything.
@@ -64,8 +66,11 @@ class StreamJob:
         checkpoint_rows: int | None = None,
         *,
         check: RowCheck | None = None,
+        library: ResultLibrary | None = None,
     ) -> None:
         self.check = check
+        self._library = library
+        self._delivered: dict[Matrix, Any] = {}
         self.address = ""
         self.options = plan.options
         self._copies = copies or HostCopies()
@@ -134,7 +139,7 @@ class StreamJob:
         Raises:
             VerificationError: The last block or a sum is wrong.
         """
-        receipt = self._copies.told(self.exchange.finish())
+        receipt = self.exchange.finish()
         if attempts is not None:
             receipt = attempts.annotate(receipt)
         while self._blocks and self._next_row < receipt.m:
@@ -143,9 +148,22 @@ class StreamJob:
         if self.check is not None:
             self.check.finish(self.sums, receipt.m, Computed.of(receipt, self.address))
             receipt = replace(receipt, verifying_s=self.check.seconds)
+        self._delivered = {
+            matrix: self._converted(array) for matrix, array in self.sums.items()
+        }
+        receipt = self._copies.told(receipt)
         self.receipt = receipt
         self._held.discard_before(receipt.m)
         return receipt
+
+    def sum(self, matrix: Matrix) -> Any:
+        """Return a sum as the caller gets it, once the job is done; None: not wanted.
+
+        Raises:
+            ClientStateError: The job is not done.
+        """
+        require_receipt(self)
+        return self._delivered.get(matrix)
 
     def cut_off(self, error: GradwireError, attempts: Attempts) -> bool:
         """Record a failed attempt, and return whether to start over immediately.
@@ -235,8 +253,16 @@ class StreamJob:
         if self.check is not None and self.exchange.accepted is not None:
             accepted = self.exchange.accepted
             self.check.check(block, Computed.as_accepted(accepted, self.address))
+        if self._library is not None:
+            y, dx = self._converted(block.y), self._converted(block.dx)
+            block = RowBlock(block.first_row, y, dx)
         self.ready.append(block)
         self._next_row += rows
+
+    def _converted(self, array: Array | None) -> Any:
+        if array is None or self._library is None:
+            return array
+        return self._library.converted(array, self._copies)
 
 
 def require_receipt(job: StreamJob | None) -> Receipt:

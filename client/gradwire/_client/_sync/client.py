@@ -17,6 +17,7 @@ from gradwire._api.options import (
     parse_timeout,
 )
 from gradwire._api.types import Array, Backward, Gradients, ServerInfo
+from gradwire._arrays.library import require_no_graph
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.stream import GradientStream
 from gradwire._client.client_base import ClientBase
@@ -167,6 +168,12 @@ class Client(ClientBase[SyncEngine]):
         memory layout. CuPy arrays, CUDA tensors of PyTorch and other arrays that
         DLPack can copy to host memory are copied (see `Receipt.host_copy_bytes`).
 
+        If a needed operand is a tensor of PyTorch, the results are tensors, on the
+        device of the first operand on a GPU, else on the CPU. They do not require
+        grad, whether the operands do or not. Otherwise, if a needed operand is a CuPy
+        array, the results are CuPy arrays on its device. All other operands (of JAX,
+        too) give NumPy arrays.
+
         Args:
             x: X, shape (..., n); the leading dimensions count as rows. None if no
                 wanted result needs it; the same holds for `w` and `dy`.
@@ -209,8 +216,8 @@ class Client(ClientBase[SyncEngine]):
                 None: the client decides.
 
         Returns:
-            The tuple (y, dx, dw) of NumPy arrays of shapes (..., k), (..., n) and
-            (n, k), or the arrays of `out`; None for results that are not wanted.
+            The tuple (y, dx, dw) of arrays or tensors of shapes (..., k), (..., n)
+            and (n, k), or the arrays of `out`; None for results that are not wanted.
             Its `db` has shape (k,), and its `receipt` says how the job was
             computed.
 
@@ -247,7 +254,8 @@ class Client(ClientBase[SyncEngine]):
             Y, shape (..., k); or `out`, if it was given.
 
         Raises:
-            InputError: An argument is invalid; nothing was sent.
+            InputError: An argument is invalid; nothing was sent. So is a tensor that
+                requires grad, while PyTorch's grad mode is on: Y has no autograd graph.
             GradwireError: The job failed; each subclass is one kind of failure.
 
         Example:
@@ -255,6 +263,7 @@ class Client(ClientBase[SyncEngine]):
             (60000, 10)
         """
         check_names("forward", options, ForwardOptions)
+        require_no_graph((("x", x), ("w", w)))
         given, returns = {Matrix.X: x, Matrix.W: w}, (Matrix.Y,)
         parsed = parse_options(results="y", **options)
         job = self._engine.jobs.array_job(given, out, returns, parsed)
@@ -327,9 +336,10 @@ class Client(ClientBase[SyncEngine]):
 
         Returns:
             An iterator of `RowBlock`, with `dw`, `db` and `receipt` once it is
-            exhausted. Iterating begins the job. A stream that is left early, by
-            ``break``, an exception or garbage collection, cancels its job; as a context
-            manager it does so at once.
+            exhausted. W and the first item decide the library and the device of the
+            results, as for `gradients`. Iterating begins the job. A stream that is left
+            early, by ``break``, an exception or garbage collection, cancels its job; as
+            a context manager it does so at once.
 
         Raises:
             InputError: An argument is invalid. An invalid item raises while

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gradwire._api.errors import GradwireError, VerificationError
-from gradwire._api.types import Array, Receipt, RowBlock
+from gradwire._api.types import Receipt, RowBlock
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.row_source import SyncRowSource
 from gradwire._resilience.load_balancer import Lease
@@ -111,24 +111,24 @@ class GradientStream(Iterator[RowBlock]):
             self._rows.abandon()
 
     @property
-    def dw(self) -> Array | None:
+    def dw(self) -> Any:
         """DW, shape (n, k), once the stream is exhausted; None if not wanted.
 
         Raises:
             ClientStateError: The stream is not exhausted.
         """
         require_receipt(self._job)
-        return self._job.sums.get(Matrix.DW) if self._job else None
+        return self._job.sum(Matrix.DW) if self._job else None
 
     @property
-    def db(self) -> Array | None:
+    def db(self) -> Any:
         """The column sums of dY, shape (k,), like `dw`.
 
         Raises:
             ClientStateError: The stream is not exhausted.
         """
         require_receipt(self._job)
-        return self._job.sums.get(Matrix.DB) if self._job else None
+        return self._job.sum(Matrix.DB) if self._job else None
 
     @property
     def receipt(self) -> Receipt:
