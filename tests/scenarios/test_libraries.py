@@ -202,6 +202,7 @@ def test_torch_is_not_imported_for_others(small_blocks: ServerProcess) -> None:
             kinds = {type(r) for r in client.gradients(ones, ones, ones)}
             with client.stream([(ones, ones)], ones) as stream:
                 kinds |= {type(block.y) for block in stream} | {type(stream.dw)}
+            kinds |= {type(client.forward(np.ones((2, 3, 3)), np.ones((2, 3, 3))))}
         print(kinds == {np.ndarray}, {"cupy", "torch", "jax"} & set(sys.modules))
     """
     done = subprocess.run(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -168,6 +168,11 @@ class Receipt:
 
     verifying_s: float = 0.0
     """Time that the client spent checking the results; 0 if it did not check them."""
+
+    jobs: int = 1
+    """Number of jobs of the call: more than 1 for batched W. Then sizes, counts and
+    times are sums over all jobs, which overlap; `reserved_bytes`, `device_bytes` and
+    `peak_memory_bytes` are the largest; and the other fields describe the last job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +411,28 @@ def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
         },
         device_bytes=accepted.device_bytes,
     )
+
+
+def merged_receipt(receipts: Sequence[Receipt]) -> Receipt:
+    """Return the receipt of a call from those of its jobs, at least one."""
+    last = receipts[-1]
+    if len(receipts) == 1:
+        return last
+    sums = {name: sum(getattr(each, name) for each in receipts) for name in _SUMMED}
+    largest = {name: max(getattr(each, name) for each in receipts) for name in _LARGEST}
+    retried = tuple(reason for each in receipts for reason in each.retried)
+    changed: dict[str, Any] = {**sums, **largest}
+    return replace(
+        last, **changed, attempts=1 + len(retried), retried=retried, jobs=len(receipts)
+    )
+
+
+_SUMMED = (
+    *("m", "blocks", "bytes_received", "bytes_sent", "queued_s", "receiving_s"),
+    *("copy_to_device_s", "computing_s", "copy_from_device_s", "sending_s"),
+    *("total_s", "verifying_s"),
+)
+_LARGEST = ("reserved_bytes", "device_bytes", "peak_memory_bytes")
 
 
 def server_info_of(message: GetServerInfoResponse) -> ServerInfo:

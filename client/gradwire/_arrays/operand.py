@@ -10,6 +10,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -148,6 +149,49 @@ class Operand:
             room[index : index + elements.size] = elements
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An array of the caller, of any dimensions, in host memory."""
+
+    array: Array
+
+    name: str
+    """Name of the operand, for errors."""
+
+    dtype: Dtype
+    """Dtype in which the elements are sent."""
+
+    rounds: bool
+    """Whether elements are rounded to `dtype` while they are sent."""
+
+    def part(self, array: Array, first_row: int = 0) -> Operand:
+        """Return a part of the array, with at least two dimensions, as an operand.
+
+        Args:
+            array: The part.
+            first_row: Number of its first row, for errors.
+        """
+        if not self.rounds:
+            return Operand(array, self.dtype)
+        rounding = Rounding(self.dtype, self.name, array.shape[-1], first_row)
+        return Operand(array, self.dtype, rounding)
+
+    def whole(self, first_row: int = 0) -> Operand:
+        """Return the array as an operand.
+
+        Raises:
+            InputError: It has less than two dimensions.
+        """
+        array, name = self.array, self.name
+        if array.ndim < 2:
+            text = f"{name} has shape {array.shape}: expected at least two dimensions"
+            if array.ndim == 1:
+                text += f"; make it one row with {name}[None, :] or one column with"
+                text += f" {name}[:, None]"
+            raise InputError(text)
+        return self.part(array, first_row)
+
+
 def operand(
     value: object,
     name: str,
@@ -155,16 +199,36 @@ def operand(
     first_row: int = 0,
     copies: HostCopies | None = None,
 ) -> Operand:
-    """Convert a value of the caller to an operand.
+    """Convert a value of the caller with at least two dimensions to an operand.
 
     Args:
-        value: An array with at least two dimensions and a supported dtype: a NumPy
+        value: As for `read`.
+        name: Name of the operand, for errors.
+        wire_dtype: The 16-bit dtype in which to send the elements; None: unchanged.
+        first_row: Number of the first row, for errors.
+        copies: Counts copies from a GPU.
+
+    Raises:
+        InputError: The value is invalid; the message says what to do.
+    """
+    return read(value, name, wire_dtype, copies).whole(first_row)
+
+
+def read(
+    value: object,
+    name: str,
+    wire_dtype: Dtype | None = None,
+    copies: HostCopies | None = None,
+) -> Source:
+    """Convert a value of the caller to an array in host memory.
+
+    Args:
+        value: An array of a supported dtype: a NumPy
             array, an object with ``__array__``, ``__dlpack__`` or the buffer protocol,
             or nested sequences of Python floats, which are float64 as in NumPy. Arrays
             on a GPU are copied.
         name: Name of the operand, for errors.
         wire_dtype: The 16-bit dtype in which to send the elements; None: unchanged.
-        first_row: Number of the first row, for errors.
         copies: Counts copies from a GPU.
 
     Raises:
@@ -175,22 +239,15 @@ def operand(
     else:
         array = as_numpy(value, name)
     dtype = _dtype(array, name, value)
-    if wire_dtype is not None and wire_dtype not in dtype.travels_as:
+    if wire_dtype is None:
+        return Source(array, name, dtype, rounds=False)
+    if wire_dtype not in dtype.travels_as:
         wide = " or ".join(it.label for it in Dtype if wire_dtype in it.travels_as)
         raise InputError(
             f"{name} is {dtype.label}, but wire_dtype is for {wide} operands: convert"
             " them, or omit wire_dtype"
         )
-    if array.ndim < 2:
-        text = f"{name} has shape {array.shape}: expected at least two dimensions"
-        if array.ndim == 1:
-            text += f"; make it one row with {name}[None, :] or one column with"
-            text += f" {name}[:, None]"
-        raise InputError(text)
-    if wire_dtype is None:
-        return Operand(array, dtype)
-    rounding = Rounding(wire_dtype, name, array.shape[-1], first_row)
-    return Operand(array, wire_dtype, rounding)
+    return Source(array, name, wire_dtype, rounds=True)
 
 
 def as_numpy(value: object, name: str) -> Array:

@@ -12,8 +12,17 @@ from gradwire._api.verify import Verify
 from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.library import library_of
-from gradwire._core.job_plan import Plan, plan_arrays
-from gradwire._core.outputs import ArrayOutputs, given_outputs, named_outputs
+from gradwire._arrays.operand import Operand
+from gradwire._client.batch_job import BatchJob
+from gradwire._core.broadcast import Broadcast, needs_broadcast
+from gradwire._core.job_plan import Plan, common_dtype, plan_arrays, read_operands
+from gradwire._core.outputs import (
+    ArrayOutputs,
+    Output,
+    given_outputs,
+    named_outputs,
+    output_shapes,
+)
 from gradwire._core.unary import fits_one_message
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.replay_buffer import ReplayBuffer
@@ -22,7 +31,7 @@ from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob
 from gradwire_protocol import limits
 from gradwire_protocol.limits import RESUME
-from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.matrices import Matrix, operands_for
 
 MIN_ROWS_PER_CHECKPOINT_RATIO = 8
 """Unrequested checkpoints are spaced so that the rows between two have at least this
@@ -97,26 +106,63 @@ class JobFactory:
         out: Any,
         returns: tuple[Matrix, ...],
         options: Options,
+    ) -> ArrayJob | BatchJob:
+        """Create a job from the arguments of a method that returns `returns`.
+
+        Operands with batch dimensions in W, and vectors, give several jobs.
+        """
+        copies, options = HostCopies(), self.with_defaults(options)
+        sources = read_operands(given, options, copies)
+        needed = operands_for(options.results)
+        library = library_of(given[matrix] for matrix in needed)
+        shapes = {matrix: source.array.shape for matrix, source in sources.items()}
+        if not needs_broadcast(shapes):
+            plan, operands = plan_arrays(sources, options)
+            results = output_shapes(plan, operands)
+            own = given_outputs(plan, operands, named_outputs(out, returns), results)
+            outputs = ArrayOutputs(plan, results, own, self.memory, library)
+            return self._job(plan, operands, outputs, copies)
+        dtype = common_dtype(sources, options)
+        division = Broadcast.of(shapes)
+        sources = {matrix: sources[matrix] for matrix in needed}
+        # Of one job; for the whole product only the results and their dtypes count.
+        plan = Plan(division.rows, division.n, division.columns, dtype, options)
+        if not division.count:
+            plan = Plan(0, division.n, 0, dtype, options)
+        named = named_outputs(out, returns)
+        own = given_outputs(plan, sources, named, division.shapes)
+        outputs = ArrayOutputs(plan, division.shapes, own, self.memory, library)
+        return BatchJob(
+            division, sources, plan, outputs, make=self._part, copies=copies
+        )
+
+    def _part(
+        self,
+        plan: Plan,
+        operands: Mapping[Matrix, Operand],
+        given: Mapping[Matrix, Output],
     ) -> ArrayJob:
-        """Create a job from the arguments of a method that returns `returns`."""
-        copies = HostCopies()
-        plan, operands = plan_arrays(given, self.with_defaults(options), copies)
+        """Create one job of a batch."""
+        shapes = output_shapes(plan, operands)
+        outputs = ArrayOutputs(plan, shapes, given, self.memory)
+        return self._job(plan, operands, outputs, HostCopies())
+
+    def _job(
+        self,
+        plan: Plan,
+        operands: Mapping[Matrix, Operand],
+        outputs: ArrayOutputs,
+        copies: HostCopies,
+    ) -> ArrayJob:
         if plan.chunk_bytes != self.tuning.chunk_bytes:
             plan = replace(plan, chunk_bytes=self.tuning.chunk_bytes)
-        own = given_outputs(plan, operands, named_outputs(out, returns))
         unary = self.tuning.unary
         if unary is None:
             unary = fits_one_message(plan)
         return ArrayJob(
             plan,
             operands,
-            ArrayOutputs(
-                plan,
-                operands,
-                own,
-                self.memory,
-                library_of(given[matrix] for matrix in operands),
-            ),
+            outputs,
             unary=unary,
             copies=copies,
             checkpoint_rows=self._checkpoint_rows(plan.options),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from gradwire._api.errors import InputError
 from gradwire._api.options import Options
 from gradwire._arrays.device_copy import HostCopies
-from gradwire._arrays.operand import Operand, operand
+from gradwire._arrays.operand import Operand, Source, read
 from gradwire_protocol import limits
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
@@ -127,31 +127,46 @@ _HEADERS: dict[Hashable, Job] = {}
 _MOST_HEADERS = 256
 
 
-def plan_arrays(
+def read_operands(
     given: Mapping[Matrix, object],
     options: Options,
     copies: HostCopies | None = None,
+) -> dict[Matrix, Source]:
+    """Convert the caller's operands to arrays.
+
+    Args:
+        given: The caller's X, W and dY, or None.
+        options: The options of the call.
+        copies: Counts copies from a GPU's memory.
+
+    Raises:
+        InputError: An operand is missing or invalid.
+    """
+    require(given, options)
+    return {
+        matrix: read(value, matrix.label, options.wire_dtype, copies)
+        for matrix, value in given.items()
+        if value is not None
+    }
+
+
+def plan_arrays(
+    sources: Mapping[Matrix, Source], options: Options
 ) -> tuple[Plan, dict[Matrix, Operand]]:
     """Plan a job of arrays.
 
     Args:
-        given: The caller's X, W and dY, or None. Operands that no wanted result
-            needs are checked, but not sent.
+        sources: The caller's arrays, each with at least two dimensions. Those that no
+            wanted result needs are checked, but not sent.
         options: The options of the call.
-        copies: Counts copies from a GPU's memory.
 
     Returns:
         The plan, and the operands to send.
 
     Raises:
-        InputError: An operand is missing or invalid, or two do not fit together.
+        InputError: Two operands do not fit together.
     """
-    require(given, options)
-    operands = {
-        matrix: operand(value, matrix.label, options.wire_dtype, copies=copies)
-        for matrix, value in given.items()
-        if value is not None
-    }
+    operands = {matrix: source.whole() for matrix, source in sources.items()}
     plan = check(operands, options)
     return plan, {matrix: operands[matrix] for matrix in plan.operands}
 
@@ -167,7 +182,7 @@ def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
         raise InputError(
             f"w has shape {w.array.shape}: expected a matrix with two dimensions"
         )
-    _same_dtype(operands)
+    dtype = common_dtype(operands, options)
     if x is not None and w is not None and x.columns != w.rows:
         raise InputError(
             f"x has shape {x.array.shape} and w {w.array.shape}: x's columns"
@@ -187,13 +202,6 @@ def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
                 else "all dimensions but the last must be equal"
             )
         )
-    some = next(iter(operands.values()))
-    accumulator = options.dw_accumulator
-    if accumulator is not None and accumulator not in some.dtype.accumulators:
-        raise InputError(
-            f"dw_accumulator is {accumulator.label}, but the operands are"
-            f" {some.dtype.label}: omit it, or send {accumulator.label} operands"
-        )
     rows = dy if x is None else x
     if w is not None:
         n, k = w.rows, w.columns
@@ -201,7 +209,7 @@ def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
         # dW needs both of the others, dB only dY.
         n = 0 if x is None else x.columns
         k = operands[Matrix.DY].columns
-    return Plan(None if rows is None else rows.rows, n, k, some.dtype, options)
+    return Plan(None if rows is None else rows.rows, n, k, dtype, options)
 
 
 def with_rows(plan: Plan, m: int | None) -> Plan:
@@ -224,7 +232,14 @@ def require(given: Mapping[Matrix, object], options: Options) -> None:
                 )
 
 
-def _same_dtype(operands: Mapping[Matrix, Operand]) -> None:
+def common_dtype(
+    operands: Mapping[Matrix, Operand] | Mapping[Matrix, Source], options: Options
+) -> Dtype:
+    """Return the dtype in which all operands are sent.
+
+    Raises:
+        InputError: They have several, or `dw_accumulator` is too narrow for it.
+    """
     (name, first), *others = operands.items()
     for other, value in others:
         if value.dtype is not first.dtype:
@@ -233,3 +248,10 @@ def _same_dtype(operands: Mapping[Matrix, Operand]) -> None:
                 f" {value.dtype.label}: expected one dtype for all operands; convert"
                 f" one, for example {other.label}.astype({name.label}.dtype)"
             )
+    accumulator = options.dw_accumulator
+    if accumulator is not None and accumulator not in first.dtype.accumulators:
+        raise InputError(
+            f"dw_accumulator is {accumulator.label}, but the operands are"
+            f" {first.dtype.label}: omit it, or send {accumulator.label} operands"
+        )
+    return first.dtype

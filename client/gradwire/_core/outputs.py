@@ -20,7 +20,7 @@ from gradwire._arrays.device_copy import (
     to_device,
 )
 from gradwire._arrays.library import ResultLibrary
-from gradwire._arrays.operand import Operand, as_numpy
+from gradwire._arrays.operand import Operand, Source, as_numpy
 from gradwire._core.job_plan import Plan
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import DEFAULT_RESULTS, Matrix
@@ -81,9 +81,18 @@ def named_outputs(out: Any, results: Sequence[Matrix]) -> dict[Matrix, Any]:
 
 
 def given_outputs(
-    plan: Plan, operands: Mapping[Matrix, Operand], given: Mapping[Matrix, Any]
+    plan: Plan,
+    operands: Mapping[Matrix, Operand] | Mapping[Matrix, Source],
+    given: Mapping[Matrix, Any],
+    shapes: Mapping[Matrix, tuple[int, ...]],
 ) -> dict[Matrix, Output]:
     """Check the caller's arrays for results.
+
+    Args:
+        plan: The job.
+        operands: The operands.
+        given: The caller's arrays.
+        shapes: The shapes of the results.
 
     Raises:
         InputError: An array cannot hold its result, or shares memory with an operand
@@ -95,9 +104,8 @@ def given_outputs(
     checked: dict[Matrix, Output] = {}
     for matrix in plan.results:
         if matrix in given:
-            shape = output_shape(plan, operands, matrix)
             dtype = plan.array_dtype(matrix)
-            array = _checked(given[matrix], matrix.label, shape, dtype)
+            array = _checked(given[matrix], matrix.label, shapes[matrix], dtype)
             for other, output in checked.items():
                 if output.handed_back is given[matrix]:
                     raise InputError(
@@ -113,7 +121,7 @@ class ArrayOutputs:
 
     Args:
         plan: The job.
-        operands: The operands. Results have their leading dimensions.
+        shapes: The shapes of the results.
         given: The caller's arrays.
         memory: Allocates the other arrays.
         library: The library of the other arrays; None: NumPy.
@@ -122,7 +130,7 @@ class ArrayOutputs:
     def __init__(
         self,
         plan: Plan,
-        operands: Mapping[Matrix, Operand],
+        shapes: Mapping[Matrix, tuple[int, ...]],
         given: Mapping[Matrix, Output],
         memory: ResultPool,
         library: ResultLibrary | None = None,
@@ -130,7 +138,7 @@ class ArrayOutputs:
         self._library = library
         self._given = frozenset(given)
         self._plan = plan
-        self._operands = operands
+        self._shapes = shapes
         self._memory = memory
         self._outputs = dict(given)
 
@@ -143,13 +151,13 @@ class ArrayOutputs:
         for matrix in self._plan.results:
             if matrix not in self._outputs:
                 dtype = self._plan.array_dtype(matrix).numpy
-                array = self._memory.empty(self._shape(matrix), dtype)
+                array = self._memory.empty(self._shapes[matrix], dtype)
                 self._outputs[matrix] = Output(array, array)
         return self.present()
 
     def hand_back(self, matrix: Matrix, elements: Array) -> None:
         """Use an array of elements as a result that has no array yet."""
-        array = elements.reshape(self._shape(matrix))
+        array = elements.reshape(self._shapes[matrix])
         self._outputs[matrix] = Output(array, array)
 
     def deliver(self, copies: HostCopies) -> None:
@@ -169,8 +177,12 @@ class ArrayOutputs:
         made = self._outputs
         return [made[each].handed_back if each in made else None for each in wanted]
 
-    def _shape(self, matrix: Matrix) -> tuple[int, ...]:
-        return output_shape(self._plan, self._operands, matrix)
+
+def output_shapes(
+    plan: Plan, operands: Mapping[Matrix, Operand]
+) -> dict[Matrix, tuple[int, ...]]:
+    """Return the shapes of the results, with the leading dimensions of the operands."""
+    return {matrix: output_shape(plan, operands, matrix) for matrix in plan.results}
 
 
 def output_shape(
@@ -264,7 +276,8 @@ def _overlaps_itself(array: Array) -> bool:
 
 
 def _check_overlap(
-    given: Mapping[Matrix, Array], operands: Mapping[Matrix, Operand]
+    given: Mapping[Matrix, Array],
+    operands: Mapping[Matrix, Operand] | Mapping[Matrix, Source],
 ) -> None:
     taken: list[tuple[str, Array]] = [
         (matrix.label, value.array) for matrix, value in operands.items()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
+from gradwire._api.options import OnProgress
 from gradwire._api.types import Progress
 from gradwire._core.job_plan import Plan
 
@@ -42,3 +45,54 @@ class Reporter:
                     jobs_ahead=jobs_ahead,
                 )
             )
+
+
+@dataclass(slots=True)
+class _Counts:
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    rows_sent: int = 0
+
+
+class BatchReporter:
+    """Calls `on_progress` with the totals of several jobs of one size.
+
+    Args:
+        on_progress: The caller's function. It is never called concurrently.
+        count: The number of jobs.
+    """
+
+    def __init__(self, on_progress: OnProgress, count: int) -> None:
+        self._on_progress = on_progress
+        self._count = count
+        self._lock = threading.Lock()
+        self._total = _Counts()
+
+    def of_one(self) -> Callable[[Progress], None]:
+        """Return the function for the progress of one more job."""
+        before = _Counts()
+
+        def report(progress: Progress) -> None:
+            total = self._total
+            with self._lock:
+                for name in _Counts.__slots__:
+                    now = getattr(progress, name)
+                    more = now - getattr(before, name)  # negative in a retry
+                    setattr(total, name, getattr(total, name) + more)
+                    setattr(before, name, now)
+                self._on_progress(
+                    Progress(
+                        bytes_sent=total.bytes_sent,
+                        bytes_to_send=self._times(progress.bytes_to_send),
+                        bytes_received=total.bytes_received,
+                        bytes_to_receive=self._times(progress.bytes_to_receive),
+                        rows_sent=total.rows_sent,
+                        m=self._times(progress.m),
+                        jobs_ahead=progress.jobs_ahead,
+                    )
+                )
+
+        return report
+
+    def _times(self, of_one: int | None) -> int | None:
+        return None if of_one is None else self._count * of_one

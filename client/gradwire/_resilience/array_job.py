@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from gradwire._api.errors import GradwireError
@@ -41,6 +41,8 @@ class ArrayJob:
     ) -> None:
         self.resume_point: ResumePoint | None = None
         """Where the next attempt resumes; None: at the start."""
+        self.on_call: Callable[[Callable[[], object]], object] | None = None
+        """Called when a call begins, with a function that cancels it."""
         self._checkpoint_rows = checkpoint_rows
         self._copies = copies
         self.plan = plan

@@ -52,6 +52,36 @@ async def run_beside(work: Callable[[], R]) -> R:
     return await asyncio.to_thread(work)
 
 
+async def run_together(
+    work: Callable[[], Awaitable[None]], count: int, stop: Callable[[], object]
+) -> None:
+    """Run `work` several times concurrently.
+
+    Args:
+        work: What to run.
+        count: How many times, at least 1.
+        stop: Called if one fails. The others are cancelled, too, and have ended when
+            this function returns.
+
+    Raises:
+        BaseException: The first exception of one of them.
+    """
+    if count == 1:
+        await work()
+        return
+    tasks = [asyncio.ensure_future(work()) for _ in range(count)]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    except BaseException:
+        stop()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
 async def iterate(messages: Iterable[bytes]) -> AsyncGenerator[bytes]:
     """Return the messages as an asynchronous iterator (in `sync_io`: an iterator)."""
     for message in messages:

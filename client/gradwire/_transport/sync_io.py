@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import socket
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -35,6 +36,56 @@ class SyncFlag:
 def run_beside(work: Callable[[], R]) -> R:
     """Run long work directly, because the caller waits for it."""
     return work()
+
+
+def run_together(
+    work: Callable[[], None], count: int, stop: Callable[[], object]
+) -> None:
+    """Run `work` several times concurrently.
+
+    Args:
+        work: What to run.
+        count: How many times, at least 1: in threads, unless it is 1.
+        stop: Called if one fails, or if this function is interrupted: it must end the
+            others, which have ended when this function returns.
+
+    Raises:
+        BaseException: The first exception of one of them.
+    """
+    if count == 1:
+        work()
+        return
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            context = contextvars.copy_context()
+            thread = threading.Thread(
+                name="gradwire-job", target=context.run, args=(run,), daemon=True
+            )
+            thread.start()
+            threads.append(thread)
+        for _ in threads:
+            _raise(ended.get())
+    except BaseException:
+        stop()
+        for thread in threads:
+            thread.join()
+        raise
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
 
 
 def iterate(messages: Iterable[bytes]) -> Iterator[bytes]:

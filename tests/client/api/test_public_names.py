@@ -16,7 +16,7 @@ MODULES = (
 )
 # What the SDK uses among its own modules.
 INTERNAL = {
-    *("device_of", "receipt_of", "server_info_of"),
+    *("device_of", "merged_receipt", "receipt_of", "server_info_of"),
     *("Attempts", "Retries", "is_transient", "parse_retries"),
 }
 CLASSES = [

@@ -15,7 +15,7 @@ from gradwire._api.options import parse_options
 from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.operand import operand
 from gradwire._arrays.wire_cast import overflows_from
-from gradwire._core.job_plan import plan_arrays
+from gradwire._core.job_plan import plan_arrays, read_operands
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
 from tests.client.arrays.test_operand import LAYOUTS
@@ -166,7 +166,9 @@ def test_arrays_are_float32_where_results_travel_in_less(spec: Any) -> None:
         wire_dtype=spec,
         result_dtype={"dw": "float32", "dx": "float16"},
     )
-    plan, _ = plan_arrays({Matrix.X: x, Matrix.W: w, Matrix.DY: x @ w}, options)
+    plan, _ = plan_arrays(
+        read_operands({Matrix.X: x, Matrix.W: w, Matrix.DY: x @ w}, options), options
+    )
     assert plan.dtype is Dtype.BFLOAT16
     travels = [plan.result_dtype(matrix) for matrix in plan.results]
     arrays = [plan.array_dtype(matrix) for matrix in plan.results]

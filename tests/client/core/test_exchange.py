@@ -16,8 +16,8 @@ from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
 from gradwire._core.exchange import JobExchange
-from gradwire._core.job_plan import plan_arrays
-from gradwire._core.outputs import ArrayOutputs, Output
+from gradwire._core.job_plan import plan_arrays, read_operands
+from gradwire._core.outputs import ArrayOutputs, Output, output_shapes
 from gradwire._resilience.array_job import ArrayJob
 from gradwire.v1.gradient_service_pb2 import ComputeResponse, ComputeStreamResponse
 from gradwire.v1.job_pb2 import Accepted, Job, Receipt
@@ -40,12 +40,12 @@ def array_job(
 ) -> ArrayJob:
     given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
     parsed = parse_options(**{"results": ("y", "dx", "dw")} | options)
-    plan, operands = plan_arrays(given, parsed)
+    plan, operands = plan_arrays(read_operands(given, parsed), parsed)
     plan = replace(plan, chunk_bytes=chunk_bytes)
     return ArrayJob(
         plan,
         operands,
-        ArrayOutputs(plan, operands, {}, ResultPool()),
+        ArrayOutputs(plan, output_shapes(plan, operands), {}, ResultPool()),
         unary=False,
         copies=HostCopies(),
         checkpoint_rows=checkpoint_rows,
@@ -343,11 +343,11 @@ def test_results_in_one_message_reach_arrays_of_any_layout() -> None:
     )
     given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
     options = parse_options(results=("y", "dx", "dw"), request_id="me")
-    plan, operands = plan_arrays(given, options)
+    plan, operands = plan_arrays(read_operands(given, options), options)
     y, dx, dw = np.empty((2, M, K))[0], np.empty((N, M)).T, np.empty((2 * N, K))[::2]
     out = {Matrix.Y: y, Matrix.DX: dx, Matrix.DW: dw}
     outputs = {matrix: Output(array, array) for matrix, array in out.items()}
-    into = ArrayOutputs(plan, operands, outputs, ResultPool())
+    into = ArrayOutputs(plan, output_shapes(plan, operands), outputs, ResultPool())
     whole = ArrayJob(plan, operands, into, unary=True, copies=HostCopies())
     whole.unary_exchange().receive(response)
     assert dx.tobytes() == x.tobytes()

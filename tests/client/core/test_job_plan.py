@@ -10,7 +10,7 @@ import pytest
 import gradwire
 from gradwire._api.options import parse_dtype, parse_options
 from gradwire._core import unary
-from gradwire._core.job_plan import Plan, plan_arrays
+from gradwire._core.job_plan import Plan, plan_arrays, read_operands
 from gradwire_protocol import checksum
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import OPERANDS, Matrix
@@ -24,7 +24,8 @@ def ones(*shape: int, dtype: Any = np.float32) -> Any:
 
 def plan(x: Any, w: Any, dy: Any, results: Any = ALL, **options: Any) -> Plan:
     given = dict(zip(OPERANDS, (x, w, dy), strict=True))
-    return plan_arrays(given, parse_options(results=results, **options))[0]
+    parsed = parse_options(results=results, **options)
+    return plan_arrays(read_operands(given, parsed), parsed)[0]
 
 
 @pytest.mark.parametrize(

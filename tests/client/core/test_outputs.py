@@ -9,8 +9,13 @@ import gradwire
 from gradwire._api.options import parse_options
 from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.buffer_pool import ResultPool
-from gradwire._core.job_plan import plan_arrays
-from gradwire._core.outputs import ArrayOutputs, given_outputs, named_outputs
+from gradwire._core.job_plan import plan_arrays, read_operands
+from gradwire._core.outputs import (
+    ArrayOutputs,
+    given_outputs,
+    named_outputs,
+    output_shapes,
+)
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import DEFAULT_RESULTS, RESULTS, Matrix
 
@@ -20,8 +25,13 @@ X, W, DY = np.ones((3, 4), "f4"), np.ones((4, 6), "f4"), np.ones((3, 6), "f4")
 def make(out: Any, **options: Any) -> Any:
     given = {Matrix.X: X, Matrix.W: W, Matrix.DY: DY}
     parsed = parse_options(**{"results": ("y", "dx", "dw")} | options)
-    plan, operands = plan_arrays(given, parsed)
-    return given_outputs(plan, operands, named_outputs(out, RESULTS))
+    plan, operands = plan_arrays(read_operands(given, parsed), parsed)
+    return given_outputs(
+        plan,
+        operands,
+        named_outputs(out, RESULTS),
+        output_shapes(plan, operands),
+    )
 
 
 def empty(*shape: int, dtype: Any = "f4") -> Any:
@@ -30,11 +40,10 @@ def empty(*shape: int, dtype: Any = "f4") -> Any:
 
 def test_arrays_are_made_where_none_are_given() -> None:
     assert make({"dx": None}) == {}
-    plan, operands = plan_arrays(
-        {Matrix.X: X, Matrix.W: W, Matrix.DY: DY},
-        parse_options(results=("y", "dx", "dw")),
-    )
-    outputs = ArrayOutputs(plan, operands, {}, ResultPool())
+    options = parse_options(results=("y", "dx", "dw"))
+    given = {Matrix.X: X, Matrix.W: W, Matrix.DY: DY}
+    plan, operands = plan_arrays(read_operands(given, options), options)
+    outputs = ArrayOutputs(plan, output_shapes(plan, operands), {}, ResultPool())
     outputs.all()
     shapes = [array.shape for array in outputs.results(DEFAULT_RESULTS)]
     assert shapes == [(3, 6), (3, 4), (4, 6)]
@@ -148,8 +157,12 @@ def test_strides_of_axes_that_are_not_walked_do_not_matter() -> None:
         array = np.lib.stride_tricks.as_strided(empty(100), shape, strides)
         x, w = np.ones((shape[0], 4), "f4"), np.ones((4, shape[1]), "f4")
         options = parse_options(results="y")
-        plan, operands = plan_arrays({Matrix.X: x, Matrix.W: w}, options)
-        made = given_outputs(plan, operands, {Matrix.Y: array})
+        plan, operands = plan_arrays(
+            read_operands({Matrix.X: x, Matrix.W: w}, options), options
+        )
+        made = given_outputs(
+            plan, operands, {Matrix.Y: array}, output_shapes(plan, operands)
+        )
         assert made[Matrix.Y].handed_back is array
 
 

@@ -16,6 +16,7 @@ from gradwire._api.options import (
 )
 from gradwire._api.types import Array, Backward, Gradients, ServerInfo
 from gradwire._arrays.library import require_no_graph
+from gradwire._client._async.batch import run
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.stream import AsyncGradientStream
 from gradwire._client.client_base import ClientBase
@@ -173,11 +174,21 @@ class AsyncClient(ClientBase[AsyncEngine]):
         array, the results are CuPy arrays on its device. All other operands (of JAX,
         too) give NumPy arrays.
 
+        Shapes are those of `numpy.matmul` and `torch.matmul`. A vector X is one row, a
+        vector W one column, and Y loses that dimension. The batch dimensions of X
+        (..., m, n) and W (..., n, k) are broadcast, and dX and dW are summed over the
+        dimensions along which X or W was repeated. Where both have a batch dimension,
+        each index of it is a job, and up to 8 jobs run at the same time; the receipt is
+        of all of them (`Receipt.jobs`). If X alone is shared, all W are sent as one
+        matrix, which the server has to hold.
+
         Args:
-            x: X, shape (..., n); the leading dimensions count as rows. None if no
-                wanted result needs it; the same holds for `w` and `dy`.
-            w: W, shape (n, k).
-            dy: dY = dL/dY, shape (..., k), with X's leading dimensions.
+            x: X, shape (..., n) or (n,); with a W of two dimensions, the leading
+                dimensions count as rows. None if no wanted result needs it; the same
+                holds for `w` and `dy`. Without X, dX has dY's leading dimensions.
+            w: W, shape (n, k), (n,) or (..., n, k). Without W, dW has shape (n, k).
+            dy: dY = dL/dY, of Y's shape: (..., k) with X's leading dimensions, if W
+                has two.
             out: Arrays for the results: a mapping such as ``{"dw": array}``, or a
                 tuple (y, dx, dw) with None for arrays to be made. NumPy or CuPy
                 arrays or PyTorch tensors, on any device, of the results' shapes
@@ -215,10 +226,11 @@ class AsyncClient(ClientBase[AsyncEngine]):
                 None: the client decides.
 
         Returns:
-            The tuple (y, dx, dw) of arrays or tensors of shapes (..., k), (..., n)
-            and (n, k), or the arrays of `out`; None for results that are not wanted.
-            Its `db` has shape (k,), and its `receipt` says how the job was
-            computed.
+            The tuple (y, dx, dw) of arrays or tensors, or the arrays of `out`; None
+            for results that are not wanted. Y has the shape of ``matmul(x, w)``: (...,
+            k) for a W of two dimensions. dX and dW have the shapes of X and W. `db` has
+            shape (k,), or () for a vector W, and is summed over all other dimensions.
+            `receipt` says how the job was computed.
 
         Raises:
             InputError: An argument is invalid; nothing was sent.
@@ -229,11 +241,14 @@ class AsyncClient(ClientBase[AsyncEngine]):
             >>> y, dx, dw = await client.gradients(x, w, dy)
             >>> (await client.gradients(x, None, dy, results="dw")).dw.shape
             (784, 10)
+            >>> heads, weights = np.ones((8, 50, 64)), np.ones((8, 64, 32))
+            >>> (await client.forward(heads, weights)).shape
+            (8, 50, 32)
         """
         check_names("gradients", options, GradientsOptions)
         given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
         job = self._engine.jobs.array_job(given, out, RESULTS, parse_options(**options))
-        receipt = self._remember(await self._engine.run(job))
+        receipt = self._remember(await run(self._engine, job))
         y, dx, dw, db = job.outputs.results(RESULTS)
         return Gradients(y, dx, dw, receipt, db)
 
@@ -243,14 +258,14 @@ class AsyncClient(ClientBase[AsyncEngine]):
         """Compute Y = X W.
 
         Args:
-            x: X, shape (..., n).
-            w: W, shape (n, k).
+            x: X, shape (..., n), as for `gradients`.
+            w: W, shape (n, k), (n,) or (..., n, k).
             out: An array for Y, as for `gradients`.
             **options: As for `gradients`, except `results`, `dw_accumulator` and
                 `checkpoint_rows`.
 
         Returns:
-            Y, shape (..., k); or `out`, if it was given.
+            Y, of the shape of ``matmul(x, w)``; or `out`, if it was given.
 
         Raises:
             InputError: An argument is invalid; nothing was sent. So is a tensor that
@@ -266,7 +281,7 @@ class AsyncClient(ClientBase[AsyncEngine]):
         given, returns = {Matrix.X: x, Matrix.W: w}, (Matrix.Y,)
         parsed = parse_options(results="y", **options)
         job = self._engine.jobs.array_job(given, out, returns, parsed)
-        self._remember(await self._engine.run(job))
+        self._remember(await run(self._engine, job))
         return job.outputs.results(returns)[0]
 
     async def backward(
@@ -281,14 +296,14 @@ class AsyncClient(ClientBase[AsyncEngine]):
         """Compute the gradients dX = dY Wᵀ and dW = Xᵀ dY.
 
         Args:
-            x: X, shape (..., n).
-            w: W, shape (n, k).
-            dy: dY = dL/dY, shape (..., k).
+            x: X, shape (..., n), as for `gradients`.
+            w: W, shape (n, k), (n,) or (..., n, k).
+            dy: dY = dL/dY, of Y's shape.
             out: Arrays for the results, as for `gradients`; a tuple is (dx, dw).
             **options: As for `gradients`, except `results`.
 
         Returns:
-            The tuple (dx, dw) of shapes (..., n) and (n, k).
+            The tuple (dx, dw), of the shapes of X and W.
 
         Raises:
             InputError: An argument is invalid; nothing was sent.
@@ -302,7 +317,7 @@ class AsyncClient(ClientBase[AsyncEngine]):
         returns = (Matrix.DX, Matrix.DW)
         parsed = parse_options(results=("dx", "dw"), **options)
         job = self._engine.jobs.array_job(given, out, returns, parsed)
-        receipt = self._remember(await self._engine.run(job))
+        receipt = self._remember(await run(self._engine, job))
         dx, dw = job.outputs.results(returns)
         return Backward(dx, dw, receipt)
 
@@ -329,7 +344,8 @@ class AsyncClient(ClientBase[AsyncEngine]):
                 are read again if the job continues after a failure; rows of other
                 iterables are copied for that (docs/failing.md). An exception of
                 the iterable cancels the job and is raised here.
-            w: W, shape (n, k); None if only dW and db are wanted.
+            w: W, shape (n, k), without batch dimensions; None if only dW and db are
+                wanted.
             m: The number of all rows, if it is known.
             **options: As for `gradients`. `verify` checks a block before it is
                 handed out, and dW at the end. `timeout_s` is for the whole stream.

@@ -302,7 +302,8 @@ class AsyncEngine(EngineBase):
 
     async def _compute(self, job: ArrayJob, options: Options) -> Receipt:
         connection, exchange = self._connection(), job.unary_exchange()
-        response = await connection.compute(exchange.request(job.operands), options)
+        request = exchange.request(job.operands)
+        response = await connection.compute(request, options, job.on_call)
         return exchange.receive(response)
 
     async def _stream(
@@ -314,6 +315,8 @@ class AsyncEngine(EngineBase):
             lambda: iterate(job.messages(exchange)),
             options,
         ) as call:
+            if job.on_call is not None:
+                job.on_call(call.abandon)
             async for message in call:
                 exchange.receive(message)
             return exchange.finish()
@@ -337,6 +340,8 @@ class AsyncEngine(EngineBase):
                 lambda: iterate(exchange.messages()),
                 options,
             ) as call:
+                if job.on_call is not None:
+                    job.on_call(call.abandon)
                 async for message in call:
                     exchange.receive(message)
                 receipt = exchange.finish()

@@ -304,7 +304,8 @@ class SyncEngine(EngineBase):
 
     def _compute(self, job: ArrayJob, options: Options) -> Receipt:
         connection, exchange = self._connection(), job.unary_exchange()
-        response = connection.compute(exchange.request(job.operands), options)
+        request = exchange.request(job.operands)
+        response = connection.compute(request, options, job.on_call)
         return exchange.receive(response)
 
     def _stream(
@@ -316,6 +317,8 @@ class SyncEngine(EngineBase):
             lambda: iterate(job.messages(exchange)),
             options,
         ) as call:
+            if job.on_call is not None:
+                job.on_call(call.abandon)
             for message in call:
                 exchange.receive(message)
             return exchange.finish()
@@ -339,6 +342,8 @@ class SyncEngine(EngineBase):
                 lambda: iterate(exchange.messages()),
                 options,
             ) as call:
+                if job.on_call is not None:
+                    job.on_call(call.abandon)
                 for message in call:
                     exchange.receive(message)
                 receipt = exchange.finish()

@@ -123,13 +123,22 @@ class AsyncConnection:
         self.methods = Methods(self.channel, endpoint)
 
     async def compute(
-        self, request: ComputeRequest, options: Options
+        self,
+        request: ComputeRequest,
+        options: Options,
+        on_call: Callable[[Callable[[], object]], object] | None = None,
     ) -> ComputeResponse:
         """Call Compute.
+
+        Args:
+            request: The request.
+            options: The job's options.
+            on_call: Not used: cancelling the task cancels the call.
 
         Raises:
             GradwireError: The call failed.
         """
+        del on_call
         try:
             with fork_support.aio_calling():
                 response: ComputeResponse = await self.methods.compute(

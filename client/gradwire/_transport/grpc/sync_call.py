@@ -119,15 +119,29 @@ class SyncConnection:
         fork_support.register()
         self.methods = Methods(self.channel, endpoint)
 
-    def compute(self, request: ComputeRequest, options: Options) -> ComputeResponse:
+    def compute(
+        self,
+        request: ComputeRequest,
+        options: Options,
+        on_call: Callable[[Callable[[], object]], object] | None = None,
+    ) -> ComputeResponse:
         """Call Compute.
+
+        Args:
+            request: The request.
+            options: The job's options.
+            on_call: Called with a function that cancels the call, for other threads.
 
         Raises:
             GradwireError: The call failed.
         """
         try:
             response: ComputeResponse = call_unary(
-                self.methods.compute, request, options.timeout_s, options.metadata
+                self.methods.compute,
+                request,
+                options.timeout_s,
+                options.metadata,
+                on_call,
             )
         except grpc.RpcError as error:
             raise call_error(error, self.endpoint, options.job_id) from None
@@ -205,20 +219,24 @@ def call_unary(
     request: _Request,
     timeout_s: float | None,
     metadata: MetadataPairs,
+    on_call: Callable[[Callable[[], object]], object] | None = None,
 ) -> _Response:
     """Call a method with one message each way.
 
     Raises:
         grpc.RpcError: The call failed.
+        grpc.FutureCancelledError: It was cancelled by the function that `on_call` got.
     """
     options: Any = {"timeout": timeout_s, "metadata": metadata}
-    if threading.active_count() == 1:
+    if on_call is None and threading.active_count() == 1:
         # The fastest call blocks inside gRPC. No other thread can fork meanwhile.
         return method(request, **options)
     with fork_support.calling():
         future = method.future(request, **options)
         running = fork_support.RunningCall()
     try:
+        if on_call is not None:
+            on_call(future.cancel)
         with fork_support.waiting():
             return future.result()
     except BaseException:
