@@ -149,7 +149,7 @@ class Operand:
             room[index : index + elements.size] = elements
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take a microsecond more to make
 class Source:
     """An array of the caller, of any dimensions, in host memory."""
 

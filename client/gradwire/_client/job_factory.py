@@ -115,14 +115,14 @@ class JobFactory:
         sources = read_operands(given, options, copies)
         needed = operands_for(options.results)
         library = library_of(given[matrix] for matrix in needed)
-        shapes = {matrix: source.array.shape for matrix, source in sources.items()}
-        if not needs_broadcast(shapes):
+        if not needs_broadcast(sources):
             plan, operands = plan_arrays(sources, options)
             results = output_shapes(plan, operands)
             own = given_outputs(plan, operands, named_outputs(out, returns), results)
             outputs = ArrayOutputs(plan, results, own, self.memory, library)
             return self._job(plan, operands, outputs, copies)
         dtype = common_dtype(sources, options)
+        shapes = {matrix: source.array.shape for matrix, source in sources.items()}
         division = Broadcast.of(shapes)
         sources = {matrix: sources[matrix] for matrix in needed}
         # Of one job; for the whole product only the results and their dtypes count.

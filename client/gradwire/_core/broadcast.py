@@ -27,18 +27,20 @@ import numpy as np
 
 from gradwire._api.errors import InputError
 from gradwire._api.types import Array
+from gradwire._arrays.operand import Source
 from gradwire_protocol.matrices import Matrix
 
 Shape: TypeAlias = tuple[int, ...]
 Axes: TypeAlias = tuple[int, ...]
 
 
-def needs_broadcast(shapes: Mapping[Matrix, Shape]) -> bool:
+def needs_broadcast(sources: Mapping[Matrix, Source]) -> bool:
     """Return whether W is no matrix, or X or dY is a vector."""
-    return any(
-        len(shape) != 2 if matrix is Matrix.W else len(shape) < 2
-        for matrix, shape in shapes.items()
-    )
+    for matrix, source in sources.items():
+        dimensions = source.array.ndim
+        if dimensions != 2 and (dimensions < 2 or matrix is Matrix.W):
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
