@@ -71,6 +71,10 @@ def check_header(job: job_pb2.Job) -> None:
             f"{MAX_PAYLOAD_BYTES}",
             "job.max_chunk_bytes",
         )
+    if job.block_rows < 0 or job.block_rows & (job.block_rows - 1):
+        raise _invalid(
+            "block_rows", f"is {job.block_rows}: expected a power of two, or 0"
+        )
     _check_shared_memory(job, (*operands_for(results), *results))
     if job.HasField("checkpoints"):
         _check_checkpoints(job, results)

@@ -98,6 +98,8 @@ class JobSpec:
     job; None: no checkpoints."""
     resume: Resume | None = None
     """Where the job continues; None: at its beginning."""
+    block_rows: int | None = None
+    """Most rows of a row block, a power of two; None: as many as the server chooses."""
 
     @property
     def accumulator(self) -> Dtype:
@@ -205,6 +207,7 @@ class JobSpec:
             ),
             max_chunk_bytes=self.max_chunk_bytes,
             required_features=self.features,
+            block_rows=self.block_rows,
         )
         job.regions.extend(job_pb2.SharedRegion(token=name) for name in self.regions)
         for result, dtype in self.results.items():
@@ -262,6 +265,7 @@ class JobSpec:
             buffers=_read_buffers(job),
             checkpoint_rows=_read_checkpoint_rows(job),
             resume=_read_resume(job),
+            block_rows=job.block_rows or None,
         )
         spec._check_overlap()
         return spec

@@ -38,6 +38,9 @@ CONTRACT = "gradwire.v1"
 RESUME = "resume"
 """Feature name for continuing interrupted jobs."""
 
+BLOCK_ROWS = "block-rows"
+"""Feature name for jobs that limit the rows of a block."""
+
 SHARED_MEMORY = "shared-memory"
 """Feature name for shared memory."""
 

@@ -232,6 +232,7 @@ headers = st.builds(
     ),
     checksum=st.sampled_from([0, 1]) | int32s,
     max_chunk_bytes=st.just(0) | int64s,
+    block_rows=st.integers(0, 62).map(lambda bit: 1 << bit) | int64s,
     required_features=st.lists(st.sampled_from(["checksum-crc32c", "", "x"])),
 )
 

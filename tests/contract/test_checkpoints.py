@@ -195,6 +195,27 @@ def going_on(first: int = 16, results_from: int = 16, **fields: Any) -> Any:
     return job_pb2.Resume(first_row=first, results_from_row=results_from, **fields)
 
 
+def test_a_job_goes_on_with_the_blocks_that_it_asked_for(channel: grpc.Channel) -> None:
+    asked = {"block_rows": 8, "required_features": ["resume", "block-rows"]}
+    accepted, sums, _, results = with_checkpoints(channel, 100, **asked)
+    assert accepted.block_rows == accepted.fingerprint.block_rows == 8
+    (rows, dw_sum) = next(iter(sums.items()))
+    assert rows == 104
+    _, further = go_on(channel, accepted, rows, rows, dw_sum, **asked)
+    assert further["dw"] == (0, results["dw"])
+    for name, columns in (("y", K), ("dx", N)):
+        first, data = further[name]
+        assert first == rows * columns
+        assert data == results[name][first * 4 :]
+    # Whoever forgets to ask again is told so, and does not get other bits.
+    with Stream(channel) as stream:
+        again = resume(accepted, rows, rows, dw_sum=True)
+        stream.send(PROBLEM.job(resume=again))
+        failure = stream.failure()
+    assert failure.reason == "RESUME_MISMATCH"
+    assert "block_rows is 8, and is 16 here" in failure.text
+
+
 REFUSED = [
     wrong(
         "checkpoints-negative",

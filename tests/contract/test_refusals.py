@@ -213,6 +213,22 @@ HEADERS = [
         str(4 * MIB + 1),
         str(4 * MIB),
     ),
+    case(
+        "block-rows-negative",
+        job(block_rows=-8),
+        "OPTION_INVALID",
+        "job.block_rows",
+        "-8",
+        "a power of two",
+    ),
+    case(
+        "block-rows-not-a-power-of-two",
+        job(block_rows=100),
+        "OPTION_INVALID",
+        "job.block_rows",
+        "100",
+        "a power of two",
+    ),
 ]
 
 IDS = [

@@ -104,6 +104,23 @@ def test_rows_need_not_fill_the_last_block(channel, m):
 
 
 @pytest.mark.parametrize(
+    ("asked", "has"), [(1, 1), (4, 4), (16, 16), (32, 16), (1 << 62, 16), (0, 16)]
+)
+def test_a_job_has_blocks_of_at_most_the_rows_that_it_asks_for(channel, asked, has):
+    problem = whole_numbers(50, 10, 6)
+    options = {"block_rows": asked, "required_features": ["block-rows"]}
+    for outcome in (
+        stream_job(channel, problem, **options),
+        compute_job(channel, problem, **options),
+    ):
+        assert outcome.accepted.block_rows == has
+        assert outcome.accepted.fingerprint.block_rows == has
+        assert outcome.accepted.effective_job.block_rows == asked
+        assert outcome.receipt.blocks == -(-50 // has)
+        assert_exact(outcome, problem)
+
+
+@pytest.mark.parametrize(
     ("m", "n", "k"),
     [(5000, 2, 3), (3, 400, 2), (3, 2, 400), (40, 64, 64), (2, 300_000, 2)],
 )
@@ -346,7 +363,8 @@ def test_every_option_that_is_in_effect_is_answered(channel):
             dw_accumulator=dtype_number("float64"), allow_tf32=True
         ),
         max_chunk_bytes=77,
-        required_features=["checksum-crc32c", "resume"],
+        required_features=["checksum-crc32c", "resume", "block-rows"],
+        block_rows=8,
         checksum=matrix_pb2.CHECKSUM_CRC32C,
     )
     with Stream(channel) as stream:

@@ -73,6 +73,26 @@ def test_rows_known_only_at_the_end(channel, problem, reference):
     assert stream_job(channel, problem, open_m=True).bits == reference.bits
 
 
+def test_the_rows_of_a_block_decide_the_bits_whoever_chose_them(channel, problem):
+    """A server whose own blocks are as small gives the bits that a job asks for."""
+    rows = 16
+    asked = [
+        compute_job(channel, problem, block_rows=rows),
+        stream_job(channel, problem, block_rows=rows),
+        stream_job(channel, problem, block_rows=rows, open_m=True),
+    ]
+    m, n, k = problem.shape
+    row_bytes = (n + k) * problem.x.itemsize
+    with (
+        running_server(row_block_bytes=rows * row_bytes) as server,
+        grpc.insecure_channel(server.address) as opened,
+    ):
+        own = stream_job(opened, problem)
+    assert own.accepted.block_rows == rows
+    assert [outcome.receipt.blocks for outcome in asked] == [-(-m // rows)] * 3
+    assert all(outcome.bits == own.bits for outcome in asked)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("message_bytes", [500, 4096, 65_536, 1 << 20, 4 << 20])
 def test_messages_of_any_size(channel, problem, reference, message_bytes):

@@ -53,6 +53,7 @@ def specs(draw: Any) -> JobSpec:
         else {},
         checkpoint_rows=draw(st.none() | SIZES) if of_dw else None,
         resume=None if shared else draw(st.none() | resume),
+        block_rows=draw(st.none() | st.integers(0, 62).map(lambda bit: 1 << bit)),
     )
 
 
@@ -85,6 +86,7 @@ def test_every_field_of_the_contract_is_written() -> None:
         features=("resume",),
         checkpoint_rows=4,
         resume=Resume(4, 8, fingerprint),
+        block_rows=4,
     )
     in_regions = JobSpec(
         m=8,
@@ -110,6 +112,9 @@ def test_every_field_of_the_contract_is_written() -> None:
         ({"n": 1 << 40, "k": 1 << 40}, Reason.SHAPE_OVERFLOW, "job.n"),
         ({"dtype": 9}, Reason.DTYPE_INVALID, "job.dtype"),
         ({"max_chunk_bytes": 5 << 20}, Reason.OPTION_INVALID, "job.max_chunk_bytes"),
+        ({"block_rows": 48}, Reason.OPTION_INVALID, "job.block_rows"),
+        ({"block_rows": -64}, Reason.OPTION_INVALID, "job.block_rows"),
+        ({"block_rows": -(1 << 63)}, Reason.OPTION_INVALID, "job.block_rows"),
     ],
 )
 def test_what_no_server_can_take_names_its_field(

@@ -19,6 +19,7 @@ def make_spec(
     accumulator: Dtype | None = None,
     max_chunk_bytes: int = 1 << 20,
     places: dict[Matrix, BufferRef] | None = None,
+    block_rows: int | None = None,
 ) -> JobSpec:
     return JobSpec(
         m=m,
@@ -29,4 +30,5 @@ def make_spec(
         dw_accumulator=accumulator,
         max_chunk_bytes=max_chunk_bytes,
         buffers=places or {},
+        block_rows=block_rows,
     )

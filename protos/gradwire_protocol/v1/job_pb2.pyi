@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume", "db")
+    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume", "db", "block_rows")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class Job(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     DB_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     m: int
     n: int
@@ -47,7 +48,8 @@ class Job(_message.Message):
     checkpoints: Checkpoints
     resume: Resume
     db: Result
-    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., db: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
+    block_rows: int
+    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., db: _Optional[_Union[Result, _Mapping]] = ..., block_rows: _Optional[int] = ...) -> None: ...
 
 class Checkpoints(_message.Message):
     __slots__ = ("rows",)

@@ -1,8 +1,8 @@
 """Division of a job into row blocks, and its memory layout.
 
-Both depend only on n, k, the dtypes and the server's configuration. So a job on the
-same server always has the same row blocks, for any m and any order of arrival. A
-product's last bits depend on the row blocks.
+Both depend only on n, k, the dtypes, the header's `block_rows` and the server's
+configuration. So a job on the same server always has the same row blocks, for any m and
+any order of arrival. A product's last bits depend on the row blocks.
 """
 
 from __future__ import annotations
@@ -130,11 +130,13 @@ def rows_of_a_block(spec: JobSpec, row_block_bytes: int) -> int:
     """Return B, the largest power of two whose operand rows fit in `row_block_bytes`.
 
     Rows of both X and dY count, even if a job sends only one of them. So a result has
-    the same bits with any other wanted results.
+    the same bits with any other wanted results. The header's `block_rows` can only
+    make B smaller: the operator's limit on the memory of a job holds.
     """
     row_bytes = (spec.n + spec.k) * spec.dtype.itemsize
     rows = min(MAX_BLOCK_ROWS, row_block_bytes // max(row_bytes, 1))
-    return 1 << max(rows.bit_length() - 1, 0)
+    own = 1 << max(rows.bit_length() - 1, 0)
+    return own if spec.block_rows is None else min(own, spec.block_rows)
 
 
 def held_in(spec: JobSpec, block_rows: int) -> Dtype:

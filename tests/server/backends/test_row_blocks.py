@@ -44,6 +44,14 @@ def test_rows_of_a_block_depend_on_nothing_but_shape_dtype_and_configuration(
     assert block_rows == MAX_BLOCK_ROWS or 2 * block_rows * row_bytes > row_block_bytes
 
 
+@given(sizes, sizes, st.sampled_from(Dtype), st.integers(0, 40))
+def test_a_job_can_have_smaller_blocks_never_larger_ones(n, k, dtype, bit):
+    own = make_plan(make_spec(None, n, k, dtype), 1 << 20, 1).block_rows
+    for m in (None, 1, 10**9):
+        asked = make_spec(m, n, k, dtype, block_rows=1 << bit)
+        assert make_plan(asked, 1 << 20, 1).block_rows == min(own, 1 << bit)
+
+
 @given(
     st.one_of(st.none(), sizes),
     sizes,

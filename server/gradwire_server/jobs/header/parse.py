@@ -9,13 +9,19 @@ from gradwire_protocol import checksum
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.header_checks import HeaderError, path_of
 from gradwire_protocol.job_spec import JobSpec
-from gradwire_protocol.limits import MAX_JOB_ID_LENGTH, RESUME, SHARED_MEMORY
+from gradwire_protocol.limits import (
+    BLOCK_ROWS,
+    MAX_JOB_ID_LENGTH,
+    RESUME,
+    SHARED_MEMORY,
+)
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.errors import JobError
 
 FEATURES: tuple[str, ...] = (
     *(("checksum-crc32c",) if checksum.AVAILABLE else ()),
     RESUME,
+    BLOCK_ROWS,
 )
 """Features that a job may require, in addition to those of every v1 server."""
 
