@@ -117,6 +117,21 @@ def test_the_table_shows_what_became_of_the_job(
 
 
 @pytest.mark.parametrize(
+    ("asked", "table"),
+    [("512", "row blocks +18 of 512 rows"), ("auto", "row blocks +2 of 8192 rows")],
+)
+def test_the_rows_of_a_block_may_be_named(
+    asked: str, table: str, tmp_path: Path
+) -> None:
+    done = gradwire(
+        *("compute", *save(tmp_path, whole_numbers(9000, 7, 5))),
+        *("--out", tmp_path, "--block-rows", asked),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(table, done.stdout), done.stdout
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (("x", "w"), ["y.npy"]),

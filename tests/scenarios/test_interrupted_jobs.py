@@ -131,9 +131,11 @@ def lists() -> Any:
     return [(X[a : a + 37], DY[a : a + 37]) for a in range(0, len(X), 37)]
 
 
-def assert_blocks(blocks: Any, results: Any, expected: gradwire.Gradients) -> None:
+def assert_blocks(
+    blocks: Any, results: Any, expected: gradwire.Gradients, rows: int = B
+) -> None:
     """Every block once, in order, with the bits of the whole."""
-    assert [block.first_row for block in blocks] == list(range(0, len(X), B))
+    assert [block.first_row for block in blocks] == list(range(0, len(X), rows))
     for name in {"y", "dx"} & set(results):
         whole = np.concatenate([getattr(block, name) for block in blocks])
         assert oracle.same_bits(whole, getattr(expected, name))
@@ -249,6 +251,29 @@ def test_a_checkpoint_saves_the_rows_before_it(
         assert result.receipt.attempts == 2
         assert (result.receipt.blocks == 26) == (rows is None)
         assert oracle.same_bits(result.dw, expected.dw)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_job_goes_on_in_the_blocks_that_it_asked_for(
+    job_of: MakeJob, proxy: Proxy, server: ServerProcess, kind: str
+) -> None:
+    proxy.arm(None)
+    with gradwire.connect(server.address) as client:
+        wanted = client.gradients(X, W, DY, block_rows=4)
+    job = job_of(kind)
+    proxy.arm(Fault("responses", cut_after_messages=45))
+    result = job.gradients(("y", "dx", "dw"), checkpoint_rows=B, block_rows=4)
+    assert result.receipt.attempts == 2
+    assert result.receipt.blocks < wanted.receipt.blocks == -(-405 // 4)
+    for name in ("y", "dx", "dw"):
+        assert oracle.same_bits(getattr(result, name), getattr(wanted, name)), name
+    proxy.arm(Fault("responses", cut_after_messages=45))
+    blocks, stream = job_of(kind).stream(
+        pairs(), ("y", "dx", "dw"), checkpoint_rows=B, block_rows=4
+    )
+    assert stream.receipt.attempts == 2
+    assert_blocks(blocks, ("y", "dx"), wanted, rows=4)
+    assert oracle.same_bits(stream.dw, wanted.dw)
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

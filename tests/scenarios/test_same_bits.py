@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gradwire
 from gradwire_protocol.limits import MIB
 from tests.scenarios import ways
 from tests.scenarios.ways import Way
 from tests.support import oracle
+from tests.support.serving import running_server
 
 M, N, K = 211, 30, 20
 
@@ -104,6 +106,96 @@ def test_as_a_stream_of_rows_however_they_arrive(
 def test_as_a_stream_of_rows_that_arrive_slowly(streamer: Any, job: Any) -> None:
     (x, w, dy), expected = job
     assert_streamed(streamer, slowly(parts(x, dy, [1, 0, 2])), w, expected)
+
+
+@pytest.fixture(scope="module")
+def halves(client: gradwire.Client, job: Any) -> Any:
+    """The job in blocks of half the rows of the server's own, and its results."""
+    operands, whole = job
+    rows = whole.receipt.block_rows // 2
+    itemsize = operands[0].itemsize
+    row_bytes = (N + K) * itemsize
+    with (
+        running_server(row_block_bytes=rows * row_bytes) as server,
+        gradwire.connect(server.address, transport="tcp") as other,
+    ):
+        own = other.gradients(*operands)
+    assert own.receipt.block_rows == rows
+    if itemsize > 2:  # otherwise rounding to 16 bits may hide the difference
+        assert not oracle.same_bits(own.dw, whole.dw)
+    return rows, own
+
+
+def test_the_rows_of_a_block_that_a_call_names_in_every_way(
+    caller: Any, job: Any, halves: Any
+) -> None:
+    operands, _ = job
+    rows, expected = halves
+    result = caller.gradients(*operands, block_rows=rows)
+    assert result.receipt.block_rows == rows
+    assert_same(result, expected)
+    x, w, dy = operands
+    back = caller.backward(x, w, dy, block_rows=rows)
+    assert oracle.same_bits(back.dx, expected.dx)
+    assert oracle.same_bits(back.dw, expected.dw)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known m", "unknown m"])
+def test_a_stream_has_the_bits_of_a_call_that_names_the_same_rows(
+    streamer: Any, job: Any, halves: Any, known: bool
+) -> None:
+    (x, w, dy), _ = job
+    rows, expected = halves
+    assert_streamed(
+        streamer,
+        parts(x, dy, [7, 64]),
+        w,
+        expected,
+        m=M if known else None,
+        block_rows=rows,
+    )
+
+
+def test_a_client_names_the_rows_for_its_calls(
+    way: Way, small_blocks: Any, job: Any, halves: Any
+) -> None:
+    operands, own = job
+    rows, expected = halves
+    with way.connect(small_blocks, block_rows=rows) as client:
+        assert_same(client.gradients(*operands), expected)
+        assert_same(client.gradients(*operands, block_rows=0), own)
+
+
+@pytest.fixture(scope="module")
+def automatic() -> Iterator[Any]:
+    """A server with large blocks, and a job that asks for smaller ones by itself."""
+    operands = oracle.operands(3000, 200, 150)
+    with ways.serving_all() as server:
+        with ways.STREAM.connect(server) as client:
+            expected = client.gradients(*operands, block_rows=1024)
+        assert expected.receipt.blocks == 3
+        yield server, operands, expected
+
+
+def test_the_rows_of_a_block_that_the_client_chooses_in_every_way(
+    way: Way, automatic: Any
+) -> None:
+    server, operands, expected = automatic
+    x, w, dy = operands
+    with way.connect(server, block_rows="auto") as client:
+        result = client.gradients(*operands)
+        assert result.receipt.block_rows == 1024
+        assert_same(result, expected)
+        # Each result alone, too: what is wanted does not decide.
+        dw = client.gradients(x, None, dy, results="dw").dw
+        assert oracle.same_bits(dw, expected.dw)
+        with client.stream(iter([(x, dy)]), w, m=len(x)) as stream:
+            blocks = list(stream)
+        assert len(blocks) == 3
+        assert oracle.same_bits(stream.dw, expected.dw)
+        # Without m, the server's own blocks.
+        with client.stream(iter([(x, dy)]), w) as stream:
+            assert len(list(stream)) == 1
 
 
 @pytest.mark.thorough

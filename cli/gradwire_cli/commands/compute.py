@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 from rich import progress
@@ -75,6 +75,9 @@ def compute(
     wire_dtype: Annotated[Dtype | None, one_of(WIRE_DTYPES)] = None,
     dw_accumulator: Annotated[Dtype | None, one_of(ACCUMULATORS)] = None,
     allow_tf32: Annotated[bool, FLAG] = False,
+    block_rows: Annotated[
+        Literal["auto"] | int | None, Parameter(metavar="ROWS|auto", show_choices=False)
+    ] = None,
     checksum: Annotated[bool, FLAG] = False,
     verify: Annotated[bool, FLAG] = False,
     force: Annotated[bool, FLAG] = False,
@@ -104,6 +107,9 @@ def compute(
         dw_accumulator: Dtype of the sums of dW and db over row blocks. Default:
             float64 for float32 and float64 operands, float32 for 16-bit operands.
         allow_tf32: Let a GPU multiply float32 operands in TF32.
+        block_rows: Most rows of a row block, a power of two. Smaller blocks let
+            results leave earlier, and give other last bits. auto: about an eighth of
+            the rows, for a slow link. Default: the server's choice.
         checksum: Protect all payloads with CRC-32C.
         verify: Verify the results locally with random sums, block by block.
         force: Replace existing result files.
@@ -137,6 +143,7 @@ def compute(
                 wire_dtype=wire_dtype and wire_dtype.label,
                 dw_accumulator=dw_accumulator and dw_accumulator.label,
                 allow_tf32=allow_tf32,
+                block_rows=block_rows,
                 checksum=checksum,
                 verify=verify,
                 request_id=request_id,

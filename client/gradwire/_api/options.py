@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import get_annotations
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 
@@ -27,6 +27,7 @@ ResultDtypes: TypeAlias = "DtypeLike | Mapping[str, DtypeLike] | None"
 Metadata: TypeAlias = "Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]"
 MetadataPairs: TypeAlias = tuple[tuple[str, "str | bytes"], ...]
 OnProgress: TypeAlias = Callable[[Progress], object]
+BlockRows: TypeAlias = int | Literal["auto"]
 
 _LONGEST_TIMEOUT_S = 365 * 86_400.0
 """Longest timeout passed to gRPC, which cannot represent much longer ones."""
@@ -84,6 +85,10 @@ class Options:
     checkpoint_rows: int | None = None
     """Rows between two checkpoints of dW's sum; None: chosen automatically."""
 
+    block_rows: BlockRows | None = None
+    """Most rows of a row block; "auto": chosen for a slow link; 0: the server's choice;
+    None: the client's default."""
+
 
 class ForwardOptions(TypedDict, total=False):
     """The options of `Client.forward`, common to all calls; see `Client.gradients`."""
@@ -97,6 +102,7 @@ class ForwardOptions(TypedDict, total=False):
     on_progress: OnProgress | None
     request_id: str | None
     metadata: Metadata
+    block_rows: BlockRows | None
 
 
 class BackwardOptions(ForwardOptions, total=False):
@@ -152,6 +158,7 @@ def parse_options(**given: Unpack[GradientsOptions]) -> Options:
         job_id=_job_id(given.get("request_id")),
         metadata=parse_metadata(given.get("metadata", ())),
         checkpoint_rows=_checkpoint_rows(given.get("checkpoint_rows")),
+        block_rows=parse_block_rows(given.get("block_rows")),
     )
 
 
@@ -187,6 +194,23 @@ def parse_transport(value: str) -> str:
             f"transport is {value!r}: expected one of {', '.join(TRANSPORTS)}"
         )
     return value
+
+
+def parse_block_rows(value: BlockRows | None) -> BlockRows | None:
+    """Return the most rows of a row block, as in `Options`.
+
+    Raises:
+        InputError: The value is neither "auto", a power of two, 0 nor None.
+    """
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        rows = int(value)
+        if 0 <= rows <= limits.MAX_INT64 and rows & (rows - 1) == 0:
+            return rows
+    raise InputError(
+        f'block_rows is {value!r}: expected a power of two, "auto", 0 or None'
+    )
 
 
 def left_of(options: Options, begun: float) -> Options:

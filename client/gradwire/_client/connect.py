@@ -46,6 +46,8 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
         retries: When a failed call is retried. True, the default: with `RetryPolicy`'s
             defaults. False: never. Or a `RetryPolicy`.
         verify: Default of the option `verify` of every call; see `Client.gradients`.
+        block_rows: Default of the option `block_rows` of every call. None: the
+            server's own row blocks.
 
     Returns:
         A client, once the server has answered.

@@ -16,7 +16,12 @@ from gradwire._api.errors import (
     InputError,
     TlsError,
 )
-from gradwire._api.options import Options, parse_timeout, parse_transport
+from gradwire._api.options import (
+    Options,
+    parse_block_rows,
+    parse_timeout,
+    parse_transport,
+)
 from gradwire._api.types import ServerInfo
 from gradwire._api.verify import parse_verify
 from gradwire._client.job_factory import JobFactory
@@ -74,6 +79,7 @@ class EngineBase:
             parse_timeout(options.get("timeout_s"), "timeout_s"),
             options.get("metadata", ()),
             (self._endpoints or self._endpoint).require_private,
+            block_rows=parse_block_rows(options.get("block_rows")),
         )
         self.connect_timeout_s = parse_timeout(
             options.get("connect_timeout_s", _CONNECT_TIMEOUT_S), "connect_timeout_s"

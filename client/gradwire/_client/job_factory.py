@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gradwire._api.options import Metadata, MetadataPairs, Options, parse_metadata
+from gradwire._api.options import (
+    BlockRows,
+    Metadata,
+    MetadataPairs,
+    Options,
+    parse_metadata,
+)
 from gradwire._api.verify import Verify
 from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies
@@ -15,7 +21,13 @@ from gradwire._arrays.library import library_of
 from gradwire._arrays.operand import Operand
 from gradwire._client.batch_job import BatchJob
 from gradwire._core.broadcast import Broadcast, needs_broadcast
-from gradwire._core.job_plan import Plan, common_dtype, plan_arrays, read_operands
+from gradwire._core.job_plan import (
+    Plan,
+    common_dtype,
+    plan_arrays,
+    read_operands,
+    with_block_rows,
+)
 from gradwire._core.outputs import (
     ArrayOutputs,
     Output,
@@ -61,6 +73,7 @@ class JobFactory:
         timeout_s: Default timeout, in seconds.
         metadata: Metadata of every call.
         require_private: Checks that metadata sent in plaintext holds no secret.
+        block_rows: Default of the most rows of a row block.
 
     Attributes:
         features: Features of the server, once it has answered.
@@ -77,10 +90,13 @@ class JobFactory:
         timeout_s: float | None,
         metadata: Metadata,
         require_private: Callable[[MetadataPairs], None],
+        *,
+        block_rows: BlockRows | None = None,
     ) -> None:
         self._policy = policy
         self._verify = verify
         self._require_private = require_private
+        self._block_rows = block_rows
         self.timeout_s = timeout_s
         self.metadata = parse_metadata(metadata)
         require_private(self.metadata)
@@ -91,13 +107,17 @@ class JobFactory:
     def with_defaults(self, options: Options) -> Options:
         """Return a call's options, completed with the client's defaults."""
         self._require_private(options.metadata)
-        if self.timeout_s is None and not self.metadata and self._verify is None:
+        defaults = self.timeout_s, self._verify, self._block_rows
+        if not self.metadata and all(default is None for default in defaults):
             return options
         return replace(
             options,
             verify=self._verify if options.verify is None else options.verify,
             timeout_s=options.timeout_s or self.timeout_s,
             metadata=self.metadata + options.metadata,
+            block_rows=(
+                self._block_rows if options.block_rows is None else options.block_rows
+            ),
         )
 
     def array_job(
@@ -129,6 +149,7 @@ class JobFactory:
         plan = Plan(division.rows, division.n, division.columns, dtype, options)
         if not division.count:
             plan = Plan(0, division.n, 0, dtype, options)
+        plan = with_block_rows(plan)
         named = named_outputs(out, returns)
         own = given_outputs(plan, sources, named, division.shapes)
         outputs = ArrayOutputs(plan, division.shapes, own, self.memory, library)

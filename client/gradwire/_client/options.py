@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from gradwire._api.options import Metadata
+from gradwire._api.options import BlockRows, Metadata
 from gradwire._api.verify import VerifyLike
 from gradwire._resilience.retry import RetriesLike
 from gradwire._transport.bearer_token import TokenLike
@@ -23,3 +23,4 @@ class ClientOptions(TypedDict, total=False):
     token: TokenLike | None
     retries: RetriesLike
     verify: VerifyLike
+    block_rows: BlockRows | None

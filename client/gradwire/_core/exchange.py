@@ -96,10 +96,14 @@ class JobExchange:
         if self._takes_checkpoints or point is not None:
             spec = replace(
                 spec,
-                features=(RESUME,),
+                features=(*spec.features, RESUME),
                 checkpoint_rows=checkpoint_rows if self._takes_checkpoints else None,
                 resume=point.resume if point else None,
             )
+        if spec.block_rows is not None and point is not None:
+            # The first server may have had a smaller B than the job asked for, and
+            # this one may have a larger.
+            spec = replace(spec, block_rows=point.fingerprint.block_rows)
         self._job = spec.to_message(plan.options.job_id)
         self._sender = sender
         self._receiver = Receiver(plan, sinks, sender)

@@ -9,6 +9,7 @@ from gradwire._api.errors import InputError
 from gradwire._api.options import Options
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand, Source, read
+from gradwire._core.block_rows import automatic_block_rows
 from gradwire_protocol import limits
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
@@ -37,6 +38,9 @@ class Plan:
 
     chunk_bytes: int = limits.DEFAULT_CHUNK_BYTES
     """Largest payload of a chunk, in both directions."""
+
+    block_rows: int = 0
+    """Most rows of a row block, the same in every attempt; 0: the server's choice."""
 
     @property
     def results(self) -> tuple[Matrix, ...]:
@@ -98,6 +102,8 @@ class Plan:
             allow_tf32=options.allow_tf32,
             checksum=options.checksum,
             max_chunk_bytes=self.chunk_bytes,
+            features=(limits.BLOCK_ROWS,) if self.block_rows else (),
+            block_rows=self.block_rows or None,
         )
 
     def header(self) -> Job:
@@ -110,7 +116,7 @@ class Plan:
         results = tuple((result, self.result_dtype(result)) for result in self.results)
         key = (
             *(self.m, self.n, self.k, self.dtype, results, options.dw_accumulator),
-            *(options.allow_tf32, options.checksum, self.chunk_bytes),
+            *(options.allow_tf32, options.checksum, self.chunk_bytes, self.block_rows),
         )
         made = _HEADERS.get(key)
         if made is None:
@@ -167,7 +173,7 @@ def plan_arrays(
         InputError: Two operands do not fit together.
     """
     operands = {matrix: source.whole() for matrix, source in sources.items()}
-    plan = check(operands, options)
+    plan = with_block_rows(check(operands, options))
     return plan, {matrix: operands[matrix] for matrix in plan.operands}
 
 
@@ -215,6 +221,14 @@ def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:
 def with_rows(plan: Plan, m: int | None) -> Plan:
     """Return the plan for another number of rows; None: unknown."""
     return replace(plan, m=m)
+
+
+def with_block_rows(plan: Plan) -> Plan:
+    """Return the plan with the rows of a block that its options ask for."""
+    rows = plan.options.block_rows
+    if rows == "auto":
+        rows = automatic_block_rows(plan.m, plan.n, plan.k, plan.dtype)
+    return replace(plan, block_rows=rows) if rows else plan
 
 
 def require(given: Mapping[Matrix, object], options: Options) -> None:

@@ -12,7 +12,7 @@ from gradwire._api.options import Options
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.library import ResultLibrary, library_of
 from gradwire._arrays.operand import Operand, operand
-from gradwire._core.job_plan import Plan, check, require, with_rows
+from gradwire._core.job_plan import Plan, check, require, with_block_rows, with_rows
 from gradwire._integrity.stream_verifier import RowCheck
 from gradwire_protocol import limits
 from gradwire_protocol.matrices import ROW_OPERANDS, Matrix, operands_for
@@ -65,7 +65,7 @@ class RowReader:
                 "rows is empty and w is None, so n, k and the dtype are unknown:"
                 " expected at least one pair, possibly with 0 rows"
             )
-        self._plan = with_rows(self._check(first or {}), self._m)
+        self._plan = with_block_rows(with_rows(self._check(first or {}), self._m))
         self._begin_check(self._plan)
         return self._plan
 

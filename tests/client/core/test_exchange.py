@@ -237,6 +237,7 @@ def forget(name: str) -> Callable[[Job], None]:
         ("numerics.allow_tf32", lambda job: job.numerics.ClearField("allow_tf32")),
         ("checksum", forget("checksum")),
         ("max_chunk_bytes", lambda job: setattr(job, "max_chunk_bytes", 1)),
+        ("block_rows", forget("block_rows")),
         ("required_features", lambda job: job.required_features.append("more")),
     ],
 )
@@ -244,7 +245,7 @@ def test_an_option_that_the_server_does_not_echo_is_named(
     path: str, change: Callable[[Job], None]
 ) -> None:
     exchange = small_job(
-        dw_accumulator="float64", allow_tf32=True, checksum=True
+        dw_accumulator="float64", allow_tf32=True, checksum=True, block_rows=4
     ).exchange()
     job = framing.decode_request(exchange.opening())
     assert isinstance(job, Job)

@@ -143,6 +143,7 @@ def test_every_option_is_in_the_header() -> None:
         allow_tf32=True,
         checksum=True,
         request_id="my job",
+        block_rows=256,
     ).header()
     assert job.job_id == "my job"
     assert job.dtype == job.y.dtype == Dtype.FLOAT32
@@ -150,6 +151,7 @@ def test_every_option_is_in_the_header() -> None:
     assert not job.HasField("dx")
     assert job.numerics.dw_accumulator == Dtype.FLOAT64
     assert job.numerics.allow_tf32
+    assert job.block_rows == 256
     assert job.checksum == 1
     assert job.y.HasField("inline")
     assert job.x.HasField("inline")
@@ -186,6 +188,12 @@ def test_a_job_without_an_id_gets_one_that_differs() -> None:
         ),
         ({"dw_accumulator": "float16"}, "expected one of float32, float64"),
         ({"dw_accumulator": "int8"}, "is 'int8': expected one of float32, float64"),
+        ({"block_rows": 100}, 'block_rows is 100: expected a power of two, "auto"'),
+        ({"block_rows": -8}, "block_rows is -8: expected a power of two"),
+        ({"block_rows": 1 << 63}, "expected a power of two"),
+        ({"block_rows": 8.0}, "block_rows is 8.0: expected a power of two"),
+        ({"block_rows": True}, "block_rows is True: expected a power of two"),
+        ({"block_rows": "all"}, "block_rows is 'all': expected a power of two"),
         ({"wire_dtype": "float64"}, "is float64: expected one of float16, bfloat16"),
         ({"wire_dtype": "int8"}, "is 'int8': expected one of float16, bfloat16"),
         (

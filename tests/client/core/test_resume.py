@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,19 @@ def test_where_a_job_goes_on(
     assert isinstance(job, Job)
     assert list(job.required_features) == ["resume"]
     assert job.resume.HasField("dw_sum") == (checkpoint is not None)
+
+
+def test_a_job_goes_on_with_the_blocks_that_it_had() -> None:
+    """Its first server may have had smaller blocks than it asked for."""
+    point = point_after(plan(), ACCEPTED, 32, SUMMED)
+    for asked, expected in ((4 * B, B), (0, 0)):
+        goes_on = replace(plan(), block_rows=asked)
+        for at, rows in ((None, asked), (point, expected)):
+            exchange = JobExchange(goes_on, Sender(goes_on), {}, point=at)
+            job = framing.decode_request(exchange.opening())
+            assert isinstance(job, Job)
+            assert job.block_rows == rows
+            assert ("block-rows" in job.required_features) == bool(asked)
 
 
 def test_which_of_two_points_is_further() -> None:

@@ -224,6 +224,14 @@ class AsyncClient(ClientBase[AsyncEngine]):
                 which a job continues after a failure (docs/failing.md). Each has
                 dW's elements in `dw_accumulator`. 0: only when the server stops.
                 None: the client decides.
+            block_rows: Most rows of a row block, a power of two. The server's own
+                blocks (see `Receipt.block_rows`) suit a fast link; smaller blocks let
+                results leave while operands are still being sent. ``"auto"``: about
+                an eighth of the rows, but at least 64 rows and 1 MiB of operands; for
+                a link that is slower than the products. 0: the server's own.
+                None: the client's `block_rows`. It affects the last bits of results
+                (docs/gradients.md), and needs a server with the feature
+                "block-rows".
 
         Returns:
             The tuple (y, dx, dw) of arrays or tensors, or the arrays of `out`; None
@@ -346,7 +354,8 @@ class AsyncClient(ClientBase[AsyncEngine]):
                 the iterable cancels the job and is raised here.
             w: W, shape (n, k), without batch dimensions; None if only dW and db are
                 wanted.
-            m: The number of all rows, if it is known.
+            m: The number of all rows, if it is known. Without it, a `block_rows` of
+                ``"auto"`` is the server's own.
             **options: As for `gradients`. `verify` checks a block before it is
                 handed out, and dW at the end. `timeout_s` is for the whole stream.
 
