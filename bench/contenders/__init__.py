@@ -27,6 +27,7 @@ class _Known:
 _KNOWN = {
     "numpy": _Known("local_numpy"),
     "gradwire-tcp": _Known("gradwire_sdk"),
+    "gradwire-auto": _Known("gradwire_sdk", {"block_rows": "auto"}),
     "gradwire-unix": _Known("gradwire_sdk", {"unix": True}),
     "gradwire-shm": _Known("gradwire_sdk", {"shared": True}),
     "grpcio-unary": _Known("grpcio_unary"),

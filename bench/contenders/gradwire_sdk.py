@@ -12,6 +12,7 @@ import gradwire
 from bench.contenders.interface import ArrayContender, Arrays
 from bench.contenders.server_process import HOST, ServerProcess
 from bench.work import Array, copied
+from gradwire._api.options import BlockRows
 
 
 class Gradwire(ArrayContender):
@@ -20,10 +21,18 @@ class Gradwire(ArrayContender):
     Args:
         unix: Whether the server listens on a unix socket instead of TCP.
         shared: Whether elements stay in shared memory.
+        block_rows: The option of that name; None: the server's own row blocks.
     """
 
-    def __init__(self, *, unix: bool = False, shared: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        unix: bool = False,
+        shared: bool = False,
+        block_rows: BlockRows | None = None,
+    ) -> None:
         self._unix, self._shared = unix, shared
+        self._block_rows = block_rows
         self._folder = tempfile.TemporaryDirectory(prefix="gradwire-bench-")
         self._server: ServerProcess | None = None
         self._client: gradwire.Client | None = None
@@ -43,7 +52,9 @@ class Gradwire(ArrayContender):
         self._server = ServerProcess.start(command)
         self.server_pid = self._server.pid
         transport = "shm" if self._shared else "tcp"
-        self._client = gradwire.connect(self._server.address, transport=transport)
+        self._client = gradwire.connect(
+            self._server.address, transport=transport, block_rows=self._block_rows
+        )
 
     @property
     def address(self) -> str:

@@ -18,6 +18,7 @@ from bench.work import FORMS
 _STYLES = {
     "numpy": ("black", "--", ""),
     "gradwire-tcp": ("#08519c", "-", "o"),
+    "gradwire-auto": ("#9ecae1", "-", "v"),
     "gradwire-unix": ("#3182bd", "-", "s"),
     "gradwire-shm": ("#6baed6", "-", "D"),
     "grpcio-unary": ("#a50f15", "-", "^"),
