@@ -35,7 +35,7 @@ from gradwire._core.outputs import (
     named_outputs,
     output_shapes,
 )
-from gradwire._core.unary import fits_one_message
+from gradwire._core.unary import suits_one_message
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.retry import RetryPolicy
@@ -61,7 +61,7 @@ class Tuning:
     """Largest payload of a chunk, in both directions."""
 
     unary: bool | None = None
-    """Whether jobs use the method Compute; None: only small jobs do."""
+    """Whether jobs use the method Compute; None: where it suits them."""
 
 
 class JobFactory:
@@ -179,7 +179,7 @@ class JobFactory:
             plan = replace(plan, chunk_bytes=self.tuning.chunk_bytes)
         unary = self.tuning.unary
         if unary is None:
-            unary = fits_one_message(plan)
+            unary = suits_one_message(plan)
         return ArrayJob(
             plan,
             operands,

@@ -12,20 +12,36 @@ from gradwire._arrays.operand import Operand
 from gradwire._core.acceptance import check_accepted, check_receipt
 from gradwire._core.job_plan import Plan
 from gradwire._core.progress import Reporter
+from gradwire_protocol.limits import MAX_COMPUTE_BYTES, MIB
 from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1.gradient_service_pb2 import ComputeRequest, ComputeResponse
 
-MAX_BYTES = 1 << 20
-"""Jobs with more bytes than this in either direction are streamed."""
+SMALL_BYTES = MIB
+"""Most bytes of a small job, in either direction: those of one message of a stream."""
 
 
-def fits_one_message(plan: Plan) -> bool:
-    """Return whether a job is small enough for one message each way."""
-    return (
-        plan.m is not None
-        and not plan.options.checksum
-        and plan.upload_bytes(plan.m) <= MAX_BYTES
-        and plan.download_bytes(plan.m) <= MAX_BYTES
+def suits_one_message(plan: Plan) -> bool:
+    """Return whether a job shall travel in one message each way.
+
+    That saves a round trip: a stream waits for Accepted. But only a stream sends
+    results of the first blocks early, reports progress, and can resume.
+    """
+    if plan.options.checksum:
+        return False
+    options, m = plan.options, plan.m or 0
+    in_steps = (
+        0 < plan.block_rows < m
+        or options.on_progress is not None
+        or options.checkpoint_rows is not None
+    )
+    return has_at_most(SMALL_BYTES if in_steps else MAX_COMPUTE_BYTES, plan)
+
+
+def has_at_most(size_bytes: int, plan: Plan) -> bool:
+    """Return whether a job has at most so many bytes of elements in each direction."""
+    m = plan.m
+    return m is not None and size_bytes >= max(
+        plan.upload_bytes(m), plan.download_bytes(m)
     )
 
 

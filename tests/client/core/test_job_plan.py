@@ -277,14 +277,39 @@ def test_results_may_be_any_collection_of_names(names: Any) -> None:
     assert parse_options(results=names).results == (Matrix.DW,)
 
 
-def test_only_small_jobs_go_in_one_message() -> None:
-    assert unary.fits_one_message(plan(ones(10, 10), ones(10, 10), ones(10, 10)))
+def test_jobs_go_in_one_message_up_to_what_the_contract_allows() -> None:
+    def suits(*job: Any, **options: Any) -> bool:
+        return unary.suits_one_message(plan(*job, **options))
+
+    assert suits(ones(10, 10), ones(10, 10), ones(10, 10))
+    # 4,128,768 bytes of elements each way, docs/contract.md.
+    most = 4_128_768 // 4
+    assert suits(ones(1, 1), ones(1, most - 1), None, "y")
+    assert not suits(ones(1, 1), ones(1, most), None, "y")
     # An outer product has a small request and a large response.
     column, row = ones(2000, 1), ones(1, 2000)
-    assert not unary.fits_one_message(plan(column, row, None, "y"))
-    assert not unary.fits_one_message(plan(ones(600, 600), ones(600, 1), None, "y"))
-    checked = plan(ones(10, 10), ones(10, 10), None, "y", checksum=True)
-    assert not unary.fits_one_message(checked)
+    assert not suits(column, row, None, "y")
+    assert not suits(ones(10, 10), ones(10, 10), None, "y", checksum=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_rows": 512},
+        {"on_progress": print},
+        {"checkpoint_rows": 0},
+    ],
+    ids=str,
+)
+def test_a_job_that_gains_by_a_stream_is_streamed_unless_it_is_small(
+    options: dict[str, Any],
+) -> None:
+    large, small = ones(600, 600), ones(300, 300)
+    assert unary.suits_one_message(plan(large, large, None, "y"))
+    assert not unary.suits_one_message(plan(large, large, None, "y", **options))
+    assert unary.suits_one_message(plan(small, small, None, "y", **options))
+    # One block has no first results that could leave early.
+    assert unary.suits_one_message(plan(large, large, None, "y", block_rows=1024))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from gradwire._api.types import Array, ServerInfo
 from gradwire._arrays.operand import Operand
 from gradwire._core.job_plan import Plan
 from gradwire._core.outputs import ArrayOutputs
+from gradwire._core.unary import SMALL_BYTES, has_at_most
 from gradwire._transport.address import is_local
 from gradwire._transport.shm.segments import Allocation, CannotShareError, Pool
 from gradwire._transport.shm.shm_job import ShmJob
@@ -78,7 +79,7 @@ class ShmPolicy:
         """Return whether to send a job through shared memory.
 
         With ``transport="auto"``, jobs whose arrays are in ordinary memory are sent in
-        messages if they are small enough for one message, or very large.
+        messages if they are small, or very large.
         """
         if self.demanded:
             return True
@@ -93,7 +94,9 @@ class ShmPolicy:
             return True
         copied = sum(operand.size_bytes for operand in operands.values())
         copied -= sum(operand.size_bytes for operand in inside)
-        return not (unary and not inside) and copied <= _MOST_COPIED_BYTES
+        if unary and not inside and has_at_most(SMALL_BYTES, plan):
+            return False
+        return copied <= _MOST_COPIED_BYTES
 
     def place(
         self, plan: Plan, operands: Mapping[Matrix, Operand], outputs: ArrayOutputs
