@@ -371,6 +371,17 @@ def test_torch_tensors_are_operands_with_or_without_grad(
             assert one.double().numpy().tolist() == other.astype("f8").tolist()
 
 
+def test_a_tensor_that_is_only_traced_is_refused(caller: Any, torch: Any) -> None:
+    """Instead of computing with whatever is in memory."""
+    x, w, _ = oracle.operands(20, 10, 15)
+
+    def traced(rows: Any) -> Any:
+        return torch.as_tensor(caller.forward(rows, w))
+
+    with pytest.raises(gradwire.InputError, match="no memory of its own"):
+        torch.func.functionalize(traced)(torch.from_numpy(x))
+
+
 def test_torchs_own_autograd_agrees(caller: Any, torch: Any) -> None:
     x, w, dy = oracle.operands(60, 20, 10, "float64")
     tx = torch.from_numpy(x).requires_grad_()

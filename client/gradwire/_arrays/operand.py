@@ -273,7 +273,7 @@ def as_numpy(value: object, name: str) -> Array:
             losses.check(array, name)
             return np.asarray(array)
         if hasattr(value, "__dlpack__"):
-            return np.from_dlpack(value)
+            return _lent(np.from_dlpack(value))
         return np.asarray(memoryview(value))  # type: ignore[arg-type]
     except InputError:
         raise
@@ -342,6 +342,8 @@ def _from_torch(tensor: Any, name: str) -> Array:
             f" {name}.to(torch.float32)"
         )
     tensor = tensor.detach().resolve_neg()
+    if tensor._is_zerotensor():  # of forward differentiation, without memory
+        tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
     try:
         if tensor.dtype is torch.bfloat16:
             return _shared(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
@@ -356,13 +358,29 @@ def _shared(tensor: Any) -> Array:
     By DLPack if possible: ``tensor.numpy()`` forbids for ever to resize the tensor's
     storage, which FSDP2 does.
     """
+    array: Array | None = None
     # A subclass may raise anything.
     with contextlib.suppress(Exception):
-        array: Array = np.from_dlpack(tensor)
-        if array.flags.writeable:
-            return array
-    whole: Array = tensor.numpy()
-    return whole
+        array = np.from_dlpack(tensor)
+    if array is None or not array.flags.writeable:
+        array = tensor.numpy()
+    return _lent(array)
+
+
+def _lent(array: Array) -> Array:
+    """Return an array that shows another object's memory, and check that it does.
+
+    Wrappers and tensors that are only traced have no memory: their address is 0. NumPy
+    then allocates an array of its own, whose elements are arbitrary.
+
+    Raises:
+        TypeError: The array is such a one.
+    """
+    if array.flags.owndata and array.size:
+        raise TypeError(
+            "it has no memory of its own, as wrappers and traced tensors have none"
+        )
+    return array
 
 
 def _no_copy(value: object, name: str, cause: BaseException) -> InputError:

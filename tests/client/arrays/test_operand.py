@@ -4,6 +4,7 @@ import array
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -211,6 +212,70 @@ def test_a_tensors_storage_can_still_be_resized() -> None:
         tensor.untyped_storage().resize_(0)
 
 
+def without_memory(torch: Any) -> Iterator[Any]:
+    """Tensors on the CPU that have a shape and a dtype, but no elements to read."""
+    fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
+
+    class Wrapper(torch.Tensor):  # as the weights of torchao
+        @staticmethod
+        def __new__(cls, inner: Any) -> Any:
+            make = torch.Tensor._make_wrapper_subclass
+            return make(cls, inner.shape, dtype=inner.dtype)
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        @classmethod
+        def __torch_dispatch__(
+            cls, function: Any, kinds: Any, args: Any = (), options: Any = None
+        ) -> Any:
+            plain = [each.inner if isinstance(each, cls) else each for each in args]
+            return cls(function(*plain, **(options or {})))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Wrapper(torch.ones(3, 4, dtype=dtype))
+        with fake_tensor.FakeTensorMode():
+            fake = torch.ones(3, 4, dtype=dtype)
+        yield fake
+        traced: list[Any] = []
+        torch.func.functionalize(traced.append)(torch.ones(3, 4, dtype=dtype))
+        yield traced[0]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_tensor_without_memory_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    tensors = list(without_memory(torch))
+    assert len(tensors) == 6
+    for tensor in tensors:
+        with pytest.raises(gradwire.InputError, match="no memory of its own"):
+            operand(tensor, "x")
+
+
+def test_a_tensor_of_zeros_without_memory_is_taken() -> None:
+    """As PyTorch's forward differentiation makes them."""
+    torch = pytest.importorskip("torch")
+    # What NumPy would allocate for it has most likely this memory, and these elements.
+    np.full((300, 400), 7, np.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch._efficientzerotensor((300, 400), dtype=dtype)
+        assert not operand(tensor, "x").take(0, 300).any()
+
+
+def test_an_object_whose_dlpack_has_no_memory_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Empty:  # of any library
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            return torch._efficientzerotensor((3, 4)).__dlpack__()
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (1, 0)
+
+    with pytest.raises(gradwire.InputError, match="no memory of its own"):
+        operand(Empty(), "x")
+
+
 def test_what_no_array_can_be_made_of_is_refused_with_what_to_pass() -> None:
     torch = pytest.importorskip("torch")
     sparse = pytest.importorskip("scipy.sparse")
@@ -406,6 +471,9 @@ class FakeTensor:
 
     def cpu(self) -> Any:
         return FakeTensor("cpu", self.layout, self.dtype)
+
+    def _is_zerotensor(self) -> bool:
+        return False
 
     def numpy(self) -> Any:
         if self.device.type != "cpu":

@@ -127,7 +127,7 @@ def test_a_tensor_whose_memory_is_not_its_elements_is_refused() -> None:
     negated = torch.zeros(3, 6, dtype=torch.complex64).conj().imag
     with pytest.raises(gradwire.InputError, match="would be written to a copy"):
         make({"y": negated})
-    with pytest.raises(gradwire.InputError, match=r"to a copy|Cannot convert"):
+    with pytest.raises(gradwire.InputError, match="written to a copy"):
         make({"y": torch._efficientzerotensor((3, 6), dtype=torch.float32)})
     with pytest.raises(gradwire.InputError, match="meta device, which has no memory"):
         make({"y": torch.empty(3, 6, device="meta")})
