@@ -382,6 +382,13 @@ def test_a_tensor_that_is_only_traced_is_refused(caller: Any, torch: Any) -> Non
         torch.func.functionalize(traced)(torch.from_numpy(x))
 
 
+def test_an_image_of_pillow_is_an_operand(caller: Any) -> None:
+    image = pytest.importorskip("PIL.Image")
+    x, w, _ = oracle.operands(20, 10, 15)
+    actual = caller.forward(image.fromarray(x), w)
+    assert oracle.same_bits(actual, caller.forward(x, w))
+
+
 def test_torchs_own_autograd_agrees(caller: Any, torch: Any) -> None:
     x, w, dy = oracle.operands(60, 20, 10, "float64")
     tx = torch.from_numpy(x).requires_grad_()

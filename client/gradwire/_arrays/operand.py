@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -29,6 +30,9 @@ from gradwire._arrays.wire_cast import Rounding
 from gradwire_protocol.dtypes import Dtype
 
 _COMPUTES = ", ".join(dtype.label for dtype in Dtype)
+
+_FORMS = ("__array__", "__array_interface__", "__array_struct__")
+"""Attributes by which NumPy converts objects. Pillow's images have only the second."""
 
 _COPIED_ELEMENTS = 1 << 18
 """Elements rounded at once in copies from memory to memory."""
@@ -268,7 +272,7 @@ def as_numpy(value: object, name: str) -> Array:
     try:
         if isinstance(value, list | tuple):
             _check_dtypes(value, name)
-        if hasattr(value, "__array__") or isinstance(value, Sequence):
+        if isinstance(value, Sequence) or any(map(partial(hasattr, value), _FORMS)):
             array = np.asanyarray(value)  # a subclass, if it makes one
             losses.check(array, name)
             return np.asarray(array)

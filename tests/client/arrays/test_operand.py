@@ -97,6 +97,16 @@ class Arrayish:
         return MATRIX
 
 
+class Pillowish:
+    """As Pillow's images are."""
+
+    __array_interface__ = MATRIX.__array_interface__
+
+
+class ArrayStruct:
+    __array_struct__ = MATRIX.__array_struct__
+
+
 class Dlpackish:
     def __dlpack__(self, **kwargs: Any) -> Any:
         return MATRIX.__dlpack__(**kwargs)
@@ -148,6 +158,8 @@ class DlpackForTheCardOnly(DlpackOnTheCard):
     [
         MATRIX,
         Arrayish(),
+        Pillowish(),
+        ArrayStruct(),
         Dlpackish(),
         DlpackOnTheCard(),
         memoryview(MATRIX),
