@@ -309,6 +309,62 @@ def test_ctrl_c_ends_the_call_at_once_and_cancels_the_job(
         process.communicate()
 
 
+DELETED_LAST = """
+    import sys
+
+    import numpy as np
+
+    import gradwire
+
+
+    class Last:
+        def __init__(self):
+            self.client = gradwire.connect(sys.argv[1])
+            self.rows = [(np.ones((500, 600), "f4"), np.ones((500, 600), "f4"))] * 20
+            self.w = np.ones((600, 600), "f4")
+            self.stream = self.client.stream(self.rows, self.w)
+            next(self.stream)
+
+        def __del__(self):
+            try:
+                assert sys.is_finalizing()
+                for call in (
+                    lambda: next(self.stream),
+                    lambda: list(self.client.stream(self.rows, self.w)),
+                    lambda: self.client.forward(self.rows[0][0], self.w, timeout_s=60),
+                    lambda: self.client.server_info(timeout_s=60),
+                ):
+                    try:
+                        call()
+                    except gradwire.ClientStateError as error:
+                        print(error, flush=True)
+                self.client.close()
+                print("closed", flush=True)
+            except BaseException as error:
+                print(repr(error), flush=True)
+
+
+    last = Last()
+"""
+
+
+def test_a_call_while_the_interpreter_shuts_down_is_refused(
+    server_address: str,
+) -> None:
+    """Instead of waiting without end for threads that have stopped."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(DELETED_LAST), server_address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    *refusals, last = done.stdout.splitlines()
+    assert len(refusals) == 4
+    assert all("make last calls in a function" in each for each in refusals)
+    assert last == "closed"
+
+
 def test_a_closed_client_says_so(server_address: str) -> None:
     client = gradwire.connect(server_address)
     client.close()

@@ -108,7 +108,7 @@ class InputError(GradwireError, ValueError):
 
 
 class ClientStateError(GradwireError, RuntimeError):
-    """The client is closed, or belongs to another event loop."""
+    """The client is closed, belongs to another event loop, or cannot be used here."""
 
 
 class ConnectError(GradwireError, ConnectionError):

@@ -31,7 +31,12 @@ from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import call_error, connect_error
-from gradwire._transport.grpc.methods import Methods, require_real_threads, warn_dropped
+from gradwire._transport.grpc.methods import (
+    Methods,
+    require_real_threads,
+    require_running_interpreter,
+    warn_dropped,
+)
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -72,6 +77,7 @@ class AsyncConnector:
         Raises:
             ClientStateError: The connection cannot be used here.
         """
+        require_running_interpreter()
         fork_support.require_calls()
         if self._closed:
             raise ClientStateError(f"the connection to {self._endpoint} is closed")

@@ -47,6 +47,22 @@ def require_real_threads() -> None:
     )
 
 
+def require_running_interpreter() -> None:
+    """Check that the interpreter is not shutting down.
+
+    Its last objects are deleted after gRPC's threads have stopped: a stream that is
+    read in ``__del__`` would be waited for without end, whatever its timeout.
+
+    Raises:
+        ClientStateError: It is shutting down.
+    """
+    if sys.is_finalizing():
+        raise ClientStateError(
+            "the interpreter is shutting down, and the threads that gRPC needs have"
+            " stopped: make last calls in a function registered with atexit"
+        )
+
+
 def warn_dropped(client_name: str, address: str) -> None:
     """Warn of a client that was dropped without being closed."""
     warnings.warn(

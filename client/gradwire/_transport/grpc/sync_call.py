@@ -22,7 +22,12 @@ from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import call_error, connect_error
-from gradwire._transport.grpc.methods import Methods, require_real_threads, warn_dropped
+from gradwire._transport.grpc.methods import (
+    Methods,
+    require_real_threads,
+    require_running_interpreter,
+    warn_dropped,
+)
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.v1.gradient_service_pb2 import (
@@ -62,6 +67,7 @@ class SyncConnector:
             ClientStateError: The connection is closed, or this process cannot make
                 calls.
         """
+        require_running_interpreter()
         with self._lock, fork_support.calling():
             fork_support.require_calls()
             # `close` may have run in another thread in the meantime.
@@ -295,6 +301,7 @@ class SyncCall:
             GradwireError: The call failed.
             BaseException: An exception of `messages`, unchanged.
         """
+        require_running_interpreter()
         if self._exchange.accepted is not None:
             self._requests.go()
         try:
