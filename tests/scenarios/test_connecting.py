@@ -157,6 +157,19 @@ def test_what_never_becomes_a_server_is_not_waited_for(
         connect("127.0.0.1:1", wait_for_ready_s=-1)
 
 
+@pytest.mark.parametrize("name", ["a#1", "a?1", "a%41", "100%", "a b", "%2C", "ä"])
+def test_a_socket_may_have_any_name_but_one_with_a_comma(
+    connect: Callable[..., None], tmp_path: Path, name: str
+) -> None:
+    """gRPC would read these names as parts of a URI, and use another socket."""
+    address = f"unix:{tmp_path / name}"
+    with running_server(listen=[address]) as server:
+        assert server.addresses == (address,)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        connect(address)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_proxy_that_does_not_answer_is_named(
     connect: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

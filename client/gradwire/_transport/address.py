@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 from gradwire._api.errors import InputError
-from gradwire_protocol import limits
+from gradwire_protocol import limits, socket_path
 from gradwire_protocol.version import VERSION
 
 _ALL_OF = "dns:///"
 """Prefix of a DNS name that stands for several servers."""
 
-_MAX_SOCKET_PATH_BYTES = 107
-"""Largest path in Linux's `sockaddr_un`, without the final zero byte."""
+_NO_HOST = re.compile(r"[#?\s]|%(?!.*\])")
+"""Signs that no host has. gRPC would cut the address at the first two, and connect to
+port 443 of what is before them. A percent sign is only in the scope of an IPv6 address,
+``[fe80::1%eth0]``."""
 
 _MAX_BACKOFF_MS = 500
 """Longest time between two connection attempts. Until the next attempt, every call
@@ -42,12 +45,17 @@ def grpc_target(address: str) -> str:
         if not path:
             raise InputError(f"the address {address!r} has no path: expected unix:PATH")
         size = len(path.encode())
-        if size > _MAX_SOCKET_PATH_BYTES:
+        if size > socket_path.MAX_BYTES:
             raise InputError(
                 f"the socket path of {address!r} has {size} bytes: expected at most"
-                f" {_MAX_SOCKET_PATH_BYTES}"
+                f" {socket_path.MAX_BYTES}"
             )
-        return address
+        if socket_path.UNUSABLE in path:
+            raise InputError(
+                f"the socket path of {address!r} has a comma, at which gRPC would cut"
+                " it: expected a path without one"
+            )
+        return socket_path.target(path)
     if "/" in address:
         raise InputError(
             f"the address {address!r} is a URL or a path: expected HOST:PORT or"
@@ -56,6 +64,11 @@ def grpc_target(address: str) -> str:
     host, _, port = address.rpartition(":")
     if not host or (":" in host and not (host[0] == "[" and host[-1] == "]")):
         raise InputError(f"the address {address!r} has no port: expected HOST:PORT")
+    if _NO_HOST.search(host):
+        raise InputError(
+            f"the address {address!r} has the host {host!r}: expected a name or an IP"
+            " address"
+        )
     if not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(
             f"the address {address!r} has the port {port!r}: expected a number"

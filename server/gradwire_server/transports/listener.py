@@ -19,19 +19,14 @@ from pathlib import Path
 
 import grpc
 
+from gradwire_protocol import socket_path
 from gradwire_server.errors import ListenError
 
 _log = logging.getLogger("gradwire_server")
 
-_MAX_SOCKET_PATH = 107
-"""Maximum bytes of a unix socket's path (sun_path of unix(7), without its final 0)."""
-
 _BIND_TO_LISTEN_S = 0.1
 """Time that a starting server may take between bind(2) and listen(2), seconds. In
 between, its socket refuses connections just as an abandoned one does."""
-
-_URI_SIGNS = frozenset("%?#")
-"""gRPC parses the path as part of a URI; these characters are special there."""
 
 
 def bind(
@@ -63,7 +58,7 @@ def bind(
 def can_be_a_socket(path: Path) -> bool:
     """Return whether a unix socket may have this path, judged by its text."""
     size = len(os.fsencode(path.absolute()))
-    return size <= _MAX_SOCKET_PATH and not set(str(path)) & _URI_SIGNS
+    return size <= socket_path.MAX_BYTES and socket_path.UNUSABLE not in str(path)
 
 
 def remove(address: str) -> None:
@@ -113,23 +108,23 @@ def _bind_tcp(
 
 def _bind_unix(server: grpc.aio.Server, address: str) -> str:
     path = Path(address.removeprefix("unix:")).absolute()
-    if address == "unix:" or set(address) & _URI_SIGNS:
+    if address == "unix:" or socket_path.UNUSABLE in str(path):
         raise ListenError(
             f"cannot listen on {address!r}: the path of a unix socket is expected, "
-            f"without {' '.join(sorted(_URI_SIGNS))}"
+            "without a comma, at which gRPC's clients would cut it"
         )
     size = len(os.fsencode(path))
-    if size > _MAX_SOCKET_PATH:
+    if size > socket_path.MAX_BYTES:
         raise ListenError(
             f"cannot listen on {address}: the path has {size} bytes, and a unix "
-            f"socket's may have {_MAX_SOCKET_PATH}"
+            f"socket's may have {socket_path.MAX_BYTES}"
         )
     try:
         _check_free(path)
     except OSError as error:
         raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
     with _private_files():
-        _add(server, f"unix:{path}")
+        _add(server, socket_path.target(str(path)))
     return f"unix:{path}"
 
 

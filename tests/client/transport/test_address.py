@@ -15,6 +15,8 @@ from gradwire_protocol import limits
         ("[::1]:65535", "dns:///[::1]:65535"),
         ("unix:/run/gradwire.sock", "unix:/run/gradwire.sock"),
         ("unix:relative.sock", "unix:relative.sock"),
+        ("unix:/run/a#1?%41", "unix:/run/a%231%3F%2541"),
+        ("[fe80::1%eth0]:1", "dns:///[fe80::1%eth0]:1"),
     ],
 )
 def test_an_address_is_what_gradwire_serve_prints(address: str, target: str) -> None:
@@ -36,6 +38,12 @@ def test_an_address_is_what_gradwire_serve_prints(address: str, target: str) -> 
         ("/run/gradwire.sock", "is a URL or a path: expected HOST:PORT or unix:PATH"),
         ("unix:", "has no path: expected unix:PATH"),
         ("unix:/" + "x" * 107, "has 108 bytes: expected at most 107"),
+        ("unix:/run/a,b", "has a comma, at which gRPC would cut it"),
+        ("localhost#1:50051", "has the host 'localhost#1': expected a name or an IP"),
+        ("localhost?1:50051", "has the host 'localhost?1'"),
+        ("local%68ost:50051", "has the host 'local%68ost'"),
+        (" localhost:50051", "has the host ' localhost'"),
+        ("local host:50051", "has the host 'local host'"),
         (50051, "expected a string, HOST:PORT or unix:PATH"),
     ],
 )

@@ -87,8 +87,8 @@ async def test_a_name_that_no_host_can_have_is_a_sentence(server, host):
     assert await refusal(server, f"{host}:0") == expected
 
 
-@pytest.mark.parametrize("path", ["", "/tmp/a%41", "/tmp/a?b", "/tmp/a#b"])
-async def test_a_path_that_grpc_would_read_otherwise_is_refused(server, path):
+@pytest.mark.parametrize("path", ["", "/tmp/a,b"])
+async def test_a_path_that_no_client_could_use_is_refused(server, path):
     assert "the path of a unix socket is expected" in await refusal(
         server, f"unix:{path}"
     )
