@@ -212,6 +212,19 @@ def test_a_server_whose_certificate_has_expired(
     assert str(error) == f"the certificate of the server at {address} has expired"
 
 
+def test_a_server_whose_certificate_is_not_valid_yet(
+    compute: Callable[..., Any], authority: Authority, files: Files
+) -> None:
+    """Most likely a clock is wrong, so the message says what time it is here."""
+    early = authority.issue(*HERE, not_yet=True).write(files.directory, "early")
+    with serving(*early) as address:
+        error = refused(compute, address, Tls(ca=files.ca))
+    assert type(error) is gradwire.TlsError
+    assert f"the certificate of the server at {address} cannot be used:" in str(error)
+    assert "certificate is not yet valid (by the clock of this" in str(error)
+    assert "no authority" not in str(error)
+
+
 def test_a_server_in_plaintext(
     compute: Callable[..., Any], server_address: str, files: Files
 ) -> None:

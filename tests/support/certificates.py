@@ -49,14 +49,18 @@ class Authority:
         self.cert = self._ca.cert_pem.bytes()
 
     def issue(
-        self, *hosts: str, name: str = "somebody", expired: bool = False
+        self,
+        *hosts: str,
+        name: str = "somebody",
+        expired: bool = False,
+        not_yet: bool = False,
     ) -> Identity:
         """A certificate for these hosts (none, for a client), and its key."""
         made = self._ca.issue_cert(
             *hosts,
             common_name=name,
-            not_before=_NOW - 7 * _DAY,
-            not_after=_NOW - _DAY if expired else _NOW + _DAY,
+            not_before=_NOW + _DAY if not_yet else _NOW - 7 * _DAY,
+            not_after=_NOW - _DAY if expired else _NOW + 2 * _DAY,
         )
         (cert,) = made.cert_chain_pems
         return Identity(cert.bytes(), made.private_key_pem.bytes())

@@ -7,6 +7,7 @@ them. This module is the only one that examines the message.
 
 from __future__ import annotations
 
+import datetime
 import re
 from typing import Any, Protocol
 
@@ -43,6 +44,9 @@ after TLS detected changed bytes."""
 _NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server|selected ALPN")
 _CONNECT_CAUSE = re.compile("(?:to remote host|connect failed: .* error): ?(.+)")
 _DISTRUSTED = re.compile("CERTIFICATE_VERIFY_FAILED: (.+?)(?:: OK)?$")
+_NO_SIGNER = re.compile("issuer|self.signed|first certificate|signature failure")
+"""In the cause, if no trusted authority has signed the certificate. There are others:
+its time has not come, or it is a client's."""
 _WRONG_NAME = re.compile("Hostname Verification Check failed|is not in peer certif")
 _NO_TLS = re.compile("WRONG_VERSION_NUMBER|HTTP_REQUEST|HTTPS_PROXY_REQUEST")
 _HANDSHAKE = re.compile("(?:Tls handshake failed|security handshaker)(.*)")
@@ -177,6 +181,11 @@ def _handshake(endpoint: Endpoint, text: str) -> str | None:
     if distrusted := _DISTRUSTED.search(text):
         if distrusted[1] == "certificate has expired":
             return f"the certificate of the server at {endpoint} has expired"
+        if not _NO_SIGNER.search(distrusted[1]):
+            return (
+                f"the certificate of the server at {endpoint} cannot be used:"
+                f" {distrusted[1]}{_clock(distrusted[1])}"
+            )
         signers = "of the system" if endpoint.tls.ca is None else "of tls.ca"
         return (
             f"the certificate of the server at {endpoint} is not trusted: no authority"
@@ -197,6 +206,14 @@ def _handshake(endpoint: Endpoint, text: str) -> str | None:
     if reason := _HANDSHAKE.search(text):
         return f"the TLS handshake with the server at {endpoint} failed ({reason[1]})"
     return None
+
+
+def _clock(cause: str) -> str:
+    """Return this machine's time if it is what decides."""
+    if "not yet valid" not in cause:
+        return ""
+    now = datetime.datetime.now(datetime.UTC)
+    return f" (by the clock of this machine it is {now:%Y-%m-%d %H:%M} UTC)"
 
 
 def _refusal(endpoint: Endpoint) -> str:
