@@ -76,9 +76,13 @@ class Keys:
                     "enforce_minimum_key_length": True,
                 },
             )
+        # From here on the signature is valid, so the client may know the cause.
         except jwt.ExpiredSignatureError:
-            # The signature is valid, so the client may know the cause.
             raise RefusedError("the token has expired") from None
+        except jwt.ImmatureSignatureError:  # nbf, or iat: a clock is wrong
+            raise RefusedError(
+                "the token is not valid yet by the clock of the server"
+            ) from None
         except (jwt.InvalidAudienceError, jwt.InvalidIssuerError):
             raise RefusedError("the token is for another audience or issuer") from None
         except RefusedError:

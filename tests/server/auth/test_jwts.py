@@ -68,6 +68,10 @@ def test_a_claim_that_is_missing_or_wrong_is_refused(issuer, keys, claims):
 def test_the_owner_of_a_token_is_told_why_it_is_not_good(issuer, keys):
     late = issuer.token("alice", exp=time.time() - 60)
     assert refusal(keys, late).told == "the token has expired"
+    for claim in ("nbf", "iat"):
+        early = issuer.token("alice", **{claim: time.time() + 60})
+        says = "the token is not valid yet by the clock of the server"
+        assert refusal(keys, early).told == says
     for claims in ({"aud": "another"}, {"iss": "https://other.test"}):
         refused = refusal(keys, issuer.token("alice", **claims))
         assert refused.told == "the token is for another audience or issuer"
