@@ -58,6 +58,9 @@ class Dtype(enum.IntEnum):
     smallest_subnormal: float
     """Distance of the numbers around 0."""
 
+    smallest_normal: float
+    """The smallest number above 0 with full precision."""
+
     largest: float
     """The largest finite number."""
 
@@ -88,6 +91,7 @@ class Dtype(enum.IntEnum):
         limits: Any = ml_dtypes.finfo(self.numpy)  # type: ignore[no-untyped-call]
         self.unit_roundoff = float(limits.eps) / 2
         self.smallest_subnormal = float(limits.smallest_subnormal)
+        self.smallest_normal = float(limits.smallest_normal)
         self.largest = float(limits.max)
 
     @property

@@ -101,19 +101,20 @@ def test_float32_alone_may_travel_in_16_bits_and_be_computed_as_tf32():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "unit_roundoff", "smallest_subnormal", "largest"),
+    ("dtype", "unit_roundoff", "smallest_subnormal", "smallest_normal", "largest"),
     [
-        (Dtype.FLOAT16, 2.0**-11, 2.0**-24, 65504),
-        (Dtype.BFLOAT16, 2.0**-8, 2.0**-133, 2.0**127 * (2 - 2**-7)),
-        (Dtype.FLOAT32, 2.0**-24, 2.0**-149, 2.0**127 * (2 - 2**-23)),
-        (Dtype.FLOAT64, 2.0**-53, 2.0**-1074, 2.0**1023 * (2 - 2**-52)),
+        (Dtype.FLOAT16, 2.0**-11, 2.0**-24, 2.0**-14, 65504),
+        (Dtype.BFLOAT16, 2.0**-8, 2.0**-133, 2.0**-126, 2.0**127 * (2 - 2**-7)),
+        (Dtype.FLOAT32, 2.0**-24, 2.0**-149, 2.0**-126, 2.0**127 * (2 - 2**-23)),
+        (Dtype.FLOAT64, 2.0**-53, 2.0**-1074, 2.0**-1022, 2.0**1023 * (2 - 2**-52)),
     ],
 )
 def test_limits_of_a_dtype_are_those_of_ieee_754(
-    dtype, unit_roundoff, smallest_subnormal, largest
+    dtype, unit_roundoff, smallest_subnormal, smallest_normal, largest
 ):
     assert dtype.unit_roundoff == unit_roundoff
     assert dtype.smallest_subnormal == smallest_subnormal
+    assert dtype.smallest_normal == smallest_normal
     assert dtype.largest == largest
 
 

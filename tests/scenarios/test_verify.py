@@ -307,6 +307,29 @@ def test_checked_streams_are_the_same_on_every_way(streamer: Caller) -> None:
             assert checked[2].verifying_s > 0
 
 
+@pytest.fixture
+def flushing() -> Iterator[None]:
+    """Subnormal numbers are 0 in this thread, as some libraries have it."""
+    torch = pytest.importorskip("torch")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes nothing")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("flushing")
+@pytest.mark.parametrize("size", [1e-19, 1e-20])
+def test_right_results_are_right_where_subnormal_numbers_are_flushed(
+    client: gradwire.Client, size: float
+) -> None:
+    """Products of this size are on both sides of the smallest normal number."""
+    operands = [
+        (each * size).astype(np.float32) for each in oracle.operands(700, 64, 48)
+    ]
+    client.gradients(*operands, verify=True)
+    client.gradients(*operands, verify=True, wire_dtype="bfloat16")
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (5, 0, 4), (5, 3, 0), (1, 1, 1)])
 def test_matrices_without_elements_are_right(
     client: gradwire.Client, shape: tuple[int, int, int]

@@ -91,11 +91,16 @@ class Arithmetic:
 
     @property
     def tiny(self) -> float:
-        """Absolute error due to underflow."""
-        return (
-            self.length * self.operands.sums_in.smallest_subnormal
-            + self.result.smallest_subnormal / 2
-        )
+        """Absolute error due to underflow.
+
+        Subnormal numbers count as lost: on either side, a library may have made the
+        processor flush them to zero (``torch.set_flush_denormal``, or a library that
+        was built with -ffast-math). float16 is converted, and then is not flushed.
+        """
+        lost = self.operands.sums_in.smallest_normal
+        if self.result is not Dtype.FLOAT16:
+            lost = max(lost, self.result.smallest_normal)
+        return (self.length + 1) * lost + self.result.smallest_subnormal / 2
 
     @property
     def largest(self) -> float:
@@ -115,7 +120,7 @@ class Arithmetic:
         holds for sums over row blocks. Fused multiply-adds only reduce the left side.
         For results rounded to a narrower dtype afterwards, the model of one rounding in
         section 2.2 gives the additional error: fl(s) = s (1 + d) with |d| <= u.
-        Underflow adds at most half a subnormal each time. These bounds are strict: a
+        Underflow adds at most `tiny`. These bounds are strict: a
         result that exceeds them is wrong.
 
         Args:
