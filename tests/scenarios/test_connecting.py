@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +26,7 @@ from gradwire_protocol import error_details
 from gradwire_protocol.error_details import ErrorDetails
 from gradwire_protocol.error_reasons import Reason
 from tests.support import oracle
-from tests.support.serving import running_server
+from tests.support.serving import ServerProcess, running_server
 
 
 def connect_sync(address: str, **options: Any) -> None:
@@ -168,6 +171,50 @@ def test_a_socket_may_have_any_name_but_one_with_a_comma(
         assert [path.name for path in tmp_path.iterdir()] == [name]
         connect(address)
     assert not list(tmp_path.iterdir())
+
+
+WITHOUT_DESCRIPTORS = """
+    import os, resource, sys
+
+    import gradwire
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    held = []
+    first = gradwire.connect(sys.argv[1])  # gRPC needs descriptors to begin with
+    client = gradwire.Client(sys.argv[1])
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+    try:
+        client.handshake()
+    except gradwire.ConnectError as error:
+        print(ascii(str(error)), ascii(error.details))
+    for each in held:
+        os.close(each)
+    with first, gradwire.connect(sys.argv[1], wait_for_ready_s=20):
+        print("connected")
+"""
+
+
+@pytest.mark.parametrize("over", ["tcp", "unix"])
+def test_a_process_with_too_many_open_files_is_told(
+    small_blocks: ServerProcess, over: str
+) -> None:
+    address = small_blocks.addresses[over == "unix"]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WITHOUT_DESCRIPTORS), address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    told, last = done.stdout.splitlines()
+    says = f"too many open files to connect to {address}: raise its limit (ulimit -n)"
+    assert says in told
+    assert "\\x" not in told  # gRPC appends the bytes of the socket's address
+    assert last == "connected"
 
 
 def test_a_proxy_that_does_not_answer_is_named(

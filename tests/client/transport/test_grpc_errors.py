@@ -47,6 +47,13 @@ def test_a_call_that_the_other_side_reset_is_a_lost_connection() -> None:
     assert type(here) is gradwire.JobCancelledError
 
 
+def test_a_handshake_that_was_reset_does_not_rule_a_gradwire_server_out() -> None:
+    """gRPC's servers reset calls when too many wait, as in a flood of calls."""
+    error = connect_error(Outcome(grpc.StatusCode.CANCELLED, "CANCELLED"), ADDRESS, 1)
+    assert type(error) is gradwire.ConnectError
+    assert "is not a gradwire server, or is overloaded" in str(error)
+
+
 def test_a_stream_that_tls_found_damaged_is_a_lost_connection() -> None:
     """gRPC does not call that unavailable, as it does other ends of a connection."""
     unknown = grpc.StatusCode.UNKNOWN

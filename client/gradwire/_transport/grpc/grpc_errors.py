@@ -41,6 +41,8 @@ _REMOVED = "Stream removed"
 """gRPC's message for a connection that ended without a status of its own, for example
 after TLS detected changed bytes."""
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+_NO_DESCRIPTORS = re.compile("Too many open files")
 _NO_HTTP2 = re.compile("Failed parsing HTTP/2|http1.x server|selected ALPN")
 _CONNECT_CAUSE = re.compile("(?:to remote host|connect failed: .* error): ?(.+)")
 _DISTRUSTED = re.compile("CERTIFICATE_VERIFY_FAILED: (.+?)(?:: OK)?$")
@@ -70,7 +72,7 @@ def call_error(
     outcome: Outcome, endpoint: Endpoint, job_id: str | None = None
 ) -> GradwireError:
     """Return the exception for a call that ended with a status other than OK."""
-    code, text = outcome.code(), outcome.details() or ""
+    code, text = outcome.code(), _legible(outcome.details() or "")
     attached = _attached(outcome)
     if attached.reason is None:
         if (code is StatusCode.CANCELLED and text == _RESET) or (
@@ -128,12 +130,20 @@ def connect_error(
         )
     if isinstance(error, ConnectionLostError):
         return ConnectError(
-            f"the server at {endpoint} is not a gradwire server: it closed the"
-            f" connection ({error.details})",
+            f"the server at {endpoint} closed the connection or refused the call"
+            f" ({error.details}): it is not a gradwire server, or is overloaded",
             status=error.status,
             details=error.details,
         )
     return error
+
+
+def _legible(text: str) -> str:
+    """Return a message up to its first control character, on one line.
+
+    gRPC appends the bytes of a socket's address to some of its messages.
+    """
+    return _CONTROLS.split(" ".join(text.splitlines()), maxsplit=1)[0].rstrip()
 
 
 def _attached(outcome: Outcome) -> ErrorDetails:
@@ -150,6 +160,9 @@ def _unavailable(endpoint: Endpoint, text: str, job_id: str | None) -> GradwireE
         kind, message = TlsError, sentence
     elif _NO_SUCH_NAME.search(text):
         message = f"the name in {endpoint} has no known address"
+    elif _NO_DESCRIPTORS.search(text):
+        message = f"this process has too many open files to connect to {endpoint}:"
+        message += " raise its limit (ulimit -n), or close some"
     elif _NO_HTTP2.search(text):
         message = f"the server at {endpoint} does not support HTTP/2, so it is not a"
         message += " gradwire server"
