@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -215,6 +216,56 @@ def test_a_process_with_too_many_open_files_is_told(
     assert says in told
     assert "\\x" not in told  # gRPC appends the bytes of the socket's address
     assert last == "connected"
+
+
+MOVED = """
+    import subprocess, sys
+
+    import gradwire
+    from tests.support.serving import running_server
+
+    hosts, port = sys.argv[1:]
+
+
+    def place(address):
+        with open(hosts, "w") as file:
+            file.write(address + " moving-node\\n")
+        return running_server(listen=[f"{address}:{port}"])
+
+
+    with place("127.0.0.2"):
+        subprocess.run(["mount", "--bind", hosts, "/etc/hosts"], check=True)
+        client = gradwire.connect(f"moving-node:{port}")
+        client.forward([[2.0]], [[3.0]])
+    with place("127.0.0.3"), client:
+        print(client.forward([[2.0]], [[3.0]], timeout_s=60).item())
+"""
+
+
+def test_a_server_that_moved_to_another_address_is_found(tmp_path: Path) -> None:
+    """As a container does that is started anew, with the same name."""
+    own_mounts = ["unshare", "--map-root-user", "--mount"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(
+            [*own_mounts, "mount", "--bind", tmp_path, tmp_path], check=False
+        ).returncode
+    ):
+        pytest.skip("this user may not change what a name means")
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+    done = subprocess.run(
+        [
+            *own_mounts,
+            *(sys.executable, "-c", textwrap.dedent(MOVED)),
+            *(str(tmp_path / "hosts"), str(port)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.stdout == "6.0\n", done.stderr
 
 
 def test_a_proxy_that_does_not_answer_is_named(

@@ -25,6 +25,11 @@ _MAX_BACKOFF_MS = 500
 """Longest time between two connection attempts. Until the next attempt, every call
 fails with the last attempt's error, even if the server is back."""
 
+_MIN_RESOLUTION_MS = 1000
+"""Shortest time between two look-ups of a name, which a broken connection causes.
+gRPC's default is 30 s: a server that comes back with another address, as a container
+does that was started anew, would not be found for so long."""
+
 
 def grpc_target(address: str) -> str:
     """Return gRPC's target for an address.
@@ -210,5 +215,6 @@ def channel_options(address: str) -> tuple[tuple[str, Any], ...]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", _MAX_BACKOFF_MS),
+        ("grpc.dns_min_time_between_resolutions_ms", _MIN_RESOLUTION_MS),
         ("grpc.enable_http_proxy", 0 if _is_loopback(address) else 1),
     )

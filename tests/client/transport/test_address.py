@@ -64,6 +64,7 @@ def test_a_server_that_came_back_is_looked_for_twice_a_second() -> None:
     options = dict(channel_options("gpu-node:50051"))
     assert options["grpc.initial_reconnect_backoff_ms"] == 100
     assert options["grpc.max_reconnect_backoff_ms"] == 500
+    assert options["grpc.dns_min_time_between_resolutions_ms"] == 1000
 
 
 def test_a_proxy_from_the_environment_is_not_asked_for_this_host() -> None:
