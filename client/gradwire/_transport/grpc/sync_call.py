@@ -7,6 +7,7 @@ so both directions run concurrently.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -90,8 +91,7 @@ class SyncConnector:
             connection, self._connection = self._connection, None
         if connection is not None:
             self._forget_dropped()
-            with fork_support.calling():
-                connection.channel.close()
+            _close(connection.channel)
 
     def _forget_dropped(self) -> None:
         if self._dropped is not None:
@@ -110,9 +110,17 @@ class SyncConnector:
 
 
 def _close_dropped(channel: grpc.Channel, address: str) -> None:
+    _close(channel)
+    warn_dropped("Client", address)
+
+
+def _close(channel: grpc.Channel) -> None:
+    if sys.is_finalizing():
+        # It would wait for threads of gRPC that have stopped. The system closes the
+        # connection in a moment.
+        return
     with fork_support.calling():
         channel.close()
-    warn_dropped("Client", address)
 
 
 class SyncConnection:
@@ -321,7 +329,9 @@ class SyncCall:
 
     def cancel(self) -> None:
         """Cancel the call, unless it has ended."""
-        if self._running.inherited:
+        # A shutting down interpreter has stopped gRPC's threads, perhaps one that
+        # holds the lock.
+        if self._running.inherited or sys.is_finalizing():
             return
         self._running.end()
         self._requests.stop()
