@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gradwire._api.options import parse_options
 from gradwire._core.block_rows import automatic_block_rows
-from gradwire._core.job_plan import plan_arrays
+from gradwire._core.job_plan import plan_arrays, read_operands
 from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob
@@ -66,7 +66,8 @@ def test_a_job_of_arrays_asks_for_them() -> None:
     x, w, dy = (np.ones(s, np.float32) for s in ((4096, 300), (300, 100), (4096, 100)))
     given_: dict[Matrix, object] = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
     for asked, expected in (("auto", 1024), (64, 64), (np.int64(8), 8), (0, 0)):
-        job = plan_arrays(given_, parse_options(block_rows=asked))[0].header()  # type: ignore[arg-type]
+        options = parse_options(block_rows=asked)  # type: ignore[arg-type]
+        job = plan_arrays(read_operands(given_, options), options)[0].header()
         assert job.block_rows == expected
         assert list(job.required_features) == (["block-rows"] if expected else [])
 
