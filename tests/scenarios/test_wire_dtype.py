@@ -70,7 +70,7 @@ def rounded(arrays: Any, dtype: str) -> list[Any]:
 
 def assert_same(actual: Any, expected: Any) -> None:
     for name, one, other in zip(NAMES, actual, expected, strict=True):
-        assert oracle.same_bits(one, other), name
+        assert oracle.same_bits(np.asarray(one), np.asarray(other)), name
 
 
 def widened(result: Any) -> list[Any]:
