@@ -39,6 +39,15 @@ class Reason(enum.StrEnum):
     # FAILED_PRECONDITION
     REGION_UNKNOWN = enum.auto()
     RESUME_MISMATCH = enum.auto()
+    SESSION_UNKNOWN = enum.auto()
+    SESSION_EXPIRED = enum.auto()
+    SESSION_FULL = enum.auto()
+    TENSOR_UNKNOWN = enum.auto()
+    TENSOR_MISMATCH = enum.auto()
+    STEP_CONFLICT = enum.auto()
+    GRADIENT_INCOMPLETE = enum.auto()
+    STATE_UNKNOWN = enum.auto()
+    STATE_INVALID = enum.auto()
     # UNIMPLEMENTED
     OPTION_UNKNOWN = enum.auto()
     FEATURE_UNKNOWN = enum.auto()
@@ -47,6 +56,7 @@ class Reason(enum.StrEnum):
     JOB_TOO_LARGE = enum.auto()
     BUSY = enum.auto()
     DEVICE_OUT_OF_MEMORY = enum.auto()
+    STATE_NOT_SAVED = enum.auto()
     # other statuses, one or two reasons each
     DRAINING = enum.auto()
     DEVICE_LOST = enum.auto()
@@ -67,12 +77,22 @@ class Reason(enum.StrEnum):
 _OTHER_STATUS = {
     Reason.REGION_UNKNOWN: StatusCode.FAILED_PRECONDITION,
     Reason.RESUME_MISMATCH: StatusCode.FAILED_PRECONDITION,
+    Reason.SESSION_UNKNOWN: StatusCode.FAILED_PRECONDITION,
+    Reason.SESSION_EXPIRED: StatusCode.FAILED_PRECONDITION,
+    Reason.SESSION_FULL: StatusCode.FAILED_PRECONDITION,
+    Reason.TENSOR_UNKNOWN: StatusCode.FAILED_PRECONDITION,
+    Reason.TENSOR_MISMATCH: StatusCode.FAILED_PRECONDITION,
+    Reason.STEP_CONFLICT: StatusCode.FAILED_PRECONDITION,
+    Reason.GRADIENT_INCOMPLETE: StatusCode.FAILED_PRECONDITION,
+    Reason.STATE_UNKNOWN: StatusCode.FAILED_PRECONDITION,
+    Reason.STATE_INVALID: StatusCode.FAILED_PRECONDITION,
     Reason.OPTION_UNKNOWN: StatusCode.UNIMPLEMENTED,
     Reason.FEATURE_UNKNOWN: StatusCode.UNIMPLEMENTED,
     Reason.CONTRACT_UNKNOWN: StatusCode.UNIMPLEMENTED,
     Reason.JOB_TOO_LARGE: StatusCode.RESOURCE_EXHAUSTED,
     Reason.BUSY: StatusCode.RESOURCE_EXHAUSTED,
     Reason.DEVICE_OUT_OF_MEMORY: StatusCode.RESOURCE_EXHAUSTED,
+    Reason.STATE_NOT_SAVED: StatusCode.RESOURCE_EXHAUSTED,
     Reason.DRAINING: StatusCode.UNAVAILABLE,
     Reason.DEVICE_LOST: StatusCode.UNAVAILABLE,
     Reason.CLIENT_IDLE: StatusCode.ABORTED,

@@ -75,7 +75,15 @@ def check_header(job: job_pb2.Job) -> None:
         raise _invalid(
             "block_rows", f"is {job.block_rows}: expected a power of two, or 0"
         )
-    _check_shared_memory(job, (*operands_for(results), *results))
+    _check_kept(job, m, results)
+    _check_shared_memory(
+        job,
+        [
+            matrix
+            for matrix in (*operands_for(results), *results)
+            if not getattr(job, matrix.label).HasField("kept")
+        ],
+    )
     if job.HasField("checkpoints"):
         _check_checkpoints(job, results)
     if job.HasField("resume"):
@@ -162,6 +170,77 @@ def _check_operands(job: job_pb2.Job, results: Collection[Matrix]) -> None:
             )
         if present and getattr(job, operand.label).WhichOneof("source") is None:
             raise _unknown_kind(f"{path}.source")
+
+
+def _check_kept(job: job_pb2.Job, m: int | None, results: Collection[Matrix]) -> None:
+    operands = operands_for(results)
+    given = {matrix: getattr(job, matrix.label) for matrix in (*operands, *results)}
+    numbers: dict[int, str] = {}
+    for matrix, message in given.items():
+        if message.HasField("kept"):
+            path = f"{path_of(matrix)}.tensor"
+            if matrix in results and not matrix.is_sum:
+                sums = " and ".join(result.label for result in SUMS)
+                raise HeaderError(
+                    Reason.OPTION_INVALID,
+                    f"{path_of(matrix)} is kept: only {sums} can stay in a session",
+                    path_of(matrix),
+                )
+            _check_tensor(message.kept.tensor, path, numbers)
+            if matrix in results:
+                _check_part(message.kept, path_of(matrix))
+        if matrix in operands and message.HasField("keep"):
+            path = f"job.{matrix.label}.keep"
+            if not matrix.row_wise or message.HasField("kept"):
+                raise HeaderError(
+                    Reason.OPTION_INVALID,
+                    f"{path} is present: a job can keep x and dy that are sent to it",
+                    path,
+                )
+            _check_tensor(message.keep.tensor, f"{path}.tensor", numbers)
+    if job.HasField("session") != bool(numbers):
+        raise _invalid(
+            "session",
+            "is absent, but the job uses kept tensors"
+            if numbers
+            else "is present, but the job uses no kept tensors",
+        )
+    if not numbers:
+        return
+    if m is None:
+        raise HeaderError(
+            Reason.SHAPE_INVALID,
+            "job.m is absent: a job with kept tensors needs it",
+            "job.m",
+        )
+    for path in ("checkpoints", "resume"):
+        if job.HasField(path):
+            raise _invalid(path, "is present: a job with kept tensors has none")
+
+
+def _check_tensor(number: int, path: str, numbers: dict[int, str]) -> None:
+    if not number:
+        raise HeaderError(
+            Reason.OPTION_INVALID, f"{path} is 0: expected at least 1", path
+        )
+    if number in numbers:
+        raise HeaderError(
+            Reason.OPTION_INVALID,
+            f"{path} is {number}, as {numbers[number]} is: expected another number",
+            path,
+        )
+    numbers[number] = path
+
+
+def _check_part(kept: job_pb2.KeptDestination, path: str) -> None:
+    part = kept.add
+    if kept.HasField("add") and part.parts and part.part >= part.parts:
+        raise HeaderError(
+            Reason.OPTION_INVALID,
+            f"{path}.add.part is {part.part}: expected less than {part.parts}, the "
+            f"number of parts",
+            f"{path}.add.part",
+        )
 
 
 def _unknown_kind(path: str) -> HeaderError:

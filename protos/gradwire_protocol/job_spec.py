@@ -66,6 +66,38 @@ class Resume:
     """Fingerprint of the interrupted job's device."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeptOperand:
+    """A tensor of the job's session that is an operand."""
+
+    tensor: int
+    """Number of the tensor."""
+    last_use: bool = False
+    """Whether the session drops it when the job has succeeded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """A part of a kept gradient."""
+
+    step: int
+    """Steps of the session so far."""
+    part: int
+    """Number of the part, from 0."""
+    parts: int = 0
+    """Number of parts between two steps; 0: not known yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptResult:
+    """A gradient of the job's session that receives a result."""
+
+    tensor: int
+    """Number of the gradient."""
+    add: Contribution | None = None
+    """The part that is added; None: the result replaces the gradient."""
+
+
 @dataclass(frozen=True)
 class JobSpec:
     """The contents of a job's header."""
@@ -98,6 +130,16 @@ class JobSpec:
     job; None: no checkpoints."""
     resume: Resume | None = None
     """Where the job continues; None: at its beginning."""
+    session: str = field(default="", repr=False)
+    """The session with the kept tensors, a secret; empty: none are kept."""
+    session_step: int | None = None
+    """Required number of steps of the session so far; None: any."""
+    kept: Mapping[Matrix, KeptOperand] = field(default_factory=dict)
+    """Operands that are tensors of the session; they are not sent."""
+    keep: Mapping[Matrix, int] = field(default_factory=dict)
+    """Sent operands that the session keeps, and the numbers of the tensors."""
+    into: Mapping[Matrix, KeptResult] = field(default_factory=dict)
+    """Results that stay in gradients of the session; they are not sent."""
     block_rows: int | None = None
     """Most rows of a row block, a power of two; None: as many as the server chooses."""
 
@@ -131,6 +173,20 @@ class JobSpec:
         """The operands of the wanted results, in the order X, W, dY."""
         return operands_for(self.results)
 
+    @cached_property
+    def sent_operands(self) -> tuple[Matrix, ...]:
+        """The operands that the client sends, in messages or in shared memory."""
+        return tuple(each for each in self.operands if each not in self.kept)
+
+    @cached_property
+    def sent_results(self) -> tuple[Matrix, ...]:
+        """The results that the server sends, in messages or in shared memory."""
+        return tuple(each for each in self.results if each not in self.into)
+
+    def is_kept(self, matrix: Matrix) -> bool:
+        """Whether a matrix is in the session's memory while the job runs."""
+        return matrix in self.kept or matrix in self.keep or matrix in self.into
+
     def row_length(self, matrix: Matrix) -> int:
         """Columns of a matrix, in elements."""
         return matrix.row_length(self.n, self.k)
@@ -147,13 +203,13 @@ class JobSpec:
 
     @cached_property
     def operands_bytes(self) -> int:
-        """Bytes of all operands, once m is known."""
-        return sum(map(self.size_bytes, self.operands))
+        """Bytes of all sent operands, once m is known."""
+        return sum(map(self.size_bytes, self.sent_operands))
 
     @cached_property
     def results_bytes(self) -> int:
-        """Bytes of all results, once m is known."""
-        return sum(map(self.size_bytes, self.results))
+        """Bytes of all sent results, once m is known."""
+        return sum(map(self.size_bytes, self.sent_results))
 
     @cached_property
     def _sizes_bytes(self) -> dict[Matrix, int]:
@@ -175,7 +231,7 @@ class JobSpec:
 
     def share_memory(self, one: Matrix, other: Matrix) -> bool:
         """Whether two matrices of a shared-memory job overlap."""
-        if not self.buffers:
+        if one not in self.buffers or other not in self.buffers:
             return False
         first, second = self.buffers[one], self.buffers[other]
         return first.region == second.region and (
@@ -214,13 +270,25 @@ class JobSpec:
             getattr(job, result.label).dtype = int(dtype)
         for matrix in (*self.operands, *self.results):
             message = getattr(job, matrix.label)
-            if self.buffers:
+            if matrix in self.kept:
+                kept = self.kept[matrix]
+                message.kept.tensor = kept.tensor
+                message.kept.last_use = kept.last_use
+            elif matrix in self.into:
+                _write_destination(message.kept, self.into[matrix])
+            elif self.buffers:
                 buffer = self.buffers[matrix]
                 message.shared.region = buffer.region
                 message.shared.offset_bytes = buffer.offset
                 message.shared.SetInParent()  # also if both are zero
             else:
                 message.inline.SetInParent()
+            if matrix in self.keep:
+                message.keep.tensor = self.keep[matrix]
+        if self.session:
+            job.session.session = self.session
+            if self.session_step is not None:
+                job.session.step = self.session_step
         if self.checkpoint_rows is not None:
             job.checkpoints.rows = self.checkpoint_rows
             job.checkpoints.SetInParent()
@@ -265,6 +333,11 @@ class JobSpec:
             buffers=_read_buffers(job),
             checkpoint_rows=_read_checkpoint_rows(job),
             resume=_read_resume(job),
+            session=job.session.session,
+            session_step=job.session.step if job.session.HasField("step") else None,
+            kept=_read_kept(job),
+            keep=_read_keep(job),
+            into=_read_into(job),
             block_rows=job.block_rows or None,
         )
         spec._check_overlap()
@@ -288,7 +361,7 @@ class JobSpec:
 def _read_buffers(job: job_pb2.Job) -> dict[Matrix, BufferRef]:
     buffers = {}
     for matrix in (*OPERANDS, *RESULTS) if job.regions else ():
-        if job.HasField(matrix.label):
+        if getattr(job, matrix.label).HasField("shared"):
             shared = getattr(job, matrix.label).shared
             buffers[matrix] = BufferRef(shared.region, shared.offset_bytes)
     return buffers
@@ -303,3 +376,41 @@ def _read_resume(job: job_pb2.Job) -> Resume | None:
         return None
     fingerprint = Fingerprint.from_message(job.resume.fingerprint)
     return Resume(job.resume.first_row, job.resume.results_from_row, fingerprint)
+
+
+def _read_kept(job: job_pb2.Job) -> dict[Matrix, KeptOperand]:
+    return {
+        operand: KeptOperand(given.kept.tensor, given.kept.last_use)
+        for operand in OPERANDS
+        if (given := getattr(job, operand.label)).HasField("kept")
+    }
+
+
+def _read_keep(job: job_pb2.Job) -> dict[Matrix, int]:
+    return {
+        operand: given.keep.tensor
+        for operand in OPERANDS
+        if (given := getattr(job, operand.label)).HasField("keep")
+    }
+
+
+def _read_into(job: job_pb2.Job) -> dict[Matrix, KeptResult]:
+    into = {}
+    for result in RESULTS:
+        given = getattr(job, result.label)
+        if given.HasField("kept"):
+            part = given.kept.add
+            add = Contribution(part.step, part.part, part.parts)
+            into[result] = KeptResult(
+                given.kept.tensor, add if given.kept.HasField("add") else None
+            )
+    return into
+
+
+def _write_destination(message: job_pb2.KeptDestination, kept: KeptResult) -> None:
+    message.tensor = kept.tensor
+    if kept.add is not None:
+        message.add.step = kept.add.step
+        message.add.part = kept.add.part
+        message.add.parts = kept.add.parts
+        message.add.SetInParent()

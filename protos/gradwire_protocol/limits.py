@@ -27,6 +27,9 @@ MAX_JOB_ID_LENGTH = 128
 SERVICE = "gradwire.v1.GradientService"
 """Full name of the service."""
 
+SESSION_SERVICE = "gradwire.v1.SessionService"
+"""Full name of the service of sessions."""
+
 COMPUTE = f"/{SERVICE}/Compute"
 COMPUTE_STREAM = f"/{SERVICE}/ComputeStream"
 OPEN_REGION = f"/{SERVICE}/OpenRegion"
@@ -40,6 +43,21 @@ RESUME = "resume"
 
 BLOCK_ROWS = "block-rows"
 """Feature name for jobs that limit the rows of a block."""
+
+SESSIONS = "sessions"
+"""Feature name for sessions."""
+
+SESSION_STATE = "session-state"
+"""Feature name for states of sessions that the server saves."""
+
+MAX_STATE_NAME_LENGTH = 64
+"""Maximum length of a saved state's name in characters."""
+
+MAX_TENSOR_DIMENSIONS = 8
+"""Most dimensions of a kept tensor."""
+
+MAX_NAME_LENGTH = 128
+"""Maximum length of a session's label and a tensor's name in characters."""
 
 SHARED_MEMORY = "shared-memory"
 """Feature name for shared memory."""

@@ -12,8 +12,16 @@ from gradwire.v1 import job_pb2
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.header_checks import HeaderError
-from gradwire_protocol.job_spec import BufferRef, Fingerprint, JobSpec, Resume
-from gradwire_protocol.matrices import RESULTS, Matrix, operands_for
+from gradwire_protocol.job_spec import (
+    BufferRef,
+    Contribution,
+    Fingerprint,
+    JobSpec,
+    KeptOperand,
+    KeptResult,
+    Resume,
+)
+from gradwire_protocol.matrices import RESULTS, SUMS, Matrix, operands_for
 
 SIZES = st.integers(0, 1000)
 TEXTS = st.text(max_size=8)
@@ -21,16 +29,60 @@ FINGERPRINTS = st.builds(Fingerprint, TEXTS, TEXTS, SIZES, SIZES)
 
 
 @st.composite
+def kept(draw: Any, wanted: set[Matrix]) -> dict[str, Any]:
+    """The fields of a job with kept tensors, or none."""
+    if not draw(st.booleans()):
+        return {}
+    operands = {
+        each: draw(st.sampled_from(["sent", "kept", "keep"]))
+        for each in operands_for(wanted)
+    }
+    if operands.get(Matrix.W) == "keep":
+        operands[Matrix.W] = "kept"
+    part = st.builds(Contribution, SIZES, st.just(3), st.just(0) | st.integers(4, 9))
+    result = st.builds(KeptResult, st.integers(10, 99), st.none() | part)
+    numbers = {each: draw(st.integers(1, 3)) + 3 * i for i, each in enumerate(operands)}
+    fields: dict[str, Any] = {
+        "kept": {
+            each: KeptOperand(numbers[each], draw(st.booleans()))
+            for each, how in operands.items()
+            if how == "kept"
+        },
+        "keep": {
+            each: numbers[each] for each, how in operands.items() if how == "keep"
+        },
+        "into": {
+            each: draw(result)
+            for each in SUMS
+            if each in wanted and draw(st.booleans())
+        },
+    }
+    if len({each.tensor for each in fields["into"].values()}) < len(fields["into"]):
+        fields["into"] = {}
+    if not any(fields.values()):
+        return {}
+    session = {"session": "secret", "session_step": draw(st.none() | SIZES)}
+    return fields | session
+
+
+@st.composite
 def specs(draw: Any) -> JobSpec:
     """Any job that a header can ask for."""
     dtype = draw(st.sampled_from(Dtype))
     wanted = draw(st.sets(st.sampled_from(RESULTS), min_size=1))
-    shared = draw(st.booleans())
-    m = draw(SIZES if shared else st.none() | SIZES)
-    of_dw = Matrix.DW in wanted and not shared
+    of_session = draw(kept(wanted))
+    in_memory = {*of_session.get("kept", ()), *of_session.get("into", ())}
+    sent = {*operands_for(wanted), *wanted} - in_memory
+    shared = draw(st.booleans()) and bool(sent)
+    m = draw(SIZES if shared or of_session else st.none() | SIZES)
+    of_dw = Matrix.DW in wanted and not shared and not of_session
     first = draw(st.integers(0, 1000 if m is None else m))
     resume = st.builds(Resume, st.just(first), st.integers(first, 2000), FINGERPRINTS)
-    matrices = (*operands_for(wanted), *(r for r in RESULTS if r in wanted))
+    matrices = [
+        each
+        for each in (*operands_for(wanted), *(r for r in RESULTS if r in wanted))
+        if each in sent
+    ]
     accumulators = [d for d in Dtype if d.itemsize >= dtype.sums_in.itemsize]
     return JobSpec(
         m=m,
@@ -52,8 +104,9 @@ def specs(draw: Any) -> JobSpec:
         if shared
         else {},
         checkpoint_rows=draw(st.none() | SIZES) if of_dw else None,
-        resume=None if shared else draw(st.none() | resume),
+        resume=None if shared or of_session else draw(st.none() | resume),
         block_rows=draw(st.none() | st.integers(0, 62).map(lambda bit: 1 << bit)),
+        **of_session,
     )
 
 
@@ -97,9 +150,18 @@ def test_every_field_of_the_contract_is_written() -> None:
         regions=("token",),
         buffers=dict.fromkeys((Matrix.X, Matrix.W, Matrix.Y), BufferRef(0, 64)),
     )
+    in_session = JobSpec(
+        m=8,
+        n=1,
+        k=2,
+        dtype=Dtype.FLOAT32,
+        results={Matrix.Y: Dtype.FLOAT32},
+        session="name",
+        kept={Matrix.W: KeptOperand(1)},
+    )
     written = {
         field.name
-        for spec in (everything, in_regions)
+        for spec in (everything, in_regions, in_session)
         for field, _ in spec.to_message("name").ListFields()
     }
     assert written == set(job_pb2.Job.DESCRIPTOR.fields_by_name)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume", "db", "block_rows")
+    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume", "db", "block_rows", "session")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class Job(_message.Message):
     RESUME_FIELD_NUMBER: _ClassVar[int]
     DB_FIELD_NUMBER: _ClassVar[int]
     BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     m: int
     n: int
@@ -49,7 +50,16 @@ class Job(_message.Message):
     resume: Resume
     db: Result
     block_rows: int
-    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., db: _Optional[_Union[Result, _Mapping]] = ..., block_rows: _Optional[int] = ...) -> None: ...
+    session: SessionRef
+    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., db: _Optional[_Union[Result, _Mapping]] = ..., block_rows: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ...) -> None: ...
+
+class SessionRef(_message.Message):
+    __slots__ = ("session", "step")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    step: int
+    def __init__(self, session: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Checkpoints(_message.Message):
     __slots__ = ("rows",)
@@ -84,12 +94,30 @@ class SharedRegion(_message.Message):
     def __init__(self, token: _Optional[str] = ...) -> None: ...
 
 class Operand(_message.Message):
-    __slots__ = ("inline", "shared")
+    __slots__ = ("inline", "shared", "kept", "keep")
     INLINE_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     inline: InlineSource
     shared: SharedSource
-    def __init__(self, inline: _Optional[_Union[InlineSource, _Mapping]] = ..., shared: _Optional[_Union[SharedSource, _Mapping]] = ...) -> None: ...
+    kept: KeptSource
+    keep: KeepAs
+    def __init__(self, inline: _Optional[_Union[InlineSource, _Mapping]] = ..., shared: _Optional[_Union[SharedSource, _Mapping]] = ..., kept: _Optional[_Union[KeptSource, _Mapping]] = ..., keep: _Optional[_Union[KeepAs, _Mapping]] = ...) -> None: ...
+
+class KeptSource(_message.Message):
+    __slots__ = ("tensor", "last_use")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    LAST_USE_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    last_use: bool
+    def __init__(self, tensor: _Optional[int] = ..., last_use: bool = ...) -> None: ...
+
+class KeepAs(_message.Message):
+    __slots__ = ("tensor",)
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    def __init__(self, tensor: _Optional[int] = ...) -> None: ...
 
 class SharedSource(_message.Message):
     __slots__ = ("region", "offset_bytes")
@@ -104,14 +132,34 @@ class InlineSource(_message.Message):
     def __init__(self) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("dtype", "inline", "shared")
+    __slots__ = ("dtype", "inline", "shared", "kept")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     dtype: _matrix_pb2.Dtype
     inline: InlineDestination
     shared: SharedDestination
-    def __init__(self, dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., inline: _Optional[_Union[InlineDestination, _Mapping]] = ..., shared: _Optional[_Union[SharedDestination, _Mapping]] = ...) -> None: ...
+    kept: KeptDestination
+    def __init__(self, dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., inline: _Optional[_Union[InlineDestination, _Mapping]] = ..., shared: _Optional[_Union[SharedDestination, _Mapping]] = ..., kept: _Optional[_Union[KeptDestination, _Mapping]] = ...) -> None: ...
+
+class KeptDestination(_message.Message):
+    __slots__ = ("tensor", "add")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    ADD_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    add: Contribution
+    def __init__(self, tensor: _Optional[int] = ..., add: _Optional[_Union[Contribution, _Mapping]] = ...) -> None: ...
+
+class Contribution(_message.Message):
+    __slots__ = ("step", "part", "parts")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    part: int
+    parts: int
+    def __init__(self, step: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
 
 class SharedDestination(_message.Message):
     __slots__ = ("region", "offset_bytes")
@@ -198,7 +246,7 @@ class NumericsFingerprint(_message.Message):
     def __init__(self, library: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., block_rows: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("job_id", "server_instance", "m", "blocks", "bytes_received", "bytes_sent", "queued_seconds", "receiving_seconds", "copy_to_device_seconds", "computing_seconds", "copy_from_device_seconds", "sending_seconds", "total_seconds", "device", "peak_memory_bytes", "transport")
+    __slots__ = ("job_id", "server_instance", "m", "blocks", "bytes_received", "bytes_sent", "queued_seconds", "receiving_seconds", "copy_to_device_seconds", "computing_seconds", "copy_from_device_seconds", "sending_seconds", "total_seconds", "device", "peak_memory_bytes", "transport", "applied")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +263,7 @@ class Receipt(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     server_instance: str
     m: int
@@ -231,4 +280,13 @@ class Receipt(_message.Message):
     device: Device
     peak_memory_bytes: int
     transport: str
-    def __init__(self, job_id: _Optional[str] = ..., server_instance: _Optional[str] = ..., m: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., receiving_seconds: _Optional[float] = ..., copy_to_device_seconds: _Optional[float] = ..., computing_seconds: _Optional[float] = ..., copy_from_device_seconds: _Optional[float] = ..., sending_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    applied: _containers.RepeatedCompositeFieldContainer[Applied]
+    def __init__(self, job_id: _Optional[str] = ..., server_instance: _Optional[str] = ..., m: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., receiving_seconds: _Optional[float] = ..., copy_to_device_seconds: _Optional[float] = ..., computing_seconds: _Optional[float] = ..., copy_from_device_seconds: _Optional[float] = ..., sending_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., applied: _Optional[_Iterable[_Union[Applied, _Mapping]]] = ...) -> None: ...
+
+class Applied(_message.Message):
+    __slots__ = ("tensor", "again")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    again: bool
+    def __init__(self, tensor: _Optional[int] = ..., again: bool = ...) -> None: ...

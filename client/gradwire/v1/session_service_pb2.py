@@ -1,0 +1,3 @@
+"""Generated code of the contract; see `gradwire_protocol.v1.session_service_pb2`."""
+
+from gradwire_protocol.v1.session_service_pb2 import *  # noqa: F403 - all of it
