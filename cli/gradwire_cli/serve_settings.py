@@ -40,6 +40,7 @@ _SIZE = Parameter(
 )
 _SECONDS = Parameter(metavar="SECONDS")
 _FILE = Parameter(metavar="FILE")
+_DIRECTORY = Parameter(metavar="DIR")
 _NAME = Parameter(metavar="NAME")
 
 
@@ -63,6 +64,9 @@ class ServeSettings(Settings):
     ] = Settings.devices
     device_memory_limit: Annotated[int | None, _SIZE] = Settings.device_memory_limit
     memory_limit: Annotated[int | None, _SIZE] = Settings.memory_limit
+    keep_limit: Annotated[int | None, _SIZE] = Settings.keep_limit
+    session_lease_max: Annotated[float, _SECONDS] = Settings.session_lease_max
+    state_dir: Annotated[Path | None, _DIRECTORY] = Settings.state_dir
     row_block_bytes: Annotated[int | None, _SIZE] = Settings.row_block_bytes
     auth_tokens: Annotated[Path | None, _FILE] = Settings.auth_tokens
     auth_jwks: Annotated[Path | None, _FILE] = Settings.auth_jwks

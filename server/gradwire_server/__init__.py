@@ -14,6 +14,7 @@ from gradwire_server.errors import (
     BackendUnavailableError,
     CredentialsError,
     ListenError,
+    StateDirectoryError,
 )
 from gradwire_server.server import Server
 from gradwire_server.settings import Settings
@@ -25,5 +26,6 @@ __all__ = [
     "ListenError",
     "Server",
     "Settings",
+    "StateDirectoryError",
     "start_in_thread",
 ]

@@ -24,6 +24,10 @@ class BackendUnavailableError(BackendError):
     """
 
 
+class StateDirectoryError(OSError):
+    """The directory for saved states cannot be used; the text gives the cause."""
+
+
 class CredentialsError(ValueError):
     """The authentication settings cannot be used; the text gives the cause."""
 

@@ -13,6 +13,7 @@ from gradwire_server.admission.controller import CALL_BYTES, Admission
 from gradwire_server.api.gradient_servicer import GradientServicer
 from gradwire_server.api.job_service import JobService
 from gradwire_server.api.open_calls import OpenCalls
+from gradwire_server.api.session_servicer import SessionServicer
 from gradwire_server.api.standard import health
 from gradwire_server.api.standard.guard import StandardServiceGuard
 from gradwire_server.api.standard.unknown_contracts import OtherContracts
@@ -97,6 +98,7 @@ class Server:
         Raises:
             ListenError: An address cannot be listened on; the server then listens on
                 none.
+            StateDirectoryError: The directory for saved states cannot be used.
             BackendError: A device cannot be used.
         """
         if self.settings.keep_memory:
@@ -136,7 +138,10 @@ class Server:
             raise
         self._service = service
         servicer = GradientServicer(service, self.backend_reason)
-        server.add_generic_rpc_handlers((servicer.handler(), OtherContracts()))
+        sessions = SessionServicer(service)
+        server.add_generic_rpc_handlers(
+            (servicer.handler(), sessions.handler(), OtherContracts())
+        )
         health.add(server, self._health)
         await server.start()
         self._grpc = server
@@ -215,6 +220,7 @@ class Server:
         await server.stop(_FLUSH_S)
         await self._calls.wait_ended(_UNWIND_S)
         if self._service is not None:
+            await self._service.sessions.steps_made()
             self._service.close()
         for address in self.addresses:
             listener.remove(address)

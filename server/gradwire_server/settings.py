@@ -83,6 +83,19 @@ class Settings:
     it decides how many rows a block has, and so a result's last bits. Unset: 16 MiB
     with numpy, 32 MiB with cupy."""
 
+    keep_limit: int | None = None
+    """Most bytes that all sessions together may keep for their tensors. They count in
+    memory-limit. Unset: half of memory-limit."""
+
+    session_lease_max: float = 3600.0
+    """Longest lease of a session: seconds without a call after which the server closes
+    it and frees its memory. A client may ask for less."""
+
+    state_dir: Path | None = None
+    """Directory where the server saves the states of sessions whose clients ask for it,
+    with a folder for each tenant, so that training goes on after a restart. It is
+    created if missing. Unset: sessions end with the server."""
+
     allow_shared_memory: bool = False
     """Whether clients on the same host may have jobs computed in memory shared with the
     server. Shared memory counts in memory-limit."""
@@ -178,6 +191,8 @@ _LEAST: dict[str, float] = {
     "tenant_memory_limit": 4 * MIB,
     "tenant_max_queue": 0,
     "row_block_bytes": 1,
+    "keep_limit": 0,
+    "session_lease_max": 1.0,
     "idle_timeout": 0.01,
     "grace": 0,
 }

@@ -712,7 +712,17 @@ def test_every_reason_has_a_test():
         "UNFORESEEN",
         "BUFFER_REF_INVALID",  # test_shared_memory.py
         "REGION_UNKNOWN",
+        "STATE_UNKNOWN",  # test_session_states.py
+        "STATE_INVALID",
+        "STATE_NOT_SAVED",
         "NOT_ALLOWED",
+        "SESSION_UNKNOWN",  # test_sessions.py
+        "SESSION_FULL",
+        "TENSOR_UNKNOWN",
+        "TENSOR_MISMATCH",
+        "STEP_CONFLICT",
+        "GRADIENT_INCOMPLETE",  # test_session_steps.py
+        "SESSION_EXPIRED",  # test_session_faults.py
     }
     of_the_future = {"CREDENTIALS_INVALID"}
     assert in_a_table | elsewhere | of_the_future == {each.value for each in Reason}

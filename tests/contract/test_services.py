@@ -235,4 +235,5 @@ def test_health_lists_all_that_it_knows(channel):
     assert {name: each.status for name, each in answer.statuses.items()} == {
         "": SERVING,
         SERVICE: SERVING,
+        "gradwire.v1.SessionService": SERVING,
     }

@@ -20,6 +20,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -105,7 +106,10 @@ def running_server(
             that it listens on port 0 of 127.0.0.1, computes with `BACKEND` and
             drains for at most a second. And `slow_decoder`: whether it reads every
             message of a stream by the generated class; and `clock_jumps`: whether
-            its wall clock is an hour off whenever it is asked, forth and back.
+            its wall clock is an hour off whenever it is asked, forth and back;
+            `dies_at_rename`: the number of the first file that it would rename into
+            place, and is killed instead; `file_bytes`: most bytes of a file that it can
+            write, as on a full disk.
     """
     settings = {
         "listen": ["127.0.0.1:0"],
@@ -165,6 +169,17 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
+def _die_at_rename(number: int) -> None:
+    rename, renamed = Path.replace, itertools.count(1)
+
+    def replace(path: Path, target: Any) -> Path:
+        if next(renamed) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target)
+
+    Path.replace = replace  # type: ignore[method-assign]
+
+
 async def _serve(settings: dict[str, Any]) -> None:
     from gradwire_protocol import framing
     from gradwire_server import Server, Settings
@@ -174,6 +189,13 @@ async def _serve(settings: dict[str, Any]) -> None:
     if settings.pop("clock_jumps", False):
         right, hours = time.time, itertools.cycle((3600.0, -3600.0))
         time.time = lambda: right() + next(hours)
+    if "file_bytes" in settings:
+        most = settings.pop("file_bytes")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    if "dies_at_rename" in settings:
+        _die_at_rename(settings.pop("dies_at_rename"))
+    if settings.get("state_dir"):
+        settings["state_dir"] = Path(settings["state_dir"])
     lists_as_tuples = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()

@@ -18,7 +18,7 @@ def never_busy() -> float:
 
 @dataclass(slots=True, eq=False)
 class CallState:
-    """State of a Compute, ComputeStream or OpenRegion call."""
+    """State of a call that holds memory: of a job, a region or a session."""
 
     method: str
     transport: str
@@ -40,6 +40,8 @@ class CallState:
     receiving_s: float = 0.0
     sending_s: float = 0.0
     progress: JobProgress = field(default_factory=JobProgress)
+    applied: list[job_pb2.Applied] = field(default_factory=list)
+    """The job's contributions to kept gradients."""
     idle_since: Callable[[], float] = never_busy
     """Returns since when the server has owed the client nothing; event loop's clock."""
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from gradwire_protocol import framing
 from gradwire_protocol.checksum import crc32c
 from gradwire_protocol.error_reasons import Reason
-from gradwire_protocol.v1 import gradient_service_pb2 as pb2
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.api.call_state import CallState, never_busy
 from gradwire_server.api.client_timeouts import ClientTimeouts
@@ -22,7 +21,7 @@ from gradwire_server.jobs.stream.checkpoints import Checkpoint
 from gradwire_server.jobs.stream.streamed_job import StreamedJob
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
-Request = TypeVar("Request", pb2.ComputeRequest, pb2.OpenRegionRequest)
+Request = TypeVar("Request", bound=Message)
 
 
 class CallStream:
@@ -41,11 +40,22 @@ class CallStream:
         message = await self._read_bytes("a request")
         if message is None:
             await _refuse(None, "a request")
-        try:
-            return kind.FromString(message)
-        except DecodeError:
-            what = kind.DESCRIPTOR.full_name
-            raise malformed(f"the request is no {what}") from None
+        return _parse(kind, message)
+
+    async def requests(
+        self, kind: type[Request], expected: str
+    ) -> AsyncIterator[Request]:
+        """Yield the next requests, up to the half-close.
+
+        The caller says with `progressed` which of them count as progress.
+
+        Args:
+            kind: Their type.
+            expected: What comes next, for the error if nothing does.
+        """
+        self.progressed()
+        while (message := await self._read_bytes(expected)) is not None:
+            yield _parse(kind, message)
 
     async def read_header(self) -> job_pb2.Job:
         """Return the first message, a job's header."""
@@ -69,16 +79,16 @@ class CallStream:
 
     async def _receive(self, job: StreamedJob) -> None:
         """Receive the operands, up to the half-close after End."""
-        self._progressed()
+        self.progressed()
         while True:
             message = await self._read("the next chunk of an operand, or end")
             if isinstance(message, framing.Chunk):
                 await job.take(message)
                 if message.payload:  # messages without elements are no progress
-                    self._progressed()
+                    self.progressed()
             elif isinstance(message, job_pb2.End):
                 await job.end(message.m)
-                self._progressed()
+                self.progressed()
                 break
             else:
                 await _refuse(message, "a chunk or end")
@@ -86,7 +96,7 @@ class CallStream:
 
     async def receive_end(self, m: int) -> None:
         """Receive the End of a job in shared memory, and the half-close after it."""
-        self._progressed()
+        self.progressed()
         message = await self._read("end")
         if not isinstance(message, job_pb2.End):
             await _refuse(message, "end, because the job is in shared memory")
@@ -144,8 +154,24 @@ class CallStream:
             message = await self._context.read()
         return message if isinstance(message, bytes) else None  # grpc.aio.EOF
 
-    def _progressed(self) -> None:
+    async def await_cancellation(self) -> None:
+        """Wait for this task's cancellation, which may be about to arrive.
+
+        A cancelled call reads like a half-closed one.
+        """
+        await asyncio.sleep(_CANCELLATION_S)
+
+    def progressed(self) -> None:
+        """Count the time that the client may be idle from now on."""
         self._progress_at = asyncio.get_running_loop().time()
+
+
+def _parse(kind: type[Request], message: bytes) -> Request:
+    try:
+        return kind.FromString(message)
+    except DecodeError:
+        what = kind.DESCRIPTOR.full_name
+        raise malformed(f"the request is no {what}") from None
 
 
 async def both(

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import JobSpec
-from gradwire_protocol.limits import SHARED_MEMORY
+from gradwire_protocol.limits import SESSION_STATE, SHARED_MEMORY
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.admission.controller import Admission
@@ -45,6 +45,8 @@ from gradwire_server.memory.shared_regions import Regions
 from gradwire_server.observability.timeline import Observe, no_observer
 from gradwire_server.scheduling.device_selector import make_load
 from gradwire_server.scheduling.device_worker import DeviceWorker, TenantHandle
+from gradwire_server.sessions.registry import Sessions
+from gradwire_server.sessions.saved_states import SavedStates
 from gradwire_server.settings import Settings
 
 _log = logging.getLogger("gradwire_server")
@@ -82,6 +84,10 @@ class JobService:
         self.features = FEATURES
         if settings.allow_shared_memory:
             self.features += (SHARED_MEMORY,)
+        self.states: SavedStates | None = None
+        if settings.state_dir is not None:
+            self.states = SavedStates(settings.state_dir)
+            self.features += (SESSION_STATE,)
         self.instance = secrets.token_hex(8)
         self.workers = [
             DeviceWorker(
@@ -99,6 +105,12 @@ class JobService:
             self.instance,
         )
         self._jobs = JobRegistry()
+        limit = admission.memory_limit // 2
+        if settings.keep_limit is not None:
+            limit = settings.keep_limit
+        self.sessions = Sessions(
+            admission, self.instance, limit, settings.session_lease_max
+        )
         self._trim_timer: asyncio.TimerHandle | None = None
 
     async def ready(self) -> None:
@@ -134,6 +146,7 @@ class JobService:
         call: CallState,
         host_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
+        device: int | None = None,
     ) -> AsyncIterator[TenantHandle]:
         """Wait for the job's turn, and hold its memory within this context.
 
@@ -141,13 +154,16 @@ class JobService:
             call: A call with a parsed header.
             host_bytes: Host memory of the job, without the backend's part.
             on_wait: Called with the number of jobs ahead.
+            device: Position of the job's device; None: any.
 
         Yields:
             The worker of the job's device.
         """
         header = call.header
         call.reserved_bytes = host_bytes + header.backend_bytes
-        load = make_load(header.spec, header.plan, header.device_bytes, call.progress)
+        load = make_load(
+            header.spec, header.plan, header.device_bytes, call.progress, device
+        )
         async with self.admission.job(
             call.reserved_bytes, load, on_wait, call.tenant
         ) as position:
@@ -183,12 +199,22 @@ class JobService:
         spec, plan = call.header.spec, call.header.plan
         host_bytes = plan.region_bytes + message_bytes
         observe = partial(self.observe, call.job_id)
+        # A session's turn comes before memory: steps wait for jobs, never jobs that
+        # hold memory for steps.
         async with (
-            self.admitted(call, host_bytes, on_wait) as worker,
+            self.sessions.job(spec, call.tenant) as tensors,
+            self.admitted(call, host_bytes, on_wait, tensors.device) as worker,
             StreamedJob(
-                spec, plan, self.backend, worker, call.progress, observe=observe
+                spec,
+                plan,
+                self.backend,
+                worker,
+                call.progress,
+                tensors=tensors,
+                observe=observe,
             ) as job,
         ):
+            call.applied = tensors.applied
             self._jobs.on_drain(job.hand_over)
             yield job
 
@@ -212,12 +238,16 @@ class JobService:
         spec, plan = call.header.spec, call.header.plan
         with self.regions.used(spec.regions, call.tenant) as regions:
             check_region_sizes(spec, [region.size_bytes for region in regions])
-            async with self.admitted(call, message_bytes, on_wait) as worker:
+            async with (
+                self.sessions.job(spec, call.tenant) as tensors,
+                self.admitted(call, message_bytes, on_wait, tensors.device) as worker,
+            ):
+                call.applied = tensors.applied
                 execution = DeviceExecution(
                     spec, plan, self.backend, worker.device, call.progress
                 )
                 async with SharedMemoryJob(
-                    spec, execution, worker, call.progress, regions
+                    spec, execution, worker, call.progress, regions, tensors=tensors
                 ) as job:
                     yield job
 
@@ -229,31 +259,40 @@ class JobService:
         Args:
             call: A call with a parsed header.
             message_bytes: Memory of the call's messages, with operands and results.
-            operands: Elements of each operand.
+            operands: Elements of each sent operand.
 
         Returns:
-            The requested results.
+            The results to send.
         """
         spec, plan = call.header.spec, call.header.plan
-        async with self.admitted(call, message_bytes, _not_told) as worker:
+        async with (
+            self.sessions.job(spec, call.tenant) as tensors,
+            self.admitted(call, message_bytes, _not_told, tensors.device) as worker,
+        ):
+            call.applied = tensors.applied
             execution = DeviceExecution(
                 spec, plan, self.backend, worker.device, call.progress
             )
-            if spec.operations < self.backend.inline_below_ops:
+            if spec.operations < self.backend.inline_below_ops and not spec.into:
                 # Faster than waking the worker thread, and without a wait there
                 # behind a row block of a large job.
-                results = execution.run(operands)
+                results = execution.run(operands, tensors)
             else:
                 try:
                     results = await worker.submit(
-                        call, partial(execution.run, operands)
+                        call, partial(execution.run, operands, tensors)
                     )
                 finally:
                     await worker.discard(call)
+            tensors.commit()
         call.progress.m = spec.m or 0
         call.progress.bytes_received = spec.operands_bytes
         call.progress.bytes_sent = spec.results_bytes
         return results
+
+    def least_kept_device(self) -> int:
+        """Return the position of the device with the fewest sessions."""
+        return self.sessions.least_used_device(len(self.workers))
 
     def job_ended(self, call: CallState) -> None:
         """Return free memory to the system if no other job ends for a while.
@@ -283,7 +322,10 @@ class JobService:
         self._jobs.cancel_all(_grace_is_over())
 
     def close(self) -> None:
-        """End the device workers and close the backend."""
+        """End the sessions and the device workers, and close the backend."""
+        self.sessions.close_all()
+        if self.states is not None:
+            self.states.close()
         for worker in self.workers:
             worker.close()
         try:

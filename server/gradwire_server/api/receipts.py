@@ -38,4 +38,5 @@ def receipt_message(call: CallState) -> job_pb2.Receipt:
         device=call.accepted.device,
         peak_memory_bytes=peak_resident_bytes(),
         transport=call.transport,
+        applied=call.applied,
     )

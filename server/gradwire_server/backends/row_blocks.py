@@ -41,10 +41,10 @@ class RowBlockPlan:
     slot."""
 
     w_bytes: int
-    """Size of W at the start of the region, aligned."""
+    """Size of W at the start of the region, aligned; 0 if W is not sent."""
 
     slot_bytes: int
-    """Size of one slot, aligned; 0 if rows have no elements."""
+    """Size of one slot, aligned; 0 if rows of sent matrices have no elements."""
 
     pipeline_depth: int = 1
     """Most row blocks of the job in progress on its device."""
@@ -55,6 +55,9 @@ class RowBlockPlan:
 
     least_bytes: int = 0
     """Smallest size of the region, so that it can hold the partial sums."""
+
+    computes: bool = True
+    """Whether row blocks have elements, and so need computation."""
 
     @property
     def slots(self) -> int:
@@ -97,7 +100,7 @@ def plan_row_blocks(
     slot_rows = block_rows if spec.m is None else min(block_rows, spec.m)
     offsets: dict[Matrix, int] = {}
     w_bytes = 0
-    if Matrix.W in spec.operands:
+    if Matrix.W in spec.sent_operands:
         offsets[Matrix.W] = 0
         w_bytes = _aligned(spec.n * spec.k * spec.dtype.itemsize)
     sum_bytes = least_bytes = 0
@@ -108,9 +111,12 @@ def plan_row_blocks(
             least_bytes += _aligned(spec.size_bytes(result.partial))
         if spec.brings_sums or spec.checkpoint_rows:
             sum_bytes = least_bytes - w_bytes
-    slot_bytes = 0
+    slot_bytes = row_elements = 0
     for matrix in (*ROW_OPERANDS, *ROW_RESULTS):
-        if matrix in spec.operands or matrix in spec.results:
+        if matrix not in spec.operands and matrix not in spec.results:
+            continue
+        row_elements += spec.row_length(matrix)
+        if not spec.is_kept(matrix):
             offsets[matrix] = slot_bytes
             row_bytes = spec.row_length(matrix) * spec.dtype_of(matrix).itemsize
             slot_bytes += _aligned(slot_rows * row_bytes)
@@ -123,6 +129,7 @@ def plan_row_blocks(
         pipeline_depth,
         sum_bytes,
         least_bytes,
+        computes=bool(row_elements and slot_rows),
     )
 
 

@@ -22,6 +22,7 @@ from gradwire_server.backends.base import (
 )
 from gradwire_server.backends.row_blocks import RowBlockPlan
 from gradwire_server.scheduling.job_progress import JobProgress
+from gradwire_server.sessions.job_tensors import JobTensors
 
 
 class DeviceExecution:
@@ -98,14 +99,17 @@ class DeviceExecution:
         """Return the sums, each in its wire dtype."""
         return self._opened.finish()
 
-    def run(self, operands: Mapping[Matrix, memoryview]) -> dict[Matrix, Array]:
+    def run(
+        self, operands: Mapping[Matrix, memoryview], tensors: JobTensors
+    ) -> dict[Matrix, Array]:
         """Compute a whole job with complete operands.
 
         Args:
-            operands: Elements of each operand.
+            operands: Elements of each sent operand.
+            tensors: The kept operands and results.
 
         Returns:
-            The requested results.
+            The results to send.
         """
         spec, m = self._spec, self._spec.m or 0
         arrays = {
@@ -114,6 +118,10 @@ class DeviceExecution:
             )
             for operand, data in operands.items()
         }
+        for operand, kept in tensors.operands.items():
+            if operand in spec.keep:
+                np.copyto(kept, arrays[operand])
+            arrays[operand] = kept
         for result in spec.results:
             if result.row_wise:
                 shape = (m, spec.row_length(result))
@@ -125,10 +133,10 @@ class DeviceExecution:
                 if wait is not None:
                     wait()
             if spec.sums:
-                arrays.update(self.finish())
+                arrays.update(tensors.take(self.finish()))
         finally:
             self.close()
-        return {result: arrays[result] for result in spec.results}
+        return {result: arrays[result] for result in spec.sent_results}
 
     def pieces(
         self, arrays: Mapping[Matrix, Array], m: int
@@ -149,7 +157,7 @@ class DeviceExecution:
         self._progress.blocks += 1
 
     def _blocks(self, arrays: Mapping[Matrix, Array], m: int) -> Iterator[RowBlock]:
-        for first in range(0, m if self._plan.slot_bytes else 0, self._plan.block_rows):
+        for first in range(0, m if self._plan.computes else 0, self._plan.block_rows):
             rows = slice(first, min(first + self._plan.block_rows, m))
             parts = {
                 matrix.label: arrays[matrix][rows] if matrix in arrays else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,7 @@ from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.memory.shared_regions import Region
 from gradwire_server.scheduling.device_worker import TenantHandle
 from gradwire_server.scheduling.job_progress import JobProgress
+from gradwire_server.sessions.job_tensors import JobTensors
 
 
 class SharedMemoryJob:
@@ -32,6 +34,7 @@ class SharedMemoryJob:
         worker: The device worker.
         progress: Counters to update.
         regions: The regions with its matrices.
+        tensors: The kept operands and results.
 
     Use it as an async context manager: after exit, for any cause, the worker no longer
     uses the regions.
@@ -44,7 +47,10 @@ class SharedMemoryJob:
         worker: TenantHandle,
         progress: JobProgress,
         regions: list[Region],
+        *,
+        tensors: JobTensors,
     ) -> None:
+        self._tensors = tensors
         self._spec = spec
         self._worker = worker
         self._progress = progress
@@ -73,26 +79,31 @@ class SharedMemoryJob:
             Exception: The backend's error.
         """
         spec, progress, m = self._spec, self._progress, self._spec.m or 0
-        sums = {result: self._arrays[result] for result in spec.sums}
+        sums = {each: self._arrays[each] for each in spec.sums if each in spec.buffers}
         await self._worker.submit(self, partial(self._computation.open, sums))
         begun: deque[asyncio.Future[None]] = deque()
-        for piece in self._computation.pieces(self._arrays, m):
+        arrays = self._tensors.operands | self._arrays
+        work = chain(
+            self._computation.pieces(arrays, m), self._tensors.copies(self._arrays)
+        )
+        for piece in work:
             begun.append(self._worker.begin(self, piece))
             # Enough pieces that the worker never waits for the event loop, and
             # few, because its queue keeps them all.
             if len(begun) > self._worker.max_in_flight + 1:
                 await begun.popleft()
-        if sums:
+        if spec.sums:
             begun.append(self._worker.submit(self, partial(self._finish, sums)))
         while begun:
             await begun.popleft()
+        self._tensors.commit()
         progress.m = m
         progress.bytes_received = spec.operands_bytes
         progress.bytes_sent = spec.results_bytes
 
     def _finish(self, places: Sums) -> None:
         """Finish the sums; runs in the worker thread."""
-        for result, array in self._computation.finish().items():
+        for result, array in self._tensors.take(self._computation.finish()).items():
             if array is not places[result]:
                 np.copyto(places[result], array)
 

@@ -33,6 +33,8 @@ class Load:
     """Counters that the job updates from any thread."""
     first_row: int = 0
     """First row that the client sends."""
+    device: int | None = None
+    """Position of the device that the job must have; None: any."""
 
     @property
     def done(self) -> int:
@@ -57,7 +59,11 @@ class Load:
 
 
 def make_load(
-    spec: JobSpec, plan: RowBlockPlan, device_bytes: int, progress: JobProgress
+    spec: JobSpec,
+    plan: RowBlockPlan,
+    device_bytes: int,
+    progress: JobProgress,
+    device: int | None = None,
 ) -> Load:
     """Return a job's load."""
     return Load(
@@ -67,6 +73,7 @@ def make_load(
         device_bytes=device_bytes,
         progress=progress,
         first_row=spec.first_row,
+        device=device,
     )
 
 
@@ -122,7 +129,7 @@ class DeviceSelector:
         Returns:
             The device's position, or None if no device has enough memory now.
         """
-        position = self._first_free(job.device_bytes)
+        position = self._first_free(job)
         if position is not None:
             device = self._devices[position]
             device.jobs.append(job)
@@ -137,11 +144,11 @@ class DeviceSelector:
         device.done += job.done
         device.computing_s += job.progress.times.computing_s
 
-    def _first_free(self, size_bytes: int) -> int | None:
+    def _first_free(self, job: Load) -> int | None:
         fitting = [
             position
             for position, device in enumerate(self._devices)
-            if device.has_room(size_bytes)
+            if device.has_room(job.device_bytes) and job.device in {None, position}
         ]
         if len(fitting) < 2:
             return fitting[0] if fitting else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from gradwire_protocol.limits import SERVICE
+from gradwire_protocol.limits import SERVICE, SESSION_SERVICE
 
 _log = logging.getLogger("gradwire_server")
 
@@ -91,7 +91,7 @@ class Health:
             told = status
 
     def _set(self, status: int) -> None:
-        self._status = dict.fromkeys(("", SERVICE), status)
+        self._status = dict.fromkeys(("", SERVICE, SESSION_SERVICE), status)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -106,5 +106,5 @@ def add(server: grpc.aio.Server, status: Health) -> None:
         return
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     channelz.add_channelz_servicer(server)
-    names = [SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    names = [SERVICE, SESSION_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection([*names, "grpc.channelz.v1.Channelz"], server)

@@ -356,7 +356,7 @@ def _tiles(
 
 def _sums_in_place(spec: JobSpec, result: Matrix, held: Dtype) -> bool:
     """Return whether a result, held in a dtype, is summed in its own memory."""
-    return bool(spec.buffers) and spec.results[result] == held
+    return result in spec.buffers and spec.results[result] == held
 
 
 def _scratch_shapes(spec: JobSpec, block_rows: int) -> dict[str, tuple[int, int]]:

@@ -73,7 +73,8 @@ class HeaderCache:
         check_header_size(header)
         header.ClearField("job_id")
         encoded = header.SerializeToString()
-        if len(encoded) > _MAX_CACHED_BYTES:
+        # Headers with kept tensors differ at every step.
+        if len(encoded) > _MAX_CACHED_BYTES or header.HasField("session"):
             return self._parse(encoded)
         return self._parse_cached(encoded)
 

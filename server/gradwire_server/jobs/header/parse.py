@@ -13,6 +13,7 @@ from gradwire_protocol.limits import (
     BLOCK_ROWS,
     MAX_JOB_ID_LENGTH,
     RESUME,
+    SESSIONS,
     SHARED_MEMORY,
 )
 from gradwire_protocol.v1 import job_pb2
@@ -21,6 +22,7 @@ from gradwire_server.errors import JobError
 FEATURES: tuple[str, ...] = (
     *(("checksum-crc32c",) if checksum.AVAILABLE else ()),
     RESUME,
+    SESSIONS,
     BLOCK_ROWS,
 )
 """Features that a job may require, in addition to those of every v1 server."""

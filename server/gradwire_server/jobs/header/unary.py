@@ -58,7 +58,8 @@ def whole_operands(
     operands: dict[Matrix, memoryview] = {}
     for operand in OPERANDS:
         data: bytes = getattr(message, operand.label)
-        expected = spec.size_bytes(operand) if operand in spec.operands else 0
+        sent = operand in spec.sent_operands
+        expected = spec.size_bytes(operand) if sent else 0
         if len(data) != expected:
             short = len(data) < expected
             raise JobError(
@@ -66,7 +67,7 @@ def whole_operands(
                 f"{operand.label} has {len(data)} bytes: expected {expected}",
                 field=operand.label,
             )
-        if operand in spec.operands:
+        if sent:
             operands[operand] = memoryview(data)
     return operands
 

@@ -50,7 +50,7 @@ class RequestValidator:
         self._plan = plan
         self._received: dict[Matrix, int] = {
             operand: spec.first_row * spec.row_length(operand)
-            for operand in spec.operands
+            for operand in spec.sent_operands
             if operand.row_wise
         }
         self._before_rows = {
@@ -208,7 +208,9 @@ class RequestValidator:
             raise JobError(
                 Reason.OPERAND_UNEXPECTED,
                 f"chunk.matrix is {operand.name}, but no wanted result ({wanted}) "
-                f"needs it",
+                f"needs it"
+                if operand not in self._spec.kept
+                else f"chunk.matrix is {operand.name}, which is a kept tensor",
                 field="chunk.matrix",
             )
         return operand
@@ -289,6 +291,6 @@ class RequestValidator:
 
 def _before_rows(spec: JobSpec) -> list[Matrix]:
     """Return the matrices that precede all rows."""
-    weights = [operand for operand in spec.operands if not operand.row_wise]
+    weights = [operand for operand in spec.sent_operands if not operand.row_wise]
     sums = spec.sums if spec.brings_sums else ()
     return weights + [result.partial for result in sums]

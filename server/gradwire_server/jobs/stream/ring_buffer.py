@@ -7,13 +7,14 @@ process can fill it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gradwire_protocol.job_spec import JobSpec
-from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
 from gradwire_server.backends.base import Array, RowBlock, Sums
 from gradwire_server.backends.row_blocks import RowBlockPlan
 from gradwire_server.jobs.stream.request_validator import Span
@@ -29,11 +30,18 @@ class RingBuffer:
         spec: The job's specification.
         plan: Its row blocks.
         region: The memory, `plan.region_bytes` long.
+        kept: Operands that are tensors of a session, whole: they have no place in
+            the region, and sent ones are received there.
     """
 
     def __init__(
-        self, spec: JobSpec, plan: RowBlockPlan, region: npt.NDArray[np.uint8]
+        self,
+        spec: JobSpec,
+        plan: RowBlockPlan,
+        region: npt.NDArray[np.uint8],
+        kept: Mapping[Matrix, Array] | None = None,
     ) -> None:
+        self._kept = dict(kept or {})
         self._spec = spec
         self._plan = plan
         self._region = region
@@ -47,7 +55,8 @@ class RingBuffer:
 
     def w(self) -> Array:
         """Return W, shape (n, k)."""
-        return self._whole(Matrix.W)
+        kept = self._kept.get(Matrix.W)
+        return self._whole(Matrix.W) if kept is None else kept
 
     def sums(self) -> Sums:
         """Return memory for the partial sums, in the accumulator's dtype."""
@@ -56,16 +65,28 @@ class RingBuffer:
     def rows(self, block: int, rows: int) -> RowBlock:
         """Return the matrices of a row block with `rows` rows."""
         start = self._slot_start(block)
-        arrays = {
-            matrix.label: self._matrix(matrix, start, rows)
-            if matrix in self._plan.offsets
-            else None
-            for matrix in (Matrix.X, Matrix.DY, Matrix.Y, Matrix.DX)
-        }
+        first = block * self._plan.block_rows
+        arrays: dict[str, Array | None] = {}
+        for matrix in (*ROW_OPERANDS, *ROW_RESULTS):
+            array = None
+            if matrix in self._kept:
+                array = self._kept[matrix][first : first + rows]
+            elif matrix in self._plan.offsets:
+                array = self._matrix(matrix, start, rows)
+            arrays[matrix.label] = array
         return RowBlock(rows=rows, **arrays)
 
     def put(self, span: Span) -> None:
         """Copy received bytes to their destination."""
+        kept = self._kept.get(span.matrix)
+        if kept is not None:
+            row = span.block * self._plan.block_rows
+            first = row * kept.shape[1] * kept.dtype.itemsize + span.offset
+            memory = kept.reshape(-1).view(np.uint8)
+            memory[first : first + span.payload.nbytes] = np.frombuffer(
+                span.payload, np.uint8
+            )
+            return
         start = self._slot_start(span.block) if span.in_row_block else 0
         first = start + self._plan.offsets[span.matrix] + span.offset
         size = span.payload.nbytes
@@ -91,6 +112,7 @@ class RingBuffer:
     def free(self) -> None:
         """Drop the region; the ring is unusable afterwards."""
         self._region = self._region[:0].copy()
+        self._kept.clear()
 
     def _slot_start(self, block: int) -> int:
         return self._plan.slots_start + block % self._plan.slots * self._plan.slot_bytes

@@ -32,6 +32,7 @@ from gradwire_server.jobs.stream.ring_buffer import RingBuffer
 from gradwire_server.observability.timeline import ObserveJob, Stage
 from gradwire_server.scheduling.device_worker import TenantHandle
 from gradwire_server.scheduling.job_progress import JobProgress
+from gradwire_server.sessions.job_tensors import JobTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class StreamedJob:
         backend: The backend.
         worker: The device worker.
         progress: Counters to update.
+        tensors: The kept operands and results.
         observe: Called for each event of a stage.
 
     Use it as an async context manager: after exit, for any cause, the worker no longer
@@ -72,9 +74,11 @@ class StreamedJob:
         worker: TenantHandle,
         progress: JobProgress,
         *,
+        tensors: JobTensors,
         observe: ObserveJob,
     ) -> None:
         self._observe = observe
+        self._tensors = tensors
         self._progress = progress
         self.spec = spec
         self._plan = plan
@@ -209,6 +213,7 @@ class StreamedJob:
             for matrix, array in sums.items():
                 for chunk in self._chunks(matrix, 0, array):
                     yield chunk
+        self._tensors.commit()
 
     def _checkpoint(self, rows: int, sums: Sums) -> Iterator[ResultChunk | Checkpoint]:
         yield Checkpoint(rows)
@@ -227,7 +232,7 @@ class StreamedJob:
 
     async def _submit_complete(self) -> None:
         """Submit to the worker, in order, the blocks that are now complete."""
-        if not self._plan.slot_bytes:  # rows without elements need no computation
+        if not self._plan.computes:  # rows without elements need no computation
             return
         while (rows := self._next_rows()) is not None:
             number = self._submitted
@@ -274,7 +279,7 @@ class StreamedJob:
         """Allocate the job's memory; runs in the worker thread."""
         region = self._backend.empty(self._plan.region_bytes)
         self._execution.open()
-        return RingBuffer(self.spec, self._plan, region)
+        return RingBuffer(self.spec, self._plan, region, self._tensors.operands)
 
     def _compute(self, number: int, block: RowBlock) -> Wait | None:
         """Compute a row block; runs in the worker thread."""
@@ -293,9 +298,9 @@ class StreamedJob:
         return sums
 
     def _finish(self) -> Sums:
-        """Return the sums; runs in the worker thread."""
+        """Return the sums to send; runs in the worker thread."""
         self._prepare()
-        return self._execution.finish()
+        return self._tensors.take(self._execution.finish())
 
     def _prepare(self) -> None:
         """Pass the matrices that precede all rows to the device, once."""

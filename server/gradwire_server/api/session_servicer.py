@@ -1,0 +1,327 @@
+"""The methods of `gradwire.v1.SessionService`: decode, call, encode.
+
+As in `gradient_servicer`, methods receive and return bytes, and are registered with
+streamed requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MAX_MESSAGE_BYTES, SESSION_SERVICE
+from gradwire_protocol.v1 import job_pb2
+from gradwire_protocol.v1 import session_service_pb2 as pb2
+from gradwire_server.api.call_scope import call_scope
+from gradwire_server.api.call_state import CallState
+from gradwire_server.api.call_stream import CallStream
+from gradwire_server.api.client_timeouts import ClientTimeouts
+from gradwire_server.api.job_service import JobService
+from gradwire_server.backends.device_info import device_message
+from gradwire_server.errors import JobError
+from gradwire_server.sessions import steps
+from gradwire_server.sessions.saved_states import SavedStates
+from gradwire_server.sessions.session import Session
+from gradwire_server.sessions.state_files import check_name
+from gradwire_server.sessions.transfer import IncomingTensor, outgoing
+
+Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+Request = TypeVar("Request", bound=Message)
+Handle: TypeAlias = Callable[[CallState, Request], Awaitable[Message]]
+
+
+class SessionServicer:
+    """Handlers of the methods for sessions.
+
+    Args:
+        service: The job service.
+    """
+
+    def __init__(self, service: JobService) -> None:
+        self._service = service
+        self._sessions = service.sessions
+        self._timeouts = ClientTimeouts(service.settings.idle_timeout)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return the handler to register with a gRPC server."""
+        methods: tuple[tuple[str, Any, Any], ...] = (
+            ("OpenSession", pb2.OpenSessionRequest, self._open),
+            ("RenewSession", pb2.RenewSessionRequest, self._renew),
+            ("CloseSession", pb2.CloseSessionRequest, self._close),
+            ("ListSessions", pb2.ListSessionsRequest, self._list),
+            ("DescribeSession", pb2.DescribeSessionRequest, self._describe),
+            ("DropTensors", pb2.DropTensorsRequest, self._drop),
+            ("Step", pb2.StepRequest, self._step),
+            ("SaveSession", pb2.SaveSessionRequest, self._save),
+        )
+        return grpc.method_handlers_generic_handler(
+            SESSION_SERVICE,
+            {
+                "PutTensor": grpc.stream_unary_rpc_method_handler(self.put_tensor),
+                "GetTensor": grpc.stream_stream_rpc_method_handler(self.get_tensor),
+                **{
+                    name: grpc.stream_unary_rpc_method_handler(
+                        self._unary(name, kind, handle)
+                    )
+                    for name, kind, handle in methods
+                },
+            },
+        )
+
+    def _unary(
+        self, name: str, kind: type[Request], handle: Handle[Request]
+    ) -> Callable[[AsyncIterator[bytes], Context], Awaitable[bytes | None]]:
+        """Return the handler of a method with one message each way."""
+
+        async def method(_: AsyncIterator[bytes], context: Context) -> bytes | None:
+            async def serve(call: CallState) -> bytes:
+                stream = CallStream(self._timeouts, call, context)
+                request = await stream.read_request(kind)
+                return (await handle(call, request)).SerializeToString()
+
+            return await call_scope(self._service, name, context, serve)
+
+        return method
+
+    async def put_tensor(
+        self, _: AsyncIterator[bytes], context: Context
+    ) -> bytes | None:
+        """Serve PutTensor: a tensor's header, then its elements."""
+
+        async def serve(call: CallState) -> bytes:
+            stream = CallStream(self._timeouts, call, context)
+            first = await stream.read_request(pb2.PutTensorRequest)
+            if first.WhichOneof("message") != "header":
+                raise _unexpected(first, "a header first")
+            header = first.header
+            memory = self._service.admission.call(MAX_MESSAGE_BYTES, call.tenant)
+            with (
+                memory,
+                self._sessions.used(
+                    header.session, call.tenant, "header.session"
+                ) as session,
+                IncomingTensor(session, header) as tensor,
+            ):
+                async for request in stream.requests(
+                    pb2.PutTensorRequest, "the next chunk, or the half-close"
+                ):
+                    if request.WhichOneof("message") != "chunk":
+                        raise _unexpected(request, "a chunk")
+                    tensor.take(request.chunk)
+                    if request.chunk.data:
+                        stream.progressed()
+                if not tensor.is_complete:
+                    await stream.await_cancellation()
+                worker = self._service.workers[session.device].of(call.tenant)
+                try:
+                    for piece in tensor.finish():
+                        await worker.submit(tensor, piece)
+                finally:
+                    await worker.discard(tensor)
+                # The elements of a state may be on their way to a client.
+                turns = session.turns
+                turn = turns.alone() if header.state else turns.shared()
+                async with turn:
+                    session.require_open()
+                    tensor.keep()
+                return pb2.PutTensorResponse(
+                    used_bytes=session.used_bytes
+                ).SerializeToString()
+
+        return await call_scope(self._service, "PutTensor", context, serve)
+
+    async def get_tensor(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """Serve GetTensor: the elements of a tensor."""
+
+        async def serve(call: CallState) -> None:
+            stream = CallStream(self._timeouts, call, context)
+            request = await stream.read_request(pb2.GetTensorRequest)
+            memory = self._service.admission.call(MAX_MESSAGE_BYTES, call.tenant)
+            with memory, self._used(call, request.session) as session:
+                tensor = session.tensor(request.tensor, "tensor")
+                # Jobs add to a gradient.
+                turns = session.turns
+                turn = turns.alone() if tensor.gradient else turns.shared()
+                async with turn:
+                    session.require_open()
+                    tensor = session.tensor(request.tensor, "tensor")
+                    with session.using(tensor):
+                        for response in outgoing(tensor, request):
+                            await stream.write(response.SerializeToString())
+
+        await call_scope(self._service, "GetTensor", context, serve)
+
+    async def _open(
+        self, call: CallState, request: pb2.OpenSessionRequest
+    ) -> pb2.OpenSessionResponse:
+        for position, feature in enumerate(request.required_features):
+            if feature not in self._service.features:
+                path = f"required_features[{position}]"
+                raise JobError(
+                    Reason.FEATURE_UNKNOWN,
+                    f"{path} is {feature[:64]!r}: this server offers "
+                    f"{', '.join(self._service.features)}",
+                    field=path,
+                )
+        states = self._states_for(request)
+        saved = None
+        if states is not None and request.restore:
+            saved = await states.open(call.tenant, request.restore, request.keep_bytes)
+        try:
+            position = self._service.least_kept_device()
+            session = self._sessions.open(request, call.tenant, position)
+            session.save_every = request.save_every_steps
+            session.save_name = request.save_name
+            if states is not None and saved is not None:
+                try:
+                    with session.used():
+                        await states.restore(session, saved)
+                except BaseException:
+                    self._sessions.close(session.token, call.tenant)
+                    raise
+                if request.restore == request.save_name:
+                    session.saved_step = saved.step
+        finally:
+            if saved is not None:
+                saved.close()
+        return pb2.OpenSessionResponse(
+            session=session.token,
+            server_instance=self._service.instance,
+            device=self._device(session),
+            lease_seconds=session.lease_s,
+            id=session.id,
+            step=session.step,
+        )
+
+    async def _renew(
+        self, call: CallState, request: pb2.RenewSessionRequest
+    ) -> pb2.RenewSessionResponse:
+        with self._used(call, request.session) as session:
+            return pb2.RenewSessionResponse(
+                lease_seconds=session.lease_s, step=session.step
+            )
+
+    async def _close(
+        self, call: CallState, request: pb2.CloseSessionRequest
+    ) -> pb2.CloseSessionResponse:
+        session = self._sessions.close(request.session, call.tenant, request.id)
+        if session is not None:
+            await session.freed.wait()
+        elif request.id and not request.session:
+            self._sessions.named(request.id, call.tenant)
+        return pb2.CloseSessionResponse()
+
+    async def _list(
+        self, call: CallState, request: pb2.ListSessionsRequest
+    ) -> pb2.ListSessionsResponse:
+        del request
+        sessions = self._sessions.of(call.tenant)
+        return pb2.ListSessionsResponse(sessions=[each.summary() for each in sessions])
+
+    async def _describe(
+        self, call: CallState, request: pb2.DescribeSessionRequest
+    ) -> pb2.DescribeSessionResponse:
+        with self._used(call, request.session) as session:
+            return pb2.DescribeSessionResponse(
+                label=session.label,
+                server_instance=self._service.instance,
+                device=self._device(session),
+                lease_seconds=session.lease_s,
+                step=session.step,
+                keep_bytes=session.keep_bytes,
+                used_bytes=session.used_bytes,
+                tensors=[
+                    tensor.info() for _, tensor in sorted(session.tensors.items())
+                ],
+            )
+
+    async def _drop(
+        self, call: CallState, request: pb2.DropTensorsRequest
+    ) -> pb2.DropTensorsResponse:
+        with self._used(call, request.session) as session:
+            async with session.turns.shared():
+                for number in request.tensors:
+                    session.drop(number)
+                return pb2.DropTensorsResponse(used_bytes=session.used_bytes)
+
+    async def _step(
+        self, call: CallState, request: pb2.StepRequest
+    ) -> pb2.StepResponse:
+        with self._used(call, request.session) as session:
+            worker = self._service.workers[session.device].of(call.tenant)
+            return await steps.make_step(
+                self._sessions, session, request, worker, self._service.states
+            )
+
+    async def _save(
+        self, call: CallState, request: pb2.SaveSessionRequest
+    ) -> pb2.SaveSessionResponse:
+        states = self._service.states
+        if states is None:
+            raise _no_states(None)
+        token = request.session
+        if not token and request.id:
+            token = self._sessions.named(request.id, call.tenant).token
+        with self._used(call, token) as session:
+            async with session.turns.alone():
+                session.require_open()
+                return await states.save(session, request.name)
+
+    def _states_for(self, request: pb2.OpenSessionRequest) -> SavedStates | None:
+        """Return the saved states that a session needs; None if it needs none.
+
+        Raises:
+            JobError: This server has none, or the request is invalid.
+        """
+        given = {
+            name: getattr(request, name)
+            for name in ("restore", "save_every_steps", "save_name")
+            if getattr(request, name)
+        }
+        if not given:
+            return None
+        if self._service.states is None:
+            raise _no_states(next(iter(given)))
+        if "restore" in given:
+            check_name(request.restore, "restore")
+        if "save_name" in given:
+            check_name(request.save_name, "save_name")
+        if ("save_name" in given) != ("save_every_steps" in given):
+            missing = "save_name" if "save_name" not in given else "save_every_steps"
+            raise JobError(
+                Reason.OPTION_INVALID,
+                f"{missing} is not given: save_every_steps and save_name go together",
+                field=missing,
+            )
+        return self._service.states
+
+    def _used(self, call: CallState, token: str) -> AbstractContextManager[Session]:
+        return self._sessions.used(token, call.tenant)
+
+    def _device(self, session: Session) -> job_pb2.Device:
+        service = self._service
+        return device_message(
+            service.backend.devices[session.device],
+            service.settings.device_memory_limit,
+        )
+
+
+def _no_states(field: str | None) -> JobError:
+    given = "" if field is None else f"{field} is given, but "
+    return JobError(
+        Reason.FEATURE_UNKNOWN,
+        f"{given}this server saves no sessions: its operator has set no state_dir",
+        field=field,
+    )
+
+
+def _unexpected(request: pb2.PutTensorRequest, expected: str) -> JobError:
+    came = request.WhichOneof("message") or "nothing known"
+    return JobError(
+        Reason.MESSAGE_UNEXPECTED, f"a message with {came} came: expected {expected}"
+    )

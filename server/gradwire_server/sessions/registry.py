@@ -1,0 +1,338 @@
+"""The open sessions of a server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import NamedTuple
+
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.job_spec import JobSpec
+from gradwire_protocol.limits import MAX_INT64, MAX_NAME_LENGTH
+from gradwire_protocol.v1 import session_service_pb2 as pb2
+from gradwire_server.admission.controller import Admission
+from gradwire_server.admission.quota import CALL_BYTES, busy
+from gradwire_server.errors import JobError
+from gradwire_server.sessions.job_tensors import JobTensors
+from gradwire_server.sessions.session import Session
+
+_log = logging.getLogger("gradwire_server")
+
+MAX_SESSIONS = 256
+"""Most sessions at once."""
+
+_MAX_OF_TENANT = MAX_SESSIONS // 4
+"""Most sessions of one tenant, with authentication."""
+
+DEFAULT_LEASE_S = 600.0
+"""Lease of a session that does not ask for another one."""
+
+MIN_LEASE_S = 1.0
+"""Shortest lease: the client renews it three times meanwhile."""
+
+_MAX_EXPIRED = 1024
+"""Expired sessions that are remembered, to tell their clients why they are gone."""
+
+_SPARE_FRACTION = 1 / 8
+"""Sessions leave at least one eighth of the memory for the jobs that use them."""
+
+
+class _Expired(NamedTuple):
+    tenant: str
+    at: float
+    """By the event loop's clock."""
+    cause: JobError
+
+
+class Sessions:
+    """The open sessions of one server.
+
+    Args:
+        admission: The admission control, for the sessions' memory.
+        instance: Name of the server instance.
+        keep_limit: Most bytes that all sessions together may keep.
+        lease_max_s: Longest lease, in seconds.
+    """
+
+    def __init__(
+        self,
+        admission: Admission,
+        instance: str,
+        keep_limit: int,
+        lease_max_s: float,
+    ) -> None:
+        self._admission = admission
+        self._instance = instance
+        self._keep_limit = keep_limit
+        self._lease_max_s = lease_max_s
+        self._open: dict[str, Session] = {}
+        self._expired: OrderedDict[str, _Expired] = OrderedDict()
+        self._counts: Counter[str] = Counter()
+        self._kept_bytes = 0
+        self._steps: set[asyncio.Task[pb2.StepResponse]] = set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(
+        self, request: pb2.OpenSessionRequest, tenant: str, device: int
+    ) -> Session:
+        """Open a session, and reserve its memory.
+
+        Raises:
+            JobError: The request is invalid, or there is no memory for the session.
+        """
+        label = request.label
+        if not is_printable(label):
+            raise JobError(
+                Reason.OPTION_INVALID,
+                f"label has {len(label)} characters or unprintable ones: expected at "
+                f"most {MAX_NAME_LENGTH} printable ASCII characters",
+                field="label",
+            )
+        lease_s = request.lease_seconds or DEFAULT_LEASE_S
+        if not lease_s > 0:
+            raise JobError(
+                Reason.OPTION_INVALID,
+                f"lease_seconds is {lease_s:g}: expected at least 0",
+                field="lease_seconds",
+            )
+        lease_s = min(max(lease_s, MIN_LEASE_S), self._lease_max_s)
+        self._check_size(request.keep_bytes, tenant)
+        held = ExitStack()
+        held.enter_context(
+            self._admission.call(
+                request.keep_bytes, tenant, spare_bytes=self._spare(tenant)
+            )
+        )
+        size_bytes = request.keep_bytes
+
+        def free() -> None:
+            self._counts[tenant] -= 1
+            self._counts += Counter()  # forgets tenants that have none
+            self._kept_bytes -= size_bytes
+            held.close()
+
+        self._counts[tenant] += 1
+        self._kept_bytes += size_bytes
+        session = Session(
+            tenant, label, size_bytes, lease_s, device=device, on_free=free
+        )
+        self._open[session.token] = session
+        self._expire_later(session)
+        return session
+
+    def least_used_device(self, count: int) -> int:
+        """Return the device, below `count`, with the fewest sessions."""
+        used = Counter(session.device for session in self._open.values())
+        return min(range(count), key=lambda position: (used[position], position))
+
+    def of(self, tenant: str) -> list[Session]:
+        """Return a tenant's open sessions, the oldest first."""
+        return [each for each in self._open.values() if each.tenant == tenant]
+
+    def close(self, token: str, tenant: str, name: str = "") -> Session | None:
+        """Close a session.
+
+        Args:
+            token: Its token; empty: `name` is given.
+            tenant: The caller.
+            name: Its name for people.
+
+        Returns:
+            The session, or None if there is none.
+        """
+        if not token:
+            token = next((s.token for s in self.of(tenant) if s.id == name), "")
+        session = self._open.get(token)
+        if session is None or session.tenant != tenant:
+            return None
+        del self._open[token]
+        session.end(self._unknown())
+        return session
+
+    def step_begun(self, step: asyncio.Task[pb2.StepResponse]) -> None:
+        """Count a step that goes on to its end, whatever becomes of its call."""
+        self._steps.add(step)
+        step.add_done_callback(self._steps.discard)
+
+    async def steps_made(self) -> None:
+        """Wait until the steps that have begun are made."""
+        while self._steps:
+            await asyncio.wait(self._steps)
+
+    def close_all(self) -> None:
+        """Close all sessions: the server stops."""
+        for session in list(self._open.values()):
+            self.close(session.token, session.tenant)
+
+    def fail(self, session: Session, cause: JobError) -> None:
+        """End a session whose tensors are no longer what its client believes."""
+        if self._open.pop(session.token, None) is not None:
+            self._remember(session, cause)
+            session.end(cause)
+
+    def named(self, name: str, tenant: str) -> Session:
+        """Return a tenant's session by its name for people.
+
+        Raises:
+            JobError: There is none.
+        """
+        for session in self.of(tenant):
+            if session.id == name:
+                return session
+        raise JobError(
+            Reason.SESSION_UNKNOWN,
+            f"id is {name[:64]!r}: this server has no session of yours with this name",
+            field="id",
+        )
+
+    @contextmanager
+    def used(self, token: str, tenant: str, path: str = "session") -> Iterator[Session]:
+        """Use a session within this context.
+
+        Raises:
+            JobError: There is no such session of this tenant, or it has expired.
+        """
+        session = self._open.get(token)
+        if session is None or session.tenant != tenant:
+            self._raise_if_expired(token, tenant)
+            unknown = self._unknown()
+            unknown.field = path
+            raise unknown
+        with session.used():
+            yield session
+
+    @asynccontextmanager
+    async def job(self, spec: JobSpec, tenant: str) -> AsyncIterator[JobTensors]:
+        """Use a job's kept tensors within this context.
+
+        No step of the session is made meanwhile.
+
+        Raises:
+            JobError: The session or a tensor is unknown, or does not fit the job.
+        """
+        if not (spec.kept or spec.keep or spec.into):
+            yield JobTensors(spec, None)
+            return
+        with self.used(spec.session, tenant, "job.session.session") as session:
+            async with session.turns.shared():
+                session.require_open()
+                tensors = JobTensors(spec, session)
+                try:
+                    yield tensors
+                finally:
+                    tensors.close()
+
+    def _check_size(self, keep_bytes: int, tenant: str) -> None:
+        if not 0 < keep_bytes < MAX_INT64:
+            raise JobError(
+                Reason.OPTION_INVALID,
+                f"keep_bytes is {keep_bytes}: expected at least 1",
+                field="keep_bytes",
+            )
+        most = min(
+            self._keep_limit,
+            self._admission.max_calls_bytes(tenant) - self._spare(tenant) - CALL_BYTES,
+        )
+        if keep_bytes > most:
+            raise JobError(
+                Reason.JOB_TOO_LARGE,
+                f"keep_bytes is {keep_bytes}: this server keeps at most {max(most, 0)} "
+                f"(keep_limit, memory_limit)",
+                field="keep_bytes",
+                metadata={"limit": "keep_limit"},
+            )
+        if self._kept_bytes + keep_bytes > self._keep_limit:
+            raise busy(
+                f"open sessions keep {self._kept_bytes} of {self._keep_limit} bytes",
+                "keep_limit",
+            )
+        count = self._counts.total()
+        if count >= MAX_SESSIONS:
+            raise busy(
+                f"{count} sessions are open, of at most {MAX_SESSIONS}", "sessions"
+            )
+        own = self._counts[tenant]
+        if tenant and own >= _MAX_OF_TENANT:
+            raise busy(
+                f"{own} sessions of your tenant are open, of at most {_MAX_OF_TENANT}",
+                "sessions",
+            )
+
+    def _spare(self, tenant: str) -> int:
+        most = self._admission.max_calls_bytes(tenant)
+        return max(CALL_BYTES, int(most * _SPARE_FRACTION))
+
+    def _expire_later(self, session: Session) -> None:
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            if session.token not in self._open:
+                return
+            due = session.renewed_at + session.lease_s
+            if session.in_use or loop.time() < due:
+                due = max(due, loop.time() + session.lease_s / 10)
+                session.expiry = loop.call_at(due, look)
+            else:
+                self._expire(session)
+
+        session.expiry = loop.call_later(session.lease_s, look)
+
+    def _expire(self, session: Session) -> None:
+        del self._open[session.token]
+        setting = "lease_seconds"
+        if session.lease_s == self._lease_max_s:
+            setting += ", at most the server's session_lease_max"
+        cause = JobError(
+            Reason.SESSION_EXPIRED,
+            f"the session expired after {session.lease_s:g} s without a call "
+            f"({setting})",
+            metadata={"server_instance": self._instance},
+        )
+        self._remember(session, cause)
+        _log.warning(
+            "a session expired",
+            extra={
+                "label": session.label,
+                "lease_s": session.lease_s,
+                "keep_bytes": session.keep_bytes,
+                **({"tenant": session.tenant} if session.tenant else {}),
+            },
+        )
+        session.end(cause)
+
+    def _remember(self, session: Session, cause: JobError) -> None:
+        now = asyncio.get_running_loop().time()
+        self._expired[session.token] = _Expired(session.tenant, now, cause)
+        while len(self._expired) > _MAX_EXPIRED:
+            self._expired.popitem(last=False)
+
+    def _raise_if_expired(self, token: str, tenant: str) -> None:
+        expired = self._expired.get(token)
+        if expired is not None and expired.tenant == tenant:
+            ago_s = asyncio.get_running_loop().time() - expired.at
+            raise JobError(
+                expired.cause.reason,
+                f"{expired.cause.message}; that was {ago_s:.0f} s ago",
+                metadata=expired.cause.metadata,
+            )
+
+    def _unknown(self) -> JobError:
+        return JobError(
+            Reason.SESSION_UNKNOWN,
+            "this server has no such session: it was closed, or opened on another "
+            "server or before this one was started",
+            field="session",
+            metadata={"server_instance": self._instance},
+        )
+
+
+def is_printable(name: str) -> bool:
+    """Return whether a label or name is short and printable ASCII, or empty."""
+    return len(name) <= MAX_NAME_LENGTH and (
+        not name or (name.isascii() and name.isprintable())
+    )

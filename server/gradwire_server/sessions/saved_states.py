@@ -1,0 +1,194 @@
+"""States of sessions that outlast the server: saved and restored beside the event loop.
+
+When a state is saved by itself: within the step, after the last update and before the
+response. Later, an answered step could be lost, and its client would believe in it.
+Earlier, there is nothing to save. A step that was saved and not answered is no loss
+either: its client learns the restored step from OpenSessionResponse and goes on behind
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.v1 import session_service_pb2 as pb2
+from gradwire_server.backends.base import Array
+from gradwire_server.errors import JobError
+from gradwire_server.sessions.session import Session
+from gradwire_server.sessions.state_contents import (
+    SavedState,
+    SavedTensor,
+    snapshot,
+)
+from gradwire_server.sessions.state_files import StateFiles, check_name
+from gradwire_server.sessions.tensors import Gradient, KeptTensor
+
+T = TypeVar("T")
+
+_THREADS = 4
+"""Files that are written or read at once: disks are slow, and some wait for each
+other."""
+
+
+class SavedStates:
+    """The saved states of a server's sessions.
+
+    Args:
+        directory: Where they are.
+
+    Raises:
+        StateDirectoryError: It cannot be used.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._files = StateFiles(directory)
+        self._threads = ThreadPoolExecutor(_THREADS, "gradwire-states")
+
+    async def save(self, session: Session, name: str) -> pb2.SaveSessionResponse:
+        """Save a session's state.
+
+        The caller holds the session's turn alone, so that nothing changes meanwhile.
+
+        Raises:
+            JobError: It cannot be saved; an earlier state of that name is unchanged.
+        """
+        check_name(name, "name")
+        state = snapshot(session.step, session.tensors.values())
+        size = await self._beside(
+            lambda check: self._files.save(session.tenant, name, state, check)
+        )
+        if name == session.save_name:
+            session.saved_step = session.step
+        return pb2.SaveSessionResponse(step=state.step, size_bytes=size)
+
+    async def save_if_due(self, session: Session) -> None:
+        """Save a session's state if its last step calls for it, and it is not saved.
+
+        The caller holds the session's turn alone.
+
+        Raises:
+            JobError: It cannot be saved.
+        """
+        every = session.save_every
+        if every and not session.step % every and session.saved_step != session.step:
+            await self.save(session, session.save_name)
+
+    async def open(self, tenant: str, name: str, keep_bytes: int) -> SavedState:
+        """Open a state to restore it into a session of `keep_bytes`.
+
+        Raises:
+            JobError: There is no such state of the tenant, it is damaged, or it is too
+                large for the session.
+        """
+        check_name(name, "restore")
+        state = await self._beside(lambda _: self._files.open(tenant, name))
+        if state.size_bytes > keep_bytes:
+            state.close()
+            raise JobError(
+                Reason.SESSION_FULL,
+                f"keep_bytes is {keep_bytes}, and the tensors of the saved state "
+                f"{name!r} use {state.size_bytes}: open the session with more",
+                field="keep_bytes",
+            )
+        return state
+
+    async def restore(self, session: Session, state: SavedState) -> None:
+        """Give a new session, in use by the caller, a state's tensors and its step.
+
+        Raises:
+            JobError: The state is damaged, or the session has no memory for it. The
+                session is then of no use.
+        """
+        arrays: dict[str, Array] = {}
+        tensors = [_allocated(session, each, arrays) for each in state.tensors]
+
+        def read(check: Callable[[], None]) -> None:
+            state.read(arrays, check)
+            for tensor in tensors:
+                for elements in tensor.pieces():
+                    check()
+                    tensor.round_copy(elements)
+
+        await self._beside(read)
+        session.require_open()
+        session.step = state.step
+        for tensor in tensors:
+            tensor.kept_at = state.step
+            session.keep(tensor)
+
+    def close(self) -> None:
+        """End the threads. What they do is done to its end."""
+        self._threads.shutdown(wait=False)
+
+    async def _beside(self, do: Callable[[Callable[[], None]], T]) -> T:
+        """Do something in a thread, and do not return before it has ended.
+
+        Its memory belongs to a session. If the caller is cancelled, it is stopped, by
+        the function that it gets and calls now and then.
+        """
+        stopped = threading.Event()
+
+        def check() -> None:
+            if stopped.is_set():
+                raise _StoppedError
+
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._threads, do, check)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            stopped.set()
+            while not future.done():
+                # Another cancellation changes nothing.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            if not future.cancelled():
+                made = future.exception() or future.result()
+                if isinstance(made, SavedState):
+                    made.close()
+            raise
+
+
+class _StoppedError(Exception):
+    """The caller no longer waits."""
+
+
+def _allocated(
+    session: Session, saved: SavedTensor, arrays: dict[str, Array]
+) -> KeptTensor:
+    """Return a tensor without elements; add what is to be read to `arrays`."""
+
+    def allocate(dtype: Dtype) -> Array:
+        memory = session.allocate(math.prod(saved.shape) * dtype.itemsize)
+        return memory.view(dtype.numpy).reshape(saved.shape)
+
+    array = allocate(saved.dtype)
+    if saved.elements is not None:
+        arrays[saved.elements] = array
+    states = {}
+    for state, name in saved.states.items():
+        states[state] = arrays[name] = allocate(saved.dtype)
+    gradient = None
+    if saved.role == pb2.TENSOR_ROLE_GRADIENT:
+        gradient = Gradient(array, session.charge)
+        gradient.empty = saved.elements is None
+        gradient.carried = not gradient.empty
+    return KeptTensor(
+        number=saved.number,
+        name=saved.name,
+        role=saved.role,
+        array=array,
+        copy=None if saved.compute is None else allocate(saved.compute),
+        gradient=gradient,
+        states=states,
+        updates=saved.updates,
+    )

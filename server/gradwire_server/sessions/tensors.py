@@ -1,0 +1,256 @@
+"""The tensors of a session."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gradwire_protocol.dtypes import Dtype, rounded
+from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.job_spec import Contribution
+from gradwire_protocol.v1 import session_service_pb2 as pb2
+from gradwire_server.backends.base import Array
+from gradwire_server.errors import JobError
+
+PIECE_ELEMENTS = 1 << 22
+"""Elements of a tensor in a piece of the device worker's work. The bits of a step's
+norm depend on it."""
+
+
+class Gradient:
+    """The contributions to a gradient since the last step.
+
+    Contributions are added in the order of their numbers. An early one is held until
+    the ones before it have come. Methods may be called in any thread.
+
+    Args:
+        total: Memory for the sum.
+        charge: Takes memory for early contributions from the session, and returns
+            it: called with a number of bytes, which may be negative.
+    """
+
+    def __init__(self, total: Array, charge: Callable[[int], None]) -> None:
+        self._total = total
+        self._charge = charge
+        self._lock = threading.Lock()
+        self._early: dict[int, Array] = {}
+        self._added = 0
+        self._parts = 0
+        self._dropped = False
+        self.empty = True
+        """Whether nothing has been added or put since the last step."""
+        self.carried = False
+        """Whether the sum begins with that of an earlier step, which kept it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The gradient's shape."""
+        return self._total.shape
+
+    @property
+    def parts(self) -> list[int]:
+        """The numbers of the contributions that have come."""
+        return [*range(self._added), *sorted(self._early)]
+
+    def check_parts(self, contribution: Contribution, path: str) -> None:
+        """Check that a contribution counts the parts as the earlier ones did.
+
+        Raises:
+            JobError: It does not.
+        """
+        has_parts = self._added or self._early
+        if has_parts and contribution.parts != self._parts:
+            raise JobError(
+                Reason.TENSOR_MISMATCH,
+                f"{path}.add.parts is {contribution.parts}, but the gradient already "
+                f"has parts of {self._parts}",
+                field=f"{path}.add.parts",
+            )
+
+    def replace(self, elements: Array, path: str) -> None:
+        """Replace the sum.
+
+        Raises:
+            JobError: The gradient was dropped meanwhile.
+        """
+        with self._lock:
+            self._require(path)
+            self._forget()
+            np.copyto(self._total, elements)
+            self.empty = False
+            self.carried = False
+
+    def add(self, contribution: Contribution, elements: Array, path: str) -> bool:
+        """Add a contribution, unless it was added before.
+
+        Returns:
+            Whether it had been added before.
+
+        Raises:
+            JobError: The session has no memory to hold an early contribution, or the
+                gradient was dropped or has got other parts meanwhile.
+        """
+        with self._lock:
+            self._require(path)
+            self.check_parts(contribution, path)
+            part = contribution.part
+            if part < self._added or part in self._early:
+                return True
+            if part > self._added:
+                self._charge(elements.nbytes)
+                self._early[part] = elements.copy()
+            else:
+                self._add(elements)
+            self._parts = contribution.parts
+            while (following := self._early.pop(self._added, None)) is not None:
+                self._add(following)
+                self._charge(-following.nbytes)
+            return False
+
+    def check_complete(self, path: str) -> None:
+        """Check that no contribution is missing.
+
+        Raises:
+            JobError: One is.
+        """
+        expected = self._parts or self._added + len(self._early)
+        if self._early or (self._added and self._added != expected):
+            raise JobError(
+                Reason.GRADIENT_INCOMPLETE,
+                f"{path} has no part {self._added} yet, of {expected}",
+                field=path,
+            )
+
+    def next_step(self, *, keep: bool) -> None:
+        """Begin with the parts of the next step.
+
+        Args:
+            keep: Whether they are added to the sum of the parts before.
+        """
+        with self._lock:
+            empty = self.empty
+            self._forget()
+            self.empty = empty or not keep
+            self.carried = not self.empty
+
+    def drop(self) -> None:
+        """Forget all contributions, and refuse more."""
+        with self._lock:
+            self._dropped = True
+            self._forget()
+
+    def _require(self, path: str) -> None:
+        if self._dropped:
+            raise JobError(
+                Reason.TENSOR_UNKNOWN,
+                f"{path}.tensor was dropped or replaced while the job ran",
+                field=f"{path}.tensor",
+            )
+
+    def _add(self, elements: Array) -> None:
+        with np.errstate(all="ignore"):
+            if self.empty:
+                np.copyto(self._total, elements)
+            else:
+                np.add(self._total, elements, out=self._total)
+        self.empty = False
+        self._added += 1
+
+    def _forget(self) -> None:
+        for early in self._early.values():
+            self._charge(-early.nbytes)
+        self._early.clear()
+        self._added = self._parts = 0
+        self.empty = True
+
+
+@dataclass(eq=False, slots=True)
+class KeptTensor:
+    """A tensor of a session, in host memory."""
+
+    number: int
+    name: str
+    role: int
+    """A `TensorRole`."""
+    array: Array
+    """Its elements, C-contiguous."""
+    copy: Array | None = None
+    """The elements rounded to the compute dtype, for jobs."""
+    gradient: Gradient | None = None
+    """The contributions, if it is a gradient."""
+    states: dict[str, Array] = field(default_factory=dict)
+    """Optimizer states, by name."""
+    updates: int = 0
+    """Updates by steps that were not skipped."""
+    kept_at: int = 0
+    """Steps of the session when it was kept."""
+    users: int = 0
+    """Calls that use it: it keeps its memory for them, also when it was dropped."""
+    dropped: bool = False
+    """Whether it is no longer one of the session's tensors."""
+
+    @property
+    def dtype(self) -> Dtype:
+        """Element type."""
+        return Dtype.of(self.array.dtype)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor, its copy and its states."""
+        arrays = [self.array, *self.states.values()]
+        if self.copy is not None:
+            arrays.append(self.copy)
+        return sum(array.nbytes for array in arrays)
+
+    def in_dtype(self, dtype: Dtype) -> Array | None:
+        """Return the elements in a dtype: the tensor or its copy; None: neither."""
+        for array in (self.array, self.copy):
+            if array is not None and array.dtype == dtype.numpy:
+                return array
+        return None
+
+    def round_copy(self, elements: slice) -> None:
+        """Round elements of the copy for jobs anew."""
+        if self.copy is not None:
+            given = self.array.reshape(-1)[elements]
+            out = self.copy.reshape(-1)[elements]
+            with np.errstate(all="ignore"):
+                rounded(given, Dtype.of(out.dtype), out)
+
+    def pieces(self) -> Iterator[slice]:
+        """Yield parts of the elements, for pieces of a device worker's work.
+
+        A tensor may be so large that other jobs would wait too long for it.
+        """
+        for first in range(0, self.array.size, PIECE_ELEMENTS):
+            yield slice(first, first + PIECE_ELEMENTS)
+
+    def header(self, state: str = "") -> pb2.TensorHeader:
+        """Return the tensor's header, or that of one of its states."""
+        array = self.states[state] if state else self.array
+        compute = None
+        if self.copy is not None and not state:
+            compute = Dtype.of(self.copy.dtype).proto_name
+        return pb2.TensorHeader(
+            tensor=self.number,
+            name=self.name,
+            shape=array.shape,
+            dtype=Dtype.of(array.dtype).proto_name,
+            role=self.role,  # type: ignore[arg-type] # an int, checked before
+            compute_dtype=compute,
+            state=state,
+            updates=self.updates if state else 0,
+        )
+
+    def info(self) -> pb2.TensorInfo:
+        """Return the tensor's description."""
+        return pb2.TensorInfo(
+            header=self.header(),
+            size_bytes=self.size_bytes,
+            states=list(self.states),
+            updates=self.updates,
+            parts=self.gradient.parts if self.gradient else [],
+        )

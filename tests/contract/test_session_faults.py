@@ -1,0 +1,715 @@
+"""Sessions where calls break, clients leave, leases end and servers stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from gradwire.v1 import session_service_pb2 as pb2
+from gradwire_server import Server, Settings
+from tests.contract.conftest import assert_untroubled
+from tests.support.credentials import authorized, make_tokens
+from tests.support.proxy import Direction, Fault, Proxy
+from tests.support.raw import (
+    CallError,
+    Problem,
+    Stream,
+    end,
+    matrix_number,
+    whole_numbers,
+)
+from tests.support.serving import ServerProcess, running_server
+from tests.support.sessions import (
+    GRADIENT,
+    MIB,
+    SESSION_SERVICE,
+    RawSessions,
+    header,
+    into,
+    kept,
+    sent_and_kept,
+    sgd,
+    shared,
+)
+from tests.support.shared_memory import RawRegion
+
+PROBLEM = whole_numbers(40, 5, 4)
+RESULTS = PROBLEM.expected()
+DW = RESULTS["dw"]
+SHAPE = (5, 4)
+W, G, X = 1, 2, 3
+OWN = [("grpc.use_local_subchannel_pool", 1)]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with running_server(
+        row_block_bytes=1024, allow_shared_memory=True, memory_limit=512 * MIB
+    ) as process:
+        yield process
+        assert_untroubled(process)
+
+
+@pytest.fixture(scope="module")
+def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.address) as opened:
+        yield opened
+
+
+@pytest.fixture
+def session(channel: grpc.Channel) -> Iterator[RawSessions]:
+    session = RawSessions(channel).open()
+    session.put(W, PROBLEM.w)
+    session.zeros(G, SHAPE)
+    yield session
+    session.close()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def refusal(call: Callable[[], Any]) -> CallError:
+    with pytest.raises(CallError) as raised:
+        call()
+    return raised.value
+
+
+# Connections that are cut.
+
+POSITIONS = 45
+
+
+def cuts(proxy: Proxy, of: Direction, run: Callable[[], None]) -> Iterator[int]:
+    """Byte positions at which a call's connection is cut."""
+    proxy.arm(None)
+    run()
+    size = proxy.bytes[of]
+    for position in np.linspace(1, size, POSITIONS).astype(int):
+        proxy.arm(Fault(of=of, cut_after_bytes=int(position)))
+        yield int(position)
+        proxy.arm(None)
+
+
+def retried(proxy: Proxy, run: Callable[[grpc.Channel], Any]) -> tuple[Any, int]:
+    """The result of the first attempt that succeeds, and the attempts."""
+    for attempt in range(1, 5):
+        try:
+            with grpc.insecure_channel(proxy.address, OWN) as channel:
+                return run(channel), attempt
+        except CallError as error:
+            if error.status is not grpc.StatusCode.UNAVAILABLE:
+                raise
+    raise AssertionError("no attempt succeeded")
+
+
+@pytest.mark.parametrize("of", ["requests", "responses"])
+@pytest.mark.parametrize("way", ["compute", "stream", "shared"])
+def test_a_backward_that_is_cut_anywhere_counts_once(
+    server, channel, session, way, of
+) -> None:
+    with Proxy(server.address) as proxy, RawRegion(channel, MIB) as region:
+
+        def backward(channel: grpc.Channel) -> Any:
+            own = session.over(channel)
+            fields = {"x": kept(X, last_use=True), "w": kept(W), "dw": into(G, 0)}
+            problem = Problem(PROBLEM.x, PROBLEM.w, PROBLEM.dy, ("dx", "dw"))
+            if way == "shared":
+                return shared(own, region, problem, **fields)
+            return getattr(own, way)(problem, **fields)
+
+        def prepare() -> None:
+            session.zeros(G, SHAPE)
+            session.compute(PROBLEM, x=sent_and_kept(X))
+
+        prepare()
+        repeated = 0
+        for position in cuts(proxy, of, lambda: retried(proxy, backward)):
+            prepare()
+            outcome, attempts = retried(proxy, backward)
+            repeated += attempts > 1
+            np.testing.assert_array_equal(outcome.arrays["dx"], RESULTS["dx"])
+            np.testing.assert_array_equal(session.get(G), DW, str(position))
+            wait_until(lambda: session.used_bytes == 2 * DW.nbytes)
+        assert repeated > POSITIONS // 2
+
+
+@pytest.mark.parametrize("of", ["requests", "responses"])
+def test_a_step_that_is_cut_anywhere_is_made_once(server, session, of) -> None:
+    session.put(W, np.zeros(SHAPE, np.float32))
+    steps, again = [0], 0
+    with Proxy(server.address) as proxy:
+
+        def step(channel: grpc.Channel) -> Any:
+            return session.over(channel).step(steps[0], sgd((W, G)))
+
+        def prepared() -> Any:
+            steps[0] += 1
+            session.compute(PROBLEM, dw=into(G, 0, step=steps[0] - 1))
+            return retried(proxy, step)[0]
+
+        for _ in cuts(proxy, of, prepared):
+            again += prepared().again
+            assert session.describe().step == steps[0]
+            np.testing.assert_array_equal(session.get(W), -steps[0] * DW)
+    assert again > 0 if of == "responses" else again >= 0
+
+
+@pytest.mark.parametrize("of", ["requests", "responses"])
+def test_a_tensor_whose_connection_is_cut_is_there_or_not(server, session, of) -> None:
+    session.drop(W, G)
+    array = np.arange(500, dtype=np.float32)
+    with Proxy(server.address) as proxy:
+
+        def put(channel: grpc.Channel) -> Any:
+            return session.over(channel).put(9, array)
+
+        for _ in cuts(proxy, of, lambda: retried(proxy, put)):
+            session.drop(9)
+            with (
+                contextlib.suppress(CallError),
+                grpc.insecure_channel(proxy.address, OWN) as own,
+            ):
+                put(own)
+            wait_until(lambda: session.used_bytes in {0, array.nbytes})
+            assert retried(proxy, put)[0] == array.nbytes
+            assert session.get(9).tobytes() == array.tobytes()
+
+
+# Memory that is given back.
+
+
+def test_a_cancelled_put_gives_its_memory_back(server, channel, session) -> None:
+    before = session.describe()
+    method = channel.stream_unary(f"/{SESSION_SERVICE}/PutTensor")
+    array = np.zeros(1000, np.float32)
+    for number in (W, 9):
+        came, goes_on = threading.Event(), threading.Event()
+
+        def messages(
+            number: int = number,
+            came: threading.Event = came,
+            goes_on: threading.Event = goes_on,
+        ) -> Iterator[bytes]:
+            first = header(array, session=session.token, tensor=number)
+            yield pb2.PutTensorRequest(header=first).SerializeToString()
+            part = pb2.TensorChunk(index=0, data=bytes(400))
+            yield pb2.PutTensorRequest(chunk=part).SerializeToString()
+            came.set()
+            goes_on.wait(20)
+
+        call = method.future(messages())
+        came.wait(20)
+        wait_until(lambda: session.used_bytes == before.used_bytes + array.nbytes)
+        call.cancel()
+        goes_on.set()
+        wait_until(lambda: session.describe() == before)
+    puts = [
+        record["reason"]
+        for record in server.records
+        if record.get("method") == "PutTensor" and "reason" in record
+    ]
+    assert set(puts) == {"JOB_CANCELLED"}
+
+
+@pytest.mark.parametrize("how", ["cancel", "connection", "refusal"])
+def test_a_keeping_job_that_fails_gives_its_memory_back(server, session, how) -> None:
+    before = session.describe()
+    with (
+        Proxy(server.address) as proxy,
+        grpc.insecure_channel(proxy.address, OWN) as own,
+        Stream(own) as stream,
+    ):
+        job = PROBLEM.job(
+            session=session.ref(),
+            x=sent_and_kept(7),
+            dy=sent_and_kept(8),
+            dw=into(G, 3),
+        )
+        stream.send(job)
+        stream.receive_accepted()
+        stream.send_all(PROBLEM.chunks("w", 0, 5))
+        stream.send_all(PROBLEM.chunks("x", 0, 20))
+        stream.send_all(PROBLEM.chunks("dy", 0, 20))
+        kept_bytes = PROBLEM.x.nbytes + PROBLEM.dy.nbytes
+        assert session.used_bytes == before.used_bytes + kept_bytes
+        assert stream.receive() is not None
+        if how == "cancel":
+            stream.call.cancel()
+        elif how == "connection":
+            proxy.cut()
+        else:
+            stream.send(end(20))
+            assert stream.failure().reason == "M_MISMATCH"
+        wait_until(lambda: session.describe() == before)
+
+
+@pytest.mark.parametrize("way", ["compute", "stream"])
+def test_a_job_without_memory_to_keep_its_operand_changes_nothing(channel, way) -> None:
+    session = RawSessions(channel).open(PROBLEM.x.nbytes + DW.nbytes - 1)
+    session.put(W, PROBLEM.w)
+    before = session.describe()
+    for fields in (
+        {"x": sent_and_kept(7)},
+        {"dy": sent_and_kept(8), "x": sent_and_kept(7)},
+    ):
+        failure = refusal(lambda f=fields: getattr(session, way)(PROBLEM, **f))
+        assert failure.reason == "SESSION_FULL"
+        assert list(failure.fields) == ["keep_bytes"]
+        assert session.describe() == before
+    session.drop(W)
+    session.compute(PROBLEM, x=sent_and_kept(7))
+    session.close()
+
+
+@contextlib.contextmanager
+def serving(**settings: Any) -> Iterator[tuple[Server, grpc.Channel]]:
+    """A server in this process."""
+    server = Server(Settings(listen=("127.0.0.1:0",), backend="numpy", **settings))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
+        try:
+            with grpc.insecure_channel(server.addresses[0]) as channel:
+                yield server, channel
+        finally:
+            asyncio.run_coroutine_threadsafe(server.drain(), loop).result(20)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_sessions_leave_nothing_reserved() -> None:
+    with serving(grace=1.0) as (server, channel):
+        assert server._service is not None
+        admission = server._service.admission
+        wait_until(lambda: admission.held_bytes == 0)
+        for _ in range(10):
+            session = RawSessions(channel).open(5 * MIB)
+            session.put(W, PROBLEM.w)
+            session.zeros(G, SHAPE)
+            session.compute(PROBLEM, x=sent_and_kept(X), dw=into(G, 0))
+            session.step(1, sgd((W, G), momentum=0.9))
+            wait_until(lambda: admission.held_bytes == 5 * MIB)
+            session.close()
+            wait_until(lambda: admission.held_bytes == 0)
+        assert not len(server._service.sessions)
+
+
+def resident_bytes(pid: int) -> int:
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * 4096
+
+
+def test_a_thousand_sessions_leave_no_memory_behind(server, channel) -> None:
+    array = np.ones(50_000, np.float32)
+
+    def one() -> None:
+        session = RawSessions(channel).open(MIB)
+        session.put(W, array)
+        session.put(G, array, role=GRADIENT)
+        session.step(1, sgd((W, G), momentum=0.9))
+        session.close()
+
+    for _ in range(50):
+        one()
+    before = resident_bytes(server.pid)
+    for _ in range(1000):
+        one()
+    assert resident_bytes(server.pid) - before < 8 * MIB
+
+
+def test_memory_for_sessions_is_refused_when_they_are_opened() -> None:
+    with running_server(memory_limit=64 * MIB, keep_limit=20 * MIB) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            sessions = RawSessions(channel)
+            failure = refusal(lambda: sessions.open(21 * MIB))
+            assert failure.reason == "JOB_TOO_LARGE"
+            assert failure.metadata["limit"] == "keep_limit"
+            first = sessions.open(12 * MIB)
+            failure = refusal(lambda: sessions.open(9 * MIB))
+            assert failure.reason == "BUSY"
+            assert failure.metadata["limit"] == "keep_limit"
+            assert failure.retry_after_s is not None
+            second = sessions.open(8 * MIB)
+            first.close()
+            third = sessions.open(12 * MIB)
+            for each in (second, third):
+                each.close()
+        assert_untroubled(server)
+
+
+def test_a_server_that_keeps_nothing_refuses_sessions() -> None:
+    with running_server(keep_limit=0) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            failure = refusal(lambda: RawSessions(channel).open(1))
+            assert failure.reason == "JOB_TOO_LARGE"
+        assert_untroubled(server)
+
+
+def test_there_are_at_most_256_sessions(channel) -> None:
+    sessions = [RawSessions(channel).open(1) for _ in range(256)]
+    failure = refusal(lambda: RawSessions(channel).open(1))
+    assert (failure.reason, failure.metadata["limit"]) == ("BUSY", "sessions")
+    for each in sessions:
+        each.close()
+    RawSessions(channel).open(1).close()
+
+
+# Leases.
+
+
+def test_a_session_expires_and_says_when_and_by_which_setting(channel) -> None:
+    session = RawSessions(channel).open(lease_seconds=1)
+    session.put(W, PROBLEM.w)
+    for _ in range(3):  # each call renews it
+        time.sleep(0.6)
+        session.renew()
+    time.sleep(1.5)
+    for call in (
+        session.renew,
+        session.describe,
+        lambda: session.get(W),
+        lambda: session.put(W, PROBLEM.w),
+        lambda: session.step(1, sgd((W, G))),
+        lambda: session.compute(PROBLEM, w=kept(W)),
+    ):
+        failure = refusal(call)
+        assert failure.reason == "SESSION_EXPIRED"
+        assert failure.status is grpc.StatusCode.FAILED_PRECONDITION
+        assert "lease_seconds" in failure.text
+        assert "after 1 s" in failure.text
+        assert re.search(r"that was \d+ s ago", failure.text)
+        assert failure.metadata["server_instance"]
+    session.close()
+
+
+def test_a_servers_lease_is_named_and_jobs_keep_a_session_alive() -> None:
+    with running_server(session_lease_max=1.0, idle_timeout=20) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            session = RawSessions(channel).open(lease_seconds=1000)
+            assert session.renew().lease_seconds == 1
+            session.put(W, PROBLEM.w)
+            with Stream(channel) as stream:
+                stream.send(PROBLEM.job(session=session.ref(), w=kept(W)))
+                outcome = stream.receive_accepted()
+                time.sleep(2.5)
+                stream.send_all(PROBLEM.chunks("x", 0, 40))
+                stream.send_all(PROBLEM.chunks("dy", 0, 40))
+                stream.send(end(40))
+                stream.half_close()
+                stream.receive_results(outcome)
+            session.renew()
+            time.sleep(1.6)
+            failure = refusal(session.renew)
+            assert failure.reason == "SESSION_EXPIRED"
+            assert "session_lease_max" in failure.text
+        assert_untroubled(server)
+
+
+# Tenants.
+
+
+def test_a_session_of_another_tenant_is_answered_like_none(tmp_path) -> None:
+    tokens, text = make_tokens("one", "other")
+    file = tmp_path / "tokens.toml"
+    file.write_text(text)
+    with running_server(auth_tokens=str(file)) as server:
+        with grpc.insecure_channel(server.address) as plain:
+            channels = {name: authorized(plain, tokens[name]) for name in tokens}
+            session = RawSessions(channels["one"]).open(lease_seconds=1)
+            session.put(W, PROBLEM.w)
+            for token in (session.token, "x" * len(session.token)):
+                foreign = RawSessions(channels["other"], token)
+                for call in (
+                    foreign.renew,
+                    foreign.describe,
+                    lambda f=foreign: f.drop(W),
+                    lambda f=foreign: f.step(1, sgd((W, G))),
+                    lambda f=foreign: f.get(W),
+                    lambda f=foreign: f.put(W, PROBLEM.w),
+                    lambda f=foreign: f.stream(PROBLEM, w=kept(W)),
+                    lambda f=foreign: f.compute(PROBLEM, w=kept(W)),
+                ):
+                    failure = refusal(call)
+                    assert failure.reason == "SESSION_UNKNOWN"
+                    assert token not in failure.text
+                foreign.close()
+            unknown = RawSessions(channels["other"], "x" * len(session.token))
+            foreign = RawSessions(channels["other"], session.token)
+
+            def told(failure: CallError) -> tuple[Any, ...]:
+                return (
+                    failure.status,
+                    failure.text,
+                    failure.fields,
+                    failure.metadata,
+                )
+
+            assert told(refusal(foreign.renew)) == told(refusal(unknown.renew))
+            assert session.get(W).tobytes() == PROBLEM.w.tobytes()
+            time.sleep(2.0)
+            assert refusal(session.renew).reason == "SESSION_EXPIRED"
+            assert told(refusal(foreign.renew)) == told(refusal(unknown.renew))
+            assert session.token not in server.logs
+        assert_untroubled(server)
+
+
+def test_a_tenant_has_a_part_of_the_sessions(tmp_path) -> None:
+    tokens, text = make_tokens("greedy", "modest")
+    file = tmp_path / "tokens.toml"
+    file.write_text(text)
+    with running_server(auth_tokens=str(file)) as server:
+        with grpc.insecure_channel(server.address) as plain:
+            greedy = RawSessions(authorized(plain, tokens["greedy"]))
+            for _ in range(64):
+                greedy.open(1)
+            failure = refusal(lambda: greedy.open(1))
+            assert (failure.reason, failure.metadata["limit"]) == ("BUSY", "sessions")
+            RawSessions(authorized(plain, tokens["modest"])).open(1)
+        assert_untroubled(server)
+
+
+# Closing, stalling, stopping.
+
+
+def test_closing_waits_for_jobs_and_refuses_others_at_once(channel) -> None:
+    session = RawSessions(channel).open()
+    session.put(W, PROBLEM.w)
+    with Stream(channel) as stream, ThreadPoolExecutor(1) as pool:
+        stream.send(PROBLEM.job(session=session.ref(), w=kept(W), x=sent_and_kept(7)))
+        outcome = stream.receive_accepted()
+        closed = pool.submit(session.close)
+        wait_until(lambda: _is_unknown(session))
+        assert not closed.done()
+        stream.send_all(message for message in PROBLEM.body(8) if not _has_w(message))
+        stream.half_close()
+        stream.receive_results(outcome)
+        closed.result(20)
+    for name, array in outcome.arrays.items():
+        np.testing.assert_array_equal(array, RESULTS[name])
+
+
+def _has_w(message: Any) -> bool:
+    return bool(message.chunk.matrix == matrix_number("w"))
+
+
+def _is_unknown(session: RawSessions) -> bool:
+    try:
+        session.renew()
+    except CallError as error:
+        return error.reason == "SESSION_UNKNOWN"
+    return False
+
+
+def test_a_stalled_stream_holds_up_the_steps_of_its_own_session_only(
+    channel, session
+) -> None:
+    other = session.open()
+    other.put(W, np.zeros(SHAPE, np.float32))
+    other.zeros(G, SHAPE)
+    session.compute(PROBLEM, dw=into(G, 0))
+    with ThreadPoolExecutor(2) as pool:
+        with Stream(channel) as stream:
+            stream.send(PROBLEM.job(session=session.ref(), w=kept(W)))
+            stream.receive_accepted()
+            step = pool.submit(session.step, 1, sgd((W, G)))
+            # The next job waits for the step, so that steps are not starved.
+            late = pool.submit(session.compute, PROBLEM, w=kept(W))
+            for number in range(1, 20):
+                other.compute(PROBLEM, dw=into(G, 0, step=number - 1))
+                other.step(number, sgd((W, G)))
+            assert not step.done()
+            assert not late.done()
+        assert step.result(20).step == 1
+        late.result(20)
+    np.testing.assert_array_equal(other.get(W), -19 * DW)
+    other.close()
+
+
+def test_chunks_without_elements_are_no_progress() -> None:
+    with running_server(idle_timeout=1.0) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            session = RawSessions(channel).open()
+            over = threading.Event()
+
+            def messages() -> Iterator[Any]:
+                first = header(PROBLEM.w, session=session.token, tensor=1)
+                yield pb2.PutTensorRequest(header=first)
+                while not over.wait(0.1):
+                    yield pb2.PutTensorRequest(chunk=pb2.TensorChunk())
+
+            try:
+                failure = refusal(lambda: session.put_messages(messages()))
+            finally:
+                over.set()
+            assert failure.reason == "CLIENT_IDLE"
+        assert_untroubled(server)
+
+
+def test_a_server_stops_in_time_whatever_its_sessions_do() -> None:
+    size = 1 << 22
+    with running_server(grace=0.2, memory_limit=1024 * MIB) as server:
+        stop = threading.Event()
+        with (
+            grpc.insecure_channel(server.address) as channel,
+            ThreadPoolExecutor(8) as pool,
+        ):
+            sessions = [RawSessions(channel).open(80 * MIB) for _ in range(3)]
+            for each in sessions:
+                each.put(W, np.zeros(size, np.float32))
+                each.put(G, np.ones(size, np.float32), role=GRADIENT)
+
+            def step(session: RawSessions) -> int:
+                number = 0
+                with contextlib.suppress(CallError):
+                    while not stop.is_set():
+                        session.step(number + 1, sgd((W, G)), keep_gradients=True)
+                        number += 1
+                return number
+
+            def put(session: RawSessions) -> None:
+                array = np.zeros(1000, np.float32)
+
+                def messages() -> Iterator[Any]:
+                    first = header(array, session=session.token, tensor=9)
+                    yield pb2.PutTensorRequest(header=first)
+                    stop.wait(20)
+
+                with contextlib.suppress(CallError):
+                    session.put_messages(messages())
+
+            def keep(session: RawSessions) -> None:
+                with Stream(channel) as stream, contextlib.suppress(CallError):
+                    job = PROBLEM.job(session=session.ref(), x=sent_and_kept(8))
+                    stream.send(job)
+                    stream.receive_accepted()
+                    stream.receive()
+
+            tasks = [pool.submit(put, sessions[1]), pool.submit(keep, sessions[2])]
+            tasks += [pool.submit(step, each) for each in sessions[:2]]
+            time.sleep(0.5)
+            begun = time.monotonic()
+            server.process.terminate()
+            try:
+                server.process.wait(10)
+            finally:
+                stop.set()
+            assert time.monotonic() - begun < 8
+            assert tasks[2].result(20) > 0
+            for task in tasks:
+                task.result(20)
+        assert server.process.returncode == 0
+        assert_untroubled(server)
+        assert "Traceback" not in server.logs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_memory_is_exact_whatever_calls_do_beside_each_other(server, seed) -> None:
+    """Calls of every kind, cancelled or not, on few tensors and little memory."""
+    expected = {
+        "SESSION_FULL",
+        "TENSOR_UNKNOWN",
+        "TENSOR_MISMATCH",
+        "STEP_CONFLICT",
+        "GRADIENT_INCOMPLETE",
+        "OPTION_INVALID",  # last_use of a tensor that was put meanwhile
+    }
+    with grpc.insecure_channel(server.address, OWN) as channel:
+        session = RawSessions(channel).open(6 * PROBLEM.x.nbytes)
+
+        def act(number: int) -> set[str]:
+            choose = random.Random(100 * seed + number)
+            reasons = set()
+            with grpc.insecure_channel(server.address, OWN) as own:
+                mine = session.over(own)
+                for _ in range(60):
+                    try:
+                        _any_call(mine, own, choose)
+                    except CallError as error:
+                        reasons.add(error.reason)
+            return reasons
+
+        with ThreadPoolExecutor(6) as pool:
+            reasons = set().union(*pool.map(act, range(6)))
+        assert reasons <= expected
+
+        def is_exact() -> bool:
+            described = session.describe()
+            early = sum(
+                info.size_bytes
+                for info in described.tensors
+                for position, part in enumerate(info.parts)
+                if part != position
+            )
+            sizes = sum(info.size_bytes for info in described.tensors)
+            return bool(described.used_bytes == sizes + early)
+
+        wait_until(is_exact)  # cancelled calls end a moment later
+        session.drop(*range(1, 10))
+        assert session.used_bytes == 0
+        session.put(1, np.zeros(6 * PROBLEM.x.size, np.float32))
+        session.close()
+
+
+def _any_call(
+    session: RawSessions, channel: grpc.Channel, choose: random.Random
+) -> None:
+    number, step = choose.randint(1, 4), session.renew().step
+    fields: dict[str, Any] = {}
+    if choose.random() < 0.5:
+        last = choose.random() < 0.3
+        fields["x"] = choose.choice(
+            [kept(number, last_use=last), sent_and_kept(number)]
+        )
+    if choose.random() < 0.5 or not fields:
+        part = choose.choice([None, 0, 1, 2])
+        fields["dw"] = into(choose.randint(5, 6), part, step=step)
+    match choose.randrange(10):
+        case 0:
+            session.drop(number, choose.randint(5, 7))
+        case 1:
+            session.zeros(choose.randint(5, 6), SHAPE)
+        case 2:
+            session.put(7, PROBLEM.w)
+        case 3:
+            session.get(choose.randint(1, 7))
+        case 4:
+            adam = pb2.Adam(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
+            group = pb2.ParameterGroup(
+                parameters=[pb2.Parameter(weight=7, gradient=5)], adam=adam
+            )
+            session.step(step + 1, choose.choice([group, sgd((7, 5), momentum=0.5)]))
+        case 5:
+            with Stream(channel) as stream:  # cancelled somewhere
+                stream.send(PROBLEM.job(session=session.ref(), **fields))
+                with contextlib.suppress(CallError):
+                    stream.receive_accepted()
+                    stream.send_all(PROBLEM.chunks("w", 0, 5))
+        case 6:
+            first = header(PROBLEM.x, session=session.token, tensor=number)
+            method = channel.stream_unary(f"/{SESSION_SERVICE}/PutTensor")
+            message = pb2.PutTensorRequest(header=first).SerializeToString()
+            method.future(iter([message])).cancel()
+        case 7 | 8:
+            session.compute(PROBLEM, **fields)
+        case _:
+            session.stream(PROBLEM, **fields)
