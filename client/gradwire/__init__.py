@@ -42,10 +42,23 @@ from gradwire._api.errors import (
     RowsLostError,
     ServerBusyError,
     ServerError,
+    SessionFullError,
+    SessionLostError,
+    StateNotSavedError,
+    StateUnknownError,
+    StepConflictError,
     TlsError,
     UnavailableError,
     UnsupportedError,
     VerificationError,
+)
+from gradwire._api.optimizers import SGD, Adam, AdamW
+from gradwire._api.session_types import (
+    Forward,
+    SessionInfo,
+    SessionSummary,
+    StepResult,
+    TensorInfo,
 )
 from gradwire._api.types import (
     Backward,
@@ -60,18 +73,25 @@ from gradwire._api.types import (
 )
 from gradwire._api.verify import Verify
 from gradwire._client._async.client import AsyncClient
+from gradwire._client._async.session import AsyncSession
 from gradwire._client._async.stream import AsyncGradientStream
 from gradwire._client._sync.client import Client
+from gradwire._client._sync.session import Session
 from gradwire._client._sync.stream import GradientStream
 from gradwire._client.connect import connect
+from gradwire._core.kept import Tensor
 from gradwire._resilience.retry import RetryPolicy
 from gradwire._transport.tls import Tls
 from gradwire_protocol.error_reasons import Reason
 
 __all__ = [
+    "SGD",
     "AbortedError",
+    "Adam",
+    "AdamW",
     "AsyncClient",
     "AsyncGradientStream",
+    "AsyncSession",
     "AuthenticationError",
     "Backward",
     "CallError",
@@ -89,6 +109,7 @@ __all__ = [
     "DeviceOutOfMemoryError",
     "DrainingError",
     "ExhaustedError",
+    "Forward",
     "GradientStream",
     "Gradients",
     "GradwireError",
@@ -109,6 +130,17 @@ __all__ = [
     "ServerError",
     "ServerInfo",
     "ServerLimits",
+    "Session",
+    "SessionFullError",
+    "SessionInfo",
+    "SessionLostError",
+    "SessionSummary",
+    "StateNotSavedError",
+    "StateUnknownError",
+    "StepConflictError",
+    "StepResult",
+    "Tensor",
+    "TensorInfo",
     "Tls",
     "TlsError",
     "UnavailableError",

@@ -40,7 +40,7 @@ def waiting(
 ) -> Iterator[Caller]:
     """A client of a server where one job runs on, and one more may wait."""
     caller = CALLERS[kind](request.param, occupied)
-    caller.client._engine._retries.policy = gradwire.RetryPolicy(attempts=1)
+    caller.client._engine.retries.policy = gradwire.RetryPolicy(attempts=1)
     yield caller
     caller.close()
 

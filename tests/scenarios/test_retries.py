@@ -246,7 +246,7 @@ def nobody() -> Iterator[str]:
 INTERRUPTED = """
     import logging, sys, numpy as np, gradwire
     client = gradwire.Client(sys.argv[1])
-    client._engine._retries.draw = lambda least, most: 60.0
+    client._engine.retries.draw = lambda least, most: 60.0
 
     class Ready(logging.Handler):
         def emit(self, record):
@@ -294,7 +294,7 @@ async def test_cancelling_a_task_ends_the_wait_for_a_retry_at_once(
     nobody: str, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = gradwire.AsyncClient(nobody)
-    client._engine._retries.draw = lambda least, most: 60.0
+    client._engine.retries.draw = lambda least, most: 60.0
 
     async def call() -> None:
         if what == "stream":
@@ -316,7 +316,7 @@ def test_closing_a_client_ends_the_wait_for_a_retry_at_once(
     nobody: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = gradwire.Client(nobody)
-    client._engine._retries.draw = lambda least, most: 60.0
+    client._engine.retries.draw = lambda least, most: 60.0
 
     def close() -> None:
         wait_for_a_record(caplog)

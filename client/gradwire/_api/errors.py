@@ -10,11 +10,16 @@
      ├── VerificationError                 `verify` found a wrong result
      └── CallError                         a call ended with a status other than OK:
           ├── RequestError                   INVALID_ARGUMENT and similar statuses
+          │    ├── SessionLostError            the session is gone, with its tensors
+          │    ├── SessionFullError            the session's `keep` is too small
+          │    ├── StepConflictError           the session is at another step
+          │    └── StateUnknownError           no saved state has that name
           ├── UnsupportedError               UNIMPLEMENTED
           ├── ExhaustedError                 RESOURCE_EXHAUSTED
           │    ├── JobTooLargeError            the server has too little memory
           │    ├── ServerBusyError             the queue is full; see `retry_after_s`
-          │    └── DeviceOutOfMemoryError      the device ran out of memory
+          │    ├── DeviceOutOfMemoryError      the device ran out of memory
+          │    └── StateNotSavedError          a session was not saved on the server
           ├── UnavailableError               UNAVAILABLE
           │    ├── DrainingError               the server is about to stop
           │    ├── DeviceLostError             a device failed; the server stops
@@ -166,6 +171,26 @@ class RequestError(CallError):
     """The server rejected the request as invalid; see `fields`."""
 
 
+class SessionLostError(RequestError):
+    """The session is gone, with its tensors.
+
+    It was closed, it has expired, or its server was restarted. Open another one, and
+    restore a saved state or put the tensors again.
+    """
+
+
+class SessionFullError(RequestError):
+    """The session's `keep` is too small for its tensors."""
+
+
+class StepConflictError(RequestError):
+    """The session is at another step, or a gradient lacks a contribution."""
+
+
+class StateUnknownError(RequestError):
+    """The server has no saved state of this name, of the caller's tenant."""
+
+
 class UnsupportedError(CallError):
     """The server does not support a requested option or feature."""
 
@@ -184,6 +209,14 @@ class ServerBusyError(ExhaustedError):
 
 class DeviceOutOfMemoryError(ExhaustedError):
     """The server's device ran out of memory during the job."""
+
+
+class StateNotSavedError(ExhaustedError):
+    """A session's state was not saved on the server, for example on a full disk.
+
+    An earlier state of that name is unchanged. A step that raises it was made: calling
+    `step` again with the same arguments saves the state.
+    """
 
 
 class UnavailableError(CallError):
@@ -270,6 +303,13 @@ BY_STATUS: dict[StatusCode, type[CallError]] = {
 """Exception class of every status other than OK."""
 
 BY_REASON: dict[Reason, type[CallError]] = {
+    Reason.SESSION_UNKNOWN: SessionLostError,
+    Reason.SESSION_EXPIRED: SessionLostError,
+    Reason.SESSION_FULL: SessionFullError,
+    Reason.STEP_CONFLICT: StepConflictError,
+    Reason.GRADIENT_INCOMPLETE: StepConflictError,
+    Reason.STATE_UNKNOWN: StateUnknownError,
+    Reason.STATE_NOT_SAVED: StateNotSavedError,
     Reason.JOB_TOO_LARGE: JobTooLargeError,
     Reason.BUSY: ServerBusyError,
     Reason.DEVICE_OUT_OF_MEMORY: DeviceOutOfMemoryError,

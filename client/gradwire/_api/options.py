@@ -105,6 +105,21 @@ class ForwardOptions(TypedDict, total=False):
     block_rows: BlockRows | None
 
 
+class SessionJobOptions(TypedDict, total=False):
+    """The options of `Session.forward` and `Session.backward`."""
+
+    result_dtype: ResultDtypes
+    wire_dtype: DtypeLike
+    dw_accumulator: DtypeLike
+    allow_tf32: bool
+    checksum: bool
+    timeout_s: float | None
+    on_progress: OnProgress | None
+    request_id: str | None
+    metadata: Metadata
+    block_rows: BlockRows | None
+
+
 class BackwardOptions(ForwardOptions, total=False):
     """The options of `Client.backward`."""
 

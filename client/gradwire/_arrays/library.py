@@ -93,5 +93,5 @@ def require_no_graph(operands: Iterable[tuple[str, object]]) -> None:
             raise InputError(
                 f"{name} requires grad, but y would have no autograd graph: pass"
                 f" {name}.detach(), or call forward under torch.no_grad(); to train,"
-                " write a torch.autograd.Function as in examples/torch_linear.py"
+                " use gradwire.torch"
             )

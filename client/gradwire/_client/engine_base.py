@@ -72,9 +72,9 @@ class EngineBase:
         self._endpoints = None
         if self._addresses.several:
             self._endpoints = Endpoints(self._addresses, tls, token)
-        self._retries = Retries(parse_retries(options.get("retries", True)))
+        self.retries = Retries(parse_retries(options.get("retries", True)))
         self.jobs = JobFactory(
-            self._retries.policy,
+            self.retries.policy,
             parse_verify(options.get("verify")),
             parse_timeout(options.get("timeout_s"), "timeout_s"),
             options.get("metadata", ()),
@@ -129,7 +129,7 @@ class EngineBase:
 
     def attempts(self, options: Options) -> Attempts:
         """Return the attempts of a job that begins now."""
-        return Attempts(self._retries, options.timeout_s, options.job_id)
+        return Attempts(self.retries, options.timeout_s, options.job_id)
 
     def _learn_features(self, engines: Sequence[EngineBase]) -> None:
         """Use the common features of all servers that have answered."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gradwire._api.errors import InputError
 from gradwire._api.options import (
     BlockRows,
     Metadata,
@@ -25,9 +26,11 @@ from gradwire._core.job_plan import (
     Plan,
     common_dtype,
     plan_arrays,
+    plan_kept,
     read_operands,
     with_block_rows,
 )
+from gradwire._core.kept import Keeping
 from gradwire._core.outputs import (
     ArrayOutputs,
     Output,
@@ -157,6 +160,41 @@ class JobFactory:
             division, sources, plan, outputs, make=self._part, copies=copies
         )
 
+    def session_job(
+        self,
+        given: Mapping[Matrix, object],
+        out: Any,
+        returns: tuple[Matrix, ...],
+        options: Options,
+        kept: Keeping,
+    ) -> ArrayJob:
+        """Create a job with operands or results that stay in a session.
+
+        Args:
+            given: The caller's operands, arrays and kept tensors.
+            out: The caller's arrays for results.
+            returns: The results that the method returns.
+            options: The options of the call.
+            kept: The operands and results that stay.
+
+        Raises:
+            InputError: An argument is invalid.
+        """
+        copies, options = HostCopies(), self.with_defaults(options)
+        if options.verify:
+            raise InputError(
+                "verify is on, but the client does not have the elements of kept"
+                " tensors: leave it out, also of connect, for clients with sessions"
+            )
+        sources = read_operands(given, options, copies, kept=True)
+        plan, operands = plan_kept(sources, options, kept)
+        results = output_shapes(plan, operands)
+        own = given_outputs(plan, operands, named_outputs(out, returns), results)
+        library = library_of(given[matrix] for matrix in plan.operands)
+        outputs = ArrayOutputs(plan, results, own, self.memory, library)
+        sent = {matrix: operands[matrix] for matrix in plan.operands}
+        return self._job(plan, sent, outputs, copies)
+
     def _part(
         self,
         plan: Plan,
@@ -186,7 +224,9 @@ class JobFactory:
             outputs,
             unary=unary,
             copies=copies,
-            checkpoint_rows=self._checkpoint_rows(plan.options),
+            checkpoint_rows=(
+                None if plan.kept else self._checkpoint_rows(plan.options)
+            ),
         )
 
     def stream_job(self, reader: RowReader, rows: ReplayBuffer) -> StreamJob:

@@ -10,6 +10,7 @@ from gradwire._api.options import Options
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand, Source, read
 from gradwire._core.block_rows import automatic_block_rows
+from gradwire._core.kept import Keeping, Tensor
 from gradwire_protocol import limits
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
@@ -39,23 +40,32 @@ class Plan:
     chunk_bytes: int = limits.DEFAULT_CHUNK_BYTES
     """Largest payload of a chunk, in both directions."""
 
+    kept: Keeping | None = None
+    """The operands and results that stay in a session."""
+
     block_rows: int = 0
     """Most rows of a row block, the same in every attempt; 0: the server's choice."""
 
     @property
     def results(self) -> tuple[Matrix, ...]:
-        """The wanted results."""
-        return self.options.results
+        """The results to receive."""
+        if self.kept is None:
+            return self.options.results
+        into = self.kept.into
+        return tuple(each for each in self.options.results if each not in into)
 
     @property
     def sums(self) -> tuple[Matrix, ...]:
-        """The wanted results that are summed over row blocks."""
-        return tuple(result for result in self.options.results if result.is_sum)
+        """The results to receive that are summed over row blocks."""
+        return tuple(result for result in self.results if result.is_sum)
 
     @property
     def operands(self) -> tuple[Matrix, ...]:
-        """The operands that the wanted results need."""
-        return operands_for(self.options.results)
+        """The operands to send: those that the wanted results need."""
+        needed = operands_for(self.options.results)
+        if self.kept is None:
+            return needed
+        return tuple(each for each in needed if each not in self.kept.operands)
 
     def result_dtype(self, result: Matrix) -> Dtype:
         """Return the dtype in which a result is sent."""
@@ -92,12 +102,12 @@ class Plan:
     def spec(self) -> JobSpec:
         """Return the job's spec, with all matrices sent in messages."""
         options = self.options
-        return JobSpec(
+        spec = JobSpec(
             m=self.m,
             n=self.n,
             k=self.k,
             dtype=self.dtype,
-            results={result: self.result_dtype(result) for result in self.results},
+            results={each: self.result_dtype(each) for each in options.results},
             dw_accumulator=options.dw_accumulator,
             allow_tf32=options.allow_tf32,
             checksum=options.checksum,
@@ -105,6 +115,7 @@ class Plan:
             features=(limits.BLOCK_ROWS,) if self.block_rows else (),
             block_rows=self.block_rows or None,
         )
+        return spec if self.kept is None else self.kept.applied(spec)
 
     def header(self) -> Job:
         """Return the header for `spec`.
@@ -113,6 +124,8 @@ class Plan:
         send thousands of equal ones.
         """
         options = self.options
+        if self.kept is not None:
+            return self.spec().to_message(options.job_id)
         results = tuple((result, self.result_dtype(result)) for result in self.results)
         key = (
             *(self.m, self.n, self.k, self.dtype, results, options.dw_accumulator),
@@ -137,6 +150,8 @@ def read_operands(
     given: Mapping[Matrix, object],
     options: Options,
     copies: HostCopies | None = None,
+    *,
+    kept: bool = False,
 ) -> dict[Matrix, Source]:
     """Convert the caller's operands to arrays.
 
@@ -144,15 +159,22 @@ def read_operands(
         given: The caller's X, W and dY, or None.
         options: The options of the call.
         copies: Counts copies from a GPU's memory.
+        kept: Whether operands may be kept tensors, which are left out.
 
     Raises:
         InputError: An operand is missing or invalid.
     """
     require(given, options)
+    for matrix, value in given.items():
+        if isinstance(value, Tensor) and not kept:
+            raise InputError(
+                f"{matrix.label} is a tensor of a session: use the session's forward"
+                " and backward"
+            )
     return {
         matrix: read(value, matrix.label, options.wire_dtype, copies)
         for matrix, value in given.items()
-        if value is not None
+        if value is not None and not isinstance(value, Tensor)
     }
 
 
@@ -175,6 +197,28 @@ def plan_arrays(
     operands = {matrix: source.whole() for matrix, source in sources.items()}
     plan = with_block_rows(check(operands, options))
     return plan, {matrix: operands[matrix] for matrix in plan.operands}
+
+
+def plan_kept(
+    sources: Mapping[Matrix, Source], options: Options, kept: Keeping
+) -> tuple[Plan, dict[Matrix, Operand]]:
+    """Plan a job of arrays and kept tensors.
+
+    Args:
+        sources: The operands that are sent.
+        options: The options of the call.
+        kept: The operands and results that stay in a session.
+
+    Returns:
+        The plan, and all operands; kept ones have no elements.
+
+    Raises:
+        InputError: Two operands do not fit together.
+    """
+    operands = {matrix: source.whole() for matrix, source in sources.items()}
+    operands |= kept.stand_ins(operands)
+    plan = with_block_rows(check(operands, options))
+    return replace(plan, kept=kept), operands
 
 
 def check(operands: Mapping[Matrix, Operand], options: Options) -> Plan:

@@ -64,6 +64,8 @@ class ArrayJob:
         self, exchange: JobExchange, error: GradwireError, attempts: Attempts
     ) -> bool:
         """Record a failed stream, and return whether to start over immediately."""
+        if self.plan.kept is not None:
+            return False  # Kept operands and gradients start over, too.
         before = self.resume_point
         if before is not None and resume_refused(error):
             self.resume_point = None

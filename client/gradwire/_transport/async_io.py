@@ -47,6 +47,31 @@ class AsyncFlag:
                 await self._event.wait()
 
 
+class AsyncRepeater:
+    """Does something again and again in the background.
+
+    Args:
+        interval_s: Seconds between the end of one time and the next.
+        work: What to do. It returns whether to go on, and must not raise.
+    """
+
+    def __init__(self, interval_s: float, work: Callable[[], Awaitable[bool]]) -> None:
+        async def repeat() -> None:
+            again = True
+            while again:
+                await asyncio.sleep(interval_s)
+                again = await work()
+
+        self._task = asyncio.create_task(repeat())
+
+    async def aclose(self) -> None:
+        """Stop."""
+        if self._task.done():  # perhaps with its event loop
+            return
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
 async def run_beside(work: Callable[[], R]) -> R:
     """Run long work in a thread, so that the event loop is not blocked."""
     return await asyncio.to_thread(work)

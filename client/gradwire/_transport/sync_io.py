@@ -33,6 +33,31 @@ class SyncFlag:
         self._event.wait(timeout_s)
 
 
+class SyncRepeater:
+    """Does something again and again in the background.
+
+    The thread ends with the process, and in the child of a fork there is none.
+
+    Args:
+        interval_s: Seconds between the end of one time and the next.
+        work: What to do. It returns whether to go on, and must not raise.
+    """
+
+    def __init__(self, interval_s: float, work: Callable[[], bool]) -> None:
+        self._stopped = threading.Event()
+        stopped = self._stopped
+
+        def repeat() -> None:
+            while not stopped.wait(interval_s) and work():
+                pass
+
+        threading.Thread(target=repeat, name="gradwire-lease", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop after the current time."""
+        self._stopped.set()
+
+
 def run_beside(work: Callable[[], R]) -> R:
     """Run long work directly, because the caller waits for it."""
     return work()

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gradwire._api.errors import GradwireError
 from gradwire._api.options import Options, at_most
@@ -40,6 +47,11 @@ from gradwire._transport.shm.policy import may_be_smaller
 from gradwire._transport.shm.segments import Allocation, Pool
 from gradwire._transport.shm.shm_job import ShmJob
 from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1.session_service_pb2 import (
+    GetTensorRequest,
+    GetTensorResponse,
+    PutTensorRequest,
+)
 
 R = TypeVar("R")
 
@@ -143,13 +155,13 @@ class AsyncEngine(EngineBase):
             engine = await self._engine_at(address)
             if engine is not self:
                 return await engine.server_info(timeout_s)
-        attempts = Attempts(self._retries, timeout_s)
+        attempts = Attempts(self.retries, timeout_s)
 
         async def attempt() -> ServerInfo:
             with await self.lease(attempts) as lease:
                 return await lease.engine._server_info(attempts.left_s)
 
-        return await self._retry(attempts, attempt)
+        return await self.retry(attempts, attempt)
 
     async def run(self, job: ArrayJob) -> Receipt:
         """Compute a job, with retries.
@@ -167,7 +179,7 @@ class AsyncEngine(EngineBase):
                     return await run_beside(lambda: job.verified(receipt, address))
                 return job.verified(receipt, address)
 
-        receipt = await self._retry(attempts, attempt)
+        receipt = await self.retry(attempts, attempt)
         return job.deliver(attempts.annotate(receipt))
 
     async def lease(self, attempts: Attempts) -> Lease[AsyncEngine]:
@@ -222,6 +234,66 @@ class AsyncEngine(EngineBase):
             lambda: stream_messages(job, exchange, batches),
             attempts.options(job.options),
         )
+
+    async def session_call(
+        self, name: str, request: Any, timeout_s: float | None
+    ) -> Any:
+        """Call a method of the sessions of this engine's server.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        metadata = self.jobs.metadata
+        return await self._connection().session_call(name, request, timeout_s, metadata)
+
+    async def call_once(self, name: str, request: Any, address: str | None) -> Any:
+        """Call a method of the sessions on a server, with retries.
+
+        Args:
+            name: The method.
+            request: Its request.
+            address: The server's address; None: the server of the next job.
+
+        Raises:
+            InputError: There is no server at that address.
+            GradwireError: The call failed.
+        """
+        if address is not None:
+            engine = await self._engine_at(address)
+            if engine is not self:
+                return await engine.call_once(name, request, None)
+        attempts = Attempts(self.retries, self.jobs.timeout_s)
+
+        async def attempt() -> Any:
+            with await self.lease(attempts) as lease:
+                return await lease.engine.session_call(name, request, attempts.left_s)
+
+        return await self.retry(attempts, attempt)
+
+    async def put_tensor(
+        self, requests: Iterator[PutTensorRequest], timeout_s: float | None
+    ) -> None:
+        """Put a tensor into a session of this engine's server.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        metadata = self.jobs.metadata
+        await self._connection().put_tensor(requests, timeout_s, metadata)
+
+    async def get_tensor(
+        self,
+        request: GetTensorRequest,
+        take: Callable[[GetTensorResponse], None],
+        timeout_s: float | None,
+    ) -> None:
+        """Get a tensor of a session of this engine's server.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        metadata = self.jobs.metadata
+        await self._connection().get_tensor(request, take, timeout_s, metadata)
 
     async def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Allocate shared memory.
@@ -279,7 +351,7 @@ class AsyncEngine(EngineBase):
         self._closing = AsyncFlag()
         if self.closed:
             self._closing.set()
-        self._retries.renew()
+        self.retries.renew()
         if self._servers is not None:
             self._servers.renew()
 
@@ -402,9 +474,7 @@ class AsyncEngine(EngineBase):
         members = self._servers.members
         return look_up_address(address, {each.address: each.engine for each in members})
 
-    async def _retry(
-        self, attempts: Attempts, attempt: Callable[[], Awaitable[R]]
-    ) -> R:
+    async def retry(self, attempts: Attempts, attempt: Callable[[], Awaitable[R]]) -> R:
         """Return the result of the first successful attempt.
 
         Raises:

@@ -16,16 +16,20 @@ from gradwire._api.options import (
     parse_options,
     parse_timeout,
 )
+from gradwire._api.session_types import SessionSummary
 from gradwire._api.types import Array, Backward, Gradients, ServerInfo
 from gradwire._arrays.library import require_no_graph
 from gradwire._client._sync.batch import run
 from gradwire._client._sync.engine import SyncEngine
+from gradwire._client._sync.session import Session
 from gradwire._client._sync.stream import GradientStream
 from gradwire._client.client_base import ClientBase
 from gradwire._client.options import ClientOptions
+from gradwire._client.session_base import SessionOptions, check_state, summary_of
 from gradwire._resilience.row_reader import RowReader
 from gradwire._transport.shm.policy import EmptyArray
 from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.v1 import session_service_pb2
 
 
 class Client(ClientBase[SyncEngine]):
@@ -150,6 +154,109 @@ class Client(ClientBase[SyncEngine]):
         if not self._engine.shm.on:
             return wanted.made(None)
         return wanted.made(self._engine.allocate(wanted.sizes))
+
+    def session(self, keep: int | str, **options: Unpack[SessionOptions]) -> Session:
+        """Create a session: tensors that stay on the server between calls.
+
+        A training loop then sends activations only (docs/training.md).
+
+        Args:
+            keep: Bytes reserved for its tensors, as a number or a text such as
+                ``"2GiB"``: weights, their optimizer states, gradients, and the X of
+                each layer between `forward` and `backward`.
+            **options:
+                lease_s: Seconds after which the server closes the session, if this
+                    program dies; None: the server's default. The lease is renewed by
+                    itself.
+                label: A name for people.
+                restore: Name of a saved state of this caller's tenant, with which the
+                    session begins: its named tensors are in `session.tensors`, and
+                    `session.step_count` has its steps. Gradients are empty.
+                save_every: Save the state on the server after every so many steps,
+                    before `step` returns: a step whose number is a multiple of it is
+                    not lost with the server.
+                save_as: The name of that state: 1 to 64 letters, digits, ".", "_" or
+                    "-". `save_every` and `save_as` go together.
+
+        `restore` and `save_every` need a server with a directory for states
+        (docs/failing.md).
+
+        Returns:
+            The session, to be opened as a context manager.
+
+        Raises:
+            InputError: An argument is invalid.
+
+        Example:
+            >>> with client.session(keep="2GiB") as session:
+            ...     w = session.put(w0, name="fc1")
+        """
+        self._engine.require_open()
+        check_names("session", options, SessionOptions)
+        return Session(self._engine, self._remember, keep, **options)
+
+    def sessions(self, *, address: str | None = None) -> list[SessionSummary]:
+        """List the open sessions of this caller's tenant, the oldest first.
+
+        Without authentication, all callers of a server are one tenant.
+
+        Args:
+            address: Which of several servers; None: the server of the next job.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        request = session_service_pb2.ListSessionsRequest()
+        answer = self._engine.call_once("ListSessions", request, address)
+        return [summary_of(each) for each in answer.sessions]
+
+    def close_session(self, id: str, *, address: str | None = None) -> None:  # noqa: A002 - as in `sessions`
+        """Close a session of this caller's tenant, for example of a dead client.
+
+        Its client then gets `SessionLostError`.
+
+        Args:
+            id: Its id, from `sessions`.
+            address: Which of several servers; None: the server of the next job.
+
+        Raises:
+            SessionLostError: There is no such session.
+            GradwireError: The call failed.
+        """
+        request = session_service_pb2.CloseSessionRequest(id=id)
+        self._engine.call_once("CloseSession", request, address)
+
+    def save_session(
+        self,
+        id: str,  # noqa: A002 - as in `sessions`
+        name: str,
+        *,
+        address: str | None = None,
+    ) -> int:
+        """Save a session of this caller's tenant on its server.
+
+        See `Session.save_on_server`, for a program without the session.
+
+        Args:
+            id: Its id, from `sessions`.
+            name: The name of the state.
+            address: Which of several servers; None: the server of the next job.
+
+        Returns:
+            The steps of the saved state.
+
+        Raises:
+            InputError: The name is invalid.
+            SessionLostError: There is no such session.
+            StateNotSavedError: The state could not be saved.
+            GradwireError: The call failed.
+        """
+        request = session_service_pb2.SaveSessionRequest(
+            id=id, name=check_state(name, "name")
+        )
+        answer = self._engine.call_once("SaveSession", request, address)
+        step: int = answer.step
+        return step
 
     def gradients(
         self,

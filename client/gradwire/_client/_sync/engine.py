@@ -4,9 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gradwire._api.errors import GradwireError
 from gradwire._api.options import Options, at_most
@@ -42,6 +47,11 @@ from gradwire._transport.sync_io import (
     run_beside,
 )
 from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1.session_service_pb2 import (
+    GetTensorRequest,
+    GetTensorResponse,
+    PutTensorRequest,
+)
 
 R = TypeVar("R")
 
@@ -145,13 +155,13 @@ class SyncEngine(EngineBase):
             engine = self._engine_at(address)
             if engine is not self:
                 return engine.server_info(timeout_s)
-        attempts = Attempts(self._retries, timeout_s)
+        attempts = Attempts(self.retries, timeout_s)
 
         def attempt() -> ServerInfo:
             with self.lease(attempts) as lease:
                 return lease.engine._server_info(attempts.left_s)
 
-        return self._retry(attempts, attempt)
+        return self.retry(attempts, attempt)
 
     def run(self, job: ArrayJob) -> Receipt:
         """Compute a job, with retries.
@@ -169,7 +179,7 @@ class SyncEngine(EngineBase):
                     return run_beside(lambda: job.verified(receipt, address))
                 return job.verified(receipt, address)
 
-        receipt = self._retry(attempts, attempt)
+        receipt = self.retry(attempts, attempt)
         return job.deliver(attempts.annotate(receipt))
 
     def lease(self, attempts: Attempts) -> Lease[SyncEngine]:
@@ -224,6 +234,64 @@ class SyncEngine(EngineBase):
             lambda: stream_messages(job, exchange, batches),
             attempts.options(job.options),
         )
+
+    def session_call(self, name: str, request: Any, timeout_s: float | None) -> Any:
+        """Call a method of the sessions of this engine's server.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        metadata = self.jobs.metadata
+        return self._connection().session_call(name, request, timeout_s, metadata)
+
+    def call_once(self, name: str, request: Any, address: str | None) -> Any:
+        """Call a method of the sessions on a server, with retries.
+
+        Args:
+            name: The method.
+            request: Its request.
+            address: The server's address; None: the server of the next job.
+
+        Raises:
+            InputError: There is no server at that address.
+            GradwireError: The call failed.
+        """
+        if address is not None:
+            engine = self._engine_at(address)
+            if engine is not self:
+                return engine.call_once(name, request, None)
+        attempts = Attempts(self.retries, self.jobs.timeout_s)
+
+        def attempt() -> Any:
+            with self.lease(attempts) as lease:
+                return lease.engine.session_call(name, request, attempts.left_s)
+
+        return self.retry(attempts, attempt)
+
+    def put_tensor(
+        self, requests: Iterator[PutTensorRequest], timeout_s: float | None
+    ) -> None:
+        """Put a tensor into a session of this engine's server.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        metadata = self.jobs.metadata
+        self._connection().put_tensor(requests, timeout_s, metadata)
+
+    def get_tensor(
+        self,
+        request: GetTensorRequest,
+        take: Callable[[GetTensorResponse], None],
+        timeout_s: float | None,
+    ) -> None:
+        """Get a tensor of a session of this engine's server.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        metadata = self.jobs.metadata
+        self._connection().get_tensor(request, take, timeout_s, metadata)
 
     def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Allocate shared memory.
@@ -281,7 +349,7 @@ class SyncEngine(EngineBase):
         self._closing = SyncFlag()
         if self.closed:
             self._closing.set()
-        self._retries.renew()
+        self.retries.renew()
         if self._servers is not None:
             self._servers.renew()
 
@@ -404,7 +472,7 @@ class SyncEngine(EngineBase):
         members = self._servers.members
         return look_up_address(address, {each.address: each.engine for each in members})
 
-    def _retry(self, attempts: Attempts, attempt: Callable[[], R]) -> R:
+    def retry(self, attempts: Attempts, attempt: Callable[[], R]) -> R:
         """Return the result of the first successful attempt.
 
         Raises:

@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import os
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
 from gradwire._api.errors import (
@@ -30,7 +31,11 @@ from gradwire._arrays.buffer_pool import raise_mmap_threshold
 from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
-from gradwire._transport.grpc.grpc_errors import call_error, connect_error
+from gradwire._transport.grpc.grpc_errors import (
+    call_error,
+    connect_error,
+    session_error,
+)
 from gradwire._transport.grpc.methods import (
     Methods,
     require_real_threads,
@@ -46,6 +51,11 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     GetServerInfoResponse,
     OpenRegionRequest,
     OpenRegionResponse,
+)
+from gradwire_protocol.v1.session_service_pb2 import (
+    GetTensorRequest,
+    GetTensorResponse,
+    PutTensorRequest,
 )
 
 _StreamStreamCall: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
@@ -182,6 +192,86 @@ class AsyncConnection:
                 raise connect_error(error, self.endpoint, timeout_s or 0) from None
             raise call_error(error, self.endpoint) from None
         return response
+
+    async def session_call(
+        self,
+        name: str,
+        request: Message,
+        timeout_s: float | None,
+        metadata: MetadataPairs,
+    ) -> Any:
+        """Call a method of the sessions with one message each way.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        try:
+            with fork_support.aio_calling():
+                return await self.methods.sessions[name](
+                    request, timeout=timeout_s, metadata=metadata
+                )
+        except grpc.RpcError as error:
+            raise session_error(error, self.endpoint) from None
+
+    async def put_tensor(
+        self,
+        requests: Iterator[PutTensorRequest],
+        timeout_s: float | None,
+        metadata: MetadataPairs,
+    ) -> None:
+        """Call PutTensor.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        rpc = self.methods.put_tensor(timeout=timeout_s, metadata=metadata)
+        try:
+            with fork_support.aio_calling():
+                for request in requests:
+                    await rpc.write(request)
+                await rpc.done_writing()
+                await rpc
+        except grpc.RpcError as error:
+            raise session_error(error, self.endpoint) from None
+        except asyncio.InvalidStateError:
+            # The call ended while a request was written.
+            try:
+                await rpc
+            except grpc.RpcError as error:
+                raise session_error(error, self.endpoint) from None
+            raise
+        except BaseException:
+            rpc.cancel()
+            raise
+
+    async def get_tensor(
+        self,
+        request: GetTensorRequest,
+        take: Callable[[GetTensorResponse], None],
+        timeout_s: float | None,
+        metadata: MetadataPairs,
+    ) -> None:
+        """Call GetTensor.
+
+        Args:
+            request: The request.
+            take: Called with each message.
+            timeout_s: Timeout in seconds; None: no limit.
+            metadata: Metadata of the call.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        rpc = self.methods.get_tensor(request, timeout=timeout_s, metadata=metadata)
+        try:
+            with fork_support.aio_calling():
+                async for response in rpc:
+                    take(response)
+        except grpc.RpcError as error:
+            raise session_error(error, self.endpoint) from None
+        except BaseException:
+            rpc.cancel()
+            raise
 
     async def open_segment(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
         """Open memory shared with the server.

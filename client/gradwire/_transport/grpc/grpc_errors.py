@@ -23,6 +23,7 @@ from gradwire._api.errors import (
     ProtocolError,
     TlsError,
     UnavailableError,
+    UnsupportedError,
 )
 from gradwire._transport.address import proxy_of
 from gradwire._transport.endpoint import Endpoint
@@ -69,9 +70,20 @@ class Outcome(Protocol):
 
 
 def call_error(
-    outcome: Outcome, endpoint: Endpoint, job_id: str | None = None
+    outcome: Outcome,
+    endpoint: Endpoint,
+    job_id: str | None = None,
+    *,
+    service: str = limits.SERVICE,
 ) -> GradwireError:
-    """Return the exception for a call that ended with a status other than OK."""
+    """Return the exception for a call that ended with a status other than OK.
+
+    Args:
+        outcome: How it ended.
+        endpoint: The server.
+        job_id: The job.
+        service: The service that was called.
+    """
     code, text = outcome.code(), _legible(outcome.details() or "")
     attached = _attached(outcome)
     if attached.reason is None:
@@ -87,6 +99,14 @@ def call_error(
             )
         if code is StatusCode.UNAVAILABLE:
             return _unavailable(endpoint, text, job_id)
+        if code is StatusCode.UNIMPLEMENTED and service != limits.SERVICE:
+            return UnsupportedError(
+                f"the server at {endpoint} does not offer {service} ({text}): update"
+                " it",
+                status=code,
+                attached=attached,
+                details=text,
+            )
         if code is StatusCode.UNIMPLEMENTED:
             return ContractError(
                 f"the gRPC server at {endpoint} does not offer {limits.SERVICE}"
@@ -115,6 +135,11 @@ def call_error(
     error = kind(message, status=code, attached=attached, job_id=job_id, details=text)
     error.args = (f"{message} ({_label(error)})",)
     return error
+
+
+def session_error(outcome: Outcome, endpoint: Endpoint) -> GradwireError:
+    """Return the exception for a call of the sessions' service."""
+    return call_error(outcome, endpoint, service=limits.SESSION_SERVICE)
 
 
 def connect_error(

@@ -6,6 +6,8 @@ import sys
 import warnings
 from typing import Any
 
+from google.protobuf.message import Message
+
 from gradwire._api.errors import ClientStateError
 from gradwire._transport.endpoint import Endpoint
 from gradwire_protocol.limits import (
@@ -13,7 +15,9 @@ from gradwire_protocol.limits import (
     COMPUTE_STREAM,
     GET_SERVER_INFO,
     OPEN_REGION,
+    SESSION_SERVICE,
 )
+from gradwire_protocol.v1 import session_service_pb2
 from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
@@ -22,6 +26,22 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     OpenRegionRequest,
     OpenRegionResponse,
 )
+
+_SESSION_METHODS: dict[str, type[Message]] = {
+    "OpenSession": session_service_pb2.OpenSessionResponse,
+    "RenewSession": session_service_pb2.RenewSessionResponse,
+    "CloseSession": session_service_pb2.CloseSessionResponse,
+    "ListSessions": session_service_pb2.ListSessionsResponse,
+    "DescribeSession": session_service_pb2.DescribeSessionResponse,
+    "DropTensors": session_service_pb2.DropTensorsResponse,
+    "SaveSession": session_service_pb2.SaveSessionResponse,
+    "Step": session_service_pb2.StepResponse,
+}
+"""The methods with one message each way, and the types of their answers."""
+
+
+def _encoded(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 def require_real_threads() -> None:
@@ -102,6 +122,30 @@ class Methods:
                 OPEN_REGION,
                 request_serializer=OpenRegionRequest.SerializeToString,
                 response_deserializer=OpenRegionResponse.FromString,
+            )
+        )
+        self.sessions = {
+            name: authorized(
+                channel.unary_unary(
+                    f"/{SESSION_SERVICE}/{name}",
+                    request_serializer=_encoded,
+                    response_deserializer=answer.FromString,
+                )
+            )
+            for name, answer in _SESSION_METHODS.items()
+        }
+        self.put_tensor = authorized(
+            channel.stream_unary(
+                f"/{SESSION_SERVICE}/PutTensor",
+                request_serializer=session_service_pb2.PutTensorRequest.SerializeToString,
+                response_deserializer=session_service_pb2.PutTensorResponse.FromString,
+            )
+        )
+        self.get_tensor = authorized(
+            channel.unary_stream(
+                f"/{SESSION_SERVICE}/GetTensor",
+                request_serializer=session_service_pb2.GetTensorRequest.SerializeToString,
+                response_deserializer=session_service_pb2.GetTensorResponse.FromString,
             )
         )
         # Without serializers, messages in both directions are bytes.

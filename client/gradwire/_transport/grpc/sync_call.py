@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
 from gradwire._api.errors import ClientStateError, ProtocolError
@@ -22,7 +23,11 @@ from gradwire._arrays.buffer_pool import raise_mmap_threshold
 from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
-from gradwire._transport.grpc.grpc_errors import call_error, connect_error
+from gradwire._transport.grpc.grpc_errors import (
+    call_error,
+    connect_error,
+    session_error,
+)
 from gradwire._transport.grpc.methods import (
     Methods,
     require_real_threads,
@@ -37,6 +42,11 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     GetServerInfoRequest,
     GetServerInfoResponse,
     OpenRegionRequest,
+)
+from gradwire_protocol.v1.session_service_pb2 import (
+    GetTensorRequest,
+    GetTensorResponse,
+    PutTensorRequest,
 )
 
 _Request = TypeVar("_Request")
@@ -189,6 +199,104 @@ class SyncConnection:
                 raise connect_error(error, self.endpoint, timeout_s or 0) from None
             raise call_error(error, self.endpoint) from None
         return response
+
+    def session_call(
+        self,
+        name: str,
+        request: Message,
+        timeout_s: float | None,
+        metadata: MetadataPairs,
+    ) -> Any:
+        """Call a method of the sessions with one message each way.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        method = self.methods.sessions[name]
+        try:
+            return call_unary(method, request, timeout_s, metadata)
+        except grpc.RpcError as error:
+            raise session_error(error, self.endpoint) from None
+
+    def put_tensor(
+        self,
+        requests: Iterator[PutTensorRequest],
+        timeout_s: float | None,
+        metadata: MetadataPairs,
+    ) -> None:
+        """Call PutTensor.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        raised: list[BaseException] = []
+
+        def sent() -> Iterator[PutTensorRequest]:
+            # In gRPC's thread, which would log an exception.
+            try:
+                yield from requests
+            except GeneratorExit:
+                raise  # the call has ended
+            except BaseException as error:  # noqa: BLE001 - raised below
+                raised.append(error)
+                if future is not None:  # else elements are missing, and the call fails
+                    future.cancel()
+
+        future = None
+        with fork_support.calling():
+            future = self.methods.put_tensor.future(
+                sent(), timeout=timeout_s, metadata=metadata
+            )
+            running = fork_support.RunningCall()
+        try:
+            with fork_support.waiting():
+                future.result()
+        except grpc.FutureCancelledError:
+            if raised:
+                raise raised[0] from None
+            raise
+        except grpc.RpcError as error:
+            if raised:
+                raise raised[0] from None
+            raise session_error(error, self.endpoint) from None
+        except BaseException:
+            future.cancel()
+            raise
+        finally:
+            running.end()
+
+    def get_tensor(
+        self,
+        request: GetTensorRequest,
+        take: Callable[[GetTensorResponse], None],
+        timeout_s: float | None,
+        metadata: MetadataPairs,
+    ) -> None:
+        """Call GetTensor.
+
+        Args:
+            request: The request.
+            take: Called with each message.
+            timeout_s: Timeout in seconds; None: no limit.
+            metadata: Metadata of the call.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        with fork_support.calling():
+            rpc = self.methods.get_tensor(request, timeout=timeout_s, metadata=metadata)
+            running = fork_support.RunningCall()
+        try:
+            with fork_support.waiting():
+                for response in rpc:
+                    take(response)
+        except grpc.RpcError as error:
+            raise session_error(error, self.endpoint) from None
+        except BaseException:
+            rpc.cancel()
+            raise
+        finally:
+            running.end()
 
     def open_segment(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
         """Open memory shared with the server.

@@ -1,0 +1,662 @@
+"""The class `AsyncSession`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from os import PathLike
+from types import MappingProxyType
+from typing import Any, Unpack
+
+from gradwire._api.errors import CallError, GradwireError, InputError
+from gradwire._api.optimizers import Optimizer
+from gradwire._api.options import (
+    DtypeLike,
+    SessionJobOptions,
+    check_names,
+    parse_dtype,
+    parse_options,
+)
+from gradwire._api.session_types import Forward, SessionInfo, StepResult
+from gradwire._api.types import Array, Receipt
+from gradwire._arrays.library import require_no_graph
+from gradwire._client import session_files
+from gradwire._client._async.engine import AsyncEngine
+from gradwire._client.session_base import (
+    Context,
+    SessionBase,
+    SessionOptions,
+    callers_names,
+    check_columns,
+    check_name,
+    check_same_step,
+    check_state,
+    check_to_save,
+    gradient_name,
+    is_lost,
+    put_operand,
+    result_dtypes,
+    session_info_of,
+    state_header,
+)
+from gradwire._client.session_files import SavedTensor
+from gradwire._core.kept import Keeping, Tensor
+from gradwire._core.tensor_messages import TensorReader, put_requests
+from gradwire._resilience.array_job import ArrayJob
+from gradwire._resilience.retry import Attempts
+from gradwire._transport.async_io import AsyncRepeater, run_beside
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.job_spec import KeptResult
+from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.v1 import session_service_pb2 as pb2
+
+
+class AsyncSession(SessionBase):
+    """Tensors that stay on a server: weights, activations, gradients.
+
+    Create it with `AsyncClient.session`, and use it as a context manager. It belongs to
+    one server, and to one process: the child of a fork cannot use it. Its lease is
+    renewed in the background while the program runs. Threads may share it.
+
+    Example:
+        >>> async with client.session(keep="2GiB") as session:
+        ...     w = await session.put(w0, name="fc1")
+        ...     g = await session.zeros_like(w)
+        ...     y, context = await session.forward(x, w)
+        ...     dx = await session.backward(context, dy, into=g)
+        ...     await session.step(gradwire.AdamW(lr=3e-4), {w: g}, max_norm=1.0)
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        remember: Callable[[Receipt], Receipt],
+        keep: int | str,
+        **options: Unpack[SessionOptions],
+    ) -> None:
+        super().__init__(keep, **options)
+        self._client_engine = engine
+        self._engine = engine
+        self._remember = remember
+        self._renewal: AsyncRepeater | None = None
+
+    async def __aenter__(self) -> AsyncSession:
+        if not self.token or self._ended:
+            await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Open the session and reserve its memory.
+
+        Raises:
+            ClientStateError: The session was opened before, or the client was closed.
+            StateUnknownError: There is no saved state of the name in `restore`.
+            GradwireError: The server refused, or has no sessions.
+        """
+        self.require_new()
+        attempts = Attempts(self._client_engine.retries, self._timeout_s)
+
+        async def attempt() -> tuple[AsyncEngine, pb2.OpenSessionResponse]:
+            with await self._client_engine.lease(attempts) as lease:
+                answer = await lease.engine.session_call(
+                    "OpenSession", self.open_request(), attempts.left_s
+                )
+                return lease.engine, answer
+
+        self._engine, answer = await self._client_engine.retry(attempts, attempt)
+        self.opened(answer)
+        self._renewal = AsyncRepeater(self.lease_s / 3, _renewal_of(self))
+        if self.restored:
+            try:
+                self.take_tensors(await self.describe())
+            except BaseException:
+                await self.close()
+                raise
+
+    async def close(self) -> None:
+        """Close the session and free its memory.
+
+        Closing it again does nothing, nor does closing it in the child of a fork.
+        """
+        if self.is_inherited:
+            return
+        if self._renewal is not None:
+            await self._renewal.aclose()
+            self._renewal = None
+        if not self.token or self._ended:
+            return
+        self._ended = True
+        request = pb2.CloseSessionRequest(session=self.token)
+        try:
+            await self._engine.session_call("CloseSession", request, _CLOSE_S)
+        except GradwireError:
+            # The lease ends it then.
+            return
+
+    async def put(
+        self,
+        array: Any,
+        *,
+        name: str = "",
+        compute_dtype: DtypeLike = None,
+        replace: Tensor | None = None,
+    ) -> Tensor:
+        """Keep an array as a weight.
+
+        Args:
+            array: Elements of any shape, as the operands of `AsyncClient.gradients`.
+            name: A name for files and descriptions; empty: that of `replace`.
+            compute_dtype: "bfloat16" or "float16": keep a copy of float32 elements,
+                rounded to it, for jobs with operands of that dtype. Steps update the
+                float32 elements and round the copy anew.
+            replace: The weight to replace, in one piece. Its optimizer states are
+                forgotten. Its handles stay valid if shape and dtypes are the same.
+
+        Returns:
+            A handle of the kept tensor.
+
+        Raises:
+            InputError: An argument is invalid.
+            SessionFullError: The session's `keep` is too small.
+            GradwireError: The call failed.
+        """
+        self.require_open()
+        elements, shape = put_operand(array, "array")
+        replaced = None if replace is None else self.own(replace, "replace")
+        tensor, header = self.new_tensor(
+            shape,
+            elements.dtype,
+            pb2.TENSOR_ROLE_WEIGHT,
+            name=name or (replaced.name if replaced else ""),
+            compute_dtype=compute_dtype,
+            number=replaced.number if replaced else None,
+        )
+        await self._put(header, elements)
+        return tensor
+
+    async def zeros_like(
+        self, weight: Tensor, *, name: str = "", dtype: DtypeLike = None
+    ) -> Tensor:
+        """Keep a gradient of a weight's shape, at first 0.
+
+        Args:
+            weight: The weight.
+            name: A name for descriptions, and to find it again in a restored session;
+                empty: the weight's name with ".grad", if it has one.
+            dtype: Its dtype; None: the weight's.
+
+        Returns:
+            A handle of the gradient; of a transposed weight, a transposed one.
+        """
+        self.require_open()
+        like = self.own(weight, "weight")
+        kind = Dtype.named(like.dtype)
+        if dtype is not None:
+            kind = parse_dtype(dtype, "dtype")
+        name = gradient_name(name, like.name)
+        gradient, header = self.new_tensor(
+            like.kept_shape, kind, pb2.TENSOR_ROLE_GRADIENT, name=name, zeros=True
+        )
+        await self._put(header, None)
+        return gradient.T if like.transposed else gradient
+
+    async def clear(self, gradient: Tensor) -> None:
+        """Forget a gradient's contributions."""
+        self.require_open()
+        own = self.own(gradient, "gradient")
+        _, header = self.new_tensor(
+            own.kept_shape,
+            Dtype.named(own.dtype),
+            pb2.TENSOR_ROLE_GRADIENT,
+            name=own.name,
+            zeros=True,
+            number=own.number,
+        )
+        await self._put(header, None)
+        self.forget_parts(own.number)
+
+    async def get(self, tensor: Tensor, *, state: str = "") -> Array:
+        """Return the elements of a tensor, or of one of its optimizer states.
+
+        Args:
+            tensor: The tensor.
+            state: "exp_avg", "exp_avg_sq" or "momentum_buffer"; empty: the tensor.
+
+        Returns:
+            An array of the tensor's shape.
+        """
+        self.require_open()
+        own = self.own(tensor, "tensor")
+        elements = await self._elements(own.number, check_name(state, "state"))
+        return elements.T if own.transposed else elements
+
+    async def save(self, path: str | PathLike[str]) -> None:
+        """Save the weights and their optimizer states to a safetensors file.
+
+        Every weight needs a name of its own. The file is written in one piece: after a
+        failure, an earlier file is unchanged.
+
+        Args:
+            path: The file.
+
+        Raises:
+            InputError: A weight has no name, or the package safetensors is missing.
+            StepConflictError: A step was made meanwhile.
+            OSError: The file cannot be written.
+        """
+        info = await self.describe()
+        saved: dict[str, SavedTensor] = {}
+        for tensor in info.tensors:
+            if tensor.role == "weight":
+                check_to_save(tensor, saved)
+                saved[tensor.name] = SavedTensor(
+                    await self._elements(tensor.number),
+                    tensor.compute_dtype,
+                    tensor.updates,
+                    {
+                        state: await self._elements(tensor.number, state)
+                        for state in tensor.states
+                    },
+                )
+        check_same_step(info, await self.describe())
+        await run_beside(lambda: session_files.write(path, saved))
+
+    async def restore(self, path: str | PathLike[str]) -> dict[str, Tensor]:
+        """Put the weights and optimizer states of a file that `save` has written.
+
+        A weight of the session with the same name is replaced; its handles stay valid.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The weights, by name.
+
+        Raises:
+            InputError: The file is not one of a session, or the package safetensors
+                is missing.
+            SessionFullError: The session's `keep` is too small.
+            OSError: The file cannot be read.
+        """
+        saved = await run_beside(lambda: session_files.read(path))
+        info = await self.describe()
+        numbers = {
+            each.name: each.number for each in info.tensors if each.role == "weight"
+        }
+        restored = {}
+        for name, tensor in saved.items():
+            elements, shape = put_operand(tensor.elements, name)
+            handle, header = self.new_tensor(
+                shape,
+                elements.dtype,
+                pb2.TENSOR_ROLE_WEIGHT,
+                name=name,
+                compute_dtype=tensor.compute_dtype,
+                number=numbers.get(name),
+            )
+            await self._put(header, elements)
+            for state, values in tensor.states.items():
+                header = state_header(header, state, tensor.updates)
+                await self._put(header, put_operand(values, state)[0])
+            restored[name] = handle
+        return restored
+
+    async def save_on_server(self, name: str) -> int:
+        """Save the session's state on the server, after the last step.
+
+        `client.session(..., restore=name)` continues with it, also after the server was
+        restarted: with the weights, their optimizer states and the step. Contributions
+        to gradients since the last step, and what `forward` has kept, are not saved.
+        An earlier state of that name is replaced in one piece, or stays.
+
+        Args:
+            name: A name among the states of this caller's tenant: 1 to 64 letters,
+                digits, ".", "_" or "-".
+
+        Returns:
+            The steps of the saved state.
+
+        Raises:
+            InputError: The name is invalid.
+            StateNotSavedError: The state could not be saved.
+            UnsupportedError: The server has no directory for states.
+            GradwireError: The call failed.
+        """
+        self.require_open()
+        request = pb2.SaveSessionRequest(
+            session=self.token, name=check_state(name, "name")
+        )
+        step: int = (await self._call("SaveSession", request)).step
+        return step
+
+    async def drop(self, *tensors: Tensor | Context) -> None:
+        """Drop tensors, or what contexts keep, and free their memory."""
+        self.require_open()
+        numbers = [
+            self.own(each.x if isinstance(each, Context) else each, "tensor").number
+            for each in tensors
+        ]
+        request = pb2.DropTensorsRequest(session=self.token, tensors=numbers)
+        await self._call("DropTensors", request)
+
+    async def describe(self) -> SessionInfo:
+        """Return the session's state and its tensors."""
+        self.require_open()
+        request = pb2.DescribeSessionRequest(session=self.token)
+        return session_info_of(await self._call("DescribeSession", request))
+
+    async def forward(
+        self,
+        x: Any,
+        w: Tensor,
+        *,
+        keep: bool = True,
+        out: Any = None,
+        **options: Unpack[SessionJobOptions],
+    ) -> Forward:
+        """Compute Y = X W, and keep X for `backward`.
+
+        Args:
+            x: X, shape (..., n): an array, or a kept tensor. Do not change the array
+                before `backward`, which sends it again if the session has lost it.
+            w: W, shape (n, k). For a weight of shape (k, n), as PyTorch's, pass
+                ``weight.T``: nothing is transposed.
+            keep: Whether X is kept in the session, until `backward` has used it, or
+                the second step after it.
+            out: An array for Y.
+            **options: `wire_dtype`, `result_dtype`, `dw_accumulator`, `allow_tf32`,
+                `checksum`, `timeout_s`, `on_progress`, `request_id`, `metadata` and
+                `block_rows`, as for `AsyncClient.gradients`.
+
+        Returns:
+            The tuple (y, context), Y of shape (..., k).
+
+        Raises:
+            InputError: An argument is invalid; nothing was sent. So is a tensor that
+                requires grad, while PyTorch's grad mode is on: Y has no autograd graph.
+            GradwireError: The job failed.
+        """
+        check_names("forward", options, SessionJobOptions)
+        require_no_graph((("x", x),))
+        self.require_open()
+        own = self.own(w, "w")
+        # With W transposed, the product is that of dX = dY W^T.
+        rows, result = Matrix.X, Matrix.Y
+        if own.transposed:
+            rows, result = Matrix.DY, Matrix.DX
+            check_columns(x, "x", own.shape, own.shape[0])
+        given = {rows: x, Matrix.W: own.T if own.transposed else own}
+        kept_x = isinstance(x, Tensor)
+        number = self.new_number() if keep and not kept_x else None
+        kept = self.keeping(given, keep={rows: number} if number else None)
+        with callers_names(swapped=own.transposed):
+            job = self._job(
+                given, kept, out, (result,), options, swapped=own.transposed
+            )
+            await self._run(job)
+        (y,) = job.outputs.results((result,))
+        if not keep:
+            return Forward(y, None)
+        sent = job.operands.get(rows)
+        handle = x
+        if sent is not None and number is not None:
+            shape = (sent.rows, sent.columns)
+            handle = Tensor(self, number, shape, sent.dtype)
+        lead = x.shape[:-1] if sent is None else sent.lead
+        wire = options.get("wire_dtype")
+        return Forward(y, Context(handle, own, lead, None if kept_x else x, wire))
+
+    async def backward(
+        self,
+        context: Context,
+        dy: Any,
+        *,
+        into: Tensor | None = None,
+        bias_into: Tensor | None = None,
+        dx: bool = True,
+        out: Any = None,
+        **options: Unpack[SessionJobOptions],
+    ) -> Any:
+        """Compute dX = dY Wᵀ, and add dW = Xᵀ dY to a gradient in the session.
+
+        Each context contributes once to a gradient, however often the call is repeated
+        after a failure.
+
+        Args:
+            context: The context of `forward`.
+            dy: dY = dL/dY, shape (..., k).
+            into: The gradient of W; None: dW is not computed. dW has its dtype, unless
+                `result_dtype` says otherwise.
+            bias_into: The gradient of a bias, shape (k,): the column sums of dY. Not
+                with a transposed W.
+            dx: Whether dX is wanted.
+            out: An array for dX.
+            **options: As for `forward`.
+
+        Returns:
+            dX, shape (..., n); None if it is not wanted.
+
+        Raises:
+            InputError: An argument is invalid; nothing was sent.
+            GradwireError: The job failed.
+        """
+        check_names("backward", options, SessionJobOptions)
+        self.require_open()
+        if not isinstance(context, Context):
+            raise InputError(
+                f"context is a {type(context).__qualname__}: expected the context that"
+                " forward returned (it is None after forward(keep=False))"
+            )
+        w = context.w
+        if context.wire_dtype is not None:
+            options.setdefault("wire_dtype", context.wire_dtype)
+        # See forward: with W transposed, X and dY change places.
+        rows, other, result = Matrix.DY, Matrix.X, Matrix.DX
+        if w.transposed:
+            rows, other, result = Matrix.X, Matrix.DY, Matrix.Y
+            check_columns(dy, "dy", w.shape, w.shape[1])
+            if bias_into is not None:
+                raise InputError(
+                    "bias_into is given, but W is transposed: add up dy's rows instead"
+                )
+        given: dict[Matrix, Any] = {rows: dy}
+        results = []
+        gradients: dict[Matrix, Tensor] = {}
+        if dx:
+            given[Matrix.W] = w.T if w.transposed else w
+            results.append(result)
+        for name, gradient, matrix in (
+            ("into", into, Matrix.DW),
+            ("bias_into", bias_into, Matrix.DB),
+        ):
+            if gradient is not None:
+                own = gradients[matrix] = self.own(gradient, name)
+                if own.transposed and not w.transposed:
+                    raise InputError(
+                        f"{name} is {own!r}, but W is not transposed: pass {name}.T"
+                    )
+                results.append(matrix)
+                if matrix is Matrix.DW:
+                    given[other] = context.x
+        if not results:
+            raise InputError("dx is False and into is None: nothing is to be computed")
+
+        async def run(x: Any) -> Any:
+            operands = {**given, other: x} if other in given else given
+            into_results = {
+                matrix: KeptResult(own.number) for matrix, own in gradients.items()
+            }
+            kept = self.keeping(
+                operands,
+                into=into_results,
+                last_use=other if isinstance(x, Tensor) and other in given else None,
+                leads={other: context.lead} if isinstance(x, Tensor) else None,
+            )
+            job = self._job(
+                *(operands, kept, out, (*results,), options),
+                swapped=w.transposed,
+                gradients=gradients,
+            )
+            # Parts are numbered now that the arguments are valid: a step would wait for
+            # one that is never sent.
+            for matrix, own in gradients.items():
+                part = self.contribution(own, context)
+                into_results[matrix] = KeptResult(own.number, part)
+            await self._run(job)
+            return job.outputs.results((result,))[0] if dx else None
+
+        with callers_names(swapped=w.transposed):
+            try:
+                return await run(context.x)
+            except CallError as error:
+                if context.local_x is None or not is_lost(error, context.x):
+                    raise
+                return await run(context.local_x)
+
+    async def step(
+        self,
+        optimizer: Optimizer,
+        gradients: Mapping[Tensor, Tensor],
+        *more: tuple[Optimizer, Mapping[Tensor, Tensor]],
+        max_norm: float = 0.0,
+        local_sum_of_squares: float = 0.0,
+        inverse_scale: float = 1.0,
+        skip_nonfinite: bool = False,
+        keep_gradients: bool = False,
+    ) -> StepResult:
+        """Update weights from their gradients, all of them or none.
+
+        A step that failed can be repeated with the same arguments: it is made once.
+        Gradients that it does not name keep their contributions.
+
+        Args:
+            optimizer: `SGD`, `Adam` or `AdamW`.
+            gradients: The gradient of each weight.
+            *more: Further pairs of optimizer and gradients.
+            max_norm: Largest norm of all gradients together, to which they are scaled
+                down; 0: no limit.
+            local_sum_of_squares: The sum of squares of gradients that the caller
+                holds, which count for the norm.
+            inverse_scale: Factor of the gradients, for loss scaling.
+            skip_nonfinite: Whether to skip the step if a gradient has NaN or Inf.
+            keep_gradients: Whether the gradients keep their contributions.
+
+        Returns:
+            The outcome, with the norm before clipping.
+
+        Raises:
+            InputError: An argument is invalid; nothing was sent.
+            StepConflictError: The session has made another step meanwhile, or a
+                gradient lacks a contribution.
+            StateNotSavedError: The step was made, but not saved (`save_every`). The
+                same call again saves it.
+            GradwireError: The call failed.
+        """
+        self.require_open()
+        request = self.step_request(
+            [(optimizer, gradients), *more],
+            max_norm=max_norm,
+            local_sum_of_squares=local_sum_of_squares,
+            inverse_scale=inverse_scale,
+            skip_nonfinite=skip_nonfinite,
+            keep_gradients=keep_gradients,
+        )
+        response = await self._call("Step", request)
+        return self.step_made(response)
+
+    async def _renew(self) -> bool:
+        """Renew the lease; return whether to go on."""
+        request = pb2.RenewSessionRequest(session=self.token)
+        try:
+            await self._engine.session_call("RenewSession", request, self.lease_s / 3)
+        except CallError as error:
+            return error.reason is None  # the connection broke: try again
+        except GradwireError:
+            return False
+        return True
+
+    async def _call(self, name: str, request: Any) -> Any:
+        """Call a method of the session, with retries."""
+        attempts = Attempts(self._engine.retries, self._timeout_s)
+
+        async def attempt() -> Any:
+            return await self._engine.session_call(name, request, attempts.left_s)
+
+        return await self._engine.retry(attempts, attempt)
+
+    async def _put(self, header: Any, elements: Any) -> None:
+        attempts = Attempts(self._engine.retries, self._timeout_s)
+
+        async def attempt() -> None:
+            requests = put_requests(header, elements)
+            await self._engine.put_tensor(requests, attempts.left_s)
+
+        await self._engine.retry(attempts, attempt)
+
+    async def _elements(self, number: int, state: str = "") -> Array:
+        request = pb2.GetTensorRequest(session=self.token, tensor=number, state=state)
+        attempts = Attempts(self._engine.retries, self._timeout_s)
+
+        async def attempt() -> TensorReader:
+            reader = TensorReader()
+            await self._engine.get_tensor(request, reader.take, attempts.left_s)
+            return reader
+
+        return (await self._engine.retry(attempts, attempt)).finish()
+
+    def _job(
+        self,
+        given: Mapping[Matrix, Any],
+        kept: Keeping,
+        out: Any,
+        results: Sequence[Matrix],
+        options: SessionJobOptions,
+        *,
+        swapped: bool,
+        gradients: Mapping[Matrix, Tensor] = MappingProxyType({}),
+    ) -> ArrayJob:
+        """Create a job.
+
+        Args:
+            given: Its operands.
+            kept: The operands and results that stay.
+            out: An array for the first of its results.
+            results: Its results.
+            options: The caller's options.
+            swapped: Whether W is transposed.
+            gradients: Gradients for results.
+        """
+        dtypes = result_dtypes(
+            options.get("result_dtype"), gradients.items(), swapped=swapped
+        )
+        options = {**options, "result_dtype": dtypes}
+        parsed = parse_options(results=[each.label for each in results], **options)
+        named = None if out is None else {results[0].label: out}
+        whole = {each: given.get(each) for each in (Matrix.X, Matrix.W, Matrix.DY)}
+        jobs = self._client_engine.jobs
+        return jobs.session_job(whole, named, RESULTS, parsed, kept)
+
+    async def _run(self, job: ArrayJob) -> Receipt:
+        return self._remember(await self._engine.run(job))
+
+    @property
+    def _timeout_s(self) -> float | None:
+        return self._client_engine.jobs.timeout_s
+
+
+def _renewal_of(session: AsyncSession) -> Callable[[], Awaitable[bool]]:
+    """Return what renews a session as long as somebody can use it."""
+    reference = weakref.ref(session)
+
+    async def renew() -> bool:
+        session = reference()
+        return session is not None and await session._renew()
+
+    return renew
+
+
+_CLOSE_S = 10.0
+"""Seconds for closing a session; after that its lease ends it."""
