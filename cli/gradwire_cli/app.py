@@ -11,7 +11,16 @@ from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliToke
 
 from gradwire import GradwireError
 from gradwire_cli import variables
-from gradwire_cli.commands import certs, check, compute, health, info, serve, token
+from gradwire_cli.commands import (
+    certs,
+    check,
+    compute,
+    health,
+    info,
+    serve,
+    sessions,
+    token,
+)
 from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_protocol.version import VERSION
 
@@ -28,7 +37,8 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 # The help lists the commands in this order.
-for order, command in enumerate((serve, compute, check, info, health, token, certs)):
+_COMMANDS = (serve, compute, check, info, health, sessions, token, certs)
+for order, command in enumerate(_COMMANDS):
     command.app.sort_key = order
     app.command(command.app)
 

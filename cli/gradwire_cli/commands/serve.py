@@ -66,6 +66,7 @@ async def _serve(settings: ServeSettings) -> None:
         CredentialsError,
         ListenError,
         Server,
+        StateDirectoryError,
     )
 
     asked, insisted = asyncio.Event(), asyncio.Event()
@@ -83,7 +84,12 @@ async def _serve(settings: ServeSettings) -> None:
     try:
         server = Server(settings)
         await server.start()
-    except (ListenError, BackendError, CredentialsError) as error:
+    except (
+        ListenError,
+        BackendError,
+        CredentialsError,
+        StateDirectoryError,
+    ) as error:
         raise CommandError(str(error)) from error
     try:
         _say_ready(server.addresses, f"{server.backend_name}: {server.backend_reason}")

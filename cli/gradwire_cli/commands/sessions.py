@@ -1,0 +1,142 @@
+"""``gradwire sessions``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.table import Table
+
+import gradwire
+from gradwire_cli.options import (
+    DEFAULT_ADDRESS,
+    FLAG,
+    PLAINTEXT,
+    Address,
+    Seconds,
+    SecurityOptions,
+)
+from gradwire_cli.terminal.tables import console
+from gradwire_cli.terminal.units import format_bytes
+
+app = App(
+    name="sessions",
+    help="""
+    List, save or close the sessions of a server.
+
+    A session keeps a training run's weights, gradients and optimizer state on the
+    server. Only sessions of your own tenant are shown; without authentication all
+    callers are one tenant.
+    """,
+)
+
+_COLUMNS = ("session", "label", "device", "step", "tensors", "used", "kept", "idle")
+
+
+@app.command(name="list")
+def list_sessions(
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    security: SecurityOptions = PLAINTEXT,
+    as_json: Annotated[bool, FLAG, Parameter(name="--json")] = False,
+    timeout: Seconds = 10.0,
+) -> None:
+    """List the open sessions, the oldest first.
+
+    Args:
+        address: Server address: HOST:PORT or unix:PATH.
+        security: TLS and credentials.
+        as_json: Print one JSON object for each session instead of a table.
+        timeout: Time limit for the answer.
+    """
+    with _connected(address, security, timeout) as client:
+        found = client.sessions()
+    if as_json:
+        for each in found:
+            json.dump(dataclasses.asdict(each), sys.stdout)
+            sys.stdout.write("\n")
+        return
+    if not found:
+        sys.stdout.write("no session is open\n")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in _COLUMNS:
+        table.add_column(
+            name, justify="left" if name in {"session", "label"} else "right"
+        )
+    for each in found:
+        table.add_row(
+            each.id,
+            each.label,
+            str(each.device),
+            str(each.step),
+            str(each.tensors),
+            format_bytes(each.used_bytes),
+            format_bytes(each.keep_bytes),
+            f"{each.idle_s:.0f} of {each.lease_s:.0f} s",
+        )
+    console().print(table)
+
+
+@app.command
+def close(
+    ids: Annotated[tuple[str, ...], Parameter(name="session", negative=())],
+    /,
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    security: SecurityOptions = PLAINTEXT,
+    timeout: Seconds = 10.0,
+) -> None:
+    """Close sessions and free their memory. Their clients get an error.
+
+    Args:
+        ids: Sessions, as listed.
+        address: Server address: HOST:PORT or unix:PATH.
+        security: TLS and credentials.
+        timeout: Time limit for each answer.
+    """
+    with _connected(address, security, timeout) as client:
+        for each in ids:
+            client.close_session(each)
+            sys.stdout.write(f"{each} is closed\n")
+
+
+@app.command
+def save(
+    session: str,
+    name: str,
+    /,
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    security: SecurityOptions = PLAINTEXT,
+    timeout: Seconds = 60.0,
+) -> None:
+    """Save a session's state on its server, as it is after its last step.
+
+    Its client goes on; a later session can be opened with the state.
+
+    Args:
+        session: Session, as listed.
+        name: Name of the state: letters, digits, ".", "_" or "-".
+        address: Server address: HOST:PORT or unix:PATH.
+        security: TLS and credentials.
+        timeout: Time limit for the answer.
+    """
+    with _connected(address, security, timeout) as client:
+        step = client.save_session(session, name)
+    sys.stdout.write(f"{session} is saved as {name}, after {step} steps\n")
+
+
+def _connected(
+    address: str | None, security: SecurityOptions, timeout: float
+) -> gradwire.Client:
+    return gradwire.connect(
+        address or DEFAULT_ADDRESS,
+        connect_timeout_s=timeout,
+        timeout_s=timeout,
+        tls=security.wanted,
+        token=security.token,
+    )

@@ -1,0 +1,74 @@
+"""``gradwire sessions``: what an operator sees of the sessions, and can close."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gradwire as sdk
+from tests.cli.conftest import gradwire
+from tests.support.serving import ServerProcess, running_server
+
+
+def test_sessions_are_listed_and_closed(server: ServerProcess) -> None:
+    def listed(*flags: str) -> str:
+        done = gradwire("sessions", "list", "--address", server.address, *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert listed() == "no session is open\n"
+    with (
+        sdk.connect(server.address) as client,
+        client.session("1MiB", label="a run") as s,
+    ):
+        weight = s.put(np.ones((100, 100), np.float32))
+        s.put(np.ones((10, 10), np.float32))
+        (about,) = (json.loads(line) for line in listed("--json").splitlines())
+        assert about["label"] == "a run"
+        assert about["tensors"] == 2
+        assert about["used_bytes"] == 40_400
+        assert about["keep_bytes"] == 1 << 20
+        heading, row = listed().splitlines()
+        assert heading.split()[0] == "session"
+        assert row.startswith(about["id"])
+        assert s.token not in row
+        done = gradwire("sessions", "close", about["id"], "--address", server.address)
+        assert done.stdout == f"{about['id']} is closed\n"
+        with pytest.raises(sdk.SessionLostError):
+            s.get(weight)
+    assert listed() == "no session is open\n"
+
+
+def test_closing_an_unknown_session_names_it(server: ServerProcess) -> None:
+    done = gradwire("sessions", "close", "session-x", "--address", server.address)
+    assert done.returncode == 1
+    assert "session-x" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_session_is_saved(tmp_path: Path) -> None:
+    with (
+        running_server(state_dir=str(tmp_path)) as server,
+        sdk.connect(server.address) as client,
+        client.session("1MiB") as s,
+    ):
+        s.put(np.ones((2, 3), np.float32), name="w")
+        (found,) = client.sessions()
+        done = gradwire("sessions", "save", found.id, "a", "--address", server.address)
+        assert done.stdout == f"{found.id} is saved as a, after 0 steps\n"
+        assert len(list(tmp_path.rglob("a.safetensors"))) == 1
+        done = gradwire("sessions", "save", found.id, "/", "--address", server.address)
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+
+
+def test_a_directory_that_cannot_be_used_is_told_in_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    done = gradwire("serve", "--listen", "127.0.0.1:0", "--state-dir", str(file))
+    assert done.returncode == 1
+    assert str(file) in done.stderr
+    assert "Traceback" not in done.stderr
