@@ -72,6 +72,17 @@ def test_a_torch_layer_learns_through_a_server(server_address):
     assert losses[-1] < losses[0] / 10
 
 
+@pytest.mark.thorough
+def test_a_gpt_has_the_same_losses_through_a_server(server_address):
+    pytest.importorskip("torch")
+    example = run("train_gpt", server_address)
+    assert_ended_well(example)
+    steps = re.findall(r"^ *\d+   (\S+)   (\S+)$", example.stdout, re.MULTILINE)
+    assert len(steps) == 5
+    assert float(steps[-1][0]) < float(steps[0][0]) - 1
+    assert float(re.search(r"losses: (\S+)", example.stdout)[1]) < 1e-4
+
+
 SECOND_DERIVATIVE = """
 import sys
 sys.path.insert(0, sys.argv[2])
@@ -109,6 +120,36 @@ def test_the_torch_example_says_what_it_needs(monkeypatch, tmp_path):
     assert example.stderr.strip() == "This example needs PyTorch: pip install torch"
 
 
+def assert_kept_weights_save_bytes(output: str) -> None:
+    """Check the last table of the demo: three layers of d x d, m rows a step."""
+    found = re.findall(
+        r"^(NumPy|gradwire, .*?) +([\d.]+) +([\d.]+) +\d+ *$", output, re.MULTILINE
+    )
+    losses = [float(loss) for _, loss, _ in found]
+    assert max(losses) - min(losses) < 1e-4
+    m, d = 128, 2048
+    sent, kept = 3 * (5 * m * d + 3 * d * d), 3 * 4 * m * d
+    assert {name: float(megabytes) for name, _, megabytes in found} == {
+        "NumPy": 0,
+        "gradwire, weights sent": round(4 * sent / 1e6, 1),
+        "gradwire, weights kept": round(4 * kept / 1e6, 1),
+    }
+
+
+def output_in_the_readme() -> list[str]:
+    """The lines that the README shows of the demo's output."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    section = readme.partition("## Try it")[2].partition("\n## ")[0]
+    shown = section.partition("`make demo` trains")[2]
+    return [line for line in shown.splitlines() if line.startswith("    ")]
+
+
+def form(line: str) -> str:
+    """A line without its numbers, paths and widths."""
+    words = re.sub(r"\(the same bits\)|\S*/train_digits.png", "", line).split()
+    return " ".join(re.sub(r"\d[\d.]*(e-\d+)?", "0", word) for word in words)
+
+
 @pytest.mark.thorough
 class TestDigits:
     """``make demo``, with fewer epochs."""
@@ -129,6 +170,10 @@ class TestDigits:
         figure = (tmp_path / "train_digits.png").read_bytes()
         assert figure.startswith(b"\x89PNG")
         assert len(figure) > 30_000
+        assert_kept_weights_save_bytes(example.stdout)
+        shown = {form(line) for line in example.stdout.splitlines()}
+        for line in output_in_the_readme():
+            assert form(line) in shown
 
     def test_too_little_learned_is_a_failure_and_leaves_no_server(self, tmp_path):
         example = run("train_digits", "--epochs", 1, "--output", tmp_path)

@@ -1,0 +1,354 @@
+"""A linear layer with its weight in a session."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from gradwire._api.errors import InputError
+from gradwire._api.options import DtypeLike, parse_dtype
+from gradwire._client._sync.session import Session
+from gradwire._client.session_base import Context
+from gradwire._core.kept import Tensor
+from gradwire.torch._products import autocast
+from gradwire.torch._weight import (
+    NOT_COPIED,
+    KeptX,
+    Weight,
+    label_of,
+    with_room,
+)
+from gradwire_protocol.dtypes import WIRE_DTYPES
+
+
+class Linear(torch.nn.Module):
+    """`torch.nn.Linear` with its weight in a session.
+
+    The forward pass sends X and receives Y. In training mode, X stays in the session
+    for the backward pass, which sends dY and receives dX; dW is added to the gradient
+    in the session. An `Optimizer` steps the weight there. The bias is an ordinary
+    parameter.
+
+    `state_dict` fetches the weight, and `load_state_dict` puts it: both exchange files
+    with `torch.nn.Linear`. Copying and pickling the layer are errors, as is the second
+    derivative.
+
+    Args:
+        in_features: Size of an input row.
+        out_features: Size of an output row.
+        bias: Whether to add a bias.
+        session: The session, which must be open.
+        wire_dtype: "bfloat16" or "float16": float32 rows are rounded to it and sent in
+            half the bytes, and the products take a copy of the weight that is rounded
+            to it.
+        compute_dtype: "bfloat16" or "float16": keep a copy of the float32 weight,
+            rounded to it, for rows of that dtype, which autocast makes. Without one,
+            such rows are sent as float32.
+        device: Device of the bias.
+        dtype: Dtype of weight and bias.
+        name: Name of the weight in the session.
+
+    Attributes:
+        weight: A `Weight`, without elements.
+        bias: The bias, or None.
+
+    Raises:
+        InputError: An argument is invalid.
+        SessionFullError: The session's `keep` is too small.
+
+    Example:
+        >>> layer = gradwire.torch.Linear(4096, 1024, session=session)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        session: Session,
+        wire_dtype: DtypeLike = None,
+        compute_dtype: DtypeLike = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        local = torch.nn.Linear(
+            in_features, out_features, bias=bias, device=device, dtype=dtype
+        )
+        weight = Weight(
+            session,
+            local.weight,
+            wire_dtype=wire_dtype,
+            compute_dtype=compute_dtype,
+            name=name,
+        )
+        self._set(local, weight, wire_dtype)
+
+    @classmethod
+    def of(
+        cls, local: torch.nn.Linear, weight: Weight, wire_dtype: DtypeLike = None
+    ) -> Linear:
+        """Create the layer that stands for a local one.
+
+        Args:
+            local: The local layer, from which bias, mode and hooks are taken.
+            weight: Its weight, in a session.
+            wire_dtype: As for `Linear`.
+        """
+        layer = cls.__new__(cls)
+        torch.nn.Module.__init__(layer)
+        layer._set(local, weight, wire_dtype)
+        take_hooks(layer, local)
+        return layer
+
+    def _set(
+        self, local: torch.nn.Linear, weight: Weight, wire_dtype: DtypeLike
+    ) -> None:
+        self.in_features, self.out_features = local.in_features, local.out_features
+        self.wire_dtype: str | None = None
+        if wire_dtype is not None:
+            self.wire_dtype = parse_dtype(wire_dtype, "wire_dtype", WIRE_DTYPES).label
+        self._weight = weight
+        self.register_parameter("bias", local.bias)
+        self.train(local.training)
+
+    @property
+    def weight(self) -> Weight:
+        """The weight, a handle without elements."""
+        return self._weight
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The weight's gradient in the session; None if it requires none."""
+        return self._weight.gradient
+
+    @property
+    def session(self) -> Session:
+        """The session."""
+        return self._weight.session
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute x wᵀ + bias.
+
+        Args:
+            x: Shape (..., in_features).
+
+        Returns:
+            Shape (..., out_features).
+
+        Raises:
+            InputError: The shape or the dtype is another one.
+            GradwireError: The job failed.
+        """
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise InputError(
+                f"x has shape {tuple(x.shape)}: expected (..., {self.in_features})"
+            )
+        to = autocast(x)
+        if to is not None:
+            x = x.to(to)
+        elif x.dtype != self._weight.dtype:
+            raise InputError(
+                f"x is {x.dtype} and the layer {self._weight.dtype}: expected one dtype"
+            )
+        rows = x if x.ndim > 1 else x.unsqueeze(0)
+        y: torch.Tensor = _multiply(self, rows)
+        y = y if x.ndim > 1 else y.squeeze(0)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `torch.nn.Linear` does, with its options."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}"
+        text += f", bias={self.bias is not None}"
+        if self.wire_dtype is not None:
+            text += f", wire_dtype={self.wire_dtype!r}"
+        return text if self._weight.requires_grad else f"{text}, frozen"
+
+    def requires_grad_(self, requires_grad: bool = True) -> Linear:
+        """Set whether weight and bias require gradients.
+
+        `requires_grad_` of a module that contains this one sets it for the bias only.
+        """
+        super().requires_grad_(requires_grad)
+        self._weight.requires_grad = requires_grad
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of weight and bias.
+
+        `zero_grad` of a module that contains this one forgets that of the bias only;
+        that of an `Optimizer` forgets all.
+        """
+        super().zero_grad(set_to_none)
+        self._weight.zero_grad()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                "the weight is kept on a server: layer.weight.put(tensor) replaces its"
+                " elements"
+            )
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(NOT_COPIED)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        dtype = self._weight.dtype
+        if fn(torch.empty(0, dtype=dtype)).dtype is not dtype:
+            raise InputError(
+                f"the weight is kept on a server as {dtype}: convert the model before"
+                " offload"
+            )
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool
+    ) -> None:
+        destination[f"{prefix}weight"] = self._weight.fetch_for(destination)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        rest = {name: value for name, value in state_dict.items() if name != key}
+        super()._load_from_state_dict(
+            rest,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if key not in state_dict:
+            if strict:
+                missing_keys.append(key)
+        elif tuple(state_dict[key].shape) != tuple(self._weight.shape):
+            error_msgs.append(
+                f"size mismatch for {key}: copying a param with shape"
+                f" {state_dict[key].shape} from checkpoint, the shape in current"
+                f" model is {self._weight.shape}."
+            )
+        else:
+            self._weight.put(state_dict[key])
+
+
+def _multiply(layer: Linear, rows: torch.Tensor) -> Any:
+    weight = layer.weight
+    trains = weight.requires_grad and torch.is_grad_enabled()
+    leaf = weight.leaf if trains else None
+    # Within a backward pass, this is a forward pass of activation checkpointing. The
+    # X that was kept at first is there for the gradient.
+    keep = trains and layer.training and torch._C._current_graph_task_id() == -1
+    return _Product.apply(rows, leaf, weight, layer.wire_dtype, keep)
+
+
+class _Product(torch.autograd.Function):
+    """Y = X Wᵀ with W in a session, and its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        leaf: torch.Tensor | None,
+        weight: Weight,
+        wire_dtype: str | None,
+        keep: bool,
+    ) -> torch.Tensor:
+        session, tensor = weight.session, weight.tensor
+        sent, options = _sent(x, weight, wire_dtype)
+        y = sent.new_empty((*x.shape[:-1], weight.shape[0]))
+        _, context = with_room(
+            session,
+            lambda: session.forward(sent, tensor.T, keep=keep, out=y, **options),
+        )
+        if context is None:
+            wire = options.get("wire_dtype")
+            context = Context(sent, tensor.T, tuple(x.shape[:-1]), None, wire)
+        # Autograd holds X, or makes it anew where activations are checkpointed.
+        context.local_x = None
+        if not keep:
+            context.x = None
+        if leaf is not None:
+            ctx.save_for_backward(x)
+        ctx.kept = KeptX(session, context, keep)
+        ctx.weight, ctx.options, ctx.leaf = weight, options, leaf
+        ctx.sent_dtype = sent.dtype
+        return y.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        weight: Weight = ctx.weight
+        kept: KeptX = ctx.kept
+        needs_dx = ctx.needs_input_grad[0]
+        # Not in torch.autograd.grad(loss, inputs), where it is for other leaves.
+        adds = ctx.leaf is not None and torch._C._will_engine_execute_node(
+            weight.leaf_node
+        )
+        if not needs_dx and not adds:
+            return (None,) * 5
+        options = dict(ctx.options)
+        context = kept.context
+        if adds:
+            (x,) = ctx.saved_tensors
+            local_x = x.detach().to(ctx.sent_dtype)
+            if kept.contributed:
+                # With retain_graph, each pass is a contribution of its own.
+                context = dataclasses.replace(context, x=local_x, parts={})
+            elif context.x is None:
+                context = dataclasses.replace(context, x=local_x)
+            else:
+                context = dataclasses.replace(context, local_x=local_x)
+            options["result_dtype"] = {"dw": weight.tensor.dtype}
+            weight.touched = True
+        sent = dy.to(ctx.sent_dtype)
+        dx = None
+        if needs_dx:
+            dx = sent.new_empty((*dy.shape[:-1], weight.shape[1]))
+        weight.session.backward(
+            context,
+            sent,
+            into=weight.gradient if adds else None,
+            dx=needs_dx,
+            out=dx,
+            **options,
+        )
+        if adds:
+            kept.used()
+        return (None if dx is None else dx.to(dy.dtype), None, None, None, None)
+
+
+def take_hooks(layer: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Give a layer the hooks of the layer that it replaces."""
+    for name, hooks in vars(other).items():
+        # The very dictionaries, from which handles remove hooks.
+        if name.endswith(("_hook", "_hooks")) or "_hooks_" in name:
+            layer.__dict__[name] = hooks
+
+
+def _sent(
+    x: torch.Tensor, weight: Weight, wire_dtype: str | None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return X in a dtype in which W is kept, and the job's options."""
+    x = x.detach()
+    if x.dtype is torch.float32 and wire_dtype is not None:
+        return x, {"wire_dtype": wire_dtype}
+    if label_of(x.dtype) in (weight.tensor.dtype, weight.tensor.compute_dtype):
+        return x, {}
+    return x.to(getattr(torch, weight.tensor.dtype)), {}

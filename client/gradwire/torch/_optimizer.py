@@ -1,0 +1,436 @@
+"""Optimizers of models with weights in a session."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from gradwire._api import optimizers
+from gradwire._api.errors import InputError
+from gradwire._client._sync.session import Session
+from gradwire._client.session_base import put_operand
+from gradwire.torch._offload import named_parameters
+from gradwire.torch._weight import Weight, drop_left_over, from_numpy
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.v1 import session_service_pb2 as pb2
+
+_CLASSES = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+_REFUSED = ("amsgrad", "maximize", "differentiable", "capturable")
+"""Options that change what a step computes, or how, and that a server lacks."""
+
+_CLIP_EPSILON = 1e-6
+"""Added to the norm before dividing by it, as by torch.nn.utils.clip_grad_norm_."""
+
+
+def optimizer(
+    parameters: torch.nn.Module | Iterable[Any],
+    torch_optimizer_class: type[torch.optim.Optimizer],
+    **options: Any,
+) -> Optimizer:
+    """Create an optimizer of weights in a session and of local parameters.
+
+    The server updates the weights with the formulas of the PyTorch class, and an
+    instance of that class updates the local parameters.
+
+    Args:
+        parameters: A model; or parameters and `Weight` objects, as `named_parameters`
+            yields them; or dictionaries of groups of them, as for any optimizer.
+        torch_optimizer_class: `torch.optim.SGD`, `torch.optim.Adam` or
+            `torch.optim.AdamW`.
+        **options: The options of that class. `amsgrad`, `maximize`, `differentiable`
+            and `capturable` are refused.
+
+    Raises:
+        InputError: An argument is invalid, or the weights are in several sessions.
+
+    Example:
+        >>> opt = gradwire.torch.optimizer(model, torch.optim.AdamW, lr=3e-4)
+        >>> for x, target in data:
+        ...     loss_of(model(x), target).backward()
+        ...     opt.step(max_norm=1.0)
+        ...     opt.zero_grad()
+    """
+    return Optimizer(parameters, torch_optimizer_class, **options)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """An optimizer of weights in a session and of local parameters.
+
+    Create it with `optimizer`. Learning-rate schedulers change its `param_groups`,
+    which hold for the weights in the session too, although only local parameters are
+    listed in them.
+
+    Attributes:
+        local: The PyTorch optimizer of the local parameters.
+        total_norm: The norm of all gradients in the last step, before clipping; 0
+            before the first.
+        skipped: Whether the last step was skipped, because a gradient had NaN or Inf.
+    """
+
+    # GradScaler.step would hand over its scale, which is refused with a sentence.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        parameters: torch.nn.Module | Iterable[Any],
+        torch_optimizer_class: type[torch.optim.Optimizer],
+        **options: Any,
+    ) -> None:
+        if torch_optimizer_class not in _CLASSES:
+            names = ", ".join(f"torch.optim.{each.__name__}" for each in _CLASSES)
+            raise InputError(
+                f"torch_optimizer_class is {torch_optimizer_class!r}: expected one of"
+                f" {names}"
+            )
+        groups = _groups(parameters)
+        # Parameters and weights of each group, in the order of the caller.
+        self._members: list[list[Any]] = [group["params"] for group in groups]
+        self._session = _session(self._weights())
+        self.local = torch_optimizer_class(
+            [{**group, "params": _tensors(group["params"])} for group in groups],
+            **options,
+        )
+        for group in self.local.param_groups:
+            _remote_optimizer(self.local, group)
+        self.total_norm = 0.0
+        self.skipped = False
+        self._complete = False
+        super().__init__(self.local.param_groups, self.local.defaults)
+        self._complete = True
+        self._share()
+
+    def _share(self) -> None:
+        """Have one list of groups and one state with the local optimizer."""
+        self.param_groups = self.local.param_groups
+        self.state = self.local.state
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Any:
+        """Update all weights and parameters.
+
+        The step is made on the server first: if that fails, nothing has changed. It
+        leaves no gradients there, so that `zero_grad` sends nothing afterwards.
+
+        Args:
+            closure: Computes the loss and its gradients anew, as for any optimizer.
+            max_norm: The largest norm of all gradients together, local ones included,
+                to which they are scaled down, as by
+                `torch.nn.utils.clip_grad_norm_`; None: no limit.
+            scaler: A scaler by which the loss was scaled: use
+                ``opt.step(scaler=scaler)`` for ``scaler.step(opt)``. A step with NaN
+                or Inf is skipped. ``scaler.update()`` is called as usual.
+
+        Returns:
+            What the closure returns; None without one.
+
+        Raises:
+            InputError: An argument is invalid.
+            StepConflictError: A gradient lacks a contribution, because a backward
+                pass failed: call `zero_grad` and repeat the passes.
+            GradwireError: The server failed. The step can be repeated.
+        """
+        if hasattr(self, "grad_scale"):
+            raise InputError(
+                "scaler.step(opt) does not know the gradients on the server: call"
+                " opt.step(scaler=scaler)"
+            )
+        if max_norm is not None and not max_norm > 0:
+            raise InputError(f"max_norm is {max_norm!r}: expected more than 0, or None")
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        scale = 1.0
+        if scaler is not None and scaler.is_enabled():
+            scale = scaler.get_scale()
+        with torch.no_grad():
+            self._step(max_norm, scaler, scale)
+        return result
+
+    def _step(
+        self, max_norm: float | None, scaler: torch.amp.GradScaler | None, scale: float
+    ) -> None:
+        gradients = self._gradients()
+        squares = _sum_of_squares(gradients) / scale**2
+        scaled = scaler is not None and scaler.is_enabled()
+        if scaled and not gradients:
+            raise InputError(
+                "there is no local gradient, by which a GradScaler could know of NaN"
+                " and Inf: scale the loss by a constant instead"
+            )
+        self.skipped, self.total_norm = False, math.sqrt(squares)
+        if scaled and not math.isfinite(squares):
+            self.skipped = True
+            self._clear()
+        elif self._session is not None and (remote := self._remote()):
+            made = self._session.step(
+                *remote[0],
+                *remote[1:],
+                max_norm=max_norm or 0.0,
+                local_sum_of_squares=squares,
+                inverse_scale=1 / scale,
+                skip_nonfinite=scaled,
+            )
+            self.skipped, self.total_norm = made.skipped, made.total_norm
+            for weight in self._weights():
+                weight.touched = False
+        if self._session is not None:
+            drop_left_over(self._session)
+        if scaled and scaler is not None:
+            if self.skipped:
+                # The scaler looks for NaN and Inf in local gradients alone.
+                gradients[0].fill_(math.inf)
+            scaler.unscale_(self)
+        if self.skipped:
+            return
+        if max_norm is not None:
+            factor = min(1.0, max_norm / (self.total_norm + _CLIP_EPSILON))
+            for gradient in gradients:
+                gradient.mul_(factor)
+        self.local.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those on the server included.
+
+        Raises:
+            GradwireError: The server failed.
+        """
+        self.local.zero_grad(set_to_none)
+        self._clear()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, of weights, or of both."""
+        if not self._complete:
+            return  # The base class adds those that self.local has.
+        (group,) = _groups([param_group])
+        weights = [*self._weights(), *_remote_weights(group["params"])]
+        if len(set(weights)) < len(weights):
+            raise InputError("a weight is in two groups")
+        session = _session(weights)
+        local = {**group, "params": _tensors(group["params"])}
+        self.local.add_param_group(local)
+        _remote_optimizer(self.local, self.local.param_groups[-1])
+        self._members.append(group["params"])
+        self._session = session
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as the local optimizer of the local model would.
+
+        The states of weights are fetched. `torch.optim` classes can load the result.
+
+        Raises:
+            GradwireError: The server failed.
+        """
+        packed = self.local.state_dict()
+        infos = {}
+        if self._session is not None:
+            infos = {each.number: each for each in self._session.describe().tensors}
+        states: dict[int, Any] = {}
+        groups = []
+        number = 0
+        for group, members in zip(packed["param_groups"], self._members, strict=True):
+            local = iter(group["params"])
+            first = number
+            for member in members:
+                if isinstance(member, Weight):
+                    state = _state_of(member, infos[member.tensor.number])
+                else:
+                    state = packed["state"].get(next(local))
+                if state:
+                    states[number] = state
+                number += 1
+            groups.append({**group, "params": list(range(first, number))})
+        return {"state": states, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state of this class, or of the class of `local`, and put it.
+
+        Raises:
+            InputError: The state has other groups.
+            GradwireError: The server failed.
+        """
+        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != [len(members) for members in self._members]:
+            raise InputError(
+                f"the state has groups of {sizes} parameters: expected"
+                f" {[len(members) for members in self._members]}"
+            )
+        states: dict[int, Any] = {}
+        groups = []
+        remote = []
+        number = 0
+        for group, members in zip(
+            state_dict["param_groups"], self._members, strict=True
+        ):
+            first = number
+            for index, member in zip(group["params"], members, strict=True):
+                state = state_dict["state"].get(index)
+                if isinstance(member, Weight):
+                    remote.append((member, state))
+                    continue
+                if state:
+                    states[number] = state
+                number += 1
+            groups.append({**group, "params": list(range(first, number))})
+        for group in groups:
+            _remote_optimizer(self.local, group)
+        for weight, state in remote:
+            _put_state(weight, state or {})
+        self.local.load_state_dict({"state": states, "param_groups": groups})
+        self._share()
+
+    def _weights(self) -> list[Weight]:
+        return [each for members in self._members for each in _remote_weights(members)]
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Return the gradients of the local parameters."""
+        return [
+            parameter.grad
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+
+    def _remote(self) -> list[tuple[optimizers.Optimizer, dict[Any, Any]]]:
+        """Return pairs of an optimizer and the weights' gradients, for the session."""
+        pairs = []
+        for group, members in zip(self.param_groups, self._members, strict=True):
+            weights = {
+                weight.tensor: weight.gradient
+                for weight in _remote_weights(members)
+                if weight.requires_grad
+            }
+            if weights:
+                pairs.append((_remote_optimizer(self.local, group), weights))
+        return pairs
+
+    def _clear(self) -> None:
+        for weight in self._weights():
+            weight.zero_grad()
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "an optimizer of weights on a server cannot be copied or pickled: use its"
+            " state_dict()"
+        )
+
+
+def _groups(parameters: Any) -> list[dict[str, Any]]:
+    if isinstance(parameters, torch.nn.Module):
+        parameters = [each for _, each in named_parameters(parameters)]
+    given = list(parameters)
+    if given and all(isinstance(each, dict) for each in given):
+        return [{**group, "params": _listed(group["params"])} for group in given]
+    return [{"params": _listed(given)}]
+
+
+def _listed(parameters: Any) -> list[Any]:
+    if isinstance(parameters, torch.Tensor | Weight):
+        return [parameters]
+    # As named_parameters yields them.
+    return [each[1] if isinstance(each, tuple) else each for each in parameters]
+
+
+def _tensors(members: list[Any]) -> list[Any]:
+    return [each for each in members if not isinstance(each, Weight)]
+
+
+def _remote_weights(members: list[Any]) -> list[Weight]:
+    return [each for each in members if isinstance(each, Weight)]
+
+
+def _session(weights: list[Weight]) -> Session | None:
+    """Return the session of all weights.
+
+    Raises:
+        InputError: There are several.
+    """
+    sessions = {weight.session for weight in weights}
+    if len(sessions) > 1:
+        raise InputError(
+            f"the weights are in {len(sessions)} sessions: make an optimizer for each,"
+            " without a common norm"
+        )
+    return next(iter(sessions), None)
+
+
+def _remote_optimizer(
+    local: torch.optim.Optimizer, group: Mapping[str, Any]
+) -> optimizers.Optimizer:
+    """Return the server's optimizer of a group.
+
+    Raises:
+        InputError: An option is not supported.
+    """
+    for name in _REFUSED:
+        if group.get(name):
+            raise InputError(
+                f"{name} is {group[name]!r}: a server does not offer it; omit it"
+            )
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if isinstance(local, torch.optim.SGD):
+        return optimizers.SGD(
+            lr,
+            float(group["momentum"]),
+            float(group["dampening"]),
+            decay,
+            bool(group["nesterov"]),
+        )
+    betas = (float(group["betas"][0]), float(group["betas"][1]))
+    decoupled = isinstance(local, torch.optim.AdamW) or group.get(
+        "decoupled_weight_decay"
+    )
+    kind = optimizers.AdamW if decoupled else optimizers.Adam
+    return kind(lr, betas, float(group["eps"]), decay)
+
+
+def _sum_of_squares(gradients: list[torch.Tensor]) -> float:
+    """Return the sum of squares of all elements, in float64."""
+    return float(
+        sum(
+            torch.linalg.vector_norm(each, dtype=torch.float64).item() ** 2
+            for each in gradients
+        )
+    )
+
+
+def _state_of(weight: Weight, info: Any) -> dict[str, Any]:
+    """Return a weight's optimizer state, as PyTorch has it."""
+    state: dict[str, Any] = {
+        name: from_numpy(weight.session.get(weight.tensor, state=name))
+        for name in info.states
+    }
+    if "exp_avg" in state:
+        state = {"step": torch.tensor(float(info.updates)), **state}
+    return state
+
+
+def _put_state(weight: Weight, state: Mapping[str, Any]) -> None:
+    session, tensor = weight.session, weight.tensor
+    updates = int(state.get("step", 1))
+    for name, elements in state.items():
+        if name == "step" or elements is None:
+            continue
+        values, shape = put_operand(
+            elements.detach().cpu().to(getattr(torch, tensor.dtype)), name
+        )
+        header = pb2.TensorHeader(
+            session=session.token,
+            tensor=tensor.number,
+            name=tensor.name,
+            shape=shape,
+            dtype=Dtype.named(tensor.dtype).proto_name,
+            role=pb2.TENSOR_ROLE_WEIGHT,
+            state=name,
+            updates=updates,
+        )
+        session._put(header, values)

@@ -1,0 +1,322 @@
+"""Weights that stay in a session."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradwire._api.errors import InputError, SessionFullError
+from gradwire._api.options import DtypeLike, parse_dtype
+from gradwire._client._sync.session import Session
+from gradwire._client.session_base import Context
+from gradwire._core.kept import Tensor
+from gradwire_protocol.dtypes import WIRE_DTYPES
+from gradwire_protocol.limits import MAX_NAME_LENGTH
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Weight:
+    """The weight of a `Linear`: a handle without elements.
+
+    It has `shape`, `dtype`, `numel()` and so on, but it is no tensor: `fetch()` returns
+    its elements. Layers with one weight, which are tied, have one handle.
+
+    Attributes:
+        session: The session.
+        tensor: The weight in it, of shape (out_features, in_features).
+        gradient: Its gradient in the session; None if it does not require one.
+        shape: (out_features, in_features).
+        dtype: The dtype that `fetch` and `state_dict` return. A float16 or bfloat16
+            weight that requires a gradient is float32 in the session, with a rounded
+            copy for jobs.
+        name: Its name in the session.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        elements: torch.Tensor,
+        *,
+        requires_grad: bool = True,
+        wire_dtype: DtypeLike = None,
+        compute_dtype: DtypeLike = None,
+        name: str = "",
+    ) -> None:
+        if not isinstance(session, Session):
+            raise InputError(
+                f"session is a {type(session).__qualname__}: expected a"
+                " gradwire.Session, as client.session() returns"
+            )
+        self.session = session
+        self.shape = elements.shape
+        self.dtype = elements.dtype
+        self.name = name[-MAX_NAME_LENGTH:]
+        copy = _copy_dtype(elements.dtype, requires_grad, wire_dtype, compute_dtype)
+        self.tensor = session.put(
+            self._kept(elements, requires_grad),
+            name=self.name,
+            compute_dtype=copy,
+        )
+        self.gradient: Tensor | None = None
+        self.touched = False
+        """Whether the gradient may have contributions since the last step."""
+        # A leaf by which autograd knows that the weight requires a gradient.
+        with torch.inference_mode(False), torch.enable_grad():
+            self.leaf = torch.zeros((), requires_grad=True)
+            self.leaf_node = self.leaf.view_as(self.leaf).grad_fn.next_functions[0][0]
+        self._fetched: Any = lambda: None
+        self._lock = threading.Lock()
+        try:
+            self.requires_grad = requires_grad
+        except BaseException:
+            session.drop(self.tensor)
+            raise
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether backward passes add to the gradient. It can be set.
+
+        A float16 or bfloat16 weight that was made without cannot require one later.
+        """
+        return self._requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value and self.gradient is None:
+            if self.tensor.dtype not in ("float32", "float64"):
+                raise InputError(
+                    f"the weight {self.name!r} is kept as {self.tensor.dtype}: only"
+                    " float32 and float64 weights have gradients; set requires_grad"
+                    " before offload"
+                )
+            self.gradient = self.session.zeros_like(
+                self.tensor, name=f"{self.name}.grad"[-MAX_NAME_LENGTH:]
+            )
+        self._requires_grad = bool(value)
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions, 2."""
+        return len(self.shape)
+
+    @property
+    def is_leaf(self) -> bool:
+        """True, as of a parameter."""
+        return True
+
+    def dim(self) -> int:
+        """Return the number of dimensions, 2."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.shape.numel()
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape, or one of its sizes."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def fetch(self) -> torch.Tensor:
+        """Return a copy of the elements, on the CPU.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        return from_numpy(self.session.get(self.tensor)).to(self.dtype)
+
+    def fetch_for(self, state_dict: Mapping[str, Any]) -> torch.Tensor:
+        """Return a copy of the elements, or the one that a state_dict has already."""
+        fetched: torch.Tensor | None = self._fetched()
+        if fetched is None or all(each is not fetched for each in state_dict.values()):
+            fetched = self.fetch()
+            self._fetched = weakref.ref(fetched)
+        return fetched
+
+    def fetch_gradient(self) -> torch.Tensor | None:
+        """Return a copy of the gradient, on the CPU; None if there is none.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        if self.gradient is None:
+            return None
+        return from_numpy(self.session.get(self.gradient))
+
+    def put(self, elements: torch.Tensor) -> None:
+        """Replace the elements. The optimizer's state of the weight begins anew.
+
+        Args:
+            elements: Shape (out_features, in_features); they are cast to the weight's
+                dtype.
+
+        Raises:
+            InputError: The shape is another one.
+            GradwireError: The call failed.
+        """
+        if elements.shape != self.shape:
+            raise InputError(
+                f"the elements have shape {tuple(elements.shape)}: expected"
+                f" {tuple(self.shape)}"
+            )
+        trains = self.tensor.dtype == "float32"
+        self.session.put(
+            self._kept(elements.detach().to(self.dtype), trains),
+            name=self.name,
+            compute_dtype=self.tensor.compute_dtype,
+            replace=self.tensor,
+        )
+
+    def zero_grad(self) -> None:
+        """Forget the gradient's contributions; without any, nothing is sent."""
+        with self._lock:
+            touched, self.touched = self.touched, False
+        if touched and self.gradient is not None:
+            self.session.clear(self.gradient)
+
+    def _kept(self, elements: torch.Tensor, trains: bool) -> torch.Tensor:
+        elements = elements.detach()
+        if trains and elements.dtype in _HALF:
+            elements = elements.float()
+        return elements.contiguous()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("grad", "main_grad"):
+            raise AttributeError(
+                "the gradient is kept on the server: layer.weight.fetch_gradient(), or"
+                " session.get(layer.gradient), returns it"
+            )
+        raise AttributeError(
+            f"a weight in a session has no {name!r}: layer.weight.fetch() returns it as"
+            " a tensor"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", function)
+        raise TypeError(
+            f"{name} was called with a weight that is kept on a server: call the layer,"
+            " or pass layer.weight.fetch()"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(NOT_COPIED)
+
+    def __repr__(self) -> str:
+        return (
+            f"<gradwire.torch.Weight {self.name!r} {tuple(self.shape)} {self.dtype}"
+            f"{'' if self.requires_grad else ', frozen'}>"
+        )
+
+
+NOT_COPIED = (
+    "a layer whose weight is kept on a server cannot be copied or pickled: use its"
+    " state_dict(), or make it local with gradwire.torch.to_local first"
+)
+
+
+def label_of(dtype: torch.dtype) -> str:
+    """Return gradwire's name of a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def from_numpy(array: Any) -> torch.Tensor:
+    """Return an array's elements as a tensor."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _copy_dtype(
+    dtype: torch.dtype, trains: bool, wire_dtype: DtypeLike, compute_dtype: DtypeLike
+) -> str | None:
+    """Return the dtype of a weight's copy for jobs.
+
+    Raises:
+        InputError: The options do not fit each other.
+    """
+    wanted = {}
+    for name, value in (("wire_dtype", wire_dtype), ("compute_dtype", compute_dtype)):
+        if value is not None:
+            wanted[name] = parse_dtype(value, name, WIRE_DTYPES).label
+    if dtype in _HALF and trains:
+        wanted["dtype"] = label_of(dtype)
+    if len(set(wanted.values())) > 1:
+        text = " and ".join(f"{name} is {label}" for name, label in wanted.items())
+        raise InputError(f"{text}: a weight has one copy, of one dtype")
+    if not wanted or (dtype in _HALF and not trains):
+        return None
+    if dtype is torch.float64:
+        raise InputError(
+            f"{', '.join(wanted)} is for float32 weights, but the weight is float64"
+        )
+    return next(iter(wanted.values()))
+
+
+class KeptX:
+    """The context of a forward pass, until its backward pass or the end of its graph.
+
+    A graph may be dropped without a backward pass. What its contexts keep in the
+    session is then dropped with the next step, or when the session is full.
+    """
+
+    __slots__ = ("context", "contributed", "session")
+
+    def __init__(self, session: Session, context: Context, kept: bool) -> None:
+        self.session = session if kept else None
+        self.context = context
+        self.contributed = False
+
+    def used(self) -> None:
+        """Note that the session has dropped X after its last use."""
+        self.session = None
+        self.contributed = True
+
+    def __del__(self) -> None:
+        if self.session is not None:
+            # No call from here: the garbage collector may run anywhere.
+            left_over(self.session).append(self.context.x)
+
+
+_left_over: weakref.WeakKeyDictionary[Session, deque[Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def left_over(session: Session) -> deque[Tensor]:
+    """Return the X in a session that no backward pass will use."""
+    return _left_over.setdefault(session, deque())
+
+
+def drop_left_over(session: Session) -> bool:
+    """Drop the X in a session that no backward pass will use.
+
+    Returns:
+        Whether there were any.
+    """
+    waiting = left_over(session)
+    tensors = []
+    while waiting:
+        tensors.append(waiting.popleft())
+    if tensors:
+        session.drop(*tensors)
+    return bool(tensors)
+
+
+def with_room(session: Session, call: Any) -> Any:
+    """Return what a call returns, once more after dropping what nothing will use."""
+    try:
+        return call()
+    except SessionFullError:
+        if not drop_left_over(session):
+            raise
+    return call()

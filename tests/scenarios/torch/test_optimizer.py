@@ -1,0 +1,307 @@
+"""`gradwire.torch.optimizer` is the optimizer of PyTorch, for weights anywhere."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gradwire
+import gradwire.torch
+from tests.scenarios.torch.models import both, mse, regression
+
+SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+
+KINDS = [
+    (SGD, {"lr": 0.1}),
+    (SGD, {"lr": 0.1, "momentum": 0.9}),
+    (ADAM, {"lr": 0.01}),
+    (ADAMW, {"lr": 0.01, "weight_decay": 0.1}),
+]
+each_kind = pytest.mark.parametrize(
+    ("kind", "options"), KINDS, ids=["sgd", "momentum", "adam", "adamw"]
+)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 16))
+
+
+def passes(models: Any, optimizers: Any, steps: int = 3, **options: Any) -> None:
+    """Train several models alike."""
+    for _ in range(steps):
+        batch = regression()
+        for model, opt in zip(models, optimizers, strict=True):
+            mse(model, batch).backward()
+            opt.step(**(options if isinstance(opt, gradwire.torch.Optimizer) else {}))
+            opt.zero_grad()
+
+
+def assert_same(local: nn.Module, remote: nn.Module) -> None:
+    torch.testing.assert_close(remote.state_dict(), local.state_dict())
+
+
+@each_kind
+def test_states_are_exchanged_with_torchs_optimizer(
+    client: gradwire.Client, session: gradwire.Session, kind: Any, options: Any
+) -> None:
+    local, remote = both(mlp(), session)
+    optimizers = (
+        kind(local.parameters(), **options),
+        gradwire.torch.optimizer(remote, kind, **options),
+    )
+    passes((local, remote), optimizers)
+    file = io.BytesIO()
+    torch.save(optimizers[1].state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    expected = optimizers[0].state_dict()
+    torch.testing.assert_close(state["state"], expected["state"])
+    assert state["param_groups"] == expected["param_groups"]
+    # Each goes on with the other's state, in a new process or session.
+    with client.session(keep="1MiB") as another:
+        here = mlp()
+        here.load_state_dict(remote.state_dict())
+        there = gradwire.torch.offload(mlp(), another, at_least=8)
+        there.load_state_dict(local.state_dict())
+        again = (
+            kind(here.parameters(), lr=1.0),
+            gradwire.torch.optimizer(there, kind, lr=1.0),
+        )
+        again[0].load_state_dict(state)
+        again[1].load_state_dict(copy.deepcopy(expected))
+        passes((local, remote, here, there), (*optimizers, *again))
+        for model in (remote, here, there):
+            assert_same(local, model)
+
+
+def test_groups_have_their_own_options(session: gradwire.Session) -> None:
+    local, remote = both(mlp(), session)
+
+    def groups(named: Any) -> list[dict[str, Any]]:
+        parameters = [each for _, each in named]
+        return [
+            {"params": [p for p in parameters if p.ndim == 2], "weight_decay": 0.5},
+            {"params": [p for p in parameters if p.ndim < 2], "lr": 0.001},
+        ]
+
+    optimizers = (
+        ADAMW(groups(local.named_parameters()), lr=0.01),
+        gradwire.torch.optimizer(
+            groups(gradwire.torch.named_parameters(remote)), ADAMW, lr=0.01
+        ),
+    )
+    passes((local, remote), optimizers, steps=5)
+    assert_same(local, remote)
+
+
+def test_a_group_can_be_added(session: gradwire.Session) -> None:
+    local, remote = both(mlp(), session)
+    first, _, second = remote
+    opt = gradwire.torch.optimizer([first.weight, first.bias], ADAMW, lr=0.01)
+    opt.add_param_group({"params": [second.weight, second.bias], "lr": 0.1})
+    reference = ADAMW(local[0].parameters(), lr=0.01)
+    reference.add_param_group({"params": list(local[2].parameters()), "lr": 0.1})
+    passes((local, remote), (reference, opt), steps=5)
+    assert_same(local, remote)
+    with pytest.raises(gradwire.InputError, match="two groups"):
+        opt.add_param_group({"params": [first.weight]})
+
+
+def test_schedulers_set_the_rate_of_every_weight(session: gradwire.Session) -> None:
+    local, remote = both(mlp(), session)
+    optimizers = (
+        SGD(local.parameters(), lr=0.1, momentum=0.9),
+        gradwire.torch.optimizer(remote, SGD, lr=0.1, momentum=0.9),
+    )
+    schedulers = [
+        torch.optim.lr_scheduler.OneCycleLR(each, max_lr=0.2, total_steps=8)
+        for each in optimizers
+    ]
+    for _ in range(7):
+        passes((local, remote), optimizers, steps=1)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_same(local, remote)
+
+
+def test_one_norm_clips_local_and_remote_gradients(session: gradwire.Session) -> None:
+    local, remote = both(mlp(), session)
+    opt = gradwire.torch.optimizer(remote, SGD, lr=1.0)
+    reference = SGD(local.parameters(), lr=1.0)
+    batch = regression()
+    for model in (local, remote):
+        (100 * mse(model, batch)).backward()
+    norm = nn.utils.clip_grad_norm_(local.parameters(), 0.5)
+    assert norm > 1
+    reference.step()
+    opt.step(max_norm=0.5)
+    assert opt.total_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert_same(local, remote)
+
+
+def test_zero_grad_forgets_what_no_step_has_used(session: gradwire.Session) -> None:
+    local, remote = both(mlp(), session)
+    optimizers = (
+        SGD(local.parameters(), lr=0.1),
+        gradwire.torch.optimizer(remote, SGD, lr=0.1),
+    )
+    batch = regression()
+    for model, opt in zip((local, remote), optimizers, strict=True):
+        mse(model, batch).backward()
+        opt.zero_grad()
+    passes((local, remote), optimizers)
+    assert_same(local, remote)
+
+
+def test_a_step_without_gradients_changes_nothing(session: gradwire.Session) -> None:
+    _, remote = both(mlp(), session)
+    opt = gradwire.torch.optimizer(remote, ADAMW, lr=0.1, weight_decay=0.1)
+    before = copy.deepcopy(remote.state_dict())
+    opt.step()
+    torch.testing.assert_close(remote.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_closure_is_called_with_gradients_enabled(session: gradwire.Session) -> None:
+    local, remote = both(mlp(), session)
+    batch = regression()
+    losses = []
+    for model, opt in (
+        (local, SGD(local.parameters(), lr=0.1)),
+        (remote, gradwire.torch.optimizer(remote, SGD, lr=0.1)),
+    ):
+
+        def closure(model: Any = model, opt: Any = opt) -> Any:
+            opt.zero_grad()
+            loss = mse(model, batch)
+            loss.backward()
+            return loss
+
+        losses.append([opt.step(closure).item() for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_a_loss_scaler_skips_what_overflows(
+    session: gradwire.Session, where: str
+) -> None:
+    local, remote = both(mlp(), session)
+    optimizers: Any = (
+        ADAMW(local.parameters(), lr=0.01),
+        gradwire.torch.optimizer(remote, ADAMW, lr=0.01),
+    )
+    scalers = [
+        torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2) for _ in "ab"
+    ]
+    for step in range(6):
+        batch = regression()
+        if step == 2:
+            if where == "local":
+                batch[1][0, 0] = math.inf
+            else:
+                batch[0][0, 0] = math.nan
+        for model, opt, scaler in zip(
+            (local, remote), optimizers, scalers, strict=True
+        ):
+            scaler.scale(mse(model, batch)).backward()
+            if model is local:
+                scaler.unscale_(opt)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                scaler.step(opt)
+            else:
+                opt.step(max_norm=0.1, scaler=scaler)
+                assert opt.skipped == (step == 2)
+            scaler.update()
+            opt.zero_grad()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        assert_same(local, remote)
+
+
+def test_overflow_in_a_weights_gradient_alone_is_found(
+    session: gradwire.Session,
+) -> None:
+    _, remote = both(mlp(), session)
+    opt = gradwire.torch.optimizer(remote, SGD, lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    x = torch.randn(2, 16)
+    x[0, 0] = math.inf
+    # Its product with a gradient of 0 is NaN in dW alone.
+    y = remote[0](x).nan_to_num() * 0 + remote[0].bias
+    scaler.scale(remote[2](y.tanh()).sum()).backward()
+    assert all(p.grad.isfinite().all() for p in remote.parameters())
+    before = copy.deepcopy(remote.state_dict())
+    opt.step(scaler=scaler)
+    scaler.update()
+    assert opt.skipped
+    assert scaler.get_scale() == 32.0
+    torch.testing.assert_close(remote.state_dict(), before, rtol=0, atol=0)
+
+
+def test_what_a_server_cannot_do_is_refused(
+    client: gradwire.Client, session: gradwire.Session
+) -> None:
+    _, remote = both(mlp(), session)
+    make = gradwire.torch.optimizer
+    bad: list[tuple[str, Any]] = [
+        ("amsgrad", lambda: make(remote, ADAM, amsgrad=True)),
+        ("maximize", lambda: make(remote, SGD, lr=0.1, maximize=True)),
+        ("Adagrad", lambda: make(remote, torch.optim.Adagrad)),
+        ("max_norm", lambda: make(remote, SGD, lr=0.1).step(max_norm=-1.0)),
+    ]
+    for text, call in bad:
+        with pytest.raises(gradwire.InputError, match=text):
+            call()
+    with client.session(keep="1MiB") as another:
+        other = gradwire.torch.offload(mlp(), another, at_least=8)
+        with pytest.raises(gradwire.InputError, match="2 sessions"):
+            make(nn.ModuleList([remote, other]), SGD, lr=0.1)
+    opt = make(remote, ADAMW, lr=0.1)
+    with pytest.raises(TypeError, match="state_dict"):
+        pickle.dumps(opt)
+    mse(remote, regression()).backward()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    with pytest.raises(gradwire.InputError, match="scaler=scaler"):
+        scaler.step(opt)
+    with pytest.raises(gradwire.InputError, match="groups of"):
+        opt.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+
+
+def test_a_model_without_remote_layers_trains_as_usual() -> None:
+    model = mlp()
+    reference = copy.deepcopy(model)
+    passes(
+        (model, reference),
+        (
+            gradwire.torch.optimizer(model, ADAMW, lr=0.01),
+            ADAMW(reference.parameters(), lr=0.01),
+        ),
+    )
+    assert_same(reference, model)
+
+
+def test_optimizers_of_one_session_leave_each_others_gradients(
+    session: gradwire.Session,
+) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    local, remote = both(model, session)
+    optimizers: Any = (
+        [SGD(layer.parameters(), lr=0.1) for layer in local],
+        [gradwire.torch.optimizer(layer, SGD, lr=0.1) for layer in remote],
+    )
+    for turn in range(4):
+        batch = regression()
+        for each, (first, second) in zip((local, remote), optimizers, strict=True):
+            mse(each, batch).backward()
+            first.step()
+            first.zero_grad()
+            if turn % 2:  # with the gradients of two passes
+                second.step()
+                second.zero_grad()
+    assert_same(local, remote)
