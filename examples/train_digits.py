@@ -3,7 +3,8 @@
 The example starts a server in a separate process. The server computes every product
 and gradient of a two-layer network, one call over a socket each. The same network
 trains with local NumPy, from the same weights and on the same batches. A figure
-compares the two.
+compares the two. Then `kept_training` shows a few steps of a wider network, whose
+weights stay on the server.
 
     .venv/bin/python examples/train_digits.py
 """
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from digits_figure import draw
+from kept_training import caption, compare
 from local_server import local_server
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -236,6 +238,7 @@ def main() -> int:
         exact = Run("NumPy, float64", Classifier(doubled(weights), NumpyProducts()))
         train([*runs, exact], digits, options.epochs, rng)
         answers = runs[0].answers(digits.held_out_x)
+        wide = compare(address)
 
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "train_digits.png"
@@ -244,7 +247,8 @@ def main() -> int:
     Console().print(summary(runs))
     same = " (the same bits)" if difference == 0 else ""
     print(f"Largest difference between their losses: {difference:.1e}{same}")
-    print(f"Figure: {path}")
+    print(f"Figure: {path}\n\n{caption()}")
+    Console().print(wide)
     worst = min(run.accuracies[-1] for run in runs)
     if worst < LEAST_ACCURACY:
         print(f"{worst:.1%} is less than {LEAST_ACCURACY:.0%}.", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Training through sessions: bytes and milliseconds of a step."""

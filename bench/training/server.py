@@ -1,0 +1,100 @@
+"""A server for the bench of training: ``python -m bench.training.server KIND``.
+
+The kinds:
+
+- ``numpy``: the NumPy backend, as `gradwire serve` has it.
+- ``idle``: it computes nothing. Results are whatever was in memory, and steps change
+  no weight. Everything else happens: messages, row blocks, admission, the adding of
+  dW to gradients. It stands for a device that is much faster than the link.
+- ``idle-products``: its products compute nothing, its steps do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from bench.contenders.server_process import HOST, say_ready
+from gradwire_protocol.job_spec import JobSpec
+from gradwire_server import Server, Settings
+from gradwire_server.backends import registry
+from gradwire_server.backends.base import Array, RowBlock, Sums
+from gradwire_server.backends.numpy import updates
+from gradwire_server.backends.numpy.backend import NumpyBackend
+
+KINDS = ("numpy", "idle", "idle-products")
+
+
+class IdleBackend(NumpyBackend):
+    """A device whose products take no time, because it computes none."""
+
+    def open_job(self, spec: JobSpec, *_: Any, **__: Any) -> IdleJob:  # type: ignore[override]
+        """Open a job that leaves its results unset."""
+        return IdleJob(spec)
+
+
+class IdleJob:
+    """A job whose results are unset."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._sums = {
+            result: np.empty(result.shape(0, spec.n, spec.k), dtype.numpy)
+            for result, dtype in spec.results.items()
+            if result in spec.sums
+        }
+
+    def take_w(self, w: Array) -> None:
+        """Take W."""
+
+    def take_sums(self, sums: Sums) -> None:
+        """Take the sums of an earlier attempt."""
+
+    def compute_block(self, block: RowBlock) -> None:
+        """Leave y and dx as they are."""
+
+    def copy_sums(self, out: Sums) -> None:
+        """Leave the sums as they are."""
+
+    def finish(self) -> Sums:
+        """Return the unset sums."""
+        return self._sums
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+async def serve(kind: str) -> None:
+    """Serve on a free port until SIGTERM."""
+    threads = os.environ.get("OPENBLAS_NUM_THREADS")
+    settings = Settings(
+        listen=(f"{HOST}:0",),
+        backend="numpy",
+        # A link of the bench is private, so plaintext is safe.
+        insecure=True,
+        cpu_threads=int(threads) if threads else None,
+    )
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    with ExitStack() as stack:
+        if kind != "numpy":
+            make = mock.Mock(side_effect=lambda _: IdleBackend())
+            load = mock.patch.object(registry, "load", return_value=make)
+            stack.enter_context(load)
+        if kind == "idle":
+            for name, result in (("update", None), ("sum_of_squares", 0.0)):
+                nothing = mock.Mock(return_value=result)
+                stack.enter_context(mock.patch.object(updates, name, nothing))
+        async with Server(settings) as server:
+            say_ready(server.addresses[0])
+            await stopped.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(*sys.argv[1:]))
