@@ -81,7 +81,7 @@ def test_the_generated_package_holds_generated_code_alone() -> None:
     names = {path.stem for path in PROTOS.glob("*.proto")}
     expected = {f"{name}_pb2.py" for name in names}
     expected |= {f"{name}_pb2.pyi" for name in names}
-    expected |= {"gradient_service_pb2_grpc.py"}
+    expected |= {"gradient_service_pb2_grpc.py", "session_service_pb2_grpc.py"}
     found = {path.name for path in STUBS.iterdir() if path.is_file()}
     assert found == expected | {"__init__.py"}
 
