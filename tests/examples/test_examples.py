@@ -72,7 +72,7 @@ def test_a_torch_layer_learns_through_a_server(server_address):
     assert losses[-1] < losses[0] / 10
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 def test_a_gpt_has_the_same_losses_through_a_server(server_address):
     pytest.importorskip("torch")
     example = run("train_gpt", server_address)
