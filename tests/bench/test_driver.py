@@ -72,7 +72,7 @@ def require(name):
         pytest.skip(f"needs {package}")
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", contenders.NAMES)
 def test_every_contender_is_right_and_leaves_no_process_behind(name, form):
