@@ -64,11 +64,11 @@ trace: $(VENV)/.ready-dev ## draw when each row block of a job arrives, is compu
 ##@ Check
 
 .PHONY: test
-test: lint ## lint, and the tests that a change must pass at once: 4 minutes
+test: lint ## lint, and the tests that a change must pass at once: 7 minutes
 	$(PARALLEL) -m 'not big and not thorough' $(PYTEST_ARGS)
 
 .PHONY: test-thorough
-test-thorough: $(VENV)/.ready-dev ## the tests that `make test` leaves out: 5 minutes
+test-thorough: $(VENV)/.ready-dev ## the tests that `make test` leaves out: 4 minutes
 	$(PARALLEL) -m 'thorough and not big' $(PYTEST_ARGS)
 
 .PHONY: test-all
