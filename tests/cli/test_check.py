@@ -79,14 +79,14 @@ def test_a_right_server_passes_on_a_unix_socket_and_in_shared_memory() -> None:
     assert {result.check for result in results} == {*CHECKS, *ALSO}
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 @pytest.mark.parametrize("row_block_bytes", [1 << 10, 1 << 26])
 def test_a_right_server_passes_whatever_its_row_blocks(row_block_bytes: int) -> None:
     with running_server(row_block_bytes=row_block_bytes) as server:
         assert wrong(checked(server.address, seed=row_block_bytes)) == set()
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 def test_rounding_to_tf32_shows_in_float32_alone() -> None:
     with server_with(BY_NAME["float32 in TF32"]) as address:
         assert {dtype for _, dtype, _ in wrong(checked(address))} == {"float32"}
@@ -130,7 +130,7 @@ def test_without_an_address_a_private_server_is_checked() -> None:
             "W read as (k, n)",
             "finite differences (float64)",
             "finite differences       float64",
-            marks=pytest.mark.thorough,
+            marks=pytest.mark.big,
         ),
         (
             "dW ends after three blocks",
@@ -141,7 +141,7 @@ def test_without_an_address_a_private_server_is_checked() -> None:
             "float32 in TF32",
             "products (float32)",
             "products                 float32",
-            marks=pytest.mark.thorough,
+            marks=pytest.mark.big,
         ),
     ],
 )
@@ -174,7 +174,7 @@ def test_no_server_is_no_verdict(nobody: str) -> None:
     assert nobody in sentence(done)
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 def test_several_servers_take_turns() -> None:
     with running_server() as first, running_server() as second:
         addresses = ("--address", first.address, "--address", second.address)

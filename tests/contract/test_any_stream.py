@@ -131,7 +131,7 @@ def slow_decoder() -> Iterator[grpc.Channel]:
 def test_streams_written_message_by_message(channel, slow_decoder):
     AnyStream.channels = channel, slow_decoder
     run_state_machine_as_test(
-        AnyStream, settings=settings(QUICK, max_examples=100, stateful_step_count=12)
+        AnyStream, settings=settings(QUICK, max_examples=50, stateful_step_count=12)
     )
 
 
@@ -165,7 +165,7 @@ def accidents(draw, messages: list[bytes]) -> list[bytes]:
 
 @pytest.mark.thorough
 @given(data=st.data(), problem=problems(), open_m=st.booleans())
-@settings(QUICK, max_examples=100)
+@settings(QUICK, max_examples=60)
 def test_good_streams_after_accidents(channel, slow_decoder, data, problem, open_m):
     header = problem.job(open_m=open_m, job_id="any")
     with contextlib.ExitStack() as stack:
@@ -192,7 +192,7 @@ def test_good_streams_after_accidents(channel, slow_decoder, data, problem, open
 
 @pytest.mark.thorough
 @given(st.lists(st.binary(max_size=60), max_size=4))
-@settings(QUICK, max_examples=100)
+@settings(QUICK, max_examples=60)
 def test_streams_of_random_bytes(channel, slow_decoder, messages):
     failures = []
     for server in (channel, slow_decoder):
@@ -238,7 +238,7 @@ headers = st.builds(
 
 
 @given(header=headers, data=st.data())
-@settings(QUICK, max_examples=150)
+@settings(QUICK, max_examples=80)
 def test_any_header_is_accepted_or_refused_for_a_reason(channel, header, data):
     good = whole_numbers(3, 2, 4).job()
     names = [field.name for field in good.DESCRIPTOR.fields]

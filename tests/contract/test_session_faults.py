@@ -92,15 +92,21 @@ def refusal(call: Callable[[], Any]) -> CallError:
 
 # Connections that are cut.
 
-POSITIONS = 45
+
+@pytest.fixture(params=[12, pytest.param(45, marks=pytest.mark.big)])
+def count(request: pytest.FixtureRequest) -> int:
+    """In how many places a connection is cut, one after the other."""
+    return int(request.param)
 
 
-def cuts(proxy: Proxy, of: Direction, run: Callable[[], None]) -> Iterator[int]:
+def cuts(
+    proxy: Proxy, of: Direction, run: Callable[[], None], count: int
+) -> Iterator[int]:
     """Byte positions at which a call's connection is cut."""
     proxy.arm(None)
     run()
     size = proxy.bytes[of]
-    for position in np.linspace(1, size, POSITIONS).astype(int):
+    for position in np.linspace(1, size, count).astype(int):
         proxy.arm(Fault(of=of, cut_after_bytes=int(position)))
         yield int(position)
         proxy.arm(None)
@@ -121,7 +127,7 @@ def retried(proxy: Proxy, run: Callable[[grpc.Channel], Any]) -> tuple[Any, int]
 @pytest.mark.parametrize("of", ["requests", "responses"])
 @pytest.mark.parametrize("way", ["compute", "stream", "shared"])
 def test_a_backward_that_is_cut_anywhere_counts_once(
-    server, channel, session, way, of
+    server, channel, session, way, of, count
 ) -> None:
     with Proxy(server.address) as proxy, RawRegion(channel, MIB) as region:
 
@@ -139,18 +145,18 @@ def test_a_backward_that_is_cut_anywhere_counts_once(
 
         prepare()
         repeated = 0
-        for position in cuts(proxy, of, lambda: retried(proxy, backward)):
+        for position in cuts(proxy, of, lambda: retried(proxy, backward), count):
             prepare()
             outcome, attempts = retried(proxy, backward)
             repeated += attempts > 1
             np.testing.assert_array_equal(outcome.arrays["dx"], RESULTS["dx"])
             np.testing.assert_array_equal(session.get(G), DW, str(position))
             wait_until(lambda: session.used_bytes == 2 * DW.nbytes)
-        assert repeated > POSITIONS // 2
+        assert repeated > count // 2
 
 
 @pytest.mark.parametrize("of", ["requests", "responses"])
-def test_a_step_that_is_cut_anywhere_is_made_once(server, session, of) -> None:
+def test_a_step_that_is_cut_anywhere_is_made_once(server, session, of, count) -> None:
     session.put(W, np.zeros(SHAPE, np.float32))
     steps, again = [0], 0
     with Proxy(server.address) as proxy:
@@ -163,7 +169,7 @@ def test_a_step_that_is_cut_anywhere_is_made_once(server, session, of) -> None:
             session.compute(PROBLEM, dw=into(G, 0, step=steps[0] - 1))
             return retried(proxy, step)[0]
 
-        for _ in cuts(proxy, of, prepared):
+        for _ in cuts(proxy, of, prepared, count):
             again += prepared().again
             assert session.describe().step == steps[0]
             np.testing.assert_array_equal(session.get(W), -steps[0] * DW)
@@ -171,7 +177,9 @@ def test_a_step_that_is_cut_anywhere_is_made_once(server, session, of) -> None:
 
 
 @pytest.mark.parametrize("of", ["requests", "responses"])
-def test_a_tensor_whose_connection_is_cut_is_there_or_not(server, session, of) -> None:
+def test_a_tensor_whose_connection_is_cut_is_there_or_not(
+    server, session, of, count
+) -> None:
     session.drop(W, G)
     array = np.arange(500, dtype=np.float32)
     with Proxy(server.address) as proxy:
@@ -179,7 +187,7 @@ def test_a_tensor_whose_connection_is_cut_is_there_or_not(server, session, of) -
         def put(channel: grpc.Channel) -> Any:
             return session.over(channel).put(9, array)
 
-        for _ in cuts(proxy, of, lambda: retried(proxy, put)):
+        for _ in cuts(proxy, of, lambda: retried(proxy, put), count):
             session.drop(9)
             with (
                 contextlib.suppress(CallError),
@@ -319,7 +327,7 @@ def resident_bytes(pid: int) -> int:
     return int(pages) * 4096
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.big)])
+@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.big)])
 def test_sessions_leave_no_memory_behind(server, channel, count: int) -> None:
     array = np.ones(50_000, np.float32)
 

@@ -62,7 +62,7 @@ def test_rows_from_a_generator_take_no_memory_for_their_number(server_address):
     assert after - before < 64
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 def test_a_torch_layer_learns_through_a_server(server_address):
     pytest.importorskip("torch")
     example = run("torch_linear", server_address)
@@ -175,6 +175,7 @@ class TestDigits:
         for line in output_in_the_readme():
             assert form(line) in shown
 
+    @pytest.mark.big
     def test_too_little_learned_is_a_failure_and_leaves_no_server(self, tmp_path):
         example = run("train_digits", "--epochs", 1, "--output", tmp_path)
         assert example.returncode == 1

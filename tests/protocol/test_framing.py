@@ -100,7 +100,7 @@ def test_a_chunk_is_read_as_it_was_written_and_its_payload_is_not_copied(
 
 @pytest.mark.thorough
 @given(messages())
-@settings(max_examples=400)
+@settings(max_examples=200)
 @example(b"")
 @example(b"\x12\x00")
 @example(b"\x12")
@@ -123,7 +123,7 @@ def test_parsers_agree_on_every_form_that_protobuf_allows(message):
 
 @pytest.mark.thorough
 @given(mutated(messages()))
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_parsers_agree_on_damaged_messages(message):
     assert_parsers_agree(message)
 

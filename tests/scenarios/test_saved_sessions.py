@@ -20,7 +20,6 @@ from tests.support.serving import ServerProcess, running_server
 PATIENT = gradwire.RetryPolicy(
     attempts=100, initial_backoff_s=0.02, max_backoff_s=0.2, budget=10_000
 )
-THOROUGH = (pytest.mark.thorough, pytest.mark.timeout(400))
 BIG = (pytest.mark.big, pytest.mark.timeout(400))
 """A server takes seconds to start on a busy machine, 20 times."""
 
@@ -162,7 +161,6 @@ def train(
         (20, 4, 2),
         pytest.param(100, 20, 1, marks=BIG),
         pytest.param(100, 20, 4, marks=BIG),
-        pytest.param(40, 8, 3, marks=THOROUGH),
     ],
 )
 def test_a_run_whose_server_is_killed_ends_with_the_same_bits(

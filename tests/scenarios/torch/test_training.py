@@ -38,13 +38,13 @@ def close(one: Any, other: Any, atol: float = 1e-5) -> None:
         pytest.param(
             ADAM,
             {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.01},
-            marks=pytest.mark.thorough,
+            marks=pytest.mark.big,
         ),
         (SGD, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "max_norm": 0.5}),
         pytest.param(
             SGD,
             {"lr": 0.3, "weight_decay": 0.01, "accumulate": 3},
-            marks=pytest.mark.thorough,
+            marks=pytest.mark.big,
         ),
     ],
     ids=["adamw-clipped", "adam", "sgd-momentum-clipped", "sgd-accumulated"],
@@ -63,7 +63,7 @@ def test_thirty_steps_of_a_gpt_are_torchs(
 
 
 @pytest.mark.parametrize(
-    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.thorough)]
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.big)]
 )
 def test_rounded_rows_train_nearly_as_well(
     session: gradwire.Session, dtype: str
@@ -194,7 +194,7 @@ def test_adapters_stay_local_beside_frozen_layers(session: gradwire.Session) -> 
 
 
 @pytest.mark.parametrize(
-    "reentrant", [False, pytest.param(True, marks=pytest.mark.thorough)]
+    "reentrant", [False, pytest.param(True, marks=pytest.mark.big)]
 )
 def test_checkpointed_activations_give_the_same_gradients(
     session: gradwire.Session, reentrant: bool

@@ -182,23 +182,27 @@ def reached_in_every_way(tmp_path_factory) -> Iterator[ServerProcess]:
     ("transport", "connect", "job"),
     [
         pytest.param("tcp", TCP, STREAMED, id="stream-tcp"),
-        pytest.param("unix", TCP, STREAMED, id="stream-unix"),
+        pytest.param("unix", TCP, STREAMED, id="stream-unix", marks=pytest.mark.big),
         pytest.param(
             "tcp",
             TCP,
             STREAMED | {"times": 40, "options": HALF},
             id="stream-wire-dtype",
+            marks=pytest.mark.big,
         ),
         pytest.param("tcp", TCP, IN_ARRAYS, id="arrays-tcp"),
-        pytest.param("unix", TCP, IN_ARRAYS, id="arrays-unix"),
+        pytest.param("unix", TCP, IN_ARRAYS, id="arrays-unix", marks=pytest.mark.big),
         pytest.param(
             "tcp",
             TCP,
             IN_ARRAYS | {"rows": 800_000, "options": HALF},
             id="arrays-wire-dtype",
+            marks=pytest.mark.big,
         ),
         pytest.param("shm", SHM, IN_ARRAYS | {"inside": True}, id="arrays-shm"),
-        pytest.param("shm", SHM, IN_ARRAYS, id="arrays-shm-copied"),
+        pytest.param(
+            "shm", SHM, IN_ARRAYS, id="arrays-shm-copied", marks=pytest.mark.big
+        ),
     ],
 )
 def test_neither_side_takes_more_than_a_job_reserved(
