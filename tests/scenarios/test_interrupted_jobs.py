@@ -172,7 +172,8 @@ def test_arrays_cut_off_between_any_messages(
             faults = proxy.faults
             result = run()
             if proxy.faults > faults:
-                assert result.receipt.retried == ("UNAVAILABLE",)
+                # gRPC may give the next attempt the broken connection, too.
+                assert set(result.receipt.retried) == {"UNAVAILABLE"}
             for name in results:
                 assert oracle.same_bits(
                     getattr(result, name), getattr(expected, name)
