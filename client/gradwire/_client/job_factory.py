@@ -18,8 +18,8 @@ from gradwire._api.options import (
 from gradwire._api.verify import Verify
 from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies
-from gradwire._arrays.library import library_of
 from gradwire._arrays.operand import Operand
+from gradwire._arrays.result_library import library_of
 from gradwire._client.batch_job import BatchJob
 from gradwire._core.broadcast import Broadcast, needs_broadcast
 from gradwire._core.job_plan import (

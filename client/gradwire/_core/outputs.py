@@ -19,8 +19,8 @@ from gradwire._arrays.device_copy import (
     is_torch_tensor,
     to_device,
 )
-from gradwire._arrays.library import ResultLibrary
 from gradwire._arrays.operand import Operand, Source, as_numpy
+from gradwire._arrays.result_library import ResultLibrary
 from gradwire._core.job_plan import Plan
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import DEFAULT_RESULTS, Matrix

@@ -10,8 +10,8 @@ import numpy as np
 from gradwire._api.errors import InputError
 from gradwire._api.options import Options
 from gradwire._arrays.device_copy import HostCopies
-from gradwire._arrays.library import ResultLibrary, library_of
 from gradwire._arrays.operand import Operand, operand
+from gradwire._arrays.result_library import ResultLibrary, library_of
 from gradwire._core.job_plan import Plan, check, require, with_block_rows, with_rows
 from gradwire._integrity.stream_verifier import RowCheck
 from gradwire_protocol import limits

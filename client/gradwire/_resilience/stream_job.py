@@ -13,8 +13,8 @@ from gradwire._api.errors import ClientStateError, GradwireError, RowsLostError
 from gradwire._api.types import Array, Receipt, RowBlock
 from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.device_copy import HostCopies
-from gradwire._arrays.library import ResultLibrary
 from gradwire._arrays.operand import Operand
+from gradwire._arrays.result_library import ResultLibrary
 from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
 from gradwire._core.outputs import output_shape

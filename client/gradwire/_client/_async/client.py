@@ -16,7 +16,7 @@ from gradwire._api.options import (
 )
 from gradwire._api.session_types import SessionSummary
 from gradwire._api.types import Array, Backward, Gradients, ServerInfo
-from gradwire._arrays.library import require_no_graph
+from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._async.batch import run
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.session import AsyncSession

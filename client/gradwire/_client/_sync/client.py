@@ -18,7 +18,7 @@ from gradwire._api.options import (
 )
 from gradwire._api.session_types import SessionSummary
 from gradwire._api.types import Array, Backward, Gradients, ServerInfo
-from gradwire._arrays.library import require_no_graph
+from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._sync.batch import run
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.session import Session
