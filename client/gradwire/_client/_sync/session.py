@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from gradwire._api.errors import CallError, GradwireError, InputError
 from gradwire._api.optimizers import Optimizer
@@ -21,7 +21,7 @@ from gradwire._api.options import (
 )
 from gradwire._api.session_types import Forward, SessionInfo, StepResult
 from gradwire._api.types import Array, Receipt
-from gradwire._arrays.library import require_no_graph
+from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client.session_base import (
@@ -51,6 +51,8 @@ from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import KeptResult
 from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1 import session_service_pb2 as pb2
+
+R = TypeVar("R")
 
 
 class Session(SessionBase):
@@ -582,32 +584,39 @@ class Session(SessionBase):
 
     def _call(self, name: str, request: Any) -> Any:
         """Call a method of the session, with retries."""
-        attempts = Attempts(self._engine.retries, self._timeout_s)
 
-        def attempt() -> Any:
-            return self._engine.session_call(name, request, attempts.left_s)
+        def attempt(left_s: float | None) -> Any:
+            return self._engine.session_call(name, request, left_s)
 
-        return self._engine.retry(attempts, attempt)
+        return self._retried(attempt)
 
     def _put(self, header: Any, elements: Any) -> None:
-        attempts = Attempts(self._engine.retries, self._timeout_s)
+        def attempt(left_s: float | None) -> None:
+            self._engine.put_tensor(put_requests(header, elements), left_s)
 
-        def attempt() -> None:
-            requests = put_requests(header, elements)
-            self._engine.put_tensor(requests, attempts.left_s)
-
-        self._engine.retry(attempts, attempt)
+        self._retried(attempt)
 
     def _elements(self, number: int, state: str = "") -> Array:
         request = pb2.GetTensorRequest(session=self.token, tensor=number, state=state)
-        attempts = Attempts(self._engine.retries, self._timeout_s)
 
-        def attempt() -> TensorReader:
+        def attempt(left_s: float | None) -> TensorReader:
             reader = TensorReader()
-            self._engine.get_tensor(request, reader.take, attempts.left_s)
+            self._engine.get_tensor(request, reader.take, left_s)
             return reader
 
-        return (self._engine.retry(attempts, attempt)).finish()
+        return (self._retried(attempt)).finish()
+
+    def _retried(self, attempt: Callable[[float | None], R]) -> R:
+        """Return the result of the first successful attempt.
+
+        Args:
+            attempt: Makes an attempt in so many seconds; None: no limit.
+
+        Raises:
+            GradwireError: The last attempt failed.
+        """
+        attempts = Attempts(self._engine.retries, self._timeout_s)
+        return self._engine.retry(attempts, lambda: attempt(attempts.left_s))
 
     def _job(
         self,
