@@ -24,6 +24,7 @@ from gradwire_server.api.client_timeouts import ClientTimeouts
 from gradwire_server.api.job_service import JobService
 from gradwire_server.backends.device_info import device_message
 from gradwire_server.errors import JobError
+from gradwire_server.jobs.header.parse import check_features
 from gradwire_server.sessions import steps
 from gradwire_server.sessions.saved_states import SavedStates
 from gradwire_server.sessions.session import Session
@@ -159,15 +160,9 @@ class SessionServicer:
     async def _open(
         self, call: CallState, request: pb2.OpenSessionRequest
     ) -> pb2.OpenSessionResponse:
-        for position, feature in enumerate(request.required_features):
-            if feature not in self._service.features:
-                path = f"required_features[{position}]"
-                raise JobError(
-                    Reason.FEATURE_UNKNOWN,
-                    f"{path} is {feature[:64]!r}: this server offers "
-                    f"{', '.join(self._service.features)}",
-                    field=path,
-                )
+        check_features(
+            request.required_features, self._service.features, "required_features"
+        )
         states = self._states_for(request)
         saved = None
         if states is not None and request.restore:

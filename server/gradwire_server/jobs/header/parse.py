@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 
 from gradwire_protocol import checksum
@@ -102,16 +103,30 @@ def parse_header(
     return replace(spec, dw_accumulator=spec.accumulator)
 
 
-def _check_features(spec: JobSpec, features: tuple[str, ...]) -> None:
-    for position, feature in enumerate(spec.features):
-        if feature not in features:
-            offered = ", ".join(features) or "none"
-            path = f"job.required_features[{position}]"
+def check_features(required: Sequence[str], offered: Sequence[str], path: str) -> None:
+    """Check that a server has all required features.
+
+    Args:
+        required: Names of features.
+        offered: The server's features.
+        path: Path of the field with the names.
+
+    Raises:
+        JobError: The server does not have one.
+    """
+    for position, feature in enumerate(required):
+        if feature not in offered:
+            field = f"{path}[{position}]"
             raise JobError(
                 Reason.FEATURE_UNKNOWN,
-                f"{path} is {feature[:64]!r}: this server offers {offered}",
-                field=path,
+                f"{field} is {feature[:64]!r}: this server offers "
+                f"{', '.join(offered) or 'none'}",
+                field=field,
             )
+
+
+def _check_features(spec: JobSpec, features: tuple[str, ...]) -> None:
+    check_features(spec.features, features, "job.required_features")
     if spec.buffers and SHARED_MEMORY not in features:
         path = path_of(next(iter(spec.buffers)))
         raise JobError(
