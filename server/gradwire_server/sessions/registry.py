@@ -6,7 +6,13 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from typing import NamedTuple
 
 from gradwire_protocol.error_reasons import Reason
@@ -206,18 +212,23 @@ class Sessions:
         with session.used():
             yield session
 
-    @asynccontextmanager
-    async def job(self, spec: JobSpec, tenant: str) -> AsyncIterator[JobTensors]:
-        """Use a job's kept tensors within this context.
+    def job(
+        self, spec: JobSpec, tenant: str
+    ) -> AbstractAsyncContextManager[JobTensors]:
+        """Use a job's kept tensors within the returned context.
 
         No step of the session is made meanwhile.
 
         Raises:
-            JobError: The session or a tensor is unknown, or does not fit the job.
+            JobError: On entry: the session or a tensor is unknown, or does not fit the
+                job.
         """
         if not (spec.kept or spec.keep or spec.into):
-            yield JobTensors(spec, None)
-            return
+            return nullcontext(JobTensors(spec, None))
+        return self._job(spec, tenant)
+
+    @asynccontextmanager
+    async def _job(self, spec: JobSpec, tenant: str) -> AsyncIterator[JobTensors]:
         with self.used(spec.session, tenant, "job.session.session") as session:
             async with session.turns.shared():
                 session.require_open()
