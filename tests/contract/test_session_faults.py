@@ -39,6 +39,7 @@ from tests.support.sessions import (
     header,
     into,
     kept,
+    refusal,
     sent_and_kept,
     sgd,
     shared,
@@ -82,12 +83,6 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def refusal(call: Callable[[], Any]) -> CallError:
-    with pytest.raises(CallError) as raised:
-        call()
-    return raised.value
 
 
 # Connections that are cut.

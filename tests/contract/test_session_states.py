@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +30,7 @@ from tests.support.sessions import (
     RawSessions,
     into,
     kept,
+    refusal,
     sent_and_kept,
     sgd,
 )
@@ -85,12 +86,6 @@ def opened(
 def save(own: RawSessions, name: str, **fields: Any) -> Any:
     fields = {"session": own.token} | fields
     return own.call("SaveSession", pb2.SaveSessionRequest(name=name, **fields))
-
-
-def refusal(call: Callable[[], Any]) -> CallError:
-    with pytest.raises(CallError) as raised:
-        call()
-    return raised.value
 
 
 def files(directory: Path) -> list[Path]:

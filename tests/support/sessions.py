@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 
 from gradwire.v1 import gradient_service_pb2, job_pb2, matrix_pb2
 from gradwire.v1 import session_service_pb2 as pb2
@@ -28,6 +29,13 @@ SESSION_SERVICE = "gradwire.v1.SessionService"
 WEIGHT = pb2.TENSOR_ROLE_WEIGHT
 GRADIENT = pb2.TENSOR_ROLE_GRADIENT
 MIB = 1 << 20
+
+
+def refusal(call: Callable[[], Any]) -> CallError:
+    """The error with which a call fails."""
+    with pytest.raises(CallError) as raised:
+        call()
+    return raised.value
 
 
 def kept(tensor: int, *, last_use: bool = False) -> job_pb2.Operand:
