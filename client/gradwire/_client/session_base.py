@@ -285,6 +285,28 @@ class SessionBase:
         )
         return tensor, header
 
+    def state_header(
+        self, weight: Tensor, state: str, shape: tuple[int, ...], updates: int
+    ) -> pb2.TensorHeader:
+        """Return the header of an optimizer state to put.
+
+        Args:
+            weight: Its weight.
+            state: Its name.
+            shape: Its shape, that of the weight.
+            updates: The weight's updates so far.
+        """
+        return pb2.TensorHeader(
+            session=self.token,
+            tensor=weight.number,
+            name=weight.name,
+            shape=shape,
+            dtype=Dtype.named(weight.dtype).proto_name,
+            role=pb2.TENSOR_ROLE_WEIGHT,
+            state=state,
+            updates=updates,
+        )
+
     def own(self, value: object, name: str) -> Tensor:
         """Check that a value is a tensor of this session.
 
@@ -542,18 +564,6 @@ def check_same_step(before: SessionInfo, after: SessionInfo) -> None:
             status=Reason.STEP_CONFLICT.status,
             attached=ErrorDetails(Reason.STEP_CONFLICT),
         )
-
-
-def state_header(
-    header: pb2.TensorHeader, state: str, updates: int
-) -> pb2.TensorHeader:
-    """Return the header of an optimizer state of a tensor."""
-    own = pb2.TensorHeader()
-    own.CopyFrom(header)
-    own.ClearField("compute_dtype")
-    own.state = state
-    own.updates = updates
-    return own
 
 
 def session_info_of(message: pb2.DescribeSessionResponse) -> SessionInfo:

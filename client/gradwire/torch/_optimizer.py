@@ -11,11 +11,8 @@ import torch
 from gradwire._api import optimizers
 from gradwire._api.errors import InputError
 from gradwire._client._sync.session import Session
-from gradwire._client.session_base import put_operand
 from gradwire.torch._offload import named_parameters
 from gradwire.torch._weight import Weight, drop_left_over, from_numpy
-from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.v1 import session_service_pb2 as pb2
 
 _CLASSES = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
@@ -420,17 +417,5 @@ def _put_state(weight: Weight, state: Mapping[str, Any]) -> None:
     for name, elements in state.items():
         if name == "step" or elements is None:
             continue
-        values, shape = put_operand(
-            elements.detach().cpu().to(getattr(torch, tensor.dtype)), name
-        )
-        header = pb2.TensorHeader(
-            session=session.token,
-            tensor=tensor.number,
-            name=tensor.name,
-            shape=shape,
-            dtype=Dtype.named(tensor.dtype).proto_name,
-            role=pb2.TENSOR_ROLE_WEIGHT,
-            state=name,
-            updates=updates,
-        )
-        session._put(header, values)
+        values = elements.detach().cpu().to(getattr(torch, tensor.dtype))
+        session._put_state(tensor, name, values, updates)

@@ -39,7 +39,6 @@ from gradwire._client.session_base import (
     put_operand,
     result_dtypes,
     session_info_of,
-    state_header,
 )
 from gradwire._client.session_files import SavedTensor
 from gradwire._core.kept import Keeping, Tensor
@@ -303,8 +302,7 @@ class Session(SessionBase):
             )
             self._put(header, elements)
             for state, values in tensor.states.items():
-                header = state_header(header, state, tensor.updates)
-                self._put(header, put_operand(values, state)[0])
+                self._put_state(handle, state, values, tensor.updates)
             restored[name] = handle
         return restored
 
@@ -595,6 +593,12 @@ class Session(SessionBase):
             self._engine.put_tensor(put_requests(header, elements), left_s)
 
         self._retried(attempt)
+
+    def _put_state(self, weight: Tensor, state: str, values: Any, updates: int) -> None:
+        """Put an optimizer state of a weight, and the number of its updates."""
+        elements, shape = put_operand(values, state)
+        header = self.state_header(weight, state, shape, updates)
+        self._put(header, elements)
 
     def _elements(self, number: int, state: str = "") -> Array:
         request = pb2.GetTensorRequest(session=self.token, tensor=number, state=state)
