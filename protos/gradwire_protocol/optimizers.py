@@ -116,6 +116,10 @@ OPTIMIZERS: Mapping[str, type[Sgd] | type[Adam]] = MappingProxyType(
 )
 """The optimizers by the members of `ParameterGroup.optimizer`."""
 
+CLIP_EPSILON = 1e-6
+"""Added to the norm of all gradients before dividing by it, as by
+`torch.nn.utils.clip_grad_norm_`."""
+
 STATES = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 """Names of all states of weights, as in `TensorInfo.states`."""
 

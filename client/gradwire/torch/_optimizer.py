@@ -13,14 +13,12 @@ from gradwire._api.errors import InputError
 from gradwire._client._sync.session import Session
 from gradwire.torch._offload import named_parameters
 from gradwire.torch._weight import Weight, drop_left_over, from_numpy
+from gradwire_protocol.optimizers import CLIP_EPSILON
 
 _CLASSES = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 _REFUSED = ("amsgrad", "maximize", "differentiable", "capturable")
 """Options that change what a step computes, or how, and that a server lacks."""
-
-_CLIP_EPSILON = 1e-6
-"""Added to the norm before dividing by it, as by torch.nn.utils.clip_grad_norm_."""
 
 
 def optimizer(
@@ -190,7 +188,7 @@ class Optimizer(torch.optim.Optimizer):
         if self.skipped:
             return
         if max_norm is not None:
-            factor = min(1.0, max_norm / (self.total_norm + _CLIP_EPSILON))
+            factor = min(1.0, max_norm / (self.total_norm + CLIP_EPSILON))
             for gradient in gradients:
                 gradient.mul_(factor)
         self.local.step()

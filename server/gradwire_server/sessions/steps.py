@@ -13,6 +13,7 @@ from typing import TypeVar
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.optimizers import (
+    CLIP_EPSILON,
     OPTIMIZERS,
     Optimizer,
     OptimizerError,
@@ -30,9 +31,6 @@ from gradwire_server.sessions.session import LastStep, Session
 from gradwire_server.sessions.tensors import Gradient, KeptTensor
 
 T = TypeVar("T")
-
-_CLIP_EPSILON = 1e-6
-"""Added to the norm before dividing by it, as by torch.nn.utils.clip_grad_norm_."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +256,7 @@ class _Step:
 def _clip(max_norm: float, norm: float) -> float:
     if not max_norm:
         return 1.0
-    coefficient = max_norm / (norm + _CLIP_EPSILON)
+    coefficient = max_norm / (norm + CLIP_EPSILON)
     return coefficient if coefficient < 1.0 or math.isnan(coefficient) else 1.0
 
 
