@@ -460,5 +460,8 @@ def server_info_of(message: GetServerInfoResponse) -> ServerInfo:
 
 def _labels(numbers: Iterable[int]) -> tuple[str, ...]:
     """Return the names of dtypes, without dtypes unknown to this version."""
-    known = {int(dtype) for dtype in Dtype}
-    return tuple(Dtype(number).label for number in numbers if number in known)
+    return tuple(_LABELS[number] for number in numbers if number in _LABELS)
+
+
+# A table, as every receipt of a small call is converted.
+_LABELS = {int(dtype): dtype.label for dtype in Dtype}
