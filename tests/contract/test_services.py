@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import gradient_service_pb2_grpc
@@ -97,15 +97,20 @@ def test_health_of_an_unknown_service_is_not_found(channel):
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def ask(channel, **question) -> reflection_pb2.ServerReflectionResponse:
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+def ask(channel, version, **question) -> reflection_pb2.ServerReflectionResponse:
+    method = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
     requests = iter([reflection_pb2.ServerReflectionRequest(**question)])
-    (answer,) = stub.ServerReflectionInfo(requests, timeout=10)
+    (answer,) = method(requests, timeout=10)
     return answer
 
 
-def test_reflection_lists_the_services(channel):
-    listed = ask(channel, list_services="").list_services_response.service
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_lists_the_services(channel, version):
+    listed = ask(channel, version, list_services="").list_services_response.service
     assert {service.name for service in listed} >= {
         SERVICE,
         "grpc.health.v1.Health",
@@ -114,9 +119,10 @@ def test_reflection_lists_the_services(channel):
     }
 
 
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
 @pytest.mark.parametrize("symbol", [SERVICE, "gradwire.v1.Job", "gradwire.v1.Chunk"])
-def test_reflection_describes_the_contract(channel, symbol):
-    answer = ask(channel, file_containing_symbol=symbol)
+def test_reflection_describes_the_contract(channel, version, symbol):
+    answer = ask(channel, version, file_containing_symbol=symbol)
     assert answer.file_descriptor_response.file_descriptor_proto
 
 
@@ -221,7 +227,8 @@ def test_a_name_of_megabytes_is_kept_by_no_service(channel):
         lambda: list(
             health.Watch(health_pb2.HealthCheckRequest(service=name), timeout=10)
         ),
-        lambda: ask(channel, file_containing_symbol=name),
+        lambda: ask(channel, "v1", file_containing_symbol=name),
+        lambda: ask(channel, "v1alpha", file_containing_symbol=name),
     ):
         with pytest.raises(grpc.RpcError) as raised:
             call()

@@ -19,7 +19,7 @@ _log = logging.getLogger("gradwire_server")
 try:
     from grpc_channelz.v1 import channelz
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-    from grpc_reflection.v1alpha import reflection
+    from grpc_reflection.v1alpha import reflection, reflection_pb2
 
     AVAILABLE = True
 except ImportError:
@@ -107,4 +107,21 @@ def add(server: grpc.aio.Server, status: Health) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     channelz.add_channelz_servicer(server)
     names = [SERVICE, SESSION_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
-    reflection.enable_server_reflection([*names, "grpc.channelz.v1.Channelz"], server)
+    _add_reflection(server, [*names, "grpc.channelz.v1.Channelz"])
+
+
+def _add_reflection(server: grpc.aio.Server, names: list[str]) -> None:
+    """Serve reflection in both versions, whose messages have the same fields.
+
+    grpcio-reflection has v1alpha alone (grpc/grpc#38576). Clients in other languages
+    ask for v1, and some of them for nothing else.
+    """
+    reflection.enable_server_reflection(names, server)
+    method = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    v1 = "grpc.reflection.v1.ServerReflection"
+    handler = grpc.method_handlers_generic_handler(v1, {"ServerReflectionInfo": method})
+    server.add_generic_rpc_handlers((handler,))
