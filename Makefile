@@ -100,7 +100,7 @@ lint: $(VENV)/.ready-dev check-protos ## style, types, contract, container file,
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/mypy
 	$(VENV)/bin/hadolint Dockerfile
-	$(VENV)/bin/shellcheck .ci/run scripts/check-containers scripts/check-contract scripts/within
+	$(VENV)/bin/shellcheck .ci/run scripts/check-clients scripts/check-containers scripts/check-contract scripts/within
 
 .PHONY: check-protos
 check-protos: $(VENV)/.ready-dev $(PROTOS_VENV)/.ready ## contract: lint, compatibility, generated code
@@ -110,6 +110,10 @@ check-protos: $(VENV)/.ready-dev $(PROTOS_VENV)/.ready ## contract: lint, compat
 .PHONY: check-wheel
 check-wheel: $(VENV)/.ready-dev ## build the package, use it in clean environments
 	$(PY) scripts/check-wheel
+
+.PHONY: check-clients
+check-clients: $(VENV)/.ready-dev ## build and run the clients in Go, C++ and Node
+	scripts/check-clients
 
 .PHONY: check-containers
 check-containers: ## build the image and use it; needs Docker with Compose v2
