@@ -13,7 +13,7 @@ from contextlib import (
     contextmanager,
     nullcontext,
 )
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import JobSpec
@@ -46,8 +46,11 @@ _SPARE_FRACTION = 1 / 8
 """Sessions leave at least one eighth of the memory for the jobs that use them."""
 
 
+_Key: TypeAlias = tuple[str, str]
+"""A tenant and a token."""
+
+
 class _Expired(NamedTuple):
-    tenant: str
     at: float
     """By the event loop's clock."""
     cause: JobError
@@ -74,8 +77,10 @@ class Sessions:
         self._instance = instance
         self._keep_limit = keep_limit
         self._lease_max_s = lease_max_s
-        self._open: dict[str, Session] = {}
-        self._expired: OrderedDict[str, _Expired] = OrderedDict()
+        # By tenant too: with a token of another tenant's, a caller finds what it finds
+        # with one that nobody has, in the same time.
+        self._open: dict[_Key, Session] = {}
+        self._expired: OrderedDict[_Key, _Expired] = OrderedDict()
         self._counts: Counter[str] = Counter()
         self._kept_bytes = 0
         self._steps: set[asyncio.Task[pb2.StepResponse]] = set()
@@ -127,7 +132,7 @@ class Sessions:
         session = Session(
             tenant, label, size_bytes, lease_s, device=device, on_free=free
         )
-        self._open[session.token] = session
+        self._open[_key(session)] = session
         self._expire_later(session)
         return session
 
@@ -153,10 +158,9 @@ class Sessions:
         """
         if not token:
             token = next((s.token for s in self.of(tenant) if s.id == name), "")
-        session = self._open.get(token)
-        if session is None or session.tenant != tenant:
+        session = self._open.pop((tenant, token), None)
+        if session is None:
             return None
-        del self._open[token]
         session.end(self._unknown())
         return session
 
@@ -177,7 +181,7 @@ class Sessions:
 
     def fail(self, session: Session, cause: JobError) -> None:
         """End a session whose tensors are no longer what its client believes."""
-        if self._open.pop(session.token, None) is not None:
+        if self._open.pop(_key(session), None) is not None:
             self._remember(session, cause)
             session.end(cause)
 
@@ -203,8 +207,8 @@ class Sessions:
         Raises:
             JobError: There is no such session of this tenant, or it has expired.
         """
-        session = self._open.get(token)
-        if session is None or session.tenant != tenant:
+        session = self._open.get((tenant, token))
+        if session is None:
             self._raise_if_expired(token, tenant)
             unknown = self._unknown()
             unknown.field = path
@@ -282,7 +286,7 @@ class Sessions:
         loop = asyncio.get_running_loop()
 
         def look() -> None:
-            if session.token not in self._open:
+            if _key(session) not in self._open:
                 return
             due = session.renewed_at + session.lease_s
             if session.in_use or loop.time() < due:
@@ -294,7 +298,7 @@ class Sessions:
         session.expiry = loop.call_later(session.lease_s, look)
 
     def _expire(self, session: Session) -> None:
-        del self._open[session.token]
+        del self._open[_key(session)]
         setting = "lease_seconds"
         if session.lease_s == self._lease_max_s:
             setting += ", at most the server's session_lease_max"
@@ -318,13 +322,13 @@ class Sessions:
 
     def _remember(self, session: Session, cause: JobError) -> None:
         now = asyncio.get_running_loop().time()
-        self._expired[session.token] = _Expired(session.tenant, now, cause)
+        self._expired[_key(session)] = _Expired(now, cause)
         while len(self._expired) > _MAX_EXPIRED:
             self._expired.popitem(last=False)
 
     def _raise_if_expired(self, token: str, tenant: str) -> None:
-        expired = self._expired.get(token)
-        if expired is not None and expired.tenant == tenant:
+        expired = self._expired.get((tenant, token))
+        if expired is not None:
             ago_s = asyncio.get_running_loop().time() - expired.at
             raise JobError(
                 expired.cause.reason,
@@ -340,6 +344,10 @@ class Sessions:
             field="session",
             metadata={"server_instance": self._instance},
         )
+
+
+def _key(session: Session) -> _Key:
+    return session.tenant, session.token
 
 
 def is_printable(name: str) -> bool:
