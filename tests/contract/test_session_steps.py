@@ -34,6 +34,7 @@ from tests.support.sessions import (
     RawSessions,
     into,
     kept,
+    refusal,
     sent_and_kept,
     sgd,
     shared,
@@ -226,6 +227,24 @@ def test_an_early_part_without_memory_is_refused_and_nothing_is_lost(channel) ->
     for part in (0, 1):
         session.compute(PROBLEM, dw=into(G, part, parts=3))
     np.testing.assert_array_equal(session.get(G), 3 * DW)
+    session.close()
+
+
+def test_both_sums_of_a_job_are_added_or_none(channel) -> None:
+    """There is memory for an early part of dW, and none for one of db."""
+    problem = Problem(PROBLEM.x, PROBLEM.w, PROBLEM.dy, ("dw", "db"))
+    dw, db = (problem.expected()[name] for name in ("dw", "db"))
+    session = RawSessions(channel).open(2 * dw.nbytes + db.nbytes)
+    session.zeros(G, dw.shape)
+    session.zeros(H, db.shape)
+    before = session.describe()
+    for way in (session.compute, session.stream):
+        early = {"dw": into(G, 1), "db": into(H, 1)}
+        assert refusal(lambda w=way, f=early: w(problem, **f)).reason == "SESSION_FULL"
+        assert session.describe() == before
+        session.compute(problem, dw=into(G, 1))
+        session.drop(G)
+        session.zeros(G, dw.shape)
     session.close()
 
 
@@ -458,8 +477,12 @@ def test_a_large_step_has_the_bits_of_a_small_one(channel) -> None:
 # No torn reads.
 
 
+@pytest.mark.parametrize(
+    ("forwards", "steps"),
+    [(1000, 150), pytest.param(6000, 1000, marks=pytest.mark.big)],
+)
 def test_a_job_sees_a_weight_before_or_after_a_step_and_never_in_between(
-    channel, server
+    channel, server, forwards, steps
 ) -> None:
     """Steps make each element of W the number of the step."""
     n, k = 64, 512
@@ -500,11 +523,12 @@ def test_a_job_sees_a_weight_before_or_after_a_step_and_never_in_between(
             for step in itertools.count():
                 session.compute(backward, dw=into(G, 0, step=step))
                 session.step(step + 1, sgd((W, G)))
-                if step >= 150 and sum(counts) >= 1000:
+                if step >= steps and sum(counts) >= forwards:
                     break
         finally:
             finished.set()
         seen_by = [reader.result() for reader in readers]
+    print(f"{counts} forwards beside {step + 1} steps")
     assert min(counts) > 20
     for seen in seen_by:
         assert len(seen) > 10
@@ -632,3 +656,31 @@ def test_a_repeated_job_keeps_its_operand_again_in_the_same_memory(session) -> N
     assert larger.used_bytes == PROBLEM.x.nbytes
     tight.close()
     larger.close()
+
+
+def test_a_refused_job_takes_no_memory_of_earlier_activations(channel) -> None:
+    """There is memory for one operand in the place of an earlier one, not for both."""
+    x, dy = PROBLEM.x, PROBLEM.dy
+    session = RawSessions(channel).open(x.nbytes + dy.nbytes - 1)
+    session.compute(PROBLEM, x=sent_and_kept(9))
+    before = session.describe()
+    fields = {"x": sent_and_kept(9), "dy": sent_and_kept(10)}
+    for way in (session.compute, session.stream):
+        failure = refusal(lambda w=way: w(PROBLEM, **fields))
+        assert failure.reason == "SESSION_FULL"
+        assert session.describe() == before
+    assert session.get(9).tobytes() == x.tobytes()
+    session.close()
+
+
+def test_an_activation_that_was_used_up_stays_so_if_its_repeated_job_fails(
+    session,
+) -> None:
+    session.compute(PROBLEM, x=sent_and_kept(9))
+    once = {"x": kept(9, last_use=True)}
+    session.compute(PROBLEM, **once)
+    before = session.describe()
+    failure = refusal(lambda: session.compute(PROBLEM, dw=into(99), **once))
+    assert failure.reason == "TENSOR_UNKNOWN"
+    assert session.describe() == before
+    session.compute(PROBLEM, **once)

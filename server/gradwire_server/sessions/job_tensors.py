@@ -48,6 +48,7 @@ class JobTensors:
         self._kept: list[KeptTensor] = []
         self._in_use = ExitStack()
         self._used_up: list[int] = []
+        self._restored: list[int] = []
         self._replaced: list[int] = []
         self._gradients: dict[Matrix, Gradient] = {}
         self._committed = False
@@ -65,22 +66,48 @@ class JobTensors:
         return None if self._session is None else self._session.device
 
     def take(self, sums: Sums) -> Sums:
-        """Take the sums that stay in the session; runs in any thread.
+        """Take the sums that stay in the session, all or none; runs in any thread.
 
         Returns:
             The other sums.
+
+        Raises:
+            JobError: The session has no memory to hold early contributions, or a
+                gradient was dropped or has got other parts meanwhile.
         """
-        for result, gradient in self._gradients.items():
-            into, elements = self._spec.into[result], sums[result]
-            again = False
-            if into.add is None:
-                gradient.replace(_shaped(elements, gradient), path_of(result))
-            else:
-                again = gradient.add(
-                    into.add, _shaped(elements, gradient), path_of(result)
+        into = self._spec.into
+        with ExitStack() as locks:
+            for result in sorted(self._gradients, key=lambda each: into[each].tensor):
+                locks.enter_context(self._gradients[result].lock)
+            taken = self._with_memory({each: sums[each] for each in self._gradients})
+            for result, gradient in self._gradients.items():
+                add, elements = into[result].add, _shaped(taken[result], gradient)
+                again = False
+                if add is None:
+                    gradient.replace(elements)
+                else:
+                    again = gradient.add(add, elements)
+                self.applied.append(
+                    job_pb2.Applied(tensor=into[result].tensor, again=again)
                 )
-            self.applied.append(job_pb2.Applied(tensor=into.tensor, again=again))
         return {each: sums[each] for each in sums if each not in self._gradients}
+
+    def _with_memory(self, sums: Sums) -> Sums:
+        """Return the sums, those that are early in memory of the session's."""
+        early = [
+            result
+            for result, gradient in self._gradients.items()
+            if gradient.is_early(self._spec.into[result].add, path_of(result))
+        ]
+        if self._session is None or not early:
+            return sums
+        size_bytes = sum(sums[result].nbytes for result in early)
+        self._session.charge(size_bytes)
+        try:
+            return {**sums, **{result: sums[result].copy() for result in early}}
+        except BaseException:
+            self._session.charge(-size_bytes)
+            raise
 
     def copies(self, sent: Mapping[Matrix, Array]) -> Iterator[Callable[[], None]]:
         """Yield the work of copying the sent operands that are kept.
@@ -121,9 +148,12 @@ class JobTensors:
             for number in self._used_up:
                 session.use_up(number)
         else:
+            for number in self._restored:
+                session.use_up(number)
             for number in self._replaced:
                 session.restore(number)
         self._used_up.clear()
+        self._restored.clear()
         self._replaced.clear()
         self.operands.clear()
         self._gradients.clear()
@@ -135,7 +165,8 @@ class JobTensors:
         for operand, kept in spec.kept.items():
             path = f"{path_of(operand)}.tensor"
             if kept.last_use:  # the job may be a repetition of the one that used it up
-                session.restore(kept.tensor)
+                if session.restore(kept.tensor):
+                    self._restored.append(kept.tensor)
                 self._used_up.append(kept.tensor)
             tensor = session.tensor(kept.tensor, path)
             self.operands[operand] = self._operand(operand, tensor)
@@ -150,6 +181,7 @@ class JobTensors:
             if into.add is not None:
                 session.check_step(into.add.step, f"{path}.add.step")
                 self._gradients[result].check_parts(into.add, path)
+        self._require_room(session)
         for operand, number in spec.keep.items():
             self._kept.append(self._new(session, operand, number))
             self.operands[operand] = self._kept[-1].array
@@ -213,6 +245,21 @@ class JobTensors:
                 f"job: use DropTensors",
                 field=path,
             )
+
+    def _require_room(self, session: Session) -> None:
+        """Check that the operands to keep fit, before earlier ones make room for them.
+
+        Raises:
+            JobError: They do not, or a number is not free for one.
+        """
+        size_bytes = 0
+        for operand, number in self._spec.keep.items():
+            self._check_place(session, operand, number)
+            size_bytes += self._spec.size_bytes(operand)
+            earlier = session.tensors.get(number)
+            if earlier is not None and not earlier.users:
+                size_bytes -= earlier.size_bytes
+        session.require(size_bytes)
 
     def _new(self, session: Session, operand: Matrix, number: int) -> KeptTensor:
         spec = self._spec

@@ -129,19 +129,27 @@ class Session:
             JobError: The session has less.
         """
         with self._lock:
-            used = self._used_bytes + size_bytes
-            if used > self.keep_bytes and size_bytes > 0:
-                raise JobError(
-                    Reason.SESSION_FULL,
-                    f"{size_bytes} bytes are needed, and the session's tensors use "
-                    f"{self._used_bytes} of {self.keep_bytes}: open the session with "
-                    f"a keep_bytes of at least {self._used_bytes + size_bytes}",
-                    field="keep_bytes",
-                )
-            self._used_bytes = used
-            while used + self._spare_bytes > self.keep_bytes:
+            self.require(size_bytes)
+            self._used_bytes += size_bytes
+            while self._used_bytes + self._spare_bytes > self.keep_bytes:
                 tensor = self._spare.pop(next(iter(self._spare)))
                 self._spare_bytes -= tensor.size_bytes
+
+    def require(self, size_bytes: int) -> None:
+        """Check that the session has so much memory, without taking it.
+
+        Raises:
+            JobError: It has less.
+        """
+        used = self._used_bytes + size_bytes
+        if used > self.keep_bytes and size_bytes > 0:
+            raise JobError(
+                Reason.SESSION_FULL,
+                f"{size_bytes} bytes are needed, and the session's tensors use "
+                f"{self._used_bytes} of {self.keep_bytes}: open the session with "
+                f"a keep_bytes of at least {used}",
+                field="keep_bytes",
+            )
 
     def allocate(self, size_bytes: int) -> Array:
         """Take memory from the session, and allocate it, not initialized.
@@ -227,11 +235,18 @@ class Session:
             self._spare[number] = tensor
             self._spare_bytes += tensor.size_bytes
 
-    def restore(self, number: int) -> None:
-        """Take back an activation that was used up, if it is still there."""
-        if number not in self.tensors and (tensor := self._take_spare(number)):
-            self.charge(tensor.size_bytes)
-            self.tensors[number] = tensor
+    def restore(self, number: int) -> bool:
+        """Take back an activation that was used up; return whether it was there."""
+        if number in self.tensors:
+            return False
+        with self._lock:  # what is spare fits, as long as nobody takes its memory
+            tensor = self._spare.pop(number, None)
+            if tensor is None:
+                return False
+            self._spare_bytes -= tensor.size_bytes
+            self._used_bytes += tensor.size_bytes
+        self.tensors[number] = tensor
+        return True
 
     def tensor(self, number: int, path: str) -> KeptTensor:
         """Return a tensor.

@@ -24,7 +24,8 @@ class Gradient:
     """The contributions to a gradient since the last step.
 
     Contributions are added in the order of their numbers. An early one is held until
-    the ones before it have come. Methods may be called in any thread.
+    the ones before it have come. Methods may be called in any thread; those that
+    contribute need the lock, so that all sums of a job are added, or none.
 
     Args:
         total: Memory for the sum.
@@ -35,7 +36,7 @@ class Gradient:
     def __init__(self, total: Array, charge: Callable[[int], None]) -> None:
         self._total = total
         self._charge = charge
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._early: dict[int, Array] = {}
         self._added = 0
         self._parts = 0
@@ -70,45 +71,57 @@ class Gradient:
                 field=f"{path}.add.parts",
             )
 
-    def replace(self, elements: Array, path: str) -> None:
-        """Replace the sum.
+    def is_early(self, contribution: Contribution | None, path: str) -> bool:
+        """Check a contribution, or a sum that replaces this one (None).
+
+        Returns:
+            Whether it has to wait for others, in memory of its own.
 
         Raises:
-            JobError: The gradient was dropped meanwhile.
+            JobError: The gradient was dropped or has got other parts meanwhile.
         """
-        with self._lock:
-            self._require(path)
-            self._forget()
-            np.copyto(self._total, elements)
-            self.empty = False
-            self.carried = False
+        if self._dropped:
+            raise JobError(
+                Reason.TENSOR_UNKNOWN,
+                f"{path}.tensor was dropped or replaced while the job ran",
+                field=f"{path}.tensor",
+            )
+        if contribution is None:
+            return False
+        self.check_parts(contribution, path)
+        part = contribution.part
+        return part > self._added and part not in self._early
 
-    def add(self, contribution: Contribution, elements: Array, path: str) -> bool:
+    def replace(self, elements: Array) -> None:
+        """Replace the sum."""
+        self._forget()
+        np.copyto(self._total, elements)
+        self.empty = False
+        self.carried = False
+
+    def add(self, contribution: Contribution, elements: Array) -> bool:
         """Add a contribution, unless it was added before.
+
+        Args:
+            contribution: Its number.
+            elements: The elements; if it is early, in memory of the session's that
+                is the gradient's from now on.
 
         Returns:
             Whether it had been added before.
-
-        Raises:
-            JobError: The session has no memory to hold an early contribution, or the
-                gradient was dropped or has got other parts meanwhile.
         """
-        with self._lock:
-            self._require(path)
-            self.check_parts(contribution, path)
-            part = contribution.part
-            if part < self._added or part in self._early:
-                return True
-            if part > self._added:
-                self._charge(elements.nbytes)
-                self._early[part] = elements.copy()
-            else:
-                self._add(elements)
-            self._parts = contribution.parts
-            while (following := self._early.pop(self._added, None)) is not None:
-                self._add(following)
-                self._charge(-following.nbytes)
-            return False
+        part = contribution.part
+        if part < self._added or part in self._early:
+            return True
+        if part > self._added:
+            self._early[part] = elements
+        else:
+            self._add(elements)
+        self._parts = contribution.parts
+        while (following := self._early.pop(self._added, None)) is not None:
+            self._add(following)
+            self._charge(-following.nbytes)
+        return False
 
     def check_complete(self, path: str) -> None:
         """Check that no contribution is missing.
@@ -130,7 +143,7 @@ class Gradient:
         Args:
             keep: Whether they are added to the sum of the parts before.
         """
-        with self._lock:
+        with self.lock:
             empty = self.empty
             self._forget()
             self.empty = empty or not keep
@@ -138,17 +151,9 @@ class Gradient:
 
     def drop(self) -> None:
         """Forget all contributions, and refuse more."""
-        with self._lock:
+        with self.lock:
             self._dropped = True
             self._forget()
-
-    def _require(self, path: str) -> None:
-        if self._dropped:
-            raise JobError(
-                Reason.TENSOR_UNKNOWN,
-                f"{path}.tensor was dropped or replaced while the job ran",
-                field=f"{path}.tensor",
-            )
 
     def _add(self, elements: Array) -> None:
         with np.errstate(all="ignore"):
