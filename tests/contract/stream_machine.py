@@ -8,10 +8,11 @@ the same.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import google_crc32c
 import grpc
+import numpy as np
 from grpc import StatusCode
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -104,19 +105,28 @@ class AnyStream(RuleBasedStateMachine):
         behaves=st.sampled_from([True, False, False]),
     )
     def begin(self, problem, open_m, checksum, behaves):
+        header = problem.job(open_m=open_m, checksum=int(checksum), job_id="any")
+        self._begin(problem, [header] * len(self.channels), behaves)
+
+    def _begin(
+        self,
+        problem: Problem,
+        headers: Sequence[job_pb2.Job],
+        behaves: bool,
+        kept: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self.problem = problem
         self.behaves = behaves
         self.open = True
         self.last = b""
-        header = problem.job(open_m=open_m, checksum=int(checksum), job_id="any")
         self.stack = contextlib.ExitStack()
         self.streams = [
             self.stack.enter_context(opened(channel, header))
-            for channel in self.channels
+            for channel, header in zip(self.channels, headers, strict=True)
         ]
         outcome = self.streams[0].outcome
         assert outcome is not None
-        self.model = StreamModel(outcome.accepted)
+        self.model = StreamModel(outcome.accepted, kept)
 
     def _send(self, message: Request | bytes) -> None:
         if isinstance(message, Request):

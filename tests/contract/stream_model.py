@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import google_crc32c
@@ -10,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2, matrix_pb2
-from tests.support.raw import DTYPES, NEEDS, Problem
+from tests.support.raw import DTYPES, NEEDS, Problem, is_sent
 
 MAX_PAYLOAD = 4 << 20
 OPERAND_OF = {
@@ -25,15 +26,21 @@ class StreamModel:
 
     Args:
         accepted: What the server answered to it.
+        kept: The operands that its session has.
     """
 
-    def __init__(self, accepted: job_pb2.Accepted) -> None:
+    def __init__(
+        self,
+        accepted: job_pb2.Accepted,
+        kept: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self.kept = dict(kept or {})
         self.job = job = accepted.effective_job
         self.window_rows = accepted.window_rows
         self.dtype = DTYPES[matrix_pb2.Dtype.Name(job.dtype)[6:].lower()]
         self.columns = {"x": job.n, "w": job.k, "dy": job.k}
         self.received = {
-            name: bytearray() for name in self.columns if job.HasField(name)
+            name: bytearray() for name in self.columns if is_sent(job, name)
         }
         self.wrong: set[str] = set()
         """Reasons for which the job may be refused; empty while it is valid."""
@@ -139,5 +146,6 @@ class StreamModel:
         }
         for name, data in self.received.items():
             arrays[name] = np.frombuffer(bytes(data), self.dtype).reshape(shapes[name])
+        arrays |= self.kept
         results = tuple(name for name in NEEDS if self.job.HasField(name))
         return Problem(**arrays, results=results)
