@@ -27,7 +27,7 @@ def channel() -> Iterator[grpc.Channel]:
 def test_any_calls_do_what_the_contract_says(channel):
     AnySession.channel = channel
     run_state_machine_as_test(
-        AnySession, settings=settings(QUICK, max_examples=25, stateful_step_count=25)
+        AnySession, settings=settings(QUICK, max_examples=15, stateful_step_count=25)
     )
 
 
@@ -36,5 +36,5 @@ def test_any_stream_of_a_job_with_kept_matrices(channel):
     AnySessionStream.channels = (channel,)
     run_state_machine_as_test(
         AnySessionStream,
-        settings=settings(QUICK, max_examples=40, stateful_step_count=10),
+        settings=settings(QUICK, max_examples=25, stateful_step_count=10),
     )

@@ -42,14 +42,15 @@ def fuzz(name: str, libfuzzer: list[str]) -> None:
     target = TARGETS[name]
 
     def custom_mutator(data: bytes, max_size: int, seed: int) -> bytes:
-        return mutated(data, max_size, seed, target.kinds, atheris.Mutate)
+        assert target.kind_of is not None
+        return mutated(data, max_size, seed, target.kind_of, atheris.Mutate)
 
     warnings.simplefilter("error")
     with target.open() as check:
         atheris.Setup(
             ["gradwire", *libfuzzer],
             check,
-            **({"custom_mutator": custom_mutator} if target.kinds else {}),
+            **({"custom_mutator": custom_mutator} if target.kind_of else {}),
         )
         atheris.Fuzz()
 

@@ -8,7 +8,8 @@ them changed, so that what comes out is nearly right.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import google_crc32c
@@ -20,8 +21,13 @@ from tests.thorough.fuzz.containers import Container, Ending, Method
 MutateBytes: TypeAlias = Callable[[bytes, int], bytes]
 """Mutates a string of bytes, to at most so many of them."""
 
+KindOf: TypeAlias = Callable[[Method, bytes], tuple[int, type[Message]]]
+"""Where a container's message begins within its bytes, and what it is."""
+
 NUMBERS = [0, 1, 2, 3, 4, 5, 6, 7, 63, 64, 127, 128, 255, 256, 4096, 2**20, 2**31 - 1]
 NUMBERS += [2**32, 2**53, 2**62, 2**63 - 1, -1, -2, -(2**31), -(2**63)]
+TEXTS = ["", "x", "é\0", "resume", "shared-memory", "y" * 200]
+TEXTS += ["s1", "s2", "session-1", "exp_avg", "momentum_buffer", "saved"]
 MOST_BYTES = 60_000
 _INTEGERS = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -36,7 +42,7 @@ def mutated(
     data: bytes,
     max_size: int,
     seed: int,
-    kinds: Mapping[Method, type[Message]],
+    kind_of: KindOf,
     mutate_bytes: MutateBytes,
 ) -> bytes:
     """A container after one to three accidents.
@@ -45,12 +51,11 @@ def mutated(
         data: A container.
         max_size: Most bytes that may come out.
         seed: Decides what happens.
-        kinds: What messages are, for each method.
+        kind_of: What its messages are.
         mutate_bytes: Mutates bytes of which nothing is known.
     """
     rng = random.Random(seed)
     mutant = Container.unpacked(data)
-    kind = kinds.get(mutant.method, kinds[Method.STREAM])
     if mutant.ending is Ending.SILENCE and rng.random() < 0.95:
         mutant.ending = Ending.HALF_CLOSE  # which nobody has to wait out
     for _ in range(rng.choice((1, 1, 2, 3))):
@@ -58,6 +63,7 @@ def mutated(
             mutant.ending = rng.choice((Ending.HALF_CLOSE, Ending.CANCEL))
         if rng.random() < 0.02:
             mutant.method = rng.choice(list(Method))
+        kind = partial(kind_of, mutant.method)
         _happen(mutant.messages, rng, kind, mutate_bytes)
     packed = mutant.packed()
     return packed if len(packed) <= max_size else data[:max_size]
@@ -66,7 +72,7 @@ def mutated(
 def _happen(
     messages: list[bytes],
     rng: random.Random,
-    kind: type[Message],
+    kind_of: Callable[[bytes], tuple[int, type[Message]]],
     mutate_bytes: MutateBytes,
 ) -> None:
     if not messages:
@@ -76,7 +82,9 @@ def _happen(
     message = messages[at]
     match rng.choice(_ACCIDENTS):
         case "field":
-            messages[at] = _with_a_field_changed(message, rng, kind)
+            begin, kind = kind_of(message)
+            changed_message = _with_a_field_changed(message[begin:], rng, kind)
+            messages[at] = message[:begin] + changed_message
         case "bytes":
             messages[at] = mutate_bytes(message, min(len(message) + 64, MOST_BYTES))
         case "drop":
@@ -120,6 +128,8 @@ def _change_a_field(message: Message, rng: random.Random) -> None:
     """Changes a field of a message, or of one that it holds."""
     given = [field for field, _ in message.ListFields()]
     every = list(message.DESCRIPTOR.fields)
+    if not every:
+        return
     # Most often what is there: a new field is one more thing that is wrong.
     field = rng.choice(given if given and rng.random() < 0.85 else every)
     if rng.random() < 0.1:
@@ -153,7 +163,7 @@ def _value(field: FieldDescriptor, rng: random.Random, before: Any) -> Any:
         size = max(0, len(before or b"") + rng.choice((-8, -4, -1, 1, 2, 4, 8, 24)))
         return ((before or b"") + rng.randbytes(64))[: min(size, MOST_BYTES)]
     if field.type == FieldDescriptor.TYPE_STRING:
-        text = rng.choice(("", "x", "é\0", "resume", "shared-memory", "y" * 200))
+        text = rng.choice(TEXTS)
         return rng.choice((text, (before or "")[:-1], (before or "") + "x"))
     if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
         return not before

@@ -11,6 +11,7 @@ import datetime
 import io
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import google_crc32c
 import ml_dtypes
@@ -19,6 +20,7 @@ from grpc import StatusCode
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2, matrix_pb2
+from gradwire.v1 import session_service_pb2 as pb2
 from gradwire_protocol import error_details as codec
 from gradwire_protocol import framing
 from gradwire_protocol.error_reasons import Reason
@@ -33,9 +35,19 @@ from tests.support.raw import (
     end,
     whole_numbers,
 )
+from tests.support.sessions import (
+    GRADIENT,
+    chunks,
+    into,
+    kept,
+    sent_and_kept,
+    sgd,
+)
+from tests.support.sessions import header as tensor_header
 from tests.thorough.fuzz import credentials
 from tests.thorough.fuzz.answers import conversation
 from tests.thorough.fuzz.containers import Ending, Method, container
+from tests.thorough.fuzz.sessions import CANCELS, CONTINUES, Call, encoded
 from tests.thorough.fuzz.streams import ANY_SERVER
 from tests.thorough.fuzz.targets import CORPUS
 
@@ -96,6 +108,113 @@ def resumed(problem: Problem, first_row: int) -> list[bytes]:
     ]
     messages = [Request(job=job), *w, dw_sum, *rows, end(problem.shape[0])]
     return [message.SerializeToString() for message in messages]
+
+
+def sessions() -> Seeds:
+    problem = whole_numbers(6, 3, 2)
+    opened = [
+        encoded(Call.OPEN, pb2.OpenSessionRequest(keep_bytes=600)),
+        *put(1, problem.w),
+        *put(2, np.zeros_like(problem.w), role=GRADIENT, zeros=True),
+    ]
+    forward = encoded(
+        Call.COMPUTE,
+        service_pb2.ComputeRequest(
+            job=Problem(problem.x, problem.w, problem.dy, ("y",)).job(
+                session=SESSION, x=sent_and_kept(3), w=kept(1)
+            ),
+            x=problem.x.tobytes(),
+        ),
+    )
+    sums = Problem(problem.x, problem.w, problem.dy, ("dx", "dw"))
+    fields = {"session": SESSION, "x": kept(3, last_use=True), "w": kept(1)}
+    backward = encoded(
+        Call.COMPUTE,
+        service_pb2.ComputeRequest(
+            job=sums.job(dw=into(2, 0), **fields), dy=problem.dy.tobytes()
+        ),
+    )
+    adam = pb2.Adam(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
+    steps = [
+        encoded(Call.STEP, pb2.StepRequest(session="s1", step=1, groups=[group]))
+        for group in (
+            sgd((1, 2)),
+            sgd((1, 2), momentum=0.9),
+            pb2.ParameterGroup(
+                parameters=[pb2.Parameter(weight=1, gradient=2)], adam=adam
+            ),
+        )
+    ]
+    look = [
+        encoded(Call.RENEW, pb2.RenewSessionRequest(session="s1")),
+        encoded(Call.DESCRIBE, pb2.DescribeSessionRequest(session="s1")),
+        encoded(Call.LIST, pb2.ListSessionsRequest()),
+        encoded(Call.GET, pb2.GetTensorRequest(session="s1", tensor=1)),
+    ]
+    yield "training", container([*opened, forward, backward, steps[0], forward])
+    yield (
+        "repeated",
+        container([*opened, forward, forward, backward, backward, steps[1], steps[1]]),
+    )
+    yield "adam", container([*opened, forward, backward, steps[2], *look])
+    yield "look", container([*opened, *look])
+    streamed = [
+        each.SerializeToString()
+        for each in (
+            Request(job=sums.job(session=SESSION, x=sent_and_kept(3), dw=into(2, 1))),
+            *problem.body(4, 64),
+        )
+    ]
+    stream = [
+        bytes([Call.STREAM + CONTINUES * bool(index)]) + each
+        for index, each in enumerate(streamed)
+    ]
+    yield "streamed", container([*opened, *stream, backward, steps[0]])
+    cut = [bytes([stream[0][0] | CANCELS]) + stream[0][1:], *stream[1:3]]
+    yield "cancelled", container([*opened, *cut, forward])
+    state = put(1, np.ones_like(problem.w), state="exp_avg", updates=3)
+    drop = encoded(Call.DROP, pb2.DropTensorsRequest(session="s1", tensors=[2, 9]))
+    yield "states", container([*opened, *state, *look, drop])
+    copies = put(1, problem.w, compute_dtype=matrix_pb2.DTYPE_BFLOAT16)
+    yield "checksums", container([*opened, *copies, *put(4, problem.x, checksum=1)])
+    save = encoded(Call.SAVE, pb2.SaveSessionRequest(session="s1", name="saved"))
+    restore = pb2.OpenSessionRequest(
+        keep_bytes=600, restore="saved", save_name="saved", save_every_steps=1
+    )
+    close = encoded(Call.CLOSE, pb2.CloseSessionRequest(session="s1"))
+    again = encoded(
+        Call.STEP, pb2.StepRequest(session="s2", step=1, groups=[sgd((1, 2))])
+    )
+    yield (
+        "saved",
+        container(
+            [
+                *opened,
+                forward,
+                backward,
+                save,
+                encoded(Call.OPEN, restore),
+                again,
+                close,
+            ]
+        ),
+    )
+
+
+SESSION = job_pb2.SessionRef(session="s1")
+
+
+def put(tensor: int, array: np.ndarray, **fields: Any) -> list[bytes]:
+    """The messages of PutTensor in the first session."""
+    first = tensor_header(array, session="s1", tensor=tensor, **fields)
+    rest = [] if fields.get("zeros") else list(chunks(array, 40))
+    for each in rest:
+        if fields.get("checksum"):
+            each.chunk.crc32c = google_crc32c.value(each.chunk.data)
+    return [
+        encoded(Call.PUT, pb2.PutTensorRequest(header=first)),
+        *(encoded(Call.PUT, each, CONTINUES) for each in rest),
+    ]
 
 
 def answers() -> Seeds:
@@ -165,6 +284,7 @@ def jwts() -> Seeds:
 def main() -> None:
     for name, seeds in (
         ("streams", streams()),
+        ("sessions", sessions()),
         ("answers", answers()),
         ("framing", framings()),
         ("error-details", error_details()),

@@ -221,7 +221,7 @@ def _is_modelled(job: job_pb2.Job) -> bool:
     return not shared and fields <= _MODELLED
 
 
-class _Troubles(logging.Handler):
+class Troubles(logging.Handler):
     """Keeps records of what nobody foresaw."""
 
     def __init__(self, found: list[logging.LogRecord]) -> None:
@@ -231,6 +231,20 @@ class _Troubles(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info or record.name == "asyncio":
             self._found.append(record)
+
+    @classmethod
+    @contextlib.contextmanager
+    def watched(cls, found: list[logging.LogRecord]) -> Iterator[None]:
+        """Keeps records within this context."""
+        handler = cls(found)
+        loggers = [logging.getLogger(name) for name in ("gradwire_server", "asyncio")]
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
 
 
 @contextlib.contextmanager
@@ -254,17 +268,10 @@ def live_streams() -> Iterator[Check]:
             grpc.insecure_channel(server.addresses[0]) as channel,
         ):
             live = LiveServer(server, channel)
-            handler = _Troubles(live.troubles)
-            loggers = [
-                logging.getLogger(name) for name in ("gradwire_server", "asyncio")
-            ]
-            for logger in loggers:
-                logger.addHandler(handler)
             # The server collects garbage after each job that was cut off.
             gc.freeze()
             try:
-                yield live.check
+                with Troubles.watched(live.troubles):
+                    yield live.check
             finally:
                 gc.unfreeze()
-                for logger in loggers:
-                    logger.removeHandler(handler)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf.message import Message
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
-from tests.thorough.fuzz import answers, credentials, parsers, streams
+from tests.thorough.fuzz import answers, credentials, parsers, sessions, streams
 from tests.thorough.fuzz.containers import Method
+from tests.thorough.fuzz.mutations import KindOf
 from tests.thorough.fuzz.parsers import Check
 
 HERE = Path(__file__).parent
@@ -29,8 +30,12 @@ class Target:
     """Yields what takes an input and raises where something is wrong."""
     share: int
     """Its part of the time."""
-    kinds: Mapping[Method, type[Message]] = field(default_factory=dict)
+    kind_of: KindOf | None = None
     """What the messages of its inputs are, where they are containers."""
+
+
+def _by_method(kinds: Mapping[Method, type[Message]]) -> KindOf:
+    return lambda method, _: (0, kinds.get(method, kinds[Method.STREAM]))
 
 
 TARGETS = {
@@ -42,16 +47,23 @@ TARGETS = {
     "keys": Target(credentials.key_files, 1),
     "jwts": Target(credentials.jwts, 1),
     "answers": Target(
-        answers.any_answers, 2, {Method.STREAM: service_pb2.ComputeStreamResponse}
+        answers.any_answers,
+        2,
+        _by_method({Method.STREAM: service_pb2.ComputeStreamResponse}),
     ),
     "streams": Target(
         streams.live_streams,
         6,
-        {
-            Method.STREAM: service_pb2.ComputeStreamRequest,
-            Method.COMPUTE: service_pb2.ComputeRequest,
-            Method.REGION: service_pb2.OpenRegionRequest,
-        },
+        _by_method(
+            {
+                Method.STREAM: service_pb2.ComputeStreamRequest,
+                Method.COMPUTE: service_pb2.ComputeRequest,
+                Method.REGION: service_pb2.OpenRegionRequest,
+            }
+        ),
+    ),
+    "sessions": Target(
+        sessions.live_sessions, 6, lambda _, message: sessions.kind_of(message)
     ),
 }
 
