@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 import gradwire
 import gradwire.torch
 from tests.scenarios.torch.models import (
+    LENGTH,
+    VOCABULARY,
     Gpt,
     assert_same_weights,
     both,
@@ -60,6 +63,23 @@ def test_thirty_steps_of_a_gpt_are_torchs(
     close(remote_losses, losses)
     close(remote_norms, norms)
     assert losses[-1] != losses[0]
+
+
+@pytest.mark.big
+def test_two_hundred_steps_of_a_gpt_on_real_text_have_torchs_losses(
+    session: gradwire.Session,
+) -> None:
+    data = torch.tensor([ord(each) % VOCABULARY for each in "".join(topics.values())])
+    starts = torch.randint(len(data) - LENGTH, (200, 16, 1))
+    batches = list(data[starts + torch.arange(LENGTH + 1)])
+    local, remote = both(Gpt(), session)
+    options = {"lr": 3e-3, "weight_decay": 0.1, "max_norm": 1.0}
+    losses, _ = train(local, ADAMW, batches, gpt_loss, **options)
+    remote_losses, _ = train(remote, ADAMW, batches, gpt_loss, **options)
+    assert losses[-1] < losses[0] - 0.5
+    difference = (torch.tensor(losses) - torch.tensor(remote_losses)).abs().max()
+    print(f"largest difference between losses: {difference:.1e}")
+    close(remote_losses, losses)
 
 
 @pytest.mark.parametrize(
