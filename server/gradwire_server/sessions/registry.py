@@ -288,9 +288,10 @@ class Sessions:
         def look() -> None:
             if _key(session) not in self._open:
                 return
-            due = session.renewed_at + session.lease_s
-            if session.in_use or loop.time() < due:
-                due = max(due, loop.time() + session.lease_s / 10)
+            # A call renews the lease when it ends, too.
+            renewed_at = loop.time() if session.in_use else session.renewed_at
+            due = renewed_at + session.lease_s
+            if loop.time() < due:
                 session.expiry = loop.call_at(due, look)
             else:
                 self._expire(session)
