@@ -454,12 +454,12 @@ def test_there_are_at_most_256_sessions(channel) -> None:
 
 
 def test_a_session_expires_and_says_when_and_by_which_setting(channel) -> None:
-    session = RawSessions(channel).open(lease_seconds=1)
+    session = RawSessions(channel).open(lease_seconds=2)
     session.put(W, PROBLEM.w)
     for _ in range(3):  # each call renews it
-        time.sleep(0.6)
+        time.sleep(0.8)
         session.renew()
-    time.sleep(1.5)
+    time.sleep(2.2)
     for call in (
         session.renew,
         session.describe,
@@ -472,7 +472,7 @@ def test_a_session_expires_and_says_when_and_by_which_setting(channel) -> None:
         assert failure.reason == "SESSION_EXPIRED"
         assert failure.status is grpc.StatusCode.FAILED_PRECONDITION
         assert "lease_seconds" in failure.text
-        assert "after 1 s" in failure.text
+        assert "after 2 s" in failure.text
         assert re.search(r"that was \d+ s ago", failure.text)
         assert failure.metadata["server_instance"]
     session.close()
