@@ -61,6 +61,16 @@ bench-gpu: $(VENV)/.ready-gpu ## measure gradwire on a GPU host; needs a CUDA de
 trace: $(VENV)/.ready-dev ## draw when each row block of a job arrives, is computed and leaves
 	@$(PY) -m bench.trace
 
+.PHONY: docs
+docs: $(VENV)/.ready-dev ## build the documentation into site/, and check its links
+	@# Not with --quiet, under which mkdocs passes over warnings.
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	$(PY) scripts/check-site
+
+.PHONY: docs-serve
+docs-serve: $(VENV)/.ready-dev ## show the documentation at 127.0.0.1:8000, as it changes
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve --livereload
+
 ##@ Check
 
 .PHONY: test
@@ -137,7 +147,7 @@ format: $(VENV)/.ready-dev ## format the code and the contract
 
 .PHONY: clean
 clean: ## remove environments and everything that was built
-	rm -rf $(VENV) $(PROTOS_VENV) dist build demo-output bench/out htmlcov .fuzz \
+	rm -rf $(VENV) $(PROTOS_VENV) dist build site demo-output bench/out htmlcov .fuzz \
 	  .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # Environments. A stamp is older than pyproject.toml, or than the interpreter
