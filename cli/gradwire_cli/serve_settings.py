@@ -42,6 +42,7 @@ _SECONDS = Parameter(metavar="SECONDS")
 _FILE = Parameter(metavar="FILE")
 _DIRECTORY = Parameter(metavar="DIR")
 _NAME = Parameter(metavar="NAME")
+_ADDRESS = Parameter(metavar="ADDRESS")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class ServeSettings(Settings):
         tuple[str, ...],
         Parameter(metavar="ADDRESS", negative=(), show_default=" ".join),
     ] = Settings.listen
+    health_listen: Annotated[str | None, _ADDRESS] = Settings.health_listen
     backend: Annotated[str, _NAME] = Settings.backend
     devices: Annotated[
         tuple[int, ...],

@@ -16,6 +16,7 @@ from gradwire_server.api.open_calls import OpenCalls
 from gradwire_server.api.session_servicer import SessionServicer
 from gradwire_server.api.standard import health
 from gradwire_server.api.standard.guard import StandardServiceGuard
+from gradwire_server.api.standard.health_listener import HealthListener
 from gradwire_server.api.standard.unknown_contracts import OtherContracts
 from gradwire_server.auth import make_auth_interceptor
 from gradwire_server.backends import select
@@ -77,6 +78,9 @@ class Server:
         self._gate = make_auth_interceptor(settings)
         self.addresses: tuple[str, ...] = ()
         """Addresses for clients, once the server has started."""
+        self.health_address: str | None = None
+        """Address of the health port, once the server has started; None: it has none.
+        """
         if backend is None:
             backend, self.backend_reason = select.choose(settings)
         else:
@@ -85,6 +89,7 @@ class Server:
         self._backend = backend
         self._service: JobService | None = None
         self._health = health.Health()
+        self._health_listener: HealthListener | None = None
         self._calls = OpenCalls()
         self._lost = asyncio.Event()
         self.lost: str | None = None
@@ -130,9 +135,11 @@ class Server:
         try:
             for address in self.settings.listen:
                 bound.append(self._bind(server, address, tls))  # noqa: PERF401 - undone below
+            await self._listen_for_probes()
             service = await self._started(admission)
         except (OSError, BackendError):
             await server.stop(None)
+            await self._close_probes()
             for address in bound:
                 listener.remove(address)
             raise
@@ -151,6 +158,7 @@ class Server:
             "serving",
             extra={
                 "addresses": " ".join(self.addresses),
+                **({"health": self.health_address} if self.health_address else {}),
                 "tls": "none" if tls is None else "mutual" if tls.mutual else "server",
                 "backend": self.backend_name,
                 "memory_limit": admission.memory_limit,
@@ -224,7 +232,19 @@ class Server:
             self._service.close()
         for address in self.addresses:
             listener.remove(address)
+        await self._close_probes()
         _log.info("stopped")
+
+    async def _listen_for_probes(self) -> None:
+        if self.settings.health_listen is not None:
+            listening = HealthListener(self.settings.health_listen, self._health)
+            self._health_listener = listening
+            self.health_address = listening.address
+            await listening.start()
+
+    async def _close_probes(self) -> None:
+        if self._health_listener is not None:
+            await self._health_listener.close()
 
     def _bind(
         self, server: grpc.aio.Server, address: str, tls: Certificates | None

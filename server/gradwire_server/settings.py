@@ -25,6 +25,11 @@ class Settings:
     """Address to listen on, HOST:PORT or unix:PATH; may be given repeatedly. Port 0
     takes a free port."""
 
+    health_listen: str | None = None
+    """Address of a port for health probes alone, HOST:PORT or PORT of 127.0.0.1,
+    in plaintext and without credentials: a kubelet's gRPC probe speaks no TLS. Port 0
+    takes a free port."""
+
     tls_cert: Path | None = None
     """PEM file with the server's certificate and its chain up to the authority. With it
     all TCP addresses use TLS; unix sockets never do. This file and the two below are

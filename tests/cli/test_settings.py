@@ -49,6 +49,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     # field: as a flag and a variable, as a value, in TOML
     "listen": ("127.0.0.1:1", ("127.0.0.1:1",), '["127.0.0.1:1"]'),
+    "health_listen": ("0.0.0.0:9", "0.0.0.0:9", '"0.0.0.0:9"'),
     "tls_cert": ("a.pem", Path("a.pem"), '"a.pem"'),
     "tls_key": ("b.pem", Path("b.pem"), '"b.pem"'),
     "tls_client_ca": ("c.pem", Path("c.pem"), '"c.pem"'),

@@ -52,6 +52,8 @@ class ServerProcess:
         self.process = process
         self._log = log
         self.addresses: tuple[str, ...] = ()
+        self.health_address = ""
+        """Address of the port for health probes, if the server has one."""
 
     @property
     def address(self) -> str:
@@ -135,7 +137,9 @@ def running_server(
             if not line:
                 process.wait(STOP_TIMEOUT_S)
                 raise RuntimeError(f"the server did not start:\n{server.logs}")
-            server.addresses = tuple(json.loads(line)["addresses"])
+            ready = json.loads(line)
+            server.addresses = tuple(ready["addresses"])
+            server.health_address = ready["health"]
             yield server
         finally:
             watchdog.cancel()
@@ -212,7 +216,8 @@ async def _serve(settings: dict[str, Any]) -> None:
     loop.add_reader(sys.stdin.fileno(), parent_has_ended)
     server = Server(Settings(**lists_as_tuples))
     await server.start()
-    print(json.dumps({"addresses": list(server.addresses)}), flush=True)
+    ready = {"addresses": list(server.addresses), "health": server.health_address}
+    print(json.dumps(ready), flush=True)
     await asked_to_stop.wait()
     await server.drain()
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
@@ -18,6 +18,9 @@ from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_cli.serve_settings import SOURCES, ServeSettings
 from gradwire_cli.terminal.logs import LogSettings
 from gradwire_protocol.version import VERSION
+
+if TYPE_CHECKING:
+    from gradwire_server import Server
 
 _log = logging.getLogger("gradwire_server.cli")
 
@@ -92,7 +95,7 @@ async def _serve(settings: ServeSettings) -> None:
     ) as error:
         raise CommandError(str(error)) from error
     try:
-        _say_ready(server.addresses, f"{server.backend_name}: {server.backend_reason}")
+        _say_ready(server)
     except OSError:
         await server.stop()
         raise
@@ -133,7 +136,9 @@ _LOST_S = 5.0
 """Seconds for jobs to report to their clients, and for threads to end."""
 
 
-def _say_ready(addresses: tuple[str, ...], backend: str) -> None:
-    where = ", ".join(addresses)
-    sys.stdout.write(f"gradwire {VERSION} serves on {where} ({backend})\n")
+def _say_ready(server: Server) -> None:
+    where = ", ".join(server.addresses)
+    backend = f"{server.backend_name}: {server.backend_reason}"
+    beside = f", health on {server.health_address}" if server.health_address else ""
+    sys.stdout.write(f"gradwire {VERSION} serves on {where} ({backend}){beside}\n")
     sys.stdout.flush()

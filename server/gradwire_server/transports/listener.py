@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -27,6 +28,8 @@ _log = logging.getLogger("gradwire_server")
 _BIND_TO_LISTEN_S = 0.1
 """Time that a starting server may take between bind(2) and listen(2), seconds. In
 between, its socket refuses connections just as an abandoned one does."""
+
+_LOOPBACK = "127.0.0.1"
 
 
 def bind(
@@ -55,6 +58,27 @@ def bind(
     return _bind_tcp(server, address, credentials, insecure=insecure)
 
 
+def bind_probes(server: grpc.aio.Server, address: str) -> str:
+    """Make a server of probes listen on `address` in plaintext, on any interface.
+
+    Its answers are no secrets, and those who ask speak no TLS, so plaintext needs no
+    permission here.
+
+    Args:
+        server: A server that has not been started, without gradwire's own services.
+        address: HOST:PORT, or PORT of loopback; port 0 takes a free port.
+
+    Returns:
+        The address for clients.
+
+    Raises:
+        ListenError: The address cannot be listened on; the text gives the cause.
+    """
+    host, port, found = _resolved(address, "HOST:PORT or PORT", _LOOPBACK)
+    _try(address, found)
+    return f"{host}:{_add(server, f'{host}:{port}')}"
+
+
 def can_be_a_socket(path: Path) -> bool:
     """Return whether a unix socket may have this path, judged by its text."""
     size = len(os.fsencode(path.absolute()))
@@ -74,36 +98,47 @@ def _bind_tcp(
     *,
     insecure: bool,
 ) -> str:
-    host, colon, port = address.rpartition(":")
+    host, _, found = _resolved(address, "HOST:PORT or unix:PATH")
+    exposed = not all(_is_loopback(str(each[4][0])) for each in found)
+    if exposed and credentials is None:
+        _allow_plaintext(address, insecure=insecure)
+    _try(address, found)
+    return f"{host}:{_add(server, address, credentials)}"
+
+
+def _resolved(
+    address: str, expected: str, default_host: str = ""
+) -> tuple[str, int, list[Any]]:
+    """Return an address's host and port, and what the host stands for."""
+    host, _, port = address.rpartition(":")
+    if ":" not in address:
+        host = default_host
     number = int(port) if re.fullmatch("[0-9]{1,5}", port) else -1
-    if not colon or not host or not 0 <= number < 65536:
-        raise ListenError(
-            f"cannot listen on {address!r}: expected HOST:PORT or unix:PATH"
-        )
+    if not host or not 0 <= number < 65536:
+        raise ListenError(f"cannot listen on {address!r}: expected {expected}")
     try:
         found = socket.getaddrinfo(
-            host.strip("[]"),
-            int(port),
-            type=socket.SOCK_STREAM,
-            flags=socket.AI_PASSIVE,
+            host.strip("[]"), number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        exposed = not all(_is_loopback(str(each[4][0])) for each in found)
-        if exposed and credentials is None:
-            _allow_plaintext(address, insecure=insecure)
-        for family, kind, protocol, _, where in found:
-            with socket.socket(family, kind, protocol) as trial:
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trial.bind(where)
-                trial.listen()
-    except ListenError:
-        raise
     except OSError as error:
         raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
     except UnicodeError:
         raise ListenError(
             f"cannot listen on {address}: no host has this name"
         ) from None
-    return f"{host}:{_add(server, address, credentials)}"
+    return host, number, found
+
+
+def _try(address: str, found: list[Any]) -> None:
+    """Listen for a moment: gRPC does not say why it cannot."""
+    try:
+        for family, kind, protocol, _, where in found:
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(where)
+                trial.listen()
+    except OSError as error:
+        raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
 
 
 def _bind_unix(server: grpc.aio.Server, address: str) -> str:

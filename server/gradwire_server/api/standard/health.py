@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from gradwire_protocol.limits import SERVICE, SESSION_SERVICE
+from gradwire_server.errors import ListenError
 
 _log = logging.getLogger("gradwire_server")
 
@@ -45,6 +46,7 @@ class Health:
     def __init__(self) -> None:
         self._status: dict[str, int] = {}
         self._changed = asyncio.Event()
+        self.not_serving()  # until the server has started
 
     def serving(self) -> None:
         """Report that new jobs are accepted."""
@@ -52,7 +54,7 @@ class Health:
             self._set(health_pb2.HealthCheckResponse.SERVING)
 
     def not_serving(self) -> None:
-        """Report that new jobs are refused, for good."""
+        """Report that no jobs are accepted: not yet, or no longer."""
         if AVAILABLE:
             self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
 
@@ -104,7 +106,7 @@ def add(server: grpc.aio.Server, status: Health) -> None:
             "install gradwire[server] for them"
         )
         return
-    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    add_health(server, status)
     channelz.add_channelz_servicer(server)
     names = [SERVICE, SESSION_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
     _add_reflection(server, [*names, "grpc.channelz.v1.Channelz"])
@@ -125,3 +127,17 @@ def _add_reflection(server: grpc.aio.Server, names: list[str]) -> None:
     v1 = "grpc.reflection.v1.ServerReflection"
     handler = grpc.method_handlers_generic_handler(v1, {"ServerReflectionInfo": method})
     server.add_generic_rpc_handlers((handler,))
+
+
+def add_health(server: grpc.aio.Server, status: Health) -> None:
+    """Add the health service alone to a server that has not started.
+
+    Raises:
+        ListenError: Its package is not installed.
+    """
+    if not AVAILABLE:
+        raise ListenError(
+            "health_listen is set, and grpcio-health-checking is not installed: "
+            "install gradwire[server]"
+        )
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
