@@ -25,6 +25,8 @@ from gradwire_server.backends.device_info import label, memory_limit
 from gradwire_server.backends.host_limits import memory_bytes
 from gradwire_server.backends.host_memory import tune_malloc
 from gradwire_server.errors import BackendError
+from gradwire_server.observability.access_log import AccessLog
+from gradwire_server.observability.calls import CallObserver
 from gradwire_server.observability.grpc_log import keep_departures_from_log
 from gradwire_server.observability.timeline import Observe, no_observer
 from gradwire_server.scheduling.device_selector import DeviceSelector
@@ -75,7 +77,8 @@ class Server:
     ) -> None:
         self.settings = settings
         self._observe = observe
-        self._gate = make_auth_interceptor(settings)
+        self._call_observer: CallObserver = AccessLog()
+        self._gate = make_auth_interceptor(settings, self._call_observer)
         self.addresses: tuple[str, ...] = ()
         """Addresses for clients, once the server has started."""
         self.health_address: str | None = None
@@ -227,6 +230,7 @@ class Server:
         # A call that has just ended may still have its status to send.
         await server.stop(_FLUSH_S)
         await self._calls.wait_ended(_UNWIND_S)
+        self._call_observer.close()
         if self._service is not None:
             await self._service.sessions.steps_made()
             self._service.close()
@@ -255,7 +259,12 @@ class Server:
 
     async def _started(self, admission: Admission) -> JobService:
         service = JobService(
-            self.settings, self._backend, admission, self._device_lost, self._observe
+            self.settings,
+            self._backend,
+            admission,
+            self._device_lost,
+            call_observer=self._call_observer,
+            observe=self._observe,
         )
         try:
             await service.ready()

@@ -111,7 +111,8 @@ def running_server(
             its wall clock is an hour off whenever it is asked, forth and back;
             `dies_at_rename`: the number of the first file that it would rename into
             place, and is killed instead; `file_bytes`: most bytes of a file that it can
-            write, as on a full disk.
+            write, as on a full disk; `limits_log`: whether it leaves out log lines of
+            calls that fail alike, as servers do. Most tests look for single lines.
     """
     settings = {
         "listen": ["127.0.0.1:0"],
@@ -187,12 +188,15 @@ def _die_at_rename(number: int) -> None:
 async def _serve(settings: dict[str, Any]) -> None:
     from gradwire_protocol import framing
     from gradwire_server import Server, Settings
+    from gradwire_server.observability import access_log
 
     if settings.pop("slow_decoder", False):
         framing.decode_request = framing.decode_request_slow
     if settings.pop("clock_jumps", False):
         right, hours = time.time, itertools.cycle((3600.0, -3600.0))
         time.time = lambda: right() + next(hours)
+    if not settings.pop("limits_log", False):
+        access_log.MOST_ALIKE = sys.maxsize
     if "file_bytes" in settings:
         most = settings.pop("file_bytes")
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 
@@ -18,10 +17,7 @@ from gradwire_server.admission import tenancy
 from gradwire_server.api.call_state import CallState
 from gradwire_server.api.job_service import JobService
 from gradwire_server.errors import JobError
-from gradwire_server.observability.access_log import (
-    access_log_enabled,
-    write_access_log,
-)
+from gradwire_server.observability.calls import CallObserver
 
 _log = logging.getLogger("gradwire_server")
 
@@ -49,19 +45,21 @@ async def call_scope(
         transport="unix" if context.peer().startswith("unix") else "tcp",
         tenant=tenancy.current.get(),
     )
+    observer = service.call_observer
+    observer.began(call)
     try:
         with ExitStack() as held:
             held.enter_context(service.admission.call(tenant=call.tenant))
             try:
-                answer, failure = await _outcome(call, context, serve)
+                answer, failure = await _outcome(observer, call, context, serve)
             finally:
                 service.job_ended(call)
             if failure is not None:
-                await _fail(call, context, failure)
+                await _fail(observer, call, context, failure)
             if answer is not None:
                 _hold_until_read(call, held.pop_all(), service.settings.idle_timeout)
     except JobError as refused:
-        await _fail(call, context, refused)
+        await _fail(observer, call, context, refused)
     return answer
 
 
@@ -88,11 +86,12 @@ def _hold_until_read(call: CallState, held: ExitStack, idle_s: float) -> None:
 
 
 async def _outcome(
+    observer: CallObserver,
     call: CallState,
     context: Context,
     serve: Callable[[CallState], Awaitable[bytes | None]],
 ) -> tuple[bytes | None, JobError | None]:
-    """Serve a call; log its success or cancellation.
+    """Serve a call; report its success or cancellation.
 
     An error is returned rather than raised, and without its traceback: a status is sent
     only after the client has read the earlier messages, and a traceback's frames would
@@ -105,12 +104,7 @@ async def _outcome(
         answer = await serve(call)
     except asyncio.CancelledError:
         late = _is_late(context)
-        _write_line(
-            call,
-            logging.INFO if call.ends_by_cancelling else logging.WARNING,
-            "DEADLINE_EXCEEDED" if late else "CANCELLED",
-            reason=Reason.DEADLINE_PASSED if late else Reason.JOB_CANCELLED,
-        )
+        observer.ended(call, Reason.DEADLINE_PASSED if late else Reason.JOB_CANCELLED)
         raise
     except JobError as error:
         return None, error.bare()
@@ -130,7 +124,7 @@ async def _outcome(
             metadata={"error_id": error_id},
         )
     call.complete = True
-    _write_line(call, logging.INFO, "OK")
+    observer.ended(call, None)
     return answer, None
 
 
@@ -147,14 +141,10 @@ def _is_late(context: Context) -> bool:
 _DEADLINE_SLACK_S = 0.05
 
 
-async def _fail(call: CallState, context: Context, error: JobError) -> None:
-    _write_line(
-        call,
-        logging.WARNING,
-        error.reason.status.name,
-        reason=error.reason,
-        error=error.message,
-    )
+async def _fail(
+    observer: CallObserver, call: CallState, context: Context, error: JobError
+) -> None:
+    observer.ended(call, error.reason, error)
     status = error.reason.status
     trailer = encode(status, error.message, error.details(call.job_id))
     try:
@@ -162,44 +152,3 @@ async def _fail(call: CallState, context: Context, error: JobError) -> None:
     except grpc.aio.InternalError:
         # The client left before reading the status; gRPC would log this error.
         raise asyncio.CancelledError from None
-
-
-def _write_line(call: CallState, level: int, outcome: str, **more: Any) -> None:
-    if access_log_enabled(level):
-        write_access_log(level, _fields(call, outcome, more))
-
-
-def _fields(call: CallState, outcome: str, more: Mapping[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "job_id": call.job_id,
-        **({"tenant": call.tenant} if call.tenant else {}),
-        "method": call.method,
-        "outcome": outcome,
-        **more,
-        "transport": call.transport,
-        "total_s": round(time.perf_counter() - call.started, 6),
-    }
-    if call.read is not None:
-        spec = call.read.spec
-        fields |= {
-            "m": spec.m,
-            "n": spec.n,
-            "k": spec.k,
-            "dtype": spec.dtype.label,
-            "results": ",".join(result.label for result in spec.results),
-            "reserved_bytes": call.reserved_bytes,
-            "queued_s": round(call.queued_s, 6),
-        }
-    if call.admitted:
-        progress = call.progress
-        fields |= {
-            "m": progress.m or fields["m"],
-            "blocks": progress.blocks,
-            "bytes_received": progress.bytes_received,
-            "bytes_sent": progress.bytes_sent,
-            "device": call.accepted.device.index,
-            "receiving_s": round(call.receiving_s, 6),
-            "computing_s": round(progress.times.computing_s, 6),
-            "sending_s": round(call.sending_s, 6),
-        }
-    return fields

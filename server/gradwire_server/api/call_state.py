@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.jobs.header.cache import Header
@@ -35,6 +36,9 @@ class CallState:
     """The job's Accepted message, once admitted."""
     started: float = field(default_factory=time.perf_counter)
     queued_s: float = 0.0
+    """From the start to the job's admission."""
+    waited_s: float = 0.0
+    """The part of it that the job waited for its turn."""
     ends_by_cancelling: bool = False
     """Whether the client normally ends the call by cancelling it."""
     receiving_s: float = 0.0
@@ -58,3 +62,42 @@ class CallState:
         if self.read is None:
             raise RuntimeError("the job's header was not read")
         return self.read
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the call goes on with a job that was cut off."""
+        return self.read is not None and self.read.spec.resume is not None
+
+    def log_fields(self) -> dict[str, Any]:
+        """Return the fields of the call's log line, but for its outcome."""
+        fields: dict[str, Any] = {
+            "job_id": self.job_id,
+            **({"tenant": self.tenant} if self.tenant else {}),
+            "method": self.method,
+            "transport": self.transport,
+            "total_s": round(time.perf_counter() - self.started, 6),
+        }
+        if self.read is not None:
+            spec = self.read.spec
+            fields |= {
+                "m": spec.m,
+                "n": spec.n,
+                "k": spec.k,
+                "dtype": spec.dtype.label,
+                "results": ",".join(result.label for result in spec.results),
+                "reserved_bytes": self.reserved_bytes,
+                "queued_s": round(self.queued_s, 6),
+            }
+        if self.admitted:
+            progress = self.progress
+            fields |= {
+                "m": progress.m or fields["m"],
+                "blocks": progress.blocks,
+                "bytes_received": progress.bytes_received,
+                "bytes_sent": progress.bytes_sent,
+                "device": self.accepted.device.index,
+                "receiving_s": round(self.receiving_s, 6),
+                "computing_s": round(progress.times.computing_s, 6),
+                "sending_s": round(self.sending_s, 6),
+            }
+        return fields

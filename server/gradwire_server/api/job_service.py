@@ -42,6 +42,7 @@ from gradwire_server.jobs.registry import JobRegistry
 from gradwire_server.jobs.shared_memory_job import SharedMemoryJob
 from gradwire_server.jobs.stream.streamed_job import StreamedJob
 from gradwire_server.memory.shared_regions import Regions
+from gradwire_server.observability.calls import CallObserver
 from gradwire_server.observability.timeline import Observe, no_observer
 from gradwire_server.scheduling.device_selector import make_load
 from gradwire_server.scheduling.device_worker import DeviceWorker, TenantHandle
@@ -63,6 +64,7 @@ class JobService:
         backend: The backend.
         admission: The admission control.
         on_lost: Called when a device is lost, before the jobs are ended.
+        call_observer: Is told of calls.
         observe: Called when row blocks are received, computed and sent.
     """
 
@@ -72,8 +74,11 @@ class JobService:
         backend: Backend,
         admission: Admission,
         on_lost: OnLost,
+        *,
+        call_observer: CallObserver,
         observe: Observe = no_observer,
     ) -> None:
+        self.call_observer = call_observer
         self._on_lost = on_lost
         self._device_is_lost = False
         self.observe = observe
@@ -164,10 +169,12 @@ class JobService:
         load = make_load(
             header.spec, header.plan, header.device_bytes, call.progress, device
         )
+        asked_at = time.perf_counter()
         async with self.admission.job(
             call.reserved_bytes, load, on_wait, call.tenant
         ) as position:
-            call.queued_s = time.perf_counter() - call.started
+            now = time.perf_counter()
+            call.queued_s, call.waited_s = now - call.started, now - asked_at
             call.announced = header.announced[position]
             require_same_bits(header.spec, call.announced.fingerprint)
             call.admitted = True

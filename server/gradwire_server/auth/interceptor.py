@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -19,10 +18,9 @@ from gradwire_server.auth.errors import RefusedError
 from gradwire_server.auth.jwts import Expected, parse_keys
 from gradwire_server.auth.tokens import Tokens, parse_tokens
 from gradwire_server.errors import CredentialsError
+from gradwire_server.observability.calls import CallObserver
 from gradwire_server.settings import Settings
 from gradwire_server.transports.file_watch import FileError, WatchedFiles, watch_file
-
-_log = logging.getLogger("gradwire_server")
 
 Continuation: TypeAlias = Callable[
     [grpc.HandlerCallDetails], Awaitable["Handler | None"]
@@ -52,6 +50,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         certificates: Whether the certificate of a client without a token names its
             tenant.
         health_open: Whether health checks need no credentials.
+        observer: Is told of refused calls.
     """
 
     def __init__(
@@ -62,7 +61,9 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         *,
         certificates: bool,
         health_open: bool,
+        observer: CallObserver,
     ) -> None:
+        self._observer = observer
         self._certificates = certificates
         self._registers = registers
         self._limits = limits
@@ -80,7 +81,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         given = [_text(value) for key, value in metadata if key == HEADER]
         if not given and self._certificates:
             handler = await continuation(handler_call_details)
-            let_in = partial(_let_in_by_certificate, method)
+            let_in = partial(self._let_in_by_certificate, method)
             return (
                 None if handler is None else client_certificates.after(let_in, handler)
             )
@@ -90,7 +91,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             # Always with streamed requests: for a single request gRPC reads the
             # whole message before it calls the handler.
             return grpc.stream_stream_rpc_method_handler(
-                partial(_refuse_unread, method, refused)
+                partial(self._refuse_unread, method, refused)
             )
         return await continuation(handler_call_details)
 
@@ -99,6 +100,34 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         if self._tokens is None:
             return self._limits
         return self._tokens.value.limits_of(tenant, self._limits)
+
+    async def _let_in_by_certificate(self, method: str, context: Context) -> None:
+        try:
+            name = client_certificates.tenant_of(context)
+            if name is None:
+                raise _none_given()
+        except RefusedError as refused:
+            await self._refuse(method, refused, context)
+        else:
+            tenancy.current.set(name)
+
+    async def _refuse_unread(
+        self,
+        method: str,
+        refused: RefusedError,
+        _: AsyncIterator[bytes],
+        context: Context,
+    ) -> None:
+        await self._refuse(method, refused, context)
+
+    async def _refuse(
+        self, method: str, refused: RefusedError, context: Context
+    ) -> None:
+        """End a call, and report the refusal."""
+        reason = Reason.CREDENTIALS_INVALID
+        self._observer.credentials_refused(method, context.peer(), refused.why)
+        trailer = encode(reason.status, refused.told, ErrorDetails(reason))
+        await context.abort(reason.status, refused.told, trailer)
 
     def _tenant_of(self, given: Sequence[str]) -> str:
         if not given:
@@ -117,8 +146,14 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         raise RefusedError(why="an unknown token")
 
 
-def make_auth_interceptor(settings: Settings) -> AuthInterceptor | None:
+def make_auth_interceptor(
+    settings: Settings, observer: CallObserver
+) -> AuthInterceptor | None:
     """Return the interceptor for the settings, or None without authentication.
+
+    Args:
+        settings: The operator's settings.
+        observer: Is told of refused calls.
 
     Raises:
         CredentialsError: The settings are inconsistent, or a file cannot be used.
@@ -152,6 +187,7 @@ def make_auth_interceptor(settings: Settings) -> AuthInterceptor | None:
             tokens,
             certificates=settings.auth_certificates,
             health_open=not settings.auth_health,
+            observer=observer,
         )
     without = "a limit of tenants" if limits != Limits() else None
     if settings.auth_health:
@@ -183,40 +219,6 @@ def _expected(settings: Settings) -> Expected | None:
     return Expected(audience, issuer, claim)
 
 
-async def _let_in_by_certificate(method: str, context: Context) -> None:
-    try:
-        name = client_certificates.tenant_of(context)
-        if name is None:
-            raise _none_given()
-    except RefusedError as refused:
-        await _refuse(method, refused, context)
-    else:
-        tenancy.current.set(name)
-
-
-async def _refuse_unread(
-    method: str, refused: RefusedError, _: AsyncIterator[bytes], context: Context
-) -> None:
-    await _refuse(method, refused, context)
-
-
-async def _refuse(method: str, refused: RefusedError, context: Context) -> None:
-    """End a call, and log the refusal."""
-    reason = Reason.CREDENTIALS_INVALID
-    _log.warning(
-        "refused",
-        extra={
-            "method": method[:_SHOWN],
-            "outcome": reason.status.name,
-            "reason": reason,
-            "error": refused.why,
-            "peer": context.peer(),
-        },
-    )
-    trailer = encode(reason.status, refused.told, ErrorDetails(reason))
-    await context.abort(reason.status, refused.told, trailer)
-
-
 def _none_given() -> RefusedError:
     return RefusedError(
         "this server asks for credentials: send the metadata authorization: "
@@ -227,7 +229,3 @@ def _none_given() -> RefusedError:
 
 def _text(value: str | bytes) -> str:
     return value if isinstance(value, str) else value.decode(errors="replace")
-
-
-_SHOWN = 128
-"""Characters of a method's name to log: strangers choose it."""

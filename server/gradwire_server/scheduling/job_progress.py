@@ -21,4 +21,6 @@ class JobProgress:
     """Row blocks computed."""
     bytes_received: int = 0
     bytes_sent: int = 0
+    handed_over: bool = False
+    """Whether the job ended with a checkpoint because the server stops."""
     times: Times = field(default_factory=Times)

@@ -16,6 +16,7 @@ from gradwire_server.auth import make_auth_interceptor
 from gradwire_server.auth.errors import RefusedError
 from gradwire_server.auth.jwts import Expected, parse_keys
 from gradwire_server.errors import CredentialsError
+from gradwire_server.observability.calls import CallObserver
 from gradwire_server.settings import Settings
 from tests.support.credentials import AUDIENCE, ISSUER, Issuer
 
@@ -178,4 +179,4 @@ def test_without_the_package_it_is_said_what_to_install(monkeypatch):
 )
 def test_settings_that_need_others_say_which(given, says):
     with pytest.raises(CredentialsError, match=says):
-        make_auth_interceptor(Settings(**given))
+        make_auth_interceptor(Settings(**given), CallObserver())

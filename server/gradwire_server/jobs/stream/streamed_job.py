@@ -198,6 +198,7 @@ class StreamedJob:
                     sums = await self._worker.submit(self, self._copy_sums)
                     for part in self._checkpoint(computed.rows, sums):
                         yield part
+                self._progress.handed_over = True
                 raise computed.error()
             number, block, done = computed
             await done

@@ -1,0 +1,120 @@
+"""What observers are told of calls: log lines and metrics have the same events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from gradwire_protocol.error_reasons import Reason
+from gradwire_server.errors import JobError
+
+
+class Times(Protocol):
+    """Seconds of a job's stages on its device."""
+
+    computing_s: float
+
+
+class Progress(Protocol):
+    """What a call has done so far; worker threads update it."""
+
+    blocks: int
+    bytes_received: int
+    bytes_sent: int
+    handed_over: bool
+
+    @property
+    def times(self) -> Times:
+        """The device's part."""
+
+
+class Call(Protocol):
+    """One call of gradwire's methods, as far as observers read it."""
+
+    method: str
+    transport: str
+    tenant: str
+    admitted: bool
+    started: float
+    waited_s: float
+    receiving_s: float
+    sending_s: float
+    ends_by_cancelling: bool
+
+    @property
+    def progress(self) -> Progress:
+        """What the call has done so far."""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the call goes on with a job that was cut off."""
+
+    def log_fields(self) -> dict[str, Any]:
+        """Return the fields of the call's log line, but for its outcome."""
+
+
+class CallObserver:
+    """Is told of every call; this one ignores it.
+
+    Methods are called in the event loop's thread, and must be quick.
+    """
+
+    def began(self, call: Call) -> None:
+        """A call began."""
+
+    def ended(
+        self, call: Call, reason: Reason | None, error: JobError | None = None
+    ) -> None:
+        """A call ended, and changes no more.
+
+        Args:
+            call: The call.
+            reason: Why it failed or was cancelled; None: it was answered completely.
+            error: The error that its client is told; None if there is none, or nobody
+                to tell it.
+        """
+
+    def credentials_refused(self, method: str, peer: str, why: str) -> None:
+        """A call was refused for its credentials, and did not begin.
+
+        Args:
+            method: The method's name, as the caller gave it.
+            peer: The caller's address.
+            why: The cause, without any part of the credentials.
+        """
+
+    def close(self) -> None:
+        """The server has ended all calls."""
+
+
+class Observers(CallObserver):
+    """Passes what it is told to several others.
+
+    Args:
+        observers: The others.
+    """
+
+    def __init__(self, observers: Iterable[CallObserver]) -> None:
+        self._all = tuple(observers)
+
+    def began(self, call: Call) -> None:
+        """Tell all."""
+        for each in self._all:
+            each.began(call)
+
+    def ended(
+        self, call: Call, reason: Reason | None, error: JobError | None = None
+    ) -> None:
+        """Tell all."""
+        for each in self._all:
+            each.ended(call, reason, error)
+
+    def credentials_refused(self, method: str, peer: str, why: str) -> None:
+        """Tell all."""
+        for each in self._all:
+            each.credentials_refused(method, peer, why)
+
+    def close(self) -> None:
+        """Tell all."""
+        for each in self._all:
+            each.close()
