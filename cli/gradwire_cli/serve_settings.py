@@ -56,6 +56,7 @@ class ServeSettings(Settings):
         tuple[str, ...],
         Parameter(metavar="ADDRESS", negative=(), show_default=" ".join),
     ] = Settings.listen
+    metrics_listen: Annotated[str | None, _ADDRESS] = Settings.metrics_listen
     health_listen: Annotated[str | None, _ADDRESS] = Settings.health_listen
     backend: Annotated[str, _NAME] = Settings.backend
     devices: Annotated[

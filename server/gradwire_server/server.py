@@ -14,9 +14,9 @@ from gradwire_server.api.gradient_servicer import GradientServicer
 from gradwire_server.api.job_service import JobService
 from gradwire_server.api.open_calls import OpenCalls
 from gradwire_server.api.session_servicer import SessionServicer
+from gradwire_server.api.side_listeners import SideListeners
 from gradwire_server.api.standard import health
 from gradwire_server.api.standard.guard import StandardServiceGuard
-from gradwire_server.api.standard.health_listener import HealthListener
 from gradwire_server.api.standard.unknown_contracts import OtherContracts
 from gradwire_server.auth import make_auth_interceptor
 from gradwire_server.backends import select
@@ -26,7 +26,7 @@ from gradwire_server.backends.host_limits import memory_bytes
 from gradwire_server.backends.host_memory import tune_malloc
 from gradwire_server.errors import BackendError
 from gradwire_server.observability.access_log import AccessLog
-from gradwire_server.observability.calls import CallObserver
+from gradwire_server.observability.calls import Observers
 from gradwire_server.observability.grpc_log import keep_departures_from_log
 from gradwire_server.observability.timeline import Observe, no_observer
 from gradwire_server.scheduling.device_selector import DeviceSelector
@@ -77,13 +77,14 @@ class Server:
     ) -> None:
         self.settings = settings
         self._observe = observe
-        self._call_observer: CallObserver = AccessLog()
+        self._health = health.Health()
+        self._beside = SideListeners(settings, self._health)
+        self._call_observer = Observers(
+            each for each in (AccessLog(), self._beside.totals) if each is not None
+        )
         self._gate = make_auth_interceptor(settings, self._call_observer)
         self.addresses: tuple[str, ...] = ()
         """Addresses for clients, once the server has started."""
-        self.health_address: str | None = None
-        """Address of the health port, once the server has started; None: it has none.
-        """
         if backend is None:
             backend, self.backend_reason = select.choose(settings)
         else:
@@ -91,14 +92,22 @@ class Server:
         self.backend_name = backend.name
         self._backend = backend
         self._service: JobService | None = None
-        self._health = health.Health()
-        self._health_listener: HealthListener | None = None
         self._calls = OpenCalls()
         self._lost = asyncio.Event()
         self.lost: str | None = None
         """The device that failed for good, and the cause; None before. The process is
         then no longer usable, and should end."""
         self._grpc: grpc.aio.Server | None = None
+
+    @property
+    def metrics_url(self) -> str | None:
+        """URL of the metrics, once the server has started; None: it serves none."""
+        return self._beside.metrics_url
+
+    @property
+    def health_address(self) -> str | None:
+        """Address for health probes alone, once the server has started, or None."""
+        return self._beside.health_address
 
     async def start(self) -> None:
         """Listen on every address and serve.
@@ -138,15 +147,16 @@ class Server:
         try:
             for address in self.settings.listen:
                 bound.append(self._bind(server, address, tls))  # noqa: PERF401 - undone below
-            await self._listen_for_probes()
+            await self._beside.start()
             service = await self._started(admission)
         except (OSError, BackendError):
             await server.stop(None)
-            await self._close_probes()
+            await self._beside.close()
             for address in bound:
                 listener.remove(address)
             raise
         self._service = service
+        self._beside.serve(service)
         servicer = GradientServicer(service, self.backend_reason)
         sessions = SessionServicer(service)
         server.add_generic_rpc_handlers(
@@ -161,7 +171,7 @@ class Server:
             "serving",
             extra={
                 "addresses": " ".join(self.addresses),
-                **({"health": self.health_address} if self.health_address else {}),
+                **self._beside.addresses(),
                 "tls": "none" if tls is None else "mutual" if tls.mutual else "server",
                 "backend": self.backend_name,
                 "memory_limit": admission.memory_limit,
@@ -236,19 +246,8 @@ class Server:
             self._service.close()
         for address in self.addresses:
             listener.remove(address)
-        await self._close_probes()
+        await self._beside.close()
         _log.info("stopped")
-
-    async def _listen_for_probes(self) -> None:
-        if self.settings.health_listen is not None:
-            listening = HealthListener(self.settings.health_listen, self._health)
-            self._health_listener = listening
-            self.health_address = listening.address
-            await listening.start()
-
-    async def _close_probes(self) -> None:
-        if self._health_listener is not None:
-            await self._health_listener.close()
 
     def _bind(
         self, server: grpc.aio.Server, address: str, tls: Certificates | None

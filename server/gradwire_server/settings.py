@@ -25,6 +25,13 @@ class Settings:
     """Address to listen on, HOST:PORT or unix:PATH; may be given repeatedly. Port 0
     takes a free port."""
 
+    metrics_listen: str | None = None
+    """Address of a port for Prometheus, HOST:PORT or PORT of 127.0.0.1: /metrics, in
+    plaintext and without credentials. Port 0 takes a free port."""
+
+    metrics_tenants: bool = False
+    """Whether metrics count jobs, bytes and seconds of each tenant, with its name."""
+
     health_listen: str | None = None
     """Address of a port for health probes alone, HOST:PORT or PORT of 127.0.0.1,
     in plaintext and without credentials: a kubelet's gRPC probe speaks no TLS. Port 0
@@ -157,6 +164,10 @@ class Settings:
                 f"backend is {self.backend!r}: expected one of {backend_names.listed()}"
             )
         self._check_tls()
+        if self.metrics_tenants and self.metrics_listen is None:
+            raise ValueError(
+                "metrics_tenants is set without metrics_listen: nothing serves metrics"
+            )
         for number in self.devices:
             if number < 0:
                 raise ValueError(f"devices names {number}: expected at least 0")

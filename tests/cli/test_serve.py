@@ -25,6 +25,7 @@ from tests.cli.conftest import (
     sentence,
     started,
 )
+from tests.support.metrics import scrape
 
 READY = re.compile(r"gradwire (\S+) serves on (.+) \((\w+): .+\)\n")
 
@@ -53,6 +54,25 @@ def test_the_ready_line_names_addresses_that_answer_and_sigterm_ends_it(
         assert out == ""
         assert "Traceback" not in err
     assert not path.exists()
+
+
+def test_the_ready_line_names_the_ports_beside_it_that_were_asked_for() -> None:
+    asked = ("--listen=127.0.0.1:0", "--metrics-listen=0", "--health-listen=0")
+    with started("serve", *asked) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(
+            r"\), metrics on (http://127\.0\.0\.1:[1-9]\d*/metrics), "
+            r"health on (127\.0\.0\.1:[1-9]\d*)\n",
+            line,
+        )
+        assert found is not None, line
+        assert scrape(found[1]).sum("running_jobs_limit") == 64
+        host, port = found[2].split(":")
+        socket.create_connection((host, int(port)), timeout=10).close()
+        _, err = ended_by(process, signal.SIGTERM)
+    serving = json.loads(err.splitlines()[0])
+    assert (serving["metrics"], serving["health"]) == found.groups()
 
 
 def test_ctrl_c_ends_it_in_order() -> None:

@@ -49,6 +49,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     # field: as a flag and a variable, as a value, in TOML
     "listen": ("127.0.0.1:1", ("127.0.0.1:1",), '["127.0.0.1:1"]'),
+    "metrics_listen": ("9464", "9464", '"9464"'),
+    "metrics_tenants": ("true", True, "true"),
     "health_listen": ("0.0.0.0:9", "0.0.0.0:9", '"0.0.0.0:9"'),
     "tls_cert": ("a.pem", Path("a.pem"), '"a.pem"'),
     "tls_key": ("b.pem", Path("b.pem"), '"b.pem"'),
@@ -87,6 +89,7 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
 
 BESIDE = {
     # field: flags without which it is refused
+    "metrics_tenants": ("--metrics-listen=0",),
     "tls_cert": ("--tls-key=k.pem",),
     "tls_key": ("--tls-cert=c.pem",),
     "tls_client_ca": ("--tls-cert=c.pem", "--tls-key=k.pem"),

@@ -21,6 +21,7 @@ from gradwire.v1 import gradient_service_pb2_grpc
 from gradwire_server import BackendError, Server, Settings
 from gradwire_server.backends.base import DeviceLostError
 from gradwire_server.backends.numpy.backend import NumpyBackend
+from tests.support.metrics import scrape
 from tests.support.raw import (
     SERVICE,
     CallError,
@@ -360,3 +361,47 @@ def test_numpy_has_one_device():
     Server(settings_of(backend="numpy", devices=(0,)))
     with pytest.raises(BackendError, match="devices names 2, but the backend numpy"):
         Server(settings_of(backend="numpy", devices=(0, 2)))
+
+
+def test_metrics_tell_devices_apart_and_what_jobs_hold_of_each() -> None:
+    backend = ManyDevices((64 * MIB, 128 * MIB), needs=1000)
+    reached, goes_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        reached.set()
+        goes_on.wait(10)
+
+    for device in (0, 2):
+        backend.before[device, "compute_block"] = wait
+    with (
+        serving(backend, metrics_listen="0", device_memory_limit=100 * MIB) as running,
+        Stream(running[1]) as stream,
+    ):
+        url = running[0].metrics_url
+        assert url is not None
+        mine = str(started(stream, PROBLEM))
+        (other,) = {"0", "2"} - {mine}
+        send_the_rest(stream, PROBLEM)
+        assert reached.wait(10)
+        now = scrape(url)
+        assert now.by("device_info", "device", "name", "compute_capability") == {
+            ("0", f"device of {64 * MIB} bytes", "9.0"): 1,
+            ("2", f"device of {128 * MIB} bytes", "9.1"): 1,
+        }
+        assert now.by("device_memory_limit_bytes", "device") == {
+            ("0",): 64 * MIB,
+            ("2",): 100 * MIB,
+        }
+        held = 1000 * PROBLEM.shape[0]
+        assert now.by("device_memory_held_bytes", "device") == {(mine,): held}
+        assert now.by("device_running_jobs", "device") == {(mine,): 1}
+        assert now.by("device_busy", "device") == {(mine,): 1}
+        goes_on.set()
+        assert_exact(stream.receive_results(stream.outcome), PROBLEM)
+        now = scrape(url)
+        assert not now.by("device_memory_held_bytes", "device")
+        assert not now.by("device_busy", "device")
+        done = 3 * 2 * PROBLEM.x.size * PROBLEM.shape[2]
+        assert now.by("floating_point_operations_total", "device") == {(mine,): done}
+        assert now.sum("device_busy_seconds_total", device=mine) > 0
+        assert now.sum("device_busy_seconds_total", device=other) == 0

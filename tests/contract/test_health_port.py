@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import gradient_service_pb2_grpc
+from gradwire_cli.app import run
 from gradwire_server import ListenError, Settings, start_in_thread
-from tests.cli.conftest import gradwire
 from tests.contract.conftest import assert_untroubled
 from tests.support.certificates import Authority
 from tests.support.credentials import make_tokens
@@ -52,16 +52,15 @@ def channel(guarded: ServerProcess) -> Iterator[grpc.Channel]:
 
 
 def test_probes_without_tls_and_token_are_answered(
-    guarded: ServerProcess, channel: grpc.Channel
+    guarded: ServerProcess, channel: grpc.Channel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert guarded.health_address.startswith("127.0.0.1:")
     stub = health_pb2_grpc.HealthStub(channel)
     for service in ("", SERVICE):
         request = health_pb2.HealthCheckRequest(service=service)
         assert stub.Check(request, timeout=10).status == SERVING
-    done = gradwire("health", "--address", guarded.health_address)
-    assert done.returncode == 0
-    assert "SERVING" in done.stdout
+    assert run(["health", "--address", guarded.health_address]) == 0
+    assert "it is SERVING" in capsys.readouterr().out
 
 
 def test_the_port_serves_nothing_but_health(channel: grpc.Channel) -> None:

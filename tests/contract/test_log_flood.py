@@ -12,6 +12,7 @@ import pytest
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire_server.observability.access_log import MOST_ALIKE
 from tests.support.credentials import authorized, make_tokens
+from tests.support.metrics import scrape
 from tests.support.raw import SERVICE, make_job, whole_numbers
 from tests.support.serving import running_server
 
@@ -32,7 +33,9 @@ def test_each_tenant_has_the_first_lines_of_a_reason_and_a_count_of_the_others(
     right = whole_numbers(6, 5, 4).compute_request().SerializeToString()
     with (
         running_server(
-            auth_tokens=str(tmp_path / "tokens.toml"), limits_log=True
+            auth_tokens=str(tmp_path / "tokens.toml"),
+            limits_log=True,
+            metrics_listen="0",
         ) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
@@ -42,6 +45,7 @@ def test_each_tenant_has_the_first_lines_of_a_reason_and_a_count_of_the_others(
         fail(bob, wrong, 3)
         for _ in range(MOST_ALIKE + 1):  # jobs that are computed have a line each
             bob.unary_unary(f"/{SERVICE}/Compute")(right, timeout=20)
+        metrics = scrape(server.metrics_url)
         server.process.terminate()
         assert server.process.wait(20) == 0
         lines = Counter(
@@ -65,3 +69,11 @@ def test_each_tenant_has_the_first_lines_of_a_reason_and_a_count_of_the_others(
         ("SHAPE_INVALID", "alice"): 25,
     }
     assert len(done) == MOST_ALIKE + 1
+    # Metrics count them all, and name no tenant unless they are asked to.
+    assert metrics.sum("auth_failures_total") == MOST_ALIKE + 30
+    assert metrics.by("jobs_total", "reason") == {
+        ("",): MOST_ALIKE + 1,
+        ("SHAPE_INVALID",): MOST_ALIKE + 25 + 3,
+    }
+    assert 'tenant="' not in metrics.text
+    assert "gradwire_tenant_" not in metrics.text

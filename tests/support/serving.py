@@ -52,6 +52,8 @@ class ServerProcess:
         self.process = process
         self._log = log
         self.addresses: tuple[str, ...] = ()
+        self.metrics_url = ""
+        """URL of the metrics, if the server serves them."""
         self.health_address = ""
         """Address of the port for health probes, if the server has one."""
 
@@ -140,6 +142,7 @@ def running_server(
                 raise RuntimeError(f"the server did not start:\n{server.logs}")
             ready = json.loads(line)
             server.addresses = tuple(ready["addresses"])
+            server.metrics_url = ready["metrics"]
             server.health_address = ready["health"]
             yield server
         finally:
@@ -220,7 +223,11 @@ async def _serve(settings: dict[str, Any]) -> None:
     loop.add_reader(sys.stdin.fileno(), parent_has_ended)
     server = Server(Settings(**lists_as_tuples))
     await server.start()
-    ready = {"addresses": list(server.addresses), "health": server.health_address}
+    ready = {
+        "addresses": list(server.addresses),
+        "metrics": server.metrics_url,
+        "health": server.health_address,
+    }
     print(json.dumps(ready), flush=True)
     await asked_to_stop.wait()
     await server.drain()

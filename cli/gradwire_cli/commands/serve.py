@@ -139,6 +139,7 @@ _LOST_S = 5.0
 def _say_ready(server: Server) -> None:
     where = ", ".join(server.addresses)
     backend = f"{server.backend_name}: {server.backend_reason}"
-    beside = f", health on {server.health_address}" if server.health_address else ""
+    beside = f", metrics on {server.metrics_url}" if server.metrics_url else ""
+    beside += f", health on {server.health_address}" if server.health_address else ""
     sys.stdout.write(f"gradwire {VERSION} serves on {where} ({backend}){beside}\n")
     sys.stdout.flush()

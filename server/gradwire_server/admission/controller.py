@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -18,6 +19,7 @@ from gradwire_server.admission.quota import (
 )
 from gradwire_server.admission.tenancy import Limits
 from gradwire_server.errors import JobError
+from gradwire_server.observability.figures import AdmissionFigures, TenantUse
 from gradwire_server.scheduling.device_selector import DeviceSelector, Load
 
 __all__ = ["CALL_BYTES", "RETRY_AFTER_S", "Admission"]
@@ -72,6 +74,25 @@ class Admission:
     def draining(self) -> bool:
         """Whether new jobs are refused for good."""
         return self._draining
+
+    def figures(self) -> AdmissionFigures:
+        """Return what is held and who waits now."""
+        limits, waiting = self._all.limits, self._all.waiting
+        oldest = min((each.since for each in waiting), default=None)
+        return AdmissionFigures(
+            running_jobs=self.running,
+            max_jobs=limits.max_jobs or 0,
+            waiting_jobs=len(waiting),
+            max_queue=limits.max_queue or 0,
+            oldest_wait_s=0.0 if oldest is None else time.perf_counter() - oldest,
+            held_bytes=self.held_bytes,
+            limit_bytes=self.memory_limit,
+            draining=self._draining,
+            tenants=tuple(
+                TenantUse(each.tenant, each.running, len(each.waiting), each.held_bytes)
+                for each in self._ledger.quotas
+            ),
+        )
 
     def limits(self, tenant: str = "") -> Limits:
         """Return a tenant's limits on this server."""

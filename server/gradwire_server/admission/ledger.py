@@ -53,6 +53,11 @@ class Ledger:
         return self.everybody.held_bytes + self._reserved_calls * CALL_BYTES
 
     @property
+    def quotas(self) -> list[Quota]:
+        """The quotas of tenants with jobs or open calls."""
+        return list(self._quotas.values())
+
+    @property
     def tenants(self) -> int:
         """Number of tenants with a quota."""
         return len(self._quotas)

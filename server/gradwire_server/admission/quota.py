@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 from gradwire_protocol.error_reasons import Reason
@@ -28,6 +29,7 @@ class Waiting:
     """The quota of the job's tenant."""
     size_bytes: int
     load: Load
+    since: float = field(default_factory=time.perf_counter)
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     position: int | None = None
     """Position of the job's device; None until it is admitted."""

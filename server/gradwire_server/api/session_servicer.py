@@ -114,6 +114,7 @@ class SessionServicer:
                     if request.WhichOneof("message") != "chunk":
                         raise _unexpected(request, "a chunk")
                     tensor.take(request.chunk)
+                    call.progress.bytes_received += len(request.chunk.data)
                     if request.chunk.data:
                         stream.progressed()
                 if not tensor.is_complete:
@@ -154,6 +155,7 @@ class SessionServicer:
                     with session.using(tensor):
                         for response in outgoing(tensor, request):
                             await stream.write(response.SerializeToString())
+                            call.progress.bytes_sent += len(response.chunk.data)
 
         await call_scope(self._service, "GetTensor", context, serve)
 

@@ -27,6 +27,7 @@ from gradwire_protocol.limits import MAX_INT64, MIB
 from gradwire_server.admission.controller import Admission
 from gradwire_server.admission.quota import CALL_BYTES, busy
 from gradwire_server.errors import JobError
+from gradwire_server.observability.figures import RegionFigures
 
 MAX_REGIONS = 256
 """Most regions at once. Each takes two of the process's file descriptors, and
@@ -148,6 +149,11 @@ class Regions:
         self._open: dict[str, Region] = {}
         self._counts: Counter[str] = Counter()
         """Regions of each tenant, including unfinished ones."""
+
+    def figures(self) -> RegionFigures:
+        """Return what is shared now."""
+        sizes = [region.size_bytes for region in self._open.values()]
+        return RegionFigures(len(sizes), sum(sizes))
 
     @asynccontextmanager
     async def open(self, size_bytes: int, tenant: str = "") -> AsyncIterator[Region]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_server.backends.row_blocks import RowBlockPlan
@@ -40,7 +41,10 @@ class Load:
     def done(self) -> int:
         """Operations done."""
         rows = self.progress.blocks * self.block_rows
-        return self.row_operations * (rows if self.m is None else min(rows, self.m))
+        m = self.m
+        if m is None and self.progress.ended:
+            m = self.progress.m - self.first_row
+        return self.row_operations * (rows if m is None else min(rows, m))
 
     @property
     def remaining_ops(self) -> int:
@@ -86,6 +90,8 @@ class _DeviceLoad:
     """Operations done by jobs that have left."""
     computing_s: float = 0.0
     """Computing time of the jobs that have left."""
+    row_blocks: int = 0
+    """Row blocks of the jobs that have left."""
 
     def has_room(self, size_bytes: int) -> bool:
         return self.limit_bytes is None or (
@@ -99,6 +105,17 @@ class _DeviceLoad:
             done += job.done
             computing_s += job.progress.times.computing_s
         return done, computing_s
+
+
+class DeviceUse(NamedTuple):
+    """A device's jobs, and what jobs have done on it from the start."""
+
+    jobs: int
+    operations: int
+    """Multiplications and additions."""
+    row_blocks: int
+    held_bytes: int
+    limit_bytes: int | None
 
 
 class DeviceSelector:
@@ -123,6 +140,17 @@ class DeviceSelector:
         """Return the bytes that jobs hold of a device's memory."""
         return self._devices[position].held_bytes
 
+    def use(self, position: int) -> DeviceUse:
+        """Return what a device has done, and what jobs hold of it now."""
+        device = self._devices[position]
+        return DeviceUse(
+            jobs=len(device.jobs),
+            operations=device.measured()[0],
+            row_blocks=device.row_blocks + sum(j.progress.blocks for j in device.jobs),
+            held_bytes=device.held_bytes,
+            limit_bytes=device.limit_bytes,
+        )
+
     def assign(self, job: Load) -> int | None:
         """Choose a job's device and reserve the job's bytes there.
 
@@ -143,6 +171,7 @@ class DeviceSelector:
         device.held_bytes -= job.device_bytes
         device.done += job.done
         device.computing_s += job.progress.times.computing_s
+        device.row_blocks += job.progress.blocks
 
     def _first_free(self, job: Load) -> int | None:
         fitting = [

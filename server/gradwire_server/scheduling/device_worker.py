@@ -95,6 +95,8 @@ class DeviceWorker:
         self._queue: FairQueue[_Work] = FairQueue()
         self._doing: list[Hashable] = []
         """Jobs of the current piece and of the pieces in flight."""
+        self.busy_s = 0.0
+        """Seconds that it has worked: pieces in flight at once count once."""
         self._finished_at = 0.0
         """When the last piece finished. The time of a piece begun earlier counts from
         then."""
@@ -105,6 +107,11 @@ class DeviceWorker:
             target=self._serve, name=f"gradwire-device-{device}", daemon=True
         )
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it works now."""
+        return bool(self._doing)
 
     async def entered(self) -> None:
         """Wait until the thread has started.
@@ -231,7 +238,9 @@ class DeviceWorker:
     def _settle(self, work: _Work, result: object, error: Exception | None) -> None:
         now = time.perf_counter()
         with self._changed:
-            self._queue.charge(work.tenant, now - max(work.begun_at, self._finished_at))
+            took_s = now - max(work.begun_at, self._finished_at)
+            self._queue.charge(work.tenant, took_s)
+            self.busy_s += took_s
             self._finished_at = now
             self._doing.remove(work.job)
             self._changed.notify_all()

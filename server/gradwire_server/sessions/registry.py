@@ -22,6 +22,7 @@ from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.admission.controller import Admission
 from gradwire_server.admission.quota import CALL_BYTES, busy
 from gradwire_server.errors import JobError
+from gradwire_server.observability.figures import SessionFigures
 from gradwire_server.sessions.job_tensors import JobTensors
 from gradwire_server.sessions.session import Session
 
@@ -83,10 +84,21 @@ class Sessions:
         self._expired: OrderedDict[_Key, _Expired] = OrderedDict()
         self._counts: Counter[str] = Counter()
         self._kept_bytes = 0
+        self._expired_count = 0
         self._steps: set[asyncio.Task[pb2.StepResponse]] = set()
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def figures(self) -> SessionFigures:
+        """Return what sessions keep now."""
+        return SessionFigures(
+            open=len(self._open),
+            reserved_bytes=self._kept_bytes,
+            used_bytes=sum(each.used_bytes for each in self._open.values()),
+            limit_bytes=self._keep_limit,
+            expired=self._expired_count,
+        )
 
     def open(
         self, request: pb2.OpenSessionRequest, tenant: str, device: int
@@ -300,6 +312,7 @@ class Sessions:
 
     def _expire(self, session: Session) -> None:
         del self._open[_key(session)]
+        self._expired_count += 1
         setting = "lease_seconds"
         if session.lease_s == self._lease_max_s:
             setting += ", at most the server's session_lease_max"

@@ -79,6 +79,35 @@ def bind_probes(server: grpc.aio.Server, address: str) -> str:
     return f"{host}:{_add(server, f'{host}:{port}')}"
 
 
+def listening_sockets(address: str) -> tuple[str, list[socket.socket]]:
+    """Listen on `address` in plaintext, for a server without gRPC.
+
+    Args:
+        address: HOST:PORT, or PORT of loopback; port 0 takes a free port.
+
+    Returns:
+        The address for clients, and a socket for each address of the host.
+
+    Raises:
+        ListenError: The address cannot be listened on; the text gives the cause.
+    """
+    host, port, found = _resolved(address, "HOST:PORT or PORT", _LOOPBACK)
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, where in found:
+            opened = socket.socket(family, kind, protocol)
+            sockets.append(opened)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.bind((where[0], port, *where[2:]))
+            opened.listen()
+            port = opened.getsockname()[1]
+    except OSError as error:
+        for opened in sockets:
+            opened.close()
+        raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
+    return f"{host}:{port}", sockets
+
+
 def can_be_a_socket(path: Path) -> bool:
     """Return whether a unix socket may have this path, judged by its text."""
     size = len(os.fsencode(path.absolute()))
