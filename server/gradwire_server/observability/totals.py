@@ -33,6 +33,9 @@ _USUAL = (
 """Methods and transports of jobs. They are counted from 0 on: Prometheus does not see
 an increase where a series begins."""
 
+_FAULTS = (Reason.UNFORESEEN, Reason.DEVICE_LOST, Reason.DEVICE_OUT_OF_MEMORY)
+"""Reasons that are a fault of the server's, also counted from 0 on."""
+
 _LIMITS = (
     *("max_jobs", "max_queue", "memory_limit", "keep_limit", "sessions", "regions"),
     *("tenant_max_jobs", "tenant_max_queue", "tenant_memory_limit"),
@@ -57,7 +60,9 @@ class Totals(CallObserver):
         self._open: set[Call] = set()
         """Calls that have not ended."""
         self._ended: dict[tuple[str, str, Reason | None], _Ended] = {
-            (method, transport, None): _Ended() for method, transport in _USUAL
+            (method, transport, reason): _Ended()
+            for method, transport in _USUAL
+            for reason in (None, *_FAULTS)
         }
         """By method, transport and reason."""
         self._stages = {method: _Stages() for method in JOB_METHODS}
