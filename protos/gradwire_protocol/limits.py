@@ -35,6 +35,16 @@ COMPUTE_STREAM = f"/{SERVICE}/ComputeStream"
 OPEN_REGION = f"/{SERVICE}/OpenRegion"
 GET_SERVER_INFO = f"/{SERVICE}/GetServerInfo"
 
+REPORT_KEY = "gradwire-report"
+"""Metadata of GetServerInfo with which a client reports a failure that it has found."""
+
+REPORT_JOB_KEY = "gradwire-report-job"
+"""Metadata with the id of the job that the report is about."""
+
+DAMAGED, WRONG = "damaged", "wrong"
+REPORTS = (DAMAGED, WRONG)
+"""What can be reported: elements with a wrong checksum, and wrong results."""
+
 CONTRACT = "gradwire.v1"
 """The contract's name and version."""
 

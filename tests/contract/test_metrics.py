@@ -22,8 +22,10 @@ from grpc import StatusCode
 
 import gradwire as sdk
 from gradwire.v1 import job_pb2, matrix_pb2
+from gradwire.v1.gradient_service_pb2 import GetServerInfoRequest
+from gradwire.v1.gradient_service_pb2_grpc import GradientServiceStub
 from tests.contract.conftest import assert_untroubled
-from tests.support.credentials import authorized, make_tokens
+from tests.support.credentials import authorized, make_tokens, sending
 from tests.support.metrics import Samples, scrape
 from tests.support.observing import wait_until
 from tests.support.raw import (
@@ -296,6 +298,31 @@ def test_every_figure_is_what_the_clients_know(metered: Metered) -> None:
         now.sum("job_compute_seconds_sum", method=method) for method in admitted
     )
     assert now.sum("tenant_compute_seconds_total") == pytest.approx(computing)
+
+
+def test_reports_of_clients_are_counted_and_logged_and_others_ignored(
+    metered: Metered,
+) -> None:
+    def report(*metadata: tuple[str, str]) -> None:
+        given = ("authorization", f"Bearer {metered.token}"), *metadata
+        stub = GradientServiceStub(sending(metered.nobody, *given))
+        answer = stub.GetServerInfo(GetServerInfoRequest(), timeout=20)
+        assert answer.contract == "gradwire.v1"
+
+    report(("gradwire-report", "wrong"), ("gradwire-report-job", "mine"))
+    report(("gradwire-report", "damaged"), ("gradwire-report-job", "x" * 1000))
+    report(("gradwire-report", "damaged"))
+    report(("gradwire-report", "anything"), ("gradwire-report-job", "mine"))
+    report(("gradwire-report-job", "mine"))
+    counts = metered.scrape().by("reported_failures_total", "failure")
+    assert counts == {("wrong",): 1, ("damaged",): 2}
+    records = [r for r in metered.server.records if "report" in r]
+    assert [(r["report"], r["job_id"]) for r in records] == [
+        ("wrong", "mine"),
+        ("damaged", ""),
+        ("damaged", ""),
+    ]
+    assert {(r["levelname"], r["tenant"]) for r in records} == {("ERROR", "alice")}
 
 
 def rows_from(first: int, sums: np.ndarray) -> Iterator[Any]:

@@ -103,13 +103,31 @@ def test_a_job_whose_connection_breaks_runs_again_with_the_same_bits(
 @pytest.mark.parametrize("kind", CALLERS)
 @pytest.mark.parametrize("of", ["requests", "responses"])
 def test_a_payload_that_is_damaged_on_the_way_is_sent_again(
-    calling: Calling, proxy: Proxy, client: gradwire.Client, kind: str, of: Direction
+    calling: Calling,
+    proxy: Proxy,
+    client: gradwire.Client,
+    small_blocks: ServerProcess,
+    kind: str,
+    of: Direction,
 ) -> None:
     expected = client.gradients(X, W, DY)
     caller = calling(kind, STREAM)
     proxy.arm(Fault(of, flip_in_message=4))
-    result = caller.gradients(X, W, DY, checksum=True)
+    job_id = f"damaged-{of}-{kind}"
+    result = caller.gradients(X, W, DY, checksum=True, request_id=job_id)
     assert result.receipt.retried == ("CHECKSUM_MISMATCH",)
+    # The server hears of what it cannot see itself.
+    said = small_blocks.wait_for_log(
+        lambda r: r.get("job_id") == job_id and r.get("outcome") != "OK"
+    )
+    if of == "requests":
+        assert said["reason"] == "CHECKSUM_MISMATCH"
+    else:
+        small_blocks.wait_for_log(
+            lambda r: r.get("job_id") == job_id and r.get("report") == "damaged"
+        )
+    reports = [r for r in small_blocks.records if r.get("report")]
+    assert sum(r["job_id"] == job_id for r in reports) == (of == "responses")
     for one, other in zip(result, expected, strict=True):
         assert oracle.same_bits(one, other)
 

@@ -19,6 +19,7 @@ from tests.cli.conftest import environment, sentence
 from tests.cli.conftest import gradwire as gradwire_command
 from tests.scenarios.callers import Caller
 from tests.support import oracle
+from tests.support.metrics import scrape
 from tests.support.serving import STOP_TIMEOUT_S
 from tests.support.wrong_server import Fault
 
@@ -31,6 +32,7 @@ class WrongServer:
     """A server that computes wrongly when it is told."""
 
     address: str
+    metrics_url: str
     faults: Path
 
     def does(self, fault: Fault) -> None:
@@ -45,6 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WrongServer]:
             *(sys.executable, "-m", "tests.support.wrong_server", faults),
             *("serve", "--listen=127.0.0.1:0", f"--row-block-bytes={ROW_BLOCK_BYTES}"),
             "--grace=1",
+            "--metrics-listen=0",
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -52,8 +55,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WrongServer]:
     )
     try:
         assert process.stdout is not None
-        address = process.stdout.readline().split(" serves on ")[1].split(" (")[0]
-        yield WrongServer(address, faults)
+        ready = process.stdout.readline()
+        address = ready.split(" serves on ")[1].split(" (")[0]
+        yield WrongServer(address, ready.split(" metrics on ")[1].strip(), faults)
     finally:
         process.terminate()
         process.communicate(timeout=STOP_TIMEOUT_S)
@@ -174,6 +178,24 @@ def test_without_verify_a_wrong_result_is_not_noticed(
     """Which shows that the faults of these tests reach the caller."""
     server.does(Fault("block", "y"))
     form(server.address, *oracle.operands(M, N, K))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_operator_is_told_of_wrong_results(server: WrongServer, form: Form) -> None:
+    def told() -> float:
+        return scrape(server.metrics_url).sum("reported_failures_total")
+
+    before = told()
+    operands = oracle.operands(M, N, K)
+    server.does(Fault())
+    form(server.address, *operands, verify=True)
+    assert told() == before
+    server.does(Fault("block", "dx"))
+    with pytest.raises(gradwire.VerificationError):
+        form(server.address, *operands, verify=True)
+    assert told() == before + 1
+    wrong = scrape(server.metrics_url).sum("reported_failures_total", failure="wrong")
+    assert wrong == told()
 
 
 def test_a_stream_has_handed_out_nothing_wrong(server: WrongServer) -> None:

@@ -20,8 +20,17 @@ import grpc
 
 from gradwire_protocol import framing
 from gradwire_protocol.error_reasons import Reason
-from gradwire_protocol.limits import MAX_MESSAGE_BYTES, SERVICE, SHARED_MEMORY
+from gradwire_protocol.limits import (
+    MAX_JOB_ID_LENGTH,
+    MAX_MESSAGE_BYTES,
+    REPORT_JOB_KEY,
+    REPORT_KEY,
+    REPORTS,
+    SERVICE,
+    SHARED_MEMORY,
+)
 from gradwire_protocol.v1 import gradient_service_pb2 as pb2
+from gradwire_server.admission import tenancy
 from gradwire_server.api import server_info
 from gradwire_server.api.call_scope import call_scope
 from gradwire_server.api.call_state import CallState
@@ -67,6 +76,7 @@ class GradientServicer:
 
     async def get_server_info(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Answer GetServerInfo, without waiting for its empty request."""
+        self._take_report(context)
         answer = server_info.describe(self._service, self._backend_reason)
         await context.write(answer.SerializeToString())
 
@@ -132,6 +142,17 @@ class GradientServicer:
                 await asyncio.get_running_loop().create_future()
 
         await call_scope(self._service, "OpenRegion", context, serve)
+
+    def _take_report(self, context: Context) -> None:
+        """Pass on what a client reports in the metadata of its call, if anything."""
+        given = dict(context.invocation_metadata() or ())
+        report, job_id = given.get(REPORT_KEY), given.get(REPORT_JOB_KEY, "")
+        if not isinstance(report, str) or report not in REPORTS:
+            return
+        if not isinstance(job_id, str) or len(job_id) > MAX_JOB_ID_LENGTH:
+            job_id = ""
+        observer = self._service.call_observer
+        observer.reported(report, job_id, tenancy.current.get())
 
     async def _compute_in_shared_memory(
         self, call: CallState, stream: CallStream, message_bytes: int

@@ -16,7 +16,8 @@ _log = logging.getLogger("gradwire_server")
 class _Kind(NamedTuple):
     """Lines that count together. One tenant's do not hide another's."""
 
-    reason: Reason
+    reason: Reason | str
+    """A reason, or what a client reports."""
     tenant: str
 
 
@@ -67,17 +68,29 @@ class AccessLog(CallObserver):
             },
         )
 
+    def reported(self, report: str, job_id: str, tenant: str) -> None:
+        """Write a line about a client's report."""
+        if not self._repeats.allows(_Kind(report, tenant)):
+            return
+        _log.error(
+            "a client reports a failure of results",
+            extra={
+                "report": report,
+                "job_id": job_id,
+                **({"tenant": tenant} if tenant else {}),
+            },
+        )
+
     def close(self) -> None:
         """Tell how many lines were left out."""
         self._repeats.close()
 
     def _tell(self, kind: _Kind, count: int) -> None:
-        fields: dict[str, Any] = {
-            "outcome": kind.reason.status.name,
-            "reason": kind.reason,
-            **({"tenant": kind.tenant} if kind.tenant else {}),
-            "more_calls": count,
-        }
+        fields: dict[str, Any] = {"reason": kind.reason, "more_calls": count}
+        if isinstance(kind.reason, Reason):
+            fields["outcome"] = kind.reason.status.name
+        if kind.tenant:
+            fields["tenant"] = kind.tenant
         _log.warning(
             "and %s more calls ended with %s in the last %g s",
             f"{count:,}",

@@ -83,6 +83,15 @@ class CallObserver:
             why: The cause, without any part of the credentials.
         """
 
+    def reported(self, report: str, job_id: str, tenant: str) -> None:
+        """A client has reported a failure that it found.
+
+        Args:
+            report: One of `gradwire_protocol.limits.REPORTS`.
+            job_id: The job's id, as the client gives it.
+            tenant: The client's tenant.
+        """
+
     def close(self) -> None:
         """The server has ended all calls."""
 
@@ -113,6 +122,11 @@ class Observers(CallObserver):
         """Tell all."""
         for each in self._all:
             each.credentials_refused(method, peer, why)
+
+    def reported(self, report: str, job_id: str, tenant: str) -> None:
+        """Tell all."""
+        for each in self._all:
+            each.reported(report, job_id, tenant)
 
     def close(self) -> None:
         """Tell all."""

@@ -166,6 +166,8 @@ class CallFigures:
     refusals: Mapping[str, int]
     """Refused calls, by the limit that was met."""
     credentials_refused: int
+    reports: Mapping[str, int]
+    """Failures that clients found, by what they report."""
     tenants: Mapping[str, TenantTotals] | None
     """By tenant; None if they are not counted."""
 

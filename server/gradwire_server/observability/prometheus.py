@@ -168,6 +168,13 @@ def _of_calls(calls: CallFigures) -> Iterator[Metric]:
         "Calls that ended because an element was damaged on its way to the server.",
         _one(_with_reason(calls, Reason.CHECKSUM_MISMATCH)),
     )
+    yield _counter(
+        "reported_failures",
+        "Failures of results that clients found and reported: damaged on the way, or "
+        "wrong.",
+        (((report,), count) for report, count in calls.reports.items()),
+        "failure",
+    )
 
 
 def _of_stages(calls: CallFigures) -> Iterator[Metric]:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import REPORTS
 from gradwire_server.errors import JobError
 from gradwire_server.observability.calls import Call, CallObserver
 from gradwire_server.observability.figures import (
@@ -71,6 +72,7 @@ class Totals(CallObserver):
         self._retries_asked = 0
         self._refusals: Counter[str] = Counter(dict.fromkeys(_LIMITS, 0))
         self._credentials_refused = 0
+        self._reports = dict.fromkeys(REPORTS, 0)
         self._tenants: dict[str, _Tenant] | None = {} if tenants else None
 
     def began(self, call: Call) -> None:
@@ -102,6 +104,11 @@ class Totals(CallObserver):
         del method, peer, why
         self._credentials_refused += 1
 
+    def reported(self, report: str, job_id: str, tenant: str) -> None:
+        """Count a client's report."""
+        del job_id, tenant
+        self._reports[report] += 1
+
     def figures(self) -> CallFigures:
         """Return what calls have done until now."""
         jobs: dict[JobKey, int] = {}
@@ -128,6 +135,7 @@ class Totals(CallObserver):
             retries_asked=self._retries_asked,
             refusals=dict(self._refusals),
             credentials_refused=self._credentials_refused,
+            reports=dict(self._reports),
             tenants=None if self._tenants is None else self._of_tenants(self._tenants),
         )
 

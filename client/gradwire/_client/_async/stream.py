@@ -77,6 +77,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                     try:
                         await self._read(*await self._begun())
                     except GradwireError as error:
+                        if self._lease is not None and self._attempts is not None:
+                            await self._lease.engine.report(error, self._attempts)
                         self._release(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:

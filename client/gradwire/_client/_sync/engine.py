@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import (
     Callable,
     Iterator,
@@ -28,6 +29,7 @@ from gradwire._resilience.load_balancer import (
     none_left,
     require_jobs,
 )
+from gradwire._resilience.reports import REPORT_S, report_of
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.stream_job import StreamJob
 from gradwire._transport.address import addresses_of, host_and_port
@@ -173,14 +175,29 @@ class SyncEngine(EngineBase):
 
         def attempt() -> Receipt:
             with self.lease(attempts) as lease:
-                address = lease.engine.address
-                receipt = lease.engine._execute(job, attempts)
-                if job.to_verify:
-                    return run_beside(lambda: job.verified(receipt, address))
-                return job.verified(receipt, address)
+                engine = lease.engine
+                try:
+                    return engine._execute_checked(job, attempts)
+                except GradwireError as error:
+                    engine.report(error, attempts)
+                    raise
 
         receipt = self.retry(attempts, attempt)
         return job.deliver(attempts.annotate(receipt))
+
+    def report(self, error: GradwireError, attempts: Attempts) -> None:
+        """Tell this engine's server of a failure of its results, found here.
+
+        The caller gets that error anyway: whether the report arrives makes no
+        difference to it.
+        """
+        report = report_of(error)
+        if report is None:
+            return
+        metadata = (*self.jobs.metadata, *report)
+        within_s = at_most(REPORT_S, attempts.left_s)
+        with contextlib.suppress(GradwireError):
+            self._connection().server_info(within_s, metadata)
 
     def lease(self, attempts: Attempts) -> Lease[SyncEngine]:
         """Choose the server for an attempt.
@@ -352,6 +369,13 @@ class SyncEngine(EngineBase):
         self.retries.renew()
         if self._servers is not None:
             self._servers.renew()
+
+    def _execute_checked(self, job: ArrayJob, attempts: Attempts) -> Receipt:
+        """Compute a job, and check its results if that is wanted."""
+        receipt = self._execute(job, attempts)
+        if job.to_verify:
+            return run_beside(lambda: job.verified(receipt, self.address))
+        return job.verified(receipt, self.address)
 
     def _execute(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job on this engine's server, in the fastest way."""

@@ -79,6 +79,8 @@ class GradientStream(Iterator[RowBlock]):
                     try:
                         self._read(*self._begun())
                     except GradwireError as error:
+                        if self._lease is not None and self._attempts is not None:
+                            self._lease.engine.report(error, self._attempts)
                         self._release(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:
