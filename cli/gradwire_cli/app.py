@@ -20,6 +20,7 @@ from gradwire_cli.commands import (
     serve,
     sessions,
     token,
+    top,
 )
 from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_protocol.version import VERSION
@@ -37,7 +38,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 # The help lists the commands in this order.
-_COMMANDS = (serve, compute, check, info, health, sessions, token, certs)
+_COMMANDS = (serve, compute, check, info, top, health, sessions, token, certs)
 for order, command in enumerate(_COMMANDS):
     command.app.sort_key = order
     app.command(command.app)

@@ -1,0 +1,1 @@
+"""A server's load, read from its metrics."""
