@@ -1,0 +1,1 @@
+"""The files in deploy/, used by the programs that they are for."""
