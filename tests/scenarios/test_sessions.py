@@ -8,6 +8,8 @@ import gc
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -735,6 +737,62 @@ def test_a_dropped_session_ends_with_its_lease(serving: ServerProcess) -> None:
         gc.collect()
         assert dropped() is None
         time.sleep(2.5)
+        assert not client.sessions()
+
+
+def test_a_session_ends_with_its_client(serving: ServerProcess) -> None:
+    w = np.ones((2, 3), np.float32)
+    with gradwire.connect(serving.address) as watcher:
+        client = gradwire.connect(serving.address)
+        sessions = [client.session("1MiB") for _ in range(2)]
+        for session in sessions:
+            session.open()
+        weight = sessions[0].put(w)
+        assert len(watcher.sessions()) == 2
+        client.close()
+        assert not watcher.sessions()
+        with pytest.raises(gradwire.ClientStateError, match="closed"):
+            sessions[0].get(weight)
+        sessions[0].close()
+
+        def fail() -> None:
+            with gradwire.connect(serving.address) as client:
+                session = client.session("1MiB")
+                session.open()
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert not watcher.sessions()
+
+        async def begin() -> None:
+            async with gradwire.AsyncClient(serving.address) as client:
+                session = client.session("1MiB")
+                await session.open()
+                assert watcher.sessions()
+
+        asyncio.run(begin())
+        assert not watcher.sessions()
+
+
+def test_a_session_ends_with_its_program(serving: ServerProcess) -> None:
+    program = """
+import sys, gradwire
+client = gradwire.connect(sys.argv[1])
+session = client.session("1MiB")
+session.open()
+print(len(client.sessions()), flush=True)
+raise SystemExit("an error")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, serving.address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "1\n", "an error\n")
+    with gradwire.connect(serving.address) as client:
         assert not client.sessions()
 
 

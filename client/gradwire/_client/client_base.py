@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
+from collections.abc import Iterator
 from typing import Any, Generic, NoReturn, TypeVar
 
 from gradwire._api.types import Receipt
 from gradwire._client.engine_base import EngineBase
+from gradwire._client.session_base import SessionBase
 
 EngineT = TypeVar("EngineT", bound=EngineBase)
+SessionT = TypeVar("SessionT", bound=SessionBase)
+
+_CLOSE_S = 5.0
+"""Seconds for closing all sessions of a client: a server that does not answer must not
+hold up the end of a program for longer."""
 
 
-class ClientBase(Generic[EngineT]):
+class ClientBase(Generic[EngineT, SessionT]):
     """A client that does no I/O.
 
     Args:
@@ -22,6 +31,8 @@ class ClientBase(Generic[EngineT]):
         self._engine = engine
         self._greeted = False
         self._local = threading.local()
+        self._sessions: weakref.WeakSet[SessionT] = weakref.WeakSet()
+        """Its sessions: one that nobody else can use may go."""
 
     @property
     def address(self) -> str:
@@ -47,6 +58,13 @@ class ClientBase(Generic[EngineT]):
             f"a gradwire.{kind} holds a connection and cannot be pickled or copied:"
             f" pass its address, {self.address!r}, and create a client there"
         )
+
+    def _sessions_to_close(self) -> Iterator[tuple[SessionT, float]]:
+        """Yield the client's open sessions, each with seconds for closing it."""
+        deadline = time.monotonic() + _CLOSE_S
+        for session in list(self._sessions):
+            if session.is_open:
+                yield session, max(deadline - time.monotonic(), 0.0)
 
     def _remember(self, receipt: Receipt) -> Receipt:
         self._local.receipt = receipt

@@ -157,6 +157,11 @@ class SessionBase:
             )
 
     @property
+    def is_open(self) -> bool:
+        """Whether the session was opened, and not closed here."""
+        return bool(self.token) and not self._ended
+
+    @property
     def is_inherited(self) -> bool:
         """Whether another process has opened the session, and this is its fork."""
         return bool(self.token) and self._process != os.getpid()

@@ -72,6 +72,14 @@ class AsyncRepeater:
         await asyncio.gather(self._task, return_exceptions=True)
 
 
+def close_at_exit(closeable: object) -> None:
+    """Do nothing: the event loop has ended before the program does.
+
+    `asyncio.run` cancels the tasks that are left, whose context managers close.
+    """
+    del closeable
+
+
 async def run_beside(work: Callable[[], R]) -> R:
     """Run long work in a thread, so that the event loop is not blocked."""
     return await asyncio.to_thread(work)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextvars
 import socket
 import threading
+import time
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from gradwire._core.rows import END_OF_ROWS, iterate_rows
 
@@ -56,6 +59,35 @@ class SyncRepeater:
     def close(self) -> None:
         """Stop after the current time."""
         self._stopped.set()
+
+
+class Closeable(Protocol):
+    """What is closed when the program ends."""
+
+    def close(self, *, timeout_s: float | None = None) -> None:
+        """Close it, in so many seconds at most; None: its own limit."""
+
+
+_to_close: weakref.WeakSet[Closeable] = weakref.WeakSet()
+
+
+def close_at_exit(closeable: Closeable) -> None:
+    """Have an object closed when the program ends, however: unless it is killed."""
+    # Functions run in the reverse order of their registration: this one must run while
+    # the connections, which were made before, are open.
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    _to_close.add(closeable)
+
+
+def _close_all() -> None:
+    deadline = time.monotonic() + _EXIT_S
+    for each in list(_to_close):
+        each.close(timeout_s=max(deadline - time.monotonic(), 0.0))
+
+
+_EXIT_S = 2.0
+"""Seconds by which a server that does not answer may hold up the program's end."""
 
 
 def run_beside(work: Callable[[], R]) -> R:

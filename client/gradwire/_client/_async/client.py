@@ -30,7 +30,7 @@ from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1 import session_service_pb2
 
 
-class AsyncClient(ClientBase[AsyncEngine]):
+class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
     """A client for programs with an event loop.
 
     Making a client does no I/O. Entering it as a context manager asks the server
@@ -76,8 +76,16 @@ class AsyncClient(ClientBase[AsyncEngine]):
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection and cancel running calls."""
-        await self._engine.aclose()
+        """Close the sessions and the connection, and cancel running calls.
+
+        The server frees the sessions' memory; if it does not answer within 5 seconds,
+        it does so when their leases end.
+        """
+        try:
+            for session, left_s in self._sessions_to_close():
+                await session.close(timeout_s=left_s)
+        finally:
+            await self._engine.aclose()
 
     async def handshake(self) -> ServerInfo:
         """Ask the server about itself, and refuse a server that cannot be used.
@@ -194,7 +202,9 @@ class AsyncClient(ClientBase[AsyncEngine]):
         """
         self._engine.require_open()
         check_names("session", options, SessionOptions)
-        return AsyncSession(self._engine, self._remember, keep, **options)
+        session = AsyncSession(self._engine, self._remember, keep, **options)
+        self._sessions.add(session)
+        return session
 
     async def sessions(self, *, address: str | None = None) -> list[SessionSummary]:
         """List the open sessions of this caller's tenant, the oldest first.

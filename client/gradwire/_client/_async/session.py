@@ -43,7 +43,7 @@ from gradwire._core.kept import Keeping, Tensor
 from gradwire._core.tensor_messages import TensorReader, put_requests
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.retry import Attempts
-from gradwire._transport.async_io import AsyncRepeater, run_beside
+from gradwire._transport.async_io import AsyncRepeater, close_at_exit, run_beside
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import KeptResult
 from gradwire_protocol.matrices import RESULTS, Matrix
@@ -57,7 +57,8 @@ class AsyncSession(SessionBase):
 
     Create it with `AsyncClient.session`, and use it as a context manager. It belongs to
     one server, and to one process: the child of a fork cannot use it. Its lease is
-    renewed in the background while the program runs. Threads may share it.
+    renewed in the background while the program runs. Threads may share it. It ends with
+    its client, if it is not closed before.
 
     Example:
         >>> async with client.session(keep="2GiB") as session:
@@ -110,6 +111,7 @@ class AsyncSession(SessionBase):
         self._engine, answer = await self._client_engine.retry(attempts, attempt)
         self.opened(answer)
         self._renewal = AsyncRepeater(self.lease_s / 3, _renewal_of(self))
+        close_at_exit(self)
         if self.restored:
             try:
                 self.take_tensors(await self.describe())
@@ -117,10 +119,15 @@ class AsyncSession(SessionBase):
                 await self.close()
                 raise
 
-    async def close(self) -> None:
+    async def close(self, *, timeout_s: float | None = None) -> None:
         """Close the session and free its memory.
 
         Closing it again does nothing, nor does closing it in the child of a fork.
+        Closing the client closes its sessions.
+
+        Args:
+            timeout_s: Seconds for the server to answer, after which the lease ends the
+                session; None: 10.
         """
         if self.is_inherited:
             return
@@ -132,7 +139,8 @@ class AsyncSession(SessionBase):
         self._ended = True
         request = pb2.CloseSessionRequest(session=self.token)
         try:
-            await self._engine.session_call("CloseSession", request, _CLOSE_S)
+            left_s = _CLOSE_S if timeout_s is None else timeout_s
+            await self._engine.session_call("CloseSession", request, left_s)
         except GradwireError:
             # The lease ends it then.
             return

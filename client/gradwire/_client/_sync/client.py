@@ -32,7 +32,7 @@ from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1 import session_service_pb2
 
 
-class Client(ClientBase[SyncEngine]):
+class Client(ClientBase[SyncEngine, Session]):
     """A client for programs that block.
 
     Making a client does no I/O. Entering it as a context manager asks the server
@@ -79,8 +79,16 @@ class Client(ClientBase[SyncEngine]):
         self.close()
 
     def close(self) -> None:
-        """Close the connection and cancel running calls."""
-        self._engine.close()
+        """Close the sessions and the connection, and cancel running calls.
+
+        The server frees the sessions' memory; if it does not answer within 5 seconds,
+        it does so when their leases end.
+        """
+        try:
+            for session, left_s in self._sessions_to_close():
+                session.close(timeout_s=left_s)
+        finally:
+            self._engine.close()
 
     def handshake(self) -> ServerInfo:
         """Ask the server about itself, and refuse a server that cannot be used.
@@ -193,7 +201,9 @@ class Client(ClientBase[SyncEngine]):
         """
         self._engine.require_open()
         check_names("session", options, SessionOptions)
-        return Session(self._engine, self._remember, keep, **options)
+        session = Session(self._engine, self._remember, keep, **options)
+        self._sessions.add(session)
+        return session
 
     def sessions(self, *, address: str | None = None) -> list[SessionSummary]:
         """List the open sessions of this caller's tenant, the oldest first.

@@ -45,7 +45,7 @@ from gradwire._core.kept import Keeping, Tensor
 from gradwire._core.tensor_messages import TensorReader, put_requests
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.retry import Attempts
-from gradwire._transport.sync_io import SyncRepeater, run_beside
+from gradwire._transport.sync_io import SyncRepeater, close_at_exit, run_beside
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import KeptResult
 from gradwire_protocol.matrices import RESULTS, Matrix
@@ -59,7 +59,8 @@ class Session(SessionBase):
 
     Create it with `Client.session`, and use it as a context manager. It belongs to
     one server, and to one process: the child of a fork cannot use it. Its lease is
-    renewed in the background while the program runs. Threads may share it.
+    renewed in the background while the program runs. Threads may share it. It ends with
+    its client, if it is not closed before.
 
     Example:
         >>> with client.session(keep="2GiB") as session:
@@ -112,6 +113,7 @@ class Session(SessionBase):
         self._engine, answer = self._client_engine.retry(attempts, attempt)
         self.opened(answer)
         self._renewal = SyncRepeater(self.lease_s / 3, _renewal_of(self))
+        close_at_exit(self)
         if self.restored:
             try:
                 self.take_tensors(self.describe())
@@ -119,10 +121,15 @@ class Session(SessionBase):
                 self.close()
                 raise
 
-    def close(self) -> None:
+    def close(self, *, timeout_s: float | None = None) -> None:
         """Close the session and free its memory.
 
         Closing it again does nothing, nor does closing it in the child of a fork.
+        Closing the client closes its sessions.
+
+        Args:
+            timeout_s: Seconds for the server to answer, after which the lease ends the
+                session; None: 10.
         """
         if self.is_inherited:
             return
@@ -134,7 +141,8 @@ class Session(SessionBase):
         self._ended = True
         request = pb2.CloseSessionRequest(session=self.token)
         try:
-            self._engine.session_call("CloseSession", request, _CLOSE_S)
+            left_s = _CLOSE_S if timeout_s is None else timeout_s
+            self._engine.session_call("CloseSession", request, left_s)
         except GradwireError:
             # The lease ends it then.
             return
