@@ -227,6 +227,32 @@ def test_a_state_is_what_the_file_of_the_client_is(
             assert same(array, expected[key]), key
 
 
+def test_training_goes_on_after_a_step_that_was_not_saved(tmp_path: Path) -> None:
+    x, w, dy = oracle.operands(20, 40, 30)
+    with (
+        running_server(state_dir=str(tmp_path), file_bytes=1000) as server,
+        gradwire.connect(server.address) as client,
+        client.session("1MiB", save_every=1, save_as="a") as session,
+        client.session("1MiB") as other,
+    ):
+        weights = []
+        for each in (session, other):
+            weight = each.put(w)
+            pairs = {weight: each.zeros_like(weight)}
+            for step in range(3):
+                _, context = each.forward(x, weight)
+                each.backward(context, dy, into=pairs[weight], dx=False)
+                if each is other:
+                    each.step(gradwire.SGD(), pairs)
+                    continue
+                for _ in range(step + 1):  # the same step again saves it, if it can
+                    with pytest.raises(gradwire.StateNotSavedError):
+                        each.step(gradwire.SGD(), pairs)
+            weights.append(each.get(weight))
+            assert each.step_count == 3
+        assert same(*weights)
+
+
 def test_a_session_is_saved_by_another_client(
     client: gradwire.Client, serving: ServerProcess
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import json
@@ -738,6 +739,99 @@ def test_a_dropped_session_ends_with_its_lease(serving: ServerProcess) -> None:
         assert dropped() is None
         time.sleep(2.5)
         assert not client.sessions()
+
+
+class Interrupted:
+    """Interrupts a session's calls of a method, as Ctrl-C does.
+
+    Args:
+        session: The session.
+        when: Before the request is sent, or after it was answered.
+    """
+
+    def __init__(self, session: gradwire.Session, when: str) -> None:
+        self._engine, self._call = session._engine, session._engine.session_call
+        self._when = when
+
+    def __enter__(self) -> None:
+        def call(*args: Any) -> Any:
+            if self._when == "after":
+                self._call(*args)
+            raise KeyboardInterrupt
+
+        self._engine.session_call = call  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.session_call = self._call  # type: ignore[method-assign]
+
+
+ADAM = gradwire.Adam(lr=0.1)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("then", ["goes on", "repeats it", "makes another"])
+def test_an_interrupted_step_is_made_once(
+    serving: ServerProcess, when: str, then: str
+) -> None:
+    x, w, dy = oracle.operands(50, 7, 5)
+
+    def train(session: gradwire.Session, interrupted: bool) -> Any:
+        weight = session.put(w)
+        gradient = session.zeros_like(weight)
+        for step in range(4):
+            _, context = session.forward(x + step, weight)
+            session.backward(context, dy, into=gradient, dx=False)
+            if interrupted and step == 2:
+                with Interrupted(session, when), pytest.raises(KeyboardInterrupt):
+                    session.step(ADAM, {weight: gradient})
+                if then == "goes on":
+                    continue
+                if then == "makes another":
+                    session.step(gradwire.SGD(), {weight: gradient})
+                    session.step(ADAM, {weight: gradient})
+                    assert session.step_count == 5
+                    break
+            result = session.step(ADAM, {weight: gradient})
+            assert result.step == step + 1 == session.step_count
+            if then == "makes another" and step == 2:
+                break
+        return session.get(weight)
+
+    with (
+        gradwire.connect(serving.address, transport="tcp") as client,
+        client.session("1MiB") as one,
+        client.session("1MiB") as other,
+    ):
+        assert same(train(one, interrupted=True), train(other, interrupted=False))
+
+
+async def test_a_step_that_is_cancelled_anywhere_is_made_once(
+    serving: ServerProcess,
+) -> None:
+    x, w, dy = oracle.operands(50, 7, 5)
+
+    async def train(session: gradwire.AsyncSession, cancelled: bool) -> Any:
+        weight = await session.put(w)
+        gradient = await session.zeros_like(weight)
+        for step in range(30):
+            _, context = await session.forward(x + step, weight)
+            await session.backward(context, dy, into=gradient, dx=False)
+            task = asyncio.create_task(session.step(ADAM, {weight: gradient}))
+            for _ in range(step + 1 if cancelled else 0):  # ever later
+                await asyncio.sleep(0)
+            if cancelled:
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        return await session.get(weight)
+
+    async with (
+        gradwire.AsyncClient(serving.address) as client,
+        client.session("1MiB") as one,
+        client.session("1MiB") as other,
+    ):
+        assert same(await train(one, True), await train(other, False))
+        assert one.step_count == 30
 
 
 def test_a_session_ends_with_its_client(serving: ServerProcess) -> None:

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypedDict
 
 import numpy as np
+from grpc import StatusCode
 
 from gradwire._api.errors import (
     CallError,
     ClientStateError,
     InputError,
+    StateNotSavedError,
     StepConflictError,
 )
 from gradwire._api.optimizers import SGD, Adam, AdamW, Optimizer
@@ -67,6 +69,15 @@ class _Part:
 
     of: _Round
     contribution: Contribution
+
+
+@dataclass(frozen=True, slots=True)
+class _UnsettledStep:
+    """A step that was requested, and that the client has not counted."""
+
+    request: pb2.StepRequest
+    made: bool
+    """Whether it was made for certain, but not saved."""
 
 
 @dataclass(slots=True, eq=False)
@@ -134,6 +145,7 @@ class SessionBase:
         self._lock = threading.Lock()
         self._rounds: dict[int, _Round] = {}
         """The contributions to each gradient since the last step."""
+        self._unsettled: _UnsettledStep | None = None
         self._ended = False
         self._process = 0
         """The process that has opened the session."""
@@ -427,13 +439,54 @@ class SessionBase:
         return request
 
     def step_made(self, response: pb2.StepResponse) -> StepResult:
-        """Count a step: the parts of all gradients begin anew."""
+        """Count a step."""
+        self._count_step(response.step)
+        return StepResult(response.step, response.total_norm, response.skipped)
+
+    def step_failed(self, request: pb2.StepRequest, error: BaseException) -> None:
+        """Remember a step that may have been made, and forget one that was not."""
+        refused = isinstance(error, CallError) and is_refusal(error)
+        unsettled = _UnsettledStep(request, isinstance(error, StateNotSavedError))
         with self._lock:
-            self.step_count = response.step
+            if request.step > self.step_count:
+                self._unsettled = None if refused else unsettled
+
+    def repeats_unsettled(self, request: pb2.StepRequest) -> bool:
+        """Return whether a request is that of the step whose outcome is not known."""
+        unsettled = self._unsettled
+        return unsettled is not None and unsettled.request == request
+
+    def unsettled_step(self) -> pb2.StepRequest | None:
+        """Return the request of a step whose outcome is not known, or None.
+
+        A step that was made and not saved counts from now on: its caller was told, and
+        goes on without repeating it.
+        """
+        unsettled = self._unsettled
+        if unsettled is not None and unsettled.made:
+            self._count_step(unsettled.request.step)
+            return None
+        return None if unsettled is None else unsettled.request
+
+    def _count_step(self, step: int) -> None:
+        with self._lock:
+            if step <= self.step_count:
+                return  # another thread has completed it
+            self.step_count = step
+            self._unsettled = None
+            # The parts of all gradients begin anew.
             for past in self._rounds.values():
                 past.stepped = True
             self._rounds.clear()
-        return StepResult(response.step, response.total_norm, response.skipped)
+
+
+def is_refusal(error: CallError) -> bool:
+    """Whether a server has not made a step, neither now nor at an earlier attempt.
+
+    It answers a step that was made before it checks anything else.
+    """
+    refusals = (StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION)
+    return error.reason is not None and error.status in refusals
 
 
 def is_lost(error: CallError, tensor: Tensor) -> bool:

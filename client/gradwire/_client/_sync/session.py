@@ -36,6 +36,7 @@ from gradwire._client.session_base import (
     check_to_save,
     gradient_name,
     is_lost,
+    is_refusal,
     put_operand,
     result_dtypes,
     session_info_of,
@@ -174,7 +175,7 @@ class Session(SessionBase):
             SessionFullError: The session's `keep` is too small.
             GradwireError: The call failed.
         """
-        self.require_open()
+        self._settle()
         elements, shape = put_operand(array, "array")
         replaced = None if replace is None else self.own(replace, "replace")
         tensor, header = self.new_tensor(
@@ -202,7 +203,7 @@ class Session(SessionBase):
         Returns:
             A handle of the gradient; of a transposed weight, a transposed one.
         """
-        self.require_open()
+        self._settle()
         like = self.own(weight, "weight")
         kind = Dtype.named(like.dtype)
         if dtype is not None:
@@ -216,7 +217,7 @@ class Session(SessionBase):
 
     def clear(self, gradient: Tensor) -> None:
         """Forget a gradient's contributions."""
-        self.require_open()
+        self._settle()
         own = self.own(gradient, "gradient")
         _, header = self.new_tensor(
             own.kept_shape,
@@ -239,7 +240,7 @@ class Session(SessionBase):
         Returns:
             An array of the tensor's shape.
         """
-        self.require_open()
+        self._settle()
         own = self.own(tensor, "tensor")
         elements = self._elements(own.number, check_name(state, "state"))
         return elements.T if own.transposed else elements
@@ -258,6 +259,7 @@ class Session(SessionBase):
             StepConflictError: A step was made meanwhile.
             OSError: The file cannot be written.
         """
+        self._settle()
         info = self.describe()
         saved: dict[str, SavedTensor] = {}
         for tensor in info.tensors:
@@ -293,6 +295,7 @@ class Session(SessionBase):
             OSError: The file cannot be read.
         """
         saved = run_beside(lambda: session_files.read(path))
+        self._settle()
         info = self.describe()
         numbers = {
             each.name: each.number for each in info.tensors if each.role == "weight"
@@ -335,7 +338,7 @@ class Session(SessionBase):
             UnsupportedError: The server has no directory for states.
             GradwireError: The call failed.
         """
-        self.require_open()
+        self._settle()
         request = pb2.SaveSessionRequest(
             session=self.token, name=check_state(name, "name")
         )
@@ -344,7 +347,7 @@ class Session(SessionBase):
 
     def drop(self, *tensors: Tensor | Context) -> None:
         """Drop tensors, or what contexts keep, and free their memory."""
-        self.require_open()
+        self._settle()
         numbers = [
             self.own(each.x if isinstance(each, Context) else each, "tensor").number
             for each in tensors
@@ -391,7 +394,7 @@ class Session(SessionBase):
         """
         check_names("forward", options, SessionJobOptions)
         require_no_graph((("x", x),))
-        self.require_open()
+        self._settle()
         own = self.own(w, "w")
         # With W transposed, the product is that of dX = dY W^T.
         rows, result = Matrix.X, Matrix.Y
@@ -454,7 +457,7 @@ class Session(SessionBase):
             GradwireError: The job failed.
         """
         check_names("backward", options, SessionJobOptions)
-        self.require_open()
+        self._settle()
         if not isinstance(context, Context):
             raise InputError(
                 f"context is a {type(context).__qualname__}: expected the context that"
@@ -539,8 +542,10 @@ class Session(SessionBase):
     ) -> StepResult:
         """Update weights from their gradients, all of them or none.
 
-        A step that failed can be repeated with the same arguments: it is made once.
-        Gradients that it does not name keep their contributions.
+        A step that was interrupted, or whose answer was lost, may have been made. It
+        can be repeated with the same arguments; otherwise the next call that uses
+        tensors of the session completes it. In both cases it is made once. Gradients
+        that it does not name keep their contributions.
 
         Args:
             optimizer: `SGD`, `Adam` or `AdamW`.
@@ -566,16 +571,42 @@ class Session(SessionBase):
             GradwireError: The call failed.
         """
         self.require_open()
-        request = self.step_request(
-            [(optimizer, gradients), *more],
-            max_norm=max_norm,
-            local_sum_of_squares=local_sum_of_squares,
-            inverse_scale=inverse_scale,
-            skip_nonfinite=skip_nonfinite,
-            keep_gradients=keep_gradients,
-        )
-        response = self._call("Step", request)
-        return self.step_made(response)
+        groups = [(optimizer, gradients), *more]
+        options = {
+            "max_norm": max_norm,
+            "local_sum_of_squares": local_sum_of_squares,
+            "inverse_scale": inverse_scale,
+            "skip_nonfinite": skip_nonfinite,
+            "keep_gradients": keep_gradients,
+        }
+        request = self.step_request(groups, **options)
+        if not self.repeats_unsettled(request):
+            self._settle()
+            request = self.step_request(groups, **options)
+        return self._make_step(request)
+
+    def _settle(self) -> None:
+        """Complete a step whose outcome is not known, if there is one.
+
+        Raises:
+            ClientStateError: The session is not open.
+            GradwireError: The server did not answer.
+        """
+        self.require_open()
+        if (request := self.unsettled_step()) is not None:
+            try:
+                self._make_step(request)
+            except CallError as error:
+                if not is_refusal(error):
+                    raise
+                # It was not made, and never will be.
+
+    def _make_step(self, request: pb2.StepRequest) -> StepResult:
+        try:
+            return self.step_made(self._call("Step", request))
+        except BaseException as error:
+            self.step_failed(request, error)
+            raise
 
     def _renew(self) -> bool:
         """Renew the lease; return whether to go on."""
