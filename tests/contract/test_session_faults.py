@@ -541,6 +541,11 @@ def test_a_session_of_another_tenant_is_answered_like_none(tmp_path) -> None:
                 )
 
             assert told(refusal(foreign.renew)) == told(refusal(unknown.renew))
+            key = b"k" * 16
+            own, others = (
+                RawSessions(channels[name]).open(idempotency_key=key) for name in tokens
+            )
+            assert own.token != others.token
             assert session.get(W).tobytes() == PROBLEM.w.tobytes()
             time.sleep(2.0)
             assert refusal(session.renew).reason == "SESSION_EXPIRED"

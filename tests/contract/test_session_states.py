@@ -360,6 +360,23 @@ def test_a_name_is_no_path(sessions: RawSessions, directory: Path, name: str) ->
     session.close()
 
 
+def test_requests_that_are_repeated_at_once_restore_one_session(
+    sessions: RawSessions,
+) -> None:
+    session = begun(sessions)
+    save(session, "once")
+    session.close()
+    with ThreadPoolExecutor(8) as threads:
+
+        def restore(_: int) -> str:
+            return opened(sessions, "once", idempotency_key=b"k" * 64)[0].token
+
+        (token,) = set(threads.map(restore, range(8)))
+    restored = RawSessions(sessions.channel, token)
+    assert restored.get(W).tobytes() == PROBLEM.w.tobytes()
+    restored.close()
+
+
 def test_a_wrong_request_opens_no_session(sessions: RawSessions) -> None:
     def listed() -> list[str]:
         found = sessions.call("ListSessions", pb2.ListSessionsRequest())

@@ -261,6 +261,13 @@ def test_a_kept_operand_is_used_once_more_and_dropped(own) -> None:
             "nan",
         ),
         (
+            {"idempotency_key": b"short"},
+            INVALID,
+            "OPTION_INVALID",
+            "idempotency_key",
+            "5 bytes",
+        ),
+        (
             {"required_features": ["sessions", "of-the-future"]},
             StatusCode.UNIMPLEMENTED,
             "FEATURE_UNKNOWN",
@@ -273,6 +280,31 @@ def test_a_wrong_request_for_a_session(channel, fields, status, reason, field, s
     with pytest.raises(CallError) as raised:
         RawSessions(channel).open(**({"keep_bytes": 1000} | fields))
     assert_refused(raised.value, status, reason, field, says)
+
+
+KEY = b"16 random bytes."
+
+
+def test_a_repeated_request_opens_one_session(channel) -> None:
+    sessions = RawSessions(channel)
+    first = sessions.open(1000, idempotency_key=KEY)
+    first.put(1, np.ones(3, np.float32))
+    again = sessions.open(1000, idempotency_key=KEY)
+    assert (again.token, again.used_bytes) == (first.token, 12)
+    with pytest.raises(CallError) as raised:
+        sessions.open(1001, idempotency_key=KEY)
+    assert_refused(raised.value, INVALID, "OPTION_INVALID", "idempotency_key", "new")
+    others = [
+        sessions.open(1000, idempotency_key=b"another" + KEY),
+        sessions.open(1000),
+        sessions.open(1000),
+    ]
+    first.close()
+    others.append(sessions.open(1001, idempotency_key=KEY))
+    assert len({first.token, *(each.token for each in others)}) == 5
+    assert not others[-1].used_bytes
+    for each in others:
+        each.close()
 
 
 def test_an_infinite_lease_is_shortened(channel) -> None:

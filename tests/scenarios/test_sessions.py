@@ -325,6 +325,20 @@ def test_a_cut_connection_counts_a_contribution_once(
                 assert same(dw, expected.dw), fault
 
 
+def test_a_session_whose_answer_is_lost_is_opened_once(serving: ServerProcess) -> None:
+    patient = gradwire.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
+    with (
+        Proxy(serving.address) as proxy,
+        gradwire.connect(proxy.address, transport="tcp", retries=patient) as client,
+    ):
+        for faults, cut in enumerate((1, 40, 80), 1):
+            proxy.arm(Fault("responses", cut_after_bytes=cut))
+            with client.session("1MiB"):
+                assert proxy.faults == faults
+                assert len(client.sessions()) == 1
+            assert not client.sessions()
+
+
 def test_a_cut_step_is_made_once(serving: ServerProcess) -> None:
     x, w, dy = oracle.operands(30, 20, 10)
     patient = gradwire.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)

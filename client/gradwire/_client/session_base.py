@@ -8,6 +8,7 @@ import math
 import operator
 import os
 import re
+import secrets
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -196,7 +197,7 @@ class SessionBase:
         self.step_count = answer.step
 
     def open_request(self) -> pb2.OpenSessionRequest:
-        """Return the request that opens the session."""
+        """Return the request that opens the session, to be repeated as it is."""
         features = [SESSIONS]
         if self.restored or self.save_as:
             features.append(SESSION_STATE)
@@ -208,6 +209,7 @@ class SessionBase:
             restore=self.restored,
             save_every_steps=self.save_every,
             save_name=self.save_as,
+            idempotency_key=secrets.token_bytes(16),
         )
 
     def take_tensors(self, info: SessionInfo) -> None:

@@ -21,7 +21,7 @@ TENSOR_ROLE_GRADIENT: TensorRole
 TENSOR_ROLE_ACTIVATION: TensorRole
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("label", "lease_seconds", "keep_bytes", "required_features", "restore", "save_every_steps", "save_name")
+    __slots__ = ("label", "lease_seconds", "keep_bytes", "required_features", "restore", "save_every_steps", "save_name", "idempotency_key")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     KEEP_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class OpenSessionRequest(_message.Message):
     RESTORE_FIELD_NUMBER: _ClassVar[int]
     SAVE_EVERY_STEPS_FIELD_NUMBER: _ClassVar[int]
     SAVE_NAME_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     label: str
     lease_seconds: float
     keep_bytes: int
@@ -36,7 +37,8 @@ class OpenSessionRequest(_message.Message):
     restore: str
     save_every_steps: int
     save_name: str
-    def __init__(self, label: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., keep_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., restore: _Optional[str] = ..., save_every_steps: _Optional[int] = ..., save_name: _Optional[str] = ...) -> None: ...
+    idempotency_key: bytes
+    def __init__(self, label: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., keep_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., restore: _Optional[str] = ..., save_every_steps: _Optional[int] = ..., save_name: _Optional[str] = ..., idempotency_key: _Optional[bytes] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
     __slots__ = ("session", "server_instance", "device", "lease_seconds", "id", "step")

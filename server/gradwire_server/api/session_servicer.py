@@ -166,6 +166,24 @@ class SessionServicer:
             request.required_features, self._service.features, "required_features"
         )
         states = self._states_for(request)
+        async with self._sessions.opening(request, call.tenant) as existing:
+            session = existing or await self._opened(call, request, states)
+        return pb2.OpenSessionResponse(
+            session=session.token,
+            server_instance=self._service.instance,
+            device=self._device(session),
+            lease_seconds=session.lease_s,
+            id=session.id,
+            step=session.step,
+        )
+
+    async def _opened(
+        self,
+        call: CallState,
+        request: pb2.OpenSessionRequest,
+        states: SavedStates | None,
+    ) -> Session:
+        """Return a new session, with the tensors of a saved state if it needs one."""
         saved = None
         if states is not None and request.restore:
             saved = await states.open(call.tenant, request.restore, request.keep_bytes)
@@ -186,14 +204,7 @@ class SessionServicer:
         finally:
             if saved is not None:
                 saved.close()
-        return pb2.OpenSessionResponse(
-            session=session.token,
-            server_instance=self._service.instance,
-            device=self._device(session),
-            lease_seconds=session.lease_s,
-            id=session.id,
-            step=session.step,
-        )
+        return session
 
     async def _renew(
         self, call: CallState, request: pb2.RenewSessionRequest

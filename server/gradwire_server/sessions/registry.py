@@ -40,6 +40,9 @@ DEFAULT_LEASE_S = 600.0
 MIN_LEASE_S = 1.0
 """Shortest lease: the client renews it three times meanwhile."""
 
+_KEY_BYTES = range(16, 65)
+"""Lengths of a key that identifies a request."""
+
 _MAX_EXPIRED = 1024
 """Expired sessions that are remembered, to tell their clients why they are gone."""
 
@@ -82,6 +85,9 @@ class Sessions:
         # with one that nobody has, in the same time.
         self._open: dict[_Key, Session] = {}
         self._expired: OrderedDict[_Key, _Expired] = OrderedDict()
+        self._by_key: dict[tuple[str, bytes], Session] = {}
+        """The sessions that can be asked for again, by tenant and key."""
+        self._opening: dict[tuple[str, bytes], asyncio.Event] = {}
         self._counts: Counter[str] = Counter()
         self._kept_bytes = 0
         self._expired_count = 0
@@ -132,8 +138,11 @@ class Sessions:
             )
         )
         size_bytes = request.keep_bytes
+        key = (tenant, request.idempotency_key)
 
         def free() -> None:
+            if self._by_key.get(key) is session:
+                del self._by_key[key]
             self._counts[tenant] -= 1
             self._counts += Counter()  # forgets tenants that have none
             self._kept_bytes -= size_bytes
@@ -145,8 +154,59 @@ class Sessions:
             tenant, label, size_bytes, lease_s, device=device, on_free=free
         )
         self._open[_key(session)] = session
+        if request.idempotency_key:
+            session.request = request.SerializeToString(deterministic=True)
+            self._by_key[key] = session
         self._expire_later(session)
         return session
+
+    @asynccontextmanager
+    async def opening(
+        self, request: pb2.OpenSessionRequest, tenant: str
+    ) -> AsyncIterator[Session | None]:
+        """Open a session within this context, one after the other for each key.
+
+        Yields:
+            The session that an equal request has opened before, or None.
+
+        Raises:
+            JobError: The key is invalid, or was used for another request.
+        """
+        key = (tenant, request.idempotency_key)
+        if not key[1]:
+            yield None
+            return
+        if len(key[1]) not in _KEY_BYTES:
+            raise JobError(
+                Reason.OPTION_INVALID,
+                f"idempotency_key has {len(key[1])} bytes: expected "
+                f"{_KEY_BYTES[0]} to {_KEY_BYTES[-1]} random ones, or none",
+                field="idempotency_key",
+            )
+        while (earlier := self._opening.get(key)) is not None:
+            await earlier.wait()
+        ended = self._opening[key] = asyncio.Event()
+        try:
+            yield self._opened_before(request, key)
+        finally:
+            del self._opening[key]
+            ended.set()
+
+    def _opened_before(
+        self, request: pb2.OpenSessionRequest, key: tuple[str, bytes]
+    ) -> Session | None:
+        session = self._by_key.get(key)
+        if session is None or session.ended is not None:
+            return None
+        if session.request != request.SerializeToString(deterministic=True):
+            raise JobError(
+                Reason.OPTION_INVALID,
+                "idempotency_key is that of a session that another request has opened: "
+                "choose a new one",
+                field="idempotency_key",
+            )
+        with session.used():  # renews its lease
+            return session
 
     def least_used_device(self, count: int) -> int:
         """Return the device, below `count`, with the fewest sessions."""

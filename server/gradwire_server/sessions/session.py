@@ -52,6 +52,7 @@ class Session:
         save_every: Save its state after every so many steps; 0: never.
         save_name: Name of that state.
         saved_step: Step of the state that is saved under `save_name`.
+        request: The request that has opened it, if that can be repeated.
         ended: Why calls are refused; None while it is open.
         expiry: The next look at its lease.
     """
@@ -80,6 +81,7 @@ class Session:
         self.save_every = 0
         self.save_name = ""
         self.saved_step: int | None = None
+        self.request = b""
         self.ended: JobError | None = None
         self.expiry: asyncio.TimerHandle | None = None
         self.freed = asyncio.Event()

@@ -100,12 +100,13 @@ class AsyncSession(SessionBase):
             GradwireError: The server refused, or has no sessions.
         """
         self.require_new()
+        request = self.open_request()
         attempts = Attempts(self._client_engine.retries, self._timeout_s)
 
         async def attempt() -> tuple[AsyncEngine, pb2.OpenSessionResponse]:
             with await self._client_engine.lease(attempts) as lease:
                 answer = await lease.engine.session_call(
-                    "OpenSession", self.open_request(), attempts.left_s
+                    "OpenSession", request, attempts.left_s
                 )
                 return lease.engine, answer
 

@@ -102,12 +102,13 @@ class Session(SessionBase):
             GradwireError: The server refused, or has no sessions.
         """
         self.require_new()
+        request = self.open_request()
         attempts = Attempts(self._client_engine.retries, self._timeout_s)
 
         def attempt() -> tuple[SyncEngine, pb2.OpenSessionResponse]:
             with self._client_engine.lease(attempts) as lease:
                 answer = lease.engine.session_call(
-                    "OpenSession", self.open_request(), attempts.left_s
+                    "OpenSession", request, attempts.left_s
                 )
                 return lease.engine, answer
 
