@@ -197,11 +197,62 @@ def test_a_tensor_whose_connection_is_cut_is_there_or_not(
             assert session.get(9).tobytes() == array.tobytes()
 
 
+def test_a_repeated_put_needs_no_memory_for_a_second_tensor(server, channel) -> None:
+    array = np.arange(1000, dtype=np.float32)
+    session = RawSessions(channel).open(array.nbytes)
+    key = b"k" * 16
+    first = header(array, session=session.token, tensor=9, idempotency_key=key)
+    goes_on = threading.Event()
+
+    def half() -> Iterator[Any]:
+        yield pb2.PutTensorRequest(header=first)
+        yield pb2.PutTensorRequest(chunk=pb2.TensorChunk(index=0, data=bytes(400)))
+        goes_on.wait(20)
+
+    with grpc.insecure_channel(server.address, OWN) as own, ThreadPoolExecutor() as do:
+        attempt = do.submit(
+            lambda: refusal(lambda: session.over(own).put_messages(half()))
+        )
+        wait_until(lambda: session.used_bytes == array.nbytes)
+        assert refusal(lambda: session.put(9, array)).reason == "SESSION_FULL"
+        assert session.put(9, array, idempotency_key=key) == array.nbytes
+        failure = attempt.result(20)
+        assert failure.reason == "JOB_CANCELLED"
+        goes_on.set()
+    # Now it is there, and no elements are needed.
+    assert session.put(9, array, idempotency_key=key) == array.nbytes
+    only = session.put_messages([pb2.PutTensorRequest(header=first)])
+    assert only.used_bytes == array.nbytes
+    assert session.get(9).tobytes() == array.tobytes()
+    for key in (b"", b"l" * 16):
+        another = refusal(lambda key=key: session.put(9, array, idempotency_key=key))
+        assert another.reason == "SESSION_FULL"
+    session.drop(9)
+    missing = refusal(
+        lambda: session.put_messages([pb2.PutTensorRequest(header=first)])
+    )
+    assert missing.reason == "PAYLOAD_MISSING"
+    session.close()
+
+
+def test_a_gradient_that_is_put_again_keeps_its_contributions(channel) -> None:
+    session = RawSessions(channel).open()
+    session.put(W, PROBLEM.w)
+    fields = {"idempotency_key": b"k" * 16}
+    session.zeros(G, PROBLEM.w.shape, **fields)
+    session.compute(PROBLEM, dw=into(G, 0))
+    session.zeros(G, PROBLEM.w.shape, **fields)
+    np.testing.assert_array_equal(session.get(G), DW)
+    session.zeros(G, PROBLEM.w.shape, idempotency_key=b"another" * 3)
+    assert not session.get(G).any()
+    session.close()
+
+
 # Memory that is given back.
 
 
 def test_a_cancelled_put_gives_its_memory_back(server, channel, session) -> None:
-    before = session.describe()
+    before, logged = session.describe(), len(server.records)
     method = channel.stream_unary(f"/{SESSION_SERVICE}/PutTensor")
     array = np.zeros(1000, np.float32)
     for number in (W, 9):
@@ -227,7 +278,7 @@ def test_a_cancelled_put_gives_its_memory_back(server, channel, session) -> None
         wait_until(lambda: session.describe() == before)
     puts = [
         record["reason"]
-        for record in server.records
+        for record in server.records[logged:]
         if record.get("method") == "PutTensor" and "reason" in record
     ]
     assert set(puts) == {"JOB_CANCELLED"}

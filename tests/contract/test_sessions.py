@@ -620,6 +620,13 @@ PUT_HEADERS = [
         str(4 * 2**20),
         str(MIB),
     ),
+    (
+        {"idempotency_key": b"k" * 65},
+        INVALID,
+        "OPTION_INVALID",
+        "header.idempotency_key",
+        "65 bytes",
+    ),
     ({"state": "velocity"}, INVALID, "OPTION_INVALID", "header.state", "exp_avg"),
     ({"state": "exp_avg"}, FAILED, "TENSOR_UNKNOWN", "header.tensor", "is 9"),
     (

@@ -339,6 +339,42 @@ def test_a_session_whose_answer_is_lost_is_opened_once(serving: ServerProcess) -
             assert not client.sessions()
 
 
+def test_a_put_whose_answer_is_lost_fits_a_full_session(serving: ServerProcess) -> None:
+    w = np.arange(2_000_000, dtype=np.float32)  # answered while it is sent again
+    patient = gradwire.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
+    faults = [
+        Fault("requests", cut_after_bytes=5_000_000),
+        *(Fault("responses", cut_after_bytes=at) for at in (1, 40, 80)),
+    ]
+    options: Any = {"transport": "tcp", "retries": patient, "timeout_s": 60}
+
+    async def put(proxy: Proxy) -> None:
+        async with (
+            gradwire.AsyncClient(proxy.address, **options) as client,
+            client.session(w.nbytes) as session,
+        ):
+            for fault in faults:
+                proxy.arm(fault)
+                weight = await session.put(w)
+                assert same(await session.get(weight), w)
+                await session.drop(weight)
+            with pytest.raises(gradwire.SessionFullError):  # at the first message
+                await session.put(np.append(w, w))
+
+    with Proxy(serving.address) as proxy:
+        with (
+            gradwire.connect(proxy.address, **options) as client,
+            client.session(w.nbytes) as session,
+        ):
+            for fault in faults:
+                proxy.arm(fault)
+                weight = session.put(w)
+                assert same(session.get(weight), w)
+                session.drop(weight)
+        asyncio.run(put(proxy))
+        assert proxy.faults == 2 * len(faults)
+
+
 def test_a_cut_step_is_made_once(serving: ServerProcess) -> None:
     x, w, dy = oracle.operands(30, 20, 10)
     patient = gradwire.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)

@@ -209,7 +209,7 @@ class SessionBase:
             restore=self.restored,
             save_every_steps=self.save_every,
             save_name=self.save_as,
-            idempotency_key=secrets.token_bytes(16),
+            idempotency_key=_new_key(),
         )
 
     def take_tensors(self, info: SessionInfo) -> None:
@@ -301,6 +301,7 @@ class SessionBase:
             role=role,  # type: ignore[arg-type]
             compute_dtype=compute.proto_name if compute else None,
             zeros=zeros,
+            idempotency_key=_new_key(),
         )
         return tensor, header
 
@@ -324,6 +325,7 @@ class SessionBase:
             role=pb2.TENSOR_ROLE_WEIGHT,
             state=state,
             updates=updates,
+            idempotency_key=_new_key(),
         )
 
     def own(self, value: object, name: str) -> Tensor:
@@ -489,6 +491,11 @@ def is_refusal(error: CallError) -> bool:
     """
     refusals = (StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION)
     return error.reason is not None and error.status in refusals
+
+
+def _new_key() -> bytes:
+    """Return what identifies a request when it is repeated."""
+    return secrets.token_bytes(16)
 
 
 def is_lost(error: CallError, tensor: Tensor) -> bool:

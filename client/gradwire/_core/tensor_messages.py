@@ -26,7 +26,7 @@ def put_requests(
 
     Args:
         header: Its header.
-        elements: Its elements; None if they are all 0.
+        elements: Its elements; None if they are all 0, or perhaps not needed.
     """
     yield PutTensorRequest(header=header)
     if elements is None:

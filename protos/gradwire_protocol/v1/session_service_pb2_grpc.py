@@ -141,7 +141,7 @@ class SessionServiceServicer(object):
         """Creates a tensor, or replaces it when the last element has arrived, without the
         states and contributions that it had. Until then, both count in the session's
         memory. The client sends TensorHeader, then TensorChunks, and half-closes. A call
-        that fails changes nothing.
+        that fails changes nothing. TensorHeader.idempotency_key makes it repeatable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

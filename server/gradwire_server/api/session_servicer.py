@@ -101,41 +101,45 @@ class SessionServicer:
                 raise _unexpected(first, "a header first")
             header = first.header
             memory = self._service.admission.call(MAX_MESSAGE_BYTES, call.tenant)
-            with (
-                memory,
-                self._sessions.used(
-                    header.session, call.tenant, "header.session"
-                ) as session,
-                IncomingTensor(session, header) as tensor,
-            ):
-                async for request in stream.requests(
-                    pb2.PutTensorRequest, "the next chunk, or the half-close"
-                ):
-                    if request.WhichOneof("message") != "chunk":
-                        raise _unexpected(request, "a chunk")
-                    tensor.take(request.chunk)
-                    call.progress.bytes_received += len(request.chunk.data)
-                    if request.chunk.data:
-                        stream.progressed()
-                if not tensor.is_complete:
-                    await stream.await_cancellation()
-                worker = self._service.workers[session.device].of(call.tenant)
-                try:
-                    for piece in tensor.finish():
-                        await worker.submit(tensor, piece)
-                finally:
-                    await worker.discard(tensor)
-                # The elements of a state may be on their way to a client.
-                turns = session.turns
-                turn = turns.alone() if header.state else turns.shared()
-                async with turn:
+            used = self._sessions.used(header.session, call.tenant, "header.session")
+            with memory, used as session:
+                async with session.puts.one(header) as made:
                     session.require_open()
-                    tensor.keep()
+                    if made:
+                        async for _ in _chunks(stream, call):
+                            pass  # gRPC's clients may miss an answer before the end
+                    else:
+                        await self._put(call, stream, session, header)
                 return pb2.PutTensorResponse(
                     used_bytes=session.used_bytes
                 ).SerializeToString()
 
         return await call_scope(self._service, "PutTensor", context, serve)
+
+    async def _put(
+        self,
+        call: CallState,
+        stream: CallStream,
+        session: Session,
+        header: pb2.TensorHeader,
+    ) -> None:
+        """Receive a tensor's elements, and keep it."""
+        with IncomingTensor(session, header) as tensor:
+            async for chunk in _chunks(stream, call):
+                tensor.take(chunk)
+            if not tensor.is_complete:
+                await stream.await_cancellation()
+            worker = self._service.workers[session.device].of(call.tenant)
+            try:
+                for piece in tensor.finish():
+                    await worker.submit(tensor, piece)
+            finally:
+                await worker.discard(tensor)
+            # The elements of a state may be on their way to a client.
+            turns = session.turns
+            async with turns.alone() if header.state else turns.shared():
+                session.require_open()
+                tensor.keep()
 
     async def get_tensor(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Serve GetTensor: the elements of a tensor."""
@@ -317,6 +321,21 @@ class SessionServicer:
             service.backend.devices[session.device],
             service.settings.device_memory_limit,
         )
+
+
+async def _chunks(
+    stream: CallStream, call: CallState
+) -> AsyncIterator[pb2.TensorChunk]:
+    """Yield a tensor's chunks, up to the half-close."""
+    async for request in stream.requests(
+        pb2.PutTensorRequest, "the next chunk, or the half-close"
+    ):
+        if request.WhichOneof("message") != "chunk":
+            raise _unexpected(request, "a chunk")
+        yield request.chunk
+        call.progress.bytes_received += len(request.chunk.data)
+        if request.chunk.data:  # chunks without elements are no progress
+            stream.progressed()
 
 
 def _no_states(field: str | None) -> JobError:

@@ -176,13 +176,7 @@ class Sessions:
         if not key[1]:
             yield None
             return
-        if len(key[1]) not in _KEY_BYTES:
-            raise JobError(
-                Reason.OPTION_INVALID,
-                f"idempotency_key has {len(key[1])} bytes: expected "
-                f"{_KEY_BYTES[0]} to {_KEY_BYTES[-1]} random ones, or none",
-                field="idempotency_key",
-            )
+        check_key(key[1], "idempotency_key")
         while (earlier := self._opening.get(key)) is not None:
             await earlier.wait()
         ended = self._opening[key] = asyncio.Event()
@@ -417,6 +411,21 @@ class Sessions:
             "server or before this one was started",
             field="session",
             metadata={"server_instance": self._instance},
+        )
+
+
+def check_key(key: bytes, path: str) -> None:
+    """Check a key that identifies a request.
+
+    Raises:
+        JobError: It is too short to be random, or too long.
+    """
+    if key and len(key) not in _KEY_BYTES:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            f"{path} has {len(key)} bytes: expected {_KEY_BYTES[0]} to "
+            f"{_KEY_BYTES[-1]} random ones, or none",
+            field=path,
         )
 
 

@@ -13,6 +13,7 @@ from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.backends.base import Array, empty_aligned
 from gradwire_server.errors import JobError
+from gradwire_server.sessions.puts import Puts
 from gradwire_server.sessions.tensors import KeptTensor
 from gradwire_server.sessions.turns import Turns
 
@@ -48,6 +49,7 @@ class Session:
         turns: The order of its jobs and steps.
         step: Steps so far.
         tensors: Its tensors, by number.
+        puts: The calls that put them.
         last_step: The last step of this server; None before the first.
         save_every: Save its state after every so many steps; 0: never.
         save_name: Name of that state.
@@ -77,6 +79,7 @@ class Session:
         self.turns = Turns()
         self.step = 0
         self.tensors: dict[int, KeptTensor] = {}
+        self.puts = Puts()
         self.last_step: LastStep | None = None
         self.save_every = 0
         self.save_name = ""
@@ -217,6 +220,7 @@ class Session:
     def drop(self, number: int) -> None:
         """Drop a tensor, if there is one of that number."""
         self._take_spare(number)
+        self.puts.forget(number)
         tensor = self.tensors.pop(number, None)
         if tensor is not None:
             tensor.dropped = True

@@ -24,7 +24,7 @@ from gradwire_protocol.v1 import matrix_pb2
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.backends.base import Array
 from gradwire_server.errors import JobError
-from gradwire_server.sessions.registry import is_printable
+from gradwire_server.sessions.registry import check_key, is_printable
 from gradwire_server.sessions.session import Session
 from gradwire_server.sessions.tensors import Gradient, KeptTensor
 
@@ -177,6 +177,7 @@ class IncomingTensor:
             tensor.updates = header.updates
         else:
             session.keep(self._tensor())
+        session.puts.made(header)
 
     def _tensor(self) -> KeptTensor:
         header, gradient = self._header, None
@@ -268,6 +269,7 @@ def _check(header: pb2.TensorHeader) -> Dtype:
             field="header.name",
         )
     _check_checksum(header.checksum, "header.checksum")
+    check_key(header.idempotency_key, "header.idempotency_key")
     allowed = _COPIES if dtype is Dtype.FLOAT32 and not header.state else _COPIES[:1]
     if header.compute_dtype not in allowed:
         raise JobError(

@@ -46,6 +46,7 @@ from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.retry import Attempts
 from gradwire._transport.async_io import AsyncRepeater, close_at_exit, run_beside
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import KeptResult
 from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1 import session_service_pb2 as pb2
@@ -627,10 +628,28 @@ class AsyncSession(SessionBase):
         return await self._retried(attempt)
 
     async def _put(self, header: Any, elements: Any) -> None:
+        may_be_there = False
+
         async def attempt(left_s: float | None) -> None:
+            nonlocal may_be_there
+            # The answer alone may have been lost. Without elements, that is found out
+            # at once.
+            if may_be_there and await self._is_there(header, left_s):
+                return
+            may_be_there = elements is not None
             await self._engine.put_tensor(put_requests(header, elements), left_s)
 
         await self._retried(attempt)
+
+    async def _is_there(self, header: Any, timeout_s: float | None) -> bool:
+        """Return whether a tensor was put with this header."""
+        try:
+            await self._engine.put_tensor(put_requests(header, None), timeout_s)
+        except CallError as error:
+            if error.reason is not Reason.PAYLOAD_MISSING:
+                raise
+            return False
+        return True
 
     async def _put_state(
         self, weight: Tensor, state: str, values: Any, updates: int

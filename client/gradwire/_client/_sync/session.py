@@ -48,6 +48,7 @@ from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.retry import Attempts
 from gradwire._transport.sync_io import SyncRepeater, close_at_exit, run_beside
 from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import KeptResult
 from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1 import session_service_pb2 as pb2
@@ -629,10 +630,28 @@ class Session(SessionBase):
         return self._retried(attempt)
 
     def _put(self, header: Any, elements: Any) -> None:
+        may_be_there = False
+
         def attempt(left_s: float | None) -> None:
+            nonlocal may_be_there
+            # The answer alone may have been lost. Without elements, that is found out
+            # at once.
+            if may_be_there and self._is_there(header, left_s):
+                return
+            may_be_there = elements is not None
             self._engine.put_tensor(put_requests(header, elements), left_s)
 
         self._retried(attempt)
+
+    def _is_there(self, header: Any, timeout_s: float | None) -> bool:
+        """Return whether a tensor was put with this header."""
+        try:
+            self._engine.put_tensor(put_requests(header, None), timeout_s)
+        except CallError as error:
+            if error.reason is not Reason.PAYLOAD_MISSING:
+                raise
+            return False
+        return True
 
     def _put_state(self, weight: Tensor, state: str, values: Any, updates: int) -> None:
         """Put an optimizer state of a weight, and the number of its updates."""

@@ -227,19 +227,17 @@ class AsyncConnection:
         rpc = self.methods.put_tensor(timeout=timeout_s, metadata=metadata)
         try:
             with fork_support.aio_calling():
+                with contextlib.suppress(grpc.RpcError):
+                    await rpc.wait_for_connection()
                 for request in requests:
-                    await rpc.write(request)
-                await rpc.done_writing()
+                    if not await _write(rpc, request.SerializeToString()):
+                        break
+                else:
+                    with contextlib.suppress(cygrpc.InternalError):
+                        await rpc.done_writing()
                 await rpc
         except grpc.RpcError as error:
             raise session_error(error, self.endpoint) from None
-        except asyncio.InvalidStateError:
-            # The call ended while a request was written.
-            try:
-                await rpc
-            except grpc.RpcError as error:
-                raise session_error(error, self.endpoint) from None
-            raise
         except BaseException:
             rpc.cancel()
             raise
