@@ -30,6 +30,7 @@ from gradwire_server.observability.calls import Observers
 from gradwire_server.observability.grpc_log import keep_departures_from_log
 from gradwire_server.observability.timeline import Observe, no_observer
 from gradwire_server.scheduling.device_selector import DeviceSelector
+from gradwire_server.sessions import drain
 from gradwire_server.settings import Settings
 from gradwire_server.transports import listener
 from gradwire_server.transports.tls import Certificates
@@ -193,22 +194,42 @@ class Server:
 
         Health reports NOT_SERVING, new jobs are refused, and running jobs have the
         grace period to finish. After it a job ends with a checkpoint if its client
-        takes checkpoints; otherwise it is cancelled. Then the server closes. If this
-        call is cancelled, the server stops at once.
+        takes checkpoints; otherwise it is cancelled. Sessions with saved steps are
+        saved; the others have the grace period to be fetched and closed. Then the
+        server closes. If this call is cancelled, the server stops at once.
         """
         if self._service is None:
             return
+        saving: asyncio.Task[None] | None = None
         try:
             self._health.not_serving()
-            self._service.admission.drain()
-            running = self._service.admission.running
-            _log.info("draining", extra={"running_jobs": running})
+            service = self._service
+            service.admission.drain()
+            _log.info(
+                "draining",
+                extra={
+                    "running_jobs": service.admission.running,
+                    "sessions": len(service.sessions),
+                },
+            )
+            if service.states is not None:
+                saving = asyncio.create_task(
+                    drain.save(service.sessions, service.states)
+                )
             try:
                 async with asyncio.timeout(self.settings.grace):
-                    await self._service.admission.wait_idle()
+                    await service.admission.wait_idle()
+                    if saving is not None:
+                        await asyncio.shield(saving)
+                    await drain.wait_closed(service.sessions)
             except TimeoutError:
-                await self._hand_over(self._service)
+                await self._hand_over(service)
+                if saving is not None:  # perhaps only the jobs' end lets it begin
+                    await asyncio.wait([saving], timeout=_HAND_OVER_S)
         finally:
+            if saving is not None:
+                saving.cancel()
+                await asyncio.wait([saving])
             await self.stop()
 
     async def _hand_over(self, service: JobService) -> None:

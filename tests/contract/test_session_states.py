@@ -68,8 +68,9 @@ def sessions(server: ServerProcess) -> Iterator[RawSessions]:
 
 @contextmanager
 def serving(directory: Path, **settings: Any) -> Iterator[RawSessions]:
+    # Without a grace period: nobody closes the sessions.
     with (
-        running_server(state_dir=str(directory), **settings) as server,
+        running_server(state_dir=str(directory), grace=0, **settings) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         yield RawSessions(channel)
@@ -277,6 +278,50 @@ def test_a_step_that_is_due_is_saved_before_it_is_answered(
             other.close()
     assert saved == [None, None, 3, 3, 3, 6, 6]
     session.close()
+
+
+def test_a_server_that_drains_saves_steps_and_lets_sessions_be_fetched(
+    tmp_path: Path,
+) -> None:
+    with (
+        running_server(state_dir=str(tmp_path), grace=30.0) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        sessions = RawSessions(channel)
+        saved = begun(sessions, save_every_steps=100, save_name="saved")
+        unsaved, new = begun(sessions), begun(sessions)
+        for session in (saved, unsaved):
+            train(session, 1, 3)
+            session.compute(PROBLEM, dw=into(G, 0, step=3))
+        opened(sessions, save_every_steps=1, save_name="untouched")
+        server.process.terminate()
+        server.wait_for_log("draining")
+        for call in (
+            sessions.open,
+            lambda: unsaved.put(X, PROBLEM.x),
+            lambda: unsaved.compute(PROBLEM, w=kept(W)),
+        ):
+            assert refusal(call).reason == "DRAINING"
+        momentum = sgd((W, G), lr=0.1, momentum=0.9)
+        for session in (saved, unsaved):
+            session.step(4, momentum)
+            session.renew()
+        expected = contents(unsaved)
+        assert contents(saved) == expected
+        save(unsaved, "by-hand")
+        new.drop(W)
+        new.close()
+        assert server.process.poll() is None
+        unsaved.close()
+        server.process.wait(15)  # `saved` and `untouched` are not waited for
+        assert server.process.returncode == 0
+        assert_untroubled(server)
+    with serving(tmp_path) as sessions:
+        for name in ("saved", "by-hand"):
+            session, answer = opened(sessions, name)
+            assert answer.step == 4
+            assert contents(session) == expected
+        assert refusal(lambda: opened(sessions, "untouched")).reason == "STATE_UNKNOWN"
 
 
 def test_no_state_is_half_of_a_step(sessions: RawSessions) -> None:

@@ -114,7 +114,12 @@ class Admission:
 
     @contextmanager
     def call(
-        self, size_bytes: int = CALL_BYTES, tenant: str = "", *, spare_bytes: int = 0
+        self,
+        size_bytes: int = CALL_BYTES,
+        tenant: str = "",
+        *,
+        spare_bytes: int = 0,
+        while_draining: bool = False,
     ) -> Iterator[None]:
         """Reserve memory for an open call within this context.
 
@@ -122,12 +127,16 @@ class Admission:
             size_bytes: Bytes to reserve: gRPC's receive window, or a shared region.
             tenant: The call's tenant.
             spare_bytes: Bytes that must be free in addition.
+            while_draining: Whether the call is served while the server drains.
 
         Raises:
             JobError: The server drains, or has no memory for one more call.
         """
         quota = self._ledger.open(tenant)
-        refusal = self._check_call(size_bytes + spare_bytes, quota)
+        refusal = None
+        if self._draining and not while_draining:
+            refusal = draining()
+        refusal = refusal or self._ledger.check_call(size_bytes + spare_bytes, quota)
         if refusal is not None:
             self._ledger.close(quota)
             raise refusal
@@ -172,11 +181,6 @@ class Admission:
                 self._leave(waiting, position)
         finally:
             self._ledger.close(waiting.quota)
-
-    def _check_call(self, size_bytes: int, quota: Quota) -> JobError | None:
-        if self._draining:
-            return draining()
-        return self._ledger.check_call(size_bytes, quota)
 
     def _release_call(
         self, size_bytes: int, quota: Quota, holders: tuple[Quota, ...]

@@ -29,11 +29,20 @@ async def call_scope(
     method: str,
     context: Context,
     serve: Callable[[CallState], Awaitable[bytes | None]],
+    *,
+    while_draining: bool = False,
 ) -> bytes | None:
     """Serve a call; turn any exception into a status and a log line.
 
     An unexpected error reaches the client as an id only; the log has the id and the
     traceback.
+
+    Args:
+        service: The job service.
+        method: The method's name.
+        context: The call.
+        serve: Serves it.
+        while_draining: Whether it is served while the server drains.
 
     Returns:
         The response for gRPC to send, if the method has one. The call holds its memory
@@ -49,7 +58,11 @@ async def call_scope(
     observer.began(call)
     try:
         with ExitStack() as held:
-            held.enter_context(service.admission.call(tenant=call.tenant))
+            held.enter_context(
+                service.admission.call(
+                    tenant=call.tenant, while_draining=while_draining
+                )
+            )
             try:
                 answer, failure = await _outcome(observer, call, context, serve)
             finally:

@@ -85,7 +85,13 @@ class SessionServicer:
                 request = await stream.read_request(kind)
                 return (await handle(call, request)).SerializeToString()
 
-            return await call_scope(self._service, name, context, serve)
+            return await call_scope(
+                self._service,
+                name,
+                context,
+                serve,
+                while_draining=name != "OpenSession",
+            )
 
         return method
 
@@ -147,7 +153,9 @@ class SessionServicer:
         async def serve(call: CallState) -> None:
             stream = CallStream(self._timeouts, call, context)
             request = await stream.read_request(pb2.GetTensorRequest)
-            memory = self._service.admission.call(MAX_MESSAGE_BYTES, call.tenant)
+            memory = self._service.admission.call(
+                MAX_MESSAGE_BYTES, call.tenant, while_draining=True
+            )
             with memory, self._used(call, request.session) as session:
                 tensor = session.tensor(request.tensor, "tensor")
                 # Jobs add to a gradient.
@@ -161,7 +169,9 @@ class SessionServicer:
                             await stream.write(response.SerializeToString())
                             call.progress.bytes_sent += len(response.chunk.data)
 
-        await call_scope(self._service, "GetTensor", context, serve)
+        await call_scope(
+            self._service, "GetTensor", context, serve, while_draining=True
+        )
 
     async def _open(
         self, call: CallState, request: pb2.OpenSessionRequest

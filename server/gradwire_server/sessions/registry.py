@@ -96,6 +96,10 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __iter__(self) -> Iterator[Session]:
+        """Return the open sessions of all tenants, the oldest first."""
+        return iter(list(self._open.values()))
+
     def figures(self) -> SessionFigures:
         """Return what sessions keep now."""
         return SessionFigures(

@@ -1,0 +1,63 @@
+"""What becomes of sessions when their server drains.
+
+Jobs, puts and new sessions are refused. Everything else is served in the grace period,
+so that clients can make the step that they have sent, and fetch or save what they want
+to keep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from gradwire_server.errors import JobError
+from gradwire_server.sessions.registry import Sessions
+from gradwire_server.sessions.saved_states import SavedStates
+from gradwire_server.sessions.session import Session
+
+_log = logging.getLogger("gradwire_server")
+
+
+async def save(sessions: Sessions, states: SavedStates) -> None:
+    """Save the last step of the sessions whose clients have asked for saved steps.
+
+    A step that is still made is saved, too.
+    """
+    async with asyncio.TaskGroup() as group:
+        for session in sessions:
+            if session.save_every:
+                session.save_every = 1
+                if _is_unsaved(session):
+                    group.create_task(_save(session, states))
+
+
+async def _save(session: Session, states: SavedStates) -> None:
+    try:
+        with session.used():
+            async with session.turns.alone():
+                session.require_open()
+                await states.save_if_due(session)
+    except JobError as error:
+        _log.warning(
+            "a session was not saved",
+            extra={"label": session.label, "step": session.step, "error": str(error)},
+        )
+
+
+async def wait_closed(sessions: Sessions) -> None:
+    """Wait until sessions are closed whose clients may want to fetch what they have.
+
+    Those with saved steps are not waited for: their clients restore them.
+    """
+    for session in sessions:
+        if not session.save_every or _is_unsaved(session):
+            await session.freed.wait()
+
+
+def _is_unsaved(session: Session) -> bool:
+    """Return whether a step was made here that no saved state has.
+
+    Before its first step, a client can put the tensors again, and an earlier state of
+    the name may be of more use than they.
+    """
+    return session.last_step is not None and session.saved_step != session.step
