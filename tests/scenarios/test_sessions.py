@@ -487,6 +487,69 @@ def test_what_cannot_be_saved_is_named(
             session.restore(tmp_path / "none")
 
 
+def test_a_failing_restore_leaves_the_session_or_closes_it(
+    serving: ServerProcess, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    path = tmp_path / "run.safetensors"
+    w = np.ones((2, 3), np.float32)
+    dy = np.ones((4, 3), np.float32)
+    with gradwire.connect(serving.address, transport="tcp") as client:
+        with client.session("1MiB") as session:
+            pairs = {
+                weight: session.zeros_like(weight)
+                for weight in (
+                    session.put(w, name="first"),
+                    session.put(w + 1, name="second", compute_dtype="bfloat16"),
+                )
+            }
+            for weight, gradient in pairs.items():
+                _, context = session.forward(np.ones((4, 2), np.float32), weight)
+                session.backward(context, dy, into=gradient, dx=False)
+            session.step(ADAM, pairs)
+            session.save(path)
+            needed = session.describe().used_bytes - 2 * w.nbytes
+
+        # Too small by a byte: nothing is put.
+        with client.session(needed - 1) as session:
+            with pytest.raises(gradwire.SessionFullError, match=f"{needed} bytes"):
+                session.restore(path)
+            assert not session.describe().tensors
+        with client.session(needed) as session:
+            assert len(session.restore(path)) == 2
+            assert session.describe().used_bytes == needed
+        # "second" is new, and is put first, with its two states.
+        for at, error in (
+            (0, ValueError("a failure")),
+            (2, KeyboardInterrupt()),
+            (3, ValueError("a failure")),
+            (5, KeyboardInterrupt()),
+        ):
+            with client.session("1MiB") as session:
+                weight = session.put(2 * w, name="first")
+                before = session.describe()
+                put, left = session._engine.put_tensor, iter(range(at))
+
+                def failing(*args: Any, put: Any = put, left: Any = left) -> None:
+                    if next(left, None) is None:
+                        raise error  # noqa: B023
+                    put(*args)
+
+                expected: Any = type(error)
+                if at == 3:
+                    expected = gradwire.SessionLostError
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(session._engine, "put_tensor", failing)
+                    with pytest.raises(expected):
+                        session.restore(path)
+                if at < 3:
+                    assert session.describe() == before
+                else:
+                    assert not client.sessions()
+                    with pytest.raises(gradwire.ClientStateError, match="closed"):
+                        session.get(weight)
+
+
 def test_a_full_session_says_what_it_needs(connected: gradwire.Client) -> None:
     x, w, dy = oracle.operands(50, 70, 50)
     with connected.session(3 * w.nbytes) as session:

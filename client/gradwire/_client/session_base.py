@@ -22,6 +22,8 @@ from gradwire._api.errors import (
     CallError,
     ClientStateError,
     InputError,
+    SessionFullError,
+    SessionLostError,
     StateNotSavedError,
     StepConflictError,
 )
@@ -35,6 +37,7 @@ from gradwire._api.session_types import (
 )
 from gradwire._api.types import device_of
 from gradwire._arrays.operand import Operand, read
+from gradwire._client.session_files import SavedTensor
 from gradwire._core.kept import Keeping, Tensor, refuse_copy
 from gradwire_protocol.dtypes import WIRE_DTYPES, Dtype
 from gradwire_protocol.error_details import ErrorDetails
@@ -631,6 +634,46 @@ def check_same_step(before: SessionInfo, after: SessionInfo) -> None:
             status=Reason.STEP_CONFLICT.status,
             attached=ErrorDetails(Reason.STEP_CONFLICT),
         )
+
+
+def plan_restore(
+    info: SessionInfo, saved: Mapping[str, SavedTensor]
+) -> dict[str, tuple[SavedTensor, TensorInfo | None]]:
+    """Return the weights to restore by name, and those that they replace.
+
+    The new ones are first: as long as only they are put, they can be dropped again.
+
+    Raises:
+        SessionFullError: The session has no memory for all of them.
+    """
+    weights = {each.name: each for each in info.tensors if each.role == "weight"}
+    names = sorted(saved, key=lambda name: name in weights)
+    plan = {name: (saved[name], weights.get(name)) for name in names}
+    used = most = info.used_bytes
+    for tensor, earlier in plan.values():
+        used += tensor.size_bytes
+        most = max(most, used)  # the earlier one goes when the new one is there
+        used += tensor.states_bytes - (earlier.size_bytes if earlier else 0)
+        most = max(most, used)
+    if most > info.keep_bytes:
+        raise SessionFullError(
+            f"the file needs {most} bytes in a session with keep_bytes of"
+            f" {info.keep_bytes}, of which {info.used_bytes} are used: nothing was"
+            " restored",
+            status=Reason.SESSION_FULL.status,
+            attached=ErrorDetails(Reason.SESSION_FULL),
+        )
+    return plan
+
+
+def half_restored(error: Exception) -> SessionLostError:
+    """Return the error of a session that was closed when it was half restored."""
+    return SessionLostError(
+        f"restoring failed when some weights were replaced, and the session was"
+        f" closed: {error}",
+        status=Reason.SESSION_EXPIRED.status,
+        attached=ErrorDetails(Reason.SESSION_EXPIRED),
+    )
 
 
 def session_info_of(message: pb2.DescribeSessionResponse) -> SessionInfo:

@@ -18,6 +18,7 @@ from typing import Any
 
 from gradwire._api.errors import InputError
 from gradwire._api.types import Array
+from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.optimizers import FORMULAS, STATES
 
 _MODEL = "model"
@@ -31,6 +32,17 @@ class SavedTensor:
     compute_dtype: str | None = None
     updates: int = 0
     states: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weight and its copy in a session."""
+        copy = Dtype.named(self.compute_dtype).itemsize if self.compute_dtype else 0
+        return self.elements.nbytes + self.elements.size * copy
+
+    @property
+    def states_bytes(self) -> int:
+        """Bytes of its states."""
+        return sum(each.nbytes for each in self.states.values())
 
 
 def write(path: str | os.PathLike[str], saved: Mapping[str, SavedTensor]) -> None:

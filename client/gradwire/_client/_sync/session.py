@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -35,8 +36,10 @@ from gradwire._client.session_base import (
     check_state,
     check_to_save,
     gradient_name,
+    half_restored,
     is_lost,
     is_refusal,
+    plan_restore,
     put_operand,
     result_dtypes,
     session_info_of,
@@ -283,6 +286,8 @@ class Session(SessionBase):
         """Put the weights and optimizer states of a file that `save` has written.
 
         A weight of the session with the same name is replaced; its handles stay valid.
+        If restoring fails, the session is as before. If some weights were replaced by
+        then, it is closed instead, so that no step mixes old and new ones.
 
         Args:
             path: The file.
@@ -294,30 +299,39 @@ class Session(SessionBase):
             InputError: The file is not one of a session, or the package safetensors
                 is missing.
             SessionFullError: The session's `keep` is too small.
+            SessionLostError: Restoring failed when some weights were replaced, or was
+                interrupted: the session is closed.
             OSError: The file cannot be read.
         """
         saved = run_beside(lambda: session_files.read(path))
         self._settle()
-        info = self.describe()
-        numbers = {
-            each.name: each.number for each in info.tensors if each.role == "weight"
-        }
-        restored = {}
-        for name, tensor in saved.items():
-            elements, shape = put_operand(tensor.elements, name)
-            handle, header = self.new_tensor(
-                shape,
-                elements.dtype,
-                pb2.TENSOR_ROLE_WEIGHT,
-                name=name,
-                compute_dtype=tensor.compute_dtype,
-                number=numbers.get(name),
-            )
-            self._put(header, elements)
-            for state, values in tensor.states.items():
-                self._put_state(handle, state, values, tensor.updates)
-            restored[name] = handle
-        return restored
+        plan = plan_restore(self.describe(), saved)
+        restored: dict[str, Tensor] = {}
+        try:
+            for name, (tensor, earlier) in plan.items():
+                elements, shape = put_operand(tensor.elements, name)
+                handle, header = self.new_tensor(
+                    shape,
+                    elements.dtype,
+                    pb2.TENSOR_ROLE_WEIGHT,
+                    name=name,
+                    compute_dtype=tensor.compute_dtype,
+                    number=earlier.number if earlier else None,
+                )
+                restored[name] = handle
+                self._put(header, elements)
+                for state, values in tensor.states.items():
+                    self._put_state(handle, state, values, tensor.updates)
+        except BaseException as error:
+            if any(plan[name][1] for name in restored):
+                self.close()
+                if isinstance(error, Exception):
+                    raise half_restored(error) from error
+            else:
+                with contextlib.suppress(GradwireError):
+                    self.drop(*restored.values())
+            raise
+        return {name: restored[name] for name in saved}
 
     def save_on_server(self, name: str) -> int:
         """Save the session's state on the server, after the last step.
