@@ -55,6 +55,7 @@ from gradwire._api.errors import (
 from gradwire._api.optimizers import SGD, Adam, AdamW
 from gradwire._api.session_types import (
     Forward,
+    SavedState,
     SessionInfo,
     SessionSummary,
     StepResult,
@@ -126,6 +127,7 @@ __all__ = [
     "RetryPolicy",
     "RowBlock",
     "RowsLostError",
+    "SavedState",
     "ServerBusyError",
     "ServerError",
     "ServerInfo",

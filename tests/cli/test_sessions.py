@@ -63,6 +63,16 @@ def test_a_session_is_saved(tmp_path: Path) -> None:
         done = gradwire("sessions", "save", found.id, "/", "--address", server.address)
         assert done.returncode != 0
         assert "Traceback" not in done.stderr
+        done = gradwire("sessions", "saved", "--address", server.address)
+        heading, row = done.stdout.splitlines()
+        assert heading.split() == ["name", "step", "size", "saved"]
+        assert row.split()[:2] == ["a", "0"]
+        done = gradwire("sessions", "delete", "a", "b", "--address", server.address)
+        assert done.stdout == "a is deleted\n"
+        assert done.returncode == 1
+        assert "'b'" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert client.saved_states() == []
 
 
 def test_a_directory_that_cannot_be_used_is_told_in_a_sentence(tmp_path: Path) -> None:

@@ -505,6 +505,55 @@ def test_files_are_for_the_servers_user_alone(tmp_path: Path) -> None:
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def listed(sessions: RawSessions) -> dict[str, Any]:
+    answer = sessions.call("ListSavedStates", pb2.ListSavedStatesRequest())
+    assert [each.name for each in answer.states] == sorted(
+        each.name for each in answer.states
+    )
+    return {each.name: each for each in answer.states}
+
+
+def delete(sessions: RawSessions, name: str) -> None:
+    sessions.call("DeleteSavedState", pb2.DeleteSavedStateRequest(name=name))
+
+
+def test_states_are_listed_and_deleted(tmp_path: Path) -> None:
+    with serving(tmp_path) as sessions:
+        assert not listed(sessions)
+        session = begun(sessions, save_every_steps=2, save_name="due")
+        train(session, 1, 2)
+        size = save(session, "b.c").size_bytes
+        save(session, "a")
+        (damaged,) = tmp_path.rglob("a.safetensors")
+        damaged.write_bytes(b"no state")
+        (damaged.parent / "a note").write_text("no state either")
+        found = listed(sessions)
+        assert {name: each.size_bytes for name, each in found.items()} == {
+            "a": 8,
+            "b.c": size,
+            "due": size,
+        }
+        assert [each.HasField("step") for each in found.values()] == [False, True, True]
+        assert found["due"].step == 2
+        assert 0 <= found["due"].age_seconds < 60
+        for name in found:
+            delete(sessions, name)
+            assert refusal(lambda n=name: delete(sessions, n)).reason == "STATE_UNKNOWN"
+        assert not listed(sessions)
+        assert [path.name for path in files(tmp_path)] == ["a note"]
+        for name in ("", "../a", "a/b"):
+            failure = refusal(lambda n=name: delete(sessions, n))
+            assert (failure.reason, *failure.fields) == ("OPTION_INVALID", "name")
+        # The session goes on, and a repetition of the step that was saved saves again.
+        train(session, 3, 3)
+        assert not listed(sessions)
+        train(session, 4, 4)
+        delete(sessions, "due")
+        again = session.step(4, sgd((W, G), lr=0.1, momentum=0.9))
+        assert again.again
+        assert listed(sessions)["due"].step == 4
+
+
 def test_a_tenant_has_its_own_states(tmp_path: Path) -> None:
     tenants = ["alice", "Alice", "../alice", "a/b", "/" * 128, "a%2fb"]
     tokens, text = make_tokens(*tenants)
@@ -524,6 +573,11 @@ def test_a_tenant_has_its_own_states(tmp_path: Path) -> None:
         for index, owner in enumerate(owners.values()):
             restored, _ = opened(owner, "run")
             assert (restored.get(W) == index).all()
+        owners["alice"].call(
+            "DeleteSavedState", pb2.DeleteSavedStateRequest(name="run")
+        )
+        for tenant, owner in owners.items():
+            assert list(listed(owner)) == ([] if tenant == "alice" else ["run"])
         # Whoever knows a session's names cannot have it saved.
         session, answer = opened(owners["alice"])
         other = RawSessions(owners["a/b"].channel, session.token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ import pytest
 
 import gradwire
 from tests.support import oracle
+from tests.support.proxy import Fault, Proxy
 from tests.support.serving import ServerProcess, running_server
 
 PATIENT = gradwire.RetryPolicy(
@@ -269,6 +271,44 @@ def test_a_session_is_saved_by_another_client(
         assert "first" in session.tensors
 
 
+def test_states_are_listed_and_deleted(
+    client: gradwire.Client, serving: ServerProcess
+) -> None:
+    def names() -> list[str]:
+        return [each.name for each in client.saved_states()]
+
+    with client.session("1MiB") as session:
+        begin(session)
+        one_step(session, 0)
+        for name in ("listed-1", "listed-2", "listed-3"):
+            session.save_on_server(name)
+    (state,) = (each for each in client.saved_states() if each.name == "listed-2")
+    assert state.step == 1
+    assert state.size_bytes > 4 * SIZES[0] * SIZES[1]
+    assert 0 <= state.age_s < 60
+    client.delete_saved_state("listed-1")
+    with pytest.raises(gradwire.StateUnknownError, match="listed-1"):
+        client.delete_saved_state("listed-1")
+    with pytest.raises(gradwire.InputError, match="name"):
+        client.delete_saved_state("a/b")
+
+    async def delete() -> None:
+        async with gradwire.AsyncClient(serving.address) as client:
+            await client.delete_saved_state("listed-2")
+            assert "listed-3" in [each.name for each in await client.saved_states()]
+
+    asyncio.run(delete())
+    patient = gradwire.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
+    with (
+        Proxy(serving.address) as proxy,
+        gradwire.connect(proxy.address, transport="tcp", retries=patient) as cut,
+    ):
+        proxy.arm(Fault("responses", cut_after_bytes=20))
+        cut.delete_saved_state("listed-3")
+        assert proxy.faults == 1
+    assert not [name for name in names() if name.startswith("listed")]
+
+
 def test_what_cannot_be_restored_is_named(client: gradwire.Client) -> None:
     with (
         pytest.raises(gradwire.StateUnknownError, match="none-such"),
@@ -298,6 +338,8 @@ def test_a_server_without_a_directory_says_so(server: ServerProcess) -> None:
             pytest.raises(gradwire.UnsupportedError, match="state_dir"),
         ):
             session.save_on_server("a")
+        with pytest.raises(gradwire.UnsupportedError, match="state_dir"):
+            client.saved_states()
 
 
 @pytest.mark.parametrize(

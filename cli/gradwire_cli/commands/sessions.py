@@ -25,7 +25,7 @@ from gradwire_cli.terminal.units import format_bytes
 app = App(
     name="sessions",
     help="""
-    List, save or close the sessions of a server.
+    List, save or close the sessions of a server, and list or delete saved states.
 
     A session keeps a training run's weights, gradients and optimizer state on the
     server. Only sessions of your own tenant are shown; without authentication all
@@ -128,6 +128,68 @@ def save(
     with _connected(address, security, timeout) as client:
         step = client.save_session(session, name)
     sys.stdout.write(f"{session} is saved as {name}, after {step} steps\n")
+
+
+@app.command(name="saved")
+def list_saved(
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    security: SecurityOptions = PLAINTEXT,
+    as_json: Annotated[bool, FLAG, Parameter(name="--json")] = False,
+    timeout: Seconds = 10.0,
+) -> None:
+    """List the saved states, in the order of their names.
+
+    Args:
+        address: Server address: HOST:PORT or unix:PATH.
+        security: TLS and credentials.
+        as_json: Print one JSON object for each state instead of a table.
+        timeout: Time limit for the answer.
+    """
+    with _connected(address, security, timeout) as client:
+        found = client.saved_states()
+    if as_json:
+        for each in found:
+            json.dump(dataclasses.asdict(each), sys.stdout)
+            sys.stdout.write("\n")
+        return
+    if not found:
+        sys.stdout.write("no state is saved\n")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("name", "step", "size", "saved"):
+        table.add_column(name, justify="left" if name == "name" else "right")
+    for each in found:
+        table.add_row(
+            each.name,
+            "damaged" if each.step is None else str(each.step),
+            format_bytes(each.size_bytes),
+            f"{each.age_s:.0f} s ago",
+        )
+    console().print(table)
+
+
+@app.command
+def delete(
+    names: Annotated[tuple[str, ...], Parameter(name="name", negative=())],
+    /,
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    security: SecurityOptions = PLAINTEXT,
+    timeout: Seconds = 10.0,
+) -> None:
+    """Delete saved states. Sessions that were opened with them go on.
+
+    Args:
+        names: Names of states, as listed by saved.
+        address: Server address: HOST:PORT or unix:PATH.
+        security: TLS and credentials.
+        timeout: Time limit for each answer.
+    """
+    with _connected(address, security, timeout) as client:
+        for each in names:
+            client.delete_saved_state(each)
+            sys.stdout.write(f"{each} is deleted\n")
 
 
 def _connected(

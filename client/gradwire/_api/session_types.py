@@ -45,6 +45,21 @@ class SessionSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedState:
+    """A session's state that a server has saved."""
+
+    name: str
+    """Name for `restore` and `delete_saved_state`."""
+    step: int | None
+    """Steps of the session. None: the file is damaged, or of another version, and
+    cannot be restored."""
+    size_bytes: int
+    """Size of its file."""
+    age_s: float
+    """Seconds since it was saved."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """The outcome of a step."""
 

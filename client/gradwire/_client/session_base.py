@@ -30,6 +30,7 @@ from gradwire._api.errors import (
 from gradwire._api.optimizers import SGD, Adam, AdamW, Optimizer
 from gradwire._api.options import DtypeLike, parse_dtype
 from gradwire._api.session_types import (
+    SavedState,
     SessionInfo,
     SessionSummary,
     StepResult,
@@ -702,6 +703,16 @@ def summary_of(message: pb2.SessionSummary) -> SessionSummary:
         used_bytes=message.used_bytes,
         lease_s=message.lease_seconds,
         idle_s=message.idle_seconds,
+        age_s=message.age_seconds,
+    )
+
+
+def saved_state_of(message: pb2.SavedState) -> SavedState:
+    """Convert the contract's description of a saved state."""
+    return SavedState(
+        name=message.name,
+        step=message.step if message.HasField("step") else None,
+        size_bytes=message.size_bytes,
         age_s=message.age_seconds,
     )
 

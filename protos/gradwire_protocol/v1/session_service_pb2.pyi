@@ -341,3 +341,35 @@ class SaveSessionResponse(_message.Message):
     step: int
     size_bytes: int
     def __init__(self, step: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class ListSavedStatesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListSavedStatesResponse(_message.Message):
+    __slots__ = ("states",)
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    states: _containers.RepeatedCompositeFieldContainer[SavedState]
+    def __init__(self, states: _Optional[_Iterable[_Union[SavedState, _Mapping]]] = ...) -> None: ...
+
+class SavedState(_message.Message):
+    __slots__ = ("name", "step", "size_bytes", "age_seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    step: int
+    size_bytes: int
+    age_seconds: float
+    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., size_bytes: _Optional[int] = ..., age_seconds: _Optional[float] = ...) -> None: ...
+
+class DeleteSavedStateRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class DeleteSavedStateResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

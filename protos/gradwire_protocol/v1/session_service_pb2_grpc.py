@@ -90,6 +90,16 @@ class SessionServiceStub(object):
                 request_serializer=gradwire_dot_v1_dot_session__service__pb2.SaveSessionRequest.SerializeToString,
                 response_deserializer=gradwire_dot_v1_dot_session__service__pb2.SaveSessionResponse.FromString,
                 _registered_method=True)
+        self.ListSavedStates = channel.unary_unary(
+                '/gradwire.v1.SessionService/ListSavedStates',
+                request_serializer=gradwire_dot_v1_dot_session__service__pb2.ListSavedStatesRequest.SerializeToString,
+                response_deserializer=gradwire_dot_v1_dot_session__service__pb2.ListSavedStatesResponse.FromString,
+                _registered_method=True)
+        self.DeleteSavedState = channel.unary_unary(
+                '/gradwire.v1.SessionService/DeleteSavedState',
+                request_serializer=gradwire_dot_v1_dot_session__service__pb2.DeleteSavedStateRequest.SerializeToString,
+                response_deserializer=gradwire_dot_v1_dot_session__service__pb2.DeleteSavedStateResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer(object):
@@ -182,6 +192,21 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSavedStates(self, request, context):
+        """Lists the calling tenant's saved states, for people. Available as SaveSession.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSavedState(self, request, context):
+        """Deletes a saved state of the calling tenant. Sessions that were opened with it, or
+        save under its name, go on. Available as SaveSession.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -234,6 +259,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.SaveSession,
                     request_deserializer=gradwire_dot_v1_dot_session__service__pb2.SaveSessionRequest.FromString,
                     response_serializer=gradwire_dot_v1_dot_session__service__pb2.SaveSessionResponse.SerializeToString,
+            ),
+            'ListSavedStates': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSavedStates,
+                    request_deserializer=gradwire_dot_v1_dot_session__service__pb2.ListSavedStatesRequest.FromString,
+                    response_serializer=gradwire_dot_v1_dot_session__service__pb2.ListSavedStatesResponse.SerializeToString,
+            ),
+            'DeleteSavedState': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSavedState,
+                    request_deserializer=gradwire_dot_v1_dot_session__service__pb2.DeleteSavedStateRequest.FromString,
+                    response_serializer=gradwire_dot_v1_dot_session__service__pb2.DeleteSavedStateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -512,6 +547,60 @@ class SessionService(object):
             '/gradwire.v1.SessionService/SaveSession',
             gradwire_dot_v1_dot_session__service__pb2.SaveSessionRequest.SerializeToString,
             gradwire_dot_v1_dot_session__service__pb2.SaveSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSavedStates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.SessionService/ListSavedStates',
+            gradwire_dot_v1_dot_session__service__pb2.ListSavedStatesRequest.SerializeToString,
+            gradwire_dot_v1_dot_session__service__pb2.ListSavedStatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSavedState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.SessionService/DeleteSavedState',
+            gradwire_dot_v1_dot_session__service__pb2.DeleteSavedStateRequest.SerializeToString,
+            gradwire_dot_v1_dot_session__service__pb2.DeleteSavedStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,8 @@ class SessionServicer:
             ("DropTensors", pb2.DropTensorsRequest, self._drop),
             ("Step", pb2.StepRequest, self._step),
             ("SaveSession", pb2.SaveSessionRequest, self._save),
+            ("ListSavedStates", pb2.ListSavedStatesRequest, self._list_saved),
+            ("DeleteSavedState", pb2.DeleteSavedStateRequest, self._delete_saved),
         )
         return grpc.method_handlers_generic_handler(
             SESSION_SERVICE,
@@ -283,9 +285,7 @@ class SessionServicer:
     async def _save(
         self, call: CallState, request: pb2.SaveSessionRequest
     ) -> pb2.SaveSessionResponse:
-        states = self._service.states
-        if states is None:
-            raise _no_states(None)
+        states = self._require_states()
         token = request.session
         if not token and request.id:
             token = self._sessions.named(request.id, call.tenant).token
@@ -293,6 +293,25 @@ class SessionServicer:
             async with session.turns.alone():
                 session.require_open()
                 return await states.save(session, request.name)
+
+    async def _list_saved(
+        self, call: CallState, request: pb2.ListSavedStatesRequest
+    ) -> pb2.ListSavedStatesResponse:
+        del request
+        states = self._require_states()
+        return pb2.ListSavedStatesResponse(states=await states.list(call.tenant))
+
+    async def _delete_saved(
+        self, call: CallState, request: pb2.DeleteSavedStateRequest
+    ) -> pb2.DeleteSavedStateResponse:
+        own = self._sessions.of(call.tenant)
+        await self._require_states().delete(call.tenant, request.name, own)
+        return pb2.DeleteSavedStateResponse()
+
+    def _require_states(self) -> SavedStates:
+        if self._service.states is None:
+            raise _no_states(None)
+        return self._service.states
 
     def _states_for(self, request: pb2.OpenSessionRequest) -> SavedStates | None:
         """Return the saved states that a session needs; None if it needs none.

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -100,6 +100,27 @@ class SavedStates:
                 field="keep_bytes",
             )
         return state
+
+    async def list(self, tenant: str) -> list[pb2.SavedState]:
+        """Return a tenant's states, in the order of their names."""
+        return await self._beside(lambda _: self._files.list(tenant))
+
+    async def delete(self, tenant: str, name: str, sessions: Iterable[Session]) -> None:
+        """Delete a state of a tenant.
+
+        Args:
+            tenant: The tenant.
+            name: The state's name.
+            sessions: The tenant's sessions: those that save under the name save anew.
+
+        Raises:
+            JobError: There is none of that name, or it cannot be deleted.
+        """
+        check_name(name, "name")
+        await self._beside(lambda _: self._files.delete(tenant, name))
+        for session in sessions:
+            if session.save_name == name:
+                session.saved_step = None
 
     async def restore(self, session: Session, state: SavedState) -> None:
         """Give a new session, in use by the caller, a state's tensors and its step.

@@ -10,12 +10,14 @@ import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import MAX_STATE_NAME_LENGTH
+from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.errors import JobError, StateDirectoryError
 from gradwire_server.sessions.state_contents import SavedState, Snapshot
 from gradwire_server.sessions.tensor_files import TensorFileError, write
@@ -27,6 +29,8 @@ MAX_STATES = 64
 
 _NAME = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_STATE_NAME_LENGTH}}}")
 _SUFFIX = ".safetensors"
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""Whatever lies there, opening it ends: no link is followed, no pipe waited for."""
 _MAX_FOLDER_LENGTH = 200
 _PLAIN = b"abcdefghijklmnopqrstuvwxyz0123456789_-"
 
@@ -123,17 +127,10 @@ class StateFiles:
             JobError: There is none of that name, or it cannot be used.
         """
         target = self._folder(tenant) / f"{name}{_SUFFIX}"
-        # Whatever lies there, the call ends: no link is followed, no pipe waited for.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            descriptor = os.open(target, flags)
+            descriptor = os.open(target, _READ_FLAGS)
         except FileNotFoundError:
-            raise JobError(
-                Reason.STATE_UNKNOWN,
-                f"restore is {name!r}: this server has no saved state of yours of this "
-                f"name",
-                field="restore",
-            ) from None
+            raise _unknown(name, "restore") from None
         except OSError as error:
             raise _unusable(name, target, f"cannot be read: {error.strerror}") from None
         fail = partial(_unusable, name, target)
@@ -142,6 +139,47 @@ class StateFiles:
         except BaseException:
             os.close(descriptor)
             raise
+
+    def list(self, tenant: str) -> list[pb2.SavedState]:
+        """Return a tenant's states, in the order of their names."""
+        states = []
+        for path in sorted(self._files(tenant)):
+            with contextlib.suppress(FileNotFoundError):
+                about = path.lstat()
+                states.append(
+                    pb2.SavedState(
+                        name=path.name.removesuffix(_SUFFIX),
+                        step=_step_of(path),
+                        size_bytes=about.st_size,
+                        age_seconds=max(time.time() - about.st_mtime, 0.0),
+                    )
+                )
+        return states
+
+    def delete(self, tenant: str, name: str) -> None:
+        """Delete a state of a tenant.
+
+        Raises:
+            JobError: There is none of that name, or it cannot be deleted.
+        """
+        folder = self._folder(tenant)
+        try:
+            (folder / f"{name}{_SUFFIX}").unlink()
+            _sync_folder(folder)
+        except FileNotFoundError:
+            raise _unknown(name, "name") from None
+        except OSError as error:
+            raise JobError(
+                Reason.STATE_INVALID,
+                f"the saved state {name!r} cannot be deleted: {error.strerror}",
+                field="name",
+            ) from None
+
+    def _files(self, tenant: str) -> Iterator[Path]:
+        with contextlib.suppress(FileNotFoundError):
+            for path in self._folder(tenant).iterdir():
+                if path.suffix == _SUFFIX and _NAME.fullmatch(path.stem):
+                    yield path
 
     def _folder(self, tenant: str) -> Path:
         """Return a tenant's folder, whose name no tenant's name can leave or share.
@@ -167,6 +205,32 @@ def _read(descriptor: int, fail: Callable[[str], JobError]) -> SavedState:
         raise fail(str(error)) from None
     except OSError as error:
         raise fail(f"cannot be read: {error.strerror}") from None
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step of a saved state; None if it cannot be restored."""
+    try:
+        descriptor = os.open(path, _READ_FLAGS)
+    except OSError:
+        return None
+    try:
+        return _read(descriptor, _damaged).step
+    except JobError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _damaged(why: str) -> JobError:
+    return JobError(Reason.STATE_INVALID, why)
+
+
+def _unknown(name: str, path: str) -> JobError:
+    return JobError(
+        Reason.STATE_UNKNOWN,
+        f"{path} is {name!r}: this server has no saved state of yours of this name",
+        field=path,
+    )
 
 
 def _unusable(name: str, file: Path, why: str) -> JobError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Unpack
 
+from gradwire._api.errors import StateUnknownError
 from gradwire._api.options import (
     BackwardOptions,
     DtypeLike,
@@ -16,7 +17,7 @@ from gradwire._api.options import (
     parse_options,
     parse_timeout,
 )
-from gradwire._api.session_types import SessionSummary
+from gradwire._api.session_types import SavedState, SessionSummary
 from gradwire._api.types import Array, Backward, Gradients, ServerInfo
 from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._sync.batch import run
@@ -25,7 +26,12 @@ from gradwire._client._sync.session import Session
 from gradwire._client._sync.stream import GradientStream
 from gradwire._client.client_base import ClientBase
 from gradwire._client.options import ClientOptions
-from gradwire._client.session_base import SessionOptions, check_state, summary_of
+from gradwire._client.session_base import (
+    SessionOptions,
+    check_state,
+    saved_state_of,
+    summary_of,
+)
 from gradwire._resilience.row_reader import RowReader
 from gradwire._transport.shm.policy import EmptyArray
 from gradwire_protocol.matrices import RESULTS, Matrix
@@ -267,6 +273,45 @@ class Client(ClientBase[SyncEngine, Session]):
         answer = self._engine.call_once("SaveSession", request, address)
         step: int = answer.step
         return step
+
+    def saved_states(self, *, address: str | None = None) -> list[SavedState]:
+        """List the saved states of this caller's tenant, in the order of their names.
+
+        Args:
+            address: Which of several servers; None: the server of the next job.
+
+        Raises:
+            UnsupportedError: The server has no directory for states.
+            GradwireError: The call failed.
+        """
+        request = session_service_pb2.ListSavedStatesRequest()
+        answer = self._engine.call_once("ListSavedStates", request, address)
+        return [saved_state_of(each) for each in answer.states]
+
+    def delete_saved_state(self, name: str, *, address: str | None = None) -> None:
+        """Delete a saved state of this caller's tenant.
+
+        Sessions that were restored from it, or save under its name, go on.
+
+        Args:
+            name: Its name, from `saved_states`.
+            address: Which of several servers; None: the server of the next job.
+
+        Raises:
+            InputError: The name is invalid.
+            StateUnknownError: There is no such state.
+            UnsupportedError: The server has no directory for states.
+            GradwireError: The call failed.
+        """
+        request = session_service_pb2.DeleteSavedStateRequest(
+            name=check_state(name, "name")
+        )
+        try:
+            self._engine.call_once("DeleteSavedState", request, address)
+        except StateUnknownError as error:
+            if error.attempts == 1:
+                raise
+            # The attempt before has deleted it, and its answer was lost.
 
     def gradients(
         self,

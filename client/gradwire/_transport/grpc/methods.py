@@ -35,6 +35,8 @@ _SESSION_METHODS: dict[str, type[Message]] = {
     "DescribeSession": session_service_pb2.DescribeSessionResponse,
     "DropTensors": session_service_pb2.DropTensorsResponse,
     "SaveSession": session_service_pb2.SaveSessionResponse,
+    "ListSavedStates": session_service_pb2.ListSavedStatesResponse,
+    "DeleteSavedState": session_service_pb2.DeleteSavedStateResponse,
     "Step": session_service_pb2.StepResponse,
 }
 """The methods with one message each way, and the types of their answers."""
