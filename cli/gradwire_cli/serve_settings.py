@@ -83,6 +83,8 @@ class ServeSettings(Settings):
     tenant_max_jobs: Annotated[int | None, _COUNT] = Settings.tenant_max_jobs
     tenant_max_queue: Annotated[int | None, _COUNT] = Settings.tenant_max_queue
     tenant_memory_limit: Annotated[int | None, _SIZE] = Settings.tenant_memory_limit
+    tenant_keep_limit: Annotated[int | None, _SIZE] = Settings.tenant_keep_limit
+    tenant_max_sessions: Annotated[int | None, _COUNT] = Settings.tenant_max_sessions
     idle_timeout: Annotated[float, _SECONDS] = Settings.idle_timeout
     grace: Annotated[float, _SECONDS] = Settings.grace
 

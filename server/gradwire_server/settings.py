@@ -148,6 +148,13 @@ class Settings:
     tenant_max_queue: int | None = None
     """Most jobs of one tenant that wait for their turn."""
 
+    tenant_keep_limit: int | None = None
+    """Most bytes that the sessions of one tenant may keep together. Unset: as
+    keep-limit."""
+
+    tenant_max_sessions: int | None = None
+    """Most sessions of one tenant at once. Unset: 64."""
+
     idle_timeout: float = 60.0
     """Seconds after which a job is ended if its client does not send the expected
     message or does not read its results."""
@@ -206,6 +213,8 @@ _LEAST: dict[str, float] = {
     "tenant_max_jobs": 1,
     "tenant_memory_limit": 4 * MIB,
     "tenant_max_queue": 0,
+    "tenant_keep_limit": 0,
+    "tenant_max_sessions": 1,
     "row_block_bytes": 1,
     "keep_limit": 0,
     "session_lease_max": 1.0,

@@ -80,6 +80,8 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     "tenant_max_jobs": ("3", 3, "3"),
     "tenant_memory_limit": ("3GiB", 3 * 2**30, '"3GiB"'),
     "tenant_max_queue": ("0", 0, "0"),
+    "tenant_keep_limit": ("1GiB", 2**30, '"1GiB"'),
+    "tenant_max_sessions": ("3", 3, "3"),
     "idle_timeout": ("2.5", 2.5, "2.5"),
     "grace": ("0", 0.0, "0"),
     "log_format": ("json", "json", '"json"'),

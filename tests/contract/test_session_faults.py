@@ -605,18 +605,33 @@ def test_a_session_of_another_tenant_is_answered_like_none(tmp_path) -> None:
         assert_untroubled(server)
 
 
-def test_a_tenant_has_a_part_of_the_sessions(tmp_path) -> None:
-    tokens, text = make_tokens("greedy", "modest")
+def test_a_tenant_has_a_part_of_the_sessions_or_limits_of_its_own(tmp_path) -> None:
+    tokens, text = make_tokens("greedy", "modest", "small", "none")
+    text += "[tenants.small]\nkeep-limit = 1000\nmax-sessions = 2\n"
+    text += "[tenants.none]\nkeep-limit = 0\n"
     file = tmp_path / "tokens.toml"
     file.write_text(text)
-    with running_server(auth_tokens=str(file)) as server:
+
+    def told(owner: RawSessions, keep_bytes: int) -> tuple[str, str]:
+        failure = refusal(lambda: owner.open(keep_bytes))
+        return failure.reason, failure.metadata["limit"]
+
+    settings = {"tenant_keep_limit": 3000, "grace": 0}
+    with running_server(auth_tokens=str(file), **settings) as server:
         with grpc.insecure_channel(server.address) as plain:
-            greedy = RawSessions(authorized(plain, tokens["greedy"]))
-            for _ in range(64):
-                greedy.open(1)
-            failure = refusal(lambda: greedy.open(1))
-            assert (failure.reason, failure.metadata["limit"]) == ("BUSY", "sessions")
-            RawSessions(authorized(plain, tokens["modest"])).open(1)
+            greedy, modest, small, none = (
+                RawSessions(authorized(plain, tokens[name])) for name in tokens
+            )
+            for owner, most, count in ((greedy, 3000, 64), (small, 1000, 2)):
+                assert told(owner, most + 1) == ("JOB_TOO_LARGE", "tenant_keep_limit")
+                first = owner.open(most - 1)
+                assert told(owner, 2) == ("BUSY", "tenant_keep_limit")
+                first.close()
+                for _ in range(count):
+                    owner.open(1)
+                assert told(owner, 1) == ("BUSY", "tenant_max_sessions")
+            assert told(none, 1) == ("JOB_TOO_LARGE", "tenant_keep_limit")
+            modest.open(3000)
         assert_untroubled(server)
 
 

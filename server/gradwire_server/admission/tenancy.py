@@ -30,6 +30,10 @@ class Limits:
     """Bytes held by jobs and open calls."""
     max_queue: int | None = None
     """Waiting jobs."""
+    keep_limit: int | None = None
+    """Bytes reserved by sessions."""
+    max_sessions: int | None = None
+    """Open sessions."""
 
     def within(self, other: Limits) -> Limits:
         """Return the smaller of each limit."""
@@ -37,6 +41,8 @@ class Limits:
             _least(self.max_jobs, other.max_jobs),
             _least(self.memory_limit, other.memory_limit),
             _least(self.max_queue, other.max_queue),
+            _least(self.keep_limit, other.keep_limit),
+            _least(self.max_sessions, other.max_sessions),
         )
 
 

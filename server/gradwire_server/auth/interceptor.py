@@ -174,6 +174,8 @@ def make_auth_interceptor(
         settings.tenant_max_jobs,
         settings.tenant_memory_limit,
         settings.tenant_max_queue,
+        settings.tenant_keep_limit,
+        settings.tenant_max_sessions,
     )
     if settings.auth_certificates and settings.tls_client_ca is None:
         raise CredentialsError(

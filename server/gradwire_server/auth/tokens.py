@@ -9,7 +9,8 @@
     max-jobs = 4
 
 A section [tenants.NAME] overrides the server's settings tenant-max-jobs,
-tenant-memory-limit (in bytes) and tenant-max-queue for one tenant.
+tenant-memory-limit (in bytes), tenant-max-queue, tenant-keep-limit (in bytes) and
+tenant-max-sessions for one tenant.
 
 The file holds only a token's SHA-256, so a reader of the file cannot make calls. A
 slow, salted hash as for passwords would add nothing: it protects secrets that can be
@@ -216,7 +217,13 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-_LEAST = {"max-jobs": 1, "memory-limit": 4 * MIB, "max-queue": 0}
+_LEAST = {
+    "max-jobs": 1,
+    "memory-limit": 4 * MIB,
+    "max-queue": 0,
+    "keep-limit": 0,
+    "max-sessions": 1,
+}
 _NO_TENANTS = "tenants is no table of sections [tenants.NAME]"
 _NO_SECTIONS = "tokens is no list of sections [[tokens]]"
 _NO_NAME = (

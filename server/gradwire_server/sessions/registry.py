@@ -32,7 +32,7 @@ MAX_SESSIONS = 256
 """Most sessions at once."""
 
 _MAX_OF_TENANT = MAX_SESSIONS // 4
-"""Most sessions of one tenant, with authentication."""
+"""Most sessions of one tenant, with authentication and without a limit of its own."""
 
 DEFAULT_LEASE_S = 600.0
 """Lease of a session that does not ask for another one."""
@@ -89,7 +89,7 @@ class Sessions:
         """The sessions that can be asked for again, by tenant and key."""
         self._opening: dict[tuple[str, bytes], asyncio.Event] = {}
         self._counts: Counter[str] = Counter()
-        self._kept_bytes = 0
+        self._kept_bytes: Counter[str] = Counter()
         self._expired_count = 0
         self._steps: set[asyncio.Task[pb2.StepResponse]] = set()
 
@@ -104,7 +104,7 @@ class Sessions:
         """Return what sessions keep now."""
         return SessionFigures(
             open=len(self._open),
-            reserved_bytes=self._kept_bytes,
+            reserved_bytes=self._kept_bytes.total(),
             used_bytes=sum(each.used_bytes for each in self._open.values()),
             limit_bytes=self._keep_limit,
             expired=self._expired_count,
@@ -148,12 +148,13 @@ class Sessions:
             if self._by_key.get(key) is session:
                 del self._by_key[key]
             self._counts[tenant] -= 1
-            self._counts += Counter()  # forgets tenants that have none
-            self._kept_bytes -= size_bytes
+            self._kept_bytes[tenant] -= size_bytes
+            for counter in (self._counts, self._kept_bytes):
+                counter += Counter()  # forgets tenants that have none
             held.close()
 
         self._counts[tenant] += 1
-        self._kept_bytes += size_bytes
+        self._kept_bytes[tenant] += size_bytes
         session = Session(
             tenant, label, size_bytes, lease_s, device=device, on_free=free
         )
@@ -319,33 +320,44 @@ class Sessions:
                 f"keep_bytes is {keep_bytes}: expected at least 1",
                 field="keep_bytes",
             )
-        most = min(
-            self._keep_limit,
-            self._admission.max_calls_bytes(tenant) - self._spare(tenant) - CALL_BYTES,
-        )
+        limits = self._admission.limits(tenant)
+        admissible = self._admission.max_calls_bytes(tenant)
+        most = min(self._keep_limit, admissible - self._spare(tenant) - CALL_BYTES)
+        whose = "this server"
+        limit = "keep_limit"
+        if limits.keep_limit is not None and limits.keep_limit < most:
+            most, whose, limit = limits.keep_limit, "your tenant", "tenant_keep_limit"
         if keep_bytes > most:
             raise JobError(
                 Reason.JOB_TOO_LARGE,
-                f"keep_bytes is {keep_bytes}: this server keeps at most {max(most, 0)} "
-                f"(keep_limit, memory_limit)",
+                f"keep_bytes is {keep_bytes}: {whose} keeps at most {max(most, 0)} "
+                f"({limit}, memory_limit)",
                 field="keep_bytes",
-                metadata={"limit": "keep_limit"},
+                metadata={"limit": limit},
             )
-        if self._kept_bytes + keep_bytes > self._keep_limit:
+        kept, own_bytes = self._kept_bytes.total(), self._kept_bytes[tenant]
+        if kept + keep_bytes > self._keep_limit:
             raise busy(
-                f"open sessions keep {self._kept_bytes} of {self._keep_limit} bytes",
-                "keep_limit",
+                f"open sessions keep {kept} of {self._keep_limit} bytes", "keep_limit"
             )
-        count = self._counts.total()
+        if limits.keep_limit is not None and own_bytes + keep_bytes > limits.keep_limit:
+            raise busy(
+                f"open sessions of your tenant keep {own_bytes} of "
+                f"{limits.keep_limit} bytes",
+                "tenant_keep_limit",
+            )
+        count, own = self._counts.total(), self._counts[tenant]
         if count >= MAX_SESSIONS:
             raise busy(
                 f"{count} sessions are open, of at most {MAX_SESSIONS}", "sessions"
             )
-        own = self._counts[tenant]
-        if tenant and own >= _MAX_OF_TENANT:
+        most_own = limits.max_sessions
+        if most_own is None and tenant:
+            most_own = _MAX_OF_TENANT
+        if most_own is not None and own >= most_own:
             raise busy(
-                f"{own} sessions of your tenant are open, of at most {_MAX_OF_TENANT}",
-                "sessions",
+                f"{own} sessions of your tenant are open, of at most {most_own}",
+                "tenant_max_sessions",
             )
 
     def _spare(self, tenant: str) -> int:

@@ -111,7 +111,7 @@ def test_a_tenant_may_have_limits_of_its_own():
     [
         ("tenants = 3", "tenants is no table of sections"),
         ("[tenants]\nalice = 3", "tenants is no table of sections"),
-        ("[tenants.alice]\nmax-job = 4", "alice. has a key that is none of max-jobs"),
+        ("[tenants.alice]\nmax-job = 4", "alice. has a key that is none of keep-limit"),
         ("[tenants.alice]\nmax-jobs = 0", "max-jobs that is no whole number of at"),
         ("[tenants.alice]\nmax-jobs = true", "no whole number of at least 1"),
         ("[tenants.alice]\nmemory-limit = '2GiB'", "of at least 4194304"),
