@@ -222,6 +222,23 @@ def test_a_state_is_put_and_returned(own) -> None:
     assert own.drop(1) == 0
 
 
+def test_states_go_on_with_a_weight_that_takes_them_over(own) -> None:
+    array = np.ones((3, 2), np.float32)
+    own.put(1, array, compute_dtype=dtype_number("bfloat16"))
+    own.put(1, array + 1, state="exp_avg", updates=7)
+    before = own.used_bytes
+    own.put(1, array + 2, keep_states=True, compute_dtype=dtype_number("bfloat16"))
+    assert own.used_bytes == before
+    assert (own.get(1) == 3).all()
+    assert (own.get(1, state="exp_avg") == 2).all()
+    info = own.tensors()[1]
+    assert (list(info.states), info.updates) == (["exp_avg"], 7)
+    own.put(1, array)
+    info = own.tensors()[1]
+    assert (list(info.states), info.updates) == ([], 0)
+    assert own.drop(1) == 0
+
+
 def test_a_kept_operand_is_used_once_more_and_dropped(own) -> None:
     x_bytes = PROBLEM.x.nbytes
     for call in (own.compute, own.stream):
@@ -619,6 +636,14 @@ PUT_HEADERS = [
         "keep_bytes",
         str(4 * 2**20),
         str(MIB),
+    ),
+    ({"keep_states": True}, FAILED, "TENSOR_MISMATCH", "header.keep_states", "no we"),
+    (
+        {"keep_states": True, "tensor": W},
+        FAILED,
+        "TENSOR_MISMATCH",
+        "header.keep_states",
+        "shape",
     ),
     (
         {"idempotency_key": b"k" * 65},

@@ -192,6 +192,56 @@ def test_steps_are_those_of_torch(serving: ServerProcess, name: str) -> None:
     assert np.linalg.norm(ours - expected) <= 2e-7 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_training_in_torch_goes_on_in_a_session(
+    serving: ServerProcess, kind: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    options = {"lr": 0.1, "momentum": 0.9} if kind == "SGD" else {"lr": 0.1}
+    parameter = torch.nn.Parameter(torch.ones(4, 3))
+    theirs = getattr(torch.optim, kind)([parameter], **options)
+    ours = getattr(gradwire, kind)(**options)
+    x, dy = np.eye(4, dtype=np.float32), oracle.operands(4, 4, 3)[2]
+
+    def step_there() -> None:
+        parameter.grad = torch.from_numpy(dy.copy())
+        theirs.step()
+
+    for _ in range(3):
+        step_there()
+    with (
+        gradwire.connect(serving.address, transport="tcp") as client,
+        client.session("1MiB") as session,
+    ):
+        weight = session.put(parameter.detach())
+        gradient = session.zeros_like(weight)
+        for name, state in theirs.state[parameter].items():
+            if name != "step":
+                session.put_state(weight, name, state, updates=3)
+        for replaced in (False, True):
+            if replaced:
+                with torch.no_grad():
+                    parameter.fill_(2.0)
+                session.put(
+                    np.full((4, 3), 2, np.float32), replace=weight, keep_states=True
+                )
+            for _ in range(3):
+                step_there()
+                _, context = session.forward(x, weight)
+                session.backward(context, dy, into=gradient, dx=False)
+                session.step(ours, {weight: gradient})
+            np.testing.assert_allclose(
+                session.get(weight), parameter.detach().numpy(), rtol=1e-6
+            )
+        for updates in (0, True, 1.5):
+            with pytest.raises(gradwire.InputError, match="updates"):
+                session.put_state(weight, "exp_avg", dy, updates=updates)  # type: ignore[arg-type]
+        with pytest.raises(gradwire.RequestError, match="velocity"):
+            session.put_state(weight, "velocity", dy, updates=1)
+        with pytest.raises(gradwire.InputError, match="replace"):
+            session.put(dy, keep_states=True)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_steps_of_some_weights_leave_the_gradients_of_others(
     serving: ServerProcess, keep: bool

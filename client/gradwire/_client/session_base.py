@@ -268,6 +268,7 @@ class SessionBase:
         compute_dtype: DtypeLike = None,
         zeros: bool = False,
         number: int | None = None,
+        keep_states: bool = False,
     ) -> tuple[Tensor, pb2.TensorHeader]:
         """Return a handle and the header of a tensor to put.
 
@@ -279,6 +280,7 @@ class SessionBase:
             compute_dtype: Dtype of its copy for jobs.
             zeros: Whether all elements are 0.
             number: Its number, of a tensor to replace; None: a new one.
+            keep_states: Whether it takes over the optimizer states of that one.
         """
         compute = None
         if compute_dtype is not None:
@@ -305,6 +307,7 @@ class SessionBase:
             role=role,  # type: ignore[arg-type]
             compute_dtype=compute.proto_name if compute else None,
             zeros=zeros,
+            keep_states=keep_states,
             idempotency_key=_new_key(),
         )
         return tensor, header
@@ -824,6 +827,16 @@ def parse_lease(value: float | None) -> float:
     if seconds > 0:
         return seconds
     raise InputError(f"lease_s is {value!r}: expected a number of seconds, more than 0")
+
+
+def check_updates(updates: int) -> None:
+    """Check the number of updates of a weight whose state is put.
+
+    Raises:
+        InputError: It is no number, or 0: a momentum buffer would be begun anew.
+    """
+    if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
+        raise InputError(f"updates is {updates!r}: expected a number of at least 1")
 
 
 def check_name(name: str, what: str) -> str:

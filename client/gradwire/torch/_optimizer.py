@@ -10,6 +10,7 @@ import torch
 
 from gradwire._api import optimizers
 from gradwire._api.errors import InputError
+from gradwire._api.session_types import TensorInfo
 from gradwire._client._sync.session import Session
 from gradwire.torch._offload import named_parameters
 from gradwire.torch._weight import Weight, drop_left_over, from_numpy
@@ -226,9 +227,7 @@ class Optimizer(torch.optim.Optimizer):
             GradwireError: The server failed.
         """
         packed = self.local.state_dict()
-        infos = {}
-        if self._session is not None:
-            infos = {each.number: each for each in self._session.describe().tensors}
+        infos = self._infos()
         states: dict[int, Any] = {}
         groups = []
         number = 0
@@ -278,10 +277,20 @@ class Optimizer(torch.optim.Optimizer):
             groups.append({**group, "params": list(range(first, number))})
         for group in groups:
             _remote_optimizer(self.local, group)
+        infos = self._infos()
         for weight, state in remote:
-            _put_state(weight, state or {})
+            if state:
+                _put_state(weight, state)
+            elif infos[weight.tensor.number].states:
+                weight.forget_states()
         self.local.load_state_dict({"state": states, "param_groups": groups})
         self._share()
+
+    def _infos(self) -> dict[int, TensorInfo]:
+        """Return the descriptions of the session's tensors, by number."""
+        if self._session is None:
+            return {}
+        return {each.number: each for each in self._session.describe().tensors}
 
     def _weights(self) -> list[Weight]:
         return [each for members in self._members for each in _remote_weights(members)]

@@ -150,7 +150,7 @@ class Weight:
         return from_numpy(self.session.get(self.gradient))
 
     def put(self, elements: torch.Tensor) -> None:
-        """Replace the elements. The optimizer's state of the weight begins anew.
+        """Replace the elements. The optimizer's state of the weight goes on.
 
         Args:
             elements: Shape (out_features, in_features); they are cast to the weight's
@@ -169,6 +169,19 @@ class Weight:
         self.session.put(
             self._kept(elements.detach().to(self.dtype), trains),
             name=self.name,
+            compute_dtype=self.tensor.compute_dtype,
+            replace=self.tensor,
+            keep_states=True,
+        )
+
+    def forget_states(self) -> None:
+        """Forget the optimizer's state, as of a weight that was never updated.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        self.session.put(
+            self.session.get(self.tensor),
             compute_dtype=self.tensor.compute_dtype,
             replace=self.tensor,
         )

@@ -157,7 +157,7 @@ class TensorInfo(_message.Message):
     def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., size_bytes: _Optional[int] = ..., states: _Optional[_Iterable[str]] = ..., updates: _Optional[int] = ..., parts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
-    __slots__ = ("session", "tensor", "name", "shape", "dtype", "role", "compute_dtype", "checksum", "zeros", "state", "updates", "idempotency_key")
+    __slots__ = ("session", "tensor", "name", "shape", "dtype", "role", "compute_dtype", "checksum", "zeros", "state", "updates", "idempotency_key", "keep_states")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,7 @@ class TensorHeader(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    KEEP_STATES_FIELD_NUMBER: _ClassVar[int]
     session: str
     tensor: int
     name: str
@@ -182,7 +183,8 @@ class TensorHeader(_message.Message):
     state: str
     updates: int
     idempotency_key: bytes
-    def __init__(self, session: _Optional[str] = ..., tensor: _Optional[int] = ..., name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., role: _Optional[_Union[TensorRole, str]] = ..., compute_dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., zeros: bool = ..., state: _Optional[str] = ..., updates: _Optional[int] = ..., idempotency_key: _Optional[bytes] = ...) -> None: ...
+    keep_states: bool
+    def __init__(self, session: _Optional[str] = ..., tensor: _Optional[int] = ..., name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., role: _Optional[_Union[TensorRole, str]] = ..., compute_dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., zeros: bool = ..., state: _Optional[str] = ..., updates: _Optional[int] = ..., idempotency_key: _Optional[bytes] = ..., keep_states: bool = ...) -> None: ...
 
 class TensorChunk(_message.Message):
     __slots__ = ("index", "crc32c", "data")

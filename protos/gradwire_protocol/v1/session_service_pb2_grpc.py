@@ -149,7 +149,7 @@ class SessionServiceServicer(object):
 
     def PutTensor(self, request_iterator, context):
         """Creates a tensor, or replaces it when the last element has arrived, without the
-        states and contributions that it had. Until then, both count in the session's
+        states (unless keep_states) and contributions that it had. Until then, both count in the session's
         memory. The client sends TensorHeader, then TensorChunks, and half-closes. A call
         that fails changes nothing. TensorHeader.idempotency_key makes it repeatable.
         """

@@ -176,7 +176,12 @@ class IncomingTensor:
             tensor.states[header.state] = self._array
             tensor.updates = header.updates
         else:
-            session.keep(self._tensor())
+            tensor = self._tensor()
+            if header.keep_states:
+                replaced = session.tensors[header.tensor]
+                tensor.states, replaced.states = replaced.states, {}
+                tensor.updates = replaced.updates
+            session.keep(tensor)
         session.puts.made(header)
 
     def _tensor(self) -> KeptTensor:
@@ -302,6 +307,19 @@ def _check_role(session: Session, header: pb2.TensorHeader) -> None:
             field="header.role",
         )
     existing = session.tensors.get(header.tensor)
+    if header.keep_states:
+        same = existing is not None and (
+            existing.role == header.role == pb2.TENSOR_ROLE_WEIGHT
+            and existing.array.shape == tuple(header.shape)
+            and existing.dtype is Dtype(header.dtype)
+        )
+        if not same:
+            raise JobError(
+                Reason.TENSOR_MISMATCH,
+                f"header.keep_states is true, but tensor {header.tensor} is no weight "
+                f"of this shape and dtype",
+                field="header.keep_states",
+            )
     if existing is not None and existing.role != header.role:
         raise JobError(
             Reason.TENSOR_MISMATCH,

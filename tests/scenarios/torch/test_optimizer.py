@@ -81,6 +81,29 @@ def test_states_are_exchanged_with_torchs_optimizer(
             assert_same(local, model)
 
 
+@pytest.mark.parametrize(("kind", "options"), KINDS[1:3], ids=["momentum", "adam"])
+def test_loading_is_that_of_torch(
+    session: gradwire.Session, kind: Any, options: Any
+) -> None:
+    models = local, remote = both(mlp(), session)
+    optimizers = (
+        kind(local.parameters(), **options),
+        gradwire.torch.optimizer(remote, kind, **options),
+    )
+    new = mlp().state_dict()
+    fresh = optimizers[0].state_dict()
+    passes(models, optimizers)
+    for model in models:  # the optimizer's states go on
+        model.load_state_dict(new)
+    passes(models, optimizers)
+    assert_same(local, remote)
+    for optimizer in optimizers:  # and begin anew
+        optimizer.load_state_dict(copy.deepcopy(fresh))
+    assert not optimizers[1].state_dict()["state"]
+    passes(models, optimizers)
+    assert_same(local, remote)
+
+
 def test_groups_have_their_own_options(session: gradwire.Session) -> None:
     local, remote = both(mlp(), session)
 

@@ -35,6 +35,7 @@ from gradwire._client.session_base import (
     check_same_step,
     check_state,
     check_to_save,
+    check_updates,
     gradient_name,
     half_restored,
     is_lost,
@@ -160,6 +161,7 @@ class Session(SessionBase):
         name: str = "",
         compute_dtype: DtypeLike = None,
         replace: Tensor | None = None,
+        keep_states: bool = False,
     ) -> Tensor:
         """Keep an array as a weight.
 
@@ -169,8 +171,11 @@ class Session(SessionBase):
             compute_dtype: "bfloat16" or "float16": keep a copy of float32 elements,
                 rounded to it, for jobs with operands of that dtype. Steps update the
                 float32 elements and round the copy anew.
-            replace: The weight to replace, in one piece. Its optimizer states are
-                forgotten. Its handles stay valid if shape and dtypes are the same.
+            replace: The weight to replace, in one piece. Its handles stay valid if
+                shape and dtypes are the same.
+            keep_states: Whether the optimizer states of `replace` go on with the new
+                elements, as those of a PyTorch parameter whose elements are copied
+                over do. Otherwise they are forgotten, as for a new parameter.
 
         Returns:
             A handle of the kept tensor.
@@ -183,6 +188,8 @@ class Session(SessionBase):
         self._settle()
         elements, shape = put_operand(array, "array")
         replaced = None if replace is None else self.own(replace, "replace")
+        if keep_states and replaced is None:
+            raise InputError("keep_states is True, but replace is not given")
         tensor, header = self.new_tensor(
             shape,
             elements.dtype,
@@ -190,6 +197,7 @@ class Session(SessionBase):
             name=name or (replaced.name if replaced else ""),
             compute_dtype=compute_dtype,
             number=replaced.number if replaced else None,
+            keep_states=keep_states,
         )
         self._put(header, elements)
         return tensor
@@ -249,6 +257,32 @@ class Session(SessionBase):
         own = self.own(tensor, "tensor")
         elements = self._elements(own.number, check_name(state, "state"))
         return elements.T if own.transposed else elements
+
+    def put_state(
+        self, weight: Tensor, state: str, array: Any, *, updates: int
+    ) -> None:
+        """Put an optimizer state of a weight, for example of a run elsewhere.
+
+        Args:
+            weight: The weight.
+            state: "exp_avg", "exp_avg_sq" or "momentum_buffer", as in PyTorch.
+            array: Its elements, of the weight's shape and dtype.
+            updates: The weight's updates so far, at least 1: "step" of a PyTorch state
+                of Adam. It counts for the weight, so each of its states has the same.
+
+        Raises:
+            InputError: An argument is invalid.
+            RequestError: There is no such state, or the array has another shape or
+                dtype.
+            SessionFullError: The session's `keep` is too small.
+            GradwireError: The call failed.
+        """
+        self._settle()
+        own = self.own(weight, "weight")
+        check_updates(updates)
+        if own.transposed:
+            raise InputError("weight is transposed: pass weight.T, and the array so")
+        self._put_state(own, check_name(state, "state"), array, updates)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save the weights and their optimizer states to a safetensors file.
