@@ -21,10 +21,11 @@ def check_accepted(accepted: Accepted, job: Job) -> None:
         ProtocolError: The server understood an option otherwise, or sent an
             impossible size.
     """
-    if accepted.block_rows < 1 or accepted.window_rows < 1:
+    rows, window = accepted.block_rows, accepted.window_rows
+    if rows < 1 or window < 1 or accepted.credit_blocks < 0:
         raise ProtocolError(
-            f"the server announced blocks of {accepted.block_rows} rows and a window"
-            f" of {accepted.window_rows}"
+            f"the server announced blocks of {rows} rows, a window of {window} and a"
+            f" credit of {accepted.credit_blocks}"
         )
     if _with_defaults(job, accepted.effective_job) == accepted.effective_job:
         return  # The usual case, and faster than the search for a difference.

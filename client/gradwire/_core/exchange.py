@@ -6,8 +6,7 @@ chain of generators, receiving is one method, and each reads only counters of th
 
     exchange = JobExchange(plan, sender, sinks)
     send(exchange.opening())
-    ... receive messages until exchange.accepted ...
-    send everything of exchange.array_messages(operands)
+    send everything of exchange.array_messages(operands), waiting where it is empty,
         while every message that comes goes to exchange.receive(message)
     receipt = exchange.finish()
 """
@@ -54,13 +53,10 @@ def decode_response(message: bytes, *, after_receipt: bool) -> framing.ResponseM
 
 
 class ExchangeProtocol(Protocol):
-    """The parts of an exchange that the sending side of a call needs."""
-
-    accepted: Accepted | None
-    """The server's Accepted, once received."""
+    """The part of an exchange that a call needs."""
 
     def opening(self) -> bytes:
-        """Return the first message. Send the next ones once `accepted` is set."""
+        """Return the first message."""
 
 
 class JobExchange:
@@ -107,15 +103,19 @@ class JobExchange:
         self._job = spec.to_message(plan.options.job_id)
         self._sender = sender
         self._receiver = Receiver(plan, sinks, sender)
+        sender.begin(point.first_row if point else 0)
         self._reporter = Reporter(plan)
         self._receipt: ReceiptMessage | None = None
 
     def opening(self) -> bytes:
-        """Return the first message. Send the next ones once `accepted` is set."""
+        """Return the first message."""
         return framing.encode_job(self._job)
 
     def array_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
-        """Yield all messages after the first, for complete operands."""
+        """Yield all messages after the first, for complete operands.
+
+        At an empty message (`WAIT`), wait until another message was received.
+        """
         rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
         yield from self.weight_messages(operands.get(Matrix.W))
         yield from self._reported(self._sender.all_rows(rows))
@@ -126,6 +126,7 @@ class JobExchange:
 
         And behind it the sums with which the job goes on.
         """
+        yield from self._sender.until_accepted()
         if w is not None:
             yield from self._reported(self._sender.weights(w))
         if self._point is not None and self._point.checkpoint is not None:
@@ -220,11 +221,14 @@ class JobExchange:
                 "the server resumes the job with another fingerprint, contrary to the"
                 " request"
             )
-        first_row = point.first_row if point else 0
-        self._sender.accept(accepted.block_rows, accepted.window_rows, first_row)
         self._receiver.begin(point.results_from_row if point else 0)
         self._checkpoints.accept(accepted)
         self.accepted = accepted
+        self._sender.received_row = self._receiver.complete_row()
+        # Sending goes on from here, perhaps in another thread.
+        self._sender.accept(
+            accepted.block_rows, accepted.window_rows, accepted.credit_blocks
+        )
 
     def _take(self, chunk: framing.Chunk) -> None:
         if chunk.matrix in PARTIAL_SUMS:
@@ -235,6 +239,7 @@ class JobExchange:
             raise ProtocolError("the server did not complete a checkpoint")
         else:
             self._receiver.take(chunk)
+            self._sender.received_row = self._receiver.complete_row()
 
     def _begin_checkpoint(self, received: Checkpoint) -> None:
         if not self._takes_checkpoints or self.accepted is None:
@@ -247,7 +252,8 @@ class JobExchange:
     def _reported(self, messages: Iterator[bytes]) -> Iterator[bytes]:
         for message in messages:
             yield message
-            self._report()
+            if message:
+                self._report()
 
     def _report(self, jobs_ahead: int | None = None) -> None:
         point, plan = self._point, self._plan

@@ -4,12 +4,17 @@ Rows are sent in runs. A run ends at the boundary of a row block, or before it. 
 rows of X in a run are sent first, then the rows of dY. So neither operand is ahead by
 more than a run, and the next rows always belong to the operand with fewer complete
 rows (X on a tie).
+
+An empty message stands for a wait: the next one may be sent once the server has sent
+more. The server accepts the job before anything is sent. Then it has a limit, its
+credit, on the row blocks whose results have not arrived.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 import numpy as np
 
@@ -20,6 +25,9 @@ from gradwire._core.job_plan import Plan
 from gradwire_protocol import checksum, framing
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import ROW_OPERANDS, Matrix
+
+WAIT: Final = b""
+"""In the place of a message: wait until the server has sent more."""
 
 STALE_S = 0.1
 """Longest time that rows are collected for a full message, so that the server sees
@@ -32,11 +40,17 @@ class Sender:
     All attributes are updated before a message is yielded, because the server's answer
     may arrive before the sender continues.
 
+    It does not refer to the receiver, whose arrays would then be freed by the garbage
+    collector only.
+
     Attributes:
         m: Number of all rows, once it is known.
         block_rows: Rows of a row block, once the server has accepted the job.
         rows_sent: Rows that were yielded, wholly or in part.
         bytes_sent: Bytes of operands that were yielded.
+        accepted: Whether the server has accepted the job.
+        received_row: First row of the first row block whose results have not all
+            arrived; None: no results of row blocks are wanted.
         ended: Whether End was yielded.
     """
 
@@ -44,24 +58,43 @@ class Sender:
         self.m = plan.m
         self.ended = False
         self.rows_sent = 0
+        self.accepted = False
+        self.received_row: int | None = None
         self.bytes_sent = 0
         self._plan = plan
         self._clock = clock
         self._last_sent = 0.0
         self.block_rows = self._run_rows = 1
+        self._credit_blocks = 0
         self._staging: _Staging | None = None
 
-    def accept(self, block_rows: int, window_rows: int, first_row: int = 0) -> None:
+    def begin(self, first_row: int) -> None:
+        """Begin a job.
+
+        Args:
+            first_row: The first row to send. Earlier rows count as sent.
+        """
+        self.rows_sent = first_row
+
+    def accept(self, block_rows: int, window_rows: int, credit_blocks: int = 0) -> None:
         """Use the server's row blocks.
 
         Args:
             block_rows: Rows of a row block, at least 1.
             window_rows: Rows by which one operand may be ahead, at least 1.
-            first_row: The first row to send. Earlier rows count as sent.
+            credit_blocks: Row blocks that may be outstanding; 0: any number.
         """
         self.block_rows = block_rows
         self._run_rows = min(block_rows, window_rows)
-        self.rows_sent = first_row
+        # Row blocks without elements to send are not complete before End.
+        if self._sends_rows():
+            self._credit_blocks = credit_blocks
+        self.accepted = True
+
+    def until_accepted(self) -> Iterator[bytes]:
+        """Wait for the server to accept the job."""
+        while not self.accepted:
+            yield WAIT
 
     def weights(self, w: Operand) -> Iterator[bytes]:
         """Yield the messages with W."""
@@ -145,6 +178,22 @@ class Sender:
         to_boundary = self.block_rows - self.rows_sent % self.block_rows
         return min(to_boundary, self._run_rows)
 
+    def _may_begin(self, row: int) -> bool:
+        """Return whether the server's credit covers the row block of a row."""
+        received = self.received_row
+        if not self._credit_blocks or received is None:
+            return True
+        block, first = row // self.block_rows, received // self.block_rows
+        return block < first + self._credit_blocks
+
+    def _sends_rows(self) -> bool:
+        """Return whether rows have elements to send."""
+        return any(
+            operand.row_length(self._plan.n, self._plan.k)
+            for operand in ROW_OPERANDS
+            if operand in self._plan.operands
+        )
+
     def _stage_rows(self) -> int:
         """Return the number of rows in a full message of the wider operand."""
         columns = max(
@@ -180,6 +229,8 @@ class Sender:
         *,
         row: int,
     ) -> Iterator[bytes]:
+        while not self._may_begin(row):
+            yield WAIT
         self.rows_sent += count
         for matrix in ROW_OPERANDS:
             if matrix in operands:

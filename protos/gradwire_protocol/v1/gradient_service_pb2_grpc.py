@@ -76,7 +76,7 @@ class GradientServiceServicer(object):
         as soon as a row block is computed, then dW and dB, then Receipt. The next rows to
         send belong to the operand with fewer complete rows sent, X on a tie;
         neither may lead by more than Accepted.window_rows. A client must read while
-        it writes.
+        it writes, and behind a proxy it should keep to Accepted.credit_blocks.
         A job with Checkpoints receives the sums so far in between. A job with Resume
         continues an interrupted job.
         A job in shared memory has no Chunks: the client sends Job, with its m, and

@@ -194,7 +194,7 @@ class Queued(_message.Message):
     def __init__(self, jobs_ahead: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("server_instance", "block_rows", "window_rows", "reserved_bytes", "device", "fingerprint", "effective_job", "device_bytes")
+    __slots__ = ("server_instance", "block_rows", "window_rows", "reserved_bytes", "device", "fingerprint", "effective_job", "device_bytes", "credit_blocks")
     SERVER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +203,7 @@ class Accepted(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     EFFECTIVE_JOB_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     server_instance: str
     block_rows: int
     window_rows: int
@@ -211,7 +212,8 @@ class Accepted(_message.Message):
     fingerprint: NumericsFingerprint
     effective_job: Job
     device_bytes: int
-    def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ..., device_bytes: _Optional[int] = ...) -> None: ...
+    credit_blocks: int
+    def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ..., device_bytes: _Optional[int] = ..., credit_blocks: _Optional[int] = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("backend", "index", "name", "memory_bytes", "compute_capability", "memory_limit_bytes", "sums_rounded_to_nearest", "ignores_tf32")

@@ -21,6 +21,12 @@ RING_ENDS = 2
 """Row blocks that a job holds in addition to those in progress on the device: one is
 being received, one is being sent."""
 
+MAX_READ_AHEAD_BYTES = 4 << 20
+"""Most bytes of operands that a job with small row blocks holds beyond those, in whole
+blocks. Its client has no more row blocks outstanding than the job holds, and on a long
+link the operands and results in transit are outstanding, too: 20 ms at 1 Gbit/s are
+2.5 MB. It is gRPC's window for a call, which limits the bytes in transit anyway."""
+
 ALIGNMENT = 256
 """Alignment of every matrix in memory, in bytes: required by cuBLAS's fastest kernels,
 and more than any CPU requires."""
@@ -59,10 +65,13 @@ class RowBlockPlan:
     computes: bool = True
     """Whether row blocks have elements, and so need computation."""
 
+    extra_slots: int = 0
+    """Row blocks that the job holds because they are small."""
+
     @property
     def slots(self) -> int:
         """Number of row blocks that the job holds."""
-        return self.pipeline_depth + RING_ENDS
+        return self.pipeline_depth + RING_ENDS + self.extra_slots
 
     @property
     def window_rows(self) -> int:
@@ -98,6 +107,9 @@ def plan_row_blocks(
     if spec.m is not None:
         pipeline_depth = min(pipeline_depth, max(-(-spec.m // block_rows), 1))
     slot_rows = block_rows if spec.m is None else min(block_rows, spec.m)
+    extra_slots = _extra_slots(
+        spec, block_rows, pipeline_depth + RING_ENDS, read_ahead_bytes(row_block_bytes)
+    )
     offsets: dict[Matrix, int] = {}
     w_bytes = 0
     if Matrix.W in spec.sent_operands:
@@ -130,6 +142,7 @@ def plan_row_blocks(
         sum_bytes,
         least_bytes,
         computes=bool(row_elements and slot_rows),
+        extra_slots=extra_slots,
     )
 
 
@@ -162,6 +175,34 @@ def held_in(spec: JobSpec, block_rows: int) -> Dtype:
     moves = spec.brings_sums or bool(spec.checkpoint_rows)
     moves |= any(spec.results[result] == spec.accumulator for result in spec.sums)
     return spec.dtype.sums_in if one_block and not moves else spec.accumulator
+
+
+def read_ahead_bytes(row_block_bytes: int) -> int:
+    """Return the bytes of operands that jobs with small row blocks hold in addition.
+
+    They are at most a quarter of a row block's, so that small blocks are no reason for
+    much more memory.
+
+    Args:
+        row_block_bytes: Desired size of a row block's operands.
+    """
+    return min(MAX_READ_AHEAD_BYTES, row_block_bytes // 4)
+
+
+def _extra_slots(spec: JobSpec, block_rows: int, slots: int, size_bytes: int) -> int:
+    """Return how many row blocks of `size_bytes` together to hold beyond `slots`."""
+    row_bytes = sum(
+        spec.row_length(operand) * spec.dtype.itemsize
+        for operand in spec.sent_operands
+        if operand.row_wise
+    )
+    if not row_bytes:
+        return 0
+    extra = size_bytes // (row_bytes * block_rows)
+    if spec.m is None:
+        return extra
+    blocks = -(-spec.m // block_rows)
+    return min(extra, max(blocks + 1 - slots, 0))
 
 
 def _aligned(size_bytes: int) -> int:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -165,13 +167,36 @@ def test_a_result_that_was_not_wanted_is_refused() -> None:
         (chunk(4, 0, 1), "sent results before accepting the job"),
         (
             framing.encode_accepted(Accepted(block_rows=0, window_rows=1)),
-            "announced blocks of 0 rows and a window of 1",
+            "announced blocks of 0 rows, a window of 1 and",
+        ),
+        (
+            framing.encode_accepted(
+                Accepted(block_rows=2, window_rows=2, credit_blocks=-1)
+            ),
+            "a window of 2 and a credit of -1",
         ),
     ],
 )
 def test_a_server_that_starts_wrong_is_given_up(answer: bytes, says: str) -> None:
     with pytest.raises(gradwire.ProtocolError, match=says):
         small_job().exchange().receive(answer)
+
+
+def test_the_memory_of_results_is_free_as_soon_as_they_are_dropped() -> None:
+    """The next call takes it again. The garbage collector comes too late for that."""
+    job = small_job()
+    exchange = job.exchange()
+    for answer in converse(exchange, job.messages(exchange), FakeServer()):
+        exchange.receive(answer)
+    exchange.finish()
+    arrays = [weakref.ref(array) for array in job.outputs.all().values()]
+    gc.collect()
+    gc.disable()
+    try:
+        del job, exchange
+        assert not any(array() is not None for array in arrays)
+    finally:
+        gc.enable()
 
 
 def test_results_before_their_rows_were_sent_are_refused() -> None:

@@ -230,14 +230,16 @@ def test_neither_side_takes_more_than_a_job_reserved(
     assert seen["moved_bytes"] > 2 * allowed
 
 
-def test_a_job_reserves_three_row_blocks_and_its_messages(channel):
+def test_a_job_reserves_its_row_blocks_and_its_messages(channel):
+    """Three, and as many more as have 4 MiB of operands together."""
     with Stream(channel) as stream:
         stream.send(whole_numbers(1, 64, 64).job(m=10**6))
         accepted = stream.receive_accepted().accepted
     slot = accepted.block_rows * 4 * 64 * 4  # rows of x, dy, y and dx
     messages = 2 * (MAX_MESSAGE_BYTES + (1 << 20))
     reserved = accepted.reserved_bytes
-    assert 3 * slot + messages < reserved < 3 * slot + messages + 8 * MIB
+    assert (slot, accepted.credit_blocks) == (8 * MIB, 4)
+    assert 4 * slot + messages < reserved < 4 * slot + messages + 8 * MIB
 
 
 @pytest.mark.big

@@ -309,7 +309,8 @@ class AsyncCall:
     Args:
         connection: The connection.
         exchange: Provides the first message.
-        messages: Yields the messages to send after the server has accepted the job.
+        messages: Yields the messages to send after it; an empty one stands for a wait
+            until another message was received.
         options: The job's options.
     """
 
@@ -322,7 +323,6 @@ class AsyncCall:
     ) -> None:
         self._endpoint = connection.endpoint
         self._job_id = options.job_id
-        self._exchange = exchange
         self._requests = RequestWriter(exchange.opening(), messages)
         self._rpc = connection.methods.stream(
             timeout=options.timeout_s, metadata=options.metadata
@@ -347,8 +347,7 @@ class AsyncCall:
             GradwireError: The call failed.
             BaseException: An exception of `messages`, unchanged.
         """
-        if self._exchange.accepted is not None:
-            self._requests.settled.set()
+        self._requests.received.set()
         try:
             message = await self._rpc.read()
         except asyncio.CancelledError:
@@ -391,13 +390,14 @@ class RequestWriter:
     def __init__(
         self, opening: bytes, messages: Callable[[], AsyncGenerator[bytes]]
     ) -> None:
-        self.settled = asyncio.Event()
+        self.received = asyncio.Event()
+        """Set when a message from the server was processed."""
         self._opening = opening
         self._messages = messages
         self._error: BaseException | None = None
 
     async def run(self, rpc: _StreamStreamCall) -> None:
-        """Write the header, then the messages once the server has accepted the job."""
+        """Write the header, then the messages."""
         try:
             # The writer lives about as long as its call.
             with fork_support.aio_calling():
@@ -413,11 +413,14 @@ class RequestWriter:
             await rpc.wait_for_connection()
         if not await _write(rpc, self._opening):
             return
-        await self.settled.wait()
         async with contextlib.aclosing(self._messages()) as messages:
             async for message in messages:
-                if not await _write(rpc, message):
+                if not message:
+                    await self.received.wait()
+                elif not await _write(rpc, message):
                     return
+                # Before the messages look at what was received.
+                self.received.clear()
         with contextlib.suppress(cygrpc.InternalError):
             await rpc.done_writing()
 

@@ -376,7 +376,8 @@ class SyncCall:
     Args:
         connection: The connection.
         exchange: Provides the first message.
-        messages: Yields the messages to send after the server has accepted the job.
+        messages: Yields the messages to send after it; an empty one stands for a wait
+            until another message was received.
         options: The job's options.
     """
 
@@ -389,7 +390,6 @@ class SyncCall:
     ) -> None:
         self._endpoint = connection.endpoint
         self._job_id = options.job_id
-        self._exchange = exchange
         self._requests = RequestIterator(exchange.opening(), messages)
         with fork_support.calling():
             self._rpc = connection.methods.stream(
@@ -418,8 +418,7 @@ class SyncCall:
             BaseException: An exception of `messages`, unchanged.
         """
         require_running_interpreter()
-        if self._exchange.accepted is not None:
-            self._requests.go()
+        self._requests.go_on()
         try:
             with fork_support.waiting():
                 message: bytes = next(self._rpc)
@@ -453,23 +452,25 @@ class RequestIterator:
     def __init__(self, opening: bytes, messages: Callable[[], Iterator[bytes]]) -> None:
         self._opening = opening
         self._messages = messages
-        self._settled = threading.Event()
+        self._received = threading.Event()
         self._stopped = False
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._cancel: Callable[[], object] | None = None
 
     def requests(self) -> Iterator[bytes]:
-        """Yield the header, then the messages once the server has accepted the job."""
+        """Yield the header, then the messages."""
         with fork_support.waiting():
             yield self._opening
-        self._settled.wait()
-        if self._stopped:
-            return
         try:
             for message in self._messages():
-                with fork_support.waiting():
-                    yield message
+                if message:
+                    with fork_support.waiting():
+                        yield message
+                else:
+                    self._received.wait()
+                # Before the messages look at what was received.
+                self._received.clear()
                 if self._stopped:
                     return
         except GeneratorExit:
@@ -485,14 +486,14 @@ class RequestIterator:
         if failed:
             cancel()
 
-    def go(self) -> None:
-        """Allow the messages after the header."""
-        self._settled.set()
+    def go_on(self) -> None:
+        """End a wait of the messages: a message from the server was processed."""
+        self._received.set()
 
     def stop(self) -> None:
         """Yield no more messages."""
         self._stopped = True
-        self._settled.set()
+        self._received.set()
 
     def raise_error(self) -> None:
         """Raise the exception of the messages, if there was one."""

@@ -11,6 +11,7 @@ from gradwire._core.acceptance import check_accepted, check_receipt
 from gradwire._core.exchange import decode_response
 from gradwire._core.job_plan import Plan
 from gradwire._core.progress import Reporter
+from gradwire._core.sender import WAIT
 from gradwire._transport.shm.segments import Segment
 from gradwire_protocol import framing
 from gradwire_protocol.job_spec import BufferRef
@@ -37,11 +38,13 @@ class ShmExchange:
         self._receipt: ReceiptMessage | None = None
 
     def opening(self) -> bytes:
-        """Return the first message. Send the next ones once `accepted` is set."""
+        """Return the first message."""
         return framing.encode_job(self._job)
 
     def messages(self) -> Iterator[bytes]:
         """Yield the other messages."""
+        while self.accepted is None:
+            yield WAIT
         yield framing.encode_end(self._m)
 
     def receive(self, message: bytes) -> None:

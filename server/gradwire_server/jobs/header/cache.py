@@ -97,6 +97,7 @@ class HeaderCache:
                     server_instance=self._instance,
                     block_rows=plan.block_rows,
                     window_rows=plan.window_rows,
+                    credit_blocks=plan.slots,
                     device_bytes=device_bytes,
                     device=device_message(device, self._device_limit),
                     fingerprint=Fingerprint(
