@@ -96,6 +96,8 @@ class StreamedJob:
         self._prepared = False
         self._computed: asyncio.Queue[_Computed | CheckpointReady | DrainPoint | None]
         self._computed = asyncio.Queue()
+        self._silent: set[asyncio.Future[None]] = set()
+        """Futures of the blocks in computation that have no results to send."""
 
     async def __aenter__(self) -> Self:
         try:
@@ -188,11 +190,14 @@ class StreamedJob:
         """
         while (computed := await self._computed.get()) is not None:
             if isinstance(computed, CheckpointReady):
-                for part in self._checkpoint(computed.rows, await computed.sums):
+                sums = await computed.sums
+                await self._silent_computed()
+                for part in self._checkpoint(computed.rows, sums):
                     yield part
                 self._checkpoints.left()
                 continue
             if isinstance(computed, DrainPoint):
+                await self._silent_computed()
                 await self._ring.all_released(self._submitted)
                 if computed.rows > self._checkpoints.rows:
                     sums = await self._worker.submit(self, self._copy_sums)
@@ -209,6 +214,7 @@ class StreamedJob:
                         yield chunk
             self._ring.release(number)
             self._served_at = asyncio.get_running_loop().time()
+        await self._silent_computed()
         if self.spec.sums:
             sums = await self._worker.submit(self, self._finish)
             for matrix, array in sums.items():
@@ -243,11 +249,38 @@ class StreamedJob:
             if number < self.spec.results_from_row // self._plan.block_rows:
                 block = replace(block, y=None, dx=None)
             done = self._worker.begin(self, partial(self._compute, number, block))
-            self._computed.put_nowait((number, block, done))
+            if block.y is None and block.dx is None:
+                self._silent.add(done)
+                done.add_done_callback(partial(self._release_silent, number, block))
+            else:
+                self._computed.put_nowait((number, block, done))
             self._submitted += 1
             self._progress.blocks_received += 1
             if rows == self._plan.block_rows:
                 self._submit_checkpoint(self._submitted * rows)
+
+    def _release_silent(
+        self, number: int, block: RowBlock, done: asyncio.Future[None]
+    ) -> None:
+        """Release a block without results, even while a checkpoint is being sent.
+
+        So the next rows are read whether or not the client reads.
+        """
+        if done.cancelled() or done.exception() is not None:
+            self._computed.put_nowait((number, block, done))
+            return
+        self._silent.discard(done)
+        self._ring.release(number)
+        self._served_at = asyncio.get_running_loop().time()
+
+    async def _silent_computed(self) -> None:
+        """Wait for the submitted blocks without results.
+
+        Raises:
+            Exception: The backend's error.
+        """
+        for done in tuple(self._silent):
+            await done
 
     def _submit_checkpoint(self, rows: int) -> None:
         """Queue the sums over the submitted blocks, if a checkpoint is due."""
