@@ -54,6 +54,9 @@ RESUME = "resume"
 BLOCK_ROWS = "block-rows"
 """Feature name for jobs that limit the rows of a block."""
 
+EARLY_ROWS = "early-rows"
+"""Feature name for operands that are sent before the job is accepted."""
+
 SESSIONS = "sessions"
 """Feature name for sessions."""
 

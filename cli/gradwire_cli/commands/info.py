@@ -89,6 +89,7 @@ def _rows(address: str, info: ServerInfo) -> Iterator[tuple[str, str]]:
     yield "jobs", f"{limits.max_jobs} at once, {limits.max_queue} more in the queue"
     yield "largest n and k", f"{limits.max_columns:,}"
     yield "largest message", format_bytes(limits.max_message_bytes)
+    yield "sent before Accepted", format_bytes(limits.early_bytes)
     yield "idle timeout", f"{limits.idle_timeout_s:g} s"
     yield "features", ", ".join(info.features) or "none beyond the contract"
     yield "libraries", ", ".join(f"{k} {v}" for k, v in info.libraries.items())

@@ -198,6 +198,9 @@ class ServerLimits:
     """Time without progress after which the server ends a job whose client neither
     sends nor reads."""
 
+    early_bytes: int = 0
+    """Most bytes of operands that are sent before the server accepts a job; 0: none."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
@@ -452,6 +455,7 @@ def server_info_of(message: GetServerInfoResponse) -> ServerInfo:
             max_columns=message.limits.max_columns,
             max_message_bytes=message.limits.max_message_bytes,
             idle_timeout_s=message.limits.idle_timeout_seconds,
+            early_bytes=message.limits.early_bytes,
         ),
         draining=message.draining,
         libraries=dict(message.libraries),

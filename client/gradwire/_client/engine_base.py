@@ -132,10 +132,13 @@ class EngineBase:
         return Attempts(self.retries, options.timeout_s, options.job_id)
 
     def _learn_features(self, engines: Sequence[EngineBase]) -> None:
-        """Use the common features of all servers that have answered."""
+        """Use the common features and limits of all servers that have answered."""
         offered = [each.jobs.features for each in engines if each.jobs.features]
         if offered:
             self.jobs.features = frozenset.intersection(*offered)
+            self.jobs.limits = tuple(
+                limits for each in engines for limits in each.jobs.limits
+            )
 
     def _learn(self, info: ServerInfo) -> ServerInfo:
         """Use a server's answer about itself.
@@ -152,6 +155,7 @@ class EngineBase:
             )
         self.shm.learn(info)
         self.jobs.features = frozenset(info.features)
+        self.jobs.limits = (info.limits,)
         return info
 
     def _should_use_shm(self, job: ArrayJob) -> bool:

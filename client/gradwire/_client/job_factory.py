@@ -15,6 +15,7 @@ from gradwire._api.options import (
     Options,
     parse_metadata,
 )
+from gradwire._api.types import ServerLimits
 from gradwire._api.verify import Verify
 from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies
@@ -45,7 +46,7 @@ from gradwire._resilience.retry import RetryPolicy
 from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob
 from gradwire_protocol import limits
-from gradwire_protocol.limits import RESUME
+from gradwire_protocol.limits import EARLY_ROWS, RESUME
 from gradwire_protocol.matrices import Matrix, operands_for
 
 MIN_ROWS_PER_CHECKPOINT_RATIO = 8
@@ -80,6 +81,7 @@ class JobFactory:
 
     Attributes:
         features: Features of the server, once it has answered.
+        limits: Limits of each server that has answered.
         memory: Allocates arrays for results.
         timeout_s: As above.
         metadata: As above, as pairs.
@@ -104,6 +106,7 @@ class JobFactory:
         self.metadata = parse_metadata(metadata)
         require_private(self.metadata)
         self.features: frozenset[str] = frozenset()
+        self.limits: tuple[ServerLimits, ...] = ()
         self.memory = ResultPool()
         self.tuning = Tuning()
 
@@ -227,6 +230,7 @@ class JobFactory:
             checkpoint_rows=(
                 None if plan.kept else self._checkpoint_rows(plan.options)
             ),
+            early_bytes=self._early_bytes(plan),
         )
 
     def stream_job(self, reader: RowReader, rows: ReplayBuffer) -> StreamJob:
@@ -235,6 +239,10 @@ class JobFactory:
         checkpoint_rows = self._checkpoint_rows(plan.options)
         if checkpoint_rows == 0 and plan.options.checkpoint_rows is None:
             checkpoint_rows = self._checkpoint_rows_of_stream(plan, rows)
+        early_bytes = self._early_bytes(plan)
+        if not rows.repeatable and self._policy.attempts > 1:
+            # If the server refuses the job, these rows must be there for another try.
+            early_bytes = min(early_bytes, self._policy.held_bytes // 2)
         return StreamJob(
             plan,
             reader.w,
@@ -243,6 +251,7 @@ class JobFactory:
             checkpoint_rows,
             check=reader.check,
             library=reader.library,
+            early_bytes=early_bytes,
         )
 
     def replay_buffer(self, reader: RowReader, rows: object) -> ReplayBuffer:
@@ -272,6 +281,19 @@ class JobFactory:
         if rows.repeatable or not row_bytes or apart > max_apart:
             return 0
         return max(1, apart // row_bytes)
+
+    def _early_bytes(self, plan: Plan) -> int:
+        """Return the bytes of operands to send before a server accepts a job.
+
+        0 if a server does not take any, or would refuse the job in any case.
+        """
+        if not self.limits or EARLY_ROWS not in self.features:
+            return 0
+        columns, w_bytes = max(plan.n, plan.k), plan.upload_bytes(0)
+        for each in self.limits:
+            if columns > each.max_columns or w_bytes > each.memory_bytes:
+                return 0
+        return min(each.early_bytes for each in self.limits)
 
     def _checkpoint_rows(self, options: Options) -> int | None:
         """Return the rows between a job's checkpoints; None: no checkpoints.

@@ -69,6 +69,8 @@ class JobExchange:
         point: Where the job resumes; None: it starts at its beginning.
         checkpoint_rows: Minimum number of rows between checkpoints; 0: one, when the
             server stops; None: none.
+        early_bytes: Most bytes of operands to send before the server has accepted the
+            job. A job that resumes sends none.
 
     Attributes:
         accepted: The server's Accepted, once received.
@@ -82,6 +84,7 @@ class JobExchange:
         *,
         point: ResumePoint | None = None,
         checkpoint_rows: int | None = None,
+        early_bytes: int = 0,
     ) -> None:
         self.accepted: Accepted | None = None
         self._plan = plan
@@ -103,7 +106,10 @@ class JobExchange:
         self._job = spec.to_message(plan.options.job_id)
         self._sender = sender
         self._receiver = Receiver(plan, sinks, sender)
-        sender.begin(point.first_row if point else 0)
+        if point is None:
+            sender.begin(0, early_bytes)
+        else:
+            sender.begin(point.first_row)
         self._reporter = Reporter(plan)
         self._receipt: ReceiptMessage | None = None
 
@@ -126,7 +132,7 @@ class JobExchange:
 
         And behind it the sums with which the job goes on.
         """
-        yield from self._sender.until_accepted()
+        yield from self._sender.opening()
         if w is not None:
             yield from self._reported(self._sender.weights(w))
         if self._point is not None and self._point.checkpoint is not None:
@@ -252,7 +258,8 @@ class JobExchange:
     def _reported(self, messages: Iterator[bytes]) -> Iterator[bytes]:
         for message in messages:
             yield message
-            if message:
+            # A job that is not accepted yet waits, whatever it has sent.
+            if message and self.accepted is not None:
                 self._report()
 
     def _report(self, jobs_ahead: int | None = None) -> None:

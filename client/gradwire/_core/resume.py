@@ -101,6 +101,14 @@ def resume_refused(error: GradwireError) -> bool:
     }
 
 
+def was_too_early(error: GradwireError) -> bool:
+    """Return whether the server has smaller row blocks than it had, or than another.
+
+    Rows that are sent before it accepts the job rely on what it said of itself.
+    """
+    return isinstance(error, CallError) and error.reason is Reason.LEAD_EXCEEDED
+
+
 def needs_no_checkpoints(plan: Plan, error: GradwireError) -> bool:
     """Return whether the server cannot send checkpoints, and none were requested.
 

@@ -6,8 +6,8 @@ more than a run, and the next rows always belong to the operand with fewer compl
 rows (X on a tie).
 
 An empty message stands for a wait: the next one may be sent once the server has sent
-more. The server accepts the job before anything is sent. Then it has a limit, its
-credit, on the row blocks whose results have not arrived.
+more. Before the server has accepted the job, only so many bytes are sent as it allows.
+Then it has a limit, its credit, on the row blocks whose results have not arrived.
 """
 
 from __future__ import annotations
@@ -65,15 +65,24 @@ class Sender:
         self._clock = clock
         self._last_sent = 0.0
         self.block_rows = self._run_rows = 1
-        self._credit_blocks = 0
+        self._early_bytes = self._credit_blocks = 0
+        self._row_bytes = sum(
+            plan.size_bytes(operand, 1)
+            for operand in plan.operands
+            if operand in ROW_OPERANDS
+        )
+        self._early_run_rows = plan.block_rows or self._stage_rows()
         self._staging: _Staging | None = None
 
-    def begin(self, first_row: int) -> None:
+    def begin(self, first_row: int, early_bytes: int = 0) -> None:
         """Begin a job.
 
         Args:
             first_row: The first row to send. Earlier rows count as sent.
+            early_bytes: Most bytes of operands to send before the server has accepted
+                the job.
         """
+        self._early_bytes = early_bytes
         self.rows_sent = first_row
 
     def accept(self, block_rows: int, window_rows: int, credit_blocks: int = 0) -> None:
@@ -87,13 +96,13 @@ class Sender:
         self.block_rows = block_rows
         self._run_rows = min(block_rows, window_rows)
         # Row blocks without elements to send are not complete before End.
-        if self._sends_rows():
+        if self._row_bytes:
             self._credit_blocks = credit_blocks
         self.accepted = True
 
-    def until_accepted(self) -> Iterator[bytes]:
-        """Wait for the server to accept the job."""
-        while not self.accepted:
+    def opening(self) -> Iterator[bytes]:
+        """Wait until operands may be sent."""
+        while not self.accepted and not self._early_bytes:
             yield WAIT
 
     def weights(self, w: Operand) -> Iterator[bytes]:
@@ -119,6 +128,9 @@ class Sender:
         while self.rows_sent < m:
             first = self.rows_sent
             count = min(self._room(), m - first)
+            if not count:
+                yield WAIT
+                continue
             yield from self._run(operands, first, count, row=first)
 
     def rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
@@ -143,6 +155,10 @@ class Sender:
         while start < total:
             held, left = self._held(), total - start
             room = self._room()
+            if held >= room:
+                # The server may just have accepted the job, with smaller row blocks.
+                yield from self._flush() if held else (WAIT,)
+                continue
             if held or left < min(capacity, room):
                 count = min(left, capacity - held, room - held)
                 self._stage(operands, start, count, capacity)
@@ -174,7 +190,15 @@ class Sender:
         return 0 if self._staging is None else self._staging.count
 
     def _room(self) -> int:
-        """Return the number of rows until the run must end."""
+        """Return the number of rows until the run must end.
+
+        0: the server has to accept the job first.
+        """
+        if not self.accepted:
+            # The grid is not known yet. Neither operand may be ahead by a whole
+            # message, so that the first row blocks are complete soon.
+            to_boundary = self._early_run_rows - self.rows_sent % self._early_run_rows
+            return min(to_boundary, self._early_rows())
         to_boundary = self.block_rows - self.rows_sent % self.block_rows
         return min(to_boundary, self._run_rows)
 
@@ -186,20 +210,20 @@ class Sender:
         block, first = row // self.block_rows, received // self.block_rows
         return block < first + self._credit_blocks
 
-    def _sends_rows(self) -> bool:
-        """Return whether rows have elements to send."""
-        return any(
-            operand.row_length(self._plan.n, self._plan.k)
-            for operand in ROW_OPERANDS
-            if operand in self._plan.operands
-        )
+    def _early_rows(self) -> int:
+        """Return how many rows may still be sent before the job is accepted."""
+        left = self._early_bytes - self.bytes_sent
+        return left // self._row_bytes if self._row_bytes else self._early_run_rows
 
     def _stage_rows(self) -> int:
         """Return the number of rows in a full message of the wider operand."""
         columns = max(
-            operand.row_length(self._plan.n, self._plan.k)
-            for operand in ROW_OPERANDS
-            if operand in self._plan.operands
+            (
+                operand.row_length(self._plan.n, self._plan.k)
+                for operand in ROW_OPERANDS
+                if operand in self._plan.operands
+            ),
+            default=0,
         )
         return max(1, self._plan.elements_per_message() // max(1, columns))
 
@@ -211,7 +235,7 @@ class Sender:
         capacity: int,
     ) -> None:
         if self._staging is None:
-            rows = min(capacity, self._run_rows)
+            rows = min(capacity, self._run_rows) if self.accepted else capacity
             self._staging = _Staging(operands, rows)
         self._staging.put(operands, start, count)
 
@@ -253,8 +277,14 @@ class Sender:
         shift = (row - first) * operand.columns
         elements = self._plan.elements_per_message()
         for index, payload in operand.pieces(first, last, elements):
+            # Rows are counted before; this is about W.
+            while not self._may_send(len(payload)):
+                yield WAIT
             self.bytes_sent += len(payload)
             yield self._encoded(matrix, index + shift, payload)
+
+    def _may_send(self, size_bytes: int) -> bool:
+        return self.accepted or self.bytes_sent + size_bytes <= self._early_bytes
 
     def _encoded(self, matrix: Matrix, index: int, payload: memoryview) -> bytes:
         crc = checksum.crc32c(payload) if self._plan.options.checksum else None

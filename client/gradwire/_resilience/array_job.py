@@ -18,6 +18,7 @@ from gradwire._core.resume import (
     made_progress,
     needs_no_checkpoints,
     resume_refused,
+    was_too_early,
 )
 from gradwire._core.sender import Sender
 from gradwire._core.unary import UnaryExchange
@@ -38,12 +39,14 @@ class ArrayJob:
         unary: bool,
         copies: HostCopies,
         checkpoint_rows: int | None = None,
+        early_bytes: int = 0,
     ) -> None:
         self.resume_point: ResumePoint | None = None
         """Where the next attempt resumes; None: at the start."""
         self.on_call: Callable[[Callable[[], object]], object] | None = None
         """Called when a call begins, with a function that cancels it."""
         self._checkpoint_rows = checkpoint_rows
+        self._early_bytes = early_bytes
         self._copies = copies
         self.plan = plan
         self.operands = operands
@@ -58,12 +61,17 @@ class ArrayJob:
             self._sinks(),
             point=self.resume_point,
             checkpoint_rows=self._checkpoint_rows,
+            early_bytes=self._early_bytes,
         )
 
     def cut_off(
         self, exchange: JobExchange, error: GradwireError, attempts: Attempts
     ) -> bool:
         """Record a failed stream, and return whether to start over immediately."""
+        # Another attempt may be refused as well, and need not send rows for nothing.
+        early, self._early_bytes = self._early_bytes, 0
+        if early and was_too_early(error):
+            return True
         if self.plan.kept is not None:
             return False  # Kept operands and gradients start over, too.
         before = self.resume_point

@@ -24,6 +24,7 @@ from gradwire._core.resume import (
     made_progress,
     needs_no_checkpoints,
     resume_refused,
+    was_too_early,
 )
 from gradwire._core.sender import Sender
 from gradwire._integrity.stream_verifier import RowCheck
@@ -67,6 +68,7 @@ class StreamJob:
         *,
         check: RowCheck | None = None,
         library: ResultLibrary | None = None,
+        early_bytes: int = 0,
     ) -> None:
         self.check = check
         self._library = library
@@ -77,6 +79,7 @@ class StreamJob:
         self._plan = plan
         self._held = held
         self._checkpoint_rows = checkpoint_rows
+        self._early_bytes = early_bytes
         self.ready: deque[RowBlock] = deque()
         self._w = w if Matrix.W in plan.operands else None
         self.sums: dict[Matrix, Array] = {
@@ -111,6 +114,7 @@ class StreamJob:
             sinks,
             point=self._point,
             checkpoint_rows=self._checkpoint_rows,
+            early_bytes=self._early_bytes,
         )
         return self.exchange
 
@@ -172,6 +176,10 @@ class StreamJob:
             GradwireError: The server computes other bits, and row blocks were already
                 yielded. It is the error of the earlier attempt.
         """
+        # Another attempt may be refused as well, and need not send rows for nothing.
+        early, self._early_bytes = self._early_bytes, 0
+        if early and was_too_early(error) and self._held.has(0):
+            return True
         before = self._point
         if before is not None and resume_refused(error):
             if not self._next_row and self._held.has(0):

@@ -116,17 +116,19 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., server_instance: _Optional[str] = ..., contract: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[_job_pb2.Device, _Mapping]]] = ..., backend_reason: _Optional[str] = ..., dtypes: _Optional[_Iterable[_Union[_matrix_pb2.Dtype, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., draining: bool = ..., libraries: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("memory_bytes", "max_jobs", "max_queue", "max_columns", "max_message_bytes", "idle_timeout_seconds")
+    __slots__ = ("memory_bytes", "max_jobs", "max_queue", "max_columns", "max_message_bytes", "idle_timeout_seconds", "early_bytes")
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_JOBS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUE_FIELD_NUMBER: _ClassVar[int]
     MAX_COLUMNS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EARLY_BYTES_FIELD_NUMBER: _ClassVar[int]
     memory_bytes: int
     max_jobs: int
     max_queue: int
     max_columns: int
     max_message_bytes: int
     idle_timeout_seconds: float
-    def __init__(self, memory_bytes: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_queue: _Optional[int] = ..., max_columns: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., idle_timeout_seconds: _Optional[float] = ...) -> None: ...
+    early_bytes: int
+    def __init__(self, memory_bytes: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_queue: _Optional[int] = ..., max_columns: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., idle_timeout_seconds: _Optional[float] = ..., early_bytes: _Optional[int] = ...) -> None: ...

@@ -71,7 +71,8 @@ class GradientServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ComputeStream(self, request_iterator, context):
-        """Runs a job of any size. The client sends Job, waits for Accepted, sends W,
+        """Runs a job of any size. The client sends Job, waits for Accepted (or not, see
+        Limits.early_bytes), sends W,
         then X and dY in turn, then End, and half-closes. The server sends Y and dX
         as soon as a row block is computed, then dW and dB, then Receipt. The next rows to
         send belong to the operand with fewer complete rows sent, X on a tie;

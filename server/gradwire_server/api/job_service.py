@@ -32,6 +32,7 @@ from gradwire_server.backends.base import (
 )
 from gradwire_server.backends.device_info import label
 from gradwire_server.backends.host_memory import trim_malloc
+from gradwire_server.backends.row_blocks import early_bytes
 from gradwire_server.errors import BackendError, JobError
 from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.jobs.header.cache import HeaderCache
@@ -102,11 +103,13 @@ class JobService:
             )
             for device in backend.devices
         ]
+        row_block_bytes = settings.row_block_bytes or backend.row_block_bytes
+        self.early_bytes = early_bytes(row_block_bytes)
         self._headers = HeaderCache(
             backend,
             settings.device_memory_limit,
             self.features,
-            settings.row_block_bytes or backend.row_block_bytes,
+            row_block_bytes,
             self.instance,
         )
         self._jobs = JobRegistry()

@@ -42,6 +42,7 @@ def describe(service: JobService, backend_reason: str) -> GetServerInfoResponse:
             max_columns=backend.max_columns,
             max_message_bytes=MAX_PAYLOAD_BYTES,
             idle_timeout_seconds=service.settings.idle_timeout,
+            early_bytes=service.early_bytes,
         ),
         draining=admission.draining,
         libraries={

@@ -27,6 +27,11 @@ blocks. Its client has no more row blocks outstanding than the job holds, and on
 link the operands and results in transit are outstanding, too: 20 ms at 1 Gbit/s are
 2.5 MB. It is gRPC's window for a call, which limits the bytes in transit anyway."""
 
+MAX_EARLY_BYTES = 3 << 20
+"""Most bytes of operands that a client may send before its job is accepted. They wait
+in gRPC's window for the call, 4 MiB, with room for the header and the frames: a proxy
+can pass all of them on, so that they hold up no other call of their connection."""
+
 ALIGNMENT = 256
 """Alignment of every matrix in memory, in bytes: required by cuBLAS's fastest kernels,
 and more than any CPU requires."""
@@ -187,6 +192,18 @@ def read_ahead_bytes(row_block_bytes: int) -> int:
         row_block_bytes: Desired size of a row block's operands.
     """
     return min(MAX_READ_AHEAD_BYTES, row_block_bytes // 4)
+
+
+def early_bytes(row_block_bytes: int) -> int:
+    """Return the bytes of operands that a client may send before its job is accepted.
+
+    The rows among them fit in the ring of any job, so neither operand can be too far
+    ahead of the other.
+
+    Args:
+        row_block_bytes: Desired size of a row block's operands.
+    """
+    return min(MAX_EARLY_BYTES, read_ahead_bytes(row_block_bytes))
 
 
 def _extra_slots(spec: JobSpec, block_rows: int, slots: int, size_bytes: int) -> int:

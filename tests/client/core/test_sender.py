@@ -58,23 +58,43 @@ def play(
     chunk_bytes: int = 1 << 20,
     m: int | None = None,
     clock: Clock | None = None,
+    early_bytes: int = 0,
+    early_messages: int = 0,
 ) -> Iterator[bytes]:
-    """Send items of so many rows to a server that checks their order."""
+    """Send items of so many rows to a server that checks their order.
+
+    Args:
+        early_bytes: Bytes that may be sent before Accepted.
+        early_messages: When Accepted comes, unless the sender waits for it sooner.
+    """
     options = parse_options(results=results)
     w = operand(np.ones((n, k)), "w")
     plan = with_rows(check({Matrix.W: w}, options), m)
     plan = replace(plan, chunk_bytes=chunk_bytes)
     sender = Sender(plan, clock or Clock())
-    exchange = JobExchange(plan, sender, {})
-    for answer in server.open(exchange.opening()):
-        exchange.receive(answer)
-    if Matrix.W in plan.operands:
-        yield from exchange.weight_messages(w)
-    for item in rows_of(options, sizes, n, k):
-        if clock is not None:
-            clock.now += clock.pause
-        yield from exchange.row_messages(item)
-    yield from exchange.end_messages()
+    exchange = JobExchange(plan, sender, {}, early_bytes=early_bytes)
+    answers = server.open(exchange.opening())
+
+    def messages() -> Iterator[bytes]:
+        yield from exchange.weight_messages(w if Matrix.W in plan.operands else None)
+        for item in rows_of(options, sizes, n, k):
+            if clock is not None:
+                clock.now += clock.pause
+            yield from exchange.row_messages(item)
+        yield from exchange.end_messages()
+
+    sent = 0
+    for message in messages():
+        if not sender.accepted:
+            assert sender.bytes_sent <= early_bytes
+        if not message or sent == early_messages:
+            for answer in answers:
+                exchange.receive(answer)
+            answers.clear()
+            assert sender.accepted
+        if message:
+            sent += 1
+            yield message
 
 
 @given(
@@ -86,6 +106,8 @@ def play(
     window_rows=st.integers(1, 14),
     chunk_bytes=st.integers(1, 120),
     known=st.booleans(),
+    early_bytes=st.just(0) | st.integers(0, 400),
+    early_messages=st.integers(0, 12),
 )
 def test_every_stream_keeps_to_the_contracts_order(
     sizes: list[int],
@@ -96,10 +118,15 @@ def test_every_stream_keeps_to_the_contracts_order(
     window_rows: int,
     chunk_bytes: int,
     known: bool,
+    early_bytes: int,
+    early_messages: int,
 ) -> None:
+    # What a server promises that takes so many bytes early.
+    window_rows = max(window_rows, early_bytes // max(8 * (n + k), 1))
     server = FakeServer(block_rows, window_rows)
     m = sum(sizes) if known else None
     options: Any = {"n": n, "k": k, "results": results, "chunk_bytes": chunk_bytes}
+    options |= {"early_bytes": early_bytes, "early_messages": early_messages}
     for message in play(server, sizes, m=m, **options):
         server.take(message)
     list(server.responses())

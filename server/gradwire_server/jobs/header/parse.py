@@ -12,6 +12,7 @@ from gradwire_protocol.header_checks import HeaderError, path_of
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import (
     BLOCK_ROWS,
+    EARLY_ROWS,
     MAX_JOB_ID_LENGTH,
     RESUME,
     SESSIONS,
@@ -25,6 +26,7 @@ FEATURES: tuple[str, ...] = (
     RESUME,
     SESSIONS,
     BLOCK_ROWS,
+    EARLY_ROWS,
 )
 """Features that a job may require, in addition to those of every v1 server."""
 
