@@ -20,7 +20,7 @@ from gradwire_protocol import framing
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import Matrix
 
-MIB = 1 << 20
+LEAST_BYTES = 1 << 18
 
 
 @given(
@@ -33,17 +33,17 @@ def test_blocks_are_about_an_eighth_of_the_rows_but_not_tiny(
     m: int, n: int, k: int, dtype: Dtype
 ) -> None:
     rows = automatic_block_rows(m, n, k, dtype)
-    row_bytes = (n + k) * dtype.itemsize
+    row_bytes = max(n, k) * dtype.itemsize
     if not rows:
         # Two blocks would be too small.
-        assert m <= 128 or m * row_bytes <= 2 * MIB
+        assert m <= 128 or m * row_bytes <= 2 * LEAST_BYTES
         return
     assert rows & (rows - 1) == 0
     assert rows >= 64
-    assert rows * row_bytes > MIB - row_bytes
+    assert rows * row_bytes > LEAST_BYTES - row_bytes
     assert 2 <= -(-m // rows) <= 16
     # It is no larger than it has to be.
-    assert rows * 8 <= m or rows // 2 < 64 or rows // 2 * row_bytes < MIB
+    assert rows * 8 <= m or rows // 2 < 64 or rows // 2 * row_bytes < LEAST_BYTES
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,8 @@ def test_blocks_are_about_an_eighth_of_the_rows_but_not_tiny(
         ((1024, 512, 2048), 128),
         ((2048, 2048, 2048), 256),
         ((1024, 1024, 1024), 128),
+        ((1024, 512, 512), 128),
+        ((1024, 512, 256), 128),
         ((256, 256, 256), 0),
         ((64, 10**6, 10**6), 0),
         ((0, 5, 5), 0),
@@ -65,7 +67,7 @@ def test_the_rows_of_some_jobs(shape: Any, rows: int) -> None:
 def test_a_job_of_arrays_asks_for_them() -> None:
     x, w, dy = (np.ones(s, np.float32) for s in ((4096, 300), (300, 100), (4096, 100)))
     given_: dict[Matrix, object] = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
-    for asked, expected in (("auto", 1024), (64, 64), (np.int64(8), 8), (0, 0)):
+    for asked, expected in (("auto", 512), (64, 64), (np.int64(8), 8), (0, 0)):
         options = parse_options(block_rows=asked)  # type: ignore[arg-type]
         job = plan_arrays(read_operands(given_, options), options)[0].header()
         assert job.block_rows == expected
@@ -89,5 +91,5 @@ def test_a_stream_asks_for_the_same_in_every_attempt(m: int | None) -> None:
         while (batch := held.batch(row)) is not None:
             row += next(iter(batch.values())).rows
         held.complete = True
-    rows = 0 if m is None else 8192
+    rows = 0 if m is None else 2048
     assert asked == [(m is not None, rows), (True, rows)]

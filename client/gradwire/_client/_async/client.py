@@ -393,8 +393,9 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
             block_rows: Most rows of a row block, a power of two. The server's own
                 blocks (see `Receipt.block_rows`) suit a fast link; smaller blocks let
                 results leave while operands are still being sent. ``"auto"``: about
-                an eighth of the rows, but at least 64 rows and 1 MiB of operands; for
-                a link that is slower than the products. 0: the server's own.
+                an eighth of the rows, but at least 64 rows, and 256 KiB of the wider
+                of X and dY; for a link that is slower than the products. 0: the
+                server's own.
                 None: the client's `block_rows`. It affects the last bits of results
                 (docs/gradients.md), and needs a server with the feature
                 "block-rows".
