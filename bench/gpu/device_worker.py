@@ -33,6 +33,7 @@ from gradwire_server.jobs.header.parse import parse_header
 from gradwire_server.jobs.stream.ring_buffer import RingBuffer
 from gradwire_server.scheduling.device_worker import DeviceWorker, TenantHandle
 from gradwire_server.scheduling.job_progress import JobProgress
+from gradwire_server.sessions.job_tensors import JobTensors
 
 JOBS = (
     (Shape(65536, 1024, 1024), Dtype.FLOAT32),  # copies take longest
@@ -178,7 +179,8 @@ async def _job(
             begun.append(worker.begin(job, piece))
         while begun:
             await begun.popleft()
-        await worker.submit(job, computation.finish)
+        tensors = JobTensors(spec, None)
+        await worker.submit(job, partial(computation.finish, tensors))
         total_s = time.perf_counter() - started
     finally:
         await worker.discard(job)

@@ -23,11 +23,13 @@ import numpy as np
 
 from bench.contenders.server_process import HOST, say_ready
 from gradwire_protocol.job_spec import JobSpec
+from gradwire_protocol.matrices import Matrix
 from gradwire_server import Server, Settings
 from gradwire_server.backends import registry
 from gradwire_server.backends.base import Array, RowBlock, Sums
 from gradwire_server.backends.numpy import updates
 from gradwire_server.backends.numpy.backend import NumpyBackend
+from gradwire_server.backends.numpy.kept_memory import HostArray
 
 KINDS = ("numpy", "idle", "idle-products")
 
@@ -49,6 +51,7 @@ class IdleJob:
             for result, dtype in spec.results.items()
             if result in spec.sums
         }
+        self._into = spec.into
 
     def take_w(self, w: Array) -> None:
         """Take W."""
@@ -62,9 +65,17 @@ class IdleJob:
     def copy_sums(self, out: Sums) -> None:
         """Leave the sums as they are."""
 
+    def kept_sums(self) -> dict[Matrix, HostArray]:
+        """Return the unset sums that stay."""
+        return {result: HostArray(self._sums[result]) for result in self._into}
+
     def finish(self) -> Sums:
-        """Return the unset sums."""
-        return self._sums
+        """Return the other unset sums."""
+        return {
+            result: array
+            for result, array in self._sums.items()
+            if result not in self._into
+        }
 
     def close(self) -> None:
         """Do nothing."""

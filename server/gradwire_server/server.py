@@ -214,7 +214,7 @@ class Server:
             )
             if service.states is not None:
                 saving = asyncio.create_task(
-                    drain.save(service.sessions, service.states)
+                    drain.save(service.sessions, service.states, service.worker_of)
                 )
             try:
                 async with asyncio.timeout(self.settings.grace):

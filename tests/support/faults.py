@@ -135,6 +135,12 @@ class FaultyJob:
             self.fault.sums(self, sums)
         return sums
 
+    def kept_sums(self) -> Any:
+        sums = self.job.kept_sums()
+        if self.wrong:
+            self.fault.sums(self, {each: array.host for each, array in sums.items()})
+        return sums
+
     def close(self) -> None:
         self.backend.running -= self.open
         self.open = False

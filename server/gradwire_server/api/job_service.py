@@ -32,6 +32,7 @@ from gradwire_server.backends.base import (
 )
 from gradwire_server.backends.device_info import label
 from gradwire_server.backends.host_memory import trim_malloc
+from gradwire_server.backends.kept_memory import KeptMemory
 from gradwire_server.backends.row_blocks import early_bytes
 from gradwire_server.errors import BackendError, JobError
 from gradwire_server.jobs.device_execution import DeviceExecution
@@ -49,6 +50,7 @@ from gradwire_server.scheduling.device_selector import make_load
 from gradwire_server.scheduling.device_worker import DeviceWorker, TenantHandle
 from gradwire_server.sessions.registry import Sessions
 from gradwire_server.sessions.saved_states import SavedStates
+from gradwire_server.sessions.session import Session
 from gradwire_server.settings import Settings
 
 _log = logging.getLogger("gradwire_server")
@@ -117,7 +119,11 @@ class JobService:
         if settings.keep_limit is not None:
             limit = settings.keep_limit
         self.sessions = Sessions(
-            admission, self.instance, limit, settings.session_lease_max
+            admission,
+            self.instance,
+            limit,
+            settings.session_lease_max,
+            self._open_kept,
         )
         self._trim_timer: asyncio.TimerHandle | None = None
 
@@ -187,7 +193,7 @@ class JobService:
                 except MemoryError:
                     raise self._out_of_memory(call, position) from None
                 except DeviceLostError as error:
-                    raise await self._device_lost(position, error) from None
+                    raise await self.device_lost(position, error) from None
 
     @asynccontextmanager
     async def streamed(
@@ -304,6 +310,29 @@ class JobService:
         """Return the position of the device with the fewest sessions."""
         return self.sessions.least_used_device(len(self.workers))
 
+    def worker_of(self, session: Session) -> TenantHandle:
+        """Return the worker of a session's device, as seen by its tenant."""
+        return self.workers[session.device].of(session.tenant)
+
+    async def _open_kept(
+        self, keep_bytes: int, position: int, tenant: str
+    ) -> KeptMemory:
+        """Open a session's memory on the device at a position."""
+        device, opened = self.backend.devices[position], list[KeptMemory]()
+        open_kept = partial(self.backend.open_kept, keep_bytes, device.index)
+        if device.in_host_memory:
+            return open_kept()
+        worker, work = self.workers[position].of(tenant), object()
+        try:
+            await worker.submit(work, lambda: opened.append(open_kept()))
+            return opened.pop()
+        except DeviceLostError as error:
+            raise await self.device_lost(position, error) from None
+        finally:
+            await worker.discard(work)
+            for memory in opened:  # the caller has left
+                memory.close()
+
     def job_ended(self, call: CallState) -> None:
         """Return free memory to the system if no other job ends for a while.
 
@@ -358,7 +387,7 @@ class JobService:
             f"allow it",
         )
 
-    async def _device_lost(self, position: int, error: DeviceLostError) -> JobError:
+    async def device_lost(self, position: int, error: DeviceLostError) -> JobError:
         """Cancel the other jobs, on all devices: the process is no longer usable.
 
         Returns:

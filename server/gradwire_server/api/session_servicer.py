@@ -7,7 +7,8 @@ streamed requests.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -22,14 +23,16 @@ from gradwire_server.api.call_state import CallState
 from gradwire_server.api.call_stream import CallStream
 from gradwire_server.api.client_timeouts import ClientTimeouts
 from gradwire_server.api.job_service import JobService
+from gradwire_server.backends.base import DeviceLostError
 from gradwire_server.backends.device_info import device_message
 from gradwire_server.errors import JobError
 from gradwire_server.jobs.header.parse import check_features
+from gradwire_server.scheduling.device_worker import TenantHandle
 from gradwire_server.sessions import steps
 from gradwire_server.sessions.saved_states import SavedStates
 from gradwire_server.sessions.session import Session
 from gradwire_server.sessions.state_files import check_name
-from gradwire_server.sessions.transfer import IncomingTensor, outgoing
+from gradwire_server.sessions.transfer import Do, IncomingTensor, outgoing
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 Request = TypeVar("Request", bound=Message)
@@ -132,22 +135,18 @@ class SessionServicer:
         header: pb2.TensorHeader,
     ) -> None:
         """Receive a tensor's elements, and keep it."""
-        with IncomingTensor(session, header) as tensor:
-            async for chunk in _chunks(stream, call):
-                tensor.take(chunk)
-            if not tensor.is_complete:
-                await stream.await_cancellation()
-            worker = self._service.workers[session.device].of(call.tenant)
-            try:
-                for piece in tensor.finish():
-                    await worker.submit(tensor, piece)
-            finally:
-                await worker.discard(tensor)
-            # The elements of a state may be on their way to a client.
-            turns = session.turns
-            async with turns.alone() if header.state else turns.shared():
-                session.require_open()
-                tensor.keep()
+        async with self._on_device(call, session) as do:
+            with IncomingTensor(session, header, do) as tensor:
+                async for chunk in _chunks(stream, call):
+                    await tensor.take(chunk)
+                if not tensor.is_complete:
+                    await stream.await_cancellation()
+                await tensor.finish()
+                # The elements of a state may be on their way to a client.
+                turns = session.turns
+                async with turns.alone() if header.state else turns.shared():
+                    session.require_open()
+                    tensor.keep()
 
     async def get_tensor(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Serve GetTensor: the elements of a tensor."""
@@ -167,9 +166,13 @@ class SessionServicer:
                     session.require_open()
                     tensor = session.tensor(request.tensor, "tensor")
                     with session.using(tensor):
-                        for response in outgoing(tensor, request):
-                            await stream.write(response.SerializeToString())
-                            call.progress.bytes_sent += len(response.chunk.data)
+                        async with self._on_device(call, session) as do:
+                            messages = outgoing(
+                                tensor, request, session.memory.on_device, do
+                            )
+                            async for response in messages:
+                                await stream.write(response.SerializeToString())
+                                call.progress.bytes_sent += len(response.chunk.data)
 
         await call_scope(
             self._service, "GetTensor", context, serve, while_draining=True
@@ -205,13 +208,15 @@ class SessionServicer:
             saved = await states.open(call.tenant, request.restore, request.keep_bytes)
         try:
             position = self._service.least_kept_device()
-            session = self._sessions.open(request, call.tenant, position)
+            session = await self._sessions.open(request, call.tenant, position)
             session.save_every = request.save_every_steps
             session.save_name = request.save_name
             if states is not None and saved is not None:
                 try:
                     with session.used():
-                        await states.restore(session, saved)
+                        async with self._on_device(call, session):
+                            worker = self._worker(call, session)
+                            await states.restore(session, saved, worker)
                 except BaseException:
                     self._sessions.close(session.token, call.tenant)
                     raise
@@ -277,10 +282,11 @@ class SessionServicer:
         self, call: CallState, request: pb2.StepRequest
     ) -> pb2.StepResponse:
         with self._used(call, request.session) as session:
-            worker = self._service.workers[session.device].of(call.tenant)
-            return await steps.make_step(
-                self._sessions, session, request, worker, self._service.states
-            )
+            async with self._on_device(call, session):
+                worker = self._worker(call, session)
+                return await steps.make_step(
+                    self._sessions, session, request, worker, self._service.states
+                )
 
     async def _save(
         self, call: CallState, request: pb2.SaveSessionRequest
@@ -292,7 +298,9 @@ class SessionServicer:
         with self._used(call, token) as session:
             async with session.turns.alone():
                 session.require_open()
-                return await states.save(session, request.name)
+                async with self._on_device(call, session):
+                    worker = self._worker(call, session)
+                    return await states.save(session, request.name, worker)
 
     async def _list_saved(
         self, call: CallState, request: pb2.ListSavedStatesRequest
@@ -343,6 +351,26 @@ class SessionServicer:
 
     def _used(self, call: CallState, token: str) -> AbstractContextManager[Session]:
         return self._sessions.used(token, call.tenant)
+
+    def _worker(self, call: CallState, session: Session) -> TenantHandle:
+        return self._service.workers[session.device].of(call.tenant)
+
+    @asynccontextmanager
+    async def _on_device(self, call: CallState, session: Session) -> AsyncIterator[Do]:
+        """Provide what does work on a session's device for a call.
+
+        After this context none of it is in progress.
+
+        Raises:
+            JobError: The device is lost.
+        """
+        worker = self._worker(call, session)
+        try:
+            yield partial(worker.submit, call)
+        except DeviceLostError as error:
+            raise await self._service.device_lost(session.device, error) from None
+        finally:
+            await worker.discard(call)
 
     def _device(self, session: Session) -> job_pb2.Device:
         service = self._service

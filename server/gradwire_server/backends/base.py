@@ -23,6 +23,7 @@ import numpy.typing as npt
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
+from gradwire_server.backends.kept_memory import KeptArray, KeptMemory
 from gradwire_server.backends.row_blocks import ALIGNMENT
 
 Array = npt.NDArray[Any]
@@ -91,7 +92,8 @@ class RowBlock:
     """The matrices of one row block, in host memory.
 
     Each matrix is C-contiguous, with `rows` rows and its dtype on the wire. Matrices
-    that the job does not have are None. x and dy are read; y and dx are written.
+    that the job does not have are None, and so are operands that the device has already
+    (`Backend.open_job`). x and dy are read; y and dx are written.
     """
 
     rows: int
@@ -99,6 +101,8 @@ class RowBlock:
     dy: Array | None
     y: Array | None
     dx: Array | None
+    first_row: int = 0
+    """The first of these rows in the job's matrices."""
 
 
 class BackendJob(Protocol):
@@ -111,7 +115,8 @@ class BackendJob(Protocol):
     def take_w(self, w: Array) -> None:
         """Take W, shape (n, k), before any row block.
 
-        `w` does not change until the job is closed.
+        Not called if the device has W already. `w` does not change until the job is
+        closed.
         """
 
     def take_sums(self, sums: Sums) -> None:
@@ -140,10 +145,20 @@ class BackendJob(Protocol):
             out: Host memory, C-contiguous, in the accumulator's dtype.
         """
 
-    def finish(self) -> Sums:
-        """Return the sums, C-contiguous, each in its dtype on the wire.
+    def kept_sums(self) -> Mapping[Matrix, KeptArray]:
+        """Return the sums that stay in the session (`JobSpec.into`).
 
-        Called only if sums are wanted, once, after the last block.
+        Called only if there are any, once, after the last block and before `finish`.
+
+        Returns:
+            Arrays like those of the session, each in its dtype on the wire. They are
+            valid until the job is closed.
+        """
+
+    def finish(self) -> Sums:
+        """Return the sums to send, C-contiguous, each in its dtype on the wire.
+
+        Called only if there are any, once, after the last block.
         """
 
     def close(self) -> None:
@@ -191,6 +206,26 @@ class Backend(Protocol):
         0 if the device has no memory of its own.
         """
 
+    def kept_bytes(self, keep_bytes: int) -> int:
+        """Return the bytes that `open_kept` will allocate on a session's device.
+
+        0 if the device has no memory of its own.
+        """
+
+    def open_kept(self, keep_bytes: int, device: int) -> KeptMemory:
+        """Open a session's memory on a device, in the thread of its device worker.
+
+        Nothing that others have left there can be read from its arrays.
+
+        Args:
+            keep_bytes: Most bytes of all its arrays.
+            device: Index of the device.
+
+        Raises:
+            MemoryError: The device has not enough memory left.
+            DeviceLostError: The device is no longer usable.
+        """
+
     def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
         """Allocate uninitialized host memory for copies to and from a device.
 
@@ -219,6 +254,7 @@ class Backend(Protocol):
         *,
         times: Times,
         sums: Sums | None = None,
+        kept: Mapping[Matrix, KeptArray] | None = None,
     ) -> BackendJob:
         """Open a job on a device, and allocate its memory there.
 
@@ -230,6 +266,9 @@ class Backend(Protocol):
             sums: Memory for the sums, C-contiguous, each in its dtype on the wire. Set
                 for jobs in shared memory. The backend may sum there, and `finish` then
                 returns them.
+            kept: Operands that are arrays of a session in the device's own memory,
+                whole. The job reads them there. Rows that are in a row block
+                nevertheless are written there first.
 
         Raises:
             MemoryError: The device has not enough memory left.

@@ -20,6 +20,7 @@ from gradwire_server.backends.base import (
     Sums,
     Wait,
 )
+from gradwire_server.backends.kept_memory import KeptArray
 from gradwire_server.backends.row_blocks import RowBlockPlan
 from gradwire_server.scheduling.job_progress import JobProgress
 from gradwire_server.sessions.job_tensors import JobTensors
@@ -51,10 +52,11 @@ class DeviceExecution:
         self._progress = progress
         self._job: BackendJob | None = None
 
-    def open(self, sums: Sums | None = None) -> None:
+    def open(self, kept: Mapping[Matrix, KeptArray], sums: Sums | None = None) -> None:
         """Allocate the job's memory on its device.
 
         Args:
+            kept: Operands that are arrays of a session on the device.
             sums: Memory for the sums, for a job in shared memory.
         """
         self._job = self._backend.open_job(
@@ -63,6 +65,7 @@ class DeviceExecution:
             self._device,
             times=self._progress.times,
             sums=sums,
+            kept=kept,
         )
 
     def close(self) -> None:
@@ -95,8 +98,15 @@ class DeviceExecution:
             return None
         return partial(self._block_computed, wait)
 
-    def finish(self) -> Sums:
-        """Return the sums, each in its wire dtype."""
+    def finish(self, tensors: JobTensors) -> Sums:
+        """Leave the sums that stay in the session, and return the others.
+
+        Each is in its wire dtype.
+        """
+        if self._spec.into:
+            tensors.take(self._opened.kept_sums())
+        if all(result in self._spec.into for result in self._spec.sums):
+            return {}
         return self._opened.finish()
 
     def run(
@@ -118,7 +128,7 @@ class DeviceExecution:
             )
             for operand, data in operands.items()
         }
-        for operand, kept in tensors.operands.items():
+        for operand, kept in tensors.in_host_memory.items():
             if operand in spec.keep:
                 np.copyto(kept, arrays[operand])
             arrays[operand] = kept
@@ -126,14 +136,14 @@ class DeviceExecution:
             if result.row_wise:
                 shape = (m, spec.row_length(result))
                 arrays[result] = np.empty(shape, spec.results[result].numpy)
-        self.open()
+        self.open(tensors.on_device)
         try:
             for piece in self.pieces(arrays, m):
                 wait = piece()
                 if wait is not None:
                     wait()
             if spec.sums:
-                arrays.update(tensors.take(self.finish()))
+                arrays.update(self.finish(tensors))
         finally:
             self.close()
         return {result: arrays[result] for result in spec.sent_results}
@@ -144,7 +154,8 @@ class DeviceExecution:
         """Yield the work between `open` and `finish`, at most a row block each.
 
         Args:
-            arrays: Every operand, and memory for Y and dX, whole.
+            arrays: Every operand that the device has not yet, and memory for Y and dX,
+                whole.
             m: Rows of the job.
         """
         if Matrix.W in arrays:
@@ -163,7 +174,7 @@ class DeviceExecution:
                 matrix.label: arrays[matrix][rows] if matrix in arrays else None
                 for matrix in (Matrix.X, Matrix.DY, Matrix.Y, Matrix.DX)
             }
-            yield RowBlock(rows=rows.stop - rows.start, **parts)
+            yield RowBlock(rows=rows.stop - first, first_row=first, **parts)
 
     @property
     def _opened(self) -> BackendJob:

@@ -80,9 +80,11 @@ class SharedMemoryJob:
         """
         spec, progress, m = self._spec, self._progress, self._spec.m or 0
         sums = {each: self._arrays[each] for each in spec.sums if each in spec.buffers}
-        await self._worker.submit(self, partial(self._computation.open, sums))
+        await self._worker.submit(
+            self, partial(self._computation.open, self._tensors.on_device, sums)
+        )
         begun: deque[asyncio.Future[None]] = deque()
-        arrays = self._tensors.operands | self._arrays
+        arrays = self._tensors.in_host_memory | self._arrays
         work = chain(
             self._computation.pieces(arrays, m), self._tensors.copies(self._arrays)
         )
@@ -103,7 +105,7 @@ class SharedMemoryJob:
 
     def _finish(self, places: Sums) -> None:
         """Finish the sums; runs in the worker thread."""
-        for result, array in self._tensors.take(self._computation.finish()).items():
+        for result, array in self._computation.finish(self._tensors).items():
             if array is not places[result]:
                 np.copyto(places[result], array)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from gradwire_server.errors import JobError
+from gradwire_server.scheduling.device_worker import TenantHandle
 from gradwire_server.sessions.registry import Sessions
 from gradwire_server.sessions.saved_states import SavedStates
 from gradwire_server.sessions.session import Session
@@ -18,25 +20,34 @@ from gradwire_server.sessions.session import Session
 _log = logging.getLogger("gradwire_server")
 
 
-async def save(sessions: Sessions, states: SavedStates) -> None:
+async def save(
+    sessions: Sessions,
+    states: SavedStates,
+    worker_of: Callable[[Session], TenantHandle],
+) -> None:
     """Save the last step of the sessions whose clients have asked for saved steps.
 
     A step that is still made is saved, too.
+
+    Args:
+        sessions: The sessions.
+        states: Where they are saved.
+        worker_of: Returns the worker of a session's device.
     """
     async with asyncio.TaskGroup() as group:
         for session in sessions:
             if session.save_every:
                 session.save_every = 1
                 if _is_unsaved(session):
-                    group.create_task(_save(session, states))
+                    group.create_task(_save(session, states, worker_of(session)))
 
 
-async def _save(session: Session, states: SavedStates) -> None:
+async def _save(session: Session, states: SavedStates, worker: TenantHandle) -> None:
     try:
         with session.used():
             async with session.turns.alone():
                 session.require_open()
-                await states.save_if_due(session)
+                await states.save_if_due(session, worker)
     except JobError as error:
         _log.warning(
             "a session was not saved",

@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 
-from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.header_checks import path_of
 from gradwire_protocol.job_spec import JobSpec
@@ -16,7 +15,10 @@ from gradwire_protocol.limits import MIB
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1 import job_pb2
 from gradwire_protocol.v1 import session_service_pb2 as pb2
-from gradwire_server.backends.base import Array, Sums
+from gradwire_server.backends.base import (
+    Array,
+)
+from gradwire_server.backends.kept_memory import KeptArray
 from gradwire_server.errors import JobError
 from gradwire_server.sessions.session import Session
 from gradwire_server.sessions.tensors import Gradient, KeptTensor
@@ -36,12 +38,15 @@ class JobTensors:
         JobError: A tensor is unknown, or does not fit the job.
 
     Attributes:
-        operands: Whole kept operands; sent ones that are kept are to be written there.
+        in_host_memory: Whole kept operands in host memory; sent ones that are kept are
+            to be written there.
+        on_device: The other kept operands, which the backend's job reads and writes.
         applied: The contributions made.
     """
 
     def __init__(self, spec: JobSpec, session: Session | None) -> None:
-        self.operands: dict[Matrix, Array] = {}
+        self.in_host_memory: dict[Matrix, Array] = {}
+        self.on_device: dict[Matrix, KeptArray] = {}
         self.applied: list[job_pb2.Applied] = []
         self._spec = spec
         self._session = session
@@ -65,11 +70,10 @@ class JobTensors:
         """Position of the session's device; None: any."""
         return None if self._session is None else self._session.device
 
-    def take(self, sums: Sums) -> Sums:
-        """Take the sums that stay in the session, all or none; runs in any thread.
+    def take(self, sums: Mapping[Matrix, KeptArray]) -> None:
+        """Take the sums that stay in the session, all or none.
 
-        Returns:
-            The other sums.
+        It runs in the worker thread.
 
         Raises:
             JobError: The session has no memory to hold early contributions, or a
@@ -79,20 +83,20 @@ class JobTensors:
         with ExitStack() as locks:
             for result in sorted(self._gradients, key=lambda each: into[each].tensor):
                 locks.enter_context(self._gradients[result].lock)
-            taken = self._with_memory({each: sums[each] for each in self._gradients})
+            taken = self._with_memory(sums)
             for result, gradient in self._gradients.items():
-                add, elements = into[result].add, _shaped(taken[result], gradient)
-                again = False
+                add, again = into[result].add, False
                 if add is None:
-                    gradient.replace(elements)
+                    gradient.replace(taken[result])
                 else:
-                    again = gradient.add(add, elements)
+                    again = gradient.add(add, taken[result])
                 self.applied.append(
                     job_pb2.Applied(tensor=into[result].tensor, again=again)
                 )
-        return {each: sums[each] for each in sums if each not in self._gradients}
 
-    def _with_memory(self, sums: Sums) -> Sums:
+    def _with_memory(
+        self, sums: Mapping[Matrix, KeptArray]
+    ) -> Mapping[Matrix, KeptArray]:
         """Return the sums, those that are early in memory of the session's."""
         early = [
             result
@@ -101,13 +105,17 @@ class JobTensors:
         ]
         if self._session is None or not early:
             return sums
-        size_bytes = sum(sums[result].nbytes for result in early)
-        self._session.charge(size_bytes)
+        memory, copies = self._session.memory, dict[Matrix, KeptArray]()
+        memory.require(sum(sums[result].nbytes for result in early))
         try:
-            return {**sums, **{result: sums[result].copy() for result in early}}
+            for result in early:
+                given = sums[result]
+                copies[result] = memory.allocate(given.shape, given.dtype)
+                memory.on_device.copy(given, copies[result])
         except BaseException:
-            self._session.charge(-size_bytes)
+            memory.release(*copies.values())
             raise
+        return {**sums, **copies}
 
     def copies(self, sent: Mapping[Matrix, Array]) -> Iterator[Callable[[], None]]:
         """Yield the work of copying the sent operands that are kept.
@@ -116,7 +124,9 @@ class JobTensors:
             sent: The operands in shared memory, whole.
         """
         for operand in self._spec.keep:
-            kept, given = self.operands[operand], sent[operand]
+            if operand in self.on_device:  # the job writes them there
+                continue
+            kept, given = self.in_host_memory[operand], sent[operand]
             rows = max(1, _PIECE_BYTES // max(1, kept[:1].nbytes))
             for first in range(0, len(kept), rows):
                 part = slice(first, first + rows)
@@ -142,7 +152,7 @@ class JobTensors:
         if session is None:
             return
         while self._kept:
-            session.charge(-self._kept.pop().size_bytes)
+            session.memory.release(*self._kept.pop().arrays)
         self._in_use.close()
         if self._committed:
             for number in self._used_up:
@@ -155,7 +165,8 @@ class JobTensors:
         self._used_up.clear()
         self._restored.clear()
         self._replaced.clear()
-        self.operands.clear()
+        self.in_host_memory.clear()
+        self.on_device.clear()
         self._gradients.clear()
 
     def _take_tensors(self, session: Session) -> None:
@@ -169,7 +180,7 @@ class JobTensors:
                     self._restored.append(kept.tensor)
                 self._used_up.append(kept.tensor)
             tensor = session.tensor(kept.tensor, path)
-            self.operands[operand] = self._operand(operand, tensor)
+            self._use(operand, self._operand(operand, tensor))
             self._in_use.enter_context(session.using(tensor))
             if kept.last_use:
                 self._check_last_use(operand, tensor)
@@ -184,9 +195,15 @@ class JobTensors:
         self._require_room(session)
         for operand, number in spec.keep.items():
             self._kept.append(self._new(session, operand, number))
-            self.operands[operand] = self._kept[-1].array
+            self._use(operand, self._kept[-1].array)
 
-    def _operand(self, operand: Matrix, tensor: KeptTensor) -> Array:
+    def _use(self, operand: Matrix, array: KeptArray) -> None:
+        if array.host is None:
+            self.on_device[operand] = array
+        else:
+            self.in_host_memory[operand] = array.host
+
+    def _operand(self, operand: Matrix, tensor: KeptTensor) -> KeptArray:
         spec, path = self._spec, path_of(operand)
         self._check_shape(operand, tensor)
         if tensor.gradient is not None:
@@ -200,7 +217,7 @@ class JobTensors:
         if array is None:
             copy = ""
             if tensor.copy is not None:
-                copy = f" with a copy in {Dtype.of(tensor.copy.dtype).label}"
+                copy = f" with a copy in {tensor.copy.dtype.label}"
             raise JobError(
                 Reason.TENSOR_MISMATCH,
                 f"{path}.tensor is {tensor.number}, which is {tensor.dtype.label}"
@@ -259,7 +276,7 @@ class JobTensors:
             earlier = session.tensors.get(number)
             if earlier is not None and not earlier.users:
                 size_bytes -= earlier.size_bytes
-        session.require(size_bytes)
+        session.memory.require(size_bytes)
 
     def _new(self, session: Session, operand: Matrix, number: int) -> KeptTensor:
         spec = self._spec
@@ -270,12 +287,11 @@ class JobTensors:
             # what its first attempt has kept.
             session.use_up(number)
             self._replaced.append(number)
-        memory = session.allocate(spec.size_bytes(operand))
         return KeptTensor(
             number=number,
             name="",
             role=pb2.TENSOR_ROLE_ACTIVATION,
-            array=memory.view(spec.dtype.numpy).reshape(shape),
+            array=session.memory.allocate(shape, spec.dtype),
             kept_at=session.step,
         )
 
@@ -290,8 +306,3 @@ class JobTensors:
                 f"number",
                 field=path,
             )
-
-
-def _shaped(elements: Array, gradient: Gradient) -> Array:
-    """Return the elements in the gradient's shape, which may be that of a vector."""
-    return elements.reshape(gradient.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
     ExitStack,
@@ -21,6 +21,7 @@ from gradwire_protocol.limits import MAX_INT64, MAX_NAME_LENGTH
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.admission.controller import Admission
 from gradwire_server.admission.quota import CALL_BYTES, busy
+from gradwire_server.backends.kept_memory import KeptMemory
 from gradwire_server.errors import JobError
 from gradwire_server.observability.figures import SessionFigures
 from gradwire_server.sessions.job_tensors import JobTensors
@@ -53,6 +54,9 @@ _SPARE_FRACTION = 1 / 8
 _Key: TypeAlias = tuple[str, str]
 """A tenant and a token."""
 
+OpenMemory: TypeAlias = Callable[[int, int, str], Awaitable[KeptMemory]]
+"""Opens memory of so many bytes on the device at a position, for a tenant."""
+
 
 class _Expired(NamedTuple):
     at: float
@@ -68,6 +72,7 @@ class Sessions:
         instance: Name of the server instance.
         keep_limit: Most bytes that all sessions together may keep.
         lease_max_s: Longest lease, in seconds.
+        open_memory: Opens a session's memory on its device.
     """
 
     def __init__(
@@ -76,8 +81,10 @@ class Sessions:
         instance: str,
         keep_limit: int,
         lease_max_s: float,
+        open_memory: OpenMemory,
     ) -> None:
         self._admission = admission
+        self._open_memory = open_memory
         self._instance = instance
         self._keep_limit = keep_limit
         self._lease_max_s = lease_max_s
@@ -110,7 +117,7 @@ class Sessions:
             expired=self._expired_count,
         )
 
-    def open(
+    async def open(
         self, request: pb2.OpenSessionRequest, tenant: str, device: int
     ) -> Session:
         """Open a session, and reserve its memory.
@@ -135,28 +142,27 @@ class Sessions:
             )
         lease_s = min(max(lease_s, MIN_LEASE_S), self._lease_max_s)
         self._check_size(request.keep_bytes, tenant)
-        held = ExitStack()
-        held.enter_context(
-            self._admission.call(
-                request.keep_bytes, tenant, spare_bytes=self._spare(tenant)
-            )
-        )
-        size_bytes = request.keep_bytes
+        held = self._reserved(request.keep_bytes, tenant)
+        try:
+            memory = await self._open_memory(request.keep_bytes, device, tenant)
+        except BaseException:
+            held.close()
+            raise
         key = (tenant, request.idempotency_key)
 
         def free() -> None:
             if self._by_key.get(key) is session:
                 del self._by_key[key]
-            self._counts[tenant] -= 1
-            self._kept_bytes[tenant] -= size_bytes
-            for counter in (self._counts, self._kept_bytes):
-                counter += Counter()  # forgets tenants that have none
             held.close()
 
-        self._counts[tenant] += 1
-        self._kept_bytes[tenant] += size_bytes
         session = Session(
-            tenant, label, size_bytes, lease_s, device=device, on_free=free
+            tenant,
+            label,
+            request.keep_bytes,
+            lease_s,
+            device=device,
+            memory=memory,
+            on_free=free,
         )
         self._open[_key(session)] = session
         if request.idempotency_key:
@@ -312,6 +318,24 @@ class Sessions:
                     yield tensors
                 finally:
                     tensors.close()
+
+    def _reserved(self, size_bytes: int, tenant: str) -> ExitStack:
+        """Reserve and count a session's memory until the returned stack is closed."""
+        held = ExitStack()
+        held.enter_context(
+            self._admission.call(size_bytes, tenant, spare_bytes=self._spare(tenant))
+        )
+
+        def uncount() -> None:
+            self._counts[tenant] -= 1
+            self._kept_bytes[tenant] -= size_bytes
+            for counter in (self._counts, self._kept_bytes):
+                counter += Counter()  # forgets tenants that have none
+
+        held.callback(uncount)
+        self._counts[tenant] += 1
+        self._kept_bytes[tenant] += size_bytes
+        return held
 
     def _check_size(self, keep_bytes: int, tenant: str) -> None:
         if not 0 < keep_bytes < MAX_INT64:

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.v1 import session_service_pb2 as pb2
-from gradwire_server.backends.base import Array
+from gradwire_server.backends.kept_memory import KeptArray, KeptMemory
 from gradwire_server.errors import JobError
+from gradwire_server.scheduling.device_worker import TenantHandle
 from gradwire_server.sessions.session import Session
 from gradwire_server.sessions.state_contents import (
     SavedState,
@@ -31,6 +32,7 @@ from gradwire_server.sessions.state_contents import (
 )
 from gradwire_server.sessions.state_files import StateFiles, check_name
 from gradwire_server.sessions.tensors import Gradient, KeptTensor
+from gradwire_server.sessions.windows import ReadWindow, Work, WriteWindow
 
 T = TypeVar("T")
 
@@ -53,24 +55,34 @@ class SavedStates:
         self._files = StateFiles(directory)
         self._threads = ThreadPoolExecutor(_THREADS, "gradwire-states")
 
-    async def save(self, session: Session, name: str) -> pb2.SaveSessionResponse:
+    async def save(
+        self, session: Session, name: str, worker: TenantHandle
+    ) -> pb2.SaveSessionResponse:
         """Save a session's state.
 
         The caller holds the session's turn alone, so that nothing changes meanwhile.
+
+        Args:
+            session: The session.
+            name: Name of the state.
+            worker: The worker of the session's device.
 
         Raises:
             JobError: It cannot be saved; an earlier state of that name is unchanged.
         """
         check_name(name, "name")
         state = snapshot(session.step, session.tensors.values())
+        reach = _Reach(session.memory.on_device, worker)
         size = await self._beside(
-            lambda check: self._files.save(session.tenant, name, state, check)
+            lambda check: self._files.save(
+                session.tenant, name, state, reach.access(check)
+            )
         )
         if name == session.save_name:
             session.saved_step = session.step
         return pb2.SaveSessionResponse(step=state.step, size_bytes=size)
 
-    async def save_if_due(self, session: Session) -> None:
+    async def save_if_due(self, session: Session, worker: TenantHandle) -> None:
         """Save a session's state if its last step calls for it, and it is not saved.
 
         The caller holds the session's turn alone.
@@ -80,7 +92,7 @@ class SavedStates:
         """
         every = session.save_every
         if every and not session.step % every and session.saved_step != session.step:
-            await self.save(session, session.save_name)
+            await self.save(session, session.save_name, worker)
 
     async def open(self, tenant: str, name: str, keep_bytes: int) -> SavedState:
         """Open a state to restore it into a session of `keep_bytes`.
@@ -122,22 +134,33 @@ class SavedStates:
             if session.save_name == name:
                 session.saved_step = None
 
-    async def restore(self, session: Session, state: SavedState) -> None:
+    async def restore(
+        self, session: Session, state: SavedState, worker: TenantHandle
+    ) -> None:
         """Give a new session, in use by the caller, a state's tensors and its step.
+
+        Args:
+            session: The session.
+            state: The state.
+            worker: The worker of the session's device.
 
         Raises:
             JobError: The state is damaged, or the session has no memory for it. The
                 session is then of no use.
         """
-        arrays: dict[str, Array] = {}
+        arrays: dict[str, KeptArray] = {}
         tensors = [_allocated(session, each, arrays) for each in state.tensors]
+        memory = session.memory.on_device
+        reach = _Reach(memory, worker)
 
         def read(check: Callable[[], None]) -> None:
-            state.read(arrays, check)
+            access = reach.access(check)
+            state.read(arrays, access)
             for tensor in tensors:
-                for elements in tensor.pieces():
-                    check()
-                    tensor.round_copy(elements)
+                if tensor.copy is None:
+                    continue
+                for part in tensor.pieces(memory.piece_elements):
+                    access.do(partial(memory.round, tensor.array, tensor.copy, part))
 
         await self._beside(read)
         session.require_open()
@@ -183,14 +206,73 @@ class _StoppedError(Exception):
     """The caller no longer waits."""
 
 
+class _Reach:
+    """The way from other threads to a session's memory.
+
+    Args:
+        memory: The memory.
+        worker: The worker of its device.
+    """
+
+    def __init__(self, memory: KeptMemory, worker: TenantHandle) -> None:
+        self._memory = memory
+        self._worker = worker
+        self._loop = asyncio.get_running_loop()
+
+    def access(self, check: Callable[[], None]) -> _Access:
+        """Return access for one thread; `check` may raise an exception to stop."""
+        return _Access(self._memory, self._do, check)
+
+    def _do(self, work: Work) -> None:
+        if self._memory.in_host_memory:
+            work()
+        else:
+            doing = self._do_in_worker(work)
+            asyncio.run_coroutine_threadsafe(doing, self._loop).result()
+
+    async def _do_in_worker(self, work: Work) -> None:
+        await self._worker.submit(self, work)
+
+
+class _Access:
+    """Access to the bytes of a session's arrays from another thread."""
+
+    def __init__(
+        self,
+        memory: KeptMemory,
+        do: Callable[[Work], None],
+        check: Callable[[], None],
+    ) -> None:
+        self._read = ReadWindow(memory)
+        self._write = WriteWindow(memory)
+        self._do = do
+        self._check = check
+
+    def bytes_of(self, array: KeptArray, begin: int, end: int) -> memoryview:
+        self.do(self._read.load(array, begin, end))
+        return self._read.seen(array, begin, end)
+
+    def room_for(self, array: KeptArray, begin: int, end: int) -> memoryview:
+        self.do(self._write.make_room(array, begin, end))
+        return self._write.room(array, begin, end)
+
+    def end(self) -> None:
+        self.do(self._write.rest())
+
+    def do(self, work: Work | None) -> None:
+        """Do work on the session's device, if there is any, unless stopped."""
+        self._check()
+        if work is not None:
+            self._do(work)
+
+
 def _allocated(
-    session: Session, saved: SavedTensor, arrays: dict[str, Array]
+    session: Session, saved: SavedTensor, arrays: dict[str, KeptArray]
 ) -> KeptTensor:
     """Return a tensor without elements; add what is to be read to `arrays`."""
 
-    def allocate(dtype: Dtype) -> Array:
-        memory = session.allocate(math.prod(saved.shape) * dtype.itemsize)
-        return memory.view(dtype.numpy).reshape(saved.shape)
+    def allocate(dtype: Dtype) -> KeptArray:
+        return session.memory.allocate(saved.shape, dtype)
 
     array = allocate(saved.dtype)
     if saved.elements is not None:
@@ -200,7 +282,7 @@ def _allocated(
         states[state] = arrays[name] = allocate(saved.dtype)
     gradient = None
     if saved.role == pb2.TENSOR_ROLE_GRADIENT:
-        gradient = Gradient(array, session.charge)
+        gradient = Gradient(array, session.memory)
         gradient.empty = saved.elements is None
         gradient.carried = not gradient.empty
     return KeptTensor(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.v1 import session_service_pb2 as pb2
-from gradwire_server.backends.base import Array, empty_aligned
+from gradwire_server.backends.kept_memory import KeptMemory
 from gradwire_server.errors import JobError
 from gradwire_server.sessions.puts import Puts
+from gradwire_server.sessions.session_memory import SessionMemory
 from gradwire_server.sessions.tensors import KeptTensor
 from gradwire_server.sessions.turns import Turns
 
@@ -33,7 +33,7 @@ class LastStep:
 class Session:
     """A session of one tenant on one device.
 
-    Everything except `charge` is called in the event loop's thread.
+    Everything except `memory` is used in the event loop's thread alone.
 
     Args:
         tenant: The owner.
@@ -41,11 +41,13 @@ class Session:
         keep_bytes: Bytes for its tensors.
         lease_s: Seconds without a call after which it expires.
         device: Position of its device.
+        memory: Its memory there.
         on_free: Called once the session is over and no call uses it.
 
     Attributes:
         token: Its name in calls, a secret.
         id: Its name for people.
+        memory: The memory of its tensors.
         turns: The order of its jobs and steps.
         step: Steps so far.
         tensors: Its tensors, by number.
@@ -67,6 +69,7 @@ class Session:
         lease_s: float,
         *,
         device: int,
+        memory: KeptMemory,
         on_free: Callable[[], None],
     ) -> None:
         self.token = secrets.token_urlsafe(32)
@@ -76,6 +79,7 @@ class Session:
         self.keep_bytes = keep_bytes
         self.lease_s = lease_s
         self.device = device
+        self.memory: SessionMemory[KeptTensor] = SessionMemory(keep_bytes, memory)
         self.turns = Turns()
         self.step = 0
         self.tensors: dict[int, KeptTensor] = {}
@@ -89,13 +93,7 @@ class Session:
         self.expiry: asyncio.TimerHandle | None = None
         self.freed = asyncio.Event()
         self._on_free = on_free
-        self._used_bytes = 0
-        self._spare: dict[int, KeptTensor] = {}
-        """Activations that are used up, and still there for a repeated job: their
-        memory is not in use, and is given up when it is needed."""
-        self._spare_bytes = 0
         self._users = 0
-        self._lock = threading.Lock()
         self.renewed_at = self.opened_at = asyncio.get_running_loop().time()
 
     def summary(self) -> pb2.SessionSummary:
@@ -117,58 +115,12 @@ class Session:
     @property
     def used_bytes(self) -> int:
         """Bytes used by tensors."""
-        return self._used_bytes
+        return self.memory.used_bytes
 
     @property
     def in_use(self) -> bool:
         """Whether a call uses the session."""
         return self._users > 0
-
-    def charge(self, size_bytes: int) -> None:
-        """Take memory from the session, or return it. Thread-safe.
-
-        Args:
-            size_bytes: Bytes; negative to return them.
-
-        Raises:
-            JobError: The session has less.
-        """
-        with self._lock:
-            self.require(size_bytes)
-            self._used_bytes += size_bytes
-            while self._used_bytes + self._spare_bytes > self.keep_bytes:
-                tensor = self._spare.pop(next(iter(self._spare)))
-                self._spare_bytes -= tensor.size_bytes
-
-    def require(self, size_bytes: int) -> None:
-        """Check that the session has so much memory, without taking it.
-
-        Raises:
-            JobError: It has less.
-        """
-        used = self._used_bytes + size_bytes
-        if used > self.keep_bytes and size_bytes > 0:
-            raise JobError(
-                Reason.SESSION_FULL,
-                f"{size_bytes} bytes are needed, and the session's tensors use "
-                f"{self._used_bytes} of {self.keep_bytes}: open the session with "
-                f"a keep_bytes of at least {used}",
-                field="keep_bytes",
-            )
-
-    def allocate(self, size_bytes: int) -> Array:
-        """Take memory from the session, and allocate it, not initialized.
-
-        Raises:
-            JobError: The session has less.
-            MemoryError: The system has less.
-        """
-        self.charge(size_bytes)
-        try:
-            return empty_aligned(size_bytes)
-        except BaseException:
-            self.charge(-size_bytes)
-            raise
 
     @contextmanager
     def using(self, tensor: KeptTensor) -> Iterator[None]:
@@ -179,7 +131,7 @@ class Session:
         finally:
             tensor.users -= 1
             if tensor.dropped and not tensor.users:
-                self.charge(-tensor.size_bytes)
+                self.memory.release(*tensor.arrays)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -213,13 +165,13 @@ class Session:
         self._free_if_unused()
 
     def keep(self, tensor: KeptTensor) -> None:
-        """Make a tensor, whose memory is charged, one of the session's."""
+        """Make a tensor, of the session's memory, one of the session's."""
         self.drop(tensor.number)
         self.tensors[tensor.number] = tensor
 
     def drop(self, number: int) -> None:
         """Drop a tensor, if there is one of that number."""
-        self._take_spare(number)
+        self.memory.give_up(number)
         self.puts.forget(number)
         tensor = self.tensors.pop(number, None)
         if tensor is not None:
@@ -227,7 +179,7 @@ class Session:
             if tensor.gradient is not None:
                 tensor.gradient.drop()
             if not tensor.users:
-                self.charge(-tensor.size_bytes)
+                self.memory.release(*tensor.arrays)
 
     def use_up(self, number: int) -> None:
         """Drop an activation, and keep it for a repeated job as long as possible."""
@@ -236,21 +188,15 @@ class Session:
             self.drop(number)
             return
         del self.tensors[number]
-        with self._lock:
-            self._used_bytes -= tensor.size_bytes
-            self._spare[number] = tensor
-            self._spare_bytes += tensor.size_bytes
+        self.memory.set_aside(number, tensor)
 
     def restore(self, number: int) -> bool:
         """Take back an activation that was used up; return whether it was there."""
         if number in self.tensors:
             return False
-        with self._lock:  # what is spare fits, as long as nobody takes its memory
-            tensor = self._spare.pop(number, None)
-            if tensor is None:
-                return False
-            self._spare_bytes -= tensor.size_bytes
-            self._used_bytes += tensor.size_bytes
+        tensor = self.memory.take_back(number)
+        if tensor is None:
+            return False
         self.tensors[number] = tensor
         return True
 
@@ -305,9 +251,7 @@ class Session:
         """Count a step, and drop activations that were kept before the step before."""
         self.step = made.response.step
         self.last_step = made
-        with self._lock:
-            self._spare.clear()
-            self._spare_bytes = 0
+        self.memory.give_up_all()
         for tensor in list(self.tensors.values()):
             old = tensor.role == pb2.TENSOR_ROLE_ACTIVATION
             if old and tensor.kept_at + 1 < self.step:
@@ -316,16 +260,9 @@ class Session:
     def _renew(self) -> None:
         self.renewed_at = asyncio.get_running_loop().time()
 
-    def _take_spare(self, number: int) -> KeptTensor | None:
-        with self._lock:
-            tensor = self._spare.pop(number, None)
-            if tensor is not None:
-                self._spare_bytes -= tensor.size_bytes
-            return tensor
-
     def _free_if_unused(self) -> None:
         if not self._users and not self.freed.is_set():
             self.freed.set()
             self.tensors.clear()
-            self._spare.clear()
+            self.memory.close()
             self._on_free()

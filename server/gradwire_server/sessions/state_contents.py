@@ -24,11 +24,11 @@ from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import MAX_TENSOR_DIMENSIONS
 from gradwire_protocol.optimizers import FORMULAS, STATES
 from gradwire_protocol.v1 import session_service_pb2 as pb2
-from gradwire_server.backends.base import Array
+from gradwire_server.backends.kept_memory import KeptArray
 from gradwire_server.errors import JobError
 from gradwire_server.sessions.registry import is_printable
 from gradwire_server.sessions.session import MAX_TENSORS
-from gradwire_server.sessions.tensor_files import TensorFile, TensorFileError
+from gradwire_server.sessions.tensor_files import Access, TensorFile, TensorFileError
 from gradwire_server.sessions.tensors import KeptTensor
 
 _MODEL, _GRADIENT = "model", "gradient"
@@ -39,7 +39,7 @@ class Snapshot:
     """A session's state, to be written. Its arrays must not change meanwhile."""
 
     step: int
-    arrays: Mapping[str, Array]
+    arrays: Mapping[str, KeptArray]
     metadata: Mapping[str, str]
 
 
@@ -51,7 +51,7 @@ def snapshot(step: int, tensors: Iterable[KeptTensor]) -> Snapshot:
             cannot be told apart.
     """
     tensors = [each for each in tensors if each.role != pb2.TENSOR_ROLE_ACTIVATION]
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, KeptArray] = {}
     about: dict[str, list[dict[str, Any]]] = {_MODEL: [], _GRADIENT: []}
     taken: dict[str, Counter[str]] = {
         kind: Counter(
@@ -162,18 +162,18 @@ class SavedState:
         """Bytes that the tensors need in a session."""
         return sum(each.size_bytes for each in self.tensors)
 
-    def read(self, into: Mapping[str, Array], check: Callable[[], None]) -> None:
+    def read(self, into: Mapping[str, KeptArray], access: Access) -> None:
         """Read all elements.
 
         Args:
-            into: C-contiguous arrays for all tensors, by the names in the file.
-            check: Called between pieces; may raise to stop.
+            into: Arrays for all tensors, by the names in the file.
+            access: Writes them.
 
         Raises:
             JobError: The file is damaged. The arrays are then of no use.
         """
         try:
-            self._file.read(into, check)
+            self._file.read(into, access)
         except TensorFileError as error:
             raise self._fail(str(error)) from None
         except OSError as error:

@@ -20,7 +20,7 @@ from gradwire_protocol.limits import MAX_STATE_NAME_LENGTH
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.errors import JobError, StateDirectoryError
 from gradwire_server.sessions.state_contents import SavedState, Snapshot
-from gradwire_server.sessions.tensor_files import TensorFileError, write
+from gradwire_server.sessions.tensor_files import Access, TensorFileError, write
 
 _log = logging.getLogger("gradwire_server")
 
@@ -72,16 +72,14 @@ class StateFiles:
                 f"{error.strerror or error}"
             ) from error
 
-    def save(
-        self, tenant: str, name: str, state: Snapshot, check: Callable[[], None]
-    ) -> int:
+    def save(self, tenant: str, name: str, state: Snapshot, access: Access) -> int:
         """Save a state, in one piece: it is complete on the disk, or the old one stays.
 
         Args:
             tenant: Its owner.
             name: Its name, a valid one.
             state: The state.
-            check: Called between pieces; may raise to stop.
+            access: Reads its arrays.
 
         Returns:
             The size of its file.
@@ -101,7 +99,7 @@ class StateFiles:
             _check_count(folder, target)
             with _locked(folder / f".{name}.part") as (part, descriptor):
                 try:
-                    size = write(descriptor, state.arrays, state.metadata, check)
+                    size = write(descriptor, state.arrays, state.metadata, access)
                     os.fsync(descriptor)
                     part.replace(target)
                 except BaseException:

@@ -21,8 +21,10 @@ from gradwire_protocol.optimizers import (
     check_optimizer,
 )
 from gradwire_protocol.v1 import session_service_pb2 as pb2
-from gradwire_server.backends.base import Array
-from gradwire_server.backends.numpy import updates
+from gradwire_server.backends.base import (
+    DeviceLostError,
+)
+from gradwire_server.backends.kept_memory import KeptArray
 from gradwire_server.errors import JobError
 from gradwire_server.scheduling.device_worker import TenantHandle
 from gradwire_server.sessions.registry import Sessions
@@ -39,7 +41,7 @@ class _Parameter:
 
     weight: KeptTensor
     gradient: Gradient
-    total: Array
+    total: KeptArray
     """The sum of the gradient's contributions."""
     optimizer: Optimizer
 
@@ -66,6 +68,8 @@ async def make_step(
         JobError: The request is invalid, or in conflict with the session's steps; or
             the step was made, but the state that was due was not saved: an equal
             request saves it again.
+        MemoryError: The device has no memory for the step. Nothing has changed.
+        DeviceLostError: The device is no longer usable.
     """
     digest = _digest(request)
     await session.turns.take_alone()
@@ -77,7 +81,7 @@ async def make_step(
             if made.request != digest:
                 raise _conflict(session, request, "and made it with another request")
             if states is not None:
-                await states.save_if_due(session)
+                await states.save_if_due(session, worker)
             again = pb2.StepResponse()
             again.CopyFrom(made.response)
             again.again = True
@@ -86,7 +90,7 @@ async def make_step(
             raise _conflict(session, request, f"so the next is {session.step + 1}")
         step = _Step(session, request, worker)
         step.allocate_states()
-        task = asyncio.create_task(_run_to_end(sessions, session, step, states))
+        task = asyncio.create_task(_run_to_end(sessions, session, step, worker, states))
         handed_over = True
     finally:
         if not handed_over:
@@ -106,7 +110,11 @@ async def make_step(
 
 
 async def _run_to_end(
-    sessions: Sessions, session: Session, step: _Step, states: SavedStates | None
+    sessions: Sessions,
+    session: Session,
+    step: _Step,
+    worker: TenantHandle,
+    states: SavedStates | None,
 ) -> pb2.StepResponse:
     try:
         response = await step.run()
@@ -117,9 +125,11 @@ async def _run_to_end(
             f"was closed: {error}",
         )
         sessions.fail(session, lost)
+        if isinstance(error.__cause__, DeviceLostError):
+            raise error.__cause__ from None
         raise lost from error
     if states is not None:
-        await states.save_if_due(session)
+        await states.save_if_due(session, worker)
     return response
 
 
@@ -134,6 +144,8 @@ class _Step:
         self, session: Session, request: pb2.StepRequest, worker: TenantHandle
     ) -> None:
         self._session = session
+        self._memory = session.memory
+        self._on_device = session.memory.on_device
         self._request = request
         self._worker = worker
         self._parameters = _parse(session, request)
@@ -141,7 +153,7 @@ class _Step:
         """Gradients that the step does not name: they keep their contributions."""
         self._filled = [each for each in self._parameters if not each.gradient.empty]
         """Parameters that are updated."""
-        self._new_states: dict[int, dict[str, Array]] = {}
+        self._new_states: dict[int, dict[str, KeptArray]] = {}
         """States that weights have from this step on, if it is not skipped."""
         self._inverse_scale = request.inverse_scale or 1.0
         for name in ("max_norm", "local_sum_of_squares"):
@@ -163,8 +175,7 @@ class _Step:
         ]
         try:
             for weight, name in needed:
-                memory = self._session.allocate(weight.array.nbytes)
-                state = memory.view(weight.array.dtype).reshape(weight.array.shape)
+                state = self._memory.allocate(weight.array.shape, weight.array.dtype)
                 self._new_states.setdefault(weight.number, {})[name] = state
         except BaseException:
             self._return_states()
@@ -192,17 +203,16 @@ class _Step:
     def _return_states(self) -> None:
         """Return the memory of states that no weight has got."""
         for states in self._new_states.values():
-            self._session.charge(-sum(state.nbytes for state in states.values()))
+            self._memory.release(*states.values())
         self._new_states.clear()
 
     async def _norm(self) -> float:
         """Return the norm N."""
         squares = 0.0
         for each in self._filled:
-            total = each.total.reshape(-1)
-            for elements in each.weight.pieces():
+            for part in each.weight.pieces(self._on_device.piece_elements):
                 squares += await self._do(
-                    partial(updates.sum_of_squares, total[elements])
+                    partial(self._on_device.sum_of_squares, each.total, part)
                 )
         if squares:  # a factor that is infinite when squared times 0 is no number
             squares *= self._inverse_scale * self._inverse_scale
@@ -212,9 +222,9 @@ class _Step:
     async def _update_all(self, scale: float) -> None:
         for each in self._filled:
             new = self._new_states.get(each.weight.number, {})
-            for elements in each.weight.pieces():
+            for part in each.weight.pieces(self._on_device.piece_elements):
                 try:
-                    await self._do(partial(self._update, each, new, elements, scale))
+                    await self._do(partial(self._update, each, new, part, scale))
                 except Exception as error:
                     raise _HalfMadeError(str(error) or type(error).__name__) from error
         for each in self._filled:
@@ -224,30 +234,28 @@ class _Step:
     def _update(
         self,
         parameter: _Parameter,
-        new: dict[str, Array],
-        elements: slice,
+        new: dict[str, KeptArray],
+        part: slice,
         scale: float,
     ) -> None:
         """Update elements of a weight and its copy; runs in the worker thread."""
         weight, optimizer = parameter.weight, parameter.optimizer
         for state in new.values():
-            state.reshape(-1)[elements].fill(0)
-        states = {
-            name: array.reshape(-1)[elements]
-            for name, array in (weight.states | new).items()
-        }
+            self._on_device.clear(state, part)
         # A momentum buffer is the gradient at first, also if the weight was updated
         # without momentum before.
         made = 0 if new and isinstance(optimizer, Sgd) else weight.updates
-        updates.update(
+        self._on_device.update(
             optimizer,
-            weight.array.reshape(-1)[elements],
-            parameter.total.reshape(-1)[elements],
-            states,
-            made,
+            weight.array,
+            parameter.total,
+            weight.states | new,
+            part,
+            made=made,
             scale=scale,
         )
-        weight.round_copy(elements)
+        if weight.copy is not None:
+            self._on_device.round(weight.array, weight.copy, part)
 
     async def _do(self, run: Callable[[], T]) -> T:
         return await self._worker.submit(self, run)

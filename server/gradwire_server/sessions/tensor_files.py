@@ -16,15 +16,13 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol
 
 from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.limits import MIB
-from gradwire_server.backends.base import Array
+from gradwire_server.backends.kept_memory import KeptArray
+from gradwire_server.sessions.windows import WINDOW_BYTES
 
 _NAMES = {
     Dtype.FLOAT16: "F16",
@@ -45,7 +43,21 @@ _MAX_HEADER_BYTES = 100_000_000
 _ALIGNMENT = 64
 """The elements begin at a multiple of it in the file, for those who map it."""
 
-_PIECE_BYTES = 16 * MIB
+
+class Access(Protocol):
+    """Access to the bytes of arrays, from the thread that reads or writes a file.
+
+    Methods wait for the arrays' device, and raise an exception to stop.
+    """
+
+    def bytes_of(self, array: KeptArray, begin: int, end: int) -> memoryview:
+        """Return bytes of an array, valid until the next call."""
+
+    def room_for(self, array: KeptArray, begin: int, end: int) -> memoryview:
+        """Return bytes of an array, to be filled before the next call."""
+
+    def end(self) -> None:
+        """Complete what was filled."""
 
 
 class TensorFileError(ValueError):
@@ -69,17 +81,17 @@ class Place:
 
 def write(
     descriptor: int,
-    arrays: Mapping[str, Array],
+    arrays: Mapping[str, KeptArray],
     metadata: Mapping[str, str],
-    check: Callable[[], None],
+    access: Access,
 ) -> int:
     """Write a file.
 
     Args:
         descriptor: An empty file, open for writing.
-        arrays: C-contiguous arrays, by name.
+        arrays: The arrays, by name.
         metadata: Strings about them.
-        check: Called between pieces; may raise to stop.
+        access: Reads them.
 
     Returns:
         Its size in bytes.
@@ -88,29 +100,27 @@ def write(
         OSError: It cannot be written.
     """
     # Elements are aligned if wider ones come first, as the library writes them.
-    ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    ordered = sorted(arrays.items(), key=_place_in_file)
     crc = _NO_CRC.decode()
     header: dict[str, Any] = {_METADATA: {"crc32": crc, **metadata}}
     end = 0
     for name, array in ordered:
         begin, end = end, end + array.nbytes
         header[name] = {
-            "dtype": _NAMES[Dtype.of(array.dtype)],
+            "dtype": _NAMES[array.dtype],
             "shape": array.shape,
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     first = len(text).to_bytes(8, "little") + text
-    running = 0
-    for part in (first, *(array.reshape(-1).view(np.uint8) for _, array in ordered)):
-        whole = memoryview(part)  # type: ignore[arg-type] # NumPy's types lack Buffer
-        for at in range(0, len(whole), _PIECE_BYTES):
-            check()
-            piece = whole[at : at + _PIECE_BYTES]
+    running = zlib.crc32(first)
+    _write_all(descriptor, memoryview(first))
+    for _, array in ordered:
+        for part in _pieces(array):
+            piece = access.bytes_of(array, *part)
             running = zlib.crc32(piece, running)
-            while piece:
-                piece = piece[os.write(descriptor, piece) :]
+            _write_all(descriptor, piece)
     os.pwrite(descriptor, f"{running:08x}".encode(), _CRC_AT)
     return len(first) + end
 
@@ -151,12 +161,12 @@ class TensorFile:
             raise TensorFileError("has a damaged header") from None
         self._first[_CRC_AT : _CRC_AT + len(_NO_CRC)] = _NO_CRC
 
-    def read(self, into: Mapping[str, Array], check: Callable[[], None]) -> None:
+    def read(self, into: Mapping[str, KeptArray], access: Access) -> None:
         """Read all elements, and compare the checksum.
 
         Args:
-            into: C-contiguous arrays for all tensors, of their dtypes and shapes.
-            check: Called between pieces; may raise to stop.
+            into: Arrays for all tensors, of their dtypes and shapes.
+            access: Writes them.
 
         Raises:
             TensorFileError: The file is damaged. The arrays are then of no use.
@@ -164,13 +174,11 @@ class TensorFile:
         """
         running = zlib.crc32(self._first)
         for name in self.places:
-            elements = into[name].reshape(-1).view(np.uint8)
-            whole = memoryview(elements)  # type: ignore[arg-type]
-            for at in range(0, len(whole), _PIECE_BYTES):
-                check()
-                piece = whole[at : at + _PIECE_BYTES]
+            for part in _pieces(into[name]):
+                piece = access.room_for(into[name], *part)
                 self._read_into(piece)
                 running = zlib.crc32(piece, running)
+        access.end()
         if running != self._crc:
             raise TensorFileError("is damaged: its checksum is wrong")
 
@@ -181,6 +189,21 @@ class TensorFile:
                 raise TensorFileError("ends too early")
             self._position += count
             piece = piece[count:]
+
+
+def _place_in_file(item: tuple[str, KeptArray]) -> tuple[int, str]:
+    name, array = item
+    return -array.dtype.itemsize, name
+
+
+def _pieces(array: KeptArray) -> Iterator[tuple[int, int]]:
+    for begin in range(0, array.nbytes, WINDOW_BYTES):
+        yield begin, min(begin + WINDOW_BYTES, array.nbytes)
+
+
+def _write_all(descriptor: int, piece: memoryview) -> None:
+    while piece:
+        piece = piece[os.write(descriptor, piece) :]
 
 
 def _places(header: dict[str, Any], first: int, size: int) -> dict[str, Place]:

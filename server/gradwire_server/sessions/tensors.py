@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-
-from gradwire_protocol.dtypes import Dtype, rounded
+from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import Contribution
 from gradwire_protocol.v1 import session_service_pb2 as pb2
-from gradwire_server.backends.base import Array
+from gradwire_server.backends.kept_memory import KeptArray
 from gradwire_server.errors import JobError
-
-PIECE_ELEMENTS = 1 << 22
-"""Elements of a tensor in a piece of the device worker's work. The bits of a step's
-norm depend on it."""
+from gradwire_server.sessions.session_memory import SessionMemory
 
 
 class Gradient:
     """The contributions to a gradient since the last step.
 
     Contributions are added in the order of their numbers. An early one is held until
-    the ones before it have come. Methods may be called in any thread; those that
-    contribute need the lock, so that all sums of a job are added, or none.
+    the ones before it have come. `replace` and `add` are called in the thread of the
+    device worker and need the lock, so that all sums of a job are added, or none. Other
+    methods may be called in any thread.
 
     Args:
         total: Memory for the sum.
-        charge: Takes memory for early contributions from the session, and returns
-            it: called with a number of bytes, which may be negative.
+        memory: The session's memory, for early contributions.
     """
 
-    def __init__(self, total: Array, charge: Callable[[int], None]) -> None:
+    def __init__(self, total: KeptArray, memory: SessionMemory[Any]) -> None:
         self._total = total
-        self._charge = charge
+        self._memory = memory
         self.lock = threading.Lock()
-        self._early: dict[int, Array] = {}
+        self._early: dict[int, KeptArray] = {}
         self._added = 0
         self._parts = 0
         self._dropped = False
@@ -45,11 +41,6 @@ class Gradient:
         """Whether nothing has been added or put since the last step."""
         self.carried = False
         """Whether the sum begins with that of an earlier step, which kept it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The gradient's shape."""
-        return self._total.shape
 
     @property
     def parts(self) -> list[int]:
@@ -92,20 +83,20 @@ class Gradient:
         part = contribution.part
         return part > self._added and part not in self._early
 
-    def replace(self, elements: Array) -> None:
+    def replace(self, elements: KeptArray) -> None:
         """Replace the sum."""
         self._forget()
-        np.copyto(self._total, elements)
+        self._memory.on_device.copy(elements, self._total)
         self.empty = False
         self.carried = False
 
-    def add(self, contribution: Contribution, elements: Array) -> bool:
+    def add(self, contribution: Contribution, elements: KeptArray) -> bool:
         """Add a contribution, unless it was added before.
 
         Args:
             contribution: Its number.
-            elements: The elements; if it is early, in memory of the session's that
-                is the gradient's from now on.
+            elements: As many as the sum has, of its dtype; if it is early, in memory of
+                the session's that is the gradient's from now on.
 
         Returns:
             Whether it had been added before.
@@ -120,7 +111,7 @@ class Gradient:
         self._parts = contribution.parts
         while (following := self._early.pop(self._added, None)) is not None:
             self._add(following)
-            self._charge(-following.nbytes)
+            self._memory.release(following)
         return False
 
     def check_complete(self, path: str) -> None:
@@ -155,18 +146,16 @@ class Gradient:
             self._dropped = True
             self._forget()
 
-    def _add(self, elements: Array) -> None:
-        with np.errstate(all="ignore"):
-            if self.empty:
-                np.copyto(self._total, elements)
-            else:
-                np.add(self._total, elements, out=self._total)
+    def _add(self, elements: KeptArray) -> None:
+        if self.empty:
+            self._memory.on_device.copy(elements, self._total)
+        else:
+            self._memory.on_device.add(elements, self._total)
         self.empty = False
         self._added += 1
 
     def _forget(self) -> None:
-        for early in self._early.values():
-            self._charge(-early.nbytes)
+        self._memory.release(*self._early.values())
         self._early.clear()
         self._added = self._parts = 0
         self.empty = True
@@ -174,19 +163,19 @@ class Gradient:
 
 @dataclass(eq=False, slots=True)
 class KeptTensor:
-    """A tensor of a session, in host memory."""
+    """A tensor of a session."""
 
     number: int
     name: str
     role: int
     """A `TensorRole`."""
-    array: Array
-    """Its elements, C-contiguous."""
-    copy: Array | None = None
+    array: KeptArray
+    """Its elements."""
+    copy: KeptArray | None = None
     """The elements rounded to the compute dtype, for jobs."""
     gradient: Gradient | None = None
     """The contributions, if it is a gradient."""
-    states: dict[str, Array] = field(default_factory=dict)
+    states: dict[str, KeptArray] = field(default_factory=dict)
     """Optimizer states, by name."""
     updates: int = 0
     """Updates by steps that were not skipped."""
@@ -200,50 +189,45 @@ class KeptTensor:
     @property
     def dtype(self) -> Dtype:
         """Element type."""
-        return Dtype.of(self.array.dtype)
+        return self.array.dtype
+
+    @property
+    def arrays(self) -> list[KeptArray]:
+        """The tensor, its copy and its states."""
+        copies = [] if self.copy is None else [self.copy]
+        return [self.array, *copies, *self.states.values()]
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor, its copy and its states."""
-        arrays = [self.array, *self.states.values()]
-        if self.copy is not None:
-            arrays.append(self.copy)
-        return sum(array.nbytes for array in arrays)
+        return sum(array.nbytes for array in self.arrays)
 
-    def in_dtype(self, dtype: Dtype) -> Array | None:
+    def in_dtype(self, dtype: Dtype) -> KeptArray | None:
         """Return the elements in a dtype: the tensor or its copy; None: neither."""
         for array in (self.array, self.copy):
-            if array is not None and array.dtype == dtype.numpy:
+            if array is not None and array.dtype is dtype:
                 return array
         return None
 
-    def round_copy(self, elements: slice) -> None:
-        """Round elements of the copy for jobs anew."""
-        if self.copy is not None:
-            given = self.array.reshape(-1)[elements]
-            out = self.copy.reshape(-1)[elements]
-            with np.errstate(all="ignore"):
-                rounded(given, Dtype.of(out.dtype), out)
-
-    def pieces(self) -> Iterator[slice]:
+    def pieces(self, piece_elements: int) -> Iterator[slice]:
         """Yield parts of the elements, for pieces of a device worker's work.
 
         A tensor may be so large that other jobs would wait too long for it.
         """
-        for first in range(0, self.array.size, PIECE_ELEMENTS):
-            yield slice(first, first + PIECE_ELEMENTS)
+        for first in range(0, self.array.size, piece_elements):
+            yield slice(first, min(first + piece_elements, self.array.size))
 
     def header(self, state: str = "") -> pb2.TensorHeader:
         """Return the tensor's header, or that of one of its states."""
         array = self.states[state] if state else self.array
         compute = None
         if self.copy is not None and not state:
-            compute = Dtype.of(self.copy.dtype).proto_name
+            compute = self.copy.dtype.proto_name
         return pb2.TensorHeader(
             tensor=self.number,
             name=self.name,
             shape=array.shape,
-            dtype=Dtype.of(array.dtype).proto_name,
+            dtype=array.dtype.proto_name,
             role=self.role,  # type: ignore[arg-type] # an int, checked before
             compute_dtype=compute,
             state=state,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
-
-import numpy as np
+from typing import TypeAlias
 
 from gradwire_protocol import checksum
 from gradwire_protocol.checksum import crc32c
@@ -22,11 +21,15 @@ from gradwire_protocol.limits import (
 from gradwire_protocol.optimizers import STATES
 from gradwire_protocol.v1 import matrix_pb2
 from gradwire_protocol.v1 import session_service_pb2 as pb2
-from gradwire_server.backends.base import Array
+from gradwire_server.backends.kept_memory import KeptArray, KeptMemory
 from gradwire_server.errors import JobError
 from gradwire_server.sessions.registry import check_key, is_printable
 from gradwire_server.sessions.session import Session
 from gradwire_server.sessions.tensors import Gradient, KeptTensor
+from gradwire_server.sessions.windows import ReadWindow, Work, WriteWindow
+
+Do: TypeAlias = Callable[[Work], Awaitable[None]]
+"""Does work in the thread of the device worker."""
 
 _PUT = (pb2.TENSOR_ROLE_WEIGHT, pb2.TENSOR_ROLE_GRADIENT)
 
@@ -39,6 +42,7 @@ class IncomingTensor:
     Args:
         session: Its session.
         header: Its header.
+        do: Does work on the session's device.
 
     Raises:
         JobError: The header is invalid, or the session has no memory for the tensor.
@@ -46,9 +50,12 @@ class IncomingTensor:
     Use it as a context manager: without `keep`, its memory is returned at the end.
     """
 
-    def __init__(self, session: Session, header: pb2.TensorHeader) -> None:
+    def __init__(self, session: Session, header: pb2.TensorHeader, do: Do) -> None:
         self._session = session
+        self._memory = session.memory
         self._header = header
+        self._do = do
+        self._window = WriteWindow(session.memory.on_device)
         dtype = _check(header)
         shape = tuple(header.shape)
         session.check_count(header.tensor, "header.tensor")
@@ -56,47 +63,44 @@ class IncomingTensor:
             _check_state(session, header, dtype, shape)
         else:
             _check_role(session, header)
-        size_bytes = math.prod(shape) * dtype.itemsize
-        copy_bytes = 0
+        self._array = self._memory.allocate(shape, dtype)
+        self._copy: KeptArray | None = None
+        self._allocated = [self._array]
         if header.compute_dtype:
-            copy_bytes = math.prod(shape) * Dtype(header.compute_dtype).itemsize
-        memory = session.allocate(size_bytes + copy_bytes)
-        self._charged = size_bytes + copy_bytes
-        self._memory = memory[:size_bytes]
-        self._array = self._memory.view(dtype.numpy).reshape(shape)
-        self._copy: Array | None = None
-        if header.compute_dtype:
-            copy = memory[size_bytes:].view(Dtype(header.compute_dtype).numpy)
-            self._copy = copy.reshape(shape)
-        self._itemsize = dtype.itemsize
-        self._received = size_bytes if header.zeros else 0
+            try:
+                self._copy = self._memory.allocate(shape, Dtype(header.compute_dtype))
+            except BaseException:
+                self._memory.release(self._array)
+                raise
+            self._allocated.append(self._copy)
+        self._received = self._array.nbytes if header.zeros else 0
 
     def __enter__(self) -> IncomingTensor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._session.charge(-self._charged)
-        self._charged = 0
+        self._memory.release(*self._allocated)
+        self._allocated.clear()
 
-    def take(self, chunk: pb2.TensorChunk) -> None:
+    async def take(self, chunk: pb2.TensorChunk) -> None:
         """Store the next elements.
 
         Raises:
             JobError: They are not the next ones.
         """
-        data = chunk.data
-        if len(data) % self._itemsize or len(data) > MAX_PAYLOAD_BYTES:
+        data, itemsize = chunk.data, self._array.dtype.itemsize
+        if len(data) % itemsize or len(data) > MAX_PAYLOAD_BYTES:
             raise JobError(
                 Reason.PAYLOAD_INVALID,
                 f"chunk.data has {len(data)} bytes: expected a multiple of "
-                f"{self._itemsize}, at most {MAX_PAYLOAD_BYTES}",
+                f"{itemsize}, at most {MAX_PAYLOAD_BYTES}",
                 field="chunk.data",
             )
-        if chunk.index * self._itemsize != self._received:
+        if chunk.index * itemsize != self._received:
             raise JobError(
                 Reason.INDEX_INVALID,
                 f"chunk.index is {chunk.index}: the next element is "
-                f"{self._received // self._itemsize}",
+                f"{self._received // itemsize}",
                 field="chunk.index",
             )
         checked = self._header.checksum == matrix_pb2.CHECKSUM_CRC32C
@@ -117,23 +121,26 @@ class IncomingTensor:
                 field="chunk.crc32c",
             )
         end = self._received + len(data)
-        if end > self._memory.nbytes:
+        if end > self._array.nbytes:
             raise JobError(
                 Reason.PAYLOAD_EXCESS,
                 f"chunk.data brings the tensor to {end} bytes: it has "
-                f"{self._memory.nbytes}",
+                f"{self._array.nbytes}",
                 field="chunk.data",
             )
-        self._memory[self._received : end] = np.frombuffer(data, np.uint8)
-        self._received = end
+        begin, self._received = self._received, end
+        work = self._window.make_room(self._array, begin, end)
+        if work is not None:
+            await self._do(work)
+        self._window.room(self._array, begin, end)[:] = data
 
     @property
     def is_complete(self) -> bool:
         """Whether every element has come."""
-        return self._received == self._memory.nbytes
+        return self._received == self._array.nbytes
 
-    def finish(self) -> Iterator[Callable[[], None]]:
-        """Yield the work that is left, for the device worker.
+    async def finish(self) -> None:
+        """Do the work that is left.
 
         Raises:
             JobError: Elements are missing.
@@ -141,18 +148,22 @@ class IncomingTensor:
         if not self.is_complete:
             raise JobError(
                 Reason.PAYLOAD_MISSING,
-                f"the tensor has {self._memory.nbytes} bytes, but {self._received} "
-                f"came",
+                f"the tensor has {self._array.nbytes} bytes, but {self._received} came",
                 field="chunk.data",
             )
-        tensor = self._tensor()
-        gradient = tensor.gradient
-        for elements in tensor.pieces():
+        for work in self._rest(self._tensor()):
+            await self._do(work)
+
+    def _rest(self, tensor: KeptTensor) -> Iterator[Work]:
+        on_device = self._memory.on_device
+        if (rest := self._window.rest()) is not None:
+            yield rest
+        for part in tensor.pieces(on_device.piece_elements):
             # A gradient without contributions has no elements that anyone reads.
-            if self._header.zeros and gradient is None:
-                yield partial(self._array.reshape(-1)[elements].fill, 0)
+            if self._header.zeros and tensor.gradient is None:
+                yield partial(on_device.clear, self._array, part)
             if tensor.copy is not None:
-                yield partial(tensor.round_copy, elements)
+                yield partial(on_device.round, self._array, tensor.copy, part)
 
     def keep(self) -> None:
         """Make the tensor one of the session's, in place of an earlier one.
@@ -167,12 +178,12 @@ class IncomingTensor:
             _check_state(session, header, Dtype(header.dtype), self._array.shape)
         else:
             _check_role(session, header)
-        self._charged = 0
+        self._allocated.clear()
         if header.state:
             tensor = session.tensors[header.tensor]
             earlier = tensor.states.get(header.state)
             if earlier is not None:
-                session.charge(-earlier.nbytes)
+                self._memory.release(earlier)
             tensor.states[header.state] = self._array
             tensor.updates = header.updates
         else:
@@ -187,7 +198,7 @@ class IncomingTensor:
     def _tensor(self) -> KeptTensor:
         header, gradient = self._header, None
         if header.role == pb2.TENSOR_ROLE_GRADIENT:
-            gradient = Gradient(self._array, self._session.charge)
+            gradient = Gradient(self._array, self._memory)
             gradient.empty = header.zeros
         return KeptTensor(
             number=header.tensor,
@@ -200,10 +211,16 @@ class IncomingTensor:
         )
 
 
-def outgoing(
-    tensor: KeptTensor, request: pb2.GetTensorRequest
-) -> Iterator[pb2.GetTensorResponse]:
+async def outgoing(
+    tensor: KeptTensor, request: pb2.GetTensorRequest, memory: KeptMemory, do: Do
+) -> AsyncIterator[pb2.GetTensorResponse]:
     """Yield a tensor's header and its elements.
+
+    Args:
+        tensor: The tensor.
+        request: What is asked for.
+        memory: The memory of the tensor.
+        do: Does work on the session's device.
 
     Raises:
         JobError: The request is invalid, or the tensor has no such state.
@@ -229,13 +246,18 @@ def outgoing(
     header.checksum = request.checksum
     yield pb2.GetTensorResponse(header=header)
     size = request.max_chunk_bytes or DEFAULT_CHUNK_BYTES
-    size = max(size // array.itemsize, 1) * array.itemsize
-    elements = array.reshape(-1).view(np.uint8).data
+    window, itemsize = ReadWindow(memory), array.dtype.itemsize
+    size = max(size // itemsize, 1) * itemsize
     for first in range(0, array.nbytes, size):
-        payload = elements[first : first + size]
+        end = min(first + size, array.nbytes)
         if empty:
-            payload = memoryview(bytes(len(payload)))
-        chunk = pb2.TensorChunk(index=first // array.itemsize, data=bytes(payload))
+            payload = memoryview(bytes(end - first))
+        else:
+            work = window.load(array, first, end)
+            if work is not None:
+                await do(work)
+            payload = window.seen(array, first, end)
+        chunk = pb2.TensorChunk(index=first // itemsize, data=bytes(payload))
         if request.checksum:
             chunk.crc32c = crc32c(payload)
         yield pb2.GetTensorResponse(chunk=chunk)

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from gradwire_server.backends.base import (
     empty_aligned,
 )
 from gradwire_server.backends.host_limits import memory_bytes
+from gradwire_server.backends.kept_memory import KeptArray
+from gradwire_server.backends.numpy.kept_memory import HostArray, HostMemory
 from gradwire_server.backends.numpy.worker_threads import (
     Piece,
     WorkerThreads,
@@ -124,6 +126,16 @@ class NumpyBackend:
         del spec, block_rows
         return 0
 
+    def kept_bytes(self, keep_bytes: int) -> int:
+        """Return 0: all memory is host memory."""
+        del keep_bytes
+        return 0
+
+    def open_kept(self, keep_bytes: int, device: int) -> HostMemory:
+        """Open a session's memory, which is allocated array by array."""
+        del keep_bytes, device
+        return HostMemory()
+
     def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
         """Allocate ordinary, aligned memory."""
         return empty_aligned(size_bytes)
@@ -140,9 +152,10 @@ class NumpyBackend:
         *,
         times: Times,
         sums: Sums | None = None,
+        kept: Mapping[Matrix, KeptArray] | None = None,
     ) -> NumpyJob:
-        """Open a job; `device` is 0."""
-        del device
+        """Open a job; `device` is 0. Kept operands are in row blocks, as all others."""
+        del device, kept
         return NumpyJob(spec, block_rows, self._threads, times, sums or {})
 
     def close(self) -> None:
@@ -235,15 +248,23 @@ class NumpyJob:
             else:
                 out[result].fill(0)
 
+    def kept_sums(self) -> Mapping[Matrix, KeptArray]:
+        """Return the sums that stay, rounded once from the accumulator."""
+        sums = self._rounded(self._spec.into)
+        return {result: HostArray(array) for result, array in sums.items()}
+
     def finish(self) -> Sums:
-        """Return the sums, rounded once from the accumulator."""
+        """Return the sums to send, rounded once from the accumulator."""
+        return self._rounded(each for each in self._sums if each not in self._spec.into)
+
+    def _rounded(self, results: Iterable[Matrix]) -> Sums:
         with self._times.computing(), np.errstate(all="ignore"):
             if not self._begun:
                 for own in self._sums.values():
                     own.fill(0)
             return {
-                result: rounded(own, self._spec.results[result])
-                for result, own in self._sums.items()
+                result: rounded(self._sums[result], self._spec.results[result])
+                for result in results
             }
 
     def close(self) -> None:

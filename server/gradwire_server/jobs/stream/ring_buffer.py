@@ -30,8 +30,8 @@ class RingBuffer:
         spec: The job's specification.
         plan: Its row blocks.
         region: The memory, `plan.region_bytes` long.
-        kept: Operands that are tensors of a session, whole: they have no place in
-            the region, and sent ones are received there.
+        kept: Operands that are tensors of a session in host memory, whole: they have
+            no place in the region, and sent ones are received there.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RingBuffer:
             elif matrix in self._plan.offsets:
                 array = self._matrix(matrix, start, rows)
             arrays[matrix.label] = array
-        return RowBlock(rows=rows, **arrays)
+        return RowBlock(rows=rows, first_row=first, **arrays)
 
     def put(self, span: Span) -> None:
         """Copy received bytes to their destination."""

@@ -312,8 +312,8 @@ class StreamedJob:
     def _open(self) -> RingBuffer:
         """Allocate the job's memory; runs in the worker thread."""
         region = self._backend.empty(self._plan.region_bytes)
-        self._execution.open()
-        return RingBuffer(self.spec, self._plan, region, self._tensors.operands)
+        self._execution.open(self._tensors.on_device)
+        return RingBuffer(self.spec, self._plan, region, self._tensors.in_host_memory)
 
     def _compute(self, number: int, block: RowBlock) -> Wait | None:
         """Compute a row block; runs in the worker thread."""
@@ -334,14 +334,15 @@ class StreamedJob:
     def _finish(self) -> Sums:
         """Return the sums to send; runs in the worker thread."""
         self._prepare()
-        return self._tensors.take(self._execution.finish())
+        return self._execution.finish(self._tensors)
 
     def _prepare(self) -> None:
         """Pass the matrices that precede all rows to the device, once."""
         if self._prepared:
             return
         self._prepared = True
-        if Matrix.W in self.spec.operands:
+        on_device = self._tensors.on_device
+        if Matrix.W in self.spec.operands and Matrix.W not in on_device:
             self._execution.take_w(self._ring.w())
         if self.spec.brings_sums:
             self._execution.take_sums(self._ring.sums())
