@@ -18,7 +18,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.optimizers import Adam, Optimizer, Sgd
+from gradwire_server.backends.update_scalars import AdamScalars, SgdScalars
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
@@ -95,9 +97,9 @@ def update(
     with np.errstate(all="ignore"):
         chunks = _chunks(flat, scratch, elements)
         if isinstance(optimizer, Sgd):
-            _sgd(optimizer, chunks, p.dtype.type, first=not updates, scale=scale)
+            _sgd(optimizer, chunks, Dtype.of(p.dtype), first=not updates, scale=scale)
         else:
-            _adam(optimizer, chunks, p.dtype.type, t=updates + 1, scale=scale)
+            _adam(optimizer, chunks, Dtype.of(p.dtype), t=updates + 1, scale=scale)
 
 
 _Chunk: TypeAlias = list[Floats]
@@ -111,7 +113,7 @@ def _chunks(flat: list[Floats], scratch: Floats, elements: int) -> Iterator[_Chu
 
 
 def _sgd(
-    optimizer: Sgd, chunks: Iterator[_Chunk], dtype: Any, *, first: bool, scale: float
+    optimizer: Sgd, chunks: Iterator[_Chunk], dtype: Dtype, *, first: bool, scale: float
 ) -> None:
     """Update by SGD; `first`: there is no momentum buffer yet.
 
@@ -120,26 +122,24 @@ def _sgd(
     states it: the learning rate is a factor of the whole step instead of the
     gradient in the momentum buffer.
     """
-    lr, momentum = dtype(optimizer.lr), dtype(optimizer.momentum)
-    undamped = dtype(1 - optimizer.dampening)
-    weight_decay, scale = dtype(optimizer.weight_decay), dtype(scale)
+    f = SgdScalars.of(optimizer, dtype, scale)
     for p, g, *buffers, s, t in chunks:
-        step = _scaled_and_decayed(p, g, s, t, scale=scale, weight_decay=weight_decay)
+        step = _scaled_and_decayed(p, g, s, t, f)
         for b in buffers:
             if first:
                 np.copyto(b, step)
             else:
-                np.multiply(b, momentum, out=b)
-                np.add(b, np.multiply(step, undamped, out=t), out=b)
+                np.multiply(b, f.momentum, out=b)
+                np.add(b, np.multiply(step, f.undamped, out=t), out=b)
             if optimizer.nesterov:
-                step = np.add(step, np.multiply(b, momentum, out=t), out=s)
+                step = np.add(step, np.multiply(b, f.momentum, out=t), out=s)
             else:
                 step = b
-        np.subtract(p, np.multiply(step, lr, out=t), out=p)
+        np.subtract(p, np.multiply(step, f.lr, out=t), out=p)
 
 
 def _adam(
-    optimizer: Adam, chunks: Iterator[_Chunk], dtype: Any, *, t: int, scale: float
+    optimizer: Adam, chunks: Iterator[_Chunk], dtype: Dtype, *, t: int, scale: float
 ) -> None:
     """Update by Adam or AdamW, for the t-th time.
 
@@ -148,39 +148,32 @@ def _adam(
     F. Hutter, Decoupled weight decay regularization, ICLR 2019, algorithm 2, with the
     decay multiplied by the learning rate as in `torch.optim.AdamW`.
     """
-    lr, beta1, beta2 = optimizer.lr, optimizer.beta1, optimizer.beta2
-    added_decay = dtype(0 if optimizer.decoupled else optimizer.weight_decay)
-    kept = dtype(1 - lr * optimizer.weight_decay)
-    decays = optimizer.decoupled and optimizer.weight_decay != 0
-    new, decay2, new2 = dtype(1 - beta1), dtype(beta2), dtype(1 - beta2)
-    step_size = dtype(lr / (1 - beta1**t))
-    correction2 = dtype((1 - beta2**t) ** 0.5)
-    eps, scale = dtype(optimizer.eps), dtype(scale)
+    f = AdamScalars.of(optimizer, dtype, scale, t)
     for p, g, m, v, s, r in chunks:
-        if decays:
-            np.multiply(p, kept, out=p)
-        grad = _scaled_and_decayed(p, g, s, r, scale=scale, weight_decay=added_decay)
+        if f.kept != 1:
+            np.multiply(p, f.kept, out=p)
+        grad = _scaled_and_decayed(p, g, s, r, f)
         np.subtract(grad, m, out=r)
-        if new < 0.5:
-            np.add(m, np.multiply(r, new, out=r), out=m)
+        if f.new < 0.5:
+            np.add(m, np.multiply(r, f.new, out=r), out=m)
         else:  # As torch.lerp: at a factor of 1, m is exactly g.
-            np.subtract(grad, np.multiply(r, 1 - new, out=r), out=m)
-        np.multiply(v, decay2, out=v)
-        np.multiply(grad, new2, out=r)
+            np.subtract(grad, np.multiply(r, 1 - f.new, out=r), out=m)
+        np.multiply(v, f.decay2, out=v)
+        np.multiply(grad, f.new2, out=r)
         np.add(v, np.multiply(r, grad, out=r), out=v)
         np.sqrt(v, out=r)
-        np.divide(r, correction2, out=r)
-        np.add(r, eps, out=r)
-        np.multiply(m, step_size, out=s)
+        np.divide(r, f.correction2, out=r)
+        np.add(r, f.eps, out=r)
+        np.multiply(m, f.step_size, out=s)
         np.subtract(p, np.divide(s, r, out=s), out=p)
 
 
 def _scaled_and_decayed(
-    p: Floats, g: Floats, s: Floats, t: Floats, *, scale: Any, weight_decay: Any
+    p: Floats, g: Floats, s: Floats, t: Floats, f: SgdScalars | AdamScalars
 ) -> Floats:
     """Return scale g + weight_decay p, in s unless that is g itself."""
-    if scale != 1:
-        g = np.multiply(g, scale, out=s)
-    if weight_decay:
-        g = np.add(g, np.multiply(p, weight_decay, out=t), out=s)
+    if f.scale != 1:
+        g = np.multiply(g, f.scale, out=s)
+    if f.weight_decay:
+        g = np.add(g, np.multiply(p, f.weight_decay, out=t), out=s)
     return g
