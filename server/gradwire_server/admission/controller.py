@@ -15,6 +15,7 @@ from gradwire_server.admission.quota import (
     RETRY_AFTER_S,
     Quota,
     Waiting,
+    busy,
     draining,
 )
 from gradwire_server.admission.tenancy import Limits
@@ -98,6 +99,10 @@ class Admission:
         """Return a tenant's limits on this server."""
         return self._ledger.limits(tenant)
 
+    def own_limits(self, tenant: str) -> Limits:
+        """Return the limits that a tenant has of its own."""
+        return self._ledger.own_limits(tenant)
+
     def max_calls_bytes(self, tenant: str = "") -> int:
         """Return the most bytes that a tenant's open calls can hold."""
         return self._ledger.max_calls_bytes(tenant)
@@ -145,6 +150,31 @@ class Admission:
             yield
         finally:
             self._release_call(size_bytes, quota, holders)
+
+    @contextmanager
+    def kept(
+        self, size_bytes: int, position: int, *, spare_bytes: int = 0
+    ) -> Iterator[None]:
+        """Reserve a device's memory for a session within this context.
+
+        Args:
+            size_bytes: Bytes to reserve.
+            position: Position of the device.
+            spare_bytes: Bytes that sessions must leave in addition. They always leave
+                enough for every waiting job.
+
+        Raises:
+            JobError: The server drains, or the device has no memory for the session.
+        """
+        if self._draining:
+            raise draining()
+        self._check_kept(size_bytes, position, spare_bytes)
+        self.devices.keep(size_bytes, position)
+        try:
+            yield
+        finally:
+            self.devices.keep(-size_bytes, position)
+            self._admit_waiting()
 
     @asynccontextmanager
     async def job(
@@ -196,7 +226,7 @@ class Admission:
             refusal = each.check_job(waiting.size_bytes)
             if refusal is not None:
                 raise refusal
-        self._require_device(waiting.load.device_bytes)
+        self._require_device(waiting.load)
         if self._draining:
             raise draining()
         self._queue.add(waiting)
@@ -208,6 +238,13 @@ class Admission:
             if refusal is not None:
                 self._queue.remove(waiting)
                 raise refusal
+        if not self.devices.can_run(waiting.load, beside_sessions=True):
+            self._queue.remove(waiting)
+            raise busy(
+                f"open sessions leave less than the {waiting.load.device_bytes} bytes "
+                f"of a device's memory that the job takes",
+                "device_memory_limit",
+            )
         if quota.overfull:
             self._refuse(waiting, quota.queue_full())
         elif self._all.overfull:
@@ -218,14 +255,36 @@ class Admission:
             self._withdraw(waiting)
             raise
 
-    def _require_device(self, size_bytes: int) -> None:
-        most = self.devices.max_bytes
-        if most is not None and size_bytes > most:
+    def _require_device(self, load: Load) -> None:
+        if not self.devices.can_run(load, beside_sessions=False):
+            most = self.devices.max_bytes
+            if load.device is not None:
+                most = self.devices.limit(load.device)
             raise JobError(
                 Reason.JOB_TOO_LARGE,
-                f"the job would hold {size_bytes} bytes of a device's memory: this "
-                f"server has a device that allows {most}, and none that allows more",
+                f"the job would hold {load.device_bytes} bytes of a device's memory: "
+                f"this server has a device that allows {most}, and none that allows "
+                f"more",
                 field="job",
+            )
+
+    def _check_kept(self, size_bytes: int, position: int, spare_bytes: int) -> None:
+        """Check that a device has room for a session, and for jobs beside it."""
+        devices, limit = self.devices, self.devices.limit(position)
+        if limit is None:
+            return
+        waiting = (
+            each.load.device_bytes
+            for each in self._queue
+            if each.load.device in {None, position}
+        )
+        spare_bytes = max(spare_bytes, *waiting, 0)
+        held, kept = devices.held_bytes(position), devices.kept_bytes(position)
+        if max(held, kept + spare_bytes) + size_bytes > limit:
+            raise busy(
+                f"open sessions take {kept} of {limit} bytes of a device's memory, and "
+                f"running jobs {held - kept}",
+                "device_memory_limit",
             )
 
     async def _wait_turn(

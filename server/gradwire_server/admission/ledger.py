@@ -64,8 +64,11 @@ class Ledger:
 
     def limits(self, tenant: str) -> Limits:
         """Return a tenant's limits on this server."""
-        own = Limits() if self._limits_of is None else self._limits_of(tenant)
-        return self.everybody.limits.within(own)
+        return self.everybody.limits.within(self.own_limits(tenant))
+
+    def own_limits(self, tenant: str) -> Limits:
+        """Return the limits that a tenant has of its own."""
+        return Limits() if self._limits_of is None else self._limits_of(tenant)
 
     def max_calls_bytes(self, tenant: str) -> int:
         """Return the most bytes that a tenant's open calls can hold."""

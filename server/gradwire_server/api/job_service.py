@@ -48,6 +48,7 @@ from gradwire_server.observability.calls import CallObserver
 from gradwire_server.observability.timeline import Observe, no_observer
 from gradwire_server.scheduling.device_selector import make_load
 from gradwire_server.scheduling.device_worker import DeviceWorker, TenantHandle
+from gradwire_server.sessions.accounts import Accounts
 from gradwire_server.sessions.registry import Sessions
 from gradwire_server.sessions.saved_states import SavedStates
 from gradwire_server.sessions.session import Session
@@ -115,13 +116,10 @@ class JobService:
             self.instance,
         )
         self._jobs = JobRegistry()
-        limit = admission.memory_limit // 2
-        if settings.keep_limit is not None:
-            limit = settings.keep_limit
         self.sessions = Sessions(
-            admission,
+            Accounts(admission, settings.keep_limit, backend.kept_bytes),
+            len(self.workers),
             self.instance,
-            limit,
             settings.session_lease_max,
             self._open_kept,
         )
@@ -305,10 +303,6 @@ class JobService:
         call.progress.bytes_received = spec.operands_bytes
         call.progress.bytes_sent = spec.results_bytes
         return results
-
-    def least_kept_device(self) -> int:
-        """Return the position of the device with the fewest sessions."""
-        return self.sessions.least_used_device(len(self.workers))
 
     def worker_of(self, session: Session) -> TenantHandle:
         """Return the worker of a session's device, as seen by its tenant."""

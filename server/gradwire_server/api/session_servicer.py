@@ -33,6 +33,7 @@ from gradwire_server.sessions.saved_states import SavedStates
 from gradwire_server.sessions.session import Session
 from gradwire_server.sessions.state_files import check_name
 from gradwire_server.sessions.transfer import Do, IncomingTensor, outgoing
+from gradwire_server.sessions.windows import WINDOW_BYTES
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 Request = TypeVar("Request", bound=Message)
@@ -111,9 +112,8 @@ class SessionServicer:
             if first.WhichOneof("message") != "header":
                 raise _unexpected(first, "a header first")
             header = first.header
-            memory = self._service.admission.call(MAX_MESSAGE_BYTES, call.tenant)
             used = self._sessions.used(header.session, call.tenant, "header.session")
-            with memory, used as session:
+            with self._memory(call), used as session:
                 async with session.puts.one(header) as made:
                     session.require_open()
                     if made:
@@ -154,9 +154,7 @@ class SessionServicer:
         async def serve(call: CallState) -> None:
             stream = CallStream(self._timeouts, call, context)
             request = await stream.read_request(pb2.GetTensorRequest)
-            memory = self._service.admission.call(
-                MAX_MESSAGE_BYTES, call.tenant, while_draining=True
-            )
+            memory = self._memory(call, while_draining=True)
             with memory, self._used(call, request.session) as session:
                 tensor = session.tensor(request.tensor, "tensor")
                 # Jobs add to a gradient.
@@ -207,8 +205,7 @@ class SessionServicer:
         if states is not None and request.restore:
             saved = await states.open(call.tenant, request.restore, request.keep_bytes)
         try:
-            position = self._service.least_kept_device()
-            session = await self._sessions.open(request, call.tenant, position)
+            session = await self._sessions.open(request, call.tenant)
             session.save_every = request.save_every_steps
             session.save_name = request.save_name
             if states is not None and saved is not None:
@@ -351,6 +348,17 @@ class SessionServicer:
 
     def _used(self, call: CallState, token: str) -> AbstractContextManager[Session]:
         return self._sessions.used(token, call.tenant)
+
+    def _memory(
+        self, call: CallState, *, while_draining: bool = False
+    ) -> AbstractContextManager[None]:
+        """Reserve host memory for a tensor's messages, and for copies to a device."""
+        size_bytes = MAX_MESSAGE_BYTES
+        if not self._service.backend.devices[0].in_host_memory:
+            size_bytes += WINDOW_BYTES
+        return self._service.admission.call(
+            size_bytes, call.tenant, while_draining=while_draining
+        )
 
     def _worker(self, call: CallState, session: Session) -> TenantHandle:
         return self._service.workers[session.device].of(call.tenant)

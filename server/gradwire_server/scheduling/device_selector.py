@@ -85,6 +85,9 @@ def make_load(
 class _DeviceLoad:
     limit_bytes: int | None
     held_bytes: int = 0
+    """Bytes of jobs and sessions."""
+    kept_bytes: int = 0
+    """Bytes of sessions."""
     jobs: list[Load] = field(default_factory=list)
     done: int = 0
     """Operations done by jobs that have left."""
@@ -122,8 +125,8 @@ class DeviceSelector:
     """The devices of a server, by position.
 
     Args:
-        limits: Most bytes of each device's memory that jobs may hold; None for a device
-            without its own memory.
+        limits: Most bytes of each device's memory that jobs and sessions may hold; None
+            for a device without its own memory.
     """
 
     def __init__(self, limits: Sequence[int | None] = (None,)) -> None:
@@ -136,8 +139,12 @@ class DeviceSelector:
         known = [limit for limit in limits if limit is not None]
         return max(known) if len(known) == len(limits) else None
 
+    def limit(self, position: int) -> int | None:
+        """Return the most bytes of a device's memory; None: it has none of its own."""
+        return self._devices[position].limit_bytes
+
     def held_bytes(self, position: int) -> int:
-        """Return the bytes that jobs hold of a device's memory."""
+        """Return the bytes that jobs and sessions hold of a device's memory."""
         return self._devices[position].held_bytes
 
     def use(self, position: int) -> DeviceUse:
@@ -149,6 +156,30 @@ class DeviceSelector:
             row_blocks=device.row_blocks + sum(j.progress.blocks for j in device.jobs),
             held_bytes=device.held_bytes,
             limit_bytes=device.limit_bytes,
+        )
+
+    def kept_bytes(self, position: int) -> int:
+        """Return the bytes that sessions hold of a device's memory."""
+        return self._devices[position].kept_bytes
+
+    def keep(self, size_bytes: int, position: int) -> None:
+        """Count a session's bytes of a device's memory; negative: no longer."""
+        self._devices[position].held_bytes += size_bytes
+        self._devices[position].kept_bytes += size_bytes
+
+    def can_run(self, job: Load, *, beside_sessions: bool) -> bool:
+        """Return whether a device has the memory for a job once other jobs have ended.
+
+        Args:
+            job: The job.
+            beside_sessions: Whether the open sessions stay.
+        """
+        return any(
+            device.limit_bytes is None
+            or job.device_bytes + beside_sessions * device.kept_bytes
+            <= device.limit_bytes
+            for position, device in enumerate(self._devices)
+            if job.device in {None, position}
         )
 
     def assign(self, job: Load) -> int | None:

@@ -17,23 +17,16 @@ from typing import NamedTuple, TypeAlias
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import JobSpec
-from gradwire_protocol.limits import MAX_INT64, MAX_NAME_LENGTH
+from gradwire_protocol.limits import MAX_NAME_LENGTH
 from gradwire_protocol.v1 import session_service_pb2 as pb2
-from gradwire_server.admission.controller import Admission
-from gradwire_server.admission.quota import CALL_BYTES, busy
 from gradwire_server.backends.kept_memory import KeptMemory
 from gradwire_server.errors import JobError
 from gradwire_server.observability.figures import SessionFigures
+from gradwire_server.sessions.accounts import Accounts
 from gradwire_server.sessions.job_tensors import JobTensors
 from gradwire_server.sessions.session import Session
 
 _log = logging.getLogger("gradwire_server")
-
-MAX_SESSIONS = 256
-"""Most sessions at once."""
-
-_MAX_OF_TENANT = MAX_SESSIONS // 4
-"""Most sessions of one tenant, with authentication and without a limit of its own."""
 
 DEFAULT_LEASE_S = 600.0
 """Lease of a session that does not ask for another one."""
@@ -46,10 +39,6 @@ _KEY_BYTES = range(16, 65)
 
 _MAX_EXPIRED = 1024
 """Expired sessions that are remembered, to tell their clients why they are gone."""
-
-_SPARE_FRACTION = 1 / 8
-"""Sessions leave at least one eighth of the memory for the jobs that use them."""
-
 
 _Key: TypeAlias = tuple[str, str]
 """A tenant and a token."""
@@ -68,25 +57,25 @@ class Sessions:
     """The open sessions of one server.
 
     Args:
-        admission: The admission control, for the sessions' memory.
+        accounts: Reserves the sessions' memory.
+        devices: Number of devices.
         instance: Name of the server instance.
-        keep_limit: Most bytes that all sessions together may keep.
         lease_max_s: Longest lease, in seconds.
         open_memory: Opens a session's memory on its device.
     """
 
     def __init__(
         self,
-        admission: Admission,
+        accounts: Accounts,
+        devices: int,
         instance: str,
-        keep_limit: int,
         lease_max_s: float,
         open_memory: OpenMemory,
     ) -> None:
-        self._admission = admission
+        self._accounts = accounts
+        self._devices = devices
         self._open_memory = open_memory
         self._instance = instance
-        self._keep_limit = keep_limit
         self._lease_max_s = lease_max_s
         # By tenant too: with a token of another tenant's, a caller finds what it finds
         # with one that nobody has, in the same time.
@@ -95,8 +84,6 @@ class Sessions:
         self._by_key: dict[tuple[str, bytes], Session] = {}
         """The sessions that can be asked for again, by tenant and key."""
         self._opening: dict[tuple[str, bytes], asyncio.Event] = {}
-        self._counts: Counter[str] = Counter()
-        self._kept_bytes: Counter[str] = Counter()
         self._expired_count = 0
         self._steps: set[asyncio.Task[pb2.StepResponse]] = set()
 
@@ -111,16 +98,14 @@ class Sessions:
         """Return what sessions keep now."""
         return SessionFigures(
             open=len(self._open),
-            reserved_bytes=self._kept_bytes.total(),
+            reserved_bytes=self._accounts.kept_bytes,
             used_bytes=sum(each.used_bytes for each in self._open.values()),
-            limit_bytes=self._keep_limit,
+            limit_bytes=self._accounts.limit_bytes(self._devices),
             expired=self._expired_count,
         )
 
-    async def open(
-        self, request: pb2.OpenSessionRequest, tenant: str, device: int
-    ) -> Session:
-        """Open a session, and reserve its memory.
+    async def open(self, request: pb2.OpenSessionRequest, tenant: str) -> Session:
+        """Open a session on the device with the fewest, and reserve its memory.
 
         Raises:
             JobError: The request is invalid, or there is no memory for the session.
@@ -141,8 +126,7 @@ class Sessions:
                 field="lease_seconds",
             )
         lease_s = min(max(lease_s, MIN_LEASE_S), self._lease_max_s)
-        self._check_size(request.keep_bytes, tenant)
-        held = self._reserved(request.keep_bytes, tenant)
+        device, held = self._reserved(request.keep_bytes, tenant)
         try:
             memory = await self._open_memory(request.keep_bytes, device, tenant)
         except BaseException:
@@ -212,11 +196,6 @@ class Sessions:
             )
         with session.used():  # renews its lease
             return session
-
-    def least_used_device(self, count: int) -> int:
-        """Return the device, below `count`, with the fewest sessions."""
-        used = Counter(session.device for session in self._open.values())
-        return min(range(count), key=lambda position: (used[position], position))
 
     def of(self, tenant: str) -> list[Session]:
         """Return a tenant's open sessions, the oldest first."""
@@ -319,74 +298,25 @@ class Sessions:
                 finally:
                     tensors.close()
 
-    def _reserved(self, size_bytes: int, tenant: str) -> ExitStack:
-        """Reserve and count a session's memory until the returned stack is closed."""
-        held = ExitStack()
-        held.enter_context(
-            self._admission.call(size_bytes, tenant, spare_bytes=self._spare(tenant))
-        )
+    def _reserved(self, keep_bytes: int, tenant: str) -> tuple[int, ExitStack]:
+        """Reserve a session's memory on the least used device with room for it.
 
-        def uncount() -> None:
-            self._counts[tenant] -= 1
-            self._kept_bytes[tenant] -= size_bytes
-            for counter in (self._counts, self._kept_bytes):
-                counter += Counter()  # forgets tenants that have none
+        Returns:
+            The position of the device, and what to close in the end.
 
-        held.callback(uncount)
-        self._counts[tenant] += 1
-        self._kept_bytes[tenant] += size_bytes
-        return held
-
-    def _check_size(self, keep_bytes: int, tenant: str) -> None:
-        if not 0 < keep_bytes < MAX_INT64:
-            raise JobError(
-                Reason.OPTION_INVALID,
-                f"keep_bytes is {keep_bytes}: expected at least 1",
-                field="keep_bytes",
-            )
-        limits = self._admission.limits(tenant)
-        admissible = self._admission.max_calls_bytes(tenant)
-        most = min(self._keep_limit, admissible - self._spare(tenant) - CALL_BYTES)
-        whose = "this server"
-        limit = "keep_limit"
-        if limits.keep_limit is not None and limits.keep_limit < most:
-            most, whose, limit = limits.keep_limit, "your tenant", "tenant_keep_limit"
-        if keep_bytes > most:
-            raise JobError(
-                Reason.JOB_TOO_LARGE,
-                f"keep_bytes is {keep_bytes}: {whose} keeps at most {max(most, 0)} "
-                f"({limit}, memory_limit)",
-                field="keep_bytes",
-                metadata={"limit": limit},
-            )
-        kept, own_bytes = self._kept_bytes.total(), self._kept_bytes[tenant]
-        if kept + keep_bytes > self._keep_limit:
-            raise busy(
-                f"open sessions keep {kept} of {self._keep_limit} bytes", "keep_limit"
-            )
-        if limits.keep_limit is not None and own_bytes + keep_bytes > limits.keep_limit:
-            raise busy(
-                f"open sessions of your tenant keep {own_bytes} of "
-                f"{limits.keep_limit} bytes",
-                "tenant_keep_limit",
-            )
-        count, own = self._counts.total(), self._counts[tenant]
-        if count >= MAX_SESSIONS:
-            raise busy(
-                f"{count} sessions are open, of at most {MAX_SESSIONS}", "sessions"
-            )
-        most_own = limits.max_sessions
-        if most_own is None and tenant:
-            most_own = _MAX_OF_TENANT
-        if most_own is not None and own >= most_own:
-            raise busy(
-                f"{own} sessions of your tenant are open, of at most {most_own}",
-                "tenant_max_sessions",
-            )
-
-    def _spare(self, tenant: str) -> int:
-        most = self._admission.max_calls_bytes(tenant)
-        return max(CALL_BYTES, int(most * _SPARE_FRACTION))
+        Raises:
+            JobError: No device has room.
+        """
+        used = Counter(session.device for session in self._open.values())
+        refusals: list[JobError] = []
+        for position in sorted(range(self._devices), key=lambda each: used[each]):
+            try:
+                return position, self._accounts.reserve(keep_bytes, tenant, position)
+            except JobError as refusal:
+                refusals.append(refusal)
+        # A device that is full now is worth another try.
+        later = [each for each in refusals if each.reason is Reason.BUSY]
+        raise [*later, *refusals][0]
 
     def _expire_later(self, session: Session) -> None:
         loop = asyncio.get_running_loop()

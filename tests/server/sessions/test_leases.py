@@ -36,7 +36,7 @@ def test_a_lease_ends_on_time_after_the_last_call() -> None:
             sessions = server._service.sessions
             request = pb2.OpenSessionRequest(keep_bytes=100, lease_seconds=LEASE_S)
             for last_call_s in (0.0, 10.0, 0.5 * LEASE_S, LEASE_S - 10):
-                session = await sessions.open(request, "", 0)
+                session = await sessions.open(request, "")
                 await loop.pass_s(last_call_s)
                 with sessions.used(session.token, ""):
                     pass
@@ -45,7 +45,7 @@ def test_a_lease_ends_on_time_after_the_last_call() -> None:
                 assert len(sessions) == (last_call_s > 0)
                 await loop.pass_s(6)
                 assert len(sessions) == 0
-            session = await sessions.open(request, "", 0)
+            session = await sessions.open(request, "")
             with sessions.used(session.token, ""):  # an open call keeps it alive
                 for _ in range(5):
                     await loop.pass_s(0.7 * LEASE_S)

@@ -34,7 +34,7 @@ def _run(check: Callable[[Sessions, list[str], list[str]], None]) -> None:
             assert server._service is not None
             sessions = server._service.sessions
             request = pb2.OpenSessionRequest(keep_bytes=100)
-            opened = [(await sessions.open(request, OWNER, 0)).token for _ in range(50)]
+            opened = [(await sessions.open(request, OWNER)).token for _ in range(50)]
             check(sessions, opened, [secrets.token_urlsafe(32) for _ in opened])
         finally:
             await server.drain()
