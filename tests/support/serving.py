@@ -32,16 +32,17 @@ from pathlib import Path
 from typing import Any
 
 BACKEND = os.environ.get("GRADWIRE_TEST_BACKEND", "numpy")
-"""What servers compute with here: numpy, or cupy to run the suite on a GPU.
+"""What servers compute with here: numpy, cupy to run the suite on a GPU, or simulated
+to run what is about sessions with tensors in a device's own memory.
 
 Tests that are about the NumPy backend, or that put a backend of their own in
 its place, give their server one instead."""
 
-if BACKEND not in {"numpy", "cupy"}:
+if BACKEND not in {"numpy", "cupy", "simulated"}:
     raise ValueError(f"GRADWIRE_TEST_BACKEND is {BACKEND!r}: expected numpy or cupy")
 
 # CUDA loads its libraries and makes a context: seconds, on a busy host many.
-START_TIMEOUT_S = 30.0 if BACKEND == "numpy" else 90.0
+START_TIMEOUT_S = 90.0 if BACKEND == "cupy" else 30.0
 STOP_TIMEOUT_S = 20.0
 
 
@@ -111,6 +112,7 @@ def running_server(
             drains for at most a second. And `slow_decoder`: whether it reads every
             message of a stream by the generated class; and `clock_jumps`: whether
             its wall clock is an hour off whenever it is asked, forth and back;
+            `device_memory`: bytes of each device of the backend "simulated";
             `dies_at_rename`: the number of the first file that it would rename into
             place, and is killed instead; `file_bytes`: most bytes of a file that it can
             write, as on a full disk; `limits_log`: whether it leaves out log lines of
@@ -207,6 +209,14 @@ async def _serve(settings: dict[str, Any]) -> None:
         _die_at_rename(settings.pop("dies_at_rename"))
     if settings.get("state_dir"):
         settings["state_dir"] = Path(settings["state_dir"])
+    backend: Any = None
+    memory = settings.pop("device_memory", [2 << 30])
+    if settings["backend"] == "simulated":
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        from tests.support.simulated_backend import SimulatedBackend
+
+        settings["backend"] = "numpy"
+        backend = SimulatedBackend(*memory)
     lists_as_tuples = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()
@@ -221,7 +231,7 @@ async def _serve(settings: dict[str, Any]) -> None:
         asked_to_stop.set()
 
     loop.add_reader(sys.stdin.fileno(), parent_has_ended)
-    server = Server(Settings(**lists_as_tuples))
+    server = Server(Settings(**lists_as_tuples), backend)
     await server.start()
     ready = {
         "addresses": list(server.addresses),

@@ -135,18 +135,21 @@ class SessionServicer:
         header: pb2.TensorHeader,
     ) -> None:
         """Receive a tensor's elements, and keep it."""
-        async with self._on_device(call, session) as do:
-            with IncomingTensor(session, header, do) as tensor:
-                async for chunk in _chunks(stream, call):
-                    await tensor.take(chunk)
-                if not tensor.is_complete:
-                    await stream.await_cancellation()
-                await tensor.finish()
-                # The elements of a state may be on their way to a client.
-                turns = session.turns
-                async with turns.alone() if header.state else turns.shared():
-                    session.require_open()
-                    tensor.keep()
+        worker = self._worker(call, session)
+        async with (
+            self._on_device(call, session),
+            IncomingTensor(session, header, worker) as tensor,
+        ):
+            async for chunk in _chunks(stream, call):
+                await tensor.take(chunk)
+            if not tensor.is_complete:
+                await stream.await_cancellation()
+            await tensor.finish()
+            # The elements of a state may be on their way to a client.
+            turns = session.turns
+            async with turns.alone() if header.state else turns.shared():
+                session.require_open()
+                tensor.keep()
 
     async def get_tensor(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Serve GetTensor: the elements of a tensor."""

@@ -99,7 +99,11 @@ class RowBlockPlan:
 
 
 def plan_row_blocks(
-    spec: JobSpec, row_block_bytes: int, pipeline_depth: int
+    spec: JobSpec,
+    row_block_bytes: int,
+    pipeline_depth: int,
+    *,
+    keeps_on_device: bool = False,
 ) -> RowBlockPlan:
     """Plan the row blocks of a job.
 
@@ -107,6 +111,8 @@ def plan_row_blocks(
         spec: The job.
         row_block_bytes: Desired size of a row block's operands.
         pipeline_depth: Most row blocks in progress on the device.
+        keeps_on_device: Whether kept operands lie in the device's own memory: rows that
+            are sent and kept have a place here, from which they are copied there.
     """
     block_rows = rows_of_a_block(spec, row_block_bytes)
     if spec.m is not None:
@@ -133,7 +139,7 @@ def plan_row_blocks(
         if matrix not in spec.operands and matrix not in spec.results:
             continue
         row_elements += spec.row_length(matrix)
-        if not spec.is_kept(matrix):
+        if not spec.is_kept(matrix) or (keeps_on_device and matrix in spec.keep):
             offsets[matrix] = slot_bytes
             row_bytes = spec.row_length(matrix) * spec.dtype_of(matrix).itemsize
             slot_bytes += _aligned(slot_rows * row_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from gradwire_protocol import checksum
 from gradwire_protocol.checksum import crc32c
@@ -23,6 +23,7 @@ from gradwire_protocol.v1 import matrix_pb2
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.backends.kept_memory import KeptArray, KeptMemory
 from gradwire_server.errors import JobError
+from gradwire_server.scheduling.device_worker import TenantHandle
 from gradwire_server.sessions.registry import check_key, is_printable
 from gradwire_server.sessions.session import Session
 from gradwire_server.sessions.tensors import Gradient, KeptTensor
@@ -42,19 +43,22 @@ class IncomingTensor:
     Args:
         session: Its session.
         header: Its header.
-        do: Does work on the session's device.
+        worker: The worker of the session's device.
 
     Raises:
         JobError: The header is invalid, or the session has no memory for the tensor.
 
-    Use it as a context manager: without `keep`, its memory is returned at the end.
+    Use it as an async context manager: at the end, the device has no more work with it,
+    and without `keep` its memory is returned.
     """
 
-    def __init__(self, session: Session, header: pb2.TensorHeader, do: Do) -> None:
+    def __init__(
+        self, session: Session, header: pb2.TensorHeader, worker: TenantHandle
+    ) -> None:
         self._session = session
         self._memory = session.memory
         self._header = header
-        self._do = do
+        self._worker = worker
         self._window = WriteWindow(session.memory.on_device)
         dtype = _check(header)
         shape = tuple(header.shape)
@@ -75,12 +79,15 @@ class IncomingTensor:
             self._allocated.append(self._copy)
         self._received = self._array.nbytes if header.zeros else 0
 
-    def __enter__(self) -> IncomingTensor:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._memory.release(*self._allocated)
-        self._allocated.clear()
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await self._worker.discard(self)
+        finally:
+            self._memory.release(*self._allocated)
+            self._allocated.clear()
 
     async def take(self, chunk: pb2.TensorChunk) -> None:
         """Store the next elements.
@@ -131,7 +138,7 @@ class IncomingTensor:
         begin, self._received = self._received, end
         work = self._window.make_room(self._array, begin, end)
         if work is not None:
-            await self._do(work)
+            await self._worker.submit(self, work)
         self._window.room(self._array, begin, end)[:] = data
 
     @property
@@ -152,7 +159,7 @@ class IncomingTensor:
                 field="chunk.data",
             )
         for work in self._rest(self._tensor()):
-            await self._do(work)
+            await self._worker.submit(self, work)
 
     def _rest(self, tensor: KeptTensor) -> Iterator[Work]:
         on_device = self._memory.on_device

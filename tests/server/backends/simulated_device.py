@@ -13,14 +13,15 @@ import ctypes
 import random
 import weakref
 from collections import deque
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 from scipy.linalg import blas
 
 from gradwire_protocol.dtypes import Dtype
-from gradwire_server.backends.async_device.device import Events, Stream
+from gradwire_server.backends.async_device.device import PARTIAL_SUMS, Events, Stream
 from gradwire_server.backends.base import empty_aligned
+from gradwire_server.backends.numpy import updates
 from gradwire_server.backends.row_blocks import ALIGNMENT
 
 
@@ -28,6 +29,11 @@ def at(address, size, dtype):
     """Elements at an address."""
     data = (ctypes.c_uint8 * (size * dtype.itemsize)).from_address(address)
     return np.frombuffer(data, dtype.numpy)
+
+
+def of(matrix):
+    """Elements of a matrix, in one dimension."""
+    return at(matrix.address, matrix.size, matrix.dtype)
 
 
 def run_gemm(gemm):
@@ -79,16 +85,30 @@ class _Memory:
 
     def free(self):
         if self._bytes.size:
-            assert not any(self._device.queues.values()), "still in use"
+            if self._device.alone:
+                assert not any(self._device.queues.values()), "still in use"
             self._bytes.fill(0xFF)
             self._device.taken_bytes -= self.size_bytes
-            self._bytes = self._bytes[:0]
+            self._bytes = self._bytes[:0].copy()
 
 
 class SimulatedDevice:
-    """`gradwire_server.backends.async_device.device.Device` without a device."""
+    """`gradwire_server.backends.async_device.device.Device` without a device.
 
-    def __init__(self, seed=0):
+    Args:
+        seed: Of the order of the streams.
+        alone: Whether nothing is in flight when memory is freed.
+
+    Attributes:
+        uploads: The size of every copy to the device, in bytes.
+        fail: Called with the name of each method that queues work; may raise the
+            device's errors.
+    """
+
+    def __init__(self, seed=0, *, alone=True):
+        self.alone = alone
+        self.uploads = []
+        self.fail = lambda method: None
         self._random = random.Random(seed)
         self.queues = {stream: deque() for stream in Stream}
         self.taken_bytes = 0
@@ -97,10 +117,12 @@ class SimulatedDevice:
         """How many more products there are before one fails."""
         self._clock = 0
 
+    @contextmanager
     def errors(self):
-        return nullcontext()
+        yield
 
     def allocate(self, size_bytes):
+        self.fail("allocate")
         return _Memory(self, size_bytes)
 
     def events(self):
@@ -115,6 +137,8 @@ class SimulatedDevice:
         self.marks_out -= 1
 
     def upload(self, source, to):
+        self.fail("upload")
+        self.uploads.append(source.nbytes)
         alive = weakref.ref(source)  # as for CUDA, to which it is an address
         assert source.flags.c_contiguous
 
@@ -126,6 +150,7 @@ class SimulatedDevice:
         self.queues[Stream.H2D].append(copy)
 
     def download(self, source, to):
+        self.fail("download")
         alive = weakref.ref(to)
         assert to.flags.c_contiguous
 
@@ -137,6 +162,9 @@ class SimulatedDevice:
         self.queues[Stream.D2H].append(copy)
 
     def multiply(self, gemm):
+        self.fail("multiply")
+        # With others, cuBLAS may choose kernels of other bits.
+        assert not any(address % ALIGNMENT for address in (gemm.a, gemm.b, gemm.c))
         assert gemm.m
         assert gemm.n
         assert gemm.k
@@ -156,8 +184,58 @@ class SimulatedDevice:
                 else:
                     into[...] = values.astype(to.dtype.numpy)
 
+        self.fail("convert")
         assert source.size == to.size
         assert not add or to.dtype is Dtype.FLOAT64
+        self.queues[Stream.COMPUTE].append(run)
+
+    def clear(self, address, size_bytes):
+        self.fail("clear")
+        self.queues[Stream.COMPUTE].append(
+            lambda: ctypes.memset(address, 0, size_bytes)
+        )
+
+    def copy(self, source, to, size_bytes):
+        self.fail("copy")
+        assert abs(source - to) >= size_bytes, "overlapping"
+        self.queues[Stream.COMPUTE].append(
+            lambda: ctypes.memmove(to, source, size_bytes)
+        )
+
+    def add(self, source, to):
+        def run():
+            total = of(to)
+            with np.errstate(all="ignore"):
+                np.add(total, of(source), out=total)
+
+        self.fail("add")
+        assert (source.size, source.dtype) == (to.size, to.dtype)
+        self.queues[Stream.COMPUTE].append(run)
+
+    def sum_squares(self, source, to):
+        def run():
+            sums = at(to, PARTIAL_SUMS, Dtype.FLOAT64)
+            parts = np.array_split(of(source), PARTIAL_SUMS)
+            sums[...] = [updates.sum_of_squares(part) for part in parts]
+
+        self.fail("sum_squares")
+        assert source.size
+        self.queues[Stream.COMPUTE].append(run)
+
+    def update(self, update):
+        def run():
+            names = update.optimizer.states
+            states = dict(zip(names, map(of, update.states), strict=True))
+            updates.update(
+                update.optimizer,
+                of(update.p),
+                of(update.g),
+                states,
+                update.made,
+                scale=update.scale,
+            )
+
+        self.fail("update")
         self.queues[Stream.COMPUTE].append(run)
 
     def record(self, stream, event):

@@ -12,12 +12,38 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.dtypes import ACCUMULATORS, Dtype
+from gradwire_protocol.optimizers import Adam, Sgd
 from gradwire_server.backends.async_device.layout import make_layout
-from gradwire_server.backends.cuda.kernels import SOURCE, THREADS, grid, kernel_name
+from gradwire_server.backends.cuda.kernels import (
+    FUNCTIONS,
+    JOB_KERNELS,
+    SESSION_KERNELS,
+    THREADS,
+    added_name,
+    grid,
+    kernel_name,
+    source_of,
+    squares_name,
+    update_name,
+)
+from gradwire_server.backends.numpy.updates import sum_of_squares, update
+from gradwire_server.backends.update_scalars import AdamScalars, SgdScalars
 from tests.server.specs import ALL, make_spec
 
+UPDATES = [
+    Sgd(0.1),
+    Sgd(0.01, momentum=0.9, dampening=0.3, weight_decay=0.01),
+    Sgd(0.01, momentum=0.9, weight_decay=0.1, nesterov=True),
+    Adam(1e-2, beta1=0.3, beta2=0.99, weight_decay=0.1),
+    Adam(1e-3, beta2=0.95, weight_decay=0.1, decoupled=True),
+    Adam(1e-2, beta1=0.0, beta2=0.0, eps=0.1),
+]
+
 KERNELS = {
+    *map(added_name, Dtype),
+    *map(squares_name, ACCUMULATORS),
+    *(update_name(*each) for each in product((UPDATES[0], UPDATES[3]), ACCUMULATORS)),
     *(
         kernel_name(source, to, add=False)
         for source, to in product((Dtype.FLOAT32, Dtype.FLOAT64), Dtype)
@@ -53,15 +79,19 @@ def test_a_grid_covers_every_element_and_stays_within_cuda_s_limits():
 def test_nvrtc_compiles_every_kernel_without_headers(architecture):
     nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", exc_type=ImportError)
     try:
-        program = nvrtc.createProgram(SOURCE, "kernels.cu", (), ())
+        nvrtc.getVersion()
     except (ImportError, RuntimeError) as error:  # CUDA's library is not installed
         pytest.skip(str(error))
-    try:
-        nvrtc.compileProgram(program, (f"-arch=sm_{architecture}",))
-        cubin = nvrtc.getCUBIN(program)
-    finally:
-        nvrtc.destroyProgram(program)
+    cubins = {}
+    for source in {source_of(name) for name in KERNELS}:
+        program = nvrtc.createProgram(source, "kernels.cu", (), ())
+        try:
+            nvrtc.compileProgram(program, (f"-arch=sm_{architecture}",))
+            cubins[source] = nvrtc.getCUBIN(program)
+        finally:
+            nvrtc.destroyProgram(program)
     for name in KERNELS:
+        cubin = cubins[source_of(name)]
         assert b"\0.text." + name.encode() + b"\0" in cubin
 
 
@@ -71,9 +101,14 @@ ON_A_CPU = r"""
 #define __device__
 #define __forceinline__ inline
 #define __global__
+#define __shared__ static
+#define __syncthreads()
 struct { unsigned x; } blockIdx, blockDim = {1}, threadIdx, gridDim = {1};
 static unsigned __float_as_uint(float value) {
     unsigned bits; memcpy(&bits, &value, 4); return bits;
+}
+static float __uint_as_float(unsigned bits) {
+    float value; memcpy(&value, &bits, 4); return value;
 }
 static float toward_zero(double value) {
     float near = (float)value;
@@ -82,6 +117,7 @@ static float toward_zero(double value) {
 static unsigned short half_bits(double value) {
     (void)value; return 0; /* an instruction of the GPU alone */
 }
+static float half_value(unsigned short bits) { return bits; }
 """
 
 INSTRUCTIONS = {
@@ -90,6 +126,18 @@ INSTRUCTIONS = {
     "cvt.rn.f16.f32": "bits = half_bits(value);",
     "cvt.rn.f16.f64": "bits = half_bits(value);",
     "cvt.rz.f32.f64": "cut = toward_zero(value);",
+    "cvt.f32.f16": "value = half_value(bits);",
+    **{
+        f"{name}.rn.{kind}": f"out = {meaning};"
+        for kind, root in (("f32", "sqrtf"), ("f64", "sqrt"))
+        for name, meaning in (
+            ("add", "a + b"),
+            ("sub", "a - b"),
+            ("mul", "a * b"),
+            ("div", "a / b"),
+            ("sqrt", f"{root}(a)"),
+        )
+    },
 }
 
 
@@ -103,12 +151,22 @@ def on_a_cpu(tmp_path_factory):
     def meaning(found):
         return INSTRUCTIONS[found[1]]
 
-    source, count = re.subn(r'asm\("([\w.]+) [^;]*;"[^;]*;', meaning, SOURCE)
+    source = FUNCTIONS + JOB_KERNELS + SESSION_KERNELS
+    source, count = re.subn(r'asm\("([\w.]+) [^;]*;"[^;]*;', meaning, source)
     assert count == len(INSTRUCTIONS)
     folder = tmp_path_factory.mktemp("kernels")
     (folder / "kernels.cpp").write_text(ON_A_CPU + source)
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "kernels.cpp", "-o", "kernels.so"],
+        [
+            compiler,
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-ffp-contract=off",
+            "kernels.cpp",
+            "-o",
+            "kernels.so",
+        ],
         cwd=folder,
         check=True,
         timeout=100,
@@ -183,3 +241,64 @@ def test_float64_sums_take_float32_shares_as_they_are(on_a_cpu):
     assert np.array_equal(sums, expected)
     convert(on_a_cpu, shares, sums, "float32_to_float64")
     assert np.array_equal(sums, shares.astype(np.float64))
+
+
+def run(library, name, *arguments):
+    """Run a kernel with arrays and scalars, as a GPU's one thread."""
+    kinds = {"f": ctypes.c_float, "d": ctypes.c_double, "u": ctypes.c_uint64}
+    given = [
+        ctypes.c_void_p(each if each is None else each.ctypes.data)
+        if each is None or isinstance(each, np.ndarray)
+        else kinds.get(np.dtype(type(each)).char, ctypes.c_int)(each)
+        for each in arguments
+    ]
+    getattr(library, name)(*given)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+@pytest.mark.parametrize("dtype", ACCUMULATORS)
+@pytest.mark.parametrize("optimizer", UPDATES)
+def test_updates_have_the_bits_of_numpys(on_a_cpu, optimizer, dtype, scale):
+    rng = np.random.default_rng(0)
+    p = rng.standard_normal(1000).astype(dtype.numpy)
+    states = {name: np.zeros_like(p) for name in optimizer.states}
+    found = [p.copy(), *(state.copy() for state in states.values())]
+    for made in range(4):
+        # Of all sizes, and some whose squares leave the range of float32.
+        g = (rng.standard_normal(1000) * 10.0 ** rng.integers(-22, 4, 1000)).astype(
+            dtype.numpy
+        )
+        update(optimizer, p, g, states, made, scale=scale)
+        if isinstance(optimizer, Sgd):
+            scalars = SgdScalars.of(optimizer, dtype, scale)
+            buffers = found[1:] or [None]
+            flags = (int(not made), int(optimizer.nesterov))
+        else:
+            scalars = AdamScalars.of(optimizer, dtype, scale, made + 1)
+            buffers, flags = found[1:], ()
+        name = update_name(optimizer, dtype)
+        size = np.uint64(p.size)
+        run(on_a_cpu, name, found[0], g, *buffers, size, *scalars, *flags)
+    for one, other in zip(found, [p, *states.values()], strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ACCUMULATORS)
+def test_squares_are_summed_in_float64(on_a_cpu, dtype):
+    values = np.float64([1e30, -3.0, 2.0**-60, 1.0]).astype(dtype.numpy)
+    found = np.full(2, -1.0)
+    run(on_a_cpu, squares_name(dtype), values, found, np.uint64(values.size))
+    np.testing.assert_allclose(found, [sum_of_squares(values), -1.0], rtol=1e-15)
+    values[1] = np.nan
+    run(on_a_cpu, squares_name(dtype), values, found, np.uint64(values.size))
+    assert np.isnan(found[0])
+
+
+@pytest.mark.parametrize("dtype", [Dtype.BFLOAT16, *ACCUMULATORS])
+def test_added_elements_are_rounded_once(on_a_cpu, dtype):
+    rng = np.random.default_rng(0)
+    pairs = rng.standard_normal((2, 4000)) * 10.0 ** rng.integers(-6, 6, (2, 4000))
+    source, to = pairs.astype(dtype.numpy)
+    expected = to + source
+    run(on_a_cpu, added_name(dtype), source, to, np.uint64(to.size))
+    assert to.tobytes() == expected.tobytes()

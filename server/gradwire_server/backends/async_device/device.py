@@ -8,11 +8,12 @@ the only order between streams.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from gradwire_protocol.optimizers import Optimizer
 from gradwire_server.backends.async_device.gemm import DeviceMatrix, Gemm
 from gradwire_server.backends.base import Array
 
@@ -42,6 +43,29 @@ class Events:
     computed: Event
     download_begun: Event
     done: Event
+
+
+PARTIAL_SUMS = 1024
+"""Partial sums of squares of an array."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Arguments of an update of weights, as those of `numpy.updates.update`.
+
+    All matrices have the same number of elements and the same dtype, float32 or
+    float64.
+    """
+
+    optimizer: Optimizer
+    p: DeviceMatrix
+    g: DeviceMatrix
+    states: tuple[DeviceMatrix, ...]
+    """In the order of `optimizer.states`."""
+    made: int
+    """Updates before this one."""
+    scale: float
+    """Factor of g, which is applied first."""
 
 
 class DeviceMemory(Protocol):
@@ -81,6 +105,12 @@ class Device(Protocol):
         The array must remain alive and unchanged until the copy is done.
         """
 
+    def clear(self, address: int, size_bytes: int) -> None:
+        """Set memory to 0, on `Stream.COMPUTE`."""
+
+    def copy(self, source: int, to: int, size_bytes: int) -> None:
+        """Copy memory that does not overlap, on `Stream.COMPUTE`."""
+
     def multiply(self, gemm: Gemm) -> None:
         """Compute a product, on `Stream.COMPUTE`."""
 
@@ -93,6 +123,24 @@ class Device(Protocol):
                 to even.
             add: Whether to add to the elements of `to`, which is then float64.
         """
+
+    def add(self, source: DeviceMatrix, to: DeviceMatrix) -> None:
+        """Add elements to as many of the same dtype, on `Stream.COMPUTE`.
+
+        Each sum is rounded once, to nearest, ties to even.
+        """
+
+    def sum_squares(self, source: DeviceMatrix, to: int) -> None:
+        """Sum the squares of elements in float64, on `Stream.COMPUTE`.
+
+        Args:
+            source: float32 or float64.
+            to: Address for `PARTIAL_SUMS` float64 partial sums. Which elements each is
+                the sum of, and their order, depend on the number of elements alone.
+        """
+
+    def update(self, update: Update) -> None:
+        """Update elements of a weight and of its states, on `Stream.COMPUTE`."""
 
     def download(self, source: int, to: Array) -> None:
         """Copy from an address to an array, on `Stream.D2H`.
@@ -117,6 +165,21 @@ class Device(Protocol):
 
         It never raises: a lost device does no more work.
         """
+
+
+@contextmanager
+def begun(device: Device) -> Iterator[Events]:
+    """Provide events for work queued in this context. After an error, wait for it.
+
+    The wait is necessary because the memory in use is reused soon after an error.
+    """
+    with device.errors():
+        events = device.events()
+        try:
+            yield events
+        except BaseException:
+            device.synchronize_all()
+            raise
 
 
 Allocate: TypeAlias = Callable[[int], Array]

@@ -15,8 +15,7 @@ its products. All these waits are on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -31,14 +30,23 @@ from gradwire_server.backends.async_device.device import (
     Device,
     Events,
     Stream,
+    begun,
 )
 from gradwire_server.backends.async_device.gemm import Compute, DeviceMatrix
+from gradwire_server.backends.async_device.kept_memory import DeviceArray
 from gradwire_server.backends.async_device.layout import (
     JobMatrices,
     SumMatrices,
     make_layout,
 )
-from gradwire_server.backends.base import Array, RowBlock, Sums, Times, Wait
+from gradwire_server.backends.base import (
+    Array,
+    RowBlock,
+    Sums,
+    Times,
+    Wait,
+)
+from gradwire_server.backends.kept_memory import KeptArray
 
 
 class DeviceJob:
@@ -52,6 +60,7 @@ class DeviceJob:
         times: Counts the times of the stages, by the device's clock.
         empty: Allocates host memory for the sums, if `sums` is None.
         sums: Memory for the sums, each in its dtype on the wire.
+        kept: Operands that are arrays of a session on the device, whole.
 
     Raises:
         MemoryError: The device has not enough memory.
@@ -67,6 +76,7 @@ class DeviceJob:
         times: Times,
         empty: Allocate,
         sums: Sums | None = None,
+        kept: Mapping[Matrix, KeptArray] | None = None,
     ) -> None:
         self._spec = spec
         self._block_rows = block_rows
@@ -78,7 +88,9 @@ class DeviceJob:
         layout = make_layout(spec, block_rows, pipeline_depth)
         with device.errors():
             self._memory = device.allocate(layout.size_bytes)
-        self._matrices = JobMatrices(spec, layout, self._memory.address)
+        self._matrices = JobMatrices(
+            spec, layout, self._memory.address, _addresses(kept or {})
+        )
         self._sums = self._matrices.sums()
         self._slots: list[Events | None] = [None] * len(layout.slots)
         """Events of the block in each slot, until it was waited for."""
@@ -104,7 +116,7 @@ class DeviceJob:
         sums = self._sums_on_device(out)
         if not sums:
             return
-        with self._begun() as events:
+        with begun(self._device) as events:
             self._device.record(Stream.COMPUTE, events.computed)
             self._device.wait(Stream.D2H, events.computed)
             self._device.record(Stream.D2H, events.download_begun)
@@ -120,7 +132,7 @@ class DeviceJob:
 
     def compute_block(self, block: RowBlock) -> Wait | None:
         """Start a row block: copy it, compute, and copy its results."""
-        if not (self._slots and block.rows and self._spec.n):
+        if not (self._slots and block.rows and self._spec.n and self._spec.k):
             # Empty sums, which cuBLAS does not support.
             for result in (block.y, block.dx):
                 if result is not None:
@@ -132,7 +144,7 @@ class DeviceJob:
         if ones is not None and not self._blocks:
             self._upload_whole(np.ones(ones.rows, ones.dtype.numpy), ones)
         number = self._blocks % len(self._slots)
-        with self._begun() as events:
+        with begun(self._device) as events:
             self._upload(number, block, events)
             self._multiply(number, block, events)
             self._download(number, block, events)
@@ -141,17 +153,40 @@ class DeviceJob:
         self._begun_sums = True
         return partial(self._wait, number, block, events)
 
+    def kept_sums(self) -> Mapping[Matrix, KeptArray]:
+        """Return the sums that stay, rounded once from the accumulator."""
+        kept = {matrix: self._sums[matrix] for matrix in self._spec.into}
+        with begun(self._device) as events:
+            self._device.record(Stream.COMPUTE, events.compute_begun)
+            for on_device in kept.values():
+                if not self._begun_sums:
+                    leaves = on_device.leaves
+                    size_bytes = leaves.size * leaves.dtype.itemsize
+                    self._device.clear(leaves.address, size_bytes)
+                elif on_device.total.size:
+                    self._round(on_device)
+            self._device.record(Stream.COMPUTE, events.computed)
+            self._device.synchronize(events.computed)
+            self._times.computing_s += self._device.elapsed_s(
+                events.compute_begun, events.computed
+            )
+            self._device.release_events(events)
+        return {matrix: DeviceArray.of(each.leaves) for matrix, each in kept.items()}
+
     def finish(self) -> Sums:
-        """Return the sums, rounded once from the accumulator."""
-        results = self._results or {matrix: self._room(matrix) for matrix in self._sums}
+        """Return the sums to send, rounded once from the accumulator."""
+        results = self._results or {
+            matrix: self._room(matrix)
+            for matrix in self._sums
+            if matrix not in self._spec.into
+        }
         sums = self._sums_on_device(results)
         if not sums:
             return results
-        with self._begun() as events:
+        with begun(self._device) as events:
             self._device.record(Stream.COMPUTE, events.compute_begun)
             for on_device in sums.values():
-                if on_device.leaves is not on_device.total:
-                    self._device.convert(on_device.total, on_device.leaves, add=False)
+                self._round(on_device)
             self._device.record(Stream.COMPUTE, events.computed)
             self._device.wait(Stream.D2H, events.computed)
             self._device.record(Stream.D2H, events.download_begun)
@@ -172,10 +207,15 @@ class DeviceJob:
         """Release the job's memory on the device."""
         self._memory.free()
 
+    def _round(self, sum_: SumMatrices) -> None:
+        if sum_.leaves is not sum_.total:
+            self._device.convert(sum_.total, sum_.leaves, add=False)
+
     def _sums_on_device(self, out: Sums) -> dict[Matrix, SumMatrices]:
         """The sums on the device; those of nothing are written to `out` as zeros."""
         sums = {}
-        for matrix, on_device in self._sums.items():
+        for matrix in out:
+            on_device = self._sums[matrix]
             if self._begun_sums and on_device.total.size:
                 sums[matrix] = on_device
             else:
@@ -188,23 +228,9 @@ class DeviceJob:
             memory = self._empty(spec.size_bytes(matrix))
         return memory.view(dtype.numpy).reshape(matrix.shape(0, spec.n, spec.k))
 
-    @contextmanager
-    def _begun(self) -> Iterator[Events]:
-        """Provide events for work queued in this context. After an error, wait for it.
-
-        The wait is necessary because the job's memory is reused soon after an error.
-        """
-        with self._device.errors():
-            events = self._device.events()
-            try:
-                yield events
-            except BaseException:
-                self._device.synchronize_all()
-                raise
-
     def _upload_whole(self, array: Array, to: DeviceMatrix) -> None:
         """Copy a matrix without row blocks to the device, and wait."""
-        with self._begun() as events:
+        with begun(self._device) as events:
             self._device.record(Stream.H2D, events.upload_begun)
             self._device.upload(array, to.address)
             self._device.record(Stream.H2D, events.uploaded)
@@ -221,7 +247,7 @@ class DeviceJob:
             self._device.wait(Stream.H2D, before.computed)
         self._device.record(Stream.H2D, events.upload_begun)
         for matrix, array in ((Matrix.X, block.x), (Matrix.DY, block.dy)):
-            on_device = self._matrices.of_rows(slot, matrix, block.rows)
+            on_device = self._matrices.received(slot, matrix, block)
             if on_device is not None and array is not None:
                 self._device.upload(array, on_device.address)
         self._device.record(Stream.H2D, events.uploaded)
@@ -232,7 +258,10 @@ class DeviceJob:
         if before is not None:
             self._device.wait(Stream.COMPUTE, before.done)
         self._device.record(Stream.COMPUTE, events.compute_begun)
-        of_rows = partial(self._matrices.of_rows, slot, rows=block.rows)
+        for source, to in self._matrices.realigned(slot, block):
+            size_bytes = source.size * source.dtype.itemsize
+            self._device.copy(source.address, to.address, size_bytes)
+        of_rows = partial(self._matrices.of_rows, slot, block=block)
         products.compute_block(
             _Products(
                 self._device, self._compute, self._matrices, first=not self._begun_sums
@@ -251,7 +280,7 @@ class DeviceJob:
         self._device.wait(Stream.D2H, events.computed)
         self._device.record(Stream.D2H, events.download_begun)
         for matrix, array in ((Matrix.Y, block.y), (Matrix.DX, block.dx)):
-            on_device = self._matrices.of_rows(slot, matrix, block.rows)
+            on_device = self._matrices.of_rows(slot, matrix, block)
             if on_device is not None and array is not None:
                 self._device.download(on_device.address, array)
         self._device.record(Stream.D2H, events.done)
@@ -319,3 +348,13 @@ class _Products:
     def _round(self, computed: DeviceMatrix, out: DeviceMatrix) -> None:
         if computed is not out:
             self._device.convert(computed, out, add=False)
+
+
+def _addresses(kept: Mapping[Matrix, KeptArray]) -> dict[Matrix, int]:
+    """The addresses of a session's arrays on the device."""
+    addresses = {}
+    for matrix, array in kept.items():
+        if not isinstance(array, DeviceArray):
+            raise TypeError(f"{matrix.label} is not on the device")
+        addresses[matrix] = array.address
+    return addresses

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import OPERANDS, ROW_OPERANDS, ROW_RESULTS, Matrix
 from gradwire_server.backends.async_device.gemm import DeviceMatrix, computes_into
+from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.row_blocks import ALIGNMENT, held_in
 
 
@@ -26,7 +28,7 @@ class SumLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Byte offsets in the job's memory; None: not needed.
+    """Byte offsets in the job's memory; None: not needed, or in the session's memory.
 
     All are multiples of `ALIGNMENT`.
     """
@@ -41,7 +43,9 @@ class Layout:
     """Rows of Y or dX in the dtype of the sums, if cuBLAS cannot round them itself. One
     is enough, because a block's products are computed one after the other."""
     slots: tuple[dict[Matrix, int], ...]
-    """Offsets of x, dy, y and dx for each row block in progress."""
+    """Offsets of x, dy, y and dx for each row block in progress. Kept operands have
+    one if row blocks do not begin at multiples of `ALIGNMENT`: they are copied there,
+    because products of other addresses may have other bits."""
     size_bytes: int
 
 
@@ -63,7 +67,7 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
 
     n, k, dtype = spec.n, spec.k, spec.dtype
     held = held_in(spec, block_rows)
-    w = place(n * k, dtype) if Matrix.W in spec.operands else None
+    w = place(n * k, dtype) if Matrix.W in spec.sent_operands else None
     ones = place(block_rows, dtype) if Matrix.DB in spec.results else None
     spare_w = w
     sums = {}
@@ -93,7 +97,10 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
         {
             matrix: place(block_rows * spec.row_length(matrix), spec.dtype_of(matrix))
             for matrix in (*ROW_OPERANDS, *ROW_RESULTS)
-            if matrix in spec.operands or matrix in spec.results
+            if matrix in spec.results
+            or (
+                matrix in spec.operands and not _read_in_place(spec, matrix, block_rows)
+            )
         }
         for _ in range(_slots(spec, block_rows, pipeline_depth))
     )
@@ -119,20 +126,46 @@ class JobMatrices:
     spec: JobSpec
     layout: Layout
     address: int
+    kept: Mapping[Matrix, int] = field(default_factory=dict)
+    """Addresses of the operands in the session's memory."""
 
-    def of_rows(self, slot: int, matrix: Matrix, rows: int) -> DeviceMatrix | None:
-        """Return a row block's matrix in a slot; None if it is empty or absent."""
+    def of_rows(
+        self, slot: int, matrix: Matrix, block: RowBlock
+    ) -> DeviceMatrix | None:
+        """Return a row block's matrix for products; None if it is empty or absent."""
         offset = self.layout.slots[slot].get(matrix)
-        columns = self.spec.row_length(matrix)
-        if offset is None or not columns:
-            return None
-        dtype = self.spec.dtype if matrix in OPERANDS else self.spec.results[matrix]
-        return DeviceMatrix(self.address + offset, rows, columns, dtype)
+        if offset is None:
+            return self._of_kept_rows(matrix, block)
+        return self._of_rows(matrix, self.address + offset, block)
+
+    def received(
+        self, slot: int, matrix: Matrix, block: RowBlock
+    ) -> DeviceMatrix | None:
+        """Return the place of a row block's sent operand; None if it has none."""
+        if matrix in self.kept:
+            return self._of_kept_rows(matrix, block)
+        return self.of_rows(slot, matrix, block)
+
+    def realigned(
+        self, slot: int, block: RowBlock
+    ) -> Iterator[tuple[DeviceMatrix, DeviceMatrix]]:
+        """Yield what has to be copied before a row block's products, and to where."""
+        for matrix in self.kept:
+            if matrix in self.layout.slots[slot]:
+                source = self._of_kept_rows(matrix, block)
+                to = self.of_rows(slot, matrix, block)
+                if source is not None and to is not None:
+                    yield source, to
 
     @property
     def w(self) -> DeviceMatrix | None:
         """W; None if the job has no W, or it is empty."""
-        if self.layout.w is None or not (self.spec.n and self.spec.k):
+        if not (self.spec.n and self.spec.k):
+            return None
+        if Matrix.W in self.kept:
+            address = self.kept[Matrix.W]
+            return DeviceMatrix(address, self.spec.n, self.spec.k, self.spec.dtype)
+        if self.layout.w is None:
             return None
         return self._whole(Matrix.W, self.layout.w, self.spec.dtype)
 
@@ -150,6 +183,20 @@ class JobMatrices:
             for matrix, layout in self.layout.sums.items()
         }
 
+    def _of_kept_rows(self, matrix: Matrix, block: RowBlock) -> DeviceMatrix | None:
+        if matrix not in self.kept:
+            return None
+        row_bytes = self.spec.row_length(matrix) * self.spec.dtype.itemsize
+        address = self.kept[matrix] + block.first_row * row_bytes
+        return self._of_rows(matrix, address, block)
+
+    def _of_rows(
+        self, matrix: Matrix, address: int, block: RowBlock
+    ) -> DeviceMatrix | None:
+        columns = self.spec.row_length(matrix)
+        dtype = self.spec.dtype if matrix in OPERANDS else self.spec.results[matrix]
+        return DeviceMatrix(address, block.rows, columns, dtype) if columns else None
+
     def _sum(self, matrix: Matrix, layout: SumLayout) -> SumMatrices:
         spec = self.spec
         total = self._whole(matrix, layout.total, self.layout.held_in)
@@ -165,8 +212,18 @@ class JobMatrices:
         return DeviceMatrix(self.address + offset, rows, columns, dtype)
 
 
+def _read_in_place(spec: JobSpec, operand: Matrix, block_rows: int) -> bool:
+    """Return whether products read a kept operand's rows where the session has them."""
+    if not (operand in spec.kept or operand in spec.keep):
+        return False
+    one_block = spec.m is not None and spec.m <= block_rows
+    row_bytes = spec.row_length(operand) * spec.dtype.itemsize
+    return one_block or block_rows * row_bytes % ALIGNMENT == 0
+
+
 def _slots(spec: JobSpec, block_rows: int, pipeline_depth: int) -> int:
-    if not block_rows or not spec.row_operations:
+    # Rows to keep are copied to the device even if nothing is computed with them.
+    if not block_rows or not (spec.row_operations or spec.keep):
         return 0
     if spec.m is None:
         return pipeline_depth

@@ -5,6 +5,7 @@ CuPy is imported when a backend is created, never before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,23 @@ import numpy.typing as npt
 
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import MIB
+from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends.async_device.gemm import MAX_SIZE
 from gradwire_server.backends.async_device.job import DeviceJob
+from gradwire_server.backends.async_device.kept_memory import (
+    DeviceKeptMemory,
+    device_bytes,
+)
 from gradwire_server.backends.async_device.layout import make_layout
-from gradwire_server.backends.base import DeviceInfo, Sums, Times
+from gradwire_server.backends.base import (
+    DeviceInfo,
+    Sums,
+    Times,
+)
 from gradwire_server.backends.cuda.memory_pool import Pool, rounded_up
 from gradwire_server.backends.cuda.pinned import empty_pinned
 from gradwire_server.backends.host_limits import memory_bytes
+from gradwire_server.backends.kept_memory import KeptArray
 
 if TYPE_CHECKING:
     from gradwire_server.backends.cuda.device import CupyDevice
@@ -99,11 +110,20 @@ class CupyBackend:
         del block_rows
         if spec.buffers:
             return 0
-        return sum(rounded_up(spec.size_bytes(result)) for result in spec.sums)
+        sent = (result for result in spec.sums if result not in spec.into)
+        return sum(rounded_up(spec.size_bytes(result)) for result in sent)
 
     def device_bytes(self, spec: JobSpec, block_rows: int) -> int:
         """Return the size of W, the sums, scratch, and the row blocks in progress."""
         return rounded_up(make_layout(spec, block_rows, PIPELINE_DEPTH).size_bytes)
+
+    def kept_bytes(self, keep_bytes: int) -> int:
+        """Return the size of a session's memory, with room for its alignment."""
+        return rounded_up(device_bytes(keep_bytes))
+
+    def open_kept(self, keep_bytes: int, device: int) -> DeviceKeptMemory:
+        """Allocate a session's memory on a GPU, in the thread of its device worker."""
+        return DeviceKeptMemory(self._initialized[device], keep_bytes, self.empty)
 
     def empty(self, size_bytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory. Freed memory is kept for reuse until `close`.
@@ -124,6 +144,7 @@ class CupyBackend:
         *,
         times: Times,
         sums: Sums | None = None,
+        kept: Mapping[Matrix, KeptArray] | None = None,
     ) -> DeviceJob:
         """Open a job on a GPU, in the thread of its device worker."""
         return DeviceJob(
@@ -134,6 +155,7 @@ class CupyBackend:
             times=times,
             empty=self.empty,
             sums=sums,
+            kept=kept,
         )
 
     def close(self) -> None:

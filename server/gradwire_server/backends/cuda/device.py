@@ -19,7 +19,14 @@ from cupy.cuda.compiler import compile_using_nvrtc
 from cupy.cuda.function import Module
 
 from gradwire_protocol.dtypes import ACCUMULATORS
-from gradwire_server.backends.async_device.device import Event, Events, Stream
+from gradwire_protocol.optimizers import Sgd
+from gradwire_server.backends.async_device.device import (
+    PARTIAL_SUMS,
+    Event,
+    Events,
+    Stream,
+    Update,
+)
 from gradwire_server.backends.async_device.gemm import (
     CUDA_TYPES,
     DEFAULT_ALGORITHM,
@@ -32,8 +39,17 @@ from gradwire_server.backends.async_device.gemm import (
 )
 from gradwire_server.backends.base import Array
 from gradwire_server.backends.cuda.errors import translated
-from gradwire_server.backends.cuda.kernels import SOURCE, THREADS, grid, kernel_name
+from gradwire_server.backends.cuda.kernels import (
+    THREADS,
+    added_name,
+    grid,
+    kernel_name,
+    source_of,
+    squares_name,
+    update_name,
+)
 from gradwire_server.backends.cuda.memory_pool import Piece, Pool
+from gradwire_server.backends.update_scalars import AdamScalars, SgdScalars
 
 
 class CupyMemory:
@@ -72,7 +88,8 @@ class CupyDevice:
             cublas.setPointerMode(self._handle, POINTER_MODE_HOST)
             cublas.setMathMode(self._handle, DISALLOW_REDUCED_PRECISION_REDUCTION)
         self._events: list[Events] = []
-        self._module: Any = None
+        self._modules: dict[str, Any] = {}
+        """By their source."""
         self._kernels: dict[str, Any] = {}
         self._scalars = {
             (dtype, value): np.array(value, dtype.numpy)
@@ -149,27 +166,95 @@ class CupyDevice:
             DEFAULT_ALGORITHM,
         )
 
+    def clear(self, address: int, size_bytes: int) -> None:
+        """Call cudaMemsetAsync."""
+        if size_bytes:
+            stream = self._streams[Stream.COMPUTE].ptr
+            runtime.memsetAsync(address, 0, size_bytes, stream)
+
+    def copy(self, source: int, to: int, size_bytes: int) -> None:
+        """Call cudaMemcpyAsync within the GPU's memory."""
+        if size_bytes:
+            runtime.memcpyAsync(
+                to,
+                source,
+                size_bytes,
+                runtime.memcpyDeviceToDevice,
+                self._streams[Stream.COMPUTE].ptr,
+            )
+
     def convert(self, source: DeviceMatrix, to: DeviceMatrix, *, add: bool) -> None:
         """Run one of gradwire's kernels."""
-        self._kernel(kernel_name(source.dtype, to.dtype, add=add))(
-            (grid(source.size),),
+        self._run(
+            kernel_name(source.dtype, to.dtype, add=add),
+            grid(source.size),
+            *(source.address, to.address, source.size),
+        )
+
+    def add(self, source: DeviceMatrix, to: DeviceMatrix) -> None:
+        """Run one of gradwire's kernels."""
+        self._run(
+            added_name(source.dtype),
+            grid(source.size),
+            *(source.address, to.address, source.size),
+        )
+
+    def sum_squares(self, source: DeviceMatrix, to: int) -> None:
+        """Run one of gradwire's kernels, with a block for each partial sum."""
+        self._run(
+            squares_name(source.dtype),
+            PARTIAL_SUMS,
+            *(source.address, to, source.size),
+        )
+
+    def update(self, update: Update) -> None:
+        """Run one of gradwire's kernels."""
+        optimizer, dtype, scale = update.optimizer, update.p.dtype, update.scale
+        arrays = [each.address for each in (update.p, update.g, *update.states)]
+        scalars: tuple[Any, ...]
+        if isinstance(optimizer, Sgd):
+            if not update.states:
+                arrays.append(0)  # the kernel then has no momentum buffer
+            flags = map(np.int32, (not update.made, optimizer.nesterov))
+            scalars = (*SgdScalars.of(optimizer, dtype, scale), *flags)
+        else:
+            scalars = AdamScalars.of(optimizer, dtype, scale, update.made + 1)
+        size = update.p.size
+        name = update_name(optimizer, dtype)
+        self._run(name, grid(size), *arrays, size, scalars=scalars)
+
+    def _run(
+        self, name: str, blocks: int, *numbers: int, scalars: tuple[Any, ...] = ()
+    ) -> None:
+        """Run a kernel.
+
+        Args:
+            name: Its name.
+            blocks: Blocks of the grid.
+            numbers: Its arguments of 64 bits, addresses and sizes.
+            scalars: Its other arguments, which have the size of theirs.
+        """
+        self._kernel(name)(
+            (blocks,),
             (THREADS,),
-            tuple(map(np.uint64, (source.address, to.address, source.size))),
+            (*map(np.uint64, numbers), *scalars),
             stream=self._streams[Stream.COMPUTE],
         )
 
     def _kernel(self, name: str) -> Any:
-        """Return a kernel. The first call compiles all kernels.
+        """Return a kernel. The first call compiles all kernels of its kind.
 
-        NVRTC compiles them in memory, in some hundredths of a second. CuPy's own
-        kernels are not used, because they need a writable directory.
+        NVRTC compiles them in memory: those of jobs in some hundredths of a second,
+        those of sessions in some tenths. CuPy's own kernels are not used, because they
+        need a writable directory.
         """
-        if self._module is None:
-            compiled, _ = compile_using_nvrtc(SOURCE, cache_in_memory=True)
-            self._module = Module()
-            self._module.load(compiled)
         if name not in self._kernels:
-            self._kernels[name] = self._module.get_function(name)
+            source = source_of(name)
+            if source not in self._modules:
+                compiled, _ = compile_using_nvrtc(source, cache_in_memory=True)
+                self._modules[source] = Module()
+                self._modules[source].load(compiled)
+            self._kernels[name] = self._modules[source].get_function(name)
         return self._kernels[name]
 
     def record(self, stream: Stream, event: Event) -> None:

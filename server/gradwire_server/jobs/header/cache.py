@@ -54,6 +54,7 @@ class HeaderCache:
         instance: str,
     ) -> None:
         self._backend = backend
+        self._keeps_on_device = not backend.devices[0].in_host_memory
         self._device_limit = device_limit
         self._features = features
         self._row_block_bytes = row_block_bytes
@@ -82,7 +83,10 @@ class HeaderCache:
         job = job_pb2.Job.FromString(encoded)
         spec = parse_header(job, self._backend.max_columns, self._features)
         plan = plan_row_blocks(
-            spec, self._row_block_bytes, self._backend.pipeline_depth
+            spec,
+            self._row_block_bytes,
+            self._backend.pipeline_depth,
+            keeps_on_device=self._keeps_on_device,
         )
         check_grid(spec, plan.block_rows)
         device_bytes = self._backend.device_bytes(spec, plan.slot_rows)
