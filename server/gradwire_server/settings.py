@@ -62,8 +62,9 @@ class Settings:
     one, 0."""
 
     device_memory_limit: int | None = None
-    """Most bytes of each device's own memory that the jobs on it may hold together.
-    Unset: nine tenths of the device's memory. No effect if the device is the CPU."""
+    """Most bytes of each device's own memory that the jobs and sessions on it may hold
+    together. Unset: nine tenths of the device's memory. No effect if the device is the
+    CPU."""
 
     cpu_threads: int | None = None
     """Threads that compute with NumPy, each with one BLAS thread; BLAS is limited to
@@ -96,8 +97,9 @@ class Settings:
     with numpy, 32 MiB with cupy."""
 
     keep_limit: int | None = None
-    """Most bytes that all sessions together may keep for their tensors. They count in
-    memory-limit. Unset: half of memory-limit."""
+    """Most bytes that sessions may keep for their tensors: on each device with memory
+    of its own, else all together. They count in device-memory-limit, else in
+    memory-limit. Unset: half of that limit."""
 
     session_lease_max: float = 3600.0
     """Longest lease of a session: seconds without a call after which the server closes
