@@ -16,29 +16,57 @@
 #
 # Every option of `gradwire serve` is also a variable GRADWIRE_...; every other
 # command runs in place of the server: docker run --rm gradwire check
+#
+# What is installed, to the hash, is in deploy/containers/*.lock; `make lock-containers`
+# writes those. The image lists its Python packages in CycloneDX:
+#
+#   docker run --rm --entrypoint cat gradwire /opt/gradwire/share/gradwire/sbom.cdx.json
 ARG PYTHON_IMAGE=python:3.11-slim
 
-FROM ${PYTHON_IMAGE} AS source
-RUN python -m venv /opt/gradwire
+FROM ${PYTHON_IMAGE} AS tools
+COPY deploy/containers/build.lock /locks/
+RUN python -m venv /opt/tools \
+    && /opt/tools/bin/pip install --no-cache-dir --disable-pip-version-check \
+       --require-hashes --only-binary :all: --requirement /locks/build.lock
+ENV PATH=/opt/tools/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+# Without a pip of its own: that of the tools installs.
+RUN python3 -m venv --without-pip /opt/gradwire
+COPY deploy/containers/install-gradwire /usr/local/bin/
+
+FROM tools AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY cli cli
 COPY client client
 COPY protos protos
 COPY server server
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheel .
 
-FROM source AS build-cpu
-RUN /opt/gradwire/bin/pip install --no-cache-dir --disable-pip-version-check '.[server]' \
-    && /opt/gradwire/bin/pip uninstall --yes pip setuptools
+FROM tools AS build-cpu
+COPY deploy/containers/cpu.lock /locks/
+RUN install-gradwire packages cpu
+COPY --from=wheel /wheel /wheel
+RUN install-gradwire gradwire server
 
-FROM source AS build-gpu
+FROM tools AS build-gpu
 # 13, or 12 for hosts whose driver is older than 580.
 ARG CUDA=13
-RUN /opt/gradwire/bin/pip install --no-cache-dir --disable-pip-version-check ".[server,cuda${CUDA}]" \
-    && /opt/gradwire/bin/pip uninstall --yes pip setuptools
+COPY deploy/containers/cuda${CUDA}.lock /locks/
+RUN install-gradwire packages "cuda${CUDA}"
+COPY --from=wheel /wheel /wheel
+RUN install-gradwire gradwire "server,cuda${CUDA}"
 
 FROM ${PYTHON_IMAGE} AS base
 RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin gradwire
+# ARGs from before the first FROM are visible again only where they are named.
+ARG PYTHON_IMAGE
+LABEL org.opencontainers.image.title="gradwire" \
+      org.opencontainers.image.description="The gradients of a matrix product, computed on another machine" \
+      org.opencontainers.image.vendor="The gradwire maintainers" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="${PYTHON_IMAGE}"
 ENV PATH=/opt/gradwire/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     GRADWIRE_LISTEN=0.0.0.0:50051
@@ -47,7 +75,8 @@ EXPOSE 50051
 # The server drains on SIGTERM for GRADWIRE_GRACE seconds (30), so whoever stops
 # the container has to wait that long: Docker's own default is 10.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+# On a busy host the command needs seconds to start, before it asks for up to 4.
+HEALTHCHECK --interval=10s --timeout=20s --start-period=60s --retries=3 \
     CMD ["gradwire", "health", "--timeout", "4"]
 ENTRYPOINT ["gradwire"]
 CMD ["serve"]
@@ -61,6 +90,20 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     CUPY_CACHE_DIR=/tmp/cupy \
     CUDA_CACHE_PATH=/tmp/cuda
+# Last, as they differ with every commit:
+#   --build-arg REVISION=$(git rev-parse HEAD) --build-arg CREATED=$(date -u +%FT%TZ)
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
 
 FROM base AS cpu
 COPY --from=build-cpu /opt/gradwire /opt/gradwire
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"

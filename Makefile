@@ -110,7 +110,8 @@ lint: $(VENV)/.ready-dev check-protos ## style, types, contract, container file,
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/mypy
 	$(VENV)/bin/hadolint Dockerfile
-	$(VENV)/bin/shellcheck .ci/run scripts/check-clients scripts/check-containers scripts/check-contract scripts/within
+	$(VENV)/bin/shellcheck .ci/run deploy/containers/install-gradwire scripts/check-clients \
+	  scripts/check-containers scripts/check-contract scripts/lock-containers scripts/within
 
 .PHONY: check-protos
 check-protos: $(VENV)/.ready-dev $(PROTOS_VENV)/.ready ## contract: lint, compatibility, generated code
@@ -138,6 +139,10 @@ protos: $(PROTOS_VENV)/.ready ## regenerate protos/gradwire_protocol/v1 from pro
 .PHONY: sync
 sync: $(VENV)/.ready-dev ## regenerate the synchronous client from the asynchronous one
 	$(PY) scripts/generate-sync
+
+.PHONY: lock-containers
+lock-containers: $(VENV)/.ready-lock ## write what the images install, with hashes, after a change of dependencies
+	UV=$(VENV)/bin/uv scripts/lock-containers
 
 .PHONY: format
 format: $(VENV)/.ready-dev ## format the code and the contract
@@ -187,6 +192,10 @@ $(VENV)/.ready-demo: pyproject.toml $(PY) | $(VENV)/.ready-pip
 $(VENV)/.ready-dev: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what the tests need into $(VENV) ..."
 	@$(PY) $(PIP_INSTALL) --editable '.[server]' --group dev
+	@touch $@
+
+$(VENV)/.ready-lock: pyproject.toml $(PY) | $(VENV)/.ready-pip
+	@$(PY) $(PIP_INSTALL) --group lock
 	@touch $@
 
 $(VENV)/.ready-fuzz: pyproject.toml $(PY) | $(VENV)/.ready-pip

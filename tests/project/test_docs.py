@@ -57,3 +57,14 @@ def test_links_lead_to_files_of_the_repository(page):
     """The build of the site checks the rest: anchors, and that every page is found."""
     for target in re.findall(r"\]\(([^)\s#]+)", page.read_text()):
         assert "://" in target or (page.parent / target).is_file(), target
+
+
+def test_the_page_about_deploying_names_files_and_targets_that_exist():
+    text = (ROOT / "docs" / "deploying.md").read_text()
+    files = set(re.findall(r"deploy/[\w./-]*\w", text))
+    assert len(files) > 2
+    assert not {path for path in files if not (ROOT / path).exists()}
+    targets = re.findall(r"`make ([\w-]+)`", text)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets
+    assert all(f"\n{target}:" in makefile for target in targets)
