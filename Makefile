@@ -112,6 +112,7 @@ lint: $(VENV)/.ready-dev check-protos ## style, types, contract, container file,
 	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/shellcheck .ci/run deploy/containers/install-gradwire scripts/check-clients \
 	  scripts/check-containers scripts/check-contract scripts/lock-containers scripts/within
+	$(PY) scripts/check-deploy --quick
 
 .PHONY: check-protos
 check-protos: $(VENV)/.ready-dev $(PROTOS_VENV)/.ready ## contract: lint, compatibility, generated code
@@ -125,6 +126,10 @@ check-wheel: $(VENV)/.ready-dev ## build the package, use it in clean environmen
 .PHONY: check-clients
 check-clients: $(VENV)/.ready-dev ## build and run the clients in Go, C++ and Node
 	scripts/check-clients
+
+.PHONY: check-deploy
+check-deploy: $(VENV)/.ready-dev ## have kubectl, promtool, Envoy and others, where they are, check deploy/
+	$(PY) scripts/check-deploy
 
 .PHONY: check-containers
 check-containers: ## build the image and use it; needs Docker with Compose v2

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gradwire_cli.terminal.logs import LogSettings
 from gradwire_protocol.error_reasons import Reason
@@ -62,9 +63,25 @@ def test_links_lead_to_files_of_the_repository(page):
 def test_the_page_about_deploying_names_files_and_targets_that_exist():
     text = (ROOT / "docs" / "deploying.md").read_text()
     files = set(re.findall(r"deploy/[\w./-]*\w", text))
-    assert len(files) > 2
+    assert len(files) > 5
     assert not {path for path in files if not (ROOT / path).exists()}
     targets = re.findall(r"`make ([\w-]+)`", text)
     makefile = (ROOT / "Makefile").read_text()
     assert targets
     assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_the_page_about_deploying_names_every_component():
+    text = (ROOT / "docs" / "deploying.md").read_text()
+    kubernetes = ROOT / "deploy" / "kubernetes"
+    for folder in [*kubernetes.glob("components/*"), *kubernetes.glob("overlays/*")]:
+        assert f"`{folder.name}`" in text
+
+
+def test_the_commands_for_kubernetes_make_the_secrets_that_pods_mount():
+    text = (ROOT / "docs" / "deploying.md").read_text()
+    made = set(re.findall(r"create secret \w+ ([\w-]+)", text))
+    base = (ROOT / "deploy" / "kubernetes" / "base" / "deployment.yaml").read_text()
+    pod = yaml.safe_load(base)["spec"]["template"]["spec"]
+    mounted = {v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
+    assert made == mounted
