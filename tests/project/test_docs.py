@@ -71,11 +71,15 @@ def test_the_page_about_deploying_names_files_and_targets_that_exist():
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
-def test_the_page_about_deploying_names_every_component():
+def test_the_page_about_deploying_names_every_component_and_profile():
     text = (ROOT / "docs" / "deploying.md").read_text()
     kubernetes = ROOT / "deploy" / "kubernetes"
     for folder in [*kubernetes.glob("components/*"), *kubernetes.glob("overlays/*")]:
         assert f"`{folder.name}`" in text
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    profiles = {p for s in compose["services"].values() for p in s.get("profiles", ())}
+    for profile in profiles - {"check"}:
+        assert f"--profile {profile} " in text
 
 
 def test_the_commands_for_kubernetes_make_the_secrets_that_pods_mount():

@@ -1,0 +1,85 @@
+"""The services of docker-compose.yml find each other, and the files that they mount."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def read(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = read("docker-compose.yml")["services"]
+    return found
+
+
+def test_every_file_that_is_mounted_exists(services: dict[str, dict[str, Any]]) -> None:
+    mounted = [
+        volume.split(":")
+        for service in services.values()
+        for volume in service.get("volumes", ())
+        if volume.startswith("./")
+    ]
+    assert len(mounted) > 2
+    for source, _, mode in mounted:
+        assert (ROOT / source).exists()
+        assert mode == "ro"
+
+
+def test_prometheus_reads_the_metrics_of_every_server(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    listening = {
+        name: service["environment"]["GRADWIRE_METRICS_LISTEN"]
+        for name, service in services.items()
+        if "serve" in service.get("command", ())
+    }
+    (job,) = read("deploy/prometheus/prometheus.yml")["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    assert dict.fromkeys(found["names"], f"0.0.0.0:{found['port']}") == listening
+
+
+def test_envoy_finds_the_servers_of_its_profile(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    aliases = {
+        alias
+        for service in services.values()
+        if service.get("profiles") == ["scale"] and "networks" in service
+        for alias in service["networks"]["default"]["aliases"]
+    }
+    envoy = read("deploy/proxies/envoy.yaml")["static_resources"]
+    (listener,) = envoy["listeners"]
+    published = services["envoy"]["ports"][0].rpartition(":")[2]
+    assert str(listener["address"]["socket_address"]["port_value"]) == published
+    (cluster,) = envoy["clusters"]
+    (endpoints,) = cluster["load_assignment"]["endpoints"]
+    addresses = [
+        each["endpoint"]["address"]["socket_address"]
+        for each in endpoints["lb_endpoints"]
+    ]
+    assert {address["address"] for address in addresses} == aliases
+    assert {address["port_value"] for address in addresses} == {50051}
+
+
+def test_grafana_asks_the_prometheus_of_its_profile(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    (source,) = read("deploy/grafana/provisioning/datasources/prometheus.yml")[
+        "datasources"
+    ]
+    published = services["prometheus"]["ports"][0].rpartition(":")[2]
+    assert source["url"] == f"http://prometheus:{published}"
+    (provider,) = read("deploy/grafana/provisioning/dashboards/gradwire.yml")[
+        "providers"
+    ]
+    mounts = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
+    assert provider["options"]["path"] in mounts
