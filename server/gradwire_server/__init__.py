@@ -15,6 +15,7 @@ from gradwire_server.errors import (
     CredentialsError,
     ListenError,
     StateDirectoryError,
+    TracesError,
 )
 from gradwire_server.server import Server
 from gradwire_server.settings import Settings
@@ -27,5 +28,6 @@ __all__ = [
     "Server",
     "Settings",
     "StateDirectoryError",
+    "TracesError",
     "start_in_thread",
 ]

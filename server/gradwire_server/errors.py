@@ -24,6 +24,10 @@ class BackendUnavailableError(BackendError):
     """
 
 
+class TracesError(RuntimeError):
+    """Traces cannot be sent; the text gives the cause."""
+
+
 class StateDirectoryError(OSError):
     """The directory for saved states cannot be used; the text gives the cause."""
 

@@ -29,6 +29,7 @@ from gradwire_server.observability.access_log import AccessLog
 from gradwire_server.observability.calls import Observers
 from gradwire_server.observability.grpc_log import keep_departures_from_log
 from gradwire_server.observability.timeline import Observe, no_observer
+from gradwire_server.observability.tracing import Tracing
 from gradwire_server.scheduling.device_selector import DeviceSelector
 from gradwire_server.sessions import drain
 from gradwire_server.settings import Settings
@@ -68,6 +69,7 @@ class Server:
     Raises:
         BackendError: The backend cannot be used here; the text gives the cause.
         CredentialsError: A file with credentials cannot be used.
+        TracesError: Traces cannot be sent.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class Server:
         self._observe = observe
         self._health = health.Health()
         self._beside = SideListeners(settings, self._health)
-        self._call_observer = Observers(
-            each for each in (AccessLog(), self._beside.totals) if each is not None
-        )
+        self._tracing = Tracing(otlp=settings.traces)
+        # Tracing comes first: it gives a call the ids that its log lines have.
+        every = (self._tracing.observer, AccessLog(), self._beside.totals)
+        self._call_observer = Observers(each for each in every if each is not None)
         self._gate = make_auth_interceptor(settings, self._call_observer)
         self.addresses: tuple[str, ...] = ()
         """Addresses for clients, once the server has started."""
@@ -153,6 +156,7 @@ class Server:
         except (OSError, BackendError):
             await server.stop(None)
             await self._beside.close()
+            await self._tracing.close()
             for address in bound:
                 listener.remove(address)
             raise
@@ -173,6 +177,7 @@ class Server:
             extra={
                 "addresses": " ".join(self.addresses),
                 **self._beside.addresses(),
+                **self._tracing.addresses(),
                 "tls": "none" if tls is None else "mutual" if tls.mutual else "server",
                 "backend": self.backend_name,
                 "memory_limit": admission.memory_limit,
@@ -268,6 +273,7 @@ class Server:
         for address in self.addresses:
             listener.remove(address)
         await self._beside.close()
+        await self._tracing.close()
         _log.info("stopped")
 
     def _bind(

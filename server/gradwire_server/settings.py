@@ -32,6 +32,11 @@ class Settings:
     metrics_tenants: bool = False
     """Whether metrics count jobs, bytes and seconds of each tenant, with its name."""
 
+    traces: bool = False
+    """Whether to send a trace of each call by OTLP (OpenTelemetry). The variables
+    OTEL_* say where to and how much, as OTEL_EXPORTER_OTLP_ENDPOINT. Without it, calls
+    are traced if the process has a tracer provider of its own."""
+
     health_listen: str | None = None
     """Address of a port for health probes alone, HOST:PORT or PORT of 127.0.0.1,
     in plaintext and without credentials: a kubelet's gRPC probe speaks no TLS. Port 0

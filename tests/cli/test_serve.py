@@ -151,6 +151,13 @@ def test_an_address_that_cannot_be_had_is_a_sentence(tmp_path: Path) -> None:
         assert text in sentence(done)
 
 
+def test_traces_that_cannot_be_sent_are_a_sentence() -> None:
+    pigeon = {"OTEL_EXPORTER_OTLP_PROTOCOL": "pigeon"}
+    done = gradwire("serve", "--listen=127.0.0.1:0", "--traces", env=pigeon)
+    assert done.returncode == 1
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL is 'pigeon'" in sentence(done)
+
+
 def test_plaintext_beyond_this_host_has_to_be_asked_for() -> None:
     done = gradwire("serve", "--listen", "0.0.0.0:0")
     assert done.returncode == 1

@@ -51,6 +51,7 @@ OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     "listen": ("127.0.0.1:1", ("127.0.0.1:1",), '["127.0.0.1:1"]'),
     "metrics_listen": ("9464", "9464", '"9464"'),
     "metrics_tenants": ("true", True, "true"),
+    "traces": ("true", True, "true"),
     "health_listen": ("0.0.0.0:9", "0.0.0.0:9", '"0.0.0.0:9"'),
     "tls_cert": ("a.pem", Path("a.pem"), '"a.pem"'),
     "tls_key": ("b.pem", Path("b.pem"), '"b.pem"'),

@@ -70,6 +70,7 @@ async def _serve(settings: ServeSettings) -> None:
         ListenError,
         Server,
         StateDirectoryError,
+        TracesError,
     )
 
     asked, insisted = asyncio.Event(), asyncio.Event()
@@ -92,6 +93,7 @@ async def _serve(settings: ServeSettings) -> None:
         BackendError,
         CredentialsError,
         StateDirectoryError,
+        TracesError,
     ) as error:
         raise CommandError(str(error)) from error
     try:

@@ -41,6 +41,9 @@ _LEAST_TIMEOUT_S = 0.001
 MAX_METADATA_BYTES = 7 * 1024
 """Most bytes of a call's metadata, including the token."""
 
+TRACE_KEYS = ("traceparent", "tracestate")
+"""Keys of the metadata that names the caller's span (W3C Trace Context)."""
+
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 
 
@@ -287,17 +290,22 @@ def check_metadata_size(pairs: Iterable[tuple[str, str | bytes]]) -> None:
     Raises:
         InputError: The metadata is too large.
     """
-    # RFC 9113, section 6.5.2: an entry counts its name, its value and 32 bytes.
-    # gRPC sends bytes in base64.
-    size = sum(
-        len(key) + 32 + (len(value) if isinstance(value, str) else len(value) * 4 // 3)
-        for key, value in pairs
-    )
+    size = metadata_bytes(pairs)
     if size > MAX_METADATA_BYTES:
         raise InputError(
             f"metadata has {size} bytes, with its keys and the token: expected at most"
             f" {MAX_METADATA_BYTES}"
         )
+
+
+def metadata_bytes(pairs: Iterable[tuple[str, str | bytes]]) -> int:
+    """Return the size of metadata, as gRPC counts it."""
+    # RFC 9113, section 6.5.2: an entry counts its name, its value and 32 bytes.
+    # gRPC sends bytes in base64.
+    return sum(
+        len(key) + 32 + (len(value) if isinstance(value, str) else len(value) * 4 // 3)
+        for key, value in pairs
+    )
 
 
 def parse_shape(value: Any) -> tuple[int, ...]:

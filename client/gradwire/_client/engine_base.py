@@ -27,6 +27,7 @@ from gradwire._api.verify import parse_verify
 from gradwire._client.job_factory import JobFactory
 from gradwire._client.options import ClientOptions
 from gradwire._resilience.array_job import ArrayJob
+from gradwire._resilience.call_span import CallSpan
 from gradwire._resilience.retry import Attempts, Retries, parse_retries
 from gradwire._transport.address import parse_addresses
 from gradwire._transport.endpoint import Endpoint, Endpoints
@@ -127,9 +128,9 @@ class EngineBase:
 
         return delay_s
 
-    def attempts(self, options: Options) -> Attempts:
+    def attempts(self, options: Options, span: CallSpan | None = None) -> Attempts:
         """Return the attempts of a job that begins now."""
-        return Attempts(self.retries, options.timeout_s, options.job_id)
+        return Attempts(self.retries, options.timeout_s, options.job_id, span)
 
     def _learn_features(self, engines: Sequence[EngineBase]) -> None:
         """Use the common features and limits of all servers that have answered."""

@@ -145,6 +145,7 @@ class SessionBase:
         self.lease_s = parse_lease(lease_s)
         self.label = check_name(label, "label")
         self.token = ""
+        self._id = ""
         self.step_count = 0
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -197,6 +198,7 @@ class SessionBase:
         """Use the server's answer to OpenSession."""
         self._process = os.getpid()
         self.token = answer.session
+        self._id = answer.id
         self.lease_s = answer.lease_seconds
         self.step_count = answer.step
 

@@ -25,8 +25,9 @@ from gradwire._api.errors import (
     TlsError,
     VerificationError,
 )
-from gradwire._api.options import Options, left_of
+from gradwire._api.options import MetadataPairs, Options, left_of
 from gradwire._api.types import Receipt
+from gradwire._resilience.call_span import CallSpan
 
 _log = logging.getLogger("gradwire")
 # Without a handler, Python would write the warnings to standard error.
@@ -192,6 +193,7 @@ class Attempts:
         retries: The client's policy and budget.
         timeout_s: Seconds for all attempts together; None: no limit.
         job_id: Id of the job; None for calls without a job.
+        span: The call's span; None if it is not traced.
 
     Attributes:
         count: Number of attempts, including the current one.
@@ -199,11 +201,19 @@ class Attempts:
         begun: Time at which the first attempt began.
         avoid: Addresses of servers on which an attempt failed.
         retry_on_other_server: Whether the next attempt can use another server.
+        span: The call's span; None if it is not traced.
+        metadata: Metadata that names the span to the server.
     """
 
     def __init__(
-        self, retries: Retries, timeout_s: float | None, job_id: str | None = None
+        self,
+        retries: Retries,
+        timeout_s: float | None,
+        job_id: str | None = None,
+        span: CallSpan | None = None,
     ) -> None:
+        self.span = span
+        self.metadata: MetadataPairs = () if span is None else span.metadata
         self.count = 1
         self.causes: list[str] = []
         self.begun = retries.clock()
@@ -217,7 +227,10 @@ class Attempts:
 
     def options(self, options: Options) -> Options:
         """Return the options of the next attempt, with the time left."""
-        return left_of(options, self.begun)
+        options = left_of(options, self.begun)
+        if self.metadata:
+            options = replace(options, metadata=options.metadata + self.metadata)
+        return options
 
     @property
     def left_s(self) -> float | None:
@@ -254,6 +267,10 @@ class Attempts:
                 )
             return None
         self.causes.append(str(cause))
+        ids = {}
+        if self.span is not None:
+            self.span.retried(str(cause), delay_s)
+            ids = self.span.ids
         _log.warning(
             "%s: attempt %d failed with %s; the next one starts in %.3f s: %s",
             f"job {self._job_id}" if self._job_id else "a call",
@@ -267,6 +284,7 @@ class Attempts:
                 "status": error.status.name if error.status else None,
                 "reason": error.reason,
                 "delay_s": delay_s,
+                **ids,
             },
         )
         self.count += 1
@@ -275,6 +293,11 @@ class Attempts:
     def succeeded(self) -> None:
         """Record that the current attempt succeeded."""
         self._retries.succeeded()
+
+    def ended(self, error: BaseException | None = None) -> None:
+        """End the span; None: the call succeeded. Further calls do nothing."""
+        if self.span is not None:
+            self.span.end(error)
 
     def annotate(self, receipt: Receipt) -> Receipt:
         """Return the receipt with the number of attempts and their causes."""

@@ -46,6 +46,7 @@ class StreamJob:
 
     Attributes:
         exchange: The conversation with the server, that of the last attempt.
+        plan: The job's plan.
         options: What the caller asked for.
         ready: Row blocks that are complete and were not handed out yet.
         sums: The wanted results that are summed over row blocks, as NumPy arrays.
@@ -76,7 +77,7 @@ class StreamJob:
         self.address = ""
         self.options = plan.options
         self._copies = copies or HostCopies()
-        self._plan = plan
+        self.plan = plan
         self._held = held
         self._checkpoint_rows = checkpoint_rows
         self._early_bytes = early_bytes
@@ -100,7 +101,7 @@ class StreamJob:
 
     def begin(self) -> JobExchange:
         """Begin the next attempt, and return its exchange."""
-        plan = self._plan
+        plan = self.plan
         if self._held.complete:
             plan = replace(plan, m=self._held.count)
         self._sender = Sender(plan)
@@ -191,9 +192,7 @@ class StreamJob:
                 )
                 raise self._cause from error
             return False
-        if self._checkpoint_rows is not None and needs_no_checkpoints(
-            self._plan, error
-        ):
+        if self._checkpoint_rows is not None and needs_no_checkpoints(self.plan, error):
             self._checkpoint_rows = None
             return True
         self._cause = error

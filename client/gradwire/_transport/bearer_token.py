@@ -7,7 +7,13 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from gradwire._api.errors import InputError
-from gradwire._api.options import MetadataPairs, check_metadata_size
+from gradwire._api.options import (
+    MAX_METADATA_BYTES,
+    TRACE_KEYS,
+    MetadataPairs,
+    check_metadata_size,
+    metadata_bytes,
+)
 
 TokenLike: TypeAlias = "str | Callable[[], str]"
 """A token, or a function that returns one for each call."""
@@ -53,6 +59,9 @@ class Token:
         else:
             now = self._given
         whole = (*metadata, (HEADER, f"Bearer {now}"))
+        if metadata_bytes(whole) > MAX_METADATA_BYTES:
+            # A call is not to fail because it is traced.
+            whole = tuple(pair for pair in whole if pair[0] not in TRACE_KEYS)
         check_metadata_size(whole)
         return whole
 

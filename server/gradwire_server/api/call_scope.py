@@ -53,6 +53,7 @@ async def call_scope(
         method=method,
         transport="unix" if context.peer().startswith("unix") else "tcp",
         tenant=tenancy.current.get(),
+        metadata=context.invocation_metadata,
     )
     observer = service.call_observer
     observer.began(call)
@@ -87,7 +88,7 @@ def _hold_until_read(call: CallState, held: ExitStack, idle_s: float) -> None:
         raise RuntimeError("a call runs in a task")
 
     def give_up() -> None:
-        _log.warning("the answer was not read", extra={"job_id": call.job_id})
+        _log.warning("the answer was not read", extra=_names(call))
         task.cancel()
 
     def sent(_: object) -> None:
@@ -129,7 +130,8 @@ async def _outcome(
     except Exception:  # noqa: BLE001 - logged; the client gets the id
         error_id = f"error-{secrets.token_hex(6)}"
         _log.exception(
-            "unforeseen error", extra={"error_id": error_id, "job_id": call.job_id}
+            "unforeseen error",
+            extra={"error_id": error_id, **_names(call)},
         )
         return None, JobError(
             Reason.UNFORESEEN,
@@ -139,6 +141,11 @@ async def _outcome(
     call.complete = True
     observer.ended(call, None)
     return answer, None
+
+
+def _names(call: CallState) -> dict[str, str]:
+    """Return the fields of a log line that name a call."""
+    return {"job_id": call.job_id, **(call.trace_ids or {})}
 
 
 def _is_late(context: Context) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.jobs.header.cache import Header
+from gradwire_server.observability.calls import Metadata
 from gradwire_server.scheduling.job_progress import JobProgress
 
 
@@ -35,6 +36,8 @@ class CallState:
     announced: job_pb2.Accepted | None = None
     """The job's Accepted message, once admitted."""
     started: float = field(default_factory=time.perf_counter)
+    asked_at: float = 0.0
+    """When the job asked for its turn; 0: it did not."""
     queued_s: float = 0.0
     """From the start to the job's admission."""
     waited_s: float = 0.0
@@ -48,6 +51,10 @@ class CallState:
     """The job's contributions to kept gradients."""
     idle_since: Callable[[], float] = never_busy
     """Returns since when the server has owed the client nothing; event loop's clock."""
+    metadata: Callable[[], Metadata | None] = tuple
+    """Returns the metadata that the client has sent."""
+    trace_ids: Mapping[str, str] | None = None
+    """Fields of log lines: the call's trace and span. None if it is not traced."""
 
     @property
     def accepted(self) -> job_pb2.Accepted:
@@ -72,6 +79,7 @@ class CallState:
         """Return the fields of the call's log line, but for its outcome."""
         fields: dict[str, Any] = {
             "job_id": self.job_id,
+            **(self.trace_ids or {}),
             **({"tenant": self.tenant} if self.tenant else {}),
             "method": self.method,
             "transport": self.transport,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -115,17 +116,22 @@ class CallStream:
 
     async def _send(self, job: StreamedJob) -> None:
         """Send the results in the order in which they become ready."""
+        stages = self._call.progress.stages
         async with aclosing(job.results()) as results:
             async for result in results:
                 if isinstance(result, Checkpoint):
                     await self.write(framing.encode_checkpoint(result.rows))
                     continue
+                if stages is not None:
+                    stages.send.since(time.perf_counter())
                 checksum = crc32c(result.payload) if job.spec.checksum else None
                 await self.write(
                     framing.encode_chunk(
                         result.matrix, result.index, result.payload, checksum
                     )
                 )
+                if stages is not None:
+                    stages.send.since(stages.send.first)
 
     async def write(self, message: bytes) -> None:
         """Pass a message to gRPC; wait while the client does not read."""

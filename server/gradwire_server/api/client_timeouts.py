@@ -52,6 +52,8 @@ class ClientTimeouts:
             ) from None
         finally:
             call.receiving_s += time.perf_counter() - started
+            if (stages := call.progress.stages) is not None:
+                stages.receive.since(started)
 
     @asynccontextmanager
     async def client_reads(self, call: CallState) -> AsyncIterator[None]:

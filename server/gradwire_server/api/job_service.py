@@ -176,7 +176,7 @@ class JobService:
         load = make_load(
             header.spec, header.plan, header.device_bytes, call.progress, device
         )
-        asked_at = time.perf_counter()
+        asked_at = call.asked_at = time.perf_counter()
         async with self.admission.job(
             call.reserved_bytes, load, on_wait, call.tenant
         ) as position:

@@ -5,6 +5,7 @@ It runs in the device worker's thread, except for jobs small enough to run inlin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -92,9 +93,14 @@ class DeviceExecution:
         Returns:
             A wait for asynchronous work, or None if the block is computed.
         """
+        stages = self._progress.stages
+        if stages is not None:
+            stages.compute.since(time.perf_counter())
         wait = self._opened.compute_block(block)
         if wait is None:
             self._progress.blocks += 1
+            if stages is not None:
+                stages.compute.since(stages.compute.first)
             return None
         return partial(self._block_computed, wait)
 
@@ -105,9 +111,12 @@ class DeviceExecution:
         """
         if self._spec.into:
             tensors.take(self._opened.kept_sums())
-        if all(result in self._spec.into for result in self._spec.sums):
-            return {}
-        return self._opened.finish()
+        sums: Sums = {}
+        if any(result not in self._spec.into for result in self._spec.sums):
+            sums = self._opened.finish()
+        if (stages := self._progress.stages) is not None and stages.compute.first:
+            stages.compute.since(stages.compute.first)
+        return sums
 
     def run(
         self, operands: Mapping[Matrix, memoryview], tensors: JobTensors
@@ -166,6 +175,8 @@ class DeviceExecution:
     def _block_computed(self, wait: Wait) -> None:
         wait()
         self._progress.blocks += 1
+        if (stages := self._progress.stages) is not None:
+            stages.compute.since(stages.compute.first)
 
     def _blocks(self, arrays: Mapping[Matrix, Array], m: int) -> Iterator[RowBlock]:
         for first in range(0, m if self._plan.computes else 0, self._plan.block_rows):

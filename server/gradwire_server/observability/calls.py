@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_server.errors import JobError
+from gradwire_server.observability.stages import StageIntervals
+
+Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
+"""The metadata that a client sends with a call."""
 
 
 class Times(Protocol):
@@ -22,6 +26,7 @@ class Progress(Protocol):
     bytes_received: int
     bytes_sent: int
     handed_over: bool
+    stages: StageIntervals | None
 
     @property
     def times(self) -> Times:
@@ -36,14 +41,21 @@ class Call(Protocol):
     tenant: str
     admitted: bool
     started: float
+    asked_at: float
+    queued_s: float
     waited_s: float
     receiving_s: float
     sending_s: float
     ends_by_cancelling: bool
+    trace_ids: Mapping[str, str] | None
 
     @property
     def progress(self) -> Progress:
         """What the call has done so far."""
+
+    @property
+    def metadata(self) -> Callable[[], Metadata | None]:
+        """Returns the metadata that the client has sent."""
 
     @property
     def resumed(self) -> bool:

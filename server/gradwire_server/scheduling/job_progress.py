@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gradwire_server.backends.base import Times
+from gradwire_server.observability.stages import StageIntervals
 
 
 @dataclass(slots=True)
@@ -24,3 +25,5 @@ class JobProgress:
     handed_over: bool = False
     """Whether the job ended with a checkpoint because the server stops."""
     times: Times = field(default_factory=Times)
+    stages: StageIntervals | None = None
+    """When its stages began and ended; None unless the call is traced."""

@@ -15,13 +15,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 from gradwire._api.errors import GradwireError
-from gradwire._api.options import Options, at_most
+from gradwire._api.options import MetadataPairs, Options, at_most
 from gradwire._api.types import Receipt, ServerInfo, server_info_of
 from gradwire._arrays.operand import Operand
 from gradwire._client.engine_base import EngineBase, look_up_address, member_options
 from gradwire._client.options import ClientOptions
 from gradwire._core.exchange import JobExchange
 from gradwire._resilience.array_job import ArrayJob
+from gradwire._resilience.call_span import job_span, session_span
 from gradwire._resilience.load_balancer import (
     ASK_S,
     Lease,
@@ -171,7 +172,9 @@ class AsyncEngine(EngineBase):
         Raises:
             GradwireError: The last attempt failed.
         """
-        attempts = self.attempts(job.plan.options)
+        options = job.plan.options
+        span = job_span(job.plan, options.metadata, unary=job.unary)
+        attempts = self.attempts(options, span)
 
         async def attempt() -> Receipt:
             with await self.lease(attempts) as lease:
@@ -244,6 +247,8 @@ class AsyncEngine(EngineBase):
             attempts: The call's attempts.
         """
         job.address = self.address
+        if attempts.span is not None:
+            attempts.span.sent_to(self.address)
         exchange = job.begin()
         return AsyncCall(
             self._connection(),
@@ -253,14 +258,26 @@ class AsyncEngine(EngineBase):
         )
 
     async def session_call(
-        self, name: str, request: Any, timeout_s: float | None
+        self,
+        name: str,
+        request: Any,
+        timeout_s: float | None,
+        attempts: Attempts | None = None,
     ) -> Any:
         """Call a method of the sessions of this engine's server.
+
+        Args:
+            name: The method.
+            request: Its request.
+            timeout_s: Timeout in seconds; None: no limit.
+            attempts: The call's attempts; None: it is not traced.
 
         Raises:
             GradwireError: The call failed.
         """
         metadata = self.jobs.metadata
+        if attempts is not None and attempts.span is not None:
+            metadata = self._traced(attempts)
         return await self._connection().session_call(name, request, timeout_s, metadata)
 
     async def call_once(self, name: str, request: Any, address: str | None) -> Any:
@@ -279,38 +296,41 @@ class AsyncEngine(EngineBase):
             engine = await self._engine_at(address)
             if engine is not self:
                 return await engine.call_once(name, request, None)
-        attempts = Attempts(self.retries, self.jobs.timeout_s)
+        span = session_span(name, self.jobs.metadata)
+        attempts = Attempts(self.retries, self.jobs.timeout_s, span=span)
 
         async def attempt() -> Any:
             with await self.lease(attempts) as lease:
-                return await lease.engine.session_call(name, request, attempts.left_s)
+                return await lease.engine.session_call(
+                    name, request, attempts.left_s, attempts
+                )
 
         return await self.retry(attempts, attempt)
 
     async def put_tensor(
-        self, requests: Iterator[PutTensorRequest], timeout_s: float | None
+        self, requests: Iterator[PutTensorRequest], attempts: Attempts
     ) -> None:
         """Put a tensor into a session of this engine's server.
 
         Raises:
             GradwireError: The call failed.
         """
-        metadata = self.jobs.metadata
-        await self._connection().put_tensor(requests, timeout_s, metadata)
+        metadata = self._traced(attempts)
+        await self._connection().put_tensor(requests, attempts.left_s, metadata)
 
     async def get_tensor(
         self,
         request: GetTensorRequest,
         take: Callable[[GetTensorResponse], None],
-        timeout_s: float | None,
+        attempts: Attempts,
     ) -> None:
         """Get a tensor of a session of this engine's server.
 
         Raises:
             GradwireError: The call failed.
         """
-        metadata = self.jobs.metadata
-        await self._connection().get_tensor(request, take, timeout_s, metadata)
+        metadata, left_s = self._traced(attempts), attempts.left_s
+        await self._connection().get_tensor(request, take, left_s, metadata)
 
     async def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Allocate shared memory.
@@ -375,6 +395,8 @@ class AsyncEngine(EngineBase):
     async def _execute_checked(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job, and check its results if that is wanted."""
         receipt = await self._execute(job, attempts)
+        if attempts.span is not None:
+            attempts.span.computed(receipt)
         if job.to_verify:
             return await run_beside(lambda: job.verified(receipt, self.address))
         return job.verified(receipt, self.address)
@@ -382,6 +404,8 @@ class AsyncEngine(EngineBase):
     async def _execute(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job on this engine's server, in the fastest way."""
         options = job.plan.options
+        if attempts.span is not None:
+            attempts.span.sent_to(self.address)
         if self._should_use_shm(job):
             receipt = await self._run_in_shm(job, attempts)
             if receipt is not None:
@@ -426,6 +450,8 @@ class AsyncEngine(EngineBase):
         if allocations is None:
             return None
         shared.place(allocations)
+        if attempts.span is not None:
+            attempts.span.in_shared_memory()
         await _copy(shared, shared.copy_in)
         exchange = shared.exchange()
         options = attempts.options(job.plan.options)
@@ -504,17 +530,29 @@ class AsyncEngine(EngineBase):
         Raises:
             GradwireError: The last attempt failed.
         """
-        while True:
-            try:
-                result = await attempt()
-            except GradwireError as error:
-                delay_s = attempts.after(error)
-                if delay_s is None:
-                    raise
-            else:
-                attempts.succeeded()
-                return result
-            await self.sleep(delay_s)
+        try:
+            while True:
+                try:
+                    result = await attempt()
+                except GradwireError as error:
+                    delay_s = attempts.after(error)
+                    if delay_s is None:
+                        raise
+                else:
+                    attempts.succeeded()
+                    if attempts.span is not None:
+                        attempts.ended()
+                    return result
+                await self.sleep(delay_s)
+        except BaseException as error:
+            attempts.ended(error)
+            raise
+
+    def _traced(self, attempts: Attempts) -> MetadataPairs:
+        """Return the metadata of an attempt of a session's call on this server."""
+        if attempts.span is not None:
+            attempts.span.sent_to(self.address)
+        return self.jobs.metadata + attempts.metadata
 
     def _connection(self) -> AsyncConnection:
         """Return the connection to the server, and create it if necessary.

@@ -47,6 +47,7 @@ from gradwire._client.session_files import SavedTensor
 from gradwire._core.kept import Keeping, Tensor
 from gradwire._core.tensor_messages import TensorReader, put_requests
 from gradwire._resilience.array_job import ArrayJob
+from gradwire._resilience.call_span import session_span
 from gradwire._resilience.retry import Attempts
 from gradwire._transport.async_io import AsyncRepeater, close_at_exit, run_beside
 from gradwire_protocol.dtypes import Dtype
@@ -106,12 +107,12 @@ class AsyncSession(SessionBase):
         """
         self.require_new()
         request = self.open_request()
-        attempts = Attempts(self._client_engine.retries, self._timeout_s)
+        attempts = self._attempts("OpenSession", self._timeout_s)
 
         async def attempt() -> tuple[AsyncEngine, pb2.OpenSessionResponse]:
             with await self._client_engine.lease(attempts) as lease:
                 answer = await lease.engine.session_call(
-                    "OpenSession", request, attempts.left_s
+                    "OpenSession", request, attempts.left_s, attempts
                 )
                 return lease.engine, answer
 
@@ -145,12 +146,17 @@ class AsyncSession(SessionBase):
             return
         self._ended = True
         request = pb2.CloseSessionRequest(session=self.token)
+        attempts = self._attempts("CloseSession", _CLOSE_S)
         try:
             left_s = _CLOSE_S if timeout_s is None else timeout_s
-            await self._engine.session_call("CloseSession", request, left_s)
-        except GradwireError:
-            # The lease ends it then.
-            return
+            await self._engine.session_call("CloseSession", request, left_s, attempts)
+        except BaseException as error:
+            attempts.ended(error)
+            # A session that was not closed ends with its lease.
+            if not isinstance(error, GradwireError):
+                raise
+        else:
+            attempts.ended()
 
     async def put(
         self,
@@ -670,29 +676,30 @@ class AsyncSession(SessionBase):
     async def _call(self, name: str, request: Any) -> Any:
         """Call a method of the session, with retries."""
 
-        async def attempt(left_s: float | None) -> Any:
-            return await self._engine.session_call(name, request, left_s)
+        async def attempt(attempts: Attempts) -> Any:
+            left_s = attempts.left_s
+            return await self._engine.session_call(name, request, left_s, attempts)
 
-        return await self._retried(attempt)
+        return await self._retried(name, attempt)
 
     async def _put(self, header: Any, elements: Any) -> None:
         may_be_there = False
 
-        async def attempt(left_s: float | None) -> None:
+        async def attempt(attempts: Attempts) -> None:
             nonlocal may_be_there
             # The answer alone may have been lost. Without elements, that is found out
             # at once.
-            if may_be_there and await self._is_there(header, left_s):
+            if may_be_there and await self._is_there(header, attempts):
                 return
             may_be_there = elements is not None
-            await self._engine.put_tensor(put_requests(header, elements), left_s)
+            await self._engine.put_tensor(put_requests(header, elements), attempts)
 
-        await self._retried(attempt)
+        await self._retried("PutTensor", attempt)
 
-    async def _is_there(self, header: Any, timeout_s: float | None) -> bool:
+    async def _is_there(self, header: Any, attempts: Attempts) -> bool:
         """Return whether a tensor was put with this header."""
         try:
-            await self._engine.put_tensor(put_requests(header, None), timeout_s)
+            await self._engine.put_tensor(put_requests(header, None), attempts)
         except CallError as error:
             if error.reason is not Reason.PAYLOAD_MISSING:
                 raise
@@ -710,24 +717,33 @@ class AsyncSession(SessionBase):
     async def _elements(self, number: int, state: str = "") -> Array:
         request = pb2.GetTensorRequest(session=self.token, tensor=number, state=state)
 
-        async def attempt(left_s: float | None) -> TensorReader:
+        async def attempt(attempts: Attempts) -> TensorReader:
             reader = TensorReader()
-            await self._engine.get_tensor(request, reader.take, left_s)
+            await self._engine.get_tensor(request, reader.take, attempts)
             return reader
 
-        return (await self._retried(attempt)).finish()
+        return (await self._retried("GetTensor", attempt)).finish()
 
-    async def _retried(self, attempt: Callable[[float | None], Awaitable[R]]) -> R:
+    async def _retried(
+        self, name: str, attempt: Callable[[Attempts], Awaitable[R]]
+    ) -> R:
         """Return the result of the first successful attempt.
 
         Args:
-            attempt: Makes an attempt in so many seconds; None: no limit.
+            name: The method.
+            attempt: Makes an attempt, in the time that is left.
 
         Raises:
             GradwireError: The last attempt failed.
         """
-        attempts = Attempts(self._engine.retries, self._timeout_s)
-        return await self._engine.retry(attempts, lambda: attempt(attempts.left_s))
+        attempts = self._attempts(name, self._timeout_s)
+        return await self._engine.retry(attempts, lambda: attempt(attempts))
+
+    def _attempts(self, name: str, timeout_s: float | None) -> Attempts:
+        """Return the attempts of a call that begins now."""
+        engine = self._client_engine
+        span = session_span(name, engine.jobs.metadata, self._id)
+        return Attempts(engine.retries, timeout_s, span=span)
 
     def _job(
         self,

@@ -10,6 +10,7 @@ from gradwire._api.errors import GradwireError, VerificationError
 from gradwire._api.types import Receipt, RowBlock
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.row_source import AsyncRowSource
+from gradwire._resilience.call_span import callers_context, job_span
 from gradwire._resilience.load_balancer import Lease
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.row_reader import RowReader
@@ -47,6 +48,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._buffer = engine.jobs.replay_buffer(reader, rows)
         self._rows = AsyncRowSource(rows, self._buffer)
         self._reader = reader
+        self._caller = callers_context()
         self._job: StreamJob | None = None
         self._call: AsyncCall | None = None
         self._attempts: Attempts | None = None
@@ -87,6 +89,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                         await self._engine.sleep(delay_s)
             except BaseException as error:
                 self._release(error)
+                self._end_span(error)
                 await self.aclose()
                 raise
             if self._job is None or not self._job.ready:
@@ -102,10 +105,12 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         if self._job is not None:
             self._job.ready.clear()
         self._release(GeneratorExit())
+        self._end_span(GeneratorExit())
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self._release(GeneratorExit())
+            self._end_span(GeneratorExit())
             if self._call is not None:
                 self._call.abandon()
             self._rows.abandon()
@@ -143,8 +148,13 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         """Return the job and its call, and begin them if necessary."""
         if self._job is None or self._attempts is None:
             await self._rows.fetch(0)
-            self._attempts = self._engine.attempts(self._reader.options)
-            self._job = self._engine.jobs.stream_job(self._reader, self._buffer)
+            job = self._engine.jobs.stream_job(self._reader, self._buffer)
+            options = job.options
+            span = job_span(
+                job.plan, options.metadata, unary=False, context=self._caller
+            )
+            self._attempts = self._engine.attempts(options, span)
+            self._job = job
         if self._lease is None:
             self._lease = await self._engine.lease(self._attempts)
         if self._call is None:
@@ -173,6 +183,11 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         if lease is not None:
             lease.ended(error)
 
+    def _end_span(self, error: BaseException | None = None) -> None:
+        """End the span, with the error of the stream, if any."""
+        if self._attempts is not None:
+            self._attempts.ended(error)
+
     def _delay_s(self, error: GradwireError) -> float | None:
         """Return the seconds until the next attempt after a failure; None: no attempt.
 
@@ -197,7 +212,11 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
             attempts = self._attempts
             if attempts is not None:
                 attempts.succeeded()
-                self._remember(await _checked(job, lambda: job.finish(attempts)))
+                receipt = await _checked(job, lambda: job.finish(attempts))
+                if attempts.span is not None:
+                    attempts.span.computed(receipt)
+                    attempts.ended()
+                self._remember(receipt)
             self._release()
             self._over = True
         else:

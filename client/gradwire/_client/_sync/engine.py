@@ -15,13 +15,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 from gradwire._api.errors import GradwireError
-from gradwire._api.options import Options, at_most
+from gradwire._api.options import MetadataPairs, Options, at_most
 from gradwire._api.types import Receipt, ServerInfo, server_info_of
 from gradwire._arrays.operand import Operand
 from gradwire._client.engine_base import EngineBase, look_up_address, member_options
 from gradwire._client.options import ClientOptions
 from gradwire._core.exchange import JobExchange
 from gradwire._resilience.array_job import ArrayJob
+from gradwire._resilience.call_span import job_span, session_span
 from gradwire._resilience.load_balancer import (
     ASK_S,
     Lease,
@@ -171,7 +172,9 @@ class SyncEngine(EngineBase):
         Raises:
             GradwireError: The last attempt failed.
         """
-        attempts = self.attempts(job.plan.options)
+        options = job.plan.options
+        span = job_span(job.plan, options.metadata, unary=job.unary)
+        attempts = self.attempts(options, span)
 
         def attempt() -> Receipt:
             with self.lease(attempts) as lease:
@@ -244,6 +247,8 @@ class SyncEngine(EngineBase):
             attempts: The call's attempts.
         """
         job.address = self.address
+        if attempts.span is not None:
+            attempts.span.sent_to(self.address)
         exchange = job.begin()
         return SyncCall(
             self._connection(),
@@ -252,13 +257,27 @@ class SyncEngine(EngineBase):
             attempts.options(job.options),
         )
 
-    def session_call(self, name: str, request: Any, timeout_s: float | None) -> Any:
+    def session_call(
+        self,
+        name: str,
+        request: Any,
+        timeout_s: float | None,
+        attempts: Attempts | None = None,
+    ) -> Any:
         """Call a method of the sessions of this engine's server.
+
+        Args:
+            name: The method.
+            request: Its request.
+            timeout_s: Timeout in seconds; None: no limit.
+            attempts: The call's attempts; None: it is not traced.
 
         Raises:
             GradwireError: The call failed.
         """
         metadata = self.jobs.metadata
+        if attempts is not None and attempts.span is not None:
+            metadata = self._traced(attempts)
         return self._connection().session_call(name, request, timeout_s, metadata)
 
     def call_once(self, name: str, request: Any, address: str | None) -> Any:
@@ -277,38 +296,41 @@ class SyncEngine(EngineBase):
             engine = self._engine_at(address)
             if engine is not self:
                 return engine.call_once(name, request, None)
-        attempts = Attempts(self.retries, self.jobs.timeout_s)
+        span = session_span(name, self.jobs.metadata)
+        attempts = Attempts(self.retries, self.jobs.timeout_s, span=span)
 
         def attempt() -> Any:
             with self.lease(attempts) as lease:
-                return lease.engine.session_call(name, request, attempts.left_s)
+                return lease.engine.session_call(
+                    name, request, attempts.left_s, attempts
+                )
 
         return self.retry(attempts, attempt)
 
     def put_tensor(
-        self, requests: Iterator[PutTensorRequest], timeout_s: float | None
+        self, requests: Iterator[PutTensorRequest], attempts: Attempts
     ) -> None:
         """Put a tensor into a session of this engine's server.
 
         Raises:
             GradwireError: The call failed.
         """
-        metadata = self.jobs.metadata
-        self._connection().put_tensor(requests, timeout_s, metadata)
+        metadata = self._traced(attempts)
+        self._connection().put_tensor(requests, attempts.left_s, metadata)
 
     def get_tensor(
         self,
         request: GetTensorRequest,
         take: Callable[[GetTensorResponse], None],
-        timeout_s: float | None,
+        attempts: Attempts,
     ) -> None:
         """Get a tensor of a session of this engine's server.
 
         Raises:
             GradwireError: The call failed.
         """
-        metadata = self.jobs.metadata
-        self._connection().get_tensor(request, take, timeout_s, metadata)
+        metadata, left_s = self._traced(attempts), attempts.left_s
+        self._connection().get_tensor(request, take, left_s, metadata)
 
     def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Allocate shared memory.
@@ -373,6 +395,8 @@ class SyncEngine(EngineBase):
     def _execute_checked(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job, and check its results if that is wanted."""
         receipt = self._execute(job, attempts)
+        if attempts.span is not None:
+            attempts.span.computed(receipt)
         if job.to_verify:
             return run_beside(lambda: job.verified(receipt, self.address))
         return job.verified(receipt, self.address)
@@ -380,6 +404,8 @@ class SyncEngine(EngineBase):
     def _execute(self, job: ArrayJob, attempts: Attempts) -> Receipt:
         """Compute a job on this engine's server, in the fastest way."""
         options = job.plan.options
+        if attempts.span is not None:
+            attempts.span.sent_to(self.address)
         if self._should_use_shm(job):
             receipt = self._run_in_shm(job, attempts)
             if receipt is not None:
@@ -424,6 +450,8 @@ class SyncEngine(EngineBase):
         if allocations is None:
             return None
         shared.place(allocations)
+        if attempts.span is not None:
+            attempts.span.in_shared_memory()
         _copy(shared, shared.copy_in)
         exchange = shared.exchange()
         options = attempts.options(job.plan.options)
@@ -502,17 +530,29 @@ class SyncEngine(EngineBase):
         Raises:
             GradwireError: The last attempt failed.
         """
-        while True:
-            try:
-                result = attempt()
-            except GradwireError as error:
-                delay_s = attempts.after(error)
-                if delay_s is None:
-                    raise
-            else:
-                attempts.succeeded()
-                return result
-            self.sleep(delay_s)
+        try:
+            while True:
+                try:
+                    result = attempt()
+                except GradwireError as error:
+                    delay_s = attempts.after(error)
+                    if delay_s is None:
+                        raise
+                else:
+                    attempts.succeeded()
+                    if attempts.span is not None:
+                        attempts.ended()
+                    return result
+                self.sleep(delay_s)
+        except BaseException as error:
+            attempts.ended(error)
+            raise
+
+    def _traced(self, attempts: Attempts) -> MetadataPairs:
+        """Return the metadata of an attempt of a session's call on this server."""
+        if attempts.span is not None:
+            attempts.span.sent_to(self.address)
+        return self.jobs.metadata + attempts.metadata
 
     def _connection(self) -> SyncConnection:
         """Return the connection to the server, and create it if necessary.

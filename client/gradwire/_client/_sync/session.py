@@ -49,6 +49,7 @@ from gradwire._client.session_files import SavedTensor
 from gradwire._core.kept import Keeping, Tensor
 from gradwire._core.tensor_messages import TensorReader, put_requests
 from gradwire._resilience.array_job import ArrayJob
+from gradwire._resilience.call_span import session_span
 from gradwire._resilience.retry import Attempts
 from gradwire._transport.sync_io import SyncRepeater, close_at_exit, run_beside
 from gradwire_protocol.dtypes import Dtype
@@ -108,12 +109,12 @@ class Session(SessionBase):
         """
         self.require_new()
         request = self.open_request()
-        attempts = Attempts(self._client_engine.retries, self._timeout_s)
+        attempts = self._attempts("OpenSession", self._timeout_s)
 
         def attempt() -> tuple[SyncEngine, pb2.OpenSessionResponse]:
             with self._client_engine.lease(attempts) as lease:
                 answer = lease.engine.session_call(
-                    "OpenSession", request, attempts.left_s
+                    "OpenSession", request, attempts.left_s, attempts
                 )
                 return lease.engine, answer
 
@@ -147,12 +148,17 @@ class Session(SessionBase):
             return
         self._ended = True
         request = pb2.CloseSessionRequest(session=self.token)
+        attempts = self._attempts("CloseSession", _CLOSE_S)
         try:
             left_s = _CLOSE_S if timeout_s is None else timeout_s
-            self._engine.session_call("CloseSession", request, left_s)
-        except GradwireError:
-            # The lease ends it then.
-            return
+            self._engine.session_call("CloseSession", request, left_s, attempts)
+        except BaseException as error:
+            attempts.ended(error)
+            # A session that was not closed ends with its lease.
+            if not isinstance(error, GradwireError):
+                raise
+        else:
+            attempts.ended()
 
     def put(
         self,
@@ -672,29 +678,30 @@ class Session(SessionBase):
     def _call(self, name: str, request: Any) -> Any:
         """Call a method of the session, with retries."""
 
-        def attempt(left_s: float | None) -> Any:
-            return self._engine.session_call(name, request, left_s)
+        def attempt(attempts: Attempts) -> Any:
+            left_s = attempts.left_s
+            return self._engine.session_call(name, request, left_s, attempts)
 
-        return self._retried(attempt)
+        return self._retried(name, attempt)
 
     def _put(self, header: Any, elements: Any) -> None:
         may_be_there = False
 
-        def attempt(left_s: float | None) -> None:
+        def attempt(attempts: Attempts) -> None:
             nonlocal may_be_there
             # The answer alone may have been lost. Without elements, that is found out
             # at once.
-            if may_be_there and self._is_there(header, left_s):
+            if may_be_there and self._is_there(header, attempts):
                 return
             may_be_there = elements is not None
-            self._engine.put_tensor(put_requests(header, elements), left_s)
+            self._engine.put_tensor(put_requests(header, elements), attempts)
 
-        self._retried(attempt)
+        self._retried("PutTensor", attempt)
 
-    def _is_there(self, header: Any, timeout_s: float | None) -> bool:
+    def _is_there(self, header: Any, attempts: Attempts) -> bool:
         """Return whether a tensor was put with this header."""
         try:
-            self._engine.put_tensor(put_requests(header, None), timeout_s)
+            self._engine.put_tensor(put_requests(header, None), attempts)
         except CallError as error:
             if error.reason is not Reason.PAYLOAD_MISSING:
                 raise
@@ -710,24 +717,31 @@ class Session(SessionBase):
     def _elements(self, number: int, state: str = "") -> Array:
         request = pb2.GetTensorRequest(session=self.token, tensor=number, state=state)
 
-        def attempt(left_s: float | None) -> TensorReader:
+        def attempt(attempts: Attempts) -> TensorReader:
             reader = TensorReader()
-            self._engine.get_tensor(request, reader.take, left_s)
+            self._engine.get_tensor(request, reader.take, attempts)
             return reader
 
-        return (self._retried(attempt)).finish()
+        return (self._retried("GetTensor", attempt)).finish()
 
-    def _retried(self, attempt: Callable[[float | None], R]) -> R:
+    def _retried(self, name: str, attempt: Callable[[Attempts], R]) -> R:
         """Return the result of the first successful attempt.
 
         Args:
-            attempt: Makes an attempt in so many seconds; None: no limit.
+            name: The method.
+            attempt: Makes an attempt, in the time that is left.
 
         Raises:
             GradwireError: The last attempt failed.
         """
-        attempts = Attempts(self._engine.retries, self._timeout_s)
-        return self._engine.retry(attempts, lambda: attempt(attempts.left_s))
+        attempts = self._attempts(name, self._timeout_s)
+        return self._engine.retry(attempts, lambda: attempt(attempts))
+
+    def _attempts(self, name: str, timeout_s: float | None) -> Attempts:
+        """Return the attempts of a call that begins now."""
+        engine = self._client_engine
+        span = session_span(name, engine.jobs.metadata, self._id)
+        return Attempts(engine.retries, timeout_s, span=span)
 
     def _job(
         self,

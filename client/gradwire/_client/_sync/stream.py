@@ -12,6 +12,7 @@ from gradwire._api.errors import GradwireError, VerificationError
 from gradwire._api.types import Receipt, RowBlock
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.row_source import SyncRowSource
+from gradwire._resilience.call_span import callers_context, job_span
 from gradwire._resilience.load_balancer import Lease
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.row_reader import RowReader
@@ -49,6 +50,7 @@ class GradientStream(Iterator[RowBlock]):
         self._buffer = engine.jobs.replay_buffer(reader, rows)
         self._rows = SyncRowSource(rows, self._buffer)
         self._reader = reader
+        self._caller = callers_context()
         self._job: StreamJob | None = None
         self._call: SyncCall | None = None
         self._attempts: Attempts | None = None
@@ -89,6 +91,7 @@ class GradientStream(Iterator[RowBlock]):
                         self._engine.sleep(delay_s)
             except BaseException as error:
                 self._release(error)
+                self._end_span(error)
                 self.close()
                 raise
             if self._job is None or not self._job.ready:
@@ -104,10 +107,12 @@ class GradientStream(Iterator[RowBlock]):
         if self._job is not None:
             self._job.ready.clear()
         self._release(GeneratorExit())
+        self._end_span(GeneratorExit())
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self._release(GeneratorExit())
+            self._end_span(GeneratorExit())
             if self._call is not None:
                 self._call.abandon()
             self._rows.abandon()
@@ -145,8 +150,13 @@ class GradientStream(Iterator[RowBlock]):
         """Return the job and its call, and begin them if necessary."""
         if self._job is None or self._attempts is None:
             self._rows.fetch(0)
-            self._attempts = self._engine.attempts(self._reader.options)
-            self._job = self._engine.jobs.stream_job(self._reader, self._buffer)
+            job = self._engine.jobs.stream_job(self._reader, self._buffer)
+            options = job.options
+            span = job_span(
+                job.plan, options.metadata, unary=False, context=self._caller
+            )
+            self._attempts = self._engine.attempts(options, span)
+            self._job = job
         if self._lease is None:
             self._lease = self._engine.lease(self._attempts)
         if self._call is None:
@@ -175,6 +185,11 @@ class GradientStream(Iterator[RowBlock]):
         if lease is not None:
             lease.ended(error)
 
+    def _end_span(self, error: BaseException | None = None) -> None:
+        """End the span, with the error of the stream, if any."""
+        if self._attempts is not None:
+            self._attempts.ended(error)
+
     def _delay_s(self, error: GradwireError) -> float | None:
         """Return the seconds until the next attempt after a failure; None: no attempt.
 
@@ -199,7 +214,11 @@ class GradientStream(Iterator[RowBlock]):
             attempts = self._attempts
             if attempts is not None:
                 attempts.succeeded()
-                self._remember(_checked(job, lambda: job.finish(attempts)))
+                receipt = _checked(job, lambda: job.finish(attempts))
+                if attempts.span is not None:
+                    attempts.span.computed(receipt)
+                    attempts.ended()
+                self._remember(receipt)
             self._release()
             self._over = True
         else:
