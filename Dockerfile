@@ -48,7 +48,7 @@ FROM tools AS build-cpu
 COPY deploy/containers/cpu.lock /locks/
 RUN install-gradwire packages cpu
 COPY --from=wheel /wheel /wheel
-RUN install-gradwire gradwire server
+RUN install-gradwire gradwire server,otel
 
 FROM tools AS build-gpu
 # 13, or 12 for hosts whose driver is older than 580.
@@ -56,7 +56,7 @@ ARG CUDA=13
 COPY deploy/containers/cuda${CUDA}.lock /locks/
 RUN install-gradwire packages "cuda${CUDA}"
 COPY --from=wheel /wheel /wheel
-RUN install-gradwire gradwire "server,cuda${CUDA}"
+RUN install-gradwire gradwire "server,otel,cuda${CUDA}"
 
 FROM ${PYTHON_IMAGE} AS base
 RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin gradwire

@@ -18,9 +18,9 @@ EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 MEND = "run `make lock-containers`"
 
 LOCKS = {
-    "cpu": ("server",),
-    "cuda12": ("server", "cuda12"),
-    "cuda13": ("server", "cuda13"),
+    "cpu": ("server", "otel"),
+    "cuda12": ("server", "otel", "cuda12"),
+    "cuda13": ("server", "otel", "cuda13"),
 }
 """The extras that each image has."""
 
