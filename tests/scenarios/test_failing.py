@@ -175,7 +175,6 @@ def test_a_server_that_is_about_to_stop_takes_no_new_jobs() -> None:
 
     def rows() -> Iterator[Any]:
         yield X, DY
-        server.process.send_signal(signal.SIGTERM)
         go_on.wait(30)
 
     with serving_all(grace=30, row_block_bytes=4096) as server, ExitStack() as clients:
@@ -184,6 +183,7 @@ def test_a_server_that_is_about_to_stop_takes_no_new_jobs() -> None:
         ]
         stream = clients.enter_context(STREAM.connect(server)).stream(rows(), W)
         next(stream)
+        server.process.send_signal(signal.SIGTERM)
         for client in others:
             refused = None
             while refused is None:
