@@ -24,6 +24,7 @@ from gradwire_server import Server, Settings
 from gradwire_server.api.job_service import IDLE_TRIM_S
 from tests.contract.conftest import assert_untroubled
 from tests.support.credentials import authorized, make_tokens
+from tests.support.observing import resident
 from tests.support.proxy import Direction, Fault, Proxy
 from tests.support.raw import (
     CallError,
@@ -249,6 +250,50 @@ def test_a_gradient_that_is_put_again_keeps_its_contributions(channel) -> None:
 
 
 # Memory that is given back.
+
+
+def test_what_repeatable_requests_carry_beside_is_not_held(server, channel) -> None:
+    # A field that this version does not know: valid, and not counted by any limit.
+    later = pb2.TensorChunk(data=bytes(3_900_000)).SerializeToString()
+    calls = 12
+
+    def request(message: Any) -> bytes:
+        size = len(later)
+        length = bytes(
+            [size & 127 | 128, size >> 7 & 127 | 128, size >> 14 & 127 | 128]
+        )
+        length += bytes([size >> 21])
+        return message.SerializeToString() + b"\xc2\x3e" + length + later
+
+    sessions = RawSessions(channel)
+    session = sessions.open()
+    opened = []
+
+    def open_one(number: int) -> None:
+        key = b"%16d" % number
+        asked = pb2.OpenSessionRequest(keep_bytes=1, idempotency_key=key)
+        answers = [sessions.call("OpenSession", request(asked)) for _ in range(2)]
+        assert answers[0] == answers[1]
+        opened.append(RawSessions(channel, answers[0].session))
+
+    def put_one(number: int) -> None:
+        first = header(
+            np.zeros(0, np.float32),
+            session=session.token,
+            tensor=number + 1,
+            idempotency_key=b"%16d" % number,
+        )
+        carried = pb2.TensorHeader.FromString(request(first))
+        session.put_messages([pb2.PutTensorRequest(header=carried)])
+
+    for one in (open_one, put_one):
+        one(calls)
+        before = resident(server)
+        for number in range(calls):
+            one(number)
+        assert resident(server) - before < calls * len(later) // 3, one.__name__
+    for each in (session, *opened):
+        each.close()
 
 
 def test_a_cancelled_put_gives_its_memory_back(server, channel, session) -> None:

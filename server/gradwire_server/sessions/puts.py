@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.errors import JobError
+from gradwire_server.sessions.digest import digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,10 @@ class Puts:
 
     def __init__(self) -> None:
         self._running: dict[bytes, _Running] = {}
-        """By header."""
+        """By the digest of the header."""
         self._made: dict[int, dict[str, bytes]] = {}
-        """The headers of tensors and states that are there, by number and state."""
+        """The digests of headers whose tensors and states are there, by number and
+        state."""
 
     @asynccontextmanager
     async def one(self, header: pb2.TensorHeader) -> AsyncIterator[bool]:
@@ -78,7 +80,7 @@ class Puts:
 
 
 def _name(header: pb2.TensorHeader) -> bytes:
-    return header.SerializeToString(deterministic=True)
+    return digest(header)
 
 
 _REPEATED = "the put is repeated"

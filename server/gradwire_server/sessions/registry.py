@@ -23,6 +23,7 @@ from gradwire_server.backends.kept_memory import KeptMemory
 from gradwire_server.errors import JobError
 from gradwire_server.observability.figures import SessionFigures
 from gradwire_server.sessions.accounts import Accounts
+from gradwire_server.sessions.digest import digest
 from gradwire_server.sessions.job_tensors import JobTensors
 from gradwire_server.sessions.session import Session
 
@@ -150,7 +151,7 @@ class Sessions:
         )
         self._open[_key(session)] = session
         if request.idempotency_key:
-            session.request = request.SerializeToString(deterministic=True)
+            session.request = digest(request)
             self._by_key[key] = session
         self._expire_later(session)
         return session
@@ -187,7 +188,7 @@ class Sessions:
         session = self._by_key.get(key)
         if session is None or session.ended is not None:
             return None
-        if session.request != request.SerializeToString(deterministic=True):
+        if session.request != digest(request):
             raise JobError(
                 Reason.OPTION_INVALID,
                 "idempotency_key is that of a session that another request has opened: "

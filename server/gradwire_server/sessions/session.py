@@ -56,7 +56,7 @@ class Session:
         save_every: Save its state after every so many steps; 0: never.
         save_name: Name of that state.
         saved_step: Step of the state that is saved under `save_name`.
-        request: The request that has opened it, if that can be repeated.
+        request: A digest of the request that has opened it, if that can be repeated.
         ended: Why calls are refused; None while it is open.
         expiry: The next look at its lease.
     """

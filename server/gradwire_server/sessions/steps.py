@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from gradwire_server.backends.base import (
 from gradwire_server.backends.kept_memory import KeptArray
 from gradwire_server.errors import JobError
 from gradwire_server.scheduling.device_worker import TenantHandle
+from gradwire_server.sessions.digest import digest
 from gradwire_server.sessions.registry import Sessions
 from gradwire_server.sessions.saved_states import SavedStates
 from gradwire_server.sessions.session import LastStep, Session
@@ -71,14 +71,14 @@ async def make_step(
         MemoryError: The device has no memory for the step. Nothing has changed.
         DeviceLostError: The device is no longer usable.
     """
-    digest = _digest(request)
+    made_of = digest(request)
     await session.turns.take_alone()
     handed_over = False
     try:
         session.require_open()
         made = session.last_step
         if made is not None and request.step == session.step:
-            if made.request != digest:
+            if made.request != made_of:
                 raise _conflict(session, request, "and made it with another request")
             if states is not None:
                 await states.save_if_due(session, worker)
@@ -159,7 +159,7 @@ class _Step:
         for name in ("max_norm", "local_sum_of_squares"):
             _check_finite(name, getattr(request, name), least=0.0)
         _check_finite("inverse_scale", self._inverse_scale, least=0.0)
-        self._digest = _digest(request)
+        self._digest = digest(request)
 
     def allocate_states(self) -> None:
         """Allocate the optimizers' states of weights that have none yet.
@@ -377,7 +377,3 @@ def _conflict(session: Session, request: pb2.StepRequest, what: str) -> JobError
         field="step",
         metadata={"step": str(session.step)},
     )
-
-
-def _digest(request: pb2.StepRequest) -> bytes:
-    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
