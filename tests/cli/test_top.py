@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import pty
@@ -10,8 +11,9 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ import pytest
 
 import gradwire as sdk
 from gradwire_cli.errors import CommandError
-from gradwire_cli.load.metrics_page import MetricsPage, url_of
+from gradwire_cli.load.metrics_page import MAX_BYTES, MetricsPage, read_metrics, url_of
 from gradwire_cli.load.server_load import load_between
 from tests.cli.conftest import COMMAND, environment, gradwire, sentence
 from tests.support.credentials import make_tokens
@@ -200,6 +202,103 @@ def test_a_server_without_metrics_is_told_how_to_have_them(
     )
     wrong = metered.server.metrics_url.replace("/metrics", "/other")
     assert sentence(gradwire("top", wrong)) == f"{wrong} answers 404 Not Found"
+
+
+class Answers:
+    """A server that answers every request with some bytes, one after the other."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.pause_s = 0.0
+        answers = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with suppress(OSError):  # the client may have left
+                    for part in answers.parts:
+                        self.wfile.write(part)
+                        time.sleep(answers.pause_s)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/metrics"
+
+    def page(self, text: str) -> str:
+        """Answer with a page from now on; return its URL."""
+        self.parts = [b"HTTP/1.0 200 OK\r\n\r\n", text.encode()]
+        return self.url
+
+
+@pytest.fixture(scope="module")
+def answers() -> Iterator[Answers]:
+    made = Answers()
+    thread = threading.Thread(target=made.server.serve_forever, args=(0.01,))
+    thread.start()
+    yield made
+    made.server.shutdown()
+    thread.join()
+    made.server.server_close()
+
+
+BUILD = 'gradwire_build_info{version="1",backend="x"} 1\n'
+DEVICE = 'gradwire_device_info{device="0",name="n",backend="x"} 1\n'
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ("gradwire_running_jobs NaN", "gradwire_running_jobs is nan"),
+        ("gradwire_running_jobs 1e400", "gradwire_running_jobs is inf"),
+        ("gradwire_memory_held_bytes -Inf", "gradwire_memory_held_bytes is -inf"),
+        ("gradwire_build_info 1", "gradwire_build_info has no label 'version'"),
+        ("gradwire_device_info 1", "gradwire_device_info has no label 'device'"),
+        (DEVICE.replace('"0"', '"a"'), "gradwire_device_info has a device without"),
+        ("gradwire_tenant_jobs_total 1", "tenant_jobs_total has no label 'tenant'"),
+        ("# " + "x" * MAX_BYTES, "it has more than 4 MiB"),
+        ("gradwire_running_jobs " + "x" * 10_000, "could not convert"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_page_that_is_no_servers_is_a_sentence(
+    wrong: str, why: str, answers: Answers
+) -> None:
+    with pytest.raises(CommandError, match="cannot be read: ") as raised:
+        read_metrics(answers.page(f"{BUILD}{wrong}\n"), 5.0)
+    assert why in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+def test_a_page_that_comes_by_and_by_is_not_waited_for_without_end(
+    answers: Answers,
+) -> None:
+    answers.page(BUILD)
+    answers.parts += [b"#\n"] * 400
+    answers.pause_s = 0.05
+    began = time.monotonic()
+    try:
+        with pytest.raises(CommandError, match=r"did not answer within 0\.5 s"):
+            read_metrics(answers.url, 0.5)
+    finally:
+        answers.pause_s = 0.0
+    assert time.monotonic() - began < 10
+
+
+def test_many_tenants_and_devices_are_counted_in_one_pass(answers: Answers) -> None:
+    names = [f"t{number}" for number in range(20_000)]
+    text = BUILD + "".join(
+        f'gradwire_tenant_jobs_total{{tenant="{name}"}} 1\n'
+        f'gradwire_tenant_running_jobs{{tenant="{name}"}} 2\n'
+        for name in names
+    )
+    read = read_metrics(answers.page(text), 30.0)
+    began = time.process_time()
+    load = load_between("url", read, read)
+    assert time.process_time() - began < 5
+    assert load.tenants is not None
+    assert [each.tenant for each in load.tenants] == sorted(names)
+    assert {each.running for each in load.tenants} == {2}
 
 
 def page(read_at: float, **values: float) -> MetricsPage:

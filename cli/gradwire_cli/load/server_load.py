@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from gradwire_cli.load.metrics_page import MetricsPage
 
@@ -106,8 +106,8 @@ def load_between(url: str, first: MetricsPage, last: MetricsPage) -> ServerLoad:
     (build, _), *_ = last.each("build_info")
     return ServerLoad(
         url=url,
-        version=build.get("version", "?"),
-        backend=build.get("backend", "?"),
+        version=build["version"],
+        backend=build["backend"],
         draining=bool(last.sum("draining")),
         interval_s=change.seconds,
         jobs=_jobs(change),
@@ -117,9 +117,7 @@ def load_between(url: str, first: MetricsPage, last: MetricsPage) -> ServerLoad:
         memory=Memory(
             int(last.sum("memory_held_bytes")), int(last.sum("memory_limit_bytes"))
         ),
-        devices=tuple(
-            _device(change, labels) for labels, _ in last.each("device_info")
-        ),
+        devices=_devices(change),
         sessions=SessionLoad(
             open=int(last.sum("sessions")),
             used=int(last.sum("session_used_bytes")),
@@ -138,21 +136,33 @@ class _Change:
         self.seconds = max(last.read_at - first.read_at, 1e-9)
 
     def of(self, name: str, **labels: str) -> float:
-        """Return by how much the sum of counters has grown.
-
-        A sum that fell began at 0 in between, because the server was started anew.
-        """
-        now, before = self.last.sum(name, **labels), self.first.sum(name, **labels)
-        return now - before if now >= before else now
+        """Return by how much the sum of counters has grown."""
+        return _grown(self.last.sum(name, **labels), self.first.sum(name, **labels))
 
     def per_s(self, name: str, **labels: str) -> float:
         """Return the growth each second."""
         return self.of(name, **labels) / self.seconds
 
+    def each_per_s(self, name: str, label: str) -> dict[str, float]:
+        """Return the growth each second for each value of a label."""
+        before = self.first.by(name, label)
+        return {
+            of: _grown(now, before.get(of, 0.0)) / self.seconds
+            for of, now in self.last.by(name, label).items()
+        }
+
     def mean(self, histogram: str) -> float | None:
         """Return the mean of what was added to a histogram; None: nothing was."""
         count = self.of(f"{histogram}_count")
         return self.of(f"{histogram}_sum") / count if count else None
+
+
+def _grown(now: float, before: float) -> float:
+    """Return by how much a counter has grown.
+
+    One that fell began at 0 in between, because the server was started anew.
+    """
+    return now - before if now >= before else now
 
 
 def _jobs(change: _Change) -> Jobs:
@@ -171,19 +181,30 @@ def _jobs(change: _Change) -> Jobs:
     )
 
 
-def _device(change: _Change, labels: Mapping[str, str]) -> DeviceLoad:
-    index, last = labels["device"], change.last
-    limit = int(last.sum("device_memory_limit_bytes", device=index))
-    held = int(last.sum("device_memory_held_bytes", device=index))
-    return DeviceLoad(
-        index=int(index),
-        name=labels["name"],
-        backend=labels["backend"],
-        running_jobs=int(last.sum("device_running_jobs", device=index)),
-        busy=min(change.per_s("device_busy_seconds_total", device=index), 1.0),
-        row_blocks_per_s=change.per_s("row_blocks_total", device=index),
-        flop_per_s=change.per_s("floating_point_operations_total", device=index),
-        memory=Memory(held, limit) if limit else None,
+def _devices(change: _Change) -> tuple[DeviceLoad, ...]:
+    now = partial(change.last.by, label="device")
+    per_s = partial(change.each_per_s, label="device")
+    running, busy = now("device_running_jobs"), per_s("device_busy_seconds_total")
+    blocks = per_s("row_blocks_total")
+    operations = per_s("floating_point_operations_total")
+    held, limits = now("device_memory_held_bytes"), now("device_memory_limit_bytes")
+    return tuple(
+        DeviceLoad(
+            index=int(index),
+            name=labels["name"],
+            backend=labels["backend"],
+            running_jobs=int(running.get(index, 0)),
+            busy=min(busy.get(index, 0.0), 1.0),
+            row_blocks_per_s=blocks.get(index, 0.0),
+            flop_per_s=operations.get(index, 0.0),
+            memory=(
+                Memory(int(held.get(index, 0)), int(limits[index]))
+                if limits.get(index)
+                else None
+            ),
+        )
+        for labels, _ in change.last.each("device_info")
+        for index in (labels["device"],)
     )
 
 
@@ -191,15 +212,19 @@ def _tenants(change: _Change) -> tuple[TenantLoad, ...] | None:
     last = change.last
     if "tenant_jobs_total" not in last.samples:
         return None
-    names = sorted({labels["tenant"] for labels, _ in last.each("tenant_jobs_total")})
+    now = partial(last.by, label="tenant")
+    running, queued = now("tenant_running_jobs"), now("tenant_queued_jobs")
+    held = now("tenant_memory_held_bytes")
+    received = change.each_per_s("tenant_received_bytes_total", "tenant")
+    sent = change.each_per_s("tenant_sent_bytes_total", "tenant")
     return tuple(
         TenantLoad(
             tenant=name,
-            running=int(last.sum("tenant_running_jobs", tenant=name)),
-            queued=int(last.sum("tenant_queued_jobs", tenant=name)),
-            held=int(last.sum("tenant_memory_held_bytes", tenant=name)),
-            received_per_s=change.per_s("tenant_received_bytes_total", tenant=name),
-            sent_per_s=change.per_s("tenant_sent_bytes_total", tenant=name),
+            running=int(running.get(name, 0)),
+            queued=int(queued.get(name, 0)),
+            held=int(held.get(name, 0)),
+            received_per_s=received.get(name, 0.0),
+            sent_per_s=sent.get(name, 0.0),
         )
-        for name in names
+        for name in sorted(now("tenant_jobs_total"))
     )
