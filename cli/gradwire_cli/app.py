@@ -23,6 +23,7 @@ from gradwire_cli.commands import (
     top,
 )
 from gradwire_cli.errors import CommandError, ExitStatus
+from gradwire_cli.terminal.printable import printable
 from gradwire_protocol.version import VERSION
 
 app = App(
@@ -76,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(sentence: str, status: int) -> int:
-    sys.stderr.write(f"gradwire: {sentence}\n")
+    sys.stderr.write(f"gradwire: {printable(sentence)}\n")
     return status
 
 

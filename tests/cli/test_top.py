@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import os
 import pty
@@ -20,9 +21,12 @@ import numpy as np
 import pytest
 
 import gradwire as sdk
+from gradwire_cli.app import run
 from gradwire_cli.errors import CommandError
 from gradwire_cli.load.metrics_page import MAX_BYTES, MetricsPage, read_metrics, url_of
+from gradwire_cli.load.screen import server_table
 from gradwire_cli.load.server_load import load_between
+from gradwire_cli.terminal.tables import console
 from tests.cli.conftest import COMMAND, environment, gradwire, sentence
 from tests.support.credentials import make_tokens
 from tests.support.observing import wait_until
@@ -244,6 +248,7 @@ def answers() -> Iterator[Answers]:
 
 BUILD = 'gradwire_build_info{version="1",backend="x"} 1\n'
 DEVICE = 'gradwire_device_info{device="0",name="n",backend="x"} 1\n'
+SEQUENCES = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e"
 
 
 @pytest.mark.parametrize(
@@ -299,6 +304,28 @@ def test_many_tenants_and_devices_are_counted_in_one_pass(answers: Answers) -> N
     assert load.tenants is not None
     assert [each.tenant for each in load.tenants] == sorted(names)
     assert {each.running for each in load.tenants} == {2}
+
+
+def test_no_text_of_a_server_reaches_the_terminal_as_a_command(
+    answers: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = BUILD.replace('"1"', f'"v{SEQUENCES}"')
+    text += DEVICE.replace('"n"', f'"Ü{SEQUENCES}"')
+    text += f'gradwire_tenant_jobs_total{{tenant="t{SEQUENCES}"}} 1\n'
+    read = read_metrics(answers.page(text), 5.0)
+    shown = io.StringIO()
+    console(shown).print(server_table(load_between("url", read, read)))
+    written = shown.getvalue()
+    assert written.replace("\n", "").isprintable()
+    for name in ("v", "Ü", "t"):
+        assert f"{name}?[2J?]0;title" in written
+    answers.parts = [
+        f"HTTP/1.0 500 no {SEQUENCES}\r\n\r\n".encode("latin-1", "replace")
+    ]
+    assert run(["top", answers.url, "--once"]) == 1
+    said = capsys.readouterr().err
+    assert said.replace("\n", "").isprintable()
+    assert "answers 500 no ?[2J" in said
 
 
 def page(read_at: float, **values: float) -> MetricsPage:

@@ -7,8 +7,11 @@ import sys
 from collections.abc import Iterable
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+
+from gradwire_cli.terminal.printable import printable
 
 _WIDTH_OF_A_FILE = 1000
 """Long paths and names leave the other columns unfolded, so that grep finds them."""
@@ -24,12 +27,26 @@ def console(file: TextIO | None = None) -> Console:
     """
     file = file or sys.stdout
     unknown = not file.isatty() and "COLUMNS" not in os.environ
-    return Console(
+    return _Console(
         file=file,
         highlight=False,
         markup=False,
         width=_WIDTH_OF_A_FILE if unknown else None,
     )
+
+
+class _Console(Console):
+    """Writes no control character but its own."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Yield what is written, with the texts made safe."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield segment._replace(text=printable(segment.text))
 
 
 def properties(pairs: Iterable[tuple[str, str]]) -> Table:
