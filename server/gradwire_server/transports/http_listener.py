@@ -1,14 +1,17 @@
 """A small HTTP server in the event loop, for pages that machines fetch.
 
-It answers GET and HEAD and closes the connection. A client that is slow, or one of too
-many, is cut off: this server must not cost the jobs beside it anything.
+It answers GET and HEAD and closes the connection. A client that is slow is cut off:
+this server must not cost the jobs beside it anything. With too many connections, one
+that has not sent its request makes room: clients that send none keep nobody else out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import NamedTuple, TypeAlias
 
@@ -29,6 +32,22 @@ Serve: TypeAlias = Callable[[Mapping[str, str]], Awaitable[Page]]
 """Returns a page; the argument has the request's headers, by lower-case name."""
 
 
+@dataclass(eq=False, slots=True)
+class _Connection:
+    """An open connection."""
+
+    transport: asyncio.WriteTransport
+    host: str
+    since: float
+    """By the event loop's clock."""
+    asked: bool = False
+    """Whether its request has come."""
+
+    def may_be_ended(self, now: float) -> bool:
+        """Return whether it may make room for another one."""
+        return not self.asked or self.since < now - _YOUNG_S
+
+
 class HttpListener:
     """Serves one page on an address.
 
@@ -47,7 +66,8 @@ class HttpListener:
     def __init__(self, address: str, path: str, serve: Serve) -> None:
         self._path = path
         self._serve = serve
-        self._connections: dict[asyncio.Task[object], asyncio.WriteTransport] = {}
+        self._connections: dict[asyncio.Task[object], _Connection] = {}
+        """The oldest first."""
         self._servers: list[asyncio.Server] = []
         self.address, self._sockets = listener.listening_sockets(address)
 
@@ -67,8 +87,8 @@ class HttpListener:
         for each in self._sockets:
             each.close()
         # Not by cancelling: asyncio would log that as an error.
-        for transport in self._connections.values():
-            transport.abort()
+        for connection in self._connections.values():
+            connection.transport.abort()
         if self._connections:
             await asyncio.wait(self._connections, timeout=_UNWIND_S)
 
@@ -76,15 +96,18 @@ class HttpListener:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         task = asyncio.current_task()
-        if task is None or len(self._connections) >= _MAX_CONNECTIONS:
+        now = asyncio.get_running_loop().time()
+        if task is None or not self._make_room(now):
             writer.transport.abort()
             return
-        self._connections[task] = writer.transport
+        host, *_ = writer.get_extra_info("peername") or ("",)
+        connection = _Connection(writer.transport, host, now)
+        self._connections[task] = connection
         # `drain` then waits until the kernel has all of the answer.
         writer.transport.set_write_buffer_limits(high=0)
         try:
             async with asyncio.timeout(_TIMEOUT_S):
-                writer.write(await self._answer(reader))
+                writer.write(await self._answer(reader, connection))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
@@ -92,13 +115,35 @@ class HttpListener:
             pass  # nobody is there to be told
         finally:
             writer.transport.abort()
-            del self._connections[task]
+            self._connections.pop(task, None)
 
-    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+    def _make_room(self, now: float) -> bool:
+        """End a connection if there are too many; return whether there is room.
+
+        It is the oldest of the host that has the most.
+        """
+        if len(self._connections) < _MAX_CONNECTIONS:
+            return True
+        old = {
+            task: each
+            for task, each in self._connections.items()
+            if each.may_be_ended(now)
+        }
+        if not old:
+            return False
+        ((host, _),) = Counter(each.host for each in old.values()).most_common(1)
+        task = next(task for task, each in old.items() if each.host == host)
+        self._connections.pop(task).transport.abort()
+        return True
+
+    async def _answer(
+        self, reader: asyncio.StreamReader, connection: _Connection
+    ) -> bytes:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.LimitOverrunError:
             return _encoded(_said(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
+        connection.asked = True
         first, *lines = head.decode("latin-1").split("\r\n")
         try:
             method, target, protocol = first.split(" ")
@@ -149,6 +194,10 @@ _MAX_HEAD_BYTES = 16 * 1024
 """Most bytes of a request: its line and its headers."""
 
 _MAX_CONNECTIONS = 32
+
+_YOUNG_S = 1.0
+"""Age below which a connection whose request has come is not ended: its answer takes
+milliseconds."""
 
 _UNWIND_S = 1.0
 

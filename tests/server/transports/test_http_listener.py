@@ -108,6 +108,44 @@ async def test_slow_clients_are_cut_off_and_keep_nobody_else_out(
     assert status == 200
 
 
+async def test_clients_that_send_no_request_keep_nobody_out(address: str) -> None:
+    host, _, port = address.partition(":")
+    slow = []
+    for _ in range(3):
+        for _ in range(http_listener._MAX_CONNECTIONS):
+            slow.append(await asyncio.open_connection(host, int(port)))
+            slow[-1][1].write(b"GET /page HTTP/1.1\r\n")
+        status, _, _ = await asked(address, "GET", "/page")
+        assert status == 200
+    for _, writer in slow:
+        writer.close()
+
+
+async def test_requests_that_have_come_are_answered_however_many_connect(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_listener, "_YOUNG_S", 60.0)
+    goes_on, began = asyncio.Event(), asyncio.Semaphore(0)
+
+    async def later(_: Mapping[str, str]) -> Page:
+        began.release()
+        await goes_on.wait()
+        return Page(b"later")
+
+    listening = HttpListener("0", "/page", later)
+    await listening.start()
+    get = b"GET /page HTTP/1.1\r\n\r\n"
+    waiting = []
+    for _ in range(http_listener._MAX_CONNECTIONS):
+        waiting.append(asyncio.create_task(raw(listening.address, get)))
+        await asyncio.wait_for(began.acquire(), 10)
+    assert await raw(listening.address, get) == b""  # one too many
+    goes_on.set()
+    for each in waiting:
+        assert (await each).endswith(b"\r\n\r\nlater")
+    await listening.close()
+
+
 async def test_closing_ends_open_connections_and_logs_no_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
