@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Mapping
 from types import TracebackType
 
 _DATA, _HEADERS, _SETTINGS = 0, 1, 4
@@ -39,7 +40,7 @@ class Connection:
     ) -> None:
         self._socket.close()
 
-    def begin(self, method: str) -> int:
+    def begin(self, method: str, metadata: Mapping[str, str] | None = None) -> int:
         """Begins a call; returns its number."""
         number, self._next = self._next, self._next + 2
         fields = {
@@ -49,6 +50,7 @@ class Connection:
             ":authority": "test",
             "te": "trailers",
             "content-type": "application/grpc",
+            **(metadata or {}),
         }
         block = b"".join(_literal(*field) for field in fields.items())
         self._send(_HEADERS, _END_HEADERS, number, block)
@@ -89,5 +91,6 @@ class Connection:
 
 def _literal(name: str, value: str) -> bytes:
     """A field as HPACK has it without its tables (RFC 7541, section 6.2.2)."""
-    texts = (name.encode(), value.encode())
+    # As PEP 383 has bytes that are no UTF-8.
+    texts = (each.encode(errors="surrogateescape") for each in (name, value))
     return b"\0" + b"".join(bytes([len(text)]) + text for text in texts)

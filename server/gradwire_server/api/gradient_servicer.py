@@ -21,7 +21,6 @@ import grpc
 from gradwire_protocol import framing
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import (
-    MAX_JOB_ID_LENGTH,
     MAX_MESSAGE_BYTES,
     REPORT_JOB_KEY,
     REPORT_KEY,
@@ -40,6 +39,7 @@ from gradwire_server.api.job_service import JobService
 from gradwire_server.api.receipts import accepted_message, receipt_message
 from gradwire_server.errors import JobError
 from gradwire_server.jobs.header import unary
+from gradwire_server.jobs.header.parse import is_job_id
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -149,7 +149,7 @@ class GradientServicer:
         report, job_id = given.get(REPORT_KEY), given.get(REPORT_JOB_KEY, "")
         if not isinstance(report, str) or report not in REPORTS:
             return
-        if not isinstance(job_id, str) or len(job_id) > MAX_JOB_ID_LENGTH:
+        if not isinstance(job_id, str) or not is_job_id(job_id):
             job_id = ""
         observer = self._service.call_observer
         observer.reported(report, job_id, tenancy.current.get())

@@ -14,8 +14,12 @@ def keep_departures_from_log() -> None:
     gRPC keeps quiet about it where it knows that the client has left; where it
     hears of that a moment after it failed to send, it logs an error with a
     traceback, and the operator can do nothing about either.
+
+    Nor one for each entry of a call's metadata that is no UTF-8: a call can have a
+    thousand of them. gRPC goes on with what they are in Latin-1.
     """
     _grpc_log.addFilter(_is_no_departure)
+    _grpc_log.addFilter(_is_no_metadata)
 
 
 def _is_no_departure(record: logging.LogRecord) -> bool:
@@ -28,3 +32,7 @@ def _is_no_departure(record: logging.LogRecord) -> bool:
         return True
     _log.debug("a client left before its call's end was sent")
     return False
+
+
+def _is_no_metadata(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Invalid encoding on ")

@@ -35,6 +35,11 @@ MAX_HEADER_BYTES = 16 * 1024
 With every option set, a header has a few hundred bytes."""
 
 
+def is_job_id(text: str) -> bool:
+    """Return whether a job may have this id: it stands in logs."""
+    return len(text) <= MAX_JOB_ID_LENGTH and text.isascii() and text.isprintable()
+
+
 def parse_job_id(job: job_pb2.Job) -> str:
     """Return the job's id, or a new one if the header has none.
 
@@ -44,7 +49,7 @@ def parse_job_id(job: job_pb2.Job) -> str:
     given = job.job_id
     if not given:
         return f"job-{secrets.token_hex(6)}"
-    if len(given) > MAX_JOB_ID_LENGTH or not (given.isascii() and given.isprintable()):
+    if not is_job_id(given):
         raise JobError(
             Reason.JOB_ID_INVALID,
             f"job.job_id has {len(given)} characters or unprintable ones: expected "
