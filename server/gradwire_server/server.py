@@ -34,6 +34,7 @@ from gradwire_server.scheduling.device_selector import DeviceSelector
 from gradwire_server.sessions import drain
 from gradwire_server.settings import Settings
 from gradwire_server.transports import listener
+from gradwire_server.transports.lasting_server import LastingServer
 from gradwire_server.transports.tls import Certificates
 
 _log = logging.getLogger("gradwire_server")
@@ -101,7 +102,7 @@ class Server:
         self.lost: str | None = None
         """The device that failed for good, and the cause; None before. The process is
         then no longer usable, and should end."""
-        self._grpc: grpc.aio.Server | None = None
+        self._grpc: LastingServer | None = None
 
     @property
     def metrics_url(self) -> str | None:
@@ -139,14 +140,7 @@ class Server:
             ),
         )
         tls = None if self.settings.tls_cert is None else Certificates(self.settings)
-        server = grpc.aio.server(
-            interceptors=[
-                self._calls,
-                *filter(None, [self._gate]),
-                StandardServiceGuard(),
-            ],
-            options=_CHANNEL_OPTIONS,
-        )
+        server = self._new_server()
         bound: list[str] = []
         try:
             for address in self.settings.listen:
@@ -162,15 +156,19 @@ class Server:
             raise
         self._service = service
         self._beside.serve(service)
-        servicer = GradientServicer(service, self.backend_reason)
-        sessions = SessionServicer(service)
-        server.add_generic_rpc_handlers(
-            (servicer.handler(), sessions.handler(), OtherContracts())
-        )
-        health.add(server, self._health)
-        await server.start()
-        self._grpc = server
+        self._add_handlers(server, service)
         self.addresses = tuple(bound)
+
+        async def again() -> grpc.aio.Server:
+            another = self._new_server()
+            for address in self.addresses:
+                await listener.wait_closed(address)
+                self._bind(another, address, tls)
+            self._add_handlers(another, service)
+            return another
+
+        self._grpc = LastingServer(server, again)
+        await self._grpc.start()
         self._health.serving()
         _log.info(
             "serving",
@@ -262,7 +260,7 @@ class Server:
             await closing
             raise
 
-    async def _close(self, server: grpc.aio.Server) -> None:
+    async def _close(self, server: LastingServer) -> None:
         # A call that has just ended may still have its status to send.
         await server.stop(_FLUSH_S)
         await self._calls.wait_ended(_UNWIND_S)
@@ -275,6 +273,24 @@ class Server:
         await self._beside.close()
         await self._tracing.close()
         _log.info("stopped")
+
+    def _new_server(self) -> grpc.aio.Server:
+        return grpc.aio.server(
+            interceptors=[
+                self._calls,
+                *filter(None, [self._gate]),
+                StandardServiceGuard(),
+            ],
+            options=_CHANNEL_OPTIONS,
+        )
+
+    def _add_handlers(self, server: grpc.aio.Server, service: JobService) -> None:
+        servicer = GradientServicer(service, self.backend_reason)
+        sessions = SessionServicer(service)
+        server.add_generic_rpc_handlers(
+            (servicer.handler(), sessions.handler(), OtherContracts())
+        )
+        health.add(server, self._health)
 
     def _bind(
         self, server: grpc.aio.Server, address: str, tls: Certificates | None

@@ -6,6 +6,8 @@ that still listens on it. So each address is tried here first.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -28,6 +30,8 @@ _log = logging.getLogger("gradwire_server")
 _BIND_TO_LISTEN_S = 0.1
 """Time that a starting server may take between bind(2) and listen(2), seconds. In
 between, its socket refuses connections just as an abandoned one does."""
+
+_CLOSE_S = 2.0
 
 _LOOPBACK = "127.0.0.1"
 
@@ -106,6 +110,20 @@ def listening_sockets(address: str) -> tuple[str, list[socket.socket]]:
             opened.close()
         raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
     return f"{host}:{port}", sockets
+
+
+async def wait_closed(address: str) -> None:
+    """Wait until gRPC has removed the file of a unix socket that it has closed.
+
+    Else it would remove that of the next server.
+    """
+    if not address.startswith("unix:"):
+        return
+    path = Path(address.removeprefix("unix:"))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSE_S):
+            while _exists(path):  # noqa: ASYNC110 - gRPC tells nobody
+                await asyncio.sleep(_BIND_TO_LISTEN_S / 10)
 
 
 def can_be_a_socket(path: Path) -> bool:
@@ -205,6 +223,10 @@ def _check_free(path: Path) -> None:
         raise FileExistsError("another server listens there")
     path.unlink()
     _log.info("removed a socket that a killed server left", extra={"path": str(path)})
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)
 
 
 def _answers(path: Path) -> bool:

@@ -11,6 +11,7 @@ from gradwire_server.api.open_calls import OpenCalls
 from gradwire_server.api.standard.guard import StandardServiceGuard
 from gradwire_server.api.standard.health import Health, add_health
 from gradwire_server.transports import listener
+from gradwire_server.transports.lasting_server import LastingServer
 
 
 class HealthListener:
@@ -29,11 +30,22 @@ class HealthListener:
 
     def __init__(self, address: str, status: Health) -> None:
         self._calls = OpenCalls()
-        self._server = grpc.aio.server(
+        self._status = status
+        server = self._new_server()
+        self.address = listener.bind_probes(server, address)
+        self._server = LastingServer(server, self._again)
+
+    def _new_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(
             interceptors=[self._calls, StandardServiceGuard()], options=_CHANNEL_OPTIONS
         )
-        add_health(self._server, status)
-        self.address = listener.bind_probes(self._server, address)
+        add_health(server, self._status)
+        return server
+
+    async def _again(self) -> grpc.aio.Server:
+        server = self._new_server()
+        listener.bind_probes(server, self.address)
+        return server
 
     async def start(self) -> None:
         """Begin to answer."""
