@@ -536,6 +536,10 @@ def test_states_are_listed_and_deleted(tmp_path: Path) -> None:
         assert [each.HasField("step") for each in found.values()] == [False, True, True]
         assert found["due"].step == 2
         assert 0 <= found["due"].age_seconds < 60
+        for name in ("b", "b-c", ".", "..", "...", "-rf", "b.safetensors"):
+            save(session, name)
+        found = listed(sessions)
+        assert len(found) == 10
         for name in found:
             delete(sessions, name)
             assert refusal(lambda n=name: delete(sessions, n)).reason == "STATE_UNKNOWN"

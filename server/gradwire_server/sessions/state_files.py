@@ -96,7 +96,7 @@ class StateFiles:
                 pass
             else:
                 _sync_folder(self._directory)
-            _check_count(folder, target)
+            _check_count(folder, name)
             with _locked(folder / f".{name}.part") as (part, descriptor):
                 try:
                     size = write(descriptor, state.arrays, state.metadata, access)
@@ -141,12 +141,12 @@ class StateFiles:
     def list(self, tenant: str) -> list[pb2.SavedState]:
         """Return a tenant's states, in the order of their names."""
         states = []
-        for path in sorted(self._files(tenant)):
+        for name, path in sorted(_states_in(self._folder(tenant)).items()):
             with contextlib.suppress(FileNotFoundError):
                 about = path.lstat()
                 states.append(
                     pb2.SavedState(
-                        name=path.name.removesuffix(_SUFFIX),
+                        name=name,
                         step=_step_of(path),
                         size_bytes=about.st_size,
                         age_seconds=max(time.time() - about.st_mtime, 0.0),
@@ -172,12 +172,6 @@ class StateFiles:
                 f"the saved state {name!r} cannot be deleted: {error.strerror}",
                 field="name",
             ) from None
-
-    def _files(self, tenant: str) -> Iterator[Path]:
-        with contextlib.suppress(FileNotFoundError):
-            for path in self._folder(tenant).iterdir():
-                if path.suffix == _SUFFIX and _NAME.fullmatch(path.stem):
-                    yield path
 
     def _folder(self, tenant: str) -> Path:
         """Return a tenant's folder, whose name no tenant's name can leave or share.
@@ -242,9 +236,21 @@ def _unusable(name: str, file: Path, why: str) -> JobError:
     )
 
 
-def _check_count(folder: Path, target: Path) -> None:
-    states = {each for each in folder.iterdir() if each.suffix == _SUFFIX}
-    if target not in states and len(states) >= MAX_STATES:
+def _states_in(folder: Path) -> dict[str, Path]:
+    """Return the files of the states in a tenant's folder, by the states' names."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            # Not by `Path.suffix`: there is a state "..", and Pythons differ there.
+            name = path.name.removesuffix(_SUFFIX)
+            if name != path.name and _NAME.fullmatch(name):
+                found[name] = path
+    return found
+
+
+def _check_count(folder: Path, name: str) -> None:
+    states = _states_in(folder)
+    if name not in states and len(states) >= MAX_STATES:
         raise JobError(
             Reason.STATE_NOT_SAVED,
             f"{len(states)} states of yours are saved, of at most {MAX_STATES}: save "
