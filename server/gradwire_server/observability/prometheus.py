@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from operator import add
 from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -35,6 +36,7 @@ from gradwire_server.observability.figures import (
     TenantTotals,
     TenantUse,
 )
+from gradwire_server.observability.totals import OTHER_TENANTS
 
 Labelled: TypeAlias = Iterable[tuple[tuple[str, ...], float]]
 """Values with the values of their labels."""
@@ -330,16 +332,21 @@ def _of_tenants(
         (((tenant,), each.computing_s) for tenant, each in totals.items()),
         "tenant",
     )
-    known = [each for each in use if each.tenant in totals]
-    for name, what, field in (
-        ("tenant_running_jobs", "Running jobs of each tenant.", "running_jobs"),
-        ("tenant_queued_jobs", "Waiting jobs of each tenant.", "waiting_jobs"),
-        ("tenant_memory_held_bytes", "Memory held by each tenant.", "held_bytes"),
+    held: dict[str, tuple[int, ...]] = {}
+    for each in use:
+        name = each.tenant if each.tenant in totals else OTHER_TENANTS
+        had = held.get(name, (0, 0, 0))
+        now = (each.running_jobs, each.waiting_jobs, each.held_bytes)
+        held[name] = tuple(map(add, had, now))
+    for position, name, what in (
+        (0, "tenant_running_jobs", "Running jobs of each tenant."),
+        (1, "tenant_queued_jobs", "Waiting jobs of each tenant."),
+        (2, "tenant_memory_held_bytes", "Memory held by each tenant."),
     ):
         yield _gauge(
             name,
             what,
-            (((each.tenant,), getattr(each, field)) for each in known),
+            (((tenant,), each[position]) for tenant, each in held.items()),
             "tenant",
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from gradwire_protocol.error_reasons import Reason
@@ -40,6 +41,7 @@ _FAULTS = (Reason.UNFORESEEN, Reason.DEVICE_LOST, Reason.DEVICE_OUT_OF_MEMORY)
 _LIMITS = (
     *("max_jobs", "max_queue", "memory_limit", "keep_limit", "sessions", "regions"),
     *("tenant_max_jobs", "tenant_max_queue", "tenant_memory_limit"),
+    *("tenant_keep_limit", "tenant_max_sessions", "device_memory_limit"),
 )
 """Limits that calls can meet, counted from 0 on."""
 
@@ -142,7 +144,7 @@ class Totals(CallObserver):
     def _of_tenants(self, tenants: dict[str, _Tenant]) -> dict[str, TenantTotals]:
         found = {name: each.totals() for name, each in tenants.items()}
         for call in self._open:
-            name = _name(tenants, call.tenant)
+            name = _name(found, call.tenant)
             had = found.get(name, TenantTotals(0, 0, _NO_BYTES, 0.0))
             found[name] = had._replace(
                 bytes=_sum(had.bytes, call),
@@ -246,7 +248,7 @@ class _Tenant:
         return TenantTotals(self.succeeded, self.failed, moved, self.computing_s)
 
 
-def _name(tenants: dict[str, _Tenant], tenant: str) -> str:
+def _name(tenants: Collection[str], tenant: str) -> str:
     """Return the name under which a tenant is counted."""
     if tenant in tenants or len(tenants) < MOST_TENANTS:
         return tenant

@@ -1,4 +1,4 @@
-"""The names of labels, which Prometheus restricts."""
+"""Metrics, where no client can tell them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import re
 
 import pytest
 
-from gradwire_server.observability.prometheus import label_name
+from gradwire_server.observability.figures import TenantUse
+from gradwire_server.observability.prometheus import _of_tenants, label_name
+from gradwire_server.observability.totals import MOST_TENANTS, Totals
+from tests.server.observability.test_totals import call
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,22 @@ from gradwire_server.observability.prometheus import label_name
 def test_any_library_has_a_label(library: str, expected: str) -> None:
     assert label_name(library) == expected
     assert re.fullmatch("[a-z][a-z0-9_]*", expected)
+
+
+def test_what_tenants_have_adds_up_also_with_more_tenants_than_are_named() -> None:
+    totals = Totals(tenants=True)
+    names = [f"tenant-{number}" for number in range(MOST_TENANTS + 10)]
+    for name in names:
+        totals.ended(call(name), None)
+    found = totals.figures().tenants
+    assert found is not None
+    use = tuple(TenantUse(name, 1, 2, 3) for name in names)
+    families = {each.name: each for each in _of_tenants(found, use)}
+    for name, each in (
+        ("gradwire_tenant_running_jobs", 1),
+        ("gradwire_tenant_queued_jobs", 2),
+        ("gradwire_tenant_memory_held_bytes", 3),
+    ):
+        samples = families[name].samples
+        assert sum(sample.value for sample in samples) == each * len(names)
+        assert len(samples) == MOST_TENANTS + 1

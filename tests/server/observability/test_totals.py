@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from gradwire_server.api.call_state import CallState
 from gradwire_server.errors import ListenError
 from gradwire_server.observability.figures import BOUNDS_S, JobKey
 from gradwire_server.observability.totals import MOST_TENANTS, OTHER_TENANTS, Totals
+from gradwire_server.settings import Settings
 
 
 def call(tenant: str = "", received: int = 0, **fields: object) -> CallState:
@@ -37,6 +39,30 @@ def test_any_number_of_tenants_has_a_bounded_number_of_series() -> None:
     assert found["tenant-0"].bytes.received == 3
     assert found[OTHER_TENANTS].succeeded == 10
     assert found[OTHER_TENANTS].bytes.received == 10 * 3 + 4
+
+
+def test_calls_that_run_add_no_more_series_than_those_that_have_ended() -> None:
+    totals = Totals(tenants=True)
+    for number in range(MOST_TENANTS + 10):
+        totals.began(call(f"tenant-{number}", received=3))
+    found = totals.figures().tenants
+    assert found is not None
+    assert len(found) == MOST_TENANTS + 1
+    assert sum(each.bytes.received for each in found.values()) == 3 * (
+        MOST_TENANTS + 10
+    )
+
+
+def test_every_limit_of_the_settings_is_counted_from_0_on() -> None:
+    of_calls = ("max_jobs", "max_queue", "memory_limit", "keep_limit", "max_sessions")
+    limits = {
+        each.name
+        for each in dataclasses.fields(Settings)
+        if each.name.removeprefix("tenant_") in of_calls
+    }
+    assert "tenant_max_sessions" in limits
+    limits |= {"device_memory_limit", "sessions", "regions"}
+    assert limits <= set(Totals().figures().refusals)
 
 
 def test_what_a_call_has_moved_counts_once_before_its_end_and_after() -> None:
