@@ -45,6 +45,7 @@ class JobError(Exception):
         field: Path of the invalid field in the request.
         retry_after_s: Seconds after which the same call may succeed.
         metadata: Further metadata to send with the reason.
+        log: What only the operator is told, in the log: the cause lies with the server.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class JobError(Exception):
         field: str | None = None,
         retry_after_s: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        log: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.reason = reason
@@ -62,6 +64,7 @@ class JobError(Exception):
         self.field = field
         self.retry_after_s = retry_after_s
         self.metadata = dict(metadata or {})
+        self.log = dict(log or {})
 
     def bare(self) -> JobError:
         """Return the same error without its cause and traceback."""
@@ -71,6 +74,7 @@ class JobError(Exception):
             field=self.field,
             retry_after_s=self.retry_after_s,
             metadata=self.metadata,
+            log=self.log,
         )
 
     def details(self, job_id: str) -> ErrorDetails:

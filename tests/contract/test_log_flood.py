@@ -10,11 +10,13 @@ import grpc
 import pytest
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
+from gradwire.v1 import session_service_pb2 as pb2
 from gradwire_server.observability.access_log import MOST_ALIKE
 from tests.support.credentials import authorized, make_tokens
 from tests.support.metrics import scrape
 from tests.support.raw import SERVICE, make_job, whole_numbers
 from tests.support.serving import running_server
+from tests.support.sessions import RawSessions, refusal
 
 
 def fail(channel: Any, request: bytes, count: int) -> None:
@@ -22,6 +24,29 @@ def fail(channel: Any, request: bytes, count: int) -> None:
     for call in [method.future(request, timeout=20) for _ in range(count)]:
         with pytest.raises(grpc.RpcError):
             call.result()
+
+
+def test_calls_that_find_a_damaged_state_have_a_line_each_and_no_more(
+    tmp_path: Path,
+) -> None:
+    with (
+        running_server(state_dir=str(tmp_path), limits_log=True) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        sessions = RawSessions(channel)
+        session = sessions.open()
+        request = pb2.SaveSessionRequest(session=session.token, name="mine")
+        session.call("SaveSession", request)
+        (file,) = tmp_path.rglob("mine.safetensors")
+        file.write_bytes(b"no state")
+        for _ in range(MOST_ALIKE + 5):
+            failure = refusal(lambda: sessions.open(restore="mine"))
+            assert failure.reason == "STATE_INVALID"
+            assert str(tmp_path) not in failure.text
+        lines = [r for r in server.records if "STATE_INVALID" in str(r)]
+        assert len(lines) == MOST_ALIKE
+        assert {(r["levelname"], r["file"]) for r in lines} == {("ERROR", str(file))}
+        assert server.logs.count(str(file)) == MOST_ALIKE
 
 
 def test_each_tenant_has_the_first_lines_of_a_reason_and_a_count_of_the_others(

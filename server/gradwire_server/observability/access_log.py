@@ -50,7 +50,9 @@ class AccessLog(CallObserver):
             _write(logging.INFO, call, fields)
             return
         if self._repeats.allows(_Kind(reason, call.tenant)):
-            _write(logging.WARNING, call, fields)
+            private = {} if error is None else error.log
+            level = logging.ERROR if private else logging.WARNING
+            _write(level, call, fields | private)
 
     def credentials_refused(self, method: str, peer: str, why: str) -> None:
         """Write a line about a refused caller."""

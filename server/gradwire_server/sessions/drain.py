@@ -51,7 +51,12 @@ async def _save(session: Session, states: SavedStates, worker: TenantHandle) -> 
     except JobError as error:
         _log.warning(
             "a session was not saved",
-            extra={"label": session.label, "step": session.step, "error": str(error)},
+            extra={
+                "label": session.label,
+                "step": session.step,
+                "error": str(error),
+                **error.log,
+            },
         )
 
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import logging
 import os
 import re
 import stat
@@ -21,8 +20,6 @@ from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.errors import JobError, StateDirectoryError
 from gradwire_server.sessions.state_contents import SavedState, Snapshot
 from gradwire_server.sessions.tensor_files import Access, TensorFileError, write
-
-_log = logging.getLogger("gradwire_server")
 
 MAX_STATES = 64
 """Most saved states of a tenant."""
@@ -110,14 +107,11 @@ class StateFiles:
                     raise
             _sync_folder(folder)
         except OSError as error:
-            _log.error(
-                "a session's state was not saved",
-                extra={"file": str(target), "error": str(error)},
-            )
             raise JobError(
                 Reason.STATE_NOT_SAVED,
                 f"the state {name!r} was not saved: {error.strerror or 'no reason'} "
                 f"(an earlier one is unchanged)",
+                log={"file": str(target), "cause": str(error)},
             ) from None
         return size
 
@@ -241,12 +235,11 @@ def _unknown(name: str, path: str) -> JobError:
 
 def _unusable(name: str, file: Path, why: str) -> JobError:
     """Return the error for a saved state that cannot be restored."""
-    _log.error(
-        "a saved state cannot be used",
-        extra={"file": str(file), "error": why},
-    )
     return JobError(
-        Reason.STATE_INVALID, f"the saved state {name!r} {why}", field="restore"
+        Reason.STATE_INVALID,
+        f"the saved state {name!r} {why}",
+        field="restore",
+        log={"file": str(file)},
     )
 
 
