@@ -39,6 +39,24 @@ class ErrorDetails:
     """Seconds after which the same call may succeed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The end of a call as its server wrote it, whatever a proxy made of the status."""
+
+    status: StatusCode | None
+    """The status; None if it is none of gRPC's."""
+
+    message: str
+    """The message."""
+
+    details: ErrorDetails
+    """The details."""
+
+    from_gradwire: bool
+    """Whether a gradwire server has written it: there is an ErrorInfo with its
+    domain."""
+
+
 def encode(
     status: StatusCode, message: str, details: ErrorDetails
 ) -> tuple[tuple[str, bytes], ...]:
@@ -69,25 +87,37 @@ def encode(
 
 def decode(trailer: bytes) -> ErrorDetails:
     """Decode the trailer's value; empty details if it is damaged."""
+    return decode_answer(trailer).details
+
+
+def decode_answer(trailer: bytes) -> Answer:
+    """Decode the trailer's value with its status; empty if it is damaged."""
     try:
         packed = Status.FromString(trailer)
-        return _collect(list(packed.details))
+        details, from_gradwire = _collect(list(packed.details))
     except DecodeError:
-        return ErrorDetails()
+        return Answer(None, "", ErrorDetails(), from_gradwire=False)
+    status = _BY_NUMBER.get(packed.code)
+    return Answer(status, packed.message, details, from_gradwire)
 
 
-def _collect(parts: list[Any]) -> ErrorDetails:
+_BY_NUMBER = {status.value[0]: status for status in StatusCode}
+
+
+def _collect(parts: list[Any]) -> tuple[ErrorDetails, bool]:
     reason: Reason | None = None
     fields: dict[str, str] = {}
     metadata: dict[str, str] = {}
     retry_after_s: float | None = None
+    from_gradwire = False
     for part in parts:
         info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
         if part.Unpack(info) and info.domain == DOMAIN:
+            from_gradwire = True
             reason = Reason.__members__.get(info.reason)
             metadata = dict(info.metadata)
         elif part.Unpack(bad_request):
             fields = {v.field: v.description for v in bad_request.field_violations}
         elif part.Unpack(retry):
             retry_after_s = max(0.0, retry.retry_delay.ToNanoseconds() / 1e9)
-    return ErrorDetails(reason, fields, metadata, retry_after_s)
+    return ErrorDetails(reason, fields, metadata, retry_after_s), from_gradwire

@@ -98,7 +98,7 @@ class Remembers(gradient_service_pb2_grpc.GradientServiceServicer):
 
     def Compute(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.metadata |= dict(context.invocation_metadata())
-        context.abort(grpc.StatusCode.INTERNAL, "seen")
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "seen")
 
 
 class RefusesThisContract(gradient_service_pb2_grpc.GradientServiceServicer):
@@ -398,7 +398,7 @@ def test_the_callers_metadata_goes_with_every_call() -> None:
         assert servicer.metadata["tenant"] == "blue"
         assert servicer.metadata["user-agent"].startswith("gradwire/")
         servicer.metadata.clear()
-        with pytest.raises(gradwire.ServerError, match="seen"):
+        with pytest.raises(gradwire.RequestError, match="seen"):
             client.gradients(*oracle.operands(2, 2, 2), metadata={"traceparent": trace})
     assert servicer.metadata["tenant"] == "blue"
     assert servicer.metadata["traceparent"] == trace

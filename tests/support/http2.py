@@ -1,9 +1,14 @@
-"""HTTP/2 by hand, for what no client of gRPC does: reading nothing, ending nothing."""
+"""HTTP/2 by hand, for what no client and no server of gRPC does.
+
+Clients that read nothing or end nothing, and web servers that answer with a page.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import threading
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -11,6 +16,7 @@ _DATA, _HEADERS, _SETTINGS = 0, 1, 4
 _END_STREAM, _END_HEADERS = 1, 4
 _INITIAL_WINDOW_SIZE = 4
 _FRAME_BYTES = 9
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 class Connection:
@@ -26,7 +32,7 @@ class Connection:
         self._socket = socket.create_connection((host, int(port)), 10)
         self._next = 1
         settings = struct.pack(">HI", _INITIAL_WINDOW_SIZE, window_bytes)
-        self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        self._socket.sendall(_PREFACE)
         self._send(_SETTINGS, 0, 0, settings)
 
     def __enter__(self) -> Connection:
@@ -85,8 +91,12 @@ class Connection:
         return data
 
     def _send(self, kind: int, flags: int, number: int, payload: bytes) -> None:
-        head = struct.pack(">I", len(payload))[1:] + bytes([kind, flags])
-        self._socket.sendall(head + struct.pack(">I", number) + payload)
+        self._socket.sendall(_frame(kind, flags, number, payload))
+
+
+def _frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
+    head = struct.pack(">I", len(payload))[1:] + bytes([kind, flags])
+    return head + struct.pack(">I", number) + payload
 
 
 def _literal(name: str, value: str) -> bytes:
@@ -94,3 +104,58 @@ def _literal(name: str, value: str) -> bytes:
     # As PEP 383 has bytes that are no UTF-8.
     texts = (each.encode(errors="surrogateescape") for each in (name, value))
     return b"\0" + b"".join(bytes([len(text)]) + text for text in texts)
+
+
+class WebServer:
+    """A web server, or the error page of a proxy: no gRPC, whatever is asked.
+
+    Attributes:
+        status: Of its answers.
+        content_type: Of its answers; empty: they have no body.
+        calls: How many were answered.
+    """
+
+    def __init__(self, status: int = 200, content_type: str = "text/html") -> None:
+        self.status = status
+        self.content_type = content_type
+        self.calls = 0
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> WebServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self._sockets.append(client)
+                threading.Thread(target=self._serve, args=[client], daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client.makefile("rb") as received:
+            client.sendall(_frame(_SETTINGS, 0, 0, b""))
+            received.read(len(_PREFACE))
+            while len(head := received.read(_FRAME_BYTES)) == _FRAME_BYTES:
+                received.read(int.from_bytes(head[:3]))
+                if head[3] == _HEADERS:
+                    self.calls += 1
+                    client.sendall(self._answer(int.from_bytes(head[5:])))
+
+    def _answer(self, number: int) -> bytes:
+        block = _literal(":status", str(self.status))
+        if not self.content_type:
+            return _frame(_HEADERS, _END_HEADERS | _END_STREAM, number, block)
+        block += _literal("content-type", self.content_type)
+        page = b"<html><head><title>nginx</title></head></html>"
+        return _frame(_HEADERS, _END_HEADERS, number, block) + _frame(
+            _DATA, _END_STREAM, number, page
+        )

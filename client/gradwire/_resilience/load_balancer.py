@@ -23,6 +23,7 @@ from gradwire._api.errors import (
     DrainingError,
     ExhaustedError,
     GradwireError,
+    UnavailableError,
     VerificationError,
 )
 from gradwire._api.types import ServerInfo
@@ -325,4 +326,4 @@ def none_left(causes: Mapping[str, GradwireError]) -> GradwireError:
 
 
 def _cannot_be_had(error: GradwireError) -> bool:
-    return isinstance(error, ConnectError) or error.status is StatusCode.UNAVAILABLE
+    return isinstance(error, ConnectError | UnavailableError)

@@ -19,10 +19,10 @@ from grpc import StatusCode
 
 from gradwire._api.errors import (
     ChecksumError,
-    ConnectionLostError,
     GradwireError,
     InputError,
     TlsError,
+    UnavailableError,
     VerificationError,
 )
 from gradwire._api.options import MetadataPairs, Options, left_of
@@ -39,9 +39,9 @@ class RetryPolicy:
     """When and how often a failed call is retried.
 
     A call is retried if it fails with UNAVAILABLE (no server listens, the connection
-    broke, the server drains or lost its device), with RESOURCE_EXHAUSTED and a retry
-    time from the server, or with a wrong checksum, as long as its `timeout_s` allows.
-    Other failures would occur again.
+    broke, a proxy reset the call, the server drains or lost its device), with
+    RESOURCE_EXHAUSTED and a retry time from the server, or with a wrong checksum, as
+    long as its `timeout_s` allows. Other failures would occur again.
 
     The r-th retry waits between 0 and
     min(`max_backoff_s`, `initial_backoff_s` * `multiplier` ** (r - 1)) seconds, drawn
@@ -256,7 +256,11 @@ class Attempts:
         """
         self._in_vain += 1
         delay_s = self._delay_s(error)
-        kind = error.status.name if error.status else type(error).__name__
+        status = error.status
+        if isinstance(error, UnavailableError):
+            # A proxy's reset has many statuses, and one meaning.
+            status = StatusCode.UNAVAILABLE
+        kind = status.name if status else type(error).__name__
         cause = error.reason or kind
         if delay_s is None:
             error.attempts = self.count
@@ -330,8 +334,9 @@ def is_transient(error: GradwireError) -> bool:
     """
     if isinstance(error, TlsError):
         return False
+    # Also calls that a proxy has reset, with any status.
+    if isinstance(error, UnavailableError | ChecksumError):
+        return True
     if error.status is StatusCode.RESOURCE_EXHAUSTED:
         return error.retry_after_s is not None
-    return error.status is StatusCode.UNAVAILABLE or isinstance(
-        error, ChecksumError | ConnectionLostError
-    )
+    return error.status is StatusCode.UNAVAILABLE

@@ -4,9 +4,11 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
 import gradwire
 from gradwire._api.errors import BY_REASON, BY_STATUS
+from gradwire._resilience.retry import is_transient
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc.grpc_errors import call_error, connect_error
 from gradwire_protocol import error_details
@@ -51,7 +53,8 @@ def test_a_handshake_that_was_reset_does_not_rule_a_gradwire_server_out() -> Non
     """gRPC's servers reset calls when too many wait, as in a flood of calls."""
     error = connect_error(Outcome(grpc.StatusCode.CANCELLED, "CANCELLED"), ADDRESS, 1)
     assert type(error) is gradwire.ConnectError
-    assert "is not a gradwire server, or is overloaded" in str(error)
+    assert "is not a gradwire server, is overloaded, or" in str(error)
+    assert error.status is grpc.StatusCode.UNAVAILABLE  # wait_for_ready_s goes by it
 
 
 def test_a_stream_that_tls_found_damaged_is_a_lost_connection() -> None:
@@ -64,6 +67,76 @@ def test_a_stream_that_tls_found_damaged_is_a_lost_connection() -> None:
     assert "TSI_DATA_CORRUPTED" in str(removed)
     other = call_error(Outcome(unknown, "Unexpected <class 'E'>"), ADDRESS)
     assert type(other) is gradwire.ServerError
+
+
+RESET = [
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+]
+
+
+@pytest.mark.parametrize("code", RESET)
+@pytest.mark.parametrize(
+    "text",
+    ["Received RST_STREAM with error code 2", "No status received", "", "of a proxy"],
+)
+def test_what_no_gradwire_server_gave_a_reason_for_is_a_lost_connection(
+    code: grpc.StatusCode, text: str
+) -> None:
+    error = call_error(Outcome(code, text), ADDRESS, "j-1")
+    assert type(error) is gradwire.ConnectionLostError
+    assert is_transient(error)
+    assert (error.status, error.details, error.job_id) == (code, text, "j-1")
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("RESOURCE_EXHAUSTED", "CLIENT: Sent message larger than max (5 vs. 4)"),
+        ("RESOURCE_EXHAUSTED", "SERVER: Received message larger than max (5 vs. 4)"),
+        ("RESOURCE_EXHAUSTED", "received metadata size exceeds hard limit"),
+        ("CANCELLED", "Locally cancelled by application!"),
+        ("CANCELLED", "Channel closed!"),
+        ("INTERNAL", "Exception deserializing response!"),
+        ("UNKNOWN", "Exception iterating requests!"),
+        ("UNKNOWN", "Unexpected <class 'ValueError'>: no"),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded"),
+    ],
+)
+def test_what_would_happen_again_is_not_tried_again(code: str, text: str) -> None:
+    status = grpc.StatusCode[code]
+    error = call_error(Outcome(status, text), ADDRESS)
+    assert type(error) is BY_STATUS[status]
+    assert not is_transient(error)
+
+
+@pytest.mark.parametrize("code", [*RESET, grpc.StatusCode.UNAVAILABLE])
+@pytest.mark.parametrize("reason", [Reason.BUSY, Reason.RESUME_MISMATCH])
+def test_the_servers_reason_outranks_a_proxys_status(
+    code: grpc.StatusCode, reason: Reason
+) -> None:
+    outcome = Outcome(reason.status, "so it is", ErrorDetails(reason, retry_after_s=1))
+    outcome._code, outcome._text = code, "Received RST_STREAM with error code 8"
+    error = call_error(outcome, ADDRESS)
+    assert type(error) is BY_REASON.get(reason, gradwire.RequestError)
+    assert (error.status, error.details) == (reason.status, "so it is")
+    assert is_transient(error) is (reason is Reason.BUSY)
+
+
+@pytest.mark.parametrize("code", list(BY_STATUS))
+def test_a_reason_of_a_newer_server_is_treated_like_its_status(
+    code: grpc.StatusCode,
+) -> None:
+    info = error_details_pb2.ErrorInfo(reason="OF_THE_FUTURE", domain="gradwire")
+    packed = status_pb2.Status(code=code.value[0], message="so it will be")
+    packed.details.add().Pack(info)
+    outcome = Outcome(grpc.StatusCode.CANCELLED, "RST_STREAM")
+    outcome._trailers = ((error_details.TRAILER, packed.SerializeToString()),)
+    error = call_error(outcome, ADDRESS)
+    assert type(error) is BY_STATUS[code]
+    assert (error.status, error.details) == (code, "so it will be")
 
 
 @pytest.mark.parametrize("reason", list(Reason))
@@ -154,8 +227,9 @@ def test_every_status_without_a_reason_becomes_an_exception(
         (
             "Received http2 header with status: 502",
             gradwire.UnavailableError,
-            "the proxy before gpu-node:50051 has no server available (Received http2"
-            " header with status: 502)",
+            "the proxy before gpu-node:50051 could not use its server: it is not"
+            " running, or the proxy does not speak HTTP/2 to it (nginx: grpc_pass;"
+            " HAProxy: proto h2) (Received http2 header with status: 502)",
         ),
     ],
 )

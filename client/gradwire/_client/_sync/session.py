@@ -11,7 +11,12 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, TypeVar, Unpack
 
-from gradwire._api.errors import CallError, GradwireError, InputError
+from gradwire._api.errors import (
+    CallError,
+    DeadlineError,
+    GradwireError,
+    InputError,
+)
 from gradwire._api.optimizers import Optimizer
 from gradwire._api.options import (
     DtypeLike,
@@ -50,7 +55,7 @@ from gradwire._core.kept import Keeping, Tensor
 from gradwire._core.tensor_messages import TensorReader, put_requests
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
-from gradwire._resilience.retry import Attempts
+from gradwire._resilience.retry import Attempts, is_transient
 from gradwire._transport.sync_io import SyncRepeater, close_at_exit, run_beside
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
@@ -669,10 +674,9 @@ class Session(SessionBase):
         request = pb2.RenewSessionRequest(session=self.token)
         try:
             self._engine.session_call("RenewSession", request, self.lease_s / 3)
-        except CallError as error:
-            return error.reason is None  # the connection broke: try again
-        except GradwireError:
-            return False
+        except GradwireError as error:
+            # The server, or a proxy before it, may be back at the next time.
+            return is_transient(error) or isinstance(error, DeadlineError)
         return True
 
     def _call(self, name: str, request: Any) -> Any:

@@ -1,8 +1,10 @@
 """Conversion of gRPC's errors to gradwire's exceptions.
 
+A gradwire server attaches its reason to every error. It decides: a proxy that ends a
+call early may replace the status. Errors without details are gRPC's or a proxy's.
 gRPC has one status, UNAVAILABLE, for several errors: no server listens, a name has no
 address, or the connection of a running call broke. Only gRPC's message distinguishes
-them. This module is the only one that examines the message.
+them. This module and `proxy_errors` are the only ones that examine the message.
 """
 
 from __future__ import annotations
@@ -22,25 +24,39 @@ from gradwire._api.errors import (
     GradwireError,
     ProtocolError,
     TlsError,
-    UnavailableError,
     UnsupportedError,
 )
 from gradwire._transport.address import proxy_of
 from gradwire._transport.endpoint import Endpoint
+from gradwire._transport.grpc.proxy_errors import hint, proxy_error
 from gradwire_protocol import error_details, limits
-from gradwire_protocol.error_details import ErrorDetails
+from gradwire_protocol.error_details import Answer, ErrorDetails
 from gradwire_protocol.error_reasons import Reason
 
 LATE = "the call took longer than its timeout_s"
 
 _NO_SUCH_NAME = re.compile("DNS resolution failed|Domain name not found|lookup failed")
-_RESET = "CANCELLED"
-"""gRPC's message for a call reset by a server that was closed, or by a proxy. For calls
-cancelled by the client, the message is longer, and a gradwire server gives a reason."""
+_OF_RESETS = frozenset(
+    {
+        StatusCode.INTERNAL,
+        StatusCode.UNKNOWN,
+        StatusCode.CANCELLED,
+        StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+"""Statuses of a call that was reset, by a proxy whose server is gone or by a server
+that was closed: which one depends on the code in HTTP/2's RST_STREAM."""
 
-_REMOVED = "Stream removed"
-"""gRPC's message for a connection that ended without a status of its own, for example
-after TLS detected changed bytes."""
+_RST_STREAM = "RST_STREAM"
+"""In gRPC's message for a call that was reset, whatever its status."""
+
+_OTHER_CAUSE = re.compile(
+    "Locally cancelled|Channel (is )?closed|channel was closed"  # by this client
+    "|Exception (de)?serializing|Exception iterating"  # in this client
+    "|larger than max|metadata size exceeds"  # a retry has the same size
+    "|Unexpected <class|Exception calling application"  # a server's bug
+)
+"""In gRPC's message for errors with these statuses and another cause."""
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _NO_DESCRIPTORS = re.compile("Too many open files")
@@ -85,36 +101,14 @@ def call_error(
         service: The service that was called.
     """
     code, text = outcome.code(), _legible(outcome.details() or "")
-    attached = _attached(outcome)
-    if attached.reason is None:
-        if (code is StatusCode.CANCELLED and text == _RESET) or (
-            code is StatusCode.UNKNOWN and text.startswith(_REMOVED)
-        ):
-            return ConnectionLostError(
-                f"the call was interrupted by the server at {endpoint.address}, or in"
-                f" the network, before it was done ({text})",
-                status=code,
-                job_id=job_id,
-                details=text,
-            )
-        if code is StatusCode.UNAVAILABLE:
-            return _unavailable(endpoint, text, job_id)
-        if code is StatusCode.UNIMPLEMENTED and service != limits.SERVICE:
-            return UnsupportedError(
-                f"the server at {endpoint} does not offer {service} ({text}): update"
-                " it",
-                status=code,
-                attached=attached,
-                details=text,
-            )
-        if code is StatusCode.UNIMPLEMENTED:
-            return ContractError(
-                f"the gRPC server at {endpoint} does not offer {limits.SERVICE}"
-                f" ({text})",
-                status=code,
-                job_id=job_id,
-                details=text,
-            )
+    answer = _answer(outcome)
+    attached = answer.details if answer is not None else ErrorDetails()
+    if answer is not None and answer.from_gradwire:
+        code, text = answer.status or code, _legible(answer.message) or text
+    elif error := _foreign(
+        code, text, endpoint, job_id=job_id, service=service, bare=answer is None
+    ):
+        return error
     if attached.reason is Reason.CONTRACT_UNKNOWN:
         return ContractError(
             f"the server at {endpoint} does not support {limits.CONTRACT}: {text}",
@@ -137,6 +131,57 @@ def call_error(
     return error
 
 
+def _foreign(
+    code: StatusCode,
+    text: str,
+    endpoint: Endpoint,
+    *,
+    job_id: str | None,
+    service: str,
+    bare: bool,
+) -> GradwireError | None:
+    """Return the exception for an error that no gradwire server has sent.
+
+    Args:
+        code: The status.
+        text: The message.
+        endpoint: The server.
+        job_id: The job.
+        service: The service that was called.
+        bare: Whether there are no details, not even those of another service.
+
+    Returns:
+        The exception; None if it is that of the status.
+    """
+    if bare:
+        if told := proxy_error(code, text, endpoint, job_id):
+            return told
+        if _was_cut_off(code, text):
+            return ConnectionLostError(
+                f"the call was interrupted by the server at {endpoint.address}, by a"
+                f" proxy, or in the network, before it was done{hint(text)} ({text})",
+                status=code,
+                job_id=job_id,
+                details=text,
+            )
+    if code is StatusCode.UNAVAILABLE:
+        return _unavailable(endpoint, text, job_id)
+    if code is StatusCode.UNIMPLEMENTED and service != limits.SERVICE:
+        return UnsupportedError(
+            f"the server at {endpoint} does not offer {service} ({text}): update it",
+            status=code,
+            details=text,
+        )
+    if code is StatusCode.UNIMPLEMENTED:
+        return ContractError(
+            f"the gRPC server at {endpoint} does not offer {limits.SERVICE} ({text})",
+            status=code,
+            job_id=job_id,
+            details=text,
+        )
+    return None
+
+
 def session_error(outcome: Outcome, endpoint: Endpoint) -> GradwireError:
     """Return the exception for a call of the sessions' service."""
     return call_error(outcome, endpoint, service=limits.SESSION_SERVICE)
@@ -149,15 +194,18 @@ def connect_error(
     error = call_error(outcome, endpoint)
     if outcome.code() is StatusCode.DEADLINE_EXCEEDED:
         return ConnectError(
-            f"no gradwire server answered at {endpoint} within {connect_timeout_s:g} s",
+            f"no gradwire server answered at {endpoint} within {connect_timeout_s:g} s"
+            f"{hint(error.details)}",
             status=error.status,
             details=error.details,
         )
     if isinstance(error, ConnectionLostError):
         return ConnectError(
             f"the server at {endpoint} closed the connection or refused the call"
-            f" ({error.details}): it is not a gradwire server, or is overloaded",
-            status=error.status,
+            f" ({error.details}): it is not a gradwire server, is overloaded, or is not"
+            f" available behind a proxy{hint(error.details)}",
+            # Another attempt may succeed, whatever the status was.
+            status=StatusCode.UNAVAILABLE,
             details=error.details,
         )
     return error
@@ -171,11 +219,19 @@ def _legible(text: str) -> str:
     return _CONTROLS.split(" ".join(text.splitlines()), maxsplit=1)[0].rstrip()
 
 
-def _attached(outcome: Outcome) -> ErrorDetails:
+def _answer(outcome: Outcome) -> Answer | None:
+    """Return the end of the call as its server wrote it; None: without details."""
     for key, value in outcome.trailing_metadata() or ():
         if key == error_details.TRAILER and isinstance(value, bytes):
-            return error_details.decode(value)
-    return ErrorDetails()
+            return error_details.decode_answer(value)
+    return None
+
+
+def _was_cut_off(code: StatusCode, text: str) -> bool:
+    """Whether a call without details was cut off on the way."""
+    if _RST_STREAM in text:
+        return True
+    return code in _OF_RESETS and not _OTHER_CAUSE.search(text)
 
 
 def _unavailable(endpoint: Endpoint, text: str, job_id: str | None) -> GradwireError:
@@ -202,9 +258,6 @@ def _unavailable(endpoint: Endpoint, text: str, job_id: str | None) -> GradwireE
         message = f"the server at {endpoint} closed the connection at once:"
         message += f" {_refusal(endpoint)}, or is stopping"
         message += f" ({text.rpartition(': ')[2]})"
-    elif "http2 header with status" in text:
-        kind = UnavailableError
-        message = f"the proxy before {endpoint} has no server available ({text})"
     else:
         kind = ConnectionLostError
         message = f"the connection to {endpoint} broke before the call was done"
