@@ -21,6 +21,9 @@ stay below gRPC's default limit of 4 MiB."""
 MAX_INT64 = 2**63 - 1
 """Largest value of a size, a count or an index on the wire."""
 
+QUEUED_EVERY_S = 15.0
+"""Longest time in seconds between two Queued messages of a job that waits."""
+
 MAX_JOB_ID_LENGTH = 128
 """Maximum length of a job id in characters."""
 

@@ -106,6 +106,21 @@ def test_jobs_wait_in_the_order_in_which_they_came():
         assert outcome.receipt.queued_seconds > 0
 
 
+def test_a_job_that_waits_hears_its_place_again_and_again():
+    """So a proxy that ends idle calls does not end it."""
+    with (
+        serving(max_jobs=1, max_queue=2, queued_every_s=0.15) as (_, channel),
+        running_job(channel) as first,
+        Stream(channel) as second,
+    ):
+        second.send(SMALL.job())
+        began = time.monotonic()
+        assert [queued_behind(second) for _ in range(4)] == [1] * 4
+        assert time.monotonic() - began >= 0.3  # not without pause
+        finish(*first, SMALL)
+        finish(second, second.receive_accepted(), SMALL)
+
+
 def test_a_waiting_caller_who_leaves_gives_up_its_place():
     with (
         serving(max_jobs=1, max_queue=2) as (_, channel),

@@ -116,7 +116,8 @@ def running_server(
             `dies_at_rename`: the number of the first file that it would rename into
             place, and is killed instead; `file_bytes`: most bytes of a file that it can
             write, as on a full disk; `limits_log`: whether it leaves out log lines of
-            calls that fail alike, as servers do. Most tests look for single lines.
+            calls that fail alike, as servers do, while most tests look for single
+            lines; `queued_every_s`: how often it tells a job at least that it waits.
     """
     settings = {
         "listen": ["127.0.0.1:0"],
@@ -191,7 +192,7 @@ def _die_at_rename(number: int) -> None:
 
 
 async def _serve(settings: dict[str, Any]) -> None:
-    from gradwire_protocol import framing
+    from gradwire_protocol import framing, limits
     from gradwire_server import Server, Settings
     from gradwire_server.observability import access_log
 
@@ -205,6 +206,8 @@ async def _serve(settings: dict[str, Any]) -> None:
     if "file_bytes" in settings:
         most = settings.pop("file_bytes")
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    if "queued_every_s" in settings:
+        limits.QUEUED_EVERY_S = settings.pop("queued_every_s")
     if "dies_at_rename" in settings:
         _die_at_rename(settings.pop("dies_at_rename"))
     if settings.get("state_dir"):

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from gradwire_protocol import limits
 from gradwire_protocol.error_reasons import Reason
 from gradwire_server.admission.ledger import Ledger
 from gradwire_server.admission.queue import Queue
@@ -23,7 +24,16 @@ from gradwire_server.errors import JobError
 from gradwire_server.observability.figures import AdmissionFigures, TenantUse
 from gradwire_server.scheduling.device_selector import DeviceSelector, Load
 
-__all__ = ["CALL_BYTES", "RETRY_AFTER_S", "Admission"]
+__all__ = ["CALL_BYTES", "RETRY_AFTER_S", "Admission", "heartbeat_s"]
+
+
+def heartbeat_s() -> float:
+    """Return after how many seconds a waiting job is told its place again.
+
+    Proxies end calls without messages, many after 50 or 60 s. A busy server may be late
+    by a third of the promised time.
+    """
+    return limits.QUEUED_EVERY_S * 2 / 3
 
 
 class Admission:
@@ -192,7 +202,8 @@ class Admission:
         Args:
             size_bytes: Host memory to reserve, in bytes.
             load: The job's load on its device.
-            on_wait: Called with the number of jobs ahead, first and at each change.
+            on_wait: Called with the number of jobs ahead: first, at each change, and
+                again after `heartbeat_s`.
             tenant: The job's tenant.
 
         Yields:
@@ -290,7 +301,7 @@ class Admission:
     async def _wait_turn(
         self, waiting: Waiting, on_wait: Callable[[int], Awaitable[None]]
     ) -> int:
-        told = -1
+        told: int | None = None
         while waiting.position is None:
             if waiting.refused is not None:
                 raise waiting.refused
@@ -299,8 +310,12 @@ class Admission:
             if ahead != told:
                 told = ahead
                 await on_wait(ahead)
-            else:
-                await waiting.moved.wait()
+                continue
+            try:
+                async with asyncio.timeout(heartbeat_s()):
+                    await waiting.moved.wait()
+            except TimeoutError:
+                told = None
         return waiting.position
 
     def _refuse(self, waiting: Waiting, refusal: JobError) -> None:

@@ -216,7 +216,7 @@ class JobService:
         # A session's turn comes before memory: steps wait for jobs, never jobs that
         # hold memory for steps.
         async with (
-            self.sessions.job(spec, call.tenant) as tensors,
+            self.sessions.job(spec, call.tenant, on_wait) as tensors,
             self.admitted(call, host_bytes, on_wait, tensors.device) as worker,
             StreamedJob(
                 spec,
@@ -253,7 +253,7 @@ class JobService:
         with self.regions.used(spec.regions, call.tenant) as regions:
             check_region_sizes(spec, [region.size_bytes for region in regions])
             async with (
-                self.sessions.job(spec, call.tenant) as tensors,
+                self.sessions.job(spec, call.tenant, on_wait) as tensors,
                 self.admitted(call, message_bytes, on_wait, tensors.device) as worker,
             ):
                 call.applied = tensors.applied

@@ -26,6 +26,7 @@ from gradwire_server.sessions.accounts import Accounts
 from gradwire_server.sessions.digest import digest
 from gradwire_server.sessions.job_tensors import JobTensors
 from gradwire_server.sessions.session import Session
+from gradwire_server.sessions.turns import OnWait
 
 _log = logging.getLogger("gradwire_server")
 
@@ -274,11 +275,16 @@ class Sessions:
             yield session
 
     def job(
-        self, spec: JobSpec, tenant: str
+        self, spec: JobSpec, tenant: str, on_wait: OnWait | None = None
     ) -> AbstractAsyncContextManager[JobTensors]:
         """Use a job's kept tensors within the returned context.
 
         No step of the session is made meanwhile.
+
+        Args:
+            spec: The job.
+            tenant: Its tenant.
+            on_wait: Called now and then while the job waits for a step.
 
         Raises:
             JobError: On entry: the session or a tensor is unknown, or does not fit the
@@ -286,12 +292,14 @@ class Sessions:
         """
         if not (spec.kept or spec.keep or spec.into):
             return nullcontext(JobTensors(spec, None))
-        return self._job(spec, tenant)
+        return self._job(spec, tenant, on_wait)
 
     @asynccontextmanager
-    async def _job(self, spec: JobSpec, tenant: str) -> AsyncIterator[JobTensors]:
+    async def _job(
+        self, spec: JobSpec, tenant: str, on_wait: OnWait | None
+    ) -> AsyncIterator[JobTensors]:
         with self.used(spec.session, tenant, "job.session.session") as session:
-            async with session.turns.shared():
+            async with session.turns.shared(on_wait):
                 session.require_open()
                 tensors = JobTensors(spec, session)
                 try:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeAlias
+
+from gradwire_server.admission.controller import heartbeat_s
+
+OnWait: TypeAlias = Callable[[int], Awaitable[None]]
 
 
 class Turns:
@@ -22,9 +27,14 @@ class Turns:
         self._waiting: deque[tuple[bool, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
-        """Hold the lock together with others within this context."""
-        await self._take(alone=False)
+    async def shared(self, on_wait: OnWait | None = None) -> AsyncIterator[None]:
+        """Hold the lock together with others within this context.
+
+        Args:
+            on_wait: Called after `heartbeat_s`, and again, with the number of jobs and
+                steps ahead.
+        """
+        await self._take(alone=False, on_wait=on_wait)
         try:
             yield
         finally:
@@ -49,20 +59,32 @@ class Turns:
         self._alone = False
         self._admit()
 
-    async def _take(self, *, alone: bool) -> None:
+    async def _take(self, *, alone: bool, on_wait: OnWait | None = None) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((alone, turn))
         self._admit()
         try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # the turn came together with the cancellation
-                if alone:
-                    self._alone = False
-                else:
-                    self._sharing -= 1
+            while not turn.done():
+                await asyncio.wait([turn], timeout=heartbeat_s())
+                if on_wait is not None and not turn.done():
+                    await on_wait(self._ahead_of(turn))
+        except BaseException:
+            if not turn.done():
+                turn.cancel()
+            elif alone:  # the turn came together with the cancellation
+                self._alone = False
+            else:
+                self._sharing -= 1
             self._admit()
             raise
+
+    def _ahead_of(self, turn: asyncio.Future[None]) -> int:
+        ahead = self._sharing + self._alone
+        for _, other in self._waiting:
+            if other is turn:
+                break
+            ahead += not other.cancelled()
+        return ahead
 
     def _admit(self) -> None:
         while self._waiting:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gradwire_protocol import limits
 from gradwire_server.sessions.turns import Turns
 
 
@@ -16,11 +17,14 @@ class Calls:
 
     Attributes:
         running: Their names, in the order in which they began.
+        told: What each job that waits is told: how many are ahead.
     """
 
     def __init__(self) -> None:
         self.turns = Turns()
         self.running: list[str] = []
+        self.told: dict[str, list[int]] = {}
+        self.told_thrice = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
 
@@ -32,7 +36,14 @@ class Calls:
             await settle()
 
     async def _call(self, name: str) -> None:
-        turn = self.turns.alone() if name.isupper() else self.turns.shared()
+        async def on_wait(ahead: int) -> None:
+            self.told.setdefault(name, []).append(ahead)
+            if len(self.told[name]) == 3:
+                self.told_thrice.set()
+            if name == "leaves":
+                raise ConnectionError
+
+        turn = self.turns.alone() if name.isupper() else self.turns.shared(on_wait)
         async with turn:
             self.running.append(name)
             try:
@@ -120,5 +131,31 @@ def test_one_that_leaves_when_its_turn_comes_returns_it(waits: str) -> None:
         await calls.begin("U")
         assert calls.running == ["U"]
         await calls.end("U")
+
+    run(test())
+
+
+def test_jobs_that_wait_are_told_again_how_many_are_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "QUEUED_EVERY_S", 0.03)
+
+    async def test() -> None:
+        calls = Calls()
+        await calls.begin("a", "b", "S", "c", "leaves", "d")
+        await calls.told_thrice.wait()
+        # Whose client does not hear it makes place for the others.
+        with pytest.raises(ConnectionError):
+            await calls._tasks["leaves"]
+        assert calls.told["leaves"] == [4]
+        assert set(calls.told["c"]) == {3}
+        assert set(calls.told["d"]) <= {5, 4}
+        assert calls.told["d"][-1] == 4
+        await calls.end("a", "b")
+        assert calls.running == ["S"]
+        await calls.end("S")
+        assert calls.running == ["c", "d"]
+        assert not {"a", "b", "S"} & set(calls.told)
+        await calls.end("c", "d")
 
     run(test())
