@@ -12,6 +12,7 @@ from grpc import StatusCode
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2, matrix_pb2
 from gradwire_protocol.error_reasons import Reason
+from tests.support import http2
 from tests.support.raw import (
     INLINE,
     CallError,
@@ -612,20 +613,36 @@ def test_a_wrong_compute_request_is_refused(
     assert_computes(channel)
 
 
-@pytest.mark.parametrize("message", [b"\xff\xff", b"\x0a\x05\x01"])
-def test_a_compute_request_that_is_no_message_is_refused(channel, message):
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (b"\xff\xff", "is no gradwire.v1.ComputeRequest"),
+        (b"\x0a\x05\x01", "is no gradwire.v1.ComputeRequest"),
+        (b"", "has no job"),
+        (service_pb2.ComputeRequest(x=bytes(4)).SerializeToString(), "no job"),
+    ],
+    ids=["random-bytes", "cut", "empty", "no-job"],
+)
+def test_a_compute_request_that_is_no_message_is_refused(channel, message, says):
     with pytest.raises(CallError) as raised:
         compute_request(channel, message)
-    assert_refused(raised.value, INVALID, "MESSAGE_MALFORMED", None, ["ComputeRequest"])
+    assert_refused(raised.value, INVALID, "MESSAGE_MALFORMED", None, [says])
     assert_computes(channel)
 
 
-def test_an_empty_compute_request_is_refused(channel):
-    with pytest.raises(CallError) as raised:
-        compute_request(channel, b"")
-    assert raised.value.status is INVALID
-    assert raised.value.reason
-    assert_computes(channel)
+def test_a_single_request_that_is_cut_off_is_not_called_a_stream(small_blocks):
+    message = request().SerializeToString()
+    framed = b"\0" + len(message).to_bytes(4) + message
+    before = len(small_blocks.records)
+    sizes = (0, 3, 60)
+    with http2.Connection(small_blocks.address) as connection:
+        for size in sizes:
+            call = connection.begin("/gradwire.v1.GradientService/Compute")
+            connection.send(call, framed[:size], end=True)
+            assert connection.wait_for_end() == call
+    records = [each for each in small_blocks.records[before:] if "error" in each]
+    assert [each["reason"] for each in records] == ["MESSAGE_MALFORMED"] * len(sizes)
+    assert all("before its request was complete" in each["error"] for each in records)
 
 
 @pytest.mark.parametrize("ahead", ["x", "dy"])

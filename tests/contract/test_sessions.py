@@ -698,7 +698,7 @@ def test_a_wrong_tensor(session, fields, status, reason, field, says) -> None:
 
 FIRST = put_chunk(0, bytes(16))
 PUTS = [
-    ([], "END_MISSING", None, "request"),
+    ([], "END_MISSING", None, "stream", "a header first"),
     ([b"\xff\xff"], "MESSAGE_MALFORMED", None, "PutTensorRequest"),
     ([b""], "MESSAGE_UNEXPECTED", None, "header first"),
     ([FIRST], "MESSAGE_UNEXPECTED", None, "chunk", "header first"),

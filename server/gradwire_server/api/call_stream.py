@@ -40,7 +40,23 @@ class CallStream:
         """Return the request of a method with a single request message."""
         message = await self._read_bytes("a request")
         if message is None:
-            await _refuse(None, "a request")
+            await self.await_cancellation()
+            raise malformed(
+                "the call ended before its request was complete: expected a "
+                f"{kind.DESCRIPTOR.full_name}"
+            )
+        return _parse(kind, message)
+
+    async def read_first(self, kind: type[Request], expected: str) -> Request:
+        """Return the first request of a method with a stream of them.
+
+        Args:
+            kind: Its type.
+            expected: What it is, for the error if nothing comes.
+        """
+        message = await self._read_bytes(expected)
+        if message is None:
+            await _refuse(None, expected)
         return _parse(kind, message)
 
     async def requests(

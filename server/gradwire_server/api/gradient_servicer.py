@@ -37,7 +37,7 @@ from gradwire_server.api.call_stream import CallStream, both
 from gradwire_server.api.client_timeouts import ClientTimeouts
 from gradwire_server.api.job_service import JobService
 from gradwire_server.api.receipts import accepted_message, receipt_message
-from gradwire_server.errors import JobError
+from gradwire_server.errors import JobError, malformed
 from gradwire_server.jobs.header import unary
 from gradwire_server.jobs.header.parse import is_job_id
 
@@ -86,6 +86,8 @@ class GradientServicer:
         async def serve(call: CallState) -> bytes:
             stream = CallStream(self._timeouts, call, context)
             request = await stream.read_request(pb2.ComputeRequest)
+            if not request.HasField("job"):
+                raise malformed("the request has no job: expected a ComputeRequest")
             spec = self._service.read_job(call, request.job)
             operands = unary.whole_operands(spec, request)
             size = unary.message_bytes(spec)

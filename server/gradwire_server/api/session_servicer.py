@@ -108,7 +108,7 @@ class SessionServicer:
 
         async def serve(call: CallState) -> bytes:
             stream = CallStream(self._timeouts, call, context)
-            first = await stream.read_request(pb2.PutTensorRequest)
+            first = await stream.read_first(pb2.PutTensorRequest, "a header first")
             if first.WhichOneof("message") != "header":
                 raise _unexpected(first, "a header first")
             header = first.header
