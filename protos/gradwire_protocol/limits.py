@@ -78,5 +78,8 @@ MAX_NAME_LENGTH = 128
 SHARED_MEMORY = "shared-memory"
 """Feature name for shared memory."""
 
+PROOF_FILE = "gradwire-proof"
+"""Name of the file that proves that a client shares the server's host."""
+
 SHARED_ALIGNMENT = 64
 """Alignment of offsets in shared memory in bytes: a cache line."""

@@ -21,6 +21,7 @@ from grpc import StatusCode
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
 from gradwire.v1 import job_pb2, matrix_pb2
+from tests.support.proxy import Proxy
 from tests.support.raw import (
     DTYPES,
     INLINE,
@@ -36,7 +37,13 @@ from tests.support.raw import (
     stream_job,
 )
 from tests.support.serving import ServerProcess, running_server
-from tests.support.shared_memory import RawRegion, descriptors, shared_job
+from tests.support.shared_memory import (
+    RawRegion,
+    descriptors,
+    open_region,
+    proof_for,
+    shared_job,
+)
 
 MIB = 1 << 20
 INVALID = StatusCode.INVALID_ARGUMENT
@@ -73,6 +80,42 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_who_cannot_read_the_servers_file_gets_no_memory(sharing):
+    """A proxy on the server's host makes all its callers local."""
+    before = descriptors(sharing.pid)
+    with Proxy(sharing.address) as proxy, grpc.insecure_channel(proxy.address) as far:
+        (answer,) = open_region(far, size_bytes=MIB)
+        told = [field.name for field, _ in answer.ListFields()]
+        assert told == ["challenge"]
+        for guess in (bytes(32), answer.challenge.cookie, b"x", bytes(4096)):
+            with pytest.raises(grpc.RpcError) as raised:
+                next(open_region(far, size_bytes=MIB, proof=guess))
+            refused = CallError(raised.value)
+            assert refused.status is StatusCode.PERMISSION_DENIED
+            assert (refused.reason, refused.fields.keys()) == ("NOT_ALLOWED", {"proof"})
+        assert descriptors(sharing.pid) == before
+        # One that can is local indeed.
+        with RawRegion(far, MIB):
+            assert descriptors(sharing.pid) > before
+
+
+def test_the_file_that_proves_it_cannot_be_changed(sharing, channel):
+    (answer,) = open_region(channel)
+    path = f"/proc/{answer.challenge.pid}/fd/{answer.challenge.fd}"
+    fd = os.open(path, os.O_RDWR)
+    try:
+        for change in (
+            lambda: os.write(fd, b"x"),
+            lambda: os.ftruncate(fd, 0),
+            lambda: os.ftruncate(fd, 4096),
+        ):
+            with pytest.raises(PermissionError):
+                change()
+    finally:
+        os.close(fd)
+    assert len(proof_for(channel)) == 32
 
 
 def failure(channel: grpc.Channel, *messages: Any) -> CallError:

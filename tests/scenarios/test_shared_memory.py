@@ -18,6 +18,7 @@ import pytest
 import gradwire
 from gradwire._api.options import parse_options
 from gradwire._client.job_factory import Tuning
+from gradwire._transport.shm.segments import Segment
 from gradwire_protocol.matrices import OPERANDS, RESULTS
 from tests.support import oracle
 from tests.support.serving import ServerProcess, running_server
@@ -238,6 +239,61 @@ def test_a_server_elsewhere_is_noticed(sharing: Any, monkeypatch: Any) -> None:
         for _ in range(2):
             assert client.gradients(*operands).receipt.transport == "tcp"
         assert client.empty(3).shape == (3,)
+
+
+@pytest.mark.parametrize("client", ["sync_call", "async_call"])
+def test_a_client_that_cannot_prove_that_it_is_local_sends_messages(
+    sharing: Any, tcp: Any, monkeypatch: Any, client: str
+) -> None:
+    """As one that a proxy on the server's host brings from another."""
+    monkeypatch.setattr(
+        f"gradwire._transport.grpc.{client}.proof_of", lambda challenge: bytes(32)
+    )
+    x, w, dy = oracle.operands(4096, 60, 50)
+    expected = tcp.gradients(x, w, dy)
+
+    async def compute(transport: str) -> Any:
+        async with gradwire.AsyncClient(sharing.address, transport=transport) as one:
+            return await one.gradients(x, w, dy)
+
+    def run(transport: str) -> Any:
+        if client == "async_call":
+            return asyncio.run(compute(transport))
+        with gradwire.connect(sharing.address, transport=transport) as one:
+            return one.gradients(x, w, dy)
+
+    result = run("auto")
+    assert result.receipt.transport == "tcp"
+    assert_same(result, expected)
+    with pytest.raises(gradwire.NotAllowedError, match="behind a proxy"):
+        run("shm")
+
+
+@pytest.mark.parametrize("kind", ["auto", "shm"])
+def test_a_job_that_never_finds_its_region_travels_in_messages(
+    sharing: Any, tcp: Any, monkeypatch: Any, kind: str
+) -> None:
+    """As behind a proxy that sends each call to another server."""
+    made = Segment.__init__
+
+    def of_another_server(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.token = "token-of-another-server"
+
+    monkeypatch.setattr(Segment, "__init__", of_another_server)
+    x, w, dy = oracle.operands(4096, 60, 50)
+    expected = tcp.gradients(x, w, dy)
+    with gradwire.connect(sharing.address, transport=kind) as client:
+        if kind == "shm":
+            with pytest.raises(gradwire.RequestError, match="REGION_UNKNOWN"):
+                client.gradients(x, w, dy)
+            return
+        inside = client.empty(x.shape)
+        inside[...] = x
+        for operand in (inside, x):
+            result = client.gradients(operand, w, dy)
+            assert result.receipt.transport == "tcp"
+            assert_same(result, expected)
 
 
 def test_where_memory_runs_out_auto_goes_on_in_messages() -> None:

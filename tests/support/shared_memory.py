@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -27,6 +28,31 @@ def descriptors(pid: int) -> int:
     return count
 
 
+def open_region(channel: grpc.Channel, **fields: object) -> Any:
+    """The answers of OpenRegion."""
+    return channel.unary_stream(
+        f"/{SERVICE}/OpenRegion",
+        request_serializer=service_pb2.OpenRegionRequest.SerializeToString,
+        response_deserializer=service_pb2.OpenRegionResponse.FromString,
+    )(service_pb2.OpenRegionRequest(**fields))
+
+
+def proof_for(channel: grpc.Channel) -> bytes:
+    """The proof that this process is on the server's host.
+
+    Raises:
+        CallError: The server does not ask for it.
+    """
+    try:
+        (answer,) = open_region(channel)
+    except grpc.RpcError as error:
+        raise CallError(error) from None
+    challenge = answer.challenge
+    contents = Path(f"/proc/{challenge.pid}/fd/{challenge.fd}").read_bytes()
+    assert contents[:32] == challenge.cookie
+    return contents[32:]
+
+
 class RawRegion:
     """A region, mapped.
 
@@ -35,11 +61,8 @@ class RawRegion:
     """
 
     def __init__(self, channel: grpc.Channel, size_bytes: int) -> None:
-        self.call = channel.unary_stream(
-            f"/{SERVICE}/OpenRegion",
-            request_serializer=service_pb2.OpenRegionRequest.SerializeToString,
-            response_deserializer=service_pb2.OpenRegionResponse.FromString,
-        )(service_pb2.OpenRegionRequest(size_bytes=size_bytes))
+        proof = proof_for(channel)
+        self.call = open_region(channel, size_bytes=size_bytes, proof=proof)
         try:
             self.answer: service_pb2.OpenRegionResponse = next(self.call)
         except grpc.RpcError as error:

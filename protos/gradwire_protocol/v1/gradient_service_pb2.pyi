@@ -61,24 +61,38 @@ class ComputeStreamResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[_job_pb2.Accepted, _Mapping]] = ..., chunk: _Optional[_Union[_matrix_pb2.Chunk, _Mapping]] = ..., receipt: _Optional[_Union[_job_pb2.Receipt, _Mapping]] = ..., queued: _Optional[_Union[_job_pb2.Queued, _Mapping]] = ..., checkpoint: _Optional[_Union[_job_pb2.Checkpoint, _Mapping]] = ...) -> None: ...
 
 class OpenRegionRequest(_message.Message):
-    __slots__ = ("size_bytes",)
+    __slots__ = ("size_bytes", "proof")
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     size_bytes: int
-    def __init__(self, size_bytes: _Optional[int] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, size_bytes: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class RegionChallenge(_message.Message):
+    __slots__ = ("pid", "fd", "cookie")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    COOKIE_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    fd: int
+    cookie: bytes
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., cookie: _Optional[bytes] = ...) -> None: ...
 
 class OpenRegionResponse(_message.Message):
-    __slots__ = ("token", "pid", "fd", "cookie", "size_bytes")
+    __slots__ = ("token", "pid", "fd", "cookie", "size_bytes", "challenge")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     FD_FIELD_NUMBER: _ClassVar[int]
     COOKIE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
     token: str
     pid: int
     fd: int
     cookie: bytes
     size_bytes: int
-    def __init__(self, token: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., cookie: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+    challenge: RegionChallenge
+    def __init__(self, token: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., cookie: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., challenge: _Optional[_Union[RegionChallenge, _Mapping]] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

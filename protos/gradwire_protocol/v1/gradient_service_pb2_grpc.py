@@ -93,7 +93,8 @@ class GradientServiceServicer(object):
         region lives as long as the call. It closes when the client cancels the call
         or dies. A job that uses the region then still runs to its end. Available if
         GetServerInfoResponse.features has "shared-memory", to clients on a loopback
-        address or a unix socket.
+        address or a unix socket that prove that they are on the server's host: without
+        OpenRegionRequest.proof, the answer is a challenge, and the call ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -30,6 +30,7 @@ from gradwire_protocol.limits import (
 )
 from gradwire_protocol.v1 import gradient_service_pb2 as pb2
 from gradwire_server.admission import tenancy
+from gradwire_server.admission.quota import busy
 from gradwire_server.api import server_info
 from gradwire_server.api.call_scope import call_scope
 from gradwire_server.api.call_state import CallState
@@ -40,6 +41,7 @@ from gradwire_server.api.receipts import accepted_message, receipt_message
 from gradwire_server.errors import JobError, malformed
 from gradwire_server.jobs.header import unary
 from gradwire_server.jobs.header.parse import is_job_id
+from gradwire_server.memory.shared_regions import Regions
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -131,6 +133,18 @@ class GradientServicer:
             stream = CallStream(self._timeouts, call, context)
             asked = await stream.read_request(pb2.OpenRegionRequest)
             regions = self._service.regions
+            if not asked.proof:
+                call.ends_by_cancelling = True
+                await stream.write(_challenge(regions).SerializeToString())
+                return
+            if not regions.host_proof.is_proven(asked.proof):
+                raise JobError(
+                    Reason.NOT_ALLOWED,
+                    "the proof is not that of this server: memory is shared with "
+                    "clients on the server's host, and this one is elsewhere, behind a "
+                    "proxy on that host, or has the proof of another server",
+                    field="proof",
+                )
             async with regions.open(asked.size_bytes, call.tenant) as region:
                 answer = pb2.OpenRegionResponse(
                     token=region.token,
@@ -179,6 +193,13 @@ def _require_shared_memory(service: JobService, peer: str) -> None:
             "memory is shared with clients of a loopback address or a unix socket, "
             f"and this one is {peer}",
         )
+
+
+def _challenge(regions: Regions) -> pb2.OpenRegionResponse:
+    try:
+        return pb2.OpenRegionResponse(challenge=regions.host_proof.challenge())
+    except OSError as error:
+        raise busy("the process has no descriptors left", "regions") from error
 
 
 _LOCAL_PEERS = ("unix", "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D")

@@ -356,6 +356,7 @@ class JobService:
 
     def close(self) -> None:
         """End the sessions and the device workers, and close the backend."""
+        self.regions.host_proof.close()
         self.sessions.close_all()
         if self.states is not None:
             self.states.close()

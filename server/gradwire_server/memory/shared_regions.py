@@ -27,6 +27,7 @@ from gradwire_protocol.limits import MAX_INT64, MIB
 from gradwire_server.admission.controller import Admission
 from gradwire_server.admission.quota import CALL_BYTES, busy
 from gradwire_server.errors import JobError
+from gradwire_server.memory.host_proof import HostProof
 from gradwire_server.observability.figures import RegionFigures
 
 MAX_REGIONS = 256
@@ -141,9 +142,13 @@ class Regions:
     Args:
         admission: The admission control, for the regions' memory.
         pin: Pins shared memory (`Backend.pin`).
+
+    Attributes:
+        host_proof: Tells clients on this host from others.
     """
 
     def __init__(self, admission: Admission, pin: Pin) -> None:
+        self.host_proof = HostProof()
         self._admission = admission
         self._pin = pin
         self._open: dict[str, Region] = {}

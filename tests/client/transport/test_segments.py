@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import gradwire
-from gradwire._transport.shm.segments import Pool, Segment
-from gradwire.v1.gradient_service_pb2 import OpenRegionResponse
+from gradwire._transport.shm.segments import Pool, Segment, proof_of
+from gradwire.v1.gradient_service_pb2 import OpenRegionResponse, RegionChallenge
 
 SIZE = 1 << 20
 COOKIE = bytes(range(32))
@@ -62,6 +62,32 @@ def test_a_path_to_no_region_is_not_even_opened(tmp_path: object) -> None:
     finally:
         os.close(reading)
         os.close(writing)
+
+
+@pytest.fixture
+def proof_fd() -> Iterator[int]:
+    opened = os.memfd_create("gradwire-proof")
+    os.pwrite(opened, COOKIE + b"the proof", 0)
+    yield opened
+    os.close(opened)
+
+
+def challenge(fd: int, **fields: object) -> RegionChallenge:
+    usual = {"pid": os.getpid(), "fd": fd, "cookie": COOKIE}
+    return RegionChallenge(**(usual | fields))
+
+
+def test_the_proof_is_what_follows_the_cookie(proof_fd: int) -> None:
+    assert proof_of(challenge(proof_fd)) == b"the proof"
+
+
+@pytest.mark.parametrize("fields", [{"cookie": bytes(32)}, {"pid": 1 << 22}])
+def test_a_proof_of_another_server_is_not_given_away(
+    proof_fd: int, fd: int, fields: dict
+) -> None:
+    for wrong in (challenge(proof_fd, **fields), challenge(fd)):
+        with pytest.raises(gradwire.ConnectError, match="cannot be opened here"):
+            proof_of(wrong)
 
 
 def test_memory_is_free_again_when_the_last_view_has_died(pool: Pool) -> None:

@@ -444,7 +444,7 @@ class AsyncEngine(EngineBase):
     async def _run_in_shm(
         self, job: ArrayJob, attempts: Attempts, *, again: bool = True
     ) -> Receipt | None:
-        """Compute a job in shared memory; None if there is not enough."""
+        """Compute a job in shared memory; None if it has to travel in messages."""
         shared = self.shm.place(job.plan, job.operands, job.outputs)
         allocations = await self.allocate(shared.sizes)
         if allocations is None:
@@ -468,7 +468,10 @@ class AsyncEngine(EngineBase):
                     exchange.receive(message)
                 receipt = exchange.finish()
         except BaseException as error:
-            if not shared.worth_another_try(error) or not again:
+            regions_lost = shared.worth_another_try(error)
+            if not regions_lost or not again:
+                if regions_lost and self.shm.may_do_without():
+                    return None
                 if shared.at_risk:
                     attempts.make_final()
                 raise

@@ -43,7 +43,7 @@ from gradwire._transport.grpc.methods import (
     warn_dropped,
 )
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
-from gradwire._transport.shm.segments import Segment
+from gradwire._transport.shm.segments import Segment, proof_of
 from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
@@ -51,6 +51,7 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     GetServerInfoResponse,
     OpenRegionRequest,
     OpenRegionResponse,
+    RegionChallenge,
 )
 from gradwire_protocol.v1.session_service_pb2 import (
     GetTensorRequest,
@@ -277,14 +278,27 @@ class AsyncConnection:
         Raises:
             GradwireError: The server refused, or the memory cannot be opened here.
         """
-        rpc = self.methods.open_region(
-            OpenRegionRequest(size_bytes=size_bytes), metadata=metadata
-        )
+        request = OpenRegionRequest(size_bytes=size_bytes)
+        opened = await self._open_segment(request, metadata)
+        if isinstance(opened, RegionChallenge):
+            request.proof = proof_of(opened)
+            opened = await self._open_segment(request, metadata)
+        if isinstance(opened, RegionChallenge):
+            raise ProtocolError("the server asked for a proof that it was given")
+        return opened
+
+    async def _open_segment(
+        self, request: OpenRegionRequest, metadata: MetadataPairs
+    ) -> Segment | RegionChallenge:
+        rpc = self.methods.open_region(request, metadata=metadata)
         segment: Segment | None = None
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 answer = await rpc.read()
             if isinstance(answer, OpenRegionResponse):
+                if answer.HasField("challenge"):
+                    rpc.cancel()
+                    return answer.challenge
                 segment = Segment(answer, partial(_cancel, rpc, self._loop))
         except TimeoutError:
             rpc.cancel()

@@ -35,13 +35,15 @@ from gradwire._transport.grpc.methods import (
     warn_dropped,
 )
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
-from gradwire._transport.shm.segments import Segment
+from gradwire._transport.shm.segments import Segment, proof_of
 from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
     GetServerInfoRequest,
     GetServerInfoResponse,
     OpenRegionRequest,
+    OpenRegionResponse,
+    RegionChallenge,
 )
 from gradwire_protocol.v1.session_service_pb2 import (
     GetTensorRequest,
@@ -305,6 +307,17 @@ class SyncConnection:
             GradwireError: The server refused, or the memory cannot be opened here.
         """
         request = OpenRegionRequest(size_bytes=size_bytes)
+        opened = self._open_segment(request, metadata)
+        if isinstance(opened, RegionChallenge):
+            request.proof = proof_of(opened)
+            opened = self._open_segment(request, metadata)
+        if isinstance(opened, RegionChallenge):
+            raise ProtocolError("the server asked for a proof that it was given")
+        return opened
+
+    def _open_segment(
+        self, request: OpenRegionRequest, metadata: MetadataPairs
+    ) -> Segment | RegionChallenge:
         with fork_support.calling():
             rpc = self.methods.open_region(request, metadata=metadata)
         process = os.getpid()
@@ -319,7 +332,10 @@ class SyncConnection:
         too_late.start()
         try:
             with fork_support.waiting():
-                answer = next(rpc)
+                answer: OpenRegionResponse = next(rpc)
+            if answer.HasField("challenge"):
+                end()
+                return answer.challenge
             segment = Segment(answer, end)
         except BaseException as error:
             end()

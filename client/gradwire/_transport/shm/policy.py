@@ -115,6 +115,15 @@ class ShmPolicy:
         if isinstance(error, _FOR_GOOD):
             self._possible = False
 
+    def may_do_without(self) -> bool:
+        """Stop using shared memory, unless it is demanded; return whether it stopped.
+
+        Jobs do not find the regions that were opened for them, for example because a
+        proxy has several servers behind it.
+        """
+        self._possible = self.demanded
+        return not self.demanded
+
     def after_fork(self) -> Pool:
         """Use a new pool in the child of a fork.
 

@@ -16,8 +16,11 @@ import numpy as np
 
 from gradwire._api.errors import ConnectError
 from gradwire._api.types import Array
-from gradwire_protocol.limits import MIB, SHARED_ALIGNMENT
-from gradwire_protocol.v1.gradient_service_pb2 import OpenRegionResponse
+from gradwire_protocol.limits import MIB, PROOF_FILE, SHARED_ALIGNMENT
+from gradwire_protocol.v1.gradient_service_pb2 import (
+    OpenRegionResponse,
+    RegionChallenge,
+)
 
 _ALIGNMENT = 256
 """Alignment of arrays: more than the contract requires, as the fastest kernels
@@ -232,6 +235,29 @@ def _aligned(size_bytes: int) -> int:
     return -(-max(size_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
 
 
+def proof_of(challenge: RegionChallenge) -> bytes:
+    """Read the proof that this process shares the server's host.
+
+    Raises:
+        CannotShareError: The file cannot be read here.
+    """
+    path = Path(f"/proc/{challenge.pid}/fd/{challenge.fd}")
+    try:
+        _require(str(path.readlink()).startswith(f"/memfd:{PROOF_FILE}"))
+        contents = path.read_bytes()
+        _require(contents.startswith(challenge.cookie))
+        return contents[len(challenge.cookie) :]
+    except (OSError, ValueError) as error:
+        raise _cannot_share(error) from None
+
+
+def _cannot_share(error: Exception) -> CannotShareError:
+    return CannotShareError(
+        f"the server's shared memory cannot be opened here ({error}): the server must"
+        " have the same host, user and process namespace"
+    )
+
+
 def _mapped(answer: OpenRegionResponse) -> mmap.mmap:
     """Map the region's memory.
 
@@ -249,10 +275,7 @@ def _mapped(answer: OpenRegionResponse) -> mmap.mmap:
         finally:
             os.close(fd)
     except (OSError, ValueError) as error:
-        raise CannotShareError(
-            f"the server's shared memory cannot be opened here ({error}): the server"
-            " must have the same host, user and process namespace"
-        ) from None
+        raise _cannot_share(error) from None
 
 
 def _require(is_the_region: bool) -> None:
