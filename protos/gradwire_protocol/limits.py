@@ -78,6 +78,10 @@ MAX_NAME_LENGTH = 128
 SHARED_MEMORY = "shared-memory"
 """Feature name for shared memory."""
 
+AFFINITY = "gradwire-affinity"
+"""Metadata by which a proxy can send related calls to the same server: the id of a job,
+or what all calls of a session have in common."""
+
 PROOF_FILE = "gradwire-proof"
 """Name of the file that proves that a client shares the server's host."""
 

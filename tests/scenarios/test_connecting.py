@@ -399,9 +399,18 @@ def test_the_callers_metadata_goes_with_every_call() -> None:
         assert servicer.metadata["user-agent"].startswith("gradwire/")
         servicer.metadata.clear()
         with pytest.raises(gradwire.RequestError, match="seen"):
-            client.gradients(*oracle.operands(2, 2, 2), metadata={"traceparent": trace})
-    assert servicer.metadata["tenant"] == "blue"
-    assert servicer.metadata["traceparent"] == trace
+            client.gradients(
+                *oracle.operands(2, 2, 2),
+                metadata={"traceparent": trace},
+                request_id="the job",
+            )
+        assert servicer.metadata["tenant"] == "blue"
+        assert servicer.metadata["traceparent"] == trace
+        # For proxies, unless the caller knows better.
+        assert servicer.metadata["gradwire-affinity"] == "the job"
+        with pytest.raises(gradwire.RequestError, match="seen"):
+            client.forward([[1.0]], [[1.0]], metadata={"gradwire-affinity": "red"})
+        assert servicer.metadata["gradwire-affinity"] == "red"
 
 
 def test_a_proxy_is_not_asked_for_this_host(

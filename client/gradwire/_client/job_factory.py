@@ -46,7 +46,7 @@ from gradwire._resilience.retry import RetryPolicy
 from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob
 from gradwire_protocol import limits
-from gradwire_protocol.limits import EARLY_ROWS, RESUME
+from gradwire_protocol.limits import AFFINITY, EARLY_ROWS, RESUME
 from gradwire_protocol.matrices import Matrix, operands_for
 
 MIN_ROWS_PER_CHECKPOINT_RATIO = 8
@@ -110,17 +110,30 @@ class JobFactory:
         self.memory = ResultPool()
         self.tuning = Tuning()
 
-    def with_defaults(self, options: Options) -> Options:
-        """Return a call's options, completed with the client's defaults."""
+    def metadata_of(self, affinity: str) -> MetadataPairs:
+        """Return the metadata of a call.
+
+        Args:
+            affinity: What the call has in common with others that should reach the
+                same server, unless the caller's metadata says that; empty: nothing.
+        """
+        return with_affinity(self.metadata, affinity)
+
+    def with_defaults(self, options: Options, affinity: str = "") -> Options:
+        """Return a call's options, completed with the client's defaults.
+
+        Args:
+            options: The options.
+            affinity: As for `metadata_of`; empty: the job's id.
+        """
         self._require_private(options.metadata)
-        defaults = self.timeout_s, self._verify, self._block_rows
-        if not self.metadata and all(default is None for default in defaults):
-            return options
         return replace(
             options,
             verify=self._verify if options.verify is None else options.verify,
             timeout_s=options.timeout_s or self.timeout_s,
-            metadata=self.metadata + options.metadata,
+            metadata=with_affinity(
+                self.metadata + options.metadata, affinity or options.job_id
+            ),
             block_rows=(
                 self._block_rows if options.block_rows is None else options.block_rows
             ),
@@ -183,7 +196,7 @@ class JobFactory:
         Raises:
             InputError: An argument is invalid.
         """
-        copies, options = HostCopies(), self.with_defaults(options)
+        copies, options = HostCopies(), self.with_defaults(options, kept.affinity)
         if options.verify:
             raise InputError(
                 "verify is on, but the client does not have the elements of kept"
@@ -306,3 +319,10 @@ class JobFactory:
         if options.checkpoint_rows is not None:
             return options.checkpoint_rows
         return 0 if RESUME in self.features else None
+
+
+def with_affinity(pairs: MetadataPairs, affinity: str) -> MetadataPairs:
+    """Return metadata with its affinity, unless the caller has set one."""
+    if not affinity or any(key == AFFINITY for key, _ in pairs):
+        return pairs
+    return (*pairs, (AFFINITY, affinity))

@@ -145,6 +145,8 @@ class SessionBase:
         self.lease_s = parse_lease(lease_s)
         self.label = check_name(label, "label")
         self.token = ""
+        self.affinity = secrets.token_hex(8)
+        """What a proxy recognizes the session's calls by. It is no secret."""
         self._id = ""
         self.step_count = 0
         self._numbers = itertools.count(1)
@@ -372,6 +374,7 @@ class SessionBase:
         """
         return Keeping(
             session=self.token,
+            affinity=self.affinity,
             tensors={
                 matrix: self.own(value, matrix.label)
                 for matrix, value in given.items()

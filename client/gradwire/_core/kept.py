@@ -152,6 +152,8 @@ class Keeping:
 
     session: str = field(repr=False)
     """Name of the session, a secret."""
+    affinity: str = ""
+    """What a proxy recognizes the session's calls by."""
     tensors: Mapping[Matrix, Tensor] = field(default_factory=dict)
     """Operands that are kept tensors."""
     leads: Mapping[Matrix, tuple[int, ...]] = field(default_factory=dict)

@@ -203,6 +203,7 @@ class Attempts:
         retry_on_other_server: Whether the next attempt can use another server.
         span: The call's span; None if it is not traced.
         metadata: Metadata that names the span to the server.
+        affinity: What a proxy recognizes a session's calls by; empty without one.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class Attempts:
     ) -> None:
         self.span = span
         self.metadata: MetadataPairs = () if span is None else span.metadata
+        self.affinity = ""
         self.count = 1
         self.causes: list[str] = []
         self.begun = retries.clock()

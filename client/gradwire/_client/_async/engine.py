@@ -263,6 +263,7 @@ class AsyncEngine(EngineBase):
         request: Any,
         timeout_s: float | None,
         attempts: Attempts | None = None,
+        affinity: str = "",
     ) -> Any:
         """Call a method of the sessions of this engine's server.
 
@@ -271,12 +272,13 @@ class AsyncEngine(EngineBase):
             request: Its request.
             timeout_s: Timeout in seconds; None: no limit.
             attempts: The call's attempts; None: it is not traced.
+            affinity: What a proxy recognizes the session's calls by, without attempts.
 
         Raises:
             GradwireError: The call failed.
         """
-        metadata = self.jobs.metadata
-        if attempts is not None and attempts.span is not None:
+        metadata = self.jobs.metadata_of(affinity)
+        if attempts is not None:
             metadata = self._traced(attempts)
         return await self._connection().session_call(name, request, timeout_s, metadata)
 
@@ -312,6 +314,11 @@ class AsyncEngine(EngineBase):
     ) -> None:
         """Put a tensor into a session of this engine's server.
 
+        Args:
+            requests: The header and the elements.
+            timeout_s: Timeout in seconds; None: no limit.
+            affinity: As for `session_call`.
+
         Raises:
             GradwireError: The call failed.
         """
@@ -325,6 +332,12 @@ class AsyncEngine(EngineBase):
         attempts: Attempts,
     ) -> None:
         """Get a tensor of a session of this engine's server.
+
+        Args:
+            request: The request.
+            take: Called with each message.
+            timeout_s: Timeout in seconds; None: no limit.
+            affinity: As for `session_call`.
 
         Raises:
             GradwireError: The call failed.
@@ -555,7 +568,7 @@ class AsyncEngine(EngineBase):
         """Return the metadata of an attempt of a session's call on this server."""
         if attempts.span is not None:
             attempts.span.sent_to(self.address)
-        return self.jobs.metadata + attempts.metadata
+        return self.jobs.metadata_of(attempts.affinity) + attempts.metadata
 
     def _connection(self) -> AsyncConnection:
         """Return the connection to the server, and create it if necessary.

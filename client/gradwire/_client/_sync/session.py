@@ -673,7 +673,9 @@ class Session(SessionBase):
         """Renew the lease; return whether to go on."""
         request = pb2.RenewSessionRequest(session=self.token)
         try:
-            self._engine.session_call("RenewSession", request, self.lease_s / 3)
+            self._engine.session_call(
+                "RenewSession", request, self.lease_s / 3, affinity=self.affinity
+            )
         except GradwireError as error:
             # The server, or a proxy before it, may be back at the next time.
             return is_transient(error) or isinstance(error, DeadlineError)
@@ -745,7 +747,9 @@ class Session(SessionBase):
         """Return the attempts of a call that begins now."""
         engine = self._client_engine
         span = session_span(name, engine.jobs.metadata, self._id)
-        return Attempts(engine.retries, timeout_s, span=span)
+        attempts = Attempts(engine.retries, timeout_s, span=span)
+        attempts.affinity = self.affinity
+        return attempts
 
     def _job(
         self,
