@@ -75,7 +75,7 @@ docs-serve: $(VENV)/.ready-dev ## show the documentation at 127.0.0.1:8000, as i
 
 .PHONY: test
 test: lint ## lint, and the tests that a change must pass at once: 7 minutes
-	$(PARALLEL) -m 'not big and not thorough' $(PYTEST_ARGS)
+	$(PARALLEL) -m 'not big and not thorough and not proxies' $(PYTEST_ARGS)
 
 .PHONY: test-thorough
 test-thorough: $(VENV)/.ready-dev ## the tests that `make test` leaves out: 4 minutes
@@ -92,6 +92,10 @@ test-big: $(VENV)/.ready-dev ## the tests that need gigabytes or more minutes
 .PHONY: test-faults
 test-faults: $(VENV)/.ready-dev ## every fault of docs/faults.md, in every way that it counts: 15 minutes
 	$(PY) -m pytest tests/thorough/faults -m 'big or not big' $(call each_within,3600) $(PYTEST_ARGS)
+
+.PHONY: test-proxies
+test-proxies: $(VENV)/.ready-proxies ## jobs through Envoy, nginx and HAProxy, as deploy/proxies configures them: 6 minutes
+	$(PY) -m pytest tests/proxies -m proxies $(call each_within,300) $(PYTEST_ARGS)
 
 .PHONY: fuzz
 fuzz: $(VENV)/.ready-fuzz ## look for inputs that parsers or a live server take badly: FUZZ_SECONDS
@@ -206,6 +210,11 @@ $(VENV)/.ready-lock: pyproject.toml $(PY) | $(VENV)/.ready-pip
 $(VENV)/.ready-fuzz: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what fuzzing needs into $(VENV) ..."
 	@$(PY) $(PIP_INSTALL) --editable '.[server]' --group fuzz
+	@touch $@
+
+$(VENV)/.ready-proxies: pyproject.toml $(PY) | $(VENV)/.ready-pip
+	@echo "Installing Envoy and what the tests need into $(VENV) ..."
+	@$(PY) $(PIP_INSTALL) --editable '.[server]' --group proxies
 	@touch $@
 
 $(VENV)/.ready-gpu: pyproject.toml $(PY) | $(VENV)/.ready-pip

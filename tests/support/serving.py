@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,13 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def running_server(
-    *, env: dict[str, str] | None = None, **settings: Any
+    *, env: dict[str, str] | None = None, prefix: Sequence[str] = (), **settings: Any
 ) -> Iterator[ServerProcess]:
     """A server with these `gradwire_server.Settings`, on a port of its own.
 
     Args:
         env: Environment variables beside this process's.
+        prefix: A command that runs the server, for example in a network namespace.
         settings: Fields of `Settings`; those left out are the defaults, but
             that it listens on port 0 of 127.0.0.1, computes with `BACKEND` and
             drains for at most a second. And `slow_decoder`: whether it reads every
@@ -128,7 +129,7 @@ def running_server(
         log = Path(scratch) / "log"
         with log.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, __file__, json.dumps(settings)],
+                [*prefix, sys.executable, __file__, json.dumps(settings)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 stdin=subprocess.PIPE,
