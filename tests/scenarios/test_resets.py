@@ -245,8 +245,12 @@ def test_without_retries_a_reset_is_a_lost_connection(proxy: FrameProxy) -> None
     with gradwire.connect(proxy.address, retries=False, transport="tcp") as client:
         for code in CODES:
             proxy.arm(Reset(code))
-            with pytest.raises(gradwire.ConnectionLostError, match="by a proxy"):
+            with pytest.raises(
+                gradwire.ConnectionLostError, match="by a proxy"
+            ) as lost:
                 client.gradients(X, W, DY)
+            noted = "client_max_body_size" in str(getattr(lost.value, "__notes__", ""))
+            assert noted is (lost.value.status is not grpc.StatusCode.UNAVAILABLE)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from grpc import StatusCode
 
 from gradwire._api.errors import (
     ChecksumError,
+    ConnectionLostError,
     GradwireError,
     InputError,
     TlsError,
@@ -28,6 +29,7 @@ from gradwire._api.errors import (
 from gradwire._api.options import MetadataPairs, Options, left_of
 from gradwire._api.types import Receipt
 from gradwire._resilience.call_span import CallSpan
+from gradwire_protocol.limits import AFFINITY
 
 _log = logging.getLogger("gradwire")
 # Without a handler, Python would write the warnings to standard error.
@@ -122,6 +124,12 @@ _LEAST: dict[str, float] = {
     "refund": 0,
     "held_bytes": 0,
 }
+
+_RESET_NOTE = (
+    "If it happens again, a proxy before the server may limit the size or the time of"
+    " calls: it resets them without saying why (nginx: client_max_body_size, 1 MiB by"
+    " default; see docs/proxies.md)."
+)
 
 _LONGEST_S = 3600.0
 """Longest retry time of a server that the client waits for."""
@@ -228,10 +236,18 @@ class Attempts:
         self.retry_on_other_server = False
 
     def options(self, options: Options) -> Options:
-        """Return the options of the next attempt, with the time left."""
+        """Return the options of the next attempt, with the time left.
+
+        A proxy may send it to another server than the attempts before.
+        """
         options = left_of(options, self.begun)
-        if self.metadata:
-            options = replace(options, metadata=options.metadata + self.metadata)
+        pairs = options.metadata
+        own = (AFFINITY, options.job_id)
+        if self.count > 1 and own in pairs:
+            other = (AFFINITY, f"{options.job_id}/{self.count}")
+            pairs = tuple(other if pair == own else pair for pair in pairs)
+        if self.metadata or pairs is not options.metadata:
+            options = replace(options, metadata=pairs + self.metadata)
         return options
 
     @property
@@ -271,6 +287,10 @@ class Attempts:
                     f"This was attempt {self.count}; the earlier ones failed with"
                     f" {', '.join(self.causes)}."
                 )
+            if isinstance(error, ConnectionLostError) and (
+                error.status is not StatusCode.UNAVAILABLE
+            ):
+                error.add_note(_RESET_NOTE)
             return None
         self.causes.append(str(cause))
         ids = {}

@@ -149,6 +149,22 @@ def test_every_attempt_has_what_is_left_of_the_deadline() -> None:
     assert 20 < left < 30
 
 
+@pytest.mark.parametrize("affinity", ["the job", "of its session"])
+def test_a_proxy_may_send_a_retry_elsewhere_unless_it_is_a_sessions(
+    affinity: str,
+) -> None:
+    pairs = [("traceparent", "00"), ("gradwire-affinity", affinity)]
+    options = parse_options(results="y", request_id="the job", metadata=pairs)
+    one, seen = attempts(gradwire.RetryPolicy()), []
+    for _ in range(3):
+        metadata = one.options(options).metadata
+        assert metadata[0] == pairs[0]
+        seen.append(metadata[1][1])
+        one.after(lost())
+    assert len(set(seen)) == (3 if affinity == "the job" else 1)
+    assert seen[0] == affinity
+
+
 def test_a_budget_that_is_half_used_allows_no_retry_until_calls_succeed() -> None:
     policy = gradwire.RetryPolicy(budget=6, refund=0.5)
     retries = Retries(policy, draw=longest)

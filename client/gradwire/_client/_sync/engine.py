@@ -316,8 +316,7 @@ class SyncEngine(EngineBase):
 
         Args:
             requests: The header and the elements.
-            timeout_s: Timeout in seconds; None: no limit.
-            affinity: As for `session_call`.
+            attempts: The call's attempts.
 
         Raises:
             GradwireError: The call failed.
@@ -336,8 +335,7 @@ class SyncEngine(EngineBase):
         Args:
             request: The request.
             take: Called with each message.
-            timeout_s: Timeout in seconds; None: no limit.
-            affinity: As for `session_call`.
+            attempts: The call's attempts.
 
         Raises:
             GradwireError: The call failed.
