@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import gradwire
+from gradwire._client.job_factory import Tuning
 from tests.proxies.conftest import ready
 from tests.proxies.running import (
     ENVOY,
@@ -25,19 +26,27 @@ from tests.support.serving import ServerProcess, running_server
 X, W, DY = oracle.operands(30_000, 60, 40)
 
 
-def test_nginx_names_its_limit_of_a_requests_size(
-    servers: tuple[ServerProcess, ServerProcess],
+@pytest.mark.parametrize("in_one_message", [True, False], ids=["compute", "stream"])
+def test_nginxs_limit_of_a_requests_size_is_named(
+    servers: tuple[ServerProcess, ServerProcess], in_one_message: bool
 ) -> None:
+    """A call that has begun is reset, and others get an error page."""
     change = {"client_max_body_size 0": "client_max_body_size 1m"}
     addresses = [each.address for each in servers]
+    x, dy = (X[:9000], DY[:9000]) if in_one_message else (X, DY)
     with (
         running_proxy(NGINX, addresses, change) as address,
-        gradwire.connect(address, transport="tcp", timeout_s=60) as client,
-        pytest.raises(gradwire.GradwireError) as told,
+        gradwire.connect(
+            address, transport="tcp", timeout_s=60, retries=False
+        ) as client,
     ):
-        client.gradients(X, W, DY)
-    assert "client_max_body_size 0" in str(told.value)
-    assert told.value.attempts == 1
+        client._engine.jobs.tuning = Tuning(unary=in_one_message)
+        with pytest.raises(gradwire.GradwireError) as told:
+            client.gradients(x, W, dy)
+    says = [str(told.value), *getattr(told.value, "__notes__", ())]
+    assert any("client_max_body_size" in each for each in says)
+    expected = gradwire.ConnectError if in_one_message else gradwire.ConnectionLostError
+    assert type(told.value) is expected
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -106,7 +115,7 @@ def test_a_proxy_that_waits_too_short_names_its_timeout(
         ("return 200 '<html>hello</html>'", "a web page|no gradwire server answered"),
         ("return 404", "without a route"),
         ("return 403", "does not allow"),
-        ("proxy_pass http://gradwire", "could not use its server|grpc_pass"),
+        ("proxy_pass http://gradwire", "not a gradwire server"),
     ],
 )
 def test_what_is_no_grpc_is_told_as_such(

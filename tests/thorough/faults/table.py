@@ -60,6 +60,14 @@ FAULTS = {
         "`ConnectionLostError`; the client's next jobs succeed as soon as gRPC has "
         "reconnected",
     ),
+    "reset": Fault(
+        "a proxy resets the call, and keeps the connection: with each of HTTP/2's 14 "
+        "codes, after every message, in both directions, of the same jobs, with both "
+        "clients",
+        2240,
+        40,
+        "the results, with the same bits; `receipt.retried` says `UNAVAILABLE`",
+    ),
     "cut-byte": Fault(
         "the connection breaks after a byte: after every third of the first 4,000 "
         "bytes of a job's requests and 4,200 of its responses, headers and frames "
@@ -173,6 +181,75 @@ FAULTS = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class BehindProxy:
+    """What happens behind a real proxy, and is tried by `make test-proxies`."""
+
+    what: str
+    """What happens."""
+    tests: tuple[str, ...]
+    """The tests, as module of `tests/proxies` and function."""
+    tried: int
+    """In how many ways: proxies, clients, and ways of a job."""
+    seen: str
+    """What the user sees."""
+
+
+BEHIND_PROXIES = (
+    BehindProxy(
+        "a server is killed (SIGKILL), or asked to stop (SIGTERM) with `grace` 0, in "
+        "the middle of a stream",
+        ("test_faults.test_a_stream_goes_on_at_the_other_server",),
+        16,
+        "every row block once and in order, and dW, with the same bits, finished on "
+        "the other server",
+    ),
+    BehindProxy(
+        "a server drains (SIGTERM) and ends while jobs come, in one message and in "
+        "streams",
+        ("test_faults.test_jobs_go_on_while_a_server_drains",),
+        16,
+        "the results, with the same bits",
+    ),
+    BehindProxy(
+        "a server is dead for longer than two health checks",
+        ("test_faults.test_health_checks_take_a_dead_server_out",),
+        3,
+        "nothing, even with `retries=False`",
+    ),
+    BehindProxy(
+        "a server with a running stream drains",
+        ("test_faults.test_a_server_that_drains_gets_no_new_calls_and_ends_its_own",),
+        2,
+        "nothing: the stream ends there, and new calls go to the other server",
+    ),
+    BehindProxy(
+        "a job waits in the queue for longer than the proxy's idle timeout",
+        ("test_faults.test_a_job_that_waits_is_not_idle",),
+        4,
+        "the results",
+    ),
+    BehindProxy(
+        "both servers are gone, and one comes back",
+        ("test_errors.test_no_server_behind_a_proxy_is_told_as_such",),
+        4,
+        "`UnavailableError` (the proxy before ... has no server available); then the "
+        "results",
+    ),
+    BehindProxy(
+        "the proxy's configuration is wrong: a limit of size, a short timeout, another "
+        "route, a page, HTTP/1",
+        (
+            "test_errors.test_nginxs_limit_of_a_requests_size_is_named",
+            "test_errors.test_a_proxy_that_waits_too_short_names_its_timeout",
+            "test_errors.test_what_is_no_grpc_is_told_as_such",
+        ),
+        9,
+        "an error that says so and names the setting",
+    ),
+)
+
 _HEAD = """\
 # What faults do to a job
 
@@ -192,7 +269,19 @@ the same as before, and the log has no unexpected error.
 | --- | ---: | --- |
 """
 
+_PROXIES = """
+## Behind proxies
+
+`make test-proxies` puts Envoy, nginx and HAProxy before two servers, as
+`deploy/proxies` configures them ([more](proxies.md)).
+
+| what happens | tried | what the user sees |
+| --- | ---: | --- |
+"""
+
 _TAIL = """
+## What is simulated
+
 A limit on file size simulates a full disk: writes fail in the same place, with another
 error text. A test backend simulates a device that is out of memory; `tests/gpu` tests
 CuPy on a real device. The tests do not set the host's clock. gRPC and asyncio use the
@@ -216,7 +305,8 @@ def page() -> str:
         f"| {fault.what} | {fault.every:,}, {fault.sampled:,} | {fault.seen} |\n"
         for fault in FAULTS.values()
     )
-    return _HEAD + "".join(rows) + _TAIL
+    behind = (f"| {row.what} | {row.tried} | {row.seen} |\n" for row in BEHIND_PROXIES)
+    return _HEAD + "".join(rows) + _PROXIES + "".join(behind) + _TAIL
 
 
 if __name__ == "__main__":
