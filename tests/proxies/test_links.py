@@ -34,11 +34,13 @@ class Far:
     """And of one that runs at this end."""
     servers: Sequence[str]
 
-    def run(self, address: str) -> dict[str, Any]:
+    def run(
+        self, address: str, job: Sequence[int] = JOB, count: int = 3
+    ) -> dict[str, Any]:
         """The times and the bits of some jobs."""
         command = [sys.executable, "-m", "tests.proxies.client", address]
         done = subprocess.run(
-            [*self.here, *command, *map(str, JOB), "3"],
+            [*self.here, *command, *map(str, job), str(count)],
             capture_output=True,
             text=True,
             check=False,
