@@ -94,7 +94,7 @@ test-faults: $(VENV)/.ready-dev ## every fault of docs/faults.md, in every way t
 	$(PY) -m pytest tests/thorough/faults -m 'big or not big' $(call each_within,3600) $(PYTEST_ARGS)
 
 .PHONY: test-proxies
-test-proxies: $(VENV)/.ready-proxies ## jobs through Envoy, nginx and HAProxy, as deploy/proxies configures them: 6 minutes
+test-proxies: $(VENV)/.ready-proxies ## jobs through Envoy, nginx and HAProxy, as deploy/proxies configures them: 10 minutes
 	$(PY) -m pytest tests/proxies -m proxies $(call each_within,300) $(PYTEST_ARGS)
 
 .PHONY: fuzz
