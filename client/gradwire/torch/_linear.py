@@ -145,6 +145,8 @@ class Linear(torch.nn.Module):
             InputError: The shape or the dtype is another one.
             GradwireError: The job failed.
         """
+        if not isinstance(x, torch.Tensor):
+            raise InputError(f"x is a {type(x).__qualname__}: expected a tensor")
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise InputError(
                 f"x has shape {tuple(x.shape)}: expected (..., {self.in_features})"

@@ -129,7 +129,8 @@ class Optimizer(torch.optim.Optimizer):
             What the closure returns; None without one.
 
         Raises:
-            InputError: An argument is invalid.
+            InputError: An argument is invalid, or a local gradient has NaN or Inf and
+                there is no scaler. Nothing has changed.
             StepConflictError: A gradient lacks a contribution, because a backward
                 pass failed: call `zero_grad` and repeat the passes.
             GradwireError: The server failed. The step can be repeated.
@@ -168,6 +169,8 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped = True
             self._clear()
         elif self._session is not None and (remote := self._remote()):
+            if not math.isfinite(squares):
+                raise InputError(_not_finite(gradients))
             made = self._session.step(
                 *remote[0],
                 *remote[1:],
@@ -404,6 +407,19 @@ def _sum_of_squares(gradients: list[torch.Tensor]) -> float:
             torch.linalg.vector_norm(each, dtype=torch.float64).item() ** 2
             for each in gradients
         )
+    )
+
+
+def _not_finite(gradients: list[torch.Tensor]) -> str:
+    """Say which gradients make the norm NaN or infinite."""
+    bad = [each for each in gradients if not each.isfinite().all()] or gradients
+    shapes = ", ".join(str(tuple(each.shape)) for each in bad[:3])
+    more = ", ..." if len(bad) > 3 else ""
+    return (
+        f"the gradients of {len(bad)} of {len(gradients)} local parameters have NaN or"
+        f" Inf, or are too large for a norm (shapes {shapes}{more}): no step was made,"
+        " and opt.zero_grad() forgets the gradients; with a GradScaler,"
+        " opt.step(scaler=scaler) skips such a step"
     )
 
 

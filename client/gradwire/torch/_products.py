@@ -121,7 +121,9 @@ def matmul(
 def autocast(x: torch.Tensor) -> torch.dtype | None:
     """Return the dtype to which autocast casts x; None: it is left alone."""
     kind = x.device.type
-    if x.dtype in DTYPES[:3] and torch.is_autocast_enabled(kind):
+    # A tensor on meta has no autocast, and no elements: it is refused as an operand.
+    available = torch.amp.is_autocast_available(kind)
+    if x.dtype in DTYPES[:3] and available and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

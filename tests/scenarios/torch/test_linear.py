@@ -319,6 +319,8 @@ def test_bad_arguments_are_named(session: gradwire.Session, pair: Any) -> None:
     bad: list[tuple[str, Any]] = [
         (r"\(2, 5\).*\(\.\.\., 6\)", lambda: remote(x[:, :5])),
         ("one dtype", lambda: remote(x.double())),
+        ("x is a ndarray", lambda: remote(x.numpy())),
+        ("on meta", lambda: remote(x.to("meta"))),
         ("session is a str", lambda: Linear(6, 5, session="session")),
         ("wire_dtype", lambda: Linear(6, 5, session=session, wire_dtype="int8")),
         (

@@ -328,3 +328,19 @@ def test_optimizers_of_one_session_leave_each_others_gradients(
                 second.step()
                 second.zero_grad()
     assert_same(local, remote)
+
+
+def test_local_gradients_with_nan_are_named_and_nothing_is_changed(
+    session: gradwire.Session,
+) -> None:
+    _, remote = both(mlp(), session)
+    opt = gradwire.torch.optimizer(remote, SGD, lr=0.1)
+    before = copy.deepcopy(remote.state_dict())
+    (mse(remote, regression()) * math.nan).backward()
+    with pytest.raises(gradwire.InputError, match=r"2 of 2 local.*\(12,\), \(16,\)"):
+        opt.step()
+    torch.testing.assert_close(remote.state_dict(), before, rtol=0, atol=0)
+    opt.zero_grad()
+    mse(remote, regression()).backward()
+    opt.step()
+    assert all(each.isfinite().all() for each in remote.state_dict().values())
