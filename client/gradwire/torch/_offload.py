@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from gradwire._api.options import DtypeLike
 from gradwire._client._sync.session import Session
 from gradwire.torch._linear import Linear, take_hooks
 from gradwire.torch._products import DTYPES
-from gradwire.torch._weight import Weight
+from gradwire.torch._weight import Weight, check_session
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -33,7 +34,8 @@ def offload(
 
     These stay local: layers of a subclass of `torch.nn.Linear`, layers with
     parametrizations, and weights that something else uses too, such as an embedding
-    that is tied to the last layer. Offload a model before its optimizer is made.
+    that is tied to the last layer. If nothing is replaced, a `UserWarning` says why.
+    Offload a model before its optimizer is made.
 
     Args:
         model: The model.
@@ -55,9 +57,13 @@ def offload(
     Example:
         >>> model = gradwire.torch.offload(model, session, wire_dtype="bfloat16")
     """
+    _check_model(model)
+    check_session(session)
     if isinstance(at_least, bool) or not isinstance(at_least, int) or at_least < 0:
         raise InputError(f"at_least is {at_least!r}: expected a whole number")
     chosen = _chosen(model, at_least)
+    if not chosen and not remote_layers(model):
+        warnings.warn(_nothing_moved(model, at_least), stacklevel=2)
     weights: dict[torch.nn.Parameter, Weight] = {}
     try:
         for name, layer in chosen.items():
@@ -98,6 +104,7 @@ def to_local(model: Model) -> Model:
     Example:
         >>> torch.save(gradwire.torch.to_local(model), "model.pt")
     """
+    _check_model(model)
     layers = remote_layers(model)
     parameters: dict[Weight, torch.nn.Parameter] = {}
     for layer in layers.values():
@@ -149,6 +156,36 @@ def named_parameters(
             if parameter not in seen:
                 seen.add(parameter)
                 yield f"{prefix}.{name}" if prefix else name, parameter
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"model is a {type(model).__qualname__}: expected a torch.nn.Module"
+        )
+
+
+def _nothing_moved(model: torch.nn.Module, at_least: int) -> str:
+    """Say why no layer of a model is replaced."""
+    sizes = [
+        (min(each.in_features, each.out_features), each)
+        for each in model.modules()
+        if isinstance(each, torch.nn.Linear)
+    ]
+    text = "no layer was moved to the server: "
+    if not sizes:
+        return f"{text}the model has no torch.nn.Linear"
+    size, layer = max(sizes, key=lambda pair: pair[0])
+    if size < at_least:
+        return (
+            f"{text}at_least is {at_least}, and the model's largest torch.nn.Linear is"
+            f" {layer.in_features} x {layer.out_features}"
+        )
+    return (
+        f"{text}those of at least {at_least} x {at_least} are of a subclass of"
+        " torch.nn.Linear, have parametrizations, or share their weights with other"
+        " kinds of layers"
+    )
 
 
 def _chosen(model: torch.nn.Module, at_least: int) -> dict[str, torch.nn.Linear]:

@@ -49,11 +49,7 @@ class Weight:
         compute_dtype: DtypeLike = None,
         name: str = "",
     ) -> None:
-        if not isinstance(session, Session):
-            raise InputError(
-                f"session is a {type(session).__qualname__}: expected a"
-                " gradwire.Session, as client.session() returns"
-            )
+        check_session(session)
         self.session = session
         self.shape = elements.shape
         self.dtype = elements.dtype
@@ -234,6 +230,19 @@ NOT_COPIED = (
     "a layer whose weight is kept on a server cannot be copied or pickled: use its"
     " state_dict(), or make it local with gradwire.torch.to_local first"
 )
+
+
+def check_session(session: Session) -> None:
+    """Check that an argument is a session.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if not isinstance(session, Session):
+        raise InputError(
+            f"session is a {type(session).__qualname__}: expected a"
+            " gradwire.Session, as client.session() returns"
+        )
 
 
 def label_of(dtype: torch.dtype) -> str:

@@ -144,7 +144,8 @@ def test_what_is_not_a_plain_layer_stays_local(session: gradwire.Session) -> Non
         nn.Linear(6, 3),
         nn.MultiheadAttention(6, 2),
     )
-    gradwire.torch.offload(model, session, at_least=4)
+    with pytest.warns(UserWarning, match="are of a subclass"):
+        gradwire.torch.offload(model, session, at_least=4)
     assert gradwire.torch.remote_layers(model) == {}
     assert roles(session) == []
 
@@ -353,3 +354,32 @@ def test_a_frozen_layer_can_be_thawed(pair: Any) -> None:
     torch.testing.assert_close(remote.weight.fetch_gradient(), local.weight.grad)
     remote.zero_grad()
     assert not remote.weight.fetch_gradient().any()
+
+
+def test_a_model_of_which_nothing_moves_says_why(session: gradwire.Session) -> None:
+    class Own(nn.Linear):
+        pass
+
+    models: list[tuple[str, nn.Module]] = [
+        ("at_least is 8, and .* is 4 x 16$", nn.Linear(4, 16)),
+        ("no torch.nn.Linear", nn.Conv2d(3, 3, 3)),
+        ("subclass", Own(16, 16)),
+    ]
+    for text, model in models:
+        with pytest.warns(UserWarning, match=text) as caught:
+            assert gradwire.torch.offload(model, session, at_least=8) is model
+        assert caught[0].filename == __file__
+    moved = gradwire.torch.offload(nn.Linear(16, 16), session, at_least=8)
+    gradwire.torch.offload(moved, session, at_least=8)  # no warning: it is there
+
+
+def test_a_model_and_a_session_are_told_apart(
+    client: gradwire.Client, session: gradwire.Session
+) -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(gradwire.InputError, match="model is a Session"):
+        gradwire.torch.offload(session, model)
+    with pytest.raises(gradwire.InputError, match="model is a Session"):
+        gradwire.torch.to_local(session)
+    with pytest.raises(gradwire.InputError, match="session is a Client"):
+        gradwire.torch.offload(model, client)
