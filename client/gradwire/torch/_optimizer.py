@@ -94,6 +94,10 @@ class Optimizer(torch.optim.Optimizer):
             _remote_optimizer(self.local, group)
         self.total_norm = 0.0
         self.skipped = False
+        self._made: tuple[bool, float] | None = None
+        """Outcome of the step on the server, until the local parameters have it."""
+        self._prepared = False
+        """Whether the local gradients have been scaled and clipped for that."""
         self._complete = False
         super().__init__(self.local.param_groups, self.local.defaults)
         self._complete = True
@@ -156,6 +160,9 @@ class Optimizer(torch.optim.Optimizer):
     def _step(
         self, max_norm: float | None, scaler: torch.amp.GradScaler | None, scale: float
     ) -> None:
+        if self._session is not None:
+            # First: if this call fails, nothing has changed.
+            drop_left_over(self._session)
         gradients = self._gradients()
         squares = _sum_of_squares(gradients) / scale**2
         scaled = scaler is not None and scaler.is_enabled()
@@ -168,9 +175,15 @@ class Optimizer(torch.optim.Optimizer):
         if scaled and not math.isfinite(squares):
             self.skipped = True
             self._clear()
+        elif self._made is not None and not any(
+            weight.touched for weight in self._weights()
+        ):
+            # Of a step that was interrupted here, after that on the server.
+            self.skipped, self.total_norm = self._made
         elif self._session is not None and (remote := self._remote()):
             if not math.isfinite(squares):
                 raise InputError(_not_finite(gradients))
+            self._forget_outcome()
             made = self._session.step(
                 *remote[0],
                 *remote[1:],
@@ -179,12 +192,27 @@ class Optimizer(torch.optim.Optimizer):
                 inverse_scale=1 / scale,
                 skip_nonfinite=scaled,
             )
-            self.skipped, self.total_norm = made.skipped, made.total_norm
+            self._made = made.skipped, made.total_norm
+            self.skipped, self.total_norm = self._made
             for weight in self._weights():
                 weight.touched = False
-        if self._session is not None:
-            drop_left_over(self._session)
-        if scaled and scaler is not None:
+        self._update_local(gradients, max_norm, scaler if scaled else None)
+        self._forget_outcome()
+
+    def _forget_outcome(self) -> None:
+        self._made, self._prepared = None, False
+
+    def _update_local(
+        self,
+        gradients: list[torch.Tensor],
+        max_norm: float | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        """Do to the local parameters what was done to the weights on the server."""
+        if self._prepared:
+            self.local.step()
+            return
+        if scaler is not None:
             if self.skipped:
                 # The scaler looks for NaN and Inf in local gradients alone.
                 gradients[0].fill_(math.inf)
@@ -195,6 +223,7 @@ class Optimizer(torch.optim.Optimizer):
             factor = min(1.0, max_norm / (self.total_norm + CLIP_EPSILON))
             for gradient in gradients:
                 gradient.mul_(factor)
+        self._prepared = self._made is not None
         self.local.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -203,6 +232,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             GradwireError: The server failed.
         """
+        self._forget_outcome()
         self.local.zero_grad(set_to_none)
         self._clear()
 

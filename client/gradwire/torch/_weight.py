@@ -186,8 +186,12 @@ class Weight:
         """Forget the gradient's contributions; without any, nothing is sent."""
         with self._lock:
             touched, self.touched = self.touched, False
-        if touched and self.gradient is not None:
-            self.session.clear(self.gradient)
+        try:
+            if touched and self.gradient is not None:
+                self.session.clear(self.gradient)
+        except BaseException:
+            self.touched = True  # nobody knows; Ctrl-C, too
+            raise
 
     def _kept(self, elements: torch.Tensor, trains: bool) -> torch.Tensor:
         elements = elements.detach()

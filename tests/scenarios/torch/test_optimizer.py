@@ -344,3 +344,76 @@ def test_local_gradients_with_nan_are_named_and_nothing_is_changed(
     mse(remote, regression()).backward()
     opt.step()
     assert all(each.isfinite().all() for each in remote.state_dict().values())
+
+
+def interrupted_once(monkeypatch: Any, owner: Any, name: str, after: bool) -> None:
+    """Have a method raise KeyboardInterrupt at its first call, before or after it."""
+    method = getattr(owner, name)
+
+    def call(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        if after:
+            method(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize("where", ["before the server's", "after", "drop"])
+def test_an_interrupted_step_that_is_repeated_is_one_step(
+    session: gradwire.Session, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    local, remote = both(mlp(), session)
+    optimizers = ADAMW(local.parameters()), gradwire.torch.optimizer(remote, ADAMW)
+    for number in range(3):
+        batch = regression()
+        for model in (local, remote):
+            if model is remote:
+                remote(batch[0]).sum()  # a graph without a backward pass
+            mse(model, batch).backward()
+        nn.utils.clip_grad_norm_(local.parameters(), 0.01)
+        optimizers[0].step()
+        if number == 1:
+            owner, name = {
+                "before the server's": (session, "step"),
+                "after": (optimizers[1].local, "step"),
+                "drop": (session, "drop"),
+            }[where]
+            interrupted_once(monkeypatch, owner, name, after=False)
+            with pytest.raises(KeyboardInterrupt):
+                optimizers[1].step(max_norm=0.01)
+        optimizers[1].step(max_norm=0.01)
+        for opt in optimizers:
+            opt.zero_grad()
+        assert session.step_count == number + 1
+    assert_same(local, remote)
+
+
+def test_a_step_after_new_passes_is_a_new_one(
+    session: gradwire.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, remote = both(mlp(), session)
+    opt = gradwire.torch.optimizer(remote, SGD, lr=0.1)
+    mse(remote, regression()).backward()
+    interrupted_once(monkeypatch, opt.local, "step", after=False)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    remote.zero_grad()  # does not tell the optimizer
+    mse(remote, regression()).backward()
+    opt.step()
+    assert session.step_count == 2
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_gradients_whose_clearing_was_interrupted_are_cleared(
+    session: gradwire.Session, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    _, remote = both(mlp(), session)
+    opt = gradwire.torch.optimizer(remote, SGD, lr=0.1)
+    mse(remote, regression()).backward()
+    interrupted_once(monkeypatch, session, "clear", after=after)
+    with pytest.raises(KeyboardInterrupt):
+        opt.zero_grad()
+    opt.zero_grad()
+    for layer in gradwire.torch.remote_layers(remote).values():
+        assert not layer.weight.fetch_gradient().any()
