@@ -422,6 +422,9 @@ def test_a_step_without_memory_for_its_states_is_refused_and_works_later(
     with pytest.raises(CallError) as raised:
         session.step(1, group)
     assert raised.value.reason == "SESSION_FULL"
+    # Both moments, also where one of them fits.
+    needed = session.used_bytes + 2 * size
+    assert f"keeps at least {needed} bytes" in raised.value.text
     assert session.describe() == before
     assert not session.get(W).any()
     session.drop(9)

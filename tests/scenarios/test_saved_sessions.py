@@ -329,7 +329,7 @@ def test_a_server_without_a_directory_says_so(server: ServerProcess) -> None:
     with gradwire.connect(server.address) as client:
         for options in ({"restore": "a"}, {"save_every": 1, "save_as": "a"}):
             with (
-                pytest.raises(gradwire.UnsupportedError, match="session-state"),
+                pytest.raises(gradwire.UnsupportedError, match="state_dir"),
                 client.session("1MiB", **options),  # type: ignore[arg-type]
             ):
                 pass

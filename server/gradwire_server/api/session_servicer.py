@@ -182,10 +182,11 @@ class SessionServicer:
     async def _open(
         self, call: CallState, request: pb2.OpenSessionRequest
     ) -> pb2.OpenSessionResponse:
+        # First: it names what was asked for, which is more than the feature it needs.
+        states = self._states_for(request)
         check_features(
             request.required_features, self._service.features, "required_features"
         )
-        states = self._states_for(request)
         async with self._sessions.opening(request, call.tenant) as existing:
             session = existing or await self._opened(call, request, states)
         return pb2.OpenSessionResponse(

@@ -152,8 +152,8 @@ class SessionMemory(Generic[Owner]):
             raise JobError(
                 Reason.SESSION_FULL,
                 f"{size_bytes} bytes are needed, and the session's tensors use "
-                f"{self._used_bytes} of {self._keep_bytes}: open the session with "
-                f"a keep_bytes of at least {used}",
+                f"{self._used_bytes} of {self._keep_bytes}: open a session that "
+                f"keeps at least {used} bytes",
                 field="keep_bytes",
             )
 

@@ -173,6 +173,8 @@ class _Step:
             for name in each.optimizer.states
             if name not in each.weight.states
         ]
+        # All together, so that the error says how much the session has to keep.
+        self._memory.require(sum(weight.array.nbytes for weight, _ in needed))
         try:
             for weight, name in needed:
                 state = self._memory.allocate(weight.array.shape, weight.array.dtype)
