@@ -13,6 +13,7 @@ from gradwire._client._sync.session import Session
 from gradwire._client.session_base import Context
 from gradwire._core.kept import Tensor
 from gradwire.torch._products import autocast
+from gradwire.torch._unheld import contributed
 from gradwire.torch._weight import (
     NOT_COPIED,
     KeptX,
@@ -319,6 +320,7 @@ class _Product(torch.autograd.Function):
                 context = dataclasses.replace(context, local_x=local_x)
             options["result_dtype"] = {"dw": weight.tensor.dtype}
             weight.touched = True
+            contributed(weight)
         sent = dy.to(ctx.sent_dtype)
         dx = None
         if needs_dx:

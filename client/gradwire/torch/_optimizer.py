@@ -13,6 +13,7 @@ from gradwire._api.errors import InputError
 from gradwire._api.session_types import TensorInfo
 from gradwire._client._sync.session import Session
 from gradwire.torch._offload import named_parameters
+from gradwire.torch._unheld import hold
 from gradwire.torch._weight import Weight, drop_left_over, from_numpy
 from gradwire_protocol.optimizers import CLIP_EPSILON
 
@@ -85,6 +86,7 @@ class Optimizer(torch.optim.Optimizer):
         groups = _groups(parameters)
         # Parameters and weights of each group, in the order of the caller.
         self._members: list[list[Any]] = [group["params"] for group in groups]
+        _check_once(self._weights())
         self._session = _session(self._weights())
         self.local = torch_optimizer_class(
             [{**group, "params": _tensors(group["params"])} for group in groups],
@@ -102,6 +104,8 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(self.local.param_groups, self.local.defaults)
         self._complete = True
         self._share()
+        for weight in self._weights():
+            hold(weight)
 
     def _share(self) -> None:
         """Have one list of groups and one state with the local optimizer."""
@@ -242,14 +246,15 @@ class Optimizer(torch.optim.Optimizer):
             return  # The base class adds those that self.local has.
         (group,) = _groups([param_group])
         weights = [*self._weights(), *_remote_weights(group["params"])]
-        if len(set(weights)) < len(weights):
-            raise InputError("a weight is in two groups")
+        _check_once(weights)
         session = _session(weights)
         local = {**group, "params": _tensors(group["params"])}
         self.local.add_param_group(local)
         _remote_optimizer(self.local, self.local.param_groups[-1])
         self._members.append(group["params"])
         self._session = session
+        for weight in _remote_weights(group["params"]):
+            hold(weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as the local optimizer of the local model would.
@@ -285,6 +290,11 @@ class Optimizer(torch.optim.Optimizer):
             InputError: The state has other groups.
             GradwireError: The server failed.
         """
+        if not {"state", "param_groups"} <= set(state_dict):
+            raise InputError(
+                "the state has no 'state' and 'param_groups': expected what an"
+                " optimizer's state_dict() returned"
+            )
         sizes = [len(group["params"]) for group in state_dict["param_groups"]]
         if sizes != [len(members) for members in self._members]:
             raise InputError(
@@ -309,7 +319,15 @@ class Optimizer(torch.optim.Optimizer):
                 number += 1
             groups.append({**group, "params": list(range(first, number))})
         for group in groups:
-            _remote_optimizer(self.local, group)
+            try:
+                _remote_optimizer(self.local, group)
+            except KeyError as error:
+                raise InputError(
+                    f"a group of the state has no {error}: it is not of"
+                    f" torch.optim.{type(self.local).__name__}"
+                ) from None
+        for weight, state in remote:
+            _check_state(weight, state or {})
         infos = self._infos()
         for weight, state in remote:
             if state:
@@ -383,6 +401,11 @@ def _tensors(members: list[Any]) -> list[Any]:
 
 def _remote_weights(members: list[Any]) -> list[Weight]:
     return [each for each in members if isinstance(each, Weight)]
+
+
+def _check_once(weights: list[Weight]) -> None:
+    if len(set(weights)) < len(weights):
+        raise InputError("a weight is in two groups, or twice in one")
 
 
 def _session(weights: list[Weight]) -> Session | None:
@@ -462,6 +485,20 @@ def _state_of(weight: Weight, info: Any) -> dict[str, Any]:
     if "exp_avg" in state:
         state = {"step": torch.tensor(float(info.updates)), **state}
     return state
+
+
+def _check_state(weight: Weight, state: Mapping[str, Any]) -> None:
+    """Check a state's shapes before anything is put.
+
+    Raises:
+        InputError: One has another shape than the weight.
+    """
+    for name, elements in state.items():
+        if name != "step" and elements is not None and elements.shape != weight.shape:
+            raise InputError(
+                f"{name} of the weight {weight.name!r} has shape"
+                f" {tuple(elements.shape)}: expected {tuple(weight.shape)}"
+            )
 
 
 def _put_state(weight: Weight, state: Mapping[str, Any]) -> None:

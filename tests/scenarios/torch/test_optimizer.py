@@ -284,7 +284,23 @@ def test_what_a_server_cannot_do_is_refused(
         other = gradwire.torch.offload(mlp(), another, at_least=8)
         with pytest.raises(gradwire.InputError, match="2 sessions"):
             make(nn.ModuleList([remote, other]), SGD, lr=0.1)
+    weight = remote[0].weight
+    for twice in ([weight, weight], [{"params": [weight]}, {"params": [weight]}]):
+        with pytest.raises(gradwire.InputError, match="in two groups"):
+            make(twice, SGD, lr=0.1)
     opt = make(remote, ADAMW, lr=0.1)
+    state = ADAMW(mlp().parameters()).state_dict()
+    wrong: list[tuple[str, Any]] = [
+        ("no 'param_groups'|param_groups", mlp().state_dict()),
+        ("no 'betas'.*torch.optim.AdamW", SGD(mlp().parameters()).state_dict()),
+        (
+            r"exp_avg of .*\(3,\): .*\(12, 16\)",
+            {**state, "state": {0: {"exp_avg": torch.ones(3)}}},
+        ),
+    ]
+    for text, given in wrong:
+        with pytest.raises(gradwire.InputError, match=text):
+            opt.load_state_dict(given)
     with pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(opt)
     mse(remote, regression()).backward()
@@ -417,3 +433,35 @@ def test_gradients_whose_clearing_was_interrupted_are_cleared(
     opt.zero_grad()
     for layer in gradwire.torch.remote_layers(remote).values():
         assert not layer.weight.fetch_gradient().any()
+
+
+@pytest.mark.parametrize("kind", ["torch's", "of model.parameters()", "before offload"])
+def test_an_optimizer_that_forgets_the_weights_on_the_server_is_noticed(
+    session: gradwire.Session, kind: str
+) -> None:
+    model = mlp()
+    made_before = SGD(model.parameters(), lr=0.1)
+    remote = gradwire.torch.offload(model, session, at_least=8)
+    opt: Any = made_before
+    if kind == "torch's":
+        opt = SGD(remote.parameters(), lr=0.1)
+    elif kind == "of model.parameters()":
+        opt = gradwire.torch.optimizer(remote.parameters(), SGD, lr=0.1)
+    mse(remote, regression()).backward()
+    with pytest.warns(UserWarning, match=r"2 weights .*'[02]\.weight'.*optimizer\("):
+        opt.step()
+    opt.step()  # once
+    right = gradwire.torch.optimizer(remote, SGD, lr=0.1)
+    mse(remote, regression()).backward()
+    right.step()
+
+
+def test_steps_of_a_session_and_of_local_parameters_are_noticed_by_none(
+    session: gradwire.Session,
+) -> None:
+    _, remote = both(mlp(), session)
+    local = SGD(remote.parameters(), lr=0.1)
+    weights = [each.weight for each in gradwire.torch.remote_layers(remote).values()]
+    mse(remote, regression()).backward()
+    session.step(gradwire.SGD(lr=0.1), {each.tensor: each.gradient for each in weights})
+    local.step()
