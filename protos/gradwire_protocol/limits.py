@@ -63,6 +63,9 @@ EARLY_ROWS = "early-rows"
 SESSIONS = "sessions"
 """Feature name for sessions."""
 
+FROZEN_TENSORS = "frozen-tensors"
+"""Feature name for tensors that never change, and that sessions share."""
+
 SESSION_STATE = "session-state"
 """Feature name for states of sessions that the server saves."""
 

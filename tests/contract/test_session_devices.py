@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import gradwire
 from gradwire.v1 import session_service_pb2 as pb2
 from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
 from gradwire_server import Server
+from gradwire_server.backends.async_device.kept_memory import DeviceKeptMemory
 from gradwire_server.backends.base import DeviceLostError
 from tests.contract.test_session_bits import NUMBERS, bits, keeping
 from tests.support.credentials import authorized, make_tokens
@@ -22,6 +26,7 @@ from tests.support.in_process import serving
 from tests.support.observing import wait_until
 from tests.support.raw import (
     DTYPES,
+    CallError,
     Outcome,
     dtype_number,
     normal_numbers,
@@ -33,6 +38,7 @@ from tests.support.sessions import (
     GRADIENT,
     MIB,
     RawSessions,
+    header,
     into,
     kept,
     refusal,
@@ -442,3 +448,42 @@ def test_a_lost_device_ends_the_server(method, call) -> None:
         assert refusal(lambda: call(session)).reason == "DEVICE_LOST"
         wait_until(lambda: server.lost is not None, "the server knows")
         assert refusal(session.open).reason == "DRAINING"
+
+
+def test_a_tensor_is_copied_to_its_end_while_its_session_closes(
+    channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only session that has a frozen tensor ends while another one asks for it."""
+    copying, go_on = threading.Event(), threading.Event()
+    copy = DeviceKeptMemory.copy
+
+    def slow(memory: DeviceKeptMemory, *arrays: Any) -> None:
+        copying.set()
+        assert go_on.wait(20)
+        copy(memory, *arrays)
+
+    monkeypatch.setattr(DeviceKeptMemory, "copy", slow)
+    array = PROBLEM.w
+    one, other = (RawSessions(channel).open(array.nbytes) for _ in range(2))
+    digest = hashlib.sha256(array.tobytes()).digest()
+    one.put(W, array, frozen=True, sha256=digest)
+    fields = {"session": other.token, "tensor": W, "frozen": True, "sha256": digest}
+    question = pb2.PutTensorRequest(header=header(array, **fields))
+
+    def is_over() -> bool:
+        try:
+            one.renew()
+        except CallError as error:
+            return error.reason == "SESSION_UNKNOWN"
+        return False
+
+    with ThreadPoolExecutor(2) as threads:
+        asked = threads.submit(other.put_messages, [question])
+        assert copying.wait(20)
+        closed = threads.submit(one.close)
+        wait_until(is_over, "the session's end")
+        go_on.set()
+        assert asked.result().used_bytes == array.nbytes
+        closed.result()
+    assert np.array_equal(other.get(W), array)
+    other.close()

@@ -143,21 +143,23 @@ class DescribeSessionResponse(_message.Message):
     def __init__(self, label: _Optional[str] = ..., server_instance: _Optional[str] = ..., device: _Optional[_Union[_job_pb2.Device, _Mapping]] = ..., lease_seconds: _Optional[float] = ..., step: _Optional[int] = ..., keep_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ...) -> None: ...
 
 class TensorInfo(_message.Message):
-    __slots__ = ("header", "size_bytes", "states", "updates", "parts")
+    __slots__ = ("header", "size_bytes", "states", "updates", "parts", "sharers")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    SHARERS_FIELD_NUMBER: _ClassVar[int]
     header: TensorHeader
     size_bytes: int
     states: _containers.RepeatedScalarFieldContainer[str]
     updates: int
     parts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., size_bytes: _Optional[int] = ..., states: _Optional[_Iterable[str]] = ..., updates: _Optional[int] = ..., parts: _Optional[_Iterable[int]] = ...) -> None: ...
+    sharers: int
+    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., size_bytes: _Optional[int] = ..., states: _Optional[_Iterable[str]] = ..., updates: _Optional[int] = ..., parts: _Optional[_Iterable[int]] = ..., sharers: _Optional[int] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
-    __slots__ = ("session", "tensor", "name", "shape", "dtype", "role", "compute_dtype", "checksum", "zeros", "state", "updates", "idempotency_key", "keep_states")
+    __slots__ = ("session", "tensor", "name", "shape", "dtype", "role", "compute_dtype", "checksum", "zeros", "state", "updates", "idempotency_key", "keep_states", "frozen", "sha256")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +173,8 @@ class TensorHeader(_message.Message):
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     KEEP_STATES_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     session: str
     tensor: int
     name: str
@@ -184,7 +188,9 @@ class TensorHeader(_message.Message):
     updates: int
     idempotency_key: bytes
     keep_states: bool
-    def __init__(self, session: _Optional[str] = ..., tensor: _Optional[int] = ..., name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., role: _Optional[_Union[TensorRole, str]] = ..., compute_dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., zeros: bool = ..., state: _Optional[str] = ..., updates: _Optional[int] = ..., idempotency_key: _Optional[bytes] = ..., keep_states: bool = ...) -> None: ...
+    frozen: bool
+    sha256: bytes
+    def __init__(self, session: _Optional[str] = ..., tensor: _Optional[int] = ..., name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., role: _Optional[_Union[TensorRole, str]] = ..., compute_dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., zeros: bool = ..., state: _Optional[str] = ..., updates: _Optional[int] = ..., idempotency_key: _Optional[bytes] = ..., keep_states: bool = ..., frozen: bool = ..., sha256: _Optional[bytes] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
     __slots__ = ("index", "crc32c", "data")

@@ -6,8 +6,14 @@ streamed requests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    nullcontext,
+)
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -32,6 +38,8 @@ from gradwire_server.sessions import steps
 from gradwire_server.sessions.saved_states import SavedStates
 from gradwire_server.sessions.session import Session
 from gradwire_server.sessions.state_files import check_name
+from gradwire_server.sessions.tensor_headers import contents_of
+from gradwire_server.sessions.tensors import KeptTensor
 from gradwire_server.sessions.transfer import Do, IncomingTensor, outgoing
 from gradwire_server.sessions.windows import WINDOW_BYTES
 
@@ -120,7 +128,8 @@ class SessionServicer:
                         async for _ in _chunks(stream, call):
                             pass  # gRPC's clients may miss an answer before the end
                     else:
-                        await self._put(call, stream, session, header)
+                        left_s = context.time_remaining()
+                        await self._put(call, stream, session, header, left_s)
                 return pb2.PutTensorResponse(
                     used_bytes=session.used_bytes
                 ).SerializeToString()
@@ -133,16 +142,31 @@ class SessionServicer:
         stream: CallStream,
         session: Session,
         header: pb2.TensorHeader,
+        left_s: float | None,
     ) -> None:
-        """Receive a tensor's elements, and keep it."""
+        """Receive a tensor's elements, or find those of an equal one, and keep it."""
         worker = self._worker(call, session)
+        chunks, first = _chunks(stream, call), None
+        shared: AbstractAsyncContextManager[KeptTensor | None] = nullcontext()
+        contents = contents_of(session, header)
+        if contents is not None:
+            first = await anext(chunks, None)
+            if first is None:  # the client asks whether it has to send the elements
+                wait_s = math.inf if left_s is None else left_s / 2
+                shared = session.shared.asked(contents, session, wait_s)
+            else:
+                shared = session.shared.putting(contents, session)
         async with (
+            shared as source,
             self._on_device(call, session),
-            IncomingTensor(session, header, worker) as tensor,
+            IncomingTensor(session, header, worker, source) as tensor,
         ):
-            async for chunk in _chunks(stream, call):
+            session.require_open()
+            if first is not None:
+                await tensor.take(first)
+            async for chunk in chunks:
                 await tensor.take(chunk)
-            if not tensor.is_complete:
+            if not tensor.is_complete and (contents is None or first is not None):
                 await stream.await_cancellation()
             await tensor.finish()
             # The elements of a state may be on their way to a client.
@@ -266,7 +290,8 @@ class SessionServicer:
                 keep_bytes=session.keep_bytes,
                 used_bytes=session.used_bytes,
                 tensors=[
-                    tensor.info() for _, tensor in sorted(session.tensors.items())
+                    tensor.info(session.shared.sharers(tensor))
+                    for _, tensor in sorted(session.tensors.items())
                 ],
             )
 

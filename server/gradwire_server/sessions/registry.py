@@ -26,6 +26,7 @@ from gradwire_server.sessions.accounts import Accounts
 from gradwire_server.sessions.digest import digest
 from gradwire_server.sessions.job_tensors import JobTensors
 from gradwire_server.sessions.session import Session
+from gradwire_server.sessions.sharing import SharedTensors
 from gradwire_server.sessions.turns import OnWait
 
 _log = logging.getLogger("gradwire_server")
@@ -87,6 +88,7 @@ class Sessions:
         """The sessions that can be asked for again, by tenant and key."""
         self._opening: dict[tuple[str, bytes], asyncio.Event] = {}
         self._expired_count = 0
+        self._shared = SharedTensors()
         self._steps: set[asyncio.Task[pb2.StepResponse]] = set()
 
     def __len__(self) -> int:
@@ -101,7 +103,8 @@ class Sessions:
         return SessionFigures(
             open=len(self._open),
             reserved_bytes=self._accounts.kept_bytes,
-            used_bytes=sum(each.used_bytes for each in self._open.values()),
+            used_bytes=sum(each.used_bytes for each in self._open.values())
+            - self._shared.saved_bytes,
             limit_bytes=self._accounts.limit_bytes(self._devices),
             expired=self._expired_count,
         )
@@ -148,6 +151,7 @@ class Sessions:
             lease_s,
             device=device,
             memory=memory,
+            shared=self._shared,
             on_free=free,
         )
         self._open[_key(session)] = session

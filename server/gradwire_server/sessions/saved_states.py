@@ -294,4 +294,5 @@ def _allocated(
         gradient=gradient,
         states=states,
         updates=saved.updates,
+        frozen=saved.frozen,
     )

@@ -14,6 +14,7 @@ from gradwire_server.backends.kept_memory import KeptMemory
 from gradwire_server.errors import JobError
 from gradwire_server.sessions.puts import Puts
 from gradwire_server.sessions.session_memory import SessionMemory
+from gradwire_server.sessions.sharing import SharedTensors
 from gradwire_server.sessions.tensors import KeptTensor
 from gradwire_server.sessions.turns import Turns
 
@@ -42,6 +43,7 @@ class Session:
         lease_s: Seconds without a call after which it expires.
         device: Position of its device.
         memory: Its memory there.
+        shared: The frozen tensors of all sessions.
         on_free: Called once the session is over and no call uses it.
 
     Attributes:
@@ -52,6 +54,7 @@ class Session:
         step: Steps so far.
         tensors: Its tensors, by number.
         puts: The calls that put them.
+        shared: The frozen tensors of all sessions.
         last_step: The last step of this server; None before the first.
         save_every: Save its state after every so many steps; 0: never.
         save_name: Name of that state.
@@ -70,6 +73,7 @@ class Session:
         *,
         device: int,
         memory: KeptMemory,
+        shared: SharedTensors,
         on_free: Callable[[], None],
     ) -> None:
         self.token = secrets.token_urlsafe(32)
@@ -92,6 +96,7 @@ class Session:
         self.ended: JobError | None = None
         self.expiry: asyncio.TimerHandle | None = None
         self.freed = asyncio.Event()
+        self.shared = shared
         self._on_free = on_free
         self._users = 0
         self.renewed_at = self.opened_at = asyncio.get_running_loop().time()
@@ -134,6 +139,21 @@ class Session:
                 self.memory.release(*tensor.arrays)
 
     @contextmanager
+    def lending(self, tensor: KeptTensor) -> Iterator[None]:
+        """Keep a tensor's memory for another session's put within this context.
+
+        The lease is not renewed: the client of this session may be gone.
+        """
+        self._users += 1
+        try:
+            with self.using(tensor):
+                yield
+        finally:
+            self._users -= 1
+            if self.ended is not None:
+                self._free_if_unused()
+
+    @contextmanager
     def used(self) -> Iterator[None]:
         """Use the session within this context, and renew its lease at both ends."""
         self.require_open()
@@ -160,6 +180,7 @@ class Session:
         """Refuse further calls, and free the memory once no call uses it."""
         if self.ended is None:
             self.ended = cause
+            self.shared.end(self)
         if self.expiry is not None:
             self.expiry.cancel()
         self._free_if_unused()
@@ -168,6 +189,7 @@ class Session:
         """Make a tensor, of the session's memory, one of the session's."""
         self.drop(tensor.number)
         self.tensors[tensor.number] = tensor
+        self.shared.add(self, tensor)
 
     def drop(self, number: int) -> None:
         """Drop a tensor, if there is one of that number."""
@@ -176,6 +198,7 @@ class Session:
         tensor = self.tensors.pop(number, None)
         if tensor is not None:
             tensor.dropped = True
+            self.shared.remove(tensor)
             if tensor.gradient is not None:
                 tensor.gradient.drop()
             if not tensor.users:

@@ -59,13 +59,34 @@ class SessionMemory(Generic[Owner]):
         """
         size_bytes = math.prod(shape) * dtype.itemsize
         with self._lock:
-            self._require(size_bytes)
-            used = self._used_bytes + size_bytes
-            while used + self._spare_bytes > self._keep_bytes:
-                self._give_up_oldest()
+            self._make_room(size_bytes)
             array = self._placed(shape, dtype, size_bytes)
-            self._used_bytes = used
+            self._used_bytes += size_bytes
             return array
+
+    def share(self, *arrays: KeptArray) -> None:
+        """Use arrays of another session, in host memory, as if they were allocated.
+
+        They count here too: the other session may end, and then they are this one's.
+
+        Raises:
+            JobError: The session has less memory.
+        """
+        size_bytes = _size_bytes(arrays)
+        with self._lock:
+            self._make_room(size_bytes)
+            self._used_bytes += size_bytes
+
+    def exchange(self, own: Iterable[KeptArray], others: Iterable[KeptArray]) -> None:
+        """Use arrays of another session, in host memory, in place of equal ones.
+
+        Args:
+            own: Arrays of this session, which are no longer used.
+            others: As many, of the same sizes.
+        """
+        with self._lock:
+            self._used_bytes += _size_bytes(others) - _size_bytes(own)
+            self._free(own)
 
     def require(self, size_bytes: int) -> None:
         """Check that the session has so much memory, without taking it.
@@ -117,6 +138,13 @@ class SessionMemory(Generic[Owner]):
             self._spare.clear()
             self._spare_bytes = 0
             self.on_device.close()
+
+    def _make_room(self, size_bytes: int) -> None:
+        """Give up what is set aside, as far as its part of `keep_bytes` is needed."""
+        self._require(size_bytes)
+        used = self._used_bytes + size_bytes
+        while used + self._spare_bytes > self._keep_bytes:
+            self._give_up_oldest()
 
     def _placed(
         self, shape: tuple[int, ...], dtype: Dtype, size_bytes: int

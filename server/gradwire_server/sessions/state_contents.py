@@ -72,6 +72,8 @@ def snapshot(step: int, tensors: Iterable[KeptTensor]) -> Snapshot:
         }
         if tensor.gradient is None:
             entry["updates"] = tensor.updates
+            if tensor.frozen:
+                entry["frozen"] = True
             if header.compute_dtype:
                 entry["compute_dtype"] = Dtype(header.compute_dtype).label
             arrays[f"{_MODEL}/{key}"] = tensor.array
@@ -116,6 +118,7 @@ class SavedTensor:
     """The names of its states' elements in the file."""
     size_bytes: int
     """Bytes of the tensor, its copy and its states."""
+    frozen: bool = False
 
 
 class SavedState:
@@ -217,6 +220,7 @@ class SavedState:
                     f"{_MODEL}/{key}",
                     states,
                     size,
+                    about.get("frozen", False) is True,
                 )
             )
         for about in json.loads(metadata["gradients"]):

@@ -326,6 +326,13 @@ def _checked(
             f"expected a weight of {' or '.join(each.label for each in _UPDATED)}",
             field=f"{path}.weight",
         )
+    if weight.frozen:
+        raise JobError(
+            Reason.TENSOR_MISMATCH,
+            f"{path}.weight is {weight.number}, which is frozen: put it again without "
+            f"header.frozen",
+            field=f"{path}.weight",
+        )
     expected = (weight.array.shape, weight.array.dtype)
     if (
         gradient.gradient is None

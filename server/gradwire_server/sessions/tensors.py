@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
@@ -161,6 +161,20 @@ class Gradient:
         self.empty = True
 
 
+class Contents(NamedTuple):
+    """What tensors that share memory have in common."""
+
+    tenant: str
+    device: int
+    """Position of the device."""
+    sha256: bytes
+    """SHA-256 of the elements, little-endian."""
+    shape: tuple[int, ...]
+    dtype: Dtype
+    compute: int
+    """Dtype of the copy for jobs, or 0."""
+
+
 @dataclass(eq=False, slots=True)
 class KeptTensor:
     """A tensor of a session."""
@@ -185,6 +199,11 @@ class KeptTensor:
     """Calls that use it: it keeps its memory for them, also when it was dropped."""
     dropped: bool = False
     """Whether it is no longer one of the session's tensors."""
+    frozen: bool = False
+    """Whether its elements never change."""
+    contents: Contents | None = None
+    """What equal tensors have in common, to share memory with them; None: it does not
+    share."""
 
     @property
     def dtype(self) -> Dtype:
@@ -232,14 +251,20 @@ class KeptTensor:
             compute_dtype=compute,
             state=state,
             updates=self.updates if state else 0,
+            frozen=self.frozen,
         )
 
-    def info(self) -> pb2.TensorInfo:
-        """Return the tensor's description."""
+    def info(self, sharers: int) -> pb2.TensorInfo:
+        """Return the tensor's description.
+
+        Args:
+            sharers: Number of tensors with this one's memory, if it may be shared.
+        """
         return pb2.TensorInfo(
             header=self.header(),
             size_bytes=self.size_bytes,
             states=list(self.states),
             updates=self.updates,
             parts=self.gradient.parts if self.gradient else [],
+            sharers=sharers,
         )

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import math
+import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Self, TypeAlias
 
-from gradwire_protocol import checksum
 from gradwire_protocol.checksum import crc32c
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.limits import (
     DEFAULT_CHUNK_BYTES,
-    MAX_INT64,
-    MAX_NAME_LENGTH,
     MAX_PAYLOAD_BYTES,
-    MAX_TENSOR_DIMENSIONS,
 )
-from gradwire_protocol.optimizers import STATES
 from gradwire_protocol.v1 import matrix_pb2
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 from gradwire_server.backends.kept_memory import KeptArray, KeptMemory
 from gradwire_server.errors import JobError
 from gradwire_server.scheduling.device_worker import TenantHandle
-from gradwire_server.sessions.registry import check_key, is_printable
 from gradwire_server.sessions.session import Session
-from gradwire_server.sessions.tensors import Gradient, KeptTensor
+from gradwire_server.sessions.tensor_headers import (
+    check_checksum,
+    check_header,
+    check_role,
+    check_state,
+    contents_of,
+)
+from gradwire_server.sessions.tensors import Contents, Gradient, KeptTensor
 from gradwire_server.sessions.windows import ReadWindow, Work, WriteWindow
 
 Do: TypeAlias = Callable[[Work], Awaitable[None]]
 """Does work in the thread of the device worker."""
-
-_PUT = (pb2.TENSOR_ROLE_WEIGHT, pb2.TENSOR_ROLE_GRADIENT)
-
-_COPIES = (matrix_pb2.DTYPE_UNSPECIFIED, int(Dtype.FLOAT16), int(Dtype.BFLOAT16))
 
 
 class IncomingTensor:
@@ -44,6 +42,8 @@ class IncomingTensor:
         session: Its session.
         header: Its header.
         worker: The worker of the session's device.
+        source: A frozen tensor with the same contents, whose memory is kept for this
+            one's whole life; no elements arrive then.
 
     Raises:
         JobError: The header is invalid, or the session has no memory for the tensor.
@@ -53,22 +53,35 @@ class IncomingTensor:
     """
 
     def __init__(
-        self, session: Session, header: pb2.TensorHeader, worker: TenantHandle
+        self,
+        session: Session,
+        header: pb2.TensorHeader,
+        worker: TenantHandle,
+        source: KeptTensor | None = None,
     ) -> None:
         self._session = session
         self._memory = session.memory
         self._header = header
         self._worker = worker
         self._window = WriteWindow(session.memory.on_device)
-        dtype = _check(header)
+        dtype = check_header(header)
         shape = tuple(header.shape)
         session.check_count(header.tensor, "header.tensor")
         if header.state:
-            _check_state(session, header, dtype, shape)
+            check_state(session, header, dtype, shape)
         else:
-            _check_role(session, header)
-        self._array = self._memory.allocate(shape, dtype)
+            check_role(session, header)
+        self._contents = contents_of(session, header)
+        self._hash = hashlib.sha256()
+        self._source = source
         self._copy: KeptArray | None = None
+        if source is not None and self._memory.on_device.in_host_memory:
+            self._memory.share(*source.arrays)
+            self._array, self._copy = source.array, source.copy
+            self._allocated = source.arrays
+            self._received = self._array.nbytes
+            return
+        self._array = self._memory.allocate(shape, dtype)
         self._allocated = [self._array]
         if header.compute_dtype:
             try:
@@ -77,7 +90,8 @@ class IncomingTensor:
                 self._memory.release(self._array)
                 raise
             self._allocated.append(self._copy)
-        self._received = self._array.nbytes if header.zeros else 0
+        come = header.zeros or source is not None
+        self._received = self._array.nbytes if come else 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -87,7 +101,7 @@ class IncomingTensor:
             await self._worker.discard(self)
         finally:
             self._memory.release(*self._allocated)
-            self._allocated.clear()
+            self._allocated = []
 
     async def take(self, chunk: pb2.TensorChunk) -> None:
         """Store the next elements.
@@ -140,6 +154,9 @@ class IncomingTensor:
         if work is not None:
             await self._worker.submit(self, work)
         self._window.room(self._array, begin, end)[:] = data
+        if self._contents is not None:
+            # Milliseconds for a chunk, in which others are served.
+            await asyncio.to_thread(self._hash.update, data)
 
     @property
     def is_complete(self) -> bool:
@@ -150,7 +167,7 @@ class IncomingTensor:
         """Do the work that is left.
 
         Raises:
-            JobError: Elements are missing.
+            JobError: Elements are missing, or have another hash.
         """
         if not self.is_complete:
             raise JobError(
@@ -158,11 +175,27 @@ class IncomingTensor:
                 f"the tensor has {self._array.nbytes} bytes, but {self._received} came",
                 field="chunk.data",
             )
+        if self._contents is not None and self._source is None:
+            self._check_hash(self._contents)
         for work in self._rest(self._tensor()):
             await self._worker.submit(self, work)
 
+    def _check_hash(self, contents: Contents) -> None:
+        if self._hash.digest() != contents.sha256:
+            raise JobError(
+                Reason.CHECKSUM_MISMATCH,
+                f"header.sha256 is {contents.sha256.hex()}, but the elements that came "
+                f"have another hash",
+                field="header.sha256",
+            )
+
     def _rest(self, tensor: KeptTensor) -> Iterator[Work]:
         on_device = self._memory.on_device
+        if self._source is not None:
+            if not on_device.in_host_memory:
+                for source, own in zip(self._source.arrays, tensor.arrays, strict=True):
+                    yield partial(on_device.copy, source, own)
+            return
         if (rest := self._window.rest()) is not None:
             yield rest
         for part in tensor.pieces(on_device.piece_elements):
@@ -182,10 +215,11 @@ class IncomingTensor:
         session, header = self._session, self._header
         session.check_count(header.tensor, "header.tensor")
         if header.state:
-            _check_state(session, header, Dtype(header.dtype), self._array.shape)
+            check_state(session, header, Dtype(header.dtype), self._array.shape)
         else:
-            _check_role(session, header)
-        self._allocated.clear()
+            check_role(session, header)
+        self._share_equal()
+        self._allocated = []
         if header.state:
             tensor = session.tensors[header.tensor]
             earlier = tensor.states.get(header.state)
@@ -202,6 +236,16 @@ class IncomingTensor:
             session.keep(tensor)
         session.puts.made(header)
 
+    def _share_equal(self) -> None:
+        """Use the memory of an equal tensor that has come meanwhile, if possible."""
+        if self._contents is None or not self._memory.on_device.in_host_memory:
+            return
+        found = self._session.shared.find(self._contents)
+        if found is not None:
+            equal = found[1]
+            self._memory.exchange(self._allocated, equal.arrays)
+            self._array, self._copy = equal.array, equal.copy
+
     def _tensor(self) -> KeptTensor:
         header, gradient = self._header, None
         if header.role == pb2.TENSOR_ROLE_GRADIENT:
@@ -215,6 +259,8 @@ class IncomingTensor:
             copy=self._copy,
             gradient=gradient,
             kept_at=self._session.step,
+            frozen=header.frozen,
+            contents=self._contents,
         )
 
 
@@ -239,7 +285,7 @@ async def outgoing(
             f"state is {request.state[:64]!r}: tensor {tensor.number} has {has}",
             field="state",
         )
-    _check_checksum(request.checksum, "checksum")
+    check_checksum(request.checksum, "checksum")
     if not 0 <= request.max_chunk_bytes <= MAX_PAYLOAD_BYTES:
         raise JobError(
             Reason.OPTION_INVALID,
@@ -268,118 +314,3 @@ async def outgoing(
         if request.checksum:
             chunk.crc32c = crc32c(payload)
         yield pb2.GetTensorResponse(chunk=chunk)
-
-
-def _check(header: pb2.TensorHeader) -> Dtype:
-    try:
-        dtype = Dtype(header.dtype)
-    except ValueError:
-        names = ", ".join(f"{each.name} ({each.value})" for each in Dtype)
-        raise JobError(
-            Reason.DTYPE_INVALID,
-            f"header.dtype is {header.dtype}: expected one of {names}",
-            field="header.dtype",
-        ) from None
-    shape = tuple(header.shape)
-    if len(shape) > MAX_TENSOR_DIMENSIONS or min(shape, default=0) < 0:
-        raise JobError(
-            Reason.SHAPE_INVALID,
-            f"header.shape is {shape[:16]}: expected at most {MAX_TENSOR_DIMENSIONS} "
-            f"sizes of at least 0",
-            field="header.shape",
-        )
-    # Without elements, sizes are limited alike: NumPy computes strides with them.
-    if math.prod(filter(None, shape)) * dtype.itemsize > MAX_INT64:
-        raise JobError(
-            Reason.SHAPE_OVERFLOW,
-            f"header.shape is {shape}, which has more bytes than 64 bits can count",
-            field="header.shape",
-        )
-    if not is_printable(header.name):
-        raise JobError(
-            Reason.OPTION_INVALID,
-            f"header.name has {len(header.name)} characters or unprintable ones: "
-            f"expected at most {MAX_NAME_LENGTH} printable ASCII characters",
-            field="header.name",
-        )
-    _check_checksum(header.checksum, "header.checksum")
-    check_key(header.idempotency_key, "header.idempotency_key")
-    allowed = _COPIES if dtype is Dtype.FLOAT32 and not header.state else _COPIES[:1]
-    if header.compute_dtype not in allowed:
-        raise JobError(
-            Reason.DTYPE_INVALID,
-            f"header.compute_dtype is {header.compute_dtype}: expected DTYPE_FLOAT16 "
-            f"or DTYPE_BFLOAT16 with a float32 tensor, or none",
-            field="header.compute_dtype",
-        )
-    return dtype
-
-
-def _check_checksum(number: int, path: str) -> None:
-    known = {matrix_pb2.CHECKSUM_UNSPECIFIED}
-    if checksum.AVAILABLE:
-        known.add(matrix_pb2.CHECKSUM_CRC32C)
-    if number not in known:
-        raise JobError(
-            Reason.OPTION_UNKNOWN,
-            f"{path} is {number}: this server does not offer it",
-            field=path,
-        )
-
-
-def _check_role(session: Session, header: pb2.TensorHeader) -> None:
-    if header.role not in _PUT:
-        names = " or ".join(pb2.TensorRole.Name(role) for role in _PUT)
-        raise JobError(
-            Reason.OPTION_INVALID,
-            f"header.role is {header.role}: expected {names}",
-            field="header.role",
-        )
-    existing = session.tensors.get(header.tensor)
-    if header.keep_states:
-        same = existing is not None and (
-            existing.role == header.role == pb2.TENSOR_ROLE_WEIGHT
-            and existing.array.shape == tuple(header.shape)
-            and existing.dtype is Dtype(header.dtype)
-        )
-        if not same:
-            raise JobError(
-                Reason.TENSOR_MISMATCH,
-                f"header.keep_states is true, but tensor {header.tensor} is no weight "
-                f"of this shape and dtype",
-                field="header.keep_states",
-            )
-    if existing is not None and existing.role != header.role:
-        raise JobError(
-            Reason.TENSOR_MISMATCH,
-            f"header.tensor is {header.tensor}, which is a tensor with another role: "
-            f"drop it first, or choose a new number",
-            field="header.tensor",
-        )
-
-
-def _check_state(
-    session: Session, header: pb2.TensorHeader, dtype: Dtype, shape: tuple[int, ...]
-) -> None:
-    if header.state not in STATES:
-        raise JobError(
-            Reason.OPTION_INVALID,
-            f"header.state is {header.state[:64]!r}: expected one of "
-            f"{', '.join(STATES)}",
-            field="header.state",
-        )
-    tensor = session.tensor(header.tensor, "header.tensor")
-    if tensor.role != pb2.TENSOR_ROLE_WEIGHT:
-        raise JobError(
-            Reason.TENSOR_MISMATCH,
-            f"header.tensor is {header.tensor}, which is no weight: only weights have "
-            f"states",
-            field="header.tensor",
-        )
-    if tensor.array.shape != shape or tensor.dtype is not dtype:
-        raise JobError(
-            Reason.TENSOR_MISMATCH,
-            f"header.shape is {shape} and header.dtype {dtype.label}: tensor "
-            f"{tensor.number} has shape {tensor.array.shape} and {tensor.dtype.label}",
-            field="header.shape",
-        )

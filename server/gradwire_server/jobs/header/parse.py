@@ -13,6 +13,7 @@ from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.limits import (
     BLOCK_ROWS,
     EARLY_ROWS,
+    FROZEN_TENSORS,
     MAX_JOB_ID_LENGTH,
     RESUME,
     SESSIONS,
@@ -27,6 +28,7 @@ FEATURES: tuple[str, ...] = (
     SESSIONS,
     BLOCK_ROWS,
     EARLY_ROWS,
+    FROZEN_TENSORS,
 )
 """Features that a job may require, in addition to those of every v1 server."""
 
