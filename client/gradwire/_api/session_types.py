@@ -92,6 +92,11 @@ class TensorInfo:
     """Updates by steps that were not skipped."""
     parts: tuple[int, ...]
     """For a gradient: numbers of the contributions since the last step."""
+    frozen: bool = False
+    """Whether it never changes: it was put with `frozen`."""
+    sharers: int = 0
+    """For a frozen tensor: tensors of the tenant's sessions that use its memory, with
+    this one. 0: it is never shared."""
 
 
 @dataclass(frozen=True, slots=True)

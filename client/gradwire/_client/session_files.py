@@ -32,6 +32,7 @@ class SavedTensor:
     compute_dtype: str | None = None
     updates: int = 0
     states: dict[str, Array] = field(default_factory=dict)
+    frozen: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -64,6 +65,8 @@ def write(path: str | os.PathLike[str], saved: Mapping[str, SavedTensor]) -> Non
         for state, elements in tensor.states.items():
             arrays[f"{state}/{name}"] = elements
         about[name] = {"updates": tensor.updates}
+        if tensor.frozen:
+            about[name]["frozen"] = True
         if tensor.compute_dtype is not None:
             about[name]["compute_dtype"] = tensor.compute_dtype
     metadata = {"formulas": FORMULAS, "tensors": json.dumps(about)}
@@ -124,7 +127,12 @@ def _read(file: Any, about: Any) -> dict[str, SavedTensor]:
         if type(updates) is not int or not 0 <= updates < 1 << 64:
             raise ValueError(f"{name} has {updates!r} updates")
         elements = file.get_tensor(f"{_MODEL}/{name}")
-        saved[name] = SavedTensor(elements, each.get("compute_dtype"), updates)
+        saved[name] = SavedTensor(
+            elements,
+            each.get("compute_dtype"),
+            updates,
+            frozen=each.get("frozen") is True,
+        )
     for key in file.keys():  # noqa: SIM118 - not a mapping
         kind, _, name = key.partition("/")
         if kind != _MODEL and kind not in STATES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,6 +36,15 @@ def put_requests(
     for index, payload in elements.pieces(0, elements.rows, size):
         chunk = TensorChunk(index=index, data=bytes(payload))
         yield PutTensorRequest(chunk=chunk)
+
+
+def sha256_of(elements: Operand) -> bytes:
+    """Return the hash of a tensor's elements in the order in which they are sent."""
+    digest = hashlib.sha256()
+    size = max(1, DEFAULT_CHUNK_BYTES // elements.dtype.itemsize)
+    for _, payload in elements.pieces(0, elements.rows, size):
+        digest.update(payload)
+    return digest.digest()
 
 
 class TensorReader:

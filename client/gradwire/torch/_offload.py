@@ -30,7 +30,8 @@ def offload(
     """Replace a model's large `torch.nn.Linear` layers by `Linear`, in place.
 
     A weight is put into the session once, however many layers share it. A weight that
-    requires no gradient is frozen: its layers compute dX alone, and keep no X.
+    requires no gradient is frozen: its layers compute dX alone, and keep no X. Workers
+    with the same frozen weights send them once (`Session.put`).
 
     These stay local: layers of a subclass of `torch.nn.Linear`, layers with
     parametrizations, and weights that something else uses too, such as an embedding

@@ -59,7 +59,9 @@ class Weight:
             self._kept(elements, requires_grad),
             name=self.name,
             compute_dtype=copy,
+            frozen=not requires_grad,
         )
+        self._frozen = not requires_grad
         self.gradient: Tensor | None = None
         self.touched = False
         """Whether the gradient may have contributions since the last step."""
@@ -79,7 +81,9 @@ class Weight:
     def requires_grad(self) -> bool:
         """Whether backward passes add to the gradient. It can be set.
 
-        A float16 or bfloat16 weight that was made without cannot require one later.
+        A float16 or bfloat16 weight that was made without cannot require one later. A
+        float32 or float64 weight is fetched and put again then, because it may share
+        its memory with other sessions.
         """
         return self._requires_grad
 
@@ -92,6 +96,8 @@ class Weight:
                     " float32 and float64 weights have gradients; set requires_grad"
                     " before offload"
                 )
+            if self._frozen:
+                self._put_again(frozen=False)
             self.gradient = self.session.zeros_like(
                 self.tensor, name=f"{self.name}.grad"[-MAX_NAME_LENGTH:]
             )
@@ -167,7 +173,8 @@ class Weight:
             name=self.name,
             compute_dtype=self.tensor.compute_dtype,
             replace=self.tensor,
-            keep_states=True,
+            keep_states=not self._frozen,
+            frozen=self._frozen,
         )
 
     def forget_states(self) -> None:
@@ -176,11 +183,7 @@ class Weight:
         Raises:
             GradwireError: The call failed.
         """
-        self.session.put(
-            self.session.get(self.tensor),
-            compute_dtype=self.tensor.compute_dtype,
-            replace=self.tensor,
-        )
+        self._put_again(frozen=self._frozen)
 
     def zero_grad(self) -> None:
         """Forget the gradient's contributions; without any, nothing is sent."""
@@ -192,6 +195,16 @@ class Weight:
         except BaseException:
             self.touched = True  # nobody knows; Ctrl-C, too
             raise
+
+    def _put_again(self, *, frozen: bool) -> None:
+        """Replace the weight by one with the same elements, and without states."""
+        self.session.put(
+            self.session.get(self.tensor),
+            compute_dtype=self.tensor.compute_dtype,
+            replace=self.tensor,
+            frozen=frozen,
+        )
+        self._frozen = frozen
 
     def _kept(self, elements: torch.Tensor, trains: bool) -> torch.Tensor:
         elements = elements.detach()

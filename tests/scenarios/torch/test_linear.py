@@ -16,6 +16,7 @@ from torch import nn
 import gradwire
 import gradwire.torch
 from gradwire.torch import Linear
+from tests.support.serving import BACKEND
 
 
 def roles(session: gradwire.Session) -> list[str]:
@@ -383,3 +384,27 @@ def test_a_model_and_a_session_are_told_apart(
         gradwire.torch.to_local(session)
     with pytest.raises(gradwire.InputError, match="session is a Client"):
         gradwire.torch.offload(model, client)
+
+
+def test_workers_send_a_frozen_layer_once(client: gradwire.Client) -> None:
+    local = nn.Linear(512, 512).requires_grad_(False)
+    x = torch.randn(3, 512)
+    with client.session("8MiB") as one, client.session("8MiB") as other:
+        layers = [
+            gradwire.torch.offload(copy.deepcopy(local), session)
+            for session in (one, other)
+        ]
+        for session, layer in zip((one, other), layers, strict=True):
+            (info,) = session.describe().tensors
+            assert info.frozen
+            assert info.sharers == (2 if BACKEND == "numpy" else 1)
+            torch.testing.assert_close(layer(x), local(x))
+            layer.load_state_dict(local.state_dict())
+        # One is trained from here on, and the other one is not.
+        layers[0].requires_grad_(True)
+        optimizer = gradwire.torch.optimizer(layers[0], torch.optim.SGD, lr=1.0)
+        layers[0](x).sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(layers[1].weight.fetch(), local.weight)
+        changed = layers[0].weight.fetch() - local.weight
+        torch.testing.assert_close(changed, -x.sum(0).expand(512, 512))

@@ -29,6 +29,7 @@ from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client.session_base import (
+    SHARED_FROM_BYTES,
     Context,
     SessionBase,
     SessionOptions,
@@ -50,7 +51,7 @@ from gradwire._client.session_base import (
 )
 from gradwire._client.session_files import SavedTensor
 from gradwire._core.kept import Keeping, Tensor
-from gradwire._core.tensor_messages import TensorReader, put_requests
+from gradwire._core.tensor_messages import TensorReader, put_requests, sha256_of
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
 from gradwire._resilience.retry import Attempts, is_transient
@@ -171,8 +172,13 @@ class AsyncSession(SessionBase):
         compute_dtype: DtypeLike = None,
         replace: Tensor | None = None,
         keep_states: bool = False,
+        frozen: bool = False,
     ) -> Tensor:
         """Keep an array as a weight.
+
+        A frozen weight is sent once, however many sessions of the caller's tenant put
+        the same elements: from 1 MiB on, the server is asked first whether it has them
+        on the session's device. In host memory, the sessions then share the elements.
 
         Args:
             array: Elements of any shape, as the operands of `AsyncClient.gradients`.
@@ -185,6 +191,8 @@ class AsyncSession(SessionBase):
             keep_states: Whether the optimizer states of `replace` go on with the new
                 elements, as those of a PyTorch parameter whose elements are copied
                 over do. Otherwise they are forgotten, as for a new parameter.
+            frozen: Whether the weight never changes: steps refuse it. Put it again,
+                with `replace`, to train it.
 
         Returns:
             A handle of the kept tensor.
@@ -199,6 +207,10 @@ class AsyncSession(SessionBase):
         replaced = None if replace is None else self.own(replace, "replace")
         if keep_states and replaced is None:
             raise InputError("keep_states is True, but replace is not given")
+        if keep_states and frozen:
+            raise InputError(
+                "keep_states and frozen are True: a frozen weight has none"
+            )
         tensor, header = self.new_tensor(
             shape,
             elements.dtype,
@@ -207,8 +219,9 @@ class AsyncSession(SessionBase):
             compute_dtype=compute_dtype,
             number=replaced.number if replaced else None,
             keep_states=keep_states,
+            frozen=bool(frozen),
         )
-        await self._put(header, elements)
+        await self._put_weight(header, elements)
         return tensor
 
     async def zeros_like(
@@ -321,6 +334,7 @@ class AsyncSession(SessionBase):
                         state: await self._elements(tensor.number, state)
                         for state in tensor.states
                     },
+                    tensor.frozen,
                 )
         check_same_step(info, await self.describe())
         await run_beside(lambda: session_files.write(path, saved))
@@ -360,9 +374,10 @@ class AsyncSession(SessionBase):
                     name=name,
                     compute_dtype=tensor.compute_dtype,
                     number=earlier.number if earlier else None,
+                    frozen=tensor.frozen,
                 )
                 restored[name] = handle
-                await self._put(header, elements)
+                await self._put_weight(header, elements)
                 for state, values in tensor.states.items():
                     await self._put_state(handle, state, values, tensor.updates)
         except BaseException as error:
@@ -688,8 +703,14 @@ class AsyncSession(SessionBase):
 
         return await self._retried(name, attempt)
 
+    async def _put_weight(self, header: Any, elements: Any) -> None:
+        if header.frozen and elements.size_bytes >= SHARED_FROM_BYTES:
+            header.sha256 = await run_beside(lambda: sha256_of(elements))
+        await self._put(header, elements)
+
     async def _put(self, header: Any, elements: Any) -> None:
-        may_be_there = False
+        # Another session may have put it.
+        may_be_there = bool(header.sha256)
 
         async def attempt(attempts: Attempts) -> None:
             nonlocal may_be_there

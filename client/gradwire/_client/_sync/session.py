@@ -31,6 +31,7 @@ from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client.session_base import (
+    SHARED_FROM_BYTES,
     Context,
     SessionBase,
     SessionOptions,
@@ -52,7 +53,7 @@ from gradwire._client.session_base import (
 )
 from gradwire._client.session_files import SavedTensor
 from gradwire._core.kept import Keeping, Tensor
-from gradwire._core.tensor_messages import TensorReader, put_requests
+from gradwire._core.tensor_messages import TensorReader, put_requests, sha256_of
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
 from gradwire._resilience.retry import Attempts, is_transient
@@ -173,8 +174,13 @@ class Session(SessionBase):
         compute_dtype: DtypeLike = None,
         replace: Tensor | None = None,
         keep_states: bool = False,
+        frozen: bool = False,
     ) -> Tensor:
         """Keep an array as a weight.
+
+        A frozen weight is sent once, however many sessions of the caller's tenant put
+        the same elements: from 1 MiB on, the server is asked first whether it has them
+        on the session's device. In host memory, the sessions then share the elements.
 
         Args:
             array: Elements of any shape, as the operands of `Client.gradients`.
@@ -187,6 +193,8 @@ class Session(SessionBase):
             keep_states: Whether the optimizer states of `replace` go on with the new
                 elements, as those of a PyTorch parameter whose elements are copied
                 over do. Otherwise they are forgotten, as for a new parameter.
+            frozen: Whether the weight never changes: steps refuse it. Put it again,
+                with `replace`, to train it.
 
         Returns:
             A handle of the kept tensor.
@@ -201,6 +209,10 @@ class Session(SessionBase):
         replaced = None if replace is None else self.own(replace, "replace")
         if keep_states and replaced is None:
             raise InputError("keep_states is True, but replace is not given")
+        if keep_states and frozen:
+            raise InputError(
+                "keep_states and frozen are True: a frozen weight has none"
+            )
         tensor, header = self.new_tensor(
             shape,
             elements.dtype,
@@ -209,8 +221,9 @@ class Session(SessionBase):
             compute_dtype=compute_dtype,
             number=replaced.number if replaced else None,
             keep_states=keep_states,
+            frozen=bool(frozen),
         )
-        self._put(header, elements)
+        self._put_weight(header, elements)
         return tensor
 
     def zeros_like(
@@ -323,6 +336,7 @@ class Session(SessionBase):
                         state: self._elements(tensor.number, state)
                         for state in tensor.states
                     },
+                    tensor.frozen,
                 )
         check_same_step(info, self.describe())
         run_beside(lambda: session_files.write(path, saved))
@@ -362,9 +376,10 @@ class Session(SessionBase):
                     name=name,
                     compute_dtype=tensor.compute_dtype,
                     number=earlier.number if earlier else None,
+                    frozen=tensor.frozen,
                 )
                 restored[name] = handle
-                self._put(header, elements)
+                self._put_weight(header, elements)
                 for state, values in tensor.states.items():
                     self._put_state(handle, state, values, tensor.updates)
         except BaseException as error:
@@ -690,8 +705,14 @@ class Session(SessionBase):
 
         return self._retried(name, attempt)
 
+    def _put_weight(self, header: Any, elements: Any) -> None:
+        if header.frozen and elements.size_bytes >= SHARED_FROM_BYTES:
+            header.sha256 = run_beside(lambda: sha256_of(elements))
+        self._put(header, elements)
+
     def _put(self, header: Any, elements: Any) -> None:
-        may_be_there = False
+        # Another session may have put it.
+        may_be_there = bool(header.sha256)
 
         def attempt(attempts: Attempts) -> None:
             nonlocal may_be_there
