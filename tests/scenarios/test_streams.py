@@ -340,21 +340,28 @@ class OwnError(Exception):
     pass
 
 
-def failing_rows(after: int) -> Iterator[Any]:
+def failing_rows(after: int, error: Exception) -> Iterator[Any]:
     for _ in range(after):
         yield X, DY
-    raise OwnError("no more")
+    raise error
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
+# The second one is of another call, which the rows come from. It says nothing of this
+# call, which is not tried again.
+@pytest.mark.parametrize("kind", [OwnError, gradwire.ConnectionLostError])
 def test_what_the_callers_iterable_raises_is_raised_unchanged(
-    streamer: Any, small_blocks: ServerProcess, after: int
+    streamer: Any, small_blocks: ServerProcess, after: int, kind: type[Exception]
 ) -> None:
-    job_id = f"own error {after} {type(streamer).__name__} {streamer.way}"
-    with pytest.raises(OwnError, match="no more"):
-        streamer.stream(failing_rows(after), W, request_id=job_id)
+    job_id = f"{kind.__name__} {after} {type(streamer).__name__} {streamer.way}"
+    error = kind("no more")
+    with pytest.raises(kind, match="no more") as raised:
+        streamer.stream(failing_rows(after, error), W, request_id=job_id)
+    assert raised.value is error
     if after:
         assert outcome(small_blocks, job_id) == "CANCELLED"
+        records = small_blocks.records
+        assert len([each for each in records if each.get("job_id") == job_id]) == 1
     # The client is as good as before.
     assert streamer.stream(pairs(), W)[2].m == 400
 

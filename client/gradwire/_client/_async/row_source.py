@@ -25,7 +25,7 @@ class AsyncRowSource:
         self._buffer = buffer
         self._turn = AsyncLock()
         self._attempt = 0
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def batches(self, row: int) -> AsyncGenerator[Mapping[Matrix, Operand]]:
         """Yield the rows from `row` on, and end the iterators of earlier calls."""
@@ -63,15 +63,23 @@ class AsyncRowSource:
             if self._buffer.complete:
                 return False
             self._buffer.settle()
-            item = await self._items.next()
             try:
+                item = await self._items.next()
                 if item is not END_OF_ROWS:
                     self._buffer.add(item)
-            except BaseException as error:
+            except Exception as error:
                 self._error = error
                 raise
             self._buffer.complete = item is END_OF_ROWS
             return item is not END_OF_ROWS
+
+    def has_raised(self, error: BaseException) -> bool:
+        """Return whether an error is the caller's iterable's, or about its items.
+
+        It may be an error of another call, of gradwire even. Another attempt would not
+        help: an iterator that has failed has no more items.
+        """
+        return error is self._error
 
     async def aclose(self) -> None:
         """Request no more items."""

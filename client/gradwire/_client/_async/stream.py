@@ -79,6 +79,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                     try:
                         await self._read(*await self._begun())
                     except GradwireError as error:
+                        if self._rows.has_raised(error):
+                            raise
                         if self._lease is not None and self._attempts is not None:
                             await self._lease.engine.report(error, self._attempts)
                         self._release(error)

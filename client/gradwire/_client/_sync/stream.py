@@ -81,6 +81,8 @@ class GradientStream(Iterator[RowBlock]):
                     try:
                         self._read(*self._begun())
                     except GradwireError as error:
+                        if self._rows.has_raised(error):
+                            raise
                         if self._lease is not None and self._attempts is not None:
                             self._lease.engine.report(error, self._attempts)
                         self._release(error)
