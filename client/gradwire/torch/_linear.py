@@ -13,7 +13,7 @@ from gradwire._client._sync.session import Session
 from gradwire._client.session_base import Context
 from gradwire._core.kept import Tensor
 from gradwire.torch._products import autocast
-from gradwire.torch._unheld import contributed
+from gradwire.torch._unheld import contributed, stands_beside
 from gradwire.torch._weight import (
     NOT_COPIED,
     KeptX,
@@ -114,6 +114,7 @@ class Linear(torch.nn.Module):
         if wire_dtype is not None:
             self.wire_dtype = parse_dtype(wire_dtype, "wire_dtype", WIRE_DTYPES).label
         self._weight = weight
+        stands_beside(weight, local.parameters())
         self.register_parameter("bias", local.bias)
         self.train(local.training)
 

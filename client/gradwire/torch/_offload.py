@@ -14,6 +14,7 @@ from gradwire._api.options import DtypeLike
 from gradwire._client._sync.session import Session
 from gradwire.torch._linear import Linear, take_hooks
 from gradwire.torch._products import DTYPES
+from gradwire.torch._unheld import stands_beside
 from gradwire.torch._weight import Weight, check_session
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -80,6 +81,8 @@ def offload(
     except BaseException:
         _drop(list(weights.values()))
         raise
+    for weight in weights.values():
+        stands_beside(weight, model.parameters())
     replaced: dict[torch.nn.Module, torch.nn.Module] = {
         layer: Linear.of(layer, weights[layer.weight], _wire(layer, wire_dtype))
         for layer in chosen.values()

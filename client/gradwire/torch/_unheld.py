@@ -10,8 +10,10 @@ import functools
 import threading
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradwire.torch._weight import Weight
@@ -19,6 +21,21 @@ from gradwire.torch._weight import Weight
 _lock = threading.Lock()
 _held: weakref.WeakSet[Weight] = weakref.WeakSet()
 _unheld: weakref.WeakSet[Weight] = weakref.WeakSet()
+_beside: weakref.WeakKeyDictionary[Weight, list[weakref.ref[torch.nn.Parameter]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""The local parameters of each weight's model."""
+
+
+def stands_beside(weight: Weight, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Note a weight's model: an optimizer of these parameters should step it, too.
+
+    Args:
+        weight: The weight.
+        parameters: Local parameters, those included that the weight stands for.
+    """
+    with _lock:
+        _beside.setdefault(weight, []).extend(weakref.ref(each) for each in parameters)
 
 
 def hold(weight: Weight) -> None:
@@ -42,15 +59,21 @@ def _watch_steps() -> None:
     register_optimizer_step_pre_hook(_warn)
 
 
-def _warn(_optimizer: Any, _args: Any, _options: Any) -> None:
-    """Warn, at a step of any optimizer in the process, of weights that none steps."""
+def _warn(optimizer: torch.optim.Optimizer, _args: Any, _options: Any) -> None:
+    """Warn, at a step of a model's optimizer, of its weights that none steps."""
     if not _unheld:
         return
+    steps = {id(each) for group in optimizer.param_groups for each in group["params"]}
     with _lock:
-        # Where steps are made on the server, somebody calls Session.step.
-        forgotten = [each for each in _unheld if not each.session.step_count]
-        _held.update(_unheld)  # once for each weight
-        _unheld.clear()
+        of_model = [
+            weight
+            for weight in _unheld
+            if any(id(each()) in steps for each in _beside.get(weight, ()))
+        ]
+        _held.update(of_model)  # once for each weight
+        _unheld.difference_update(of_model)
+    # Where steps are made on the server, somebody calls Session.step.
+    forgotten = [each for each in of_model if not each.session.step_count]
     if forgotten:
         warnings.warn(
             f"no optimizer updates {len(forgotten)} weights on the server, such as"

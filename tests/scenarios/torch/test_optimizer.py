@@ -448,6 +448,7 @@ def test_an_optimizer_that_forgets_the_weights_on_the_server_is_noticed(
     elif kind == "of model.parameters()":
         opt = gradwire.torch.optimizer(remote.parameters(), SGD, lr=0.1)
     mse(remote, regression()).backward()
+    SGD(mlp().parameters(), lr=0.1).step()  # no warning: of another model
     with pytest.warns(UserWarning, match=r"2 weights .*'[02]\.weight'.*optimizer\("):
         opt.step()
     opt.step()  # once
