@@ -167,7 +167,7 @@ async def _job(
             assert operand is not None
             _fill(operand, dtype)
     begun: deque[asyncio.Future[None]] = deque()
-    await worker.submit(job, computation.open)
+    await worker.submit(job, partial(computation.open, {}))
     try:
         started = time.perf_counter()
         await worker.submit(job, partial(computation.take_w, ring.w()))

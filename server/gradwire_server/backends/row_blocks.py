@@ -213,14 +213,14 @@ def early_bytes(row_block_bytes: int) -> int:
 
 
 def _extra_slots(spec: JobSpec, block_rows: int, slots: int, size_bytes: int) -> int:
-    """Return how many row blocks of `size_bytes` together to hold beyond `slots`."""
-    row_bytes = sum(
-        spec.row_length(operand) * spec.dtype.itemsize
-        for operand in spec.sent_operands
-        if operand.row_wise
-    )
-    if not row_bytes:
+    """Return how many row blocks of `size_bytes` together to hold beyond `slots`.
+
+    A row counts with X and dY, even if the job sends one of them: its results are as
+    long as the other.
+    """
+    if not any(operand.row_wise for operand in spec.sent_operands):
         return 0
+    row_bytes = max((spec.n + spec.k) * spec.dtype.itemsize, 1)
     extra = size_bytes // (row_bytes * block_rows)
     if spec.m is None:
         return extra

@@ -55,6 +55,25 @@ def test_a_job_can_have_smaller_blocks_never_larger_ones(n, k, dtype, bit):
 @given(
     st.one_of(st.none(), sizes),
     sizes,
+    st.one_of(sizes, st.just(1 << 16)),
+    st.sampled_from(Dtype),
+    st.sampled_from(SOME_RESULTS),
+    st.integers(0, 20),
+)
+def test_small_blocks_take_at_most_a_quarter_more_operands(
+    m, n, k, dtype, results, bit
+):
+    row_block_bytes = 1 << 20
+    spec = make_spec(m, n, k, dtype, results, block_rows=1 << bit)
+    plan = plan_row_blocks(spec, row_block_bytes, 1)
+    # As if both operands had arrived: of a job that sends one, the results are as long.
+    more = plan.extra_slots * plan.block_rows * (n + k) * dtype.itemsize
+    assert more <= row_block_bytes // 4
+
+
+@given(
+    st.one_of(st.none(), sizes),
+    sizes,
     sizes,
     st.sampled_from(Dtype),
     st.sampled_from(SOME_RESULTS),

@@ -49,13 +49,13 @@ FAULTS = {
         "the connection breaks after a message: after every message, in both "
         "directions, of a job with all results, of one with Y alone and of one with "
         "dW alone, with `Client` and `AsyncClient`",
-        160,
+        162,
         100,
         "the results, with the same bits; `receipt.retried` says `UNAVAILABLE`",
     ),
     "cut-told": Fault(
         "the same with `retries=False`",
-        80,
+        81,
         20,
         "`ConnectionLostError`; the client's next jobs succeed as soon as gRPC has "
         "reconnected",
@@ -64,7 +64,7 @@ FAULTS = {
         "a proxy resets the call, and keeps the connection: with each of HTTP/2's 14 "
         "codes, after every message, in both directions, of the same jobs, with both "
         "clients",
-        2240,
+        2268,
         40,
         "the results, with the same bits; `receipt.retried` says `UNAVAILABLE`",
     ),
@@ -109,7 +109,7 @@ FAULTS = {
     "server-killed": Fault(
         "the server is killed (SIGKILL), and another server takes over the address: at "
         "every message of a job except the header and the last",
-        36,
+        35,
         4,
         "the results, with the same bits, from the other server",
     ),
@@ -122,14 +122,14 @@ FAULTS = {
     "server-drained": Fault(
         "the server is asked to stop (SIGTERM) with `grace` 0, and another server "
         "takes over the address: at the same messages",
-        36,
+        35,
         3,
         "the results, with the same bits, started on one server and finished on the "
         "other; `receipt.retried` says `DRAINING`, unless everything had been sent",
     ),
     "client-killed": Fault(
         "the client is killed (SIGKILL): at the same messages",
-        36,
+        35,
         3,
         "nothing; the server's log says `CANCELLED`, or `OK` if everything had been "
         "sent",
@@ -137,7 +137,7 @@ FAULTS = {
     "client-stopped": Fault(
         "the client is suspended (SIGSTOP) for longer than `idle-timeout`: at the same "
         "messages",
-        36,
+        35,
         2,
         "`ClientIdleError` when the client continues; or the results, if everything "
         "had been sent",
@@ -145,14 +145,14 @@ FAULTS = {
     "server-stopped": Fault(
         "the server is suspended (SIGSTOP) for longer than the call's `timeout_s`: at "
         "the same messages",
-        36,
+        35,
         2,
         "`DeadlineError`, on time; the next job succeeds once the server continues",
     ),
     "server-resumed": Fault(
         "the server is suspended for longer than its own `idle-timeout`, and "
         "continues: at the same messages",
-        36,
+        35,
         3,
         "the results, with the same bits: the server does not count its own suspension "
         "as idle time of its clients",

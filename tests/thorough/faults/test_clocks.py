@@ -29,6 +29,8 @@ MAY_READ_THE_CALENDAR = {
     "cli/gradwire_cli/commands/token.py",  # when a token was made
     "cli/gradwire_cli/certificate_authority.py",  # from when a certificate is good
     "client/gradwire/_transport/grpc/grpc_errors.py",  # whether one is good already
+    "server/gradwire_server/observability/call_spans.py",  # spans have dates
+    "server/gradwire_server/sessions/state_files.py",  # how old a file is
 }
 
 
