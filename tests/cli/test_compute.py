@@ -509,7 +509,13 @@ def peak_bytes(*arguments: object) -> int:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("private", [False, True], ids=["remote", "private"])
+@pytest.mark.parametrize(
+    "private",
+    [
+        pytest.param(False, id="remote"),
+        pytest.param(True, id="private", marks=pytest.mark.big),
+    ],
+)
 def test_memory_does_not_grow_with_the_number_of_rows(
     private: bool, tmp_path: Path, server: ServerProcess
 ) -> None:

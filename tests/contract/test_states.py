@@ -309,7 +309,7 @@ def test_a_request_of_compute_that_never_comes_is_given_up(impatient):
     assert CallError(caught.value).reason == "CLIENT_IDLE"
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 def test_a_job_that_nobody_reads_gives_its_memory_back_before_its_status_is_read():
     count, ring = 6, 3 * 16 * MIB
     # Memory that is pinned for a GPU is kept for other jobs.

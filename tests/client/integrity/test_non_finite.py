@@ -105,8 +105,7 @@ def alarms(kind: str, dtype: Dtype, seed: int) -> tuple[bool, bool | None]:
     "seeds",
     [
         pytest.param(range(10), id="400 jobs"),
-        pytest.param(range(10, 40), id="1200 jobs", marks=pytest.mark.thorough),
-        pytest.param(range(40, 170), id="5200 jobs", marks=pytest.mark.big),
+        pytest.param(range(10, 170), id="6400 jobs", marks=pytest.mark.big),
     ],
 )
 def test_no_false_alarm_and_nothing_swallowed(seeds: range) -> None:

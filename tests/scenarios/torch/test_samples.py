@@ -23,6 +23,9 @@ from tests.scenarios.torch.test_products import (
     compare,
 )
 
+# Loading the samples alone takes ten seconds.
+pytestmark = pytest.mark.big
+
 
 @functools.cache
 def operators() -> dict[str, Any]:

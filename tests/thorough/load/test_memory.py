@@ -88,7 +88,12 @@ def repeat(
 @pytest.mark.parametrize(("dtype", "accumulator"), ACCUMULATORS)
 @pytest.mark.parametrize(
     "shape",
-    [(256, 256, 256), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024)],
+    [
+        (256, 256, 256),
+        (1024, 1024, 1024),
+        pytest.param((2048, 2048, 2048), marks=pytest.mark.big),
+        (4096, 1024, 1024),
+    ],
     ids=str,
 )
 def test_a_job_stays_within_what_it_reserved(

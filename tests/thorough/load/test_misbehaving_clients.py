@@ -97,7 +97,11 @@ def most_is_free(channel: grpc.Channel) -> bool:
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("be_idle", 100), ("read_slowly", 24), ("write_slowly", 24)],
+    [
+        ("be_idle", 100),
+        pytest.param("read_slowly", 24, marks=pytest.mark.big),  # 20 s
+        ("write_slowly", 24),
+    ],
     ids=str,
 )
 def test_slow_clients_slow_only_themselves(server, channel, kind, count):
@@ -115,6 +119,7 @@ def test_slow_clients_slow_only_themselves(server, channel, kind, count):
     assert_memory_comes_back(server, channel, before)
 
 
+@pytest.mark.big
 def test_clients_that_push_while_they_wait_fill_no_memory():
     with (
         running_server(
