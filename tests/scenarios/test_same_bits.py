@@ -40,7 +40,7 @@ def test_in_every_way(caller: Any, job: Any) -> None:
     assert_same(caller.gradients(*operands), expected)
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 @pytest.mark.parametrize("chunk_bytes", [50, 4095, 4 * MIB])
 def test_in_messages_of_any_size(streamer: Any, job: Any, chunk_bytes: int) -> None:
     operands, expected = job
@@ -48,7 +48,7 @@ def test_in_messages_of_any_size(streamer: Any, job: Any, chunk_bytes: int) -> N
     assert_same(streamer.gradients(*operands), expected)
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_one_element_at_a_time(streamer: Any, dtype: str) -> None:
     operands = oracle.operands(101, 7, 5, dtype)
@@ -90,7 +90,7 @@ def assert_streamed(
     assert_same((y, dx, dw), expected)
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 @pytest.mark.parametrize("known", [True, False], ids=["known m", "unknown m"])
 @pytest.mark.parametrize(
     "arrival", [[M], [1], [1, 0, 7, 64], [63]], ids=["whole", "rows", "uneven", "63"]
@@ -198,7 +198,7 @@ def test_the_rows_of_a_block_that_the_client_chooses_in_every_way(
             assert len(list(stream)) == 1
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 def test_beside_eight_other_jobs(way: Way, caller_of: Any) -> None:
     """That go the same way, and are of the same client."""
     one = caller_of("sync", way)

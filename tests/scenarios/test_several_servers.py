@@ -240,7 +240,7 @@ class Dying:
         assert oracle.same_bits(stream.dw, expected.dw)
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 @pytest.mark.parametrize("kind", KINDS)
 def test_jobs_go_on_as_servers_die_and_come_back_until_none_is_left(kind: str) -> None:
     """With the same bits as those that nothing happened to."""

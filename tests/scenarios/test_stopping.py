@@ -158,11 +158,9 @@ def assert_orderly(log: str) -> None:
 SIGNALS = pytest.mark.parametrize(
     ("signals", "grace_s", "within_s"),
     [
+        pytest.param((signal.SIGTERM,), 20, 20, id="drained", marks=pytest.mark.big),
         pytest.param(
-            (signal.SIGTERM,), 20, 20, id="drained", marks=pytest.mark.thorough
-        ),
-        pytest.param(
-            (signal.SIGTERM,), 0.1, 0.1, id="grace-over", marks=pytest.mark.thorough
+            (signal.SIGTERM,), 0.1, 0.1, id="grace-over", marks=pytest.mark.big
         ),
         pytest.param((signal.SIGTERM, signal.SIGINT), 600, 0, id="second-signal"),
     ],
@@ -211,7 +209,7 @@ def test_clients_with_shared_memory_of_a_server_that_stops_are_told(
 
 @pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
 @pytest.mark.parametrize(
-    "then", ["exit", "work", pytest.param("wait", marks=pytest.mark.thorough)]
+    "then", ["exit", "work", pytest.param("wait", marks=pytest.mark.big)]
 )
 def test_a_client_that_ends_without_closing_prints_nothing_and_leaves_no_memory(
     small_blocks: ServerProcess, kind: str, then: str

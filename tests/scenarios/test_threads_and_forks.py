@@ -27,7 +27,7 @@ from tests.support.serving import ServerProcess, running_server
 X, W, DY = oracle.operands(30, 20, 10)
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 def test_sixteen_threads_share_a_client(
     small_blocks: ServerProcess, client: gradwire.Client, way: Way
 ) -> None:
@@ -290,7 +290,7 @@ def run_script(script: str, *arguments: str, **variables: str) -> str:
         pytest.param(0, ways.STREAM, id="idle-tcp"),
         # Its threads and its server's keep every core busy for seconds.
         *(
-            pytest.param(4, way, id=f"in the middle-{name}", marks=pytest.mark.thorough)
+            pytest.param(4, way, id=f"in the middle-{name}", marks=pytest.mark.big)
             for name, way in [
                 ("tcp", ways.STREAM),
                 ("unix", ways.UNIX),
@@ -319,7 +319,7 @@ def test_a_fork_beside_a_call_that_stays_inside_grpc_is_told_to_the_child(
     assert "ran in another thread or on an event loop" in printed
 
 
-@pytest.mark.thorough  # gRPC waits 5 s for the thread
+@pytest.mark.big  # gRPC waits 5 s for the thread
 def test_a_fork_for_which_a_thread_of_grpc_does_not_stop_is_told_to_the_child(
     server_address: str,
 ) -> None:

@@ -85,6 +85,7 @@ def repeat(
     return outcome, total
 
 
+@pytest.mark.big
 @pytest.mark.parametrize(("dtype", "accumulator"), ACCUMULATORS)
 @pytest.mark.parametrize(
     "shape",
@@ -183,6 +184,7 @@ def reached_in_every_way(tmp_path_factory) -> Iterator[ServerProcess]:
         yield process
 
 
+@pytest.mark.big
 @pytest.mark.parametrize(
     ("transport", "connect", "job"),
     [
