@@ -26,7 +26,7 @@ from tests.thorough.faults.table import FAULTS
 
 JOB = "all results"
 EVENTS = 36
-"""Reports of progress of the job: one for each message, but for its header."""
+"""Least reports of progress of the job: one for each message, but for its header."""
 ROOT = Path(__file__).parents[3]
 IDLE_S = 0.5
 STOPPED_S = 3 * IDLE_S
@@ -66,7 +66,8 @@ def test_the_job_has_as_many_messages_as_the_suite_takes_it_for(watched):
     seen: list[Any] = []
     with connected(watched.process.address) as client:
         compute(client, JOB, on_progress=seen.append)
-    assert len(seen) == EVENTS
+    # There is one more if the job is accepted before its first rows have been sent.
+    assert len(seen) in {EVENTS, EVENTS + 1}
 
 
 @pytest.mark.parametrize("extent", EXTENTS)
