@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeVar
 
 from cyclopts import App, Parameter
 from rich.table import Table
@@ -54,21 +55,10 @@ def list_sessions(
     """
     with _connected(address, security, timeout) as client:
         found = client.sessions()
-    if as_json:
-        for each in found:
-            json.dump(dataclasses.asdict(each), sys.stdout)
-            sys.stdout.write("\n")
-        return
-    if not found:
-        sys.stdout.write("no session is open\n")
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in _COLUMNS:
-        table.add_column(
-            name, justify="left" if name in {"session", "label"} else "right"
-        )
-    for each in found:
-        table.add_row(
+    _print_list(
+        found,
+        _COLUMNS,
+        lambda each: (
             each.id,
             each.label,
             str(each.device),
@@ -77,8 +67,10 @@ def list_sessions(
             format_bytes(each.used_bytes),
             format_bytes(each.keep_bytes),
             f"{each.idle_s:.0f} of {each.lease_s:.0f} s",
-        )
-    console().print(table)
+        ),
+        as_json=as_json,
+        if_none="no session is open",
+    )
 
 
 @app.command
@@ -148,25 +140,18 @@ def list_saved(
     """
     with _connected(address, security, timeout) as client:
         found = client.saved_states()
-    if as_json:
-        for each in found:
-            json.dump(dataclasses.asdict(each), sys.stdout)
-            sys.stdout.write("\n")
-        return
-    if not found:
-        sys.stdout.write("no state is saved\n")
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in ("name", "step", "size", "saved"):
-        table.add_column(name, justify="left" if name == "name" else "right")
-    for each in found:
-        table.add_row(
+    _print_list(
+        found,
+        ("name", "step", "size", "saved"),
+        lambda each: (
             each.name,
             "damaged" if each.step is None else str(each.step),
             format_bytes(each.size_bytes),
             f"{each.age_s:.0f} s ago",
-        )
-    console().print(table)
+        ),
+        as_json=as_json,
+        if_none="no state is saved",
+    )
 
 
 @app.command
@@ -190,6 +175,35 @@ def delete(
         for each in names:
             client.delete_saved_state(each)
             sys.stdout.write(f"{each} is deleted\n")
+
+
+Item = TypeVar("Item", gradwire.SessionSummary, gradwire.SavedState)
+
+
+def _print_list(
+    found: Sequence[Item],
+    columns: Sequence[str],
+    row: Callable[[Item], tuple[str, ...]],
+    *,
+    as_json: bool,
+    if_none: str,
+) -> None:
+    """Print what a server has: a table, a sentence if it is empty, or JSON objects."""
+    if as_json:
+        for each in found:
+            json.dump(dataclasses.asdict(each), sys.stdout)
+            sys.stdout.write("\n")
+        return
+    if not found:
+        sys.stdout.write(f"{if_none}\n")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        texts = {"session", "label", "name"}
+        table.add_column(name, justify="left" if name in texts else "right")
+    for each in found:
+        table.add_row(*row(each))
+    console().print(table)
 
 
 def _connected(
