@@ -36,6 +36,13 @@ def client(small_blocks: ServerProcess) -> Iterator[gradwire.Client]:
         yield connected
 
 
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """An event loop for a module's asynchronous callers."""
+    with asyncio.Runner() as one:
+        yield one
+
+
 CallerOf: TypeAlias = Callable[[str, Way], Caller]
 
 

@@ -40,12 +40,6 @@ def proxy(server: ServerProcess) -> Iterator[Proxy]:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
 def expected(server: ServerProcess) -> gradwire.Gradients:
     with gradwire.connect(server.address) as client:
         return client.gradients(X, W, DY, results=("y", "dx", "dw", "db"))

@@ -38,12 +38,6 @@ def proxy(small_blocks: ServerProcess) -> Iterator[FrameProxy]:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
 def busy() -> Iterator[ServerProcess]:
     """A server that runs one job at a time, and lets none wait."""
     with serving_all(max_jobs=1, max_queue=0, memory_limit=64 << 20) as server:

@@ -34,12 +34,6 @@ def proxy(small_blocks: ServerProcess) -> Iterator[Proxy]:
         yield between
 
 
-@pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as one:
-        yield one
-
-
 class Through:
     """What clients connect to in place of a server: a proxy before it."""
 

@@ -17,7 +17,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from tests.support.proxy import Direction
+from tests.support.proxy import Direction, connections
 
 CODES = range(14)
 """The error codes of RFC 9113, section 7."""
@@ -116,17 +116,7 @@ class FrameProxy:
         end.close()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            host, _, port = self._target.rpartition(":")
-            try:
-                server = socket.create_connection((host, int(port)), 10)
-            except OSError:
-                client.close()
-                continue
+        for client, server in connections(self._listener, lambda: self._target):
             _Link(self, client, server)
 
 
@@ -142,8 +132,6 @@ class _Link:
         self._client, self._server = client, server
         self._over: set[int] = set()
         for end in (client, server):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            end.settimeout(None)
             proxy.hold(end)
         for pump in (self._requests, self._responses):
             threading.Thread(target=pump, daemon=True).start()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,22 +144,40 @@ class Proxy:
             self._open.discard(link)
 
     def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            host, _, port = self.target.rpartition(":")
-            try:
-                server = socket.create_connection((host, int(port)), 10)
-            except OSError:
-                client.close()
-                continue
+        for client, server in connections(self._listener, lambda: self.target):
             link = _Link(self, client, server)
             with self._lock:
                 self.connections += 1
                 self._open.add(link)
             link.start()
+
+
+def connections(
+    listener: socket.socket, target: Callable[[], str]
+) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Yield each client's socket with one to the server, until the listener closes.
+
+    Neither holds small pieces back. A client is dropped if the server is not there.
+
+    Args:
+        listener: Where clients connect.
+        target: Returns the server's address, HOST:PORT.
+    """
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return
+        host, _, port = target().rpartition(":")
+        try:
+            server = socket.create_connection((host, int(port)), 10)
+        except OSError:
+            client.close()
+            continue
+        for end in (client, server):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            end.settimeout(None)
+        yield client, server
 
 
 class _Link:
@@ -171,9 +189,6 @@ class _Link:
         self._server = server
         self._dead = False
         self._both_ended = threading.Barrier(2)
-        for end in (client, server):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            end.settimeout(None)
 
     def start(self) -> None:
         for source, sink, of in (
