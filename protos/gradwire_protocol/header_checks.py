@@ -84,10 +84,24 @@ def check_header(job: job_pb2.Job) -> None:
             if not getattr(job, matrix.label).HasField("kept")
         ],
     )
+    if job.HasField("direct"):
+        _check_direct(job)
     if job.HasField("checkpoints"):
         _check_checkpoints(job, results)
     if job.HasField("resume"):
         _check_resume(job.resume, m, results)
+
+
+def _check_direct(job: job_pb2.Job) -> None:
+    if job.direct.connections < 1:
+        raise _invalid(
+            "direct.connections",
+            f"is {job.direct.connections}: expected at least 1",
+        )
+    if job.regions:
+        raise _invalid(
+            "direct", "is present, but the job's matrices are in shared memory"
+        )
 
 
 def path_of(matrix: Matrix) -> str:

@@ -142,6 +142,8 @@ class JobSpec:
     """Results that stay in gradients of the session; they are not sent."""
     block_rows: int | None = None
     """Most rows of a row block, a power of two; None: as many as the server chooses."""
+    direct: int = 0
+    """Most direct connections that the client opens for the elements; 0: none."""
 
     @property
     def accumulator(self) -> Dtype:
@@ -289,6 +291,12 @@ class JobSpec:
             job.session.session = self.session
             if self.session_step is not None:
                 job.session.step = self.session_step
+        if self.direct:
+            job.direct.connections = self.direct
+        self._write_resume(job)
+        return job
+
+    def _write_resume(self, job: job_pb2.Job) -> None:
         if self.checkpoint_rows is not None:
             job.checkpoints.rows = self.checkpoint_rows
             job.checkpoints.SetInParent()
@@ -298,7 +306,6 @@ class JobSpec:
             job.resume.results_from_row = self.resume.results_from_row
             for result in self.sums if self.brings_sums else ():
                 getattr(job.resume, result.partial.label).inline.SetInParent()
-        return job
 
     @classmethod
     def from_message(cls, job: job_pb2.Job) -> JobSpec:
@@ -339,6 +346,7 @@ class JobSpec:
             keep=_read_keep(job),
             into=_read_into(job),
             block_rows=job.block_rows or None,
+            direct=job.direct.connections,
         )
         spec._check_overlap()
         return spec

@@ -60,6 +60,9 @@ BLOCK_ROWS = "block-rows"
 EARLY_ROWS = "early-rows"
 """Feature name for operands that are sent before the job is accepted."""
 
+DIRECT = "direct"
+"""Feature name for elements on direct connections."""
+
 SESSIONS = "sessions"
 """Feature name for sessions."""
 

@@ -140,6 +140,7 @@ def test_every_field_of_the_contract_is_written() -> None:
         checkpoint_rows=4,
         resume=Resume(4, 8, fingerprint),
         block_rows=4,
+        direct=2,
     )
     in_regions = JobSpec(
         m=8,

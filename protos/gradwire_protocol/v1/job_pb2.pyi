@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume", "db", "block_rows", "session")
+    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume", "db", "block_rows", "session", "direct")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class Job(_message.Message):
     DB_FIELD_NUMBER: _ClassVar[int]
     BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     m: int
     n: int
@@ -51,7 +52,28 @@ class Job(_message.Message):
     db: Result
     block_rows: int
     session: SessionRef
-    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., db: _Optional[_Union[Result, _Mapping]] = ..., block_rows: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ...) -> None: ...
+    direct: DirectOffer
+    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., db: _Optional[_Union[Result, _Mapping]] = ..., block_rows: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., direct: _Optional[_Union[DirectOffer, _Mapping]] = ...) -> None: ...
+
+class DirectOffer(_message.Message):
+    __slots__ = ("connections",)
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    connections: int
+    def __init__(self, connections: _Optional[int] = ...) -> None: ...
+
+class DirectAccess(_message.Message):
+    __slots__ = ("addresses", "token", "connections", "tls", "max_frame_bytes")
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    TLS_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    token: bytes
+    connections: int
+    tls: bool
+    max_frame_bytes: int
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., token: _Optional[bytes] = ..., connections: _Optional[int] = ..., tls: bool = ..., max_frame_bytes: _Optional[int] = ...) -> None: ...
 
 class SessionRef(_message.Message):
     __slots__ = ("session", "step")
@@ -194,7 +216,7 @@ class Queued(_message.Message):
     def __init__(self, jobs_ahead: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("server_instance", "block_rows", "window_rows", "reserved_bytes", "device", "fingerprint", "effective_job", "device_bytes", "credit_blocks")
+    __slots__ = ("server_instance", "block_rows", "window_rows", "reserved_bytes", "device", "fingerprint", "effective_job", "device_bytes", "credit_blocks", "direct")
     SERVER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +226,7 @@ class Accepted(_message.Message):
     EFFECTIVE_JOB_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CREDIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     server_instance: str
     block_rows: int
     window_rows: int
@@ -213,7 +236,8 @@ class Accepted(_message.Message):
     effective_job: Job
     device_bytes: int
     credit_blocks: int
-    def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ..., device_bytes: _Optional[int] = ..., credit_blocks: _Optional[int] = ...) -> None: ...
+    direct: DirectAccess
+    def __init__(self, server_instance: _Optional[str] = ..., block_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., fingerprint: _Optional[_Union[NumericsFingerprint, _Mapping]] = ..., effective_job: _Optional[_Union[Job, _Mapping]] = ..., device_bytes: _Optional[int] = ..., credit_blocks: _Optional[int] = ..., direct: _Optional[_Union[DirectAccess, _Mapping]] = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("backend", "index", "name", "memory_bytes", "compute_capability", "memory_limit_bytes", "sums_rounded_to_nearest", "ignores_tf32")

@@ -37,13 +37,17 @@ def whole_operands(
             "job.checksum is CHECKSUM_CRC32C: Compute has none; ComputeStream does",
             field="job.checksum",
         )
-    if spec.checkpoint_rows is not None or spec.resume is not None:
-        field = "job.checkpoints" if spec.resume is None else "job.resume"
-        raise JobError(
-            Reason.OPTION_INVALID,
-            f"{field} is present: Compute has none; ComputeStream does",
-            field=field,
-        )
+    for name, present in (
+        ("resume", spec.resume is not None),
+        ("checkpoints", spec.checkpoint_rows is not None),
+        ("direct", spec.direct > 0),
+    ):
+        if present:
+            raise JobError(
+                Reason.OPTION_INVALID,
+                f"job.{name} is present: Compute has none; ComputeStream does",
+                field=f"job.{name}",
+            )
     for name, size in (
         ("request", spec.operands_bytes),
         ("response", spec.results_bytes),

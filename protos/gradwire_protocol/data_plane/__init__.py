@@ -1,0 +1,1 @@
+"""Direct connections: elements of a call on TCP connections beside it."""
