@@ -58,7 +58,7 @@ def test_the_bytes_are_those_of_the_page() -> None:
         b"GWDA" + bytes([1, 2, 3, 0]) + b"t" * 32
     )
     assert len(ATTACHED) == ATTACHED_BYTES
-    assert ATTACHED == b"GWDK" + bytes([1, 0, 0, 0])
+    assert b"GWDK" + bytes([1, 0, 0, 0]) == ATTACHED
     assert FrameHeader(Kind.ELEMENTS, 3, 5, 6, 7).encode() == b"".join(
         (
             b"GWDF",
@@ -90,8 +90,8 @@ def test_a_negative_size_is_refused(at: int) -> None:
 
 
 def test_only_elements_have_a_payload() -> None:
-    data = FrameHeader(Kind.COMPLETE, index=4).encode()
-    assert FrameHeader.decode(data).index == 4
+    data = FrameHeader(Kind.COMPLETE, position=4).encode()
+    assert FrameHeader.decode(data).position == 4
     with pytest.raises(DirectFramingError, match="expected none"):
         FrameHeader.decode(_changed(data, 24, 1))
 

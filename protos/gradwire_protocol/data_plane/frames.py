@@ -110,7 +110,7 @@ class FrameHeader(NamedTuple):
     kind: int
     matrix: int = 0
     """Number of the matrix; 0 unless the frame has elements."""
-    index: int = 0
+    position: int = 0
     """Index of the first element in the matrix; rows of a checkpoint; m at the end."""
     length: int = 0
     """Bytes of the payload."""
@@ -130,7 +130,7 @@ class FrameHeader(NamedTuple):
             flags,
             crc,
             0,
-            self.index,
+            self.position,
             self.length,
         )
 
