@@ -30,7 +30,7 @@ from gradwire_server.backends.base import Backend
 from gradwire_server.backends.row_blocks import plan_row_blocks
 from gradwire_server.jobs.device_execution import DeviceExecution
 from gradwire_server.jobs.header.parse import parse_header
-from gradwire_server.jobs.stream.ring_buffer import RingBuffer
+from gradwire_server.jobs.stream.job_memory import JobMemory
 from gradwire_server.scheduling.device_worker import DeviceWorker, TenantHandle
 from gradwire_server.scheduling.job_progress import JobProgress
 from gradwire_server.sessions.job_tensors import JobTensors
@@ -159,10 +159,10 @@ async def _job(
     computation = DeviceExecution(spec, plan, backend, worker.device, progress)
     job = object()
     region = await worker.submit(job, partial(backend.empty, plan.region_bytes))
-    ring = RingBuffer(spec, plan, region)
-    _fill(ring.w(), dtype)
+    memory = JobMemory(spec, plan, region)
+    _fill(memory.w(), dtype)
     for slot in range(plan.slots):
-        block = ring.rows(slot, plan.slot_rows)
+        block = memory.rows(slot, plan.slot_rows)
         for operand in (block.x, block.dy):
             assert operand is not None
             _fill(operand, dtype)
@@ -170,12 +170,12 @@ async def _job(
     await worker.submit(job, partial(computation.open, {}))
     try:
         started = time.perf_counter()
-        await worker.submit(job, partial(computation.take_w, ring.w()))
+        await worker.submit(job, partial(computation.take_w, memory.w()))
         for number in range(-(-shape.m // plan.block_rows)):
             if len(begun) == (ahead or plan.slots):
                 await begun.popleft()
             rows = min(plan.block_rows, shape.m - number * plan.block_rows)
-            piece = partial(computation.compute_block, ring.rows(number, rows))
+            piece = partial(computation.compute_block, memory.rows(number, rows))
             begun.append(worker.begin(job, piece))
         while begun:
             await begun.popleft()

@@ -20,7 +20,7 @@ from gradwire_server.api import gradient_servicer
 from gradwire_server.api.job_service import JobService
 from gradwire_server.backends.base import RowBlock
 from gradwire_server.backends.numpy.backend import NumpyBackend
-from gradwire_server.jobs.stream.streamed_job import StreamedJob
+from gradwire_server.jobs.stream.pipeline import RowBlockPipeline
 
 DB, DW, DX, Y = Matrix.DB, Matrix.DW, Matrix.DX, Matrix.Y
 F16, BF16 = Dtype.FLOAT16, Dtype.BFLOAT16
@@ -356,7 +356,7 @@ def _small_calls_share_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _chunks_within_rows_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = StreamedJob._chunks
+    right = RowBlockPipeline.chunks
 
     def chunks(self: Any, matrix: Any, first_row: int, array: Any) -> Any:
         for chunk in right(self, matrix, first_row, array):
@@ -364,7 +364,7 @@ def _chunks_within_rows_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
                 np.frombuffer(chunk.payload, np.uint8)[:8] = 0
             yield chunk
 
-    monkeypatch.setattr(StreamedJob, "_chunks", chunks)
+    monkeypatch.setattr(RowBlockPipeline, "chunks", chunks)
 
 
 def _other_connections_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +387,7 @@ def _other_connections_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _streams_of_known_length_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = StreamedJob._compute
+    right = RowBlockPipeline.compute
 
     def compute(self: Any, number: int, block: Any) -> Any:
         wait = right(self, number, block)
@@ -395,7 +395,7 @@ def _streams_of_known_length_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
             block.dx[-1] = 0
         return wait
 
-    monkeypatch.setattr(StreamedJob, "_compute", compute)
+    monkeypatch.setattr(RowBlockPipeline, "compute", compute)
 
 
 def _accumulator_ignored(spec: Any) -> Any:

@@ -41,6 +41,7 @@ from gradwire_server.api.receipts import accepted_message, receipt_message
 from gradwire_server.errors import JobError, malformed
 from gradwire_server.jobs.header import unary
 from gradwire_server.jobs.header.parse import is_job_id
+from gradwire_server.jobs.stream.streamed_job import StreamedJob
 from gradwire_server.memory.shared_regions import Regions
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -116,7 +117,9 @@ class GradientServicer:
                 return
             async with self._service.streamed(
                 call, message_bytes, stream.tell_queued
-            ) as job:
+            ) as pipeline:
+                job = StreamedJob(pipeline)
+                self._service.on_drain(job.hand_over)
                 accepted = accepted_message(call)
                 await stream.write(framing.encode_accepted(accepted))
                 await stream.serve(job)

@@ -42,7 +42,7 @@ from gradwire_server.jobs.header.resume import require_same_bits
 from gradwire_server.jobs.header.shared_layout import check_region_sizes
 from gradwire_server.jobs.registry import JobRegistry
 from gradwire_server.jobs.shared_memory_job import SharedMemoryJob
-from gradwire_server.jobs.stream.streamed_job import StreamedJob
+from gradwire_server.jobs.stream.pipeline import RowBlockPipeline
 from gradwire_server.memory.shared_regions import Regions
 from gradwire_server.observability.calls import CallObserver
 from gradwire_server.observability.timeline import Observe, no_observer
@@ -199,8 +199,8 @@ class JobService:
         call: CallState,
         message_bytes: int,
         on_wait: Callable[[int], Awaitable[None]],
-    ) -> AsyncIterator[StreamedJob]:
-        """Admit a job, and run it while its operands arrive.
+    ) -> AsyncIterator[RowBlockPipeline]:
+        """Admit a job whose operands arrive while it runs.
 
         Args:
             call: A call with a parsed header.
@@ -218,7 +218,7 @@ class JobService:
         async with (
             self.sessions.job(spec, call.tenant, on_wait) as tensors,
             self.admitted(call, host_bytes, on_wait, tensors.device) as worker,
-            StreamedJob(
+            RowBlockPipeline(
                 spec,
                 plan,
                 self.backend,
@@ -229,8 +229,11 @@ class JobService:
             ) as job,
         ):
             call.applied = tensors.applied
-            self._jobs.on_drain(job.hand_over)
             yield job
+
+    def on_drain(self, hand_over: Callable[[], bool]) -> None:
+        """Register a graceful end for the calling task's job; see `JobRegistry`."""
+        self._jobs.on_drain(hand_over)
 
     @asynccontextmanager
     async def in_shared_memory(

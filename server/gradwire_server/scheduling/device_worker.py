@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from gradwire_server.backends.base import Wait
 from gradwire_server.scheduling.fair_queue import FairQueue
@@ -31,35 +31,75 @@ T = TypeVar("T")
 _log = logging.getLogger("gradwire_server")
 
 
+class _Outcome(Protocol):
+    """Receives the result of a piece of work."""
+
+    def settle(self, result: object, error: Exception | None) -> None:
+        """Take the result or the error; called in the worker's thread."""
+
+    def cancel(self) -> None:
+        """Take that the work was dropped; called in the event loop."""
+
+
+class _Future:
+    """Settles a future in its event loop, unless it is cancelled by then."""
+
+    __slots__ = ("_loop", "future")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Any] = self._loop.create_future()
+
+    def settle(self, result: object, error: Exception | None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._settle, result, error)
+        except RuntimeError:
+            _log.debug("a result came after its event loop was closed")
+
+    def cancel(self) -> None:
+        self.future.cancel()
+
+    def _settle(self, result: object, error: Exception | None) -> None:
+        future = self.future
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+            # Marks the error as retrieved: a job ended by an earlier error does not
+            # await this future, and asyncio would log that.
+            future.exception()
+        else:
+            future.set_result(result)
+
+
+Then: TypeAlias = Callable[[Any, Exception | None], object]
+"""Called with a result, or with an error, in the worker's thread. It must not raise."""
+
+
+class _Callback:
+    """Calls a function in the worker's thread."""
+
+    __slots__ = ("_then",)
+
+    def __init__(self, then: Then) -> None:
+        self._then = then
+
+    def settle(self, result: object, error: Exception | None) -> None:
+        self._then(result, error)
+
+    def cancel(self) -> None:
+        """Call nothing."""
+
+
 @dataclass(slots=True, eq=False)
 class _Work:
     tenant: str
     job: Hashable
     run: Callable[[], Any]
-    done: asyncio.Future[Any]
-    loop: asyncio.AbstractEventLoop
+    outcome: _Outcome
     begins: bool
     """Whether `run` may return a wait for asynchronous work."""
     begun_at: float = 0.0
-
-    def resolve(self, result: object = None, error: Exception | None = None) -> None:
-        """Resolve the future in its event loop, unless it is cancelled by then."""
-
-        def resolve() -> None:
-            if self.done.done():
-                return
-            if error is not None:
-                self.done.set_exception(error)
-                # Marks the error as retrieved: a job ended by an earlier error
-                # does not await this future, and asyncio would log that.
-                self.done.exception()
-            else:
-                self.done.set_result(result)
-
-        try:
-            self.loop.call_soon_threadsafe(resolve)
-        except RuntimeError:
-            _log.debug("a result came after its event loop was closed")
 
 
 def _closed_error() -> RuntimeError:
@@ -128,7 +168,7 @@ class DeviceWorker:
     async def _discard(self, tenant: str, job: Hashable) -> None:
         with self._changed:
             for work in self._queue.drop(tenant, job):
-                work.done.cancel()
+                work.outcome.cancel()
             if job not in self._doing:
                 return
         idle = asyncio.get_running_loop().run_in_executor(None, self._wait_idle, job)
@@ -152,19 +192,14 @@ class DeviceWorker:
             queued = self._queue.clear()
             self._changed.notify_all()
         for work in queued:
-            work.resolve(error=_closed_error())
+            work.outcome.settle(None, _closed_error())
 
-    def _put(
-        self, tenant: str, job: Hashable, run: Callable[[], Any], *, begins: bool
-    ) -> asyncio.Future[Any]:
-        loop = asyncio.get_running_loop()
-        work = _Work(tenant, job, run, loop.create_future(), loop, begins)
+    def _put(self, work: _Work) -> None:
         with self._changed:
             if self._closed:
                 raise _closed_error()
-            self._queue.put(tenant, job, work)
+            self._queue.put(work.tenant, work.job, work)
             self._changed.notify_all()
-        return work.done
 
     def _wait_idle(self, job: Hashable) -> None:
         with self._changed:
@@ -244,7 +279,7 @@ class DeviceWorker:
             self._finished_at = now
             self._doing.remove(work.job)
             self._changed.notify_all()
-        work.resolve(result, error)
+        work.outcome.settle(result, error)
 
 
 class TenantHandle:
@@ -269,7 +304,9 @@ class TenantHandle:
         Returns:
             A future of the calling event loop with the result or error of `run`.
         """
-        return self._worker._put(self._tenant, job, run, begins=False)
+        outcome = _Future()
+        self._put(job, run, outcome, begins=False)
+        return outcome.future
 
     def begin(
         self, job: Hashable, run: Callable[[], Wait | None]
@@ -280,7 +317,22 @@ class TenantHandle:
             A future of the calling event loop, done when the work is. It raises the
             error of `run` or of the returned wait.
         """
-        return self._worker._put(self._tenant, job, run, begins=True)
+        outcome = _Future()
+        self._put(job, run, outcome, begins=True)
+        return outcome.future
+
+    def submit_then(self, job: Hashable, run: Callable[[], T], then: Then) -> None:
+        """Run `run` as `submit` does, from any thread, and then call `then`."""
+        self._put(job, run, _Callback(then), begins=False)
+
+    def begin_then(
+        self, job: Hashable, run: Callable[[], Wait | None], then: Then
+    ) -> None:
+        """Run `run` as `begin` does, from any thread, and then call `then`.
+
+        `then` is called once the work is done, with no result.
+        """
+        self._put(job, run, _Callback(then), begins=True)
 
     async def discard(self, job: Hashable) -> None:
         """Drop the job's queued work and wait for its work in progress.
@@ -290,3 +342,13 @@ class TenantHandle:
         cancelled.
         """
         await self._worker._discard(self._tenant, job)
+
+    def _put(
+        self,
+        job: Hashable,
+        run: Callable[[], Any],
+        outcome: _Outcome,
+        *,
+        begins: bool,
+    ) -> None:
+        self._worker._put(_Work(self._tenant, job, run, outcome, begins))

@@ -25,9 +25,9 @@ def make_validator(m=None, n=3, k=5, results=ALL, block_rows=4):
 
 def accept(validator, message):
     """The message's pieces, each placed."""
-    for span in validator.accept(message):
-        validator.commit(span)
-        yield span
+    for piece in validator.accept(message):
+        validator.commit(piece)
+        yield piece
 
 
 def chunk(matrix, index, elements):
@@ -56,12 +56,12 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
     def send(matrix, count):
         index = sent[matrix]
         payload = memoryview(operands[matrix])[4 * index : 4 * (index + count)]
-        for span in accept(validator, Chunk(matrix, index, payload)):
+        for piece in accept(validator, Chunk(matrix, index, payload)):
             area = 0
             if matrix is not Matrix.W:
-                area = span.block * plan.block_rows * spec.row_length(matrix) * 4
-            first = area + span.offset
-            commit[matrix][first : first + span.payload.nbytes] = span.payload
+                area = piece.span.block * plan.block_rows * spec.row_length(matrix) * 4
+            first = area + piece.span.offset
+            commit[matrix][first : first + piece.payload.nbytes] = piece.payload
         sent[matrix] += count
 
     sent = dict.fromkeys(operands, 0)
@@ -96,16 +96,16 @@ def test_what_the_window_allows_always_finds_a_slot(data):
         count = data.draw(st.integers(1, 20 * spec.row_length(matrix)))
         complete = validator.blocks_complete
         try:
-            spans = list(accept(validator, chunk(matrix, sent[matrix], count)))
+            pieces = list(accept(validator, chunk(matrix, sent[matrix], count)))
         except JobError:
             continue
         sent[matrix] += count
         # Complete blocks leave by themselves; the message may have to wait for
         # those that were complete before it, or that it completes itself.
-        for span in spans:
+        for piece in pieces:
             other = Matrix.DY if matrix is Matrix.X else Matrix.X
             oldest = sent[other] // spec.row_length(other) // plan.block_rows
-            assert span.block < max(oldest, complete) + plan.slots
+            assert piece.span.block < max(oldest, complete) + plan.slots
 
 
 def test_the_leading_operand_may_fill_the_window_and_not_one_element_more():

@@ -18,23 +18,15 @@ from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
 from gradwire_protocol.matrices import OPERANDS, Matrix
 from gradwire_server.backends.row_blocks import RowBlockPlan
 from gradwire_server.errors import JobError
+from gradwire_server.jobs.stream.span import Span
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes of one operand of one row block, or of a matrix without row blocks."""
+class Piece:
+    """Received bytes, and where they belong."""
 
-    matrix: Matrix
-    block: int
-    """Number of the row block; 0 for W and partial sums."""
-    offset: int
-    """Byte offset in the matrix, or in the block's operand."""
+    span: Span
     payload: memoryview
-
-    @property
-    def in_row_block(self) -> bool:
-        """Whether the bytes belong to a row block."""
-        return self.matrix.row_wise
 
 
 class RequestValidator:
@@ -87,7 +79,7 @@ class RequestValidator:
             return self._plan.block_rows
         return min(self._plan.block_rows, self._rows - number * self._plan.block_rows)
 
-    def accept(self, chunk: Chunk) -> Iterator[Span]:
+    def accept(self, chunk: Chunk) -> Iterator[Piece]:
         """Check a message and yield its pieces, each with its destination.
 
         A piece counts as received after `commit`. A message may span several blocks,
@@ -99,7 +91,7 @@ class RequestValidator:
         operand, payload = self._check(chunk)
         itemsize = self._spec.dtype_of(operand).itemsize
         if not operand.row_wise:
-            yield Span(operand, 0, chunk.index * itemsize, payload)
+            yield Piece(Span(operand, 0, chunk.index * itemsize), payload)
             return
         row_length = self._spec.row_length(operand)
         block_elements = self._plan.block_rows * row_length
@@ -108,13 +100,14 @@ class RequestValidator:
             number, first = divmod(at, block_elements)
             piece = payload[: (block_elements - first) * itemsize]
             at += piece.nbytes // itemsize
-            yield Span(operand, number, first * itemsize, piece)
+            yield Piece(Span(operand, number, first * itemsize), piece)
             payload = payload[piece.nbytes :]
 
-    def commit(self, span: Span) -> None:
+    def commit(self, piece: Piece) -> None:
         """Count a piece as received, once its bytes are stored."""
-        itemsize = self._spec.dtype_of(span.matrix).itemsize
-        self._received[span.matrix] += span.payload.nbytes // itemsize
+        matrix = piece.span.matrix
+        itemsize = self._spec.dtype_of(matrix).itemsize
+        self._received[matrix] += piece.payload.nbytes // itemsize
 
     def end(self, m: int) -> None:
         """Complete the stream, with m rows as stated by its End.

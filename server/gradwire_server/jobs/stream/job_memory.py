@@ -1,12 +1,13 @@
 """A job's memory: W, partial sums, and a ring of slots with one row block each.
 
+With s slots, row block b lies in slot b mod s.
+
 All of it is slices of one region, so that a backend can pin the region and another
 process can fill it.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,14 +18,13 @@ from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
 from gradwire_server.backends.base import Array, RowBlock, Sums
 from gradwire_server.backends.row_blocks import RowBlockPlan
-from gradwire_server.jobs.stream.request_validator import Span
+from gradwire_server.jobs.stream.span import Span
 
 
-class RingBuffer:
+class JobMemory:
     """Memory for a job's incoming operands and outgoing row results.
 
-    With s slots, row block b lies in slot b mod s. The slot is free for block b once
-    block b - s was sent.
+    A slot is free for its next row block once its last one was sent: see `Slots`.
 
     Args:
         spec: The job's specification.
@@ -45,13 +45,6 @@ class RingBuffer:
         self._spec = spec
         self._plan = plan
         self._region = region
-        first = spec.first_row // plan.block_rows
-        self.released = first
-        """Row blocks sent, including the blocks before `first_row`."""
-        self._slot_owner = [
-            first + (slot - first) % plan.slots for slot in range(plan.slots)
-        ]
-        self._freed = asyncio.Event()
 
     def w(self) -> Array:
         """Return W, shape (n, k)."""
@@ -76,41 +69,24 @@ class RingBuffer:
             arrays[matrix.label] = array
         return RowBlock(rows=rows, first_row=first, **arrays)
 
-    def put(self, span: Span) -> None:
-        """Copy received bytes to their destination."""
+    def room(self, span: Span, size_bytes: int) -> npt.NDArray[np.uint8]:
+        """Return the memory of an operand's bytes.
+
+        Args:
+            span: Where the bytes belong.
+            size_bytes: Number of bytes.
+        """
         kept = self._kept.get(span.matrix)
         if kept is not None:
             row = span.block * self._plan.block_rows
             first = row * kept.shape[1] * kept.dtype.itemsize + span.offset
-            memory = kept.reshape(-1).view(np.uint8)
-            memory[first : first + span.payload.nbytes] = np.frombuffer(
-                span.payload, np.uint8
-            )
-            return
+            return kept.reshape(-1).view(np.uint8)[first : first + size_bytes]
         start = self._slot_start(span.block) if span.in_row_block else 0
         first = start + self._plan.offsets[span.matrix] + span.offset
-        size = span.payload.nbytes
-        self._region[first : first + size] = np.frombuffer(span.payload, np.uint8)
-
-    async def wait_for_slot(self, block: int) -> None:
-        """Wait until the slot of `block` is free for it."""
-        while self._slot_owner[block % self._plan.slots] != block:
-            await self._freed.wait()
-
-    async def all_released(self, count: int) -> None:
-        """Wait until `released` reaches `count`."""
-        while self.released < count:
-            await self._freed.wait()
-
-    def release(self, block: int) -> None:
-        """Free the slot of a block that was sent."""
-        self._slot_owner[block % self._plan.slots] = block + self._plan.slots
-        self.released += 1
-        self._freed.set()
-        self._freed = asyncio.Event()
+        return self._region[first : first + size_bytes]
 
     def free(self) -> None:
-        """Drop the region; the ring is unusable afterwards."""
+        """Drop the region; the memory is unusable afterwards."""
         self._region = self._region[:0].copy()
         self._kept.clear()
 

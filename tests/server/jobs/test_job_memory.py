@@ -9,7 +9,8 @@ import pytest
 
 from gradwire_server.backends.base import empty_aligned
 from gradwire_server.backends.row_blocks import plan_row_blocks
-from gradwire_server.jobs.stream.ring_buffer import RingBuffer
+from gradwire_server.jobs.stream.job_memory import JobMemory
+from gradwire_server.jobs.stream.slots import Slots
 from tests.server.specs import make_spec
 
 BLOCKS = 40
@@ -22,7 +23,7 @@ async def test_operands_that_do_not_keep_step_never_lock_it(begun, seed):
     chance = random.Random(seed)
     spec = make_spec(m=None)
     plan = plan_row_blocks(spec, 1, begun)
-    ring = RingBuffer(spec, plan, empty_aligned(plan.region_bytes))
+    slots = Slots(plan.slots)
     ahead = plan.window_rows // plan.block_rows
     complete = [asyncio.Event() for _ in range(BLOCKS)]
     held, most = set(), 0
@@ -33,7 +34,7 @@ async def test_operands_that_do_not_keep_step_never_lock_it(begun, seed):
 
     async def place(block):
         nonlocal most
-        await ring.wait_for_slot(block)
+        await slots.wait_for(block)
         held.add(block)
         most = max(most, len(held))
         await stall()
@@ -51,22 +52,22 @@ async def test_operands_that_do_not_keep_step_never_lock_it(begun, seed):
             await complete[block].wait()
             await stall()
             held.discard(block)
-            ring.release(block)
+            slots.release(block)
 
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(send())
         group.create_task(leave())
-    assert ring.released == BLOCKS
+    assert slots.released == BLOCKS
     assert most <= plan.slots == begun + 2
 
 
 def test_the_slots_of_a_ring_share_no_byte():
     spec = make_spec(m=None)
     plan = plan_row_blocks(spec, 4096, 1)
-    ring = RingBuffer(spec, plan, empty_aligned(plan.region_bytes))
-    arrays = [ring.w().view("u1").reshape(-1)]
+    memory = JobMemory(spec, plan, empty_aligned(plan.region_bytes))
+    arrays = [memory.w().view("u1").reshape(-1)]
     for block in range(plan.slots):
-        rows = ring.rows(block, plan.block_rows)
+        rows = memory.rows(block, plan.block_rows)
         arrays += [each.view("u1") for each in (rows.x, rows.dy, rows.y, rows.dx)]
     for number, array in enumerate(arrays):
         array[...] = number
