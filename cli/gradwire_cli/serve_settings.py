@@ -56,6 +56,8 @@ class ServeSettings(Settings):
         tuple[str, ...],
         Parameter(metavar="ADDRESS", negative=(), show_default=" ".join),
     ] = Settings.listen
+    data_listen: Annotated[str, _ADDRESS] = Settings.data_listen
+    data_advertise: Annotated[str | None, _ADDRESS] = Settings.data_advertise
     metrics_listen: Annotated[str | None, _ADDRESS] = Settings.metrics_listen
     health_listen: Annotated[str | None, _ADDRESS] = Settings.health_listen
     backend: Annotated[str, _NAME] = Settings.backend

@@ -9,7 +9,8 @@ from __future__ import annotations
 import codecs
 import os
 import ssl
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -55,10 +56,7 @@ def check_key(certificates: bytes, key: bytes) -> None:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # OpenSSL reads certificate and key only from files. The key must not be in
-        # a file that others can read.
-        with _as_file(certificates) as first, _as_file(key) as second:
-            context.load_cert_chain(first, second, password=no_password)
+        _load_identity(context, certificates, key, no_password)
     except ssl.SSLError as error:
         if asked:
             text = "is encrypted with a password: a key without one is needed"
@@ -73,9 +71,52 @@ def check_key(certificates: bytes, key: bytes) -> None:
         return
 
 
+def server_context(
+    certificates: bytes, key: bytes, authorities: bytes | None = None
+) -> ssl.SSLContext:
+    """Return what a server without gRPC needs for TLS 1.2 and 1.3.
+
+    Args:
+        certificates: The server's certificate and its chain, checked.
+        key: Its private key, checked.
+        authorities: Those that sign clients' certificates, checked; None: clients
+            need no certificate.
+
+    Raises:
+        OSError: There is nowhere to put the key for a moment, or it cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A renegotiation would sign where data is expected.
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    if authorities is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=authorities.decode("ascii"))
+    _load_identity(context, certificates, key)
+    return context
+
+
+def _load_identity(
+    context: ssl.SSLContext,
+    certificates: bytes,
+    key: bytes,
+    password: Callable[[], str] | None = None,
+) -> None:
+    # OpenSSL reads certificate and key only from files. The key must not be in a file
+    # that others can read.
+    with _as_file(certificates) as first, _as_file(key) as second:
+        context.load_cert_chain(first, second, password=password)
+
+
 @contextmanager
 def _as_file(content: bytes) -> Iterator[str]:
-    """A path to these bytes, in memory of this process only."""
+    """Yield a path to these bytes, in memory of this process only if possible."""
+    if not hasattr(os, "memfd_create"):  # not Linux
+        with tempfile.NamedTemporaryFile() as private:  # mode 0600
+            private.write(content)
+            private.flush()
+            yield private.name
+        return
     descriptor = os.memfd_create("pem", os.MFD_CLOEXEC)
     try:
         with open(descriptor, "wb", closefd=False) as file:

@@ -34,6 +34,7 @@ from gradwire_server.scheduling.device_selector import DeviceSelector
 from gradwire_server.sessions import drain
 from gradwire_server.settings import Settings
 from gradwire_server.transports import listener
+from gradwire_server.transports.data_plane import DataListener, make_data_listener
 from gradwire_server.transports.lasting_server import LastingServer
 from gradwire_server.transports.tls import Certificates
 
@@ -103,6 +104,7 @@ class Server:
         """The device that failed for good, and the cause; None before. The process is
         then no longer usable, and should end."""
         self._grpc: LastingServer | None = None
+        self._data: DataListener | None = None
 
     @property
     def metrics_url(self) -> str | None:
@@ -140,15 +142,19 @@ class Server:
             ),
         )
         tls = None if self.settings.tls_cert is None else Certificates(self.settings)
+        self._data = make_data_listener(self.settings, tls)
         server = self._new_server()
         bound: list[str] = []
         try:
             for address in self.settings.listen:
                 bound.append(self._bind(server, address, tls))  # noqa: PERF401 - undone below
+            if self._data is not None:
+                await self._data.start()
             await self._beside.start()
             service = await self._started(admission)
         except (OSError, BackendError):
             await server.stop(None)
+            await self._close_data()
             await self._beside.close()
             await self._tracing.close()
             for address in bound:
@@ -174,6 +180,7 @@ class Server:
             "serving",
             extra={
                 "addresses": " ".join(self.addresses),
+                **({} if self._data is None else {"data": " ".join(self._data.bound)}),
                 **self._beside.addresses(),
                 **self._tracing.addresses(),
                 "tls": "none" if tls is None else "mutual" if tls.mutual else "server",
@@ -264,6 +271,7 @@ class Server:
         # A call that has just ended may still have its status to send.
         await server.stop(_FLUSH_S)
         await self._calls.wait_ended(_UNWIND_S)
+        await self._close_data()
         self._call_observer.close()
         if self._service is not None:
             await self._service.sessions.steps_made()
@@ -273,6 +281,10 @@ class Server:
         await self._beside.close()
         await self._tracing.close()
         _log.info("stopped")
+
+    async def _close_data(self) -> None:
+        if self._data is not None:
+            await self._data.close()
 
     def _new_server(self) -> grpc.aio.Server:
         return grpc.aio.server(
@@ -307,6 +319,7 @@ class Server:
             self._device_lost,
             call_observer=self._call_observer,
             observe=self._observe,
+            data=self._data,
         )
         try:
             await service.ready()

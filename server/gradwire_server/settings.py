@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,15 @@ class Settings:
     listen: tuple[str, ...] = ("127.0.0.1:50051",)
     """Address to listen on, HOST:PORT or unix:PATH; may be given repeatedly. Port 0
     takes a free port."""
+
+    data_listen: str = "0"
+    """Port for direct connections, beside which large jobs send their elements: PORT of
+    the hosts of the TCP addresses in listen, or HOST:PORT; off: none. Port 0 takes a
+    free port. Its TLS and who may connect in plaintext are those of listen."""
+
+    data_advertise: str | None = None
+    """Address of data-listen for clients that reach it at another one, HOST:PORT or
+    :PORT of the host that the client has called. Unset: that host, and its port."""
 
     metrics_listen: str | None = None
     """Address of a port for Prometheus, HOST:PORT or PORT of 127.0.0.1: /metrics, in
@@ -178,6 +188,7 @@ class Settings:
                 f"backend is {self.backend!r}: expected one of {backend_names.listed()}"
             )
         self._check_tls()
+        self._check_data()
         if self.metrics_tenants and self.metrics_listen is None:
             raise ValueError(
                 "metrics_tenants is set without metrics_listen: nothing serves metrics"
@@ -191,6 +202,24 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {value}: expected at least {least}")
+
+    def _check_data(self) -> None:
+        address = self.data_advertise
+        if address is None:
+            return
+        _, _, port = address.rpartition(":")
+        if (
+            ":" not in address
+            or not re.fullmatch("[0-9]{1,5}", port)
+            or not (0 < int(port) < 65536)
+        ):
+            raise ValueError(
+                f"data_advertise is {address!r}: expected HOST:PORT or :PORT"
+            )
+        if self.data_listen == "off":
+            raise ValueError(
+                "data_advertise is set beside data_listen off: nothing listens there"
+            )
 
     def _check_tls(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):

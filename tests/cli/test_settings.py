@@ -49,6 +49,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 OTHER_VALUES: dict[str, tuple[str, Any, str]] = {
     # field: as a flag and a variable, as a value, in TOML
     "listen": ("127.0.0.1:1", ("127.0.0.1:1",), '["127.0.0.1:1"]'),
+    "data_listen": ("off", "off", '"off"'),
+    "data_advertise": (":9", ":9", '":9"'),
     "metrics_listen": ("9464", "9464", '"9464"'),
     "metrics_tenants": ("true", True, "true"),
     "traces": ("true", True, "true"),

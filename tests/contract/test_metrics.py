@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -176,6 +177,15 @@ def test_every_figure_is_what_the_clients_know(metered: Metered) -> None:
         assert raised.value.code() is StatusCode.UNAUTHENTICATED
     with Stream(metered.alice, timeout_s=0.2) as stream:
         assert stream.failure().status is StatusCode.DEADLINE_EXCEEDED
+
+    # A direct connection that does not say whose it is.
+    serving = metered.server.wait_for_log(lambda record: "data" in record)
+    with socket.create_connection(serving["data"].split(":"), timeout=20):
+        wait_until(
+            lambda: metered.scrape().sum("data_sockets", state="pending") == 1,
+            "it is accepted",
+        )
+        assert metered.scrape().by("data_sockets", "state") == {("pending",): 1}
 
     # A job that runs: one waits behind it, and the next one is refused.
     before = metered.scrape()

@@ -48,6 +48,7 @@ def test_server_info_names_contract_version_and_libraries(info):
 def test_server_info_lists_what_jobs_may_ask_for(info):
     assert list(info.dtypes) == [1, 2, 3, 4]
     assert "checksum-crc32c" in info.features
+    assert "direct" in info.features
     limits = info.limits
     assert limits.max_jobs == 64
     assert limits.max_queue == 256

@@ -25,6 +25,12 @@ PAIR = {"tls_cert": Path("c"), "tls_key": Path("k")}
         ({"tls_key": Path("k")}, "tls_key is set without tls_cert"),
         ({"tls_client_ca": Path("a")}, "tls_client_ca is set without tls_cert"),
         ({"insecure": True} | PAIR, "insecure is set beside tls_cert"),
+        ({"data_advertise": "h"}, "data_advertise is 'h': expected HOST:PORT or :PORT"),
+        ({"data_advertise": "h:0"}, "data_advertise is 'h:0': expected HOST:PORT"),
+        (
+            {"data_advertise": ":9", "data_listen": "off"},
+            "data_advertise is set beside data_listen off",
+        ),
         ({"grace": float("nan")}, "grace is nan: expected at least 0"),
     ],
 )

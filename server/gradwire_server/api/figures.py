@@ -8,7 +8,11 @@ import grpc
 
 from gradwire_protocol.version import VERSION
 from gradwire_server.api.job_service import JobService
-from gradwire_server.observability.figures import DeviceFigures, Figures
+from gradwire_server.observability.figures import (
+    DataSocketFigures,
+    DeviceFigures,
+    Figures,
+)
 from gradwire_server.observability.totals import Totals
 
 
@@ -19,6 +23,7 @@ def take_figures(service: JobService, totals: Totals) -> Figures:
         service: The job service.
         totals: An observer of all calls of the server.
     """
+    data = service.data
     return Figures(
         version=VERSION,
         python=platform.python_version(),
@@ -28,6 +33,7 @@ def take_figures(service: JobService, totals: Totals) -> Figures:
         devices=tuple(_devices(service)),
         sessions=service.sessions.figures(),
         regions=service.regions.figures(),
+        data_sockets=None if data is None else DataSocketFigures(*data.counts()),
         calls=totals.figures(),
     )
 

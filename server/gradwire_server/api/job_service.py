@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import JobSpec
-from gradwire_protocol.limits import SESSION_STATE, SHARED_MEMORY
+from gradwire_protocol.limits import DIRECT, SESSION_STATE, SHARED_MEMORY
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.admission.controller import Admission
@@ -53,6 +53,7 @@ from gradwire_server.sessions.registry import Sessions
 from gradwire_server.sessions.saved_states import SavedStates
 from gradwire_server.sessions.session import Session
 from gradwire_server.settings import Settings
+from gradwire_server.transports.data_plane import DataListener
 
 _log = logging.getLogger("gradwire_server")
 
@@ -70,6 +71,7 @@ class JobService:
         on_lost: Called when a device is lost, before the jobs are ended.
         call_observer: Is told of calls.
         observe: Called when row blocks are received, computed and sent.
+        data: The listener for direct connections; None: there are none.
     """
 
     def __init__(
@@ -81,8 +83,10 @@ class JobService:
         *,
         call_observer: CallObserver,
         observe: Observe = no_observer,
+        data: DataListener | None = None,
     ) -> None:
         self.call_observer = call_observer
+        self.data = data
         self._on_lost = on_lost
         self._device_is_lost = False
         self.observe = observe
@@ -93,6 +97,8 @@ class JobService:
         self.features = FEATURES
         if settings.allow_shared_memory:
             self.features += (SHARED_MEMORY,)
+        if data is not None:
+            self.features += (DIRECT,)
         self.states: SavedStates | None = None
         if settings.state_dir is not None:
             self.states = SavedStates(settings.state_dir)

@@ -81,6 +81,14 @@ class RegionFigures(NamedTuple):
     size_bytes: int
 
 
+class DataSocketFigures(NamedTuple):
+    """Open sockets of direct connections."""
+
+    pending: int
+    idle: int
+    attached: int
+
+
 class JobKey(NamedTuple):
     """Jobs that are counted together."""
 
@@ -185,4 +193,6 @@ class Figures:
     devices: tuple[DeviceFigures, ...]
     sessions: SessionFigures
     regions: RegionFigures
+    data_sockets: DataSocketFigures | None
+    """None if there are no direct connections."""
     calls: CallFigures

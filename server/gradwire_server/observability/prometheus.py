@@ -30,6 +30,7 @@ from gradwire_server.observability.figures import (
     JOB_METHODS,
     AdmissionFigures,
     CallFigures,
+    DataSocketFigures,
     DeviceFigures,
     Distribution,
     Figures,
@@ -70,6 +71,8 @@ class _FiguresCollector(Collector):
         yield from _of_admission(figures.admission)
         yield from _of_devices(figures.devices)
         yield from _of_memory_kept(figures)
+        if figures.data_sockets is not None:
+            yield _of_data_sockets(figures.data_sockets)
         if figures.calls.tenants is not None:
             yield from _of_tenants(figures.calls.tenants, figures.admission.tenants)
 
@@ -300,6 +303,16 @@ def _of_memory_kept(figures: Figures) -> Iterator[Metric]:
         "sessions_expired",
         "Sessions that were closed because no call came within their lease.",
         _one(sessions.expired),
+    )
+
+
+def _of_data_sockets(sockets: DataSocketFigures) -> Metric:
+    return _gauge(
+        "data_sockets",
+        "Open sockets of direct connections: attached to a job, idle until the next "
+        "one, or pending before their first.",
+        (((state,), count) for state, count in sockets._asdict().items()),
+        "state",
     )
 
 

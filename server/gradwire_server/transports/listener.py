@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import re
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
@@ -32,6 +33,9 @@ _BIND_TO_LISTEN_S = 0.1
 between, its socket refuses connections just as an abandoned one does."""
 
 _CLOSE_S = 2.0
+
+_ATTEMPTS = 10
+"""Attempts to find a port that is free on several hosts."""
 
 _LOOPBACK = "127.0.0.1"
 
@@ -96,20 +100,43 @@ def listening_sockets(address: str) -> tuple[str, list[socket.socket]]:
         ListenError: The address cannot be listened on; the text gives the cause.
     """
     host, port, found = _resolved(address, "HOST:PORT or PORT", _LOOPBACK)
-    sockets: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, where in found:
-            opened = socket.socket(family, kind, protocol)
-            sockets.append(opened)
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            opened.bind((where[0], port, *where[2:]))
-            opened.listen()
-            port = opened.getsockname()[1]
-    except OSError as error:
-        for opened in sockets:
-            opened.close()
-        raise ListenError(f"cannot listen on {address}: {_cause(error)}") from None
+    port, sockets = _open(address, port, found)
     return f"{host}:{port}", sockets
+
+
+def sockets_of_one_port(
+    addresses: Sequence[str],
+    expected: str,
+    prepare: Callable[[socket.socket], object],
+    *,
+    tls: bool,
+    insecure: bool,
+    warn: bool,
+) -> tuple[int, list[socket.socket]]:
+    """Listen on the same port of several hosts, for a server without gRPC.
+
+    Args:
+        addresses: HOST:PORT of each host, all with one port; port 0 takes a port that
+            is free on every host.
+        expected: The form of an address, for errors.
+        prepare: Called with each socket before it listens.
+        tls: Whether the sockets are for TLS.
+        insecure: Whether plaintext is allowed beyond loopback.
+        warn: Whether to warn of it then.
+
+    Returns:
+        The port, and the sockets.
+
+    Raises:
+        ListenError: An address cannot be listened on; the text gives the cause.
+    """
+    port, every = 0, []
+    for address in addresses:
+        _, port, found = _resolved(address, expected)
+        if not tls and _is_exposed(found):
+            _allow_plaintext(address, insecure=insecure, warn=warn)
+        every += found
+    return _open(" and ".join(addresses), port, _distinct(every), prepare)
 
 
 async def wait_closed(address: str) -> None:
@@ -146,8 +173,7 @@ def _bind_tcp(
     insecure: bool,
 ) -> str:
     host, _, found = _resolved(address, "HOST:PORT or unix:PATH")
-    exposed = not all(_is_loopback(str(each[4][0])) for each in found)
-    if exposed and credentials is None:
+    if credentials is None and _is_exposed(found):
         _allow_plaintext(address, insecure=insecure)
     _try(address, found)
     return f"{host}:{_add(server, address, credentials)}"
@@ -174,6 +200,56 @@ def _resolved(
             f"cannot listen on {address}: no host has this name"
         ) from None
     return host, number, found
+
+
+def _open(
+    shown: str,
+    port: int,
+    found: list[Any],
+    prepare: Callable[[socket.socket], object] = lambda _: None,
+) -> tuple[int, list[socket.socket]]:
+    """Listen on one port of every host found; return it and the sockets."""
+    both = len({family for family, *_ in found}) > 1
+    attempts = _ATTEMPTS
+    while True:
+        at, sockets = port, []
+        try:
+            for family, kind, protocol, _, where in found:
+                opened = socket.socket(family, kind, protocol)
+                sockets.append(opened)
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if both and family == socket.AF_INET6:
+                    # Else [::] would take the port of 0.0.0.0, too.
+                    opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                prepare(opened)
+                opened.bind((where[0], at, *where[2:]))
+                opened.listen()
+                at = opened.getsockname()[1]
+        except OSError as error:
+            for opened in sockets:
+                opened.close()
+            attempts -= 1
+            # What is free on one host may be taken on the next.
+            if port or error.errno != errno.EADDRINUSE or not attempts:
+                cause = _cause(error)
+                raise ListenError(f"cannot listen on {shown}: {cause}") from None
+        else:
+            return at, sockets
+
+
+def _distinct(found: list[Any]) -> list[Any]:
+    """Return each address once, and none whose port a wildcard of its family has."""
+    every = {(family, where[0]): each for each in found for family, *_, where in [each]}
+    wild = {family for family, host in every if _is_wildcard(host)}
+    return [
+        each
+        for (family, host), each in every.items()
+        if family not in wild or _is_wildcard(host)
+    ]
+
+
+def _is_wildcard(host: str) -> bool:
+    return ip_address(host.partition("%")[0]).is_unspecified
 
 
 def _try(address: str, found: list[Any]) -> None:
@@ -245,6 +321,11 @@ def _answers(path: Path) -> bool:
     return False
 
 
+def _is_exposed(found: list[Any]) -> bool:
+    """Return whether others than this host can reach one of the addresses."""
+    return not all(_is_loopback(str(each[4][0])) for each in found)
+
+
 def _is_loopback(host: str) -> bool:
     found = ip_address(host.partition("%")[0])
     if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
@@ -252,17 +333,18 @@ def _is_loopback(host: str) -> bool:
     return found.is_loopback
 
 
-def _allow_plaintext(address: str, *, insecure: bool) -> None:
+def _allow_plaintext(address: str, *, insecure: bool, warn: bool = True) -> None:
     if not insecure:
         raise ListenError(
             f"cannot listen on {address} in plaintext, which others than this host "
             "can read: give --tls-cert and --tls-key, or --insecure to have it so "
             "all the same"
         )
-    _log.warning(
-        "plaintext: anybody on the network path can read along and use the server",
-        extra={"address": address},
-    )
+    if warn:
+        _log.warning(
+            "plaintext: anybody on the network path can read along and use the server",
+            extra={"address": address},
+        )
 
 
 def _add(
