@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -37,6 +38,7 @@ class Endpoint:
 
     Attributes:
         address: The address as given.
+        host: The host, without brackets; None for a unix socket.
         tls: The TLS settings; None for plaintext.
     """
 
@@ -47,6 +49,7 @@ class Endpoint:
         token: TokenLike | None = None,
     ) -> None:
         self._target = grpc_target(address)
+        self.host = None if address.startswith("unix:") else host_and_port(address)[0]
         self._credentials = parse_tls(tls, address)
         self.address = address
         self.tls = None if self._credentials is None else self._credentials.tls
@@ -101,6 +104,21 @@ class Endpoint:
             return grpc.aio.insecure_channel(self._target, self._options())
         credentials = self._credentials.of_channel()
         return grpc.aio.secure_channel(self._target, credentials, self._options())
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """Return the settings of TLS beside the channel; None for plaintext.
+
+        They are the channel's. The server's name is to be `server_name`.
+        """
+        return None if self._credentials is None else self._credentials.ssl_context()
+
+    @property
+    def server_name(self) -> str:
+        """The name in the server's certificate; empty for a unix socket."""
+        if self.tls is not None and self.tls.server_name is not None:
+            return self.tls.server_name
+        # A certificate has an IPv6 address without its scope.
+        return (self.host or "").partition("%")[0]
 
     def _options(self) -> tuple[tuple[str, Any], ...]:
         own = () if self._credentials is None else self._credentials.options()

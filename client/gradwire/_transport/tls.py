@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import ssl
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -32,6 +34,10 @@ _GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
 has built-in authorities for systems without a known bundle."""
 
 _BEGIN = "-----BEGIN "
+
+_CERTIFICATE = re.compile(
+    b"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL
+)
 
 _NAME = re.compile("[!-~]+")
 
@@ -90,10 +96,18 @@ class Credentials:
                 f"tls.server_name is {tls.server_name!r}: expected a host's name"
             )
         self._ca, self._cert, self._key = _authorities(tls), *_identity(tls)
+        self._context: ssl.SSLContext | None = None
 
     def of_channel(self) -> grpc.ChannelCredentials:
         """Return gRPC's credentials."""
         return grpc.ssl_channel_credentials(self._ca, self._key, self._cert)
+
+    def ssl_context(self) -> ssl.SSLContext:
+        """Return the same settings for sockets of the standard library."""
+        # Two threads may make one each, which does no harm.
+        if self._context is None:
+            self._context = _context(self._ca, self._cert, self._key)
+        return self._context
 
     def options(self) -> Iterator[tuple[str, str]]:
         """Yield additional options of a channel."""
@@ -131,6 +145,47 @@ def _authorities(tls: Tls) -> bytes | None:
             if path.is_file():
                 return path.read_bytes()
     return None
+
+
+def _context(ca: bytes | None, cert: bytes | None, key: bytes | None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # As in gRPC, an authority need not be a root.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    if ca is None and (roots := os.environ.get(_GRPC_ROOTS)):
+        ca = Path(roots).read_bytes()
+    if ca is None:
+        context.load_default_certs()
+    else:
+        # A bundle may have comments that are not ASCII between its certificates.
+        authorities = b"\n".join(_CERTIFICATE.findall(ca))
+        context.load_verify_locations(cadata=authorities.decode("ascii"))
+    if cert is not None and key is not None:
+        with _file(cert + b"\n" + key) as path:
+            context.load_cert_chain(path, password=_no_password)
+    return context
+
+
+@contextlib.contextmanager
+def _file(content: bytes) -> Iterator[str]:
+    """Yield the path of a file that only this process can read, for OpenSSL."""
+    if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir():
+        descriptor = os.memfd_create("gradwire-tls", os.MFD_CLOEXEC)
+        try:
+            path = Path(f"/proc/self/fd/{descriptor}")
+            path.write_bytes(content)
+            yield str(path)
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.NamedTemporaryFile(buffering=0) as file:
+            file.write(content)
+            yield file.name
+
+
+def _no_password() -> str:
+    """OpenSSL would ask for a password at the terminal; keys are not encrypted."""
+    raise ValueError("the private key is encrypted")
 
 
 def _identity(tls: Tls) -> tuple[bytes | None, bytes | None]:

@@ -114,6 +114,20 @@ class DirectSocket:
             self._sock.sendall(payload[first : first + _TLS_PIECE_BYTES])
             self.moved_at = time.monotonic()
 
+    def is_idle(self) -> bool:
+        """Return whether the connection is open, with nothing to receive."""
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            return False
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+        try:
+            # Not SSLSocket.recv, which takes no flags.
+            socket.socket.recv(self._sock, 1, flags)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def shutdown(self) -> None:
         """End all use of the connection, also in other threads."""
         with contextlib.suppress(OSError):

@@ -1,0 +1,1 @@
+"""Elements on TCP connections beside the call."""
