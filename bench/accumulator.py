@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", default=SHAPES, help="MxNxK, ...")
     parser.add_argument("--dtypes", default=DTYPES, help="of the operands")
     parser.add_argument("--results", default="y,dx,dw", help="wanted results")
-    parser.add_argument("--transport", default="tcp", choices=["tcp", "shm"])
+    parser.add_argument("--transport", default="grpc", choices=["grpc", "shm"])
     parser.add_argument("--address", help="of a running server, instead of a new one")
     return parser
 

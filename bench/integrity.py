@@ -36,7 +36,7 @@ def main() -> None:
     server = Gradwire()
     try:
         server.start()
-        with gradwire.connect(server.address, transport="tcp") as client:
+        with gradwire.connect(server.address, transport="grpc") as client:
             for text in options.shapes.split(","):
                 shape = Shape.parse(text)
                 pids = os.getpid(), server.server_pid

@@ -52,7 +52,7 @@ def measured(turns: int, *, metrics: bool) -> dict[str, float]:
     with ExitStack() as stack:
         servers = [stack.enter_context(Server(metrics=m)) for m in (False, metrics)]
         clients = [
-            stack.enter_context(gradwire.connect(each.address, transport="tcp"))
+            stack.enter_context(gradwire.connect(each.address, transport="grpc"))
             for each in servers
         ]
         for turn in range(-2, turns):

@@ -56,7 +56,7 @@ def main() -> int:
     echo = ServerProcess.of_module("bench.small", "--serve-echo")
     try:
         server.start()
-        with gradwire.connect(server.address, transport="tcp") as client:
+        with gradwire.connect(server.address, transport="grpc") as client:
             found = _questions(client, server, echo.address, options.seconds)
     finally:
         server.close()
@@ -221,7 +221,7 @@ def _large_jobs(address: str, meanwhile: Callable[[int], None]) -> list[float]:
 
 def _compute_large(address: str, driver: Connection) -> None:
     given = operands(LARGE)
-    with gradwire.connect(address, transport="tcp") as client:
+    with gradwire.connect(address, transport="grpc") as client:
         out = tuple(client.gradients(*given))
         driver.send(None)
         driver.send(

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {"backend": "numpy", "row_block_bytes": options.row_block_bytes}
     settings["cpu_threads"] = options.cpu_threads
     with Child("bench.report.observed", json.dumps(settings)) as server:
-        with gradwire.connect(server.address, transport="tcp") as client:
+        with gradwire.connect(server.address, transport="grpc") as client:
             rows = _block_rows(client, n, k)
             given = operands(Shape(rows, n, k))
             first = _run(client, given, _FIRST_BLOCKS)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bytes_per_s = rows * (n + k) * 4 / (1.1 * computing_s)
         with (
             Child("bench.links.relay", server.address, str(bytes_per_s)) as link,
-            gradwire.connect(link.address, transport="tcp") as client,
+            gradwire.connect(link.address, transport="grpc") as client,
         ):
             receipt = _run(client, given, options.blocks)
         seen = observed.events(server.stop())

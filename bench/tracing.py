@@ -62,7 +62,7 @@ def servers(turns: int) -> dict[str, float]:
         endpoint = stack.enter_context(collector())
         running = {kind: stack.enter_context(server(kind, endpoint)) for kind in KINDS}
         clients = {
-            kind: stack.enter_context(gradwire.connect(address, transport="tcp"))
+            kind: stack.enter_context(gradwire.connect(address, transport="grpc"))
             for kind, (address, _) in running.items()
         }
         for turn in range(-2, turns):

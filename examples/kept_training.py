@@ -198,7 +198,7 @@ def compare(address: str) -> Table:
     )
     with (
         slow_link(address) as link,
-        gradwire.connect(link, transport="tcp") as client,
+        gradwire.connect(link, transport="grpc") as client,
         # Weights, gradients, momentum, and a MiB for each X.
         client.session(keep=3 * sum(w.nbytes for w in weights) + (16 << 20)) as session,
     ):

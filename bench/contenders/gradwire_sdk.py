@@ -51,7 +51,7 @@ class Gradwire(ArrayContender):
         command += ["--log-level", "warning"]
         self._server = ServerProcess.start(command)
         self.server_pid = self._server.pid
-        transport = "shm" if self._shared else "tcp"
+        transport = "shm" if self._shared else "grpc"
         self._client = gradwire.connect(
             self._server.address, transport=transport, block_rows=self._block_rows
         )

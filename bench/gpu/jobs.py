@@ -35,8 +35,8 @@ def measure_transports(options: Options) -> Answer:
     with _server(options) as (tcp, unix):
         for name, address, transport in (
             ("shm", unix, "shm"),
-            ("unix", unix, "tcp"),
-            ("tcp", tcp, "tcp"),
+            ("unix", unix, "grpc"),
+            ("tcp", tcp, "grpc"),
         ):
             with gradwire.connect(address, transport=transport) as client:
                 rows.append(_measured(name, "job", client, shape, options))
@@ -51,7 +51,7 @@ def measure_sizes(options: Options) -> Answer:
     with (
         _server(options) as (tcp, unix),
         gradwire.connect(unix, transport="shm") as shared,
-        gradwire.connect(tcp, transport="tcp") as remote,
+        gradwire.connect(tcp, transport="grpc") as remote,
     ):
         for side in sorted(set(map(options.scaled, SIDES))):
             shape = Shape(side, side, side)

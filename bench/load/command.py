@@ -98,7 +98,7 @@ async def _measure(
         return rate
 
     async with gradwire.AsyncClient(
-        server.address, transport="tcp", retries=False, timeout_s=options.deadline
+        server.address, transport="grpc", retries=False, timeout_s=options.deadline
     ) as client:
         mix = kinds(client, options.mix)
         probe = mix[0].call

@@ -70,7 +70,7 @@ class Worker:
             gradwire.connect(
                 relay.address if relay else address,
                 block_rows="auto" if name.endswith("auto") else None,
-                transport="tcp",
+                transport="grpc",
             )
         )
         if name.startswith("calls"):

@@ -63,7 +63,7 @@ def jobs_one_by_one(address: str, token: str) -> Iterator[list[int]]:
     operands = [np.ones((SIZE, SIZE), np.float32)] * 3
 
     def compute() -> None:
-        with sdk.connect(address, token=token, transport="tcp") as client:
+        with sdk.connect(address, token=token, transport="grpc") as client:
             while not stop.is_set():
                 client.gradients(*operands)
                 done[0] += 1

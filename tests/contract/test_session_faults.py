@@ -481,7 +481,7 @@ def test_a_client_that_is_killed_gives_its_memory_back_with_its_lease() -> None:
     with running_server() as server, grpc.insecure_channel(server.address) as channel:
         code = (
             "import gradwire, numpy, sys, threading\n"
-            f"client = gradwire.connect({server.address!r}, transport='tcp')\n"
+            f"client = gradwire.connect({server.address!r}, transport='grpc')\n"
             f"session = client.session(keep=1 << 20, lease_s={lease_s})\n"
             "session.__enter__()\n"
             "w = session.put(numpy.ones((400, 300), numpy.float32))\n"

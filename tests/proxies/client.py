@@ -18,7 +18,7 @@ def main(address: str, m: int, n: int, k: int, count: int) -> None:
     operands = oracle.operands(m, n, k)
     seconds = []
     with gradwire.connect(
-        address, transport="tcp", timeout_s=100, wait_for_ready_s=30
+        address, transport="grpc", timeout_s=100, wait_for_ready_s=30
     ) as client:
         for _ in range(count):
             began = time.perf_counter()

@@ -52,13 +52,13 @@ def proxy(kind: Kind, servers: tuple[ServerProcess, ServerProcess]) -> Iterator[
 def direct(servers: tuple[ServerProcess, ServerProcess]) -> Iterator[gradwire.Client]:
     """A client of one of the servers, without a proxy."""
     address = servers[0].address
-    with gradwire.connect(address, transport="tcp", timeout_s=60) as client:
+    with gradwire.connect(address, transport="grpc", timeout_s=60) as client:
         yield client
 
 
 def ready(address: str) -> None:
     """Wait until a proxy has found its servers."""
-    gradwire.connect(address, transport="tcp", wait_for_ready_s=30).close()
+    gradwire.connect(address, transport="grpc", wait_for_ready_s=30).close()
 
 
 class Behind:

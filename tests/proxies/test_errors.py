@@ -37,7 +37,7 @@ def test_nginxs_limit_of_a_requests_size_is_named(
     with (
         running_proxy(NGINX, addresses, change) as address,
         gradwire.connect(
-            address, transport="tcp", timeout_s=60, retries=False
+            address, transport="grpc", timeout_s=60, retries=False
         ) as client,
     ):
         client._engine.jobs.tuning = Tuning(unary=in_one_message)
@@ -57,7 +57,7 @@ def test_no_server_behind_a_proxy_is_told_as_such(kind: Kind) -> None:
         with (
             running_proxy(kind, addresses) as address,
             gradwire.connect(
-                address, transport="tcp", retries=False, wait_for_ready_s=20
+                address, transport="grpc", retries=False, wait_for_ready_s=20
             ) as client,
         ):
             one.kill()
@@ -72,7 +72,7 @@ def test_no_server_behind_a_proxy_is_told_as_such(kind: Kind) -> None:
             with (
                 running_server(listen=[one.address]),
                 gradwire.connect(
-                    address, transport="tcp", wait_for_ready_s=30
+                    address, transport="grpc", wait_for_ready_s=30
                 ) as again,
             ):
                 assert again.forward([[2.0]], [[3.0]]).item() == 6
@@ -104,7 +104,7 @@ def test_a_proxy_that_waits_too_short_names_its_timeout(
                 kind, addresses, {old: new, **SELDOM.get(kind, {})}
             ) as address,
             gradwire.connect(
-                address, transport="tcp", retries=False, wait_for_ready_s=20
+                address, transport="grpc", retries=False, wait_for_ready_s=20
             ) as client,
         ):
             for each in (one, other):

@@ -36,7 +36,7 @@ X, W, DY = oracle.operands(6000, 120, 80)
 PARTS = 12
 SOON = gradwire.RetryPolicy(initial_backoff_s=0.05, max_backoff_s=1)
 IDLE = "timeout client 3s\n    timeout server 3s"
-PATIENT = Way("stream", {"transport": "tcp", "retries": SOON})
+PATIENT = Way("stream", {"transport": "grpc", "retries": SOON})
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def drain(server: ServerProcess) -> None:
 
 def instance(server: ServerProcess) -> str:
     """What receipts call a server."""
-    with gradwire.connect(server.address, transport="tcp") as client:
+    with gradwire.connect(server.address, transport="grpc") as client:
         return client.server_info().server_instance
 
 
@@ -126,7 +126,7 @@ def test_a_stream_goes_on_at_the_other_server(
     ):
         ready(address)
         instances = {instance(each): each for each in servers}
-        with gradwire.connect(servers[0].address, transport="tcp") as client:
+        with gradwire.connect(servers[0].address, transport="grpc") as client:
             expected = client.gradients(X, W, DY)
         ended: list[str] = []
 
@@ -155,10 +155,10 @@ def test_jobs_go_on_while_a_server_drains(kind: Kind, of: str, way: Way) -> None
         ready(address)
         patient = Way(
             way.name,
-            {"transport": "tcp", "retries": SOON},
+            {"transport": "grpc", "retries": SOON},
             in_one_message=way.in_one_message,
         )
-        with gradwire.connect(third.address, transport="tcp") as client:
+        with gradwire.connect(third.address, transport="grpc") as client:
             expected = client.gradients(x, W, dy)
         with contextlib.closing(caller(of, address, patient)) as one:
             for number in range(30):
@@ -182,7 +182,7 @@ def test_health_checks_take_a_dead_server_out(kind: Kind) -> None:
         servers[0].kill()
         time.sleep(4)  # two failed checks, a second apart
         for _ in range(8):
-            with gradwire.connect(address, transport="tcp", retries=False) as client:
+            with gradwire.connect(address, transport="grpc", retries=False) as client:
                 assert client.forward([[2.0]], [[3.0]]).item() == 6
 
 
@@ -201,7 +201,7 @@ def test_a_server_that_drains_gets_no_new_calls_and_ends_its_own(kind: Kind) -> 
         def meet() -> None:
             drain(instances[streams.instance()])
             time.sleep(4)  # two failed checks, a second apart
-            with gradwire.connect(address, transport="tcp", retries=False) as client:
+            with gradwire.connect(address, transport="grpc", retries=False) as client:
                 for _ in range(8):
                     try:
                         job = client.gradients(X[:9], W, DY[:9])
@@ -243,7 +243,7 @@ def test_a_job_that_waits_is_not_idle(kind: Kind, change: tuple[str, str]) -> No
 
         for each in servers:
             client = occupied.enter_context(
-                gradwire.connect(each.address, transport="tcp")
+                gradwire.connect(each.address, transport="grpc")
             )
             runs = threading.Event()
             stream = client.stream(
@@ -255,6 +255,6 @@ def test_a_job_that_waits_is_not_idle(kind: Kind, change: tuple[str, str]) -> No
             assert runs.wait(20)
         occupied.callback(go_on.set)
         threading.Timer(8, go_on.set).start()
-        with gradwire.connect(address, transport="tcp", retries=False) as waits:
+        with gradwire.connect(address, transport="grpc", retries=False) as waits:
             result = waits.gradients(X, W, DY, timeout_s=60)
         assert result.receipt.queued_s > 6

@@ -58,7 +58,7 @@ def test_a_big_job_is_not_limited(proxy: str, direct: gradwire.Client) -> None:
     """More than any window, buffer and limit that a proxy has by default."""
     x, w, dy = oracle.operands(200_000, 64, 64)
     expected = direct.gradients(x, w, dy)
-    with gradwire.connect(proxy, transport="tcp", timeout_s=100) as client:
+    with gradwire.connect(proxy, transport="grpc", timeout_s=100) as client:
         result = client.gradients(x, w, dy)
     assert result.receipt.bytes_received > 90 << 20
     assert result.receipt.attempts == 1
@@ -82,7 +82,7 @@ def test_a_session_stays_with_its_server(
             return session.describe().server_instance, (y, dx, session.get(w))
 
     def through(_: int) -> tuple[str, Any]:
-        with gradwire.connect(proxy, transport="tcp", timeout_s=60) as client:
+        with gradwire.connect(proxy, transport="grpc", timeout_s=60) as client:
             return train(client)
 
     _, expected = train(direct)

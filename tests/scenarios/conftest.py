@@ -31,7 +31,7 @@ def small_blocks() -> Iterator[ServerProcess]:
 def client(small_blocks: ServerProcess) -> Iterator[gradwire.Client]:
     """A client of that server over TCP: what others are compared with."""
     with gradwire.connect(
-        small_blocks.address, timeout_s=60, transport="tcp"
+        small_blocks.address, timeout_s=60, transport="grpc"
     ) as connected:
         yield connected
 
@@ -132,7 +132,7 @@ def occupied(one_job: ServerProcess) -> Iterator[ServerProcess]:
         if progress.bytes_sent:
             accepted.set()
 
-    with gradwire.connect(one_job.address, transport="tcp") as client:
+    with gradwire.connect(one_job.address, transport="grpc") as client:
         stream = client.stream(rows(), w, on_progress=on_progress)
         consumer = threading.Thread(target=lambda: list(stream))
         consumer.start()

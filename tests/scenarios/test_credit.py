@@ -54,7 +54,7 @@ def _joined(blocks: list[Any]) -> list[Any]:
 
 def in_loop(address: str, what: str) -> list[Any]:
     async def run() -> list[Any]:
-        async with gradwire.AsyncClient(address, transport="tcp") as client:
+        async with gradwire.AsyncClient(address, transport="grpc") as client:
             if what == "arrays":
                 return list(await client.gradients(X, W, DY, block_rows=B))
             rows = [(X[i : i + 333], DY[i : i + 333]) for i in range(0, len(X), 333)]
@@ -66,7 +66,7 @@ def in_loop(address: str, what: str) -> list[Any]:
 
 
 def connected(relay: Relay, run: Callable[..., list[Any]]) -> list[Any]:
-    with gradwire.connect(relay.address, transport="tcp", retries=SOON) as client:
+    with gradwire.connect(relay.address, transport="grpc", retries=SOON) as client:
         return run(client)
 
 
@@ -140,7 +140,7 @@ def test_rows_without_results_are_not_outstanding(relay: Relay, results: Any) ->
     """Nothing would say when they are not any more."""
     relay.calls.clear()
     relay.gate = lambda call, answer: None
-    with gradwire.connect(relay.address, transport="tcp") as client:
+    with gradwire.connect(relay.address, transport="grpc") as client:
         client._engine.jobs.tuning = Tuning(unary=False)
         client.gradients(X, W, DY, block_rows=B, results=results)
     (call,) = relay.calls

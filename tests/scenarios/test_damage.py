@@ -21,7 +21,7 @@ FLIPS = 100
 
 def outcome(address: str, operands: Any, expected: Any) -> str:
     """What becomes of a job: "right", or the name of its error."""
-    with closing(gradwire.Client(address, transport="tcp", retries=False)) as client:
+    with closing(gradwire.Client(address, transport="grpc", retries=False)) as client:
         try:
             came = client.gradients(*operands, checksum=True, timeout_s=2)
         except gradwire.GradwireError as error:
@@ -37,7 +37,7 @@ def test_a_flipped_bit_is_an_error_or_does_no_harm(
     """Wherever it is: in HTTP/2's frames, headers, a job's sizes, elements."""
     to = small_blocks.addresses[0]
     operands = oracle.operands(60, 6, 5)
-    with gradwire.Client(to, transport="tcp") as client:
+    with gradwire.Client(to, transport="grpc") as client:
         expected = client.gradients(*operands, checksum=True)
     with Proxy(to) as proxy:
         assert outcome(proxy.address, operands, expected) == "right"

@@ -77,7 +77,7 @@ def session(client: gradwire.Client) -> list[Any]:
 
 def in_loop(relay: Relay) -> list[Any]:
     async def run() -> list[Any]:
-        client = gradwire.AsyncClient(relay.address, transport="tcp")
+        client = gradwire.AsyncClient(relay.address, transport="grpc")
         async with client:
             await client.server_info()
             client._engine.jobs.tuning = Tuning(unary=False)
@@ -88,7 +88,7 @@ def in_loop(relay: Relay) -> list[Any]:
 
 
 def connected(relay: Relay, run: Callable[..., list[Any]]) -> list[Any]:
-    with gradwire.connect(relay.address, transport="tcp", retries=SOON) as client:
+    with gradwire.connect(relay.address, transport="grpc", retries=SOON) as client:
         client._engine.jobs.tuning = Tuning(unary=False)
         return run(client)
 
@@ -153,7 +153,7 @@ def test_after_a_refusal_nothing_is_sent_early(
     relay.calls.clear()
     relay.gate = lambda call, answer: None
     with (
-        gradwire.connect(server.address, transport="tcp") as other,
+        gradwire.connect(server.address, transport="grpc") as other,
         other.stream(itertools.repeat((X, DY)), W) as endless,
         ThreadPoolExecutor(1) as thread,
     ):
@@ -177,7 +177,7 @@ def test_a_server_that_has_smaller_blocks_now_gets_the_job_again(
 
     with (
         Relay(small_blocks.address) as relay,
-        gradwire.connect(relay.address, transport="tcp") as client,
+        gradwire.connect(relay.address, transport="grpc") as client,
     ):
         relay.gate = gate
         jobs = client._engine.jobs

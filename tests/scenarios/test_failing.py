@@ -107,7 +107,7 @@ def test_a_job_too_large_for_the_server_is_refused_before_it_is_sent() -> None:
                     )
                 assert not any(progress.bytes_sent for progress in seen)
                 assert large.value.retry_after_s is None
-        with gradwire.connect(server.address, transport="tcp") as client:
+        with gradwire.connect(server.address, transport="grpc") as client:
             oracle.assert_right(client.gradients(X, W, DY), X, W, DY, "float32")
 
 

@@ -31,7 +31,7 @@ def serving() -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def client(serving: ServerProcess) -> Iterator[gradwire.Client]:
-    with gradwire.connect(serving.address, transport="tcp", timeout_s=60) as connected:
+    with gradwire.connect(serving.address, transport="grpc", timeout_s=60) as connected:
         yield connected
 
 
@@ -58,7 +58,7 @@ def test_workers_send_a_frozen_weight_once(serving: ServerProcess) -> None:
         # Equal elements, wherever they lie.
         given = w if number % 2 else np.asfortranarray(w)
         with (
-            gradwire.connect(serving.address, transport="tcp") as client,
+            gradwire.connect(serving.address, transport="grpc") as client,
             client.session(2 * w.nbytes + MIB) as session,
         ):
             weight = session.put(given, frozen=True)
@@ -117,7 +117,7 @@ def test_a_cut_put_of_a_frozen_weight_is_made_once(serving: ServerProcess) -> No
     with (
         Proxy(serving.address) as proxy,
         gradwire.connect(
-            proxy.address, transport="tcp", retries=patient, timeout_s=60
+            proxy.address, transport="grpc", retries=patient, timeout_s=60
         ) as client,
     ):
         for seed, fault in enumerate(faults, 10):

@@ -57,7 +57,7 @@ class Job:
         retries: Any = SOON,
     ) -> None:
         self._runner = runner
-        options: Any = {"transport": "tcp", "retries": retries}
+        options: Any = {"transport": "grpc", "retries": retries}
         if kind == "sync":
             self.client: Any = gradwire.connect(address, **options)
         else:

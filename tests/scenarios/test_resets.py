@@ -162,7 +162,7 @@ def test_what_a_session_does_counts_once_though_each_call_is_reset(
                 return done.value
 
     async def disturbed(reset: Reset) -> Any:
-        options: Any = {"transport": "tcp", "retries": SOON, "timeout_s": 60}
+        options: Any = {"transport": "grpc", "retries": SOON, "timeout_s": 60}
         codes = iter(CODES)
 
         def arm() -> None:
@@ -196,7 +196,7 @@ def test_an_early_answer_counts_as_the_server_gave_it(
 ) -> None:
     """HAProxy resets a call whose answer came before its request had ended."""
     with FrameProxy(busy.address) as proxy:
-        way = Way("s", {"transport": "tcp", "retries": False})
+        way = Way("s", {"transport": "grpc", "retries": False})
         through: Any = Through(proxy)
         caller = CALLERS[kind](way, through, runner)
         proxy.arm(Reset(CANCEL, with_end=True))
@@ -236,7 +236,7 @@ def test_a_busy_server_is_asked_again_though_its_answer_is_reset(
 
 
 def test_without_retries_a_reset_is_a_lost_connection(proxy: FrameProxy) -> None:
-    with gradwire.connect(proxy.address, retries=False, transport="tcp") as client:
+    with gradwire.connect(proxy.address, retries=False, transport="grpc") as client:
         for code in CODES:
             proxy.arm(Reset(code))
             with pytest.raises(

@@ -209,7 +209,7 @@ def test_a_busy_server_is_asked_again_when_it_said(
         occupant = threading.Thread(target=lambda: list(one.stream(rows(), W)))
         occupant.start()
         assert runs.wait(30)
-        caller = CALLERS[kind](Way("s", {"transport": "tcp"}), server, runner)
+        caller = CALLERS[kind](Way("s", {"transport": "grpc"}), server, runner)
 
         class Leaves(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
@@ -235,7 +235,7 @@ def test_a_job_without_its_server_fails_within_its_deadline(
 ) -> None:
     with serving_all() as server:
         caller = CALLERS[kind](
-            Way("stream", {"transport": "tcp", "retries": SOON}), server, runner
+            Way("stream", {"transport": "grpc", "retries": SOON}), server, runner
         )
         server.kill()
         begun = time.monotonic()

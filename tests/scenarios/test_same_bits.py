@@ -117,7 +117,7 @@ def halves(client: gradwire.Client, job: Any) -> Any:
     row_bytes = (N + K) * itemsize
     with (
         running_server(row_block_bytes=rows * row_bytes) as server,
-        gradwire.connect(server.address, transport="tcp") as other,
+        gradwire.connect(server.address, transport="grpc") as other,
     ):
         own = other.gradients(*operands)
     assert own.receipt.block_rows == rows

@@ -301,7 +301,7 @@ def test_states_are_listed_and_deleted(
     patient = gradwire.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
     with (
         Proxy(serving.address) as proxy,
-        gradwire.connect(proxy.address, transport="tcp", retries=patient) as cut,
+        gradwire.connect(proxy.address, transport="grpc", retries=patient) as cut,
     ):
         proxy.arm(Fault("responses", cut_after_bytes=20))
         cut.delete_saved_state("listed-3")

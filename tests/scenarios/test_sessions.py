@@ -27,7 +27,7 @@ from tests.support import oracle
 from tests.support.proxy import Fault, Proxy
 from tests.support.serving import ServerProcess, running_server
 
-TRANSPORTS = ("tcp", "shm")
+TRANSPORTS = ("grpc", "shm")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_the_operands_of_the_backward_pass_do_not_travel_again(
 ) -> None:
     x, w, dy = oracle.operands(700, 90, 70)
     with (
-        gradwire.connect(serving.address, transport="tcp") as client,
+        gradwire.connect(serving.address, transport="grpc") as client,
         client.session("8MiB") as session,
     ):
         weight = session.put(w)
@@ -170,7 +170,7 @@ def test_steps_are_those_of_torch(serving: ServerProcess, name: str) -> None:
     theirs = torch.nn.Parameter(torch.from_numpy(w.copy()))
     torchs = kind([theirs], **values, foreach=False)
     with (
-        gradwire.connect(serving.address, transport="tcp") as client,
+        gradwire.connect(serving.address, transport="grpc") as client,
         client.session("1MiB") as session,
     ):
         weight = session.put(w)
@@ -210,7 +210,7 @@ def test_training_in_torch_goes_on_in_a_session(
     for _ in range(3):
         step_there()
     with (
-        gradwire.connect(serving.address, transport="tcp") as client,
+        gradwire.connect(serving.address, transport="grpc") as client,
         client.session("1MiB") as session,
     ):
         weight = session.put(parameter.detach())
@@ -248,7 +248,7 @@ def test_steps_of_some_weights_leave_the_gradients_of_others(
 ) -> None:
     x, w, dy = oracle.operands(50, 7, 5)
     with (
-        gradwire.connect(serving.address, transport="tcp") as client,
+        gradwire.connect(serving.address, transport="grpc") as client,
         client.session("1MiB") as session,
     ):
         dw = client.gradients(x, w, dy).dw
@@ -315,7 +315,7 @@ def test_parts_give_the_same_bits_in_any_order(serving: ServerProcess) -> None:
     batches = [oracle.operands(40, 60, 50, seed=seed) for seed in range(4)]
     w = batches[0][1]
     bits = set()
-    with gradwire.connect(serving.address, transport="tcp") as client:
+    with gradwire.connect(serving.address, transport="grpc") as client:
         for turn in range(12):
             rng = np.random.default_rng(turn)
             with client.session("4MiB") as session, ThreadPoolExecutor(4) as threads:
@@ -357,7 +357,7 @@ def test_a_cut_connection_counts_a_contribution_once(
     cuts += [Fault("responses", cut_after_messages=at) for at in messages]
     with (
         Proxy(serving.address) as proxy,
-        gradwire.connect(proxy.address, transport="tcp", retries=patient) as client,
+        gradwire.connect(proxy.address, transport="grpc", retries=patient) as client,
     ):
         expected = client.gradients(x, w, dy)
         for fault in cuts:
@@ -379,7 +379,7 @@ def test_a_session_whose_answer_is_lost_is_opened_once(serving: ServerProcess) -
     patient = gradwire.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
     with (
         Proxy(serving.address) as proxy,
-        gradwire.connect(proxy.address, transport="tcp", retries=patient) as client,
+        gradwire.connect(proxy.address, transport="grpc", retries=patient) as client,
     ):
         for faults, cut in enumerate((1, 40, 80), 1):
             proxy.arm(Fault("responses", cut_after_bytes=cut))
@@ -396,7 +396,7 @@ def test_a_put_whose_answer_is_lost_fits_a_full_session(serving: ServerProcess) 
         Fault("requests", cut_after_bytes=5_000_000),
         *(Fault("responses", cut_after_bytes=at) for at in (1, 40, 80)),
     ]
-    options: Any = {"transport": "tcp", "retries": patient, "timeout_s": 60}
+    options: Any = {"transport": "grpc", "retries": patient, "timeout_s": 60}
 
     async def put(proxy: Proxy) -> None:
         async with (
@@ -430,7 +430,7 @@ def test_a_cut_step_is_made_once(serving: ServerProcess) -> None:
     patient = gradwire.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
     with (
         Proxy(serving.address) as proxy,
-        gradwire.connect(proxy.address, transport="tcp", retries=patient) as client,
+        gradwire.connect(proxy.address, transport="grpc", retries=patient) as client,
         client.session("1MiB") as session,
     ):
         weight = session.put(w)
@@ -459,7 +459,7 @@ def test_a_weight_is_never_read_half_stepped(serving: ServerProcess) -> None:
     x = np.eye(n, dtype=np.float32)[:64]
     steps = 15
     with (
-        gradwire.connect(serving.address, transport="tcp") as client,
+        gradwire.connect(serving.address, transport="grpc") as client,
         client.session("32MiB") as session,
         ThreadPoolExecutor(3) as threads,
     ):
@@ -544,7 +544,7 @@ def test_a_failing_restore_leaves_the_session_or_closes_it(
     path = tmp_path / "run.safetensors"
     w = np.ones((2, 3), np.float32)
     dy = np.ones((4, 3), np.float32)
-    with gradwire.connect(serving.address, transport="tcp") as client:
+    with gradwire.connect(serving.address, transport="grpc") as client:
         with client.session("1MiB") as session:
             pairs = {
                 weight: session.zeros_like(weight)
@@ -619,7 +619,7 @@ def test_a_full_session_says_what_it_needs(connected: gradwire.Client) -> None:
 
 
 def test_a_session_expires_without_its_client(serving: ServerProcess) -> None:
-    with gradwire.connect(serving.address, transport="tcp") as client:
+    with gradwire.connect(serving.address, transport="grpc") as client:
         session = client.session("1MiB", lease_s=1.0)
         session.open()
         weight = session.put(np.ones((2, 3), np.float32))
@@ -710,7 +710,7 @@ def test_the_async_session_does_the_same(serving: ServerProcess) -> None:
             return await session.get(weight)
 
     stepped = asyncio.run(train())
-    with gradwire.connect(serving.address, transport="tcp") as client:
+    with gradwire.connect(serving.address, transport="grpc") as client:
         dw = client.gradients(x, w, dy).dw
     np.testing.assert_allclose(stepped, w - dw, rtol=1e-5, atol=1e-5)
 
@@ -894,7 +894,7 @@ def test_the_child_of_a_fork_leaves_the_session_to_its_parent(
 
 
 def test_a_dropped_session_ends_with_its_lease(serving: ServerProcess) -> None:
-    with gradwire.connect(serving.address, transport="tcp") as client:
+    with gradwire.connect(serving.address, transport="grpc") as client:
         sessions = [client.session("1MiB", lease_s=1.0)]
         sessions[0].open()
         dropped = weakref.ref(sessions[0])
@@ -963,7 +963,7 @@ def test_an_interrupted_step_is_made_once(
         return session.get(weight)
 
     with (
-        gradwire.connect(serving.address, transport="tcp") as client,
+        gradwire.connect(serving.address, transport="grpc") as client,
         client.session("1MiB") as one,
         client.session("1MiB") as other,
     ):
@@ -1125,7 +1125,7 @@ def test_files_with_wrong_metadata_are_refused(
 def test_a_put_without_a_server_says_so(size: int) -> None:
     array = np.ones(size, np.float32)
     with running_server() as server:
-        client = gradwire.connect(server.address, retries=False, transport="tcp")
+        client = gradwire.connect(server.address, retries=False, transport="grpc")
         session = client.session("64MiB")
         session.open()
     with client:
@@ -1154,7 +1154,7 @@ def test_a_server_without_sessions_is_named(serving: ServerProcess) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        with gradwire.connect(f"127.0.0.1:{port}", transport="tcp") as client:
+        with gradwire.connect(f"127.0.0.1:{port}", transport="grpc") as client:
             for call in (client.session("1MiB").open, client.sessions):
                 with pytest.raises(
                     gradwire.UnsupportedError,
@@ -1181,7 +1181,7 @@ def test_an_async_session_may_be_closed_after_its_loop(serving: ServerProcess) -
 def test_blocks_of_a_session_can_be_smaller(serving: ServerProcess) -> None:
     x, w, dy = oracle.operands(256, 40, 30)
     with (
-        gradwire.connect(serving.address, transport="tcp") as client,
+        gradwire.connect(serving.address, transport="grpc") as client,
         client.session("4MiB") as session,
     ):
         weight = session.put(w)

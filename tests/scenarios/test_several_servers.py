@@ -297,7 +297,7 @@ def test_a_busy_or_draining_server_sends_its_jobs_to_another() -> None:
     with (
         running_server(max_jobs=1, max_queue=0, grace=60) as small,
         running_server() as other,
-        gradwire.connect(small.address, transport="tcp") as occupant,
+        gradwire.connect(small.address, transport="grpc") as occupant,
     ):
         thread = threading.Thread(target=lambda: list(occupant.stream(rows(), W)))
         thread.start()

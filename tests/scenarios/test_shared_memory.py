@@ -43,7 +43,7 @@ def shm(sharing: ServerProcess) -> Iterator[gradwire.Client]:
 
 @pytest.fixture(scope="module")
 def tcp(sharing: ServerProcess) -> Iterator[gradwire.Client]:
-    with gradwire.connect(sharing.address, transport="tcp", timeout_s=60) as client:
+    with gradwire.connect(sharing.address, transport="grpc", timeout_s=60) as client:
         yield client
 
 

@@ -121,9 +121,9 @@ def test_jobs_over_tls_have_the_bits_of_those_in_plaintext(
     operands = oracle.operands(500, 30, 20)
     over_tls, unix = tls_server.addresses
     shared = connection == "shm"
-    options: dict[str, Any] = {"transport": "shm" if shared else "tcp"}
+    options: dict[str, Any] = {"transport": "shm" if shared else "grpc"}
     with (
-        gradwire.connect(unix, transport="tcp") as plain,
+        gradwire.connect(unix, transport="grpc") as plain,
         gradwire.connect(over_tls, tls=Tls(ca=files.ca), **options) as client,
     ):
         client._engine.jobs.tuning = Tuning(
@@ -131,7 +131,7 @@ def test_jobs_over_tls_have_the_bits_of_those_in_plaintext(
         )
         expected = plain.gradients(*operands)
         actual = client.gradients(*operands)
-    assert actual.receipt.transport == options["transport"]
+    assert actual.receipt.transport == ("shm" if shared else "tcp")
     for one, other in zip(actual[:3], expected[:3], strict=True):
         assert oracle.same_bits(one, other)
 
@@ -263,7 +263,7 @@ FORK = """
     import gradwire
     x = np.ones((3, 3))
     client = gradwire.connect(
-        sys.argv[1], tls=gradwire.Tls(ca=sys.argv[2]), transport="tcp"
+        sys.argv[1], tls=gradwire.Tls(ca=sys.argv[2]), transport="grpc"
     )
     client.forward(x, x)
     child = os.fork()

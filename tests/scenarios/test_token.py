@@ -88,7 +88,7 @@ def test_who_has_no_token_or_a_wrong_one_is_told_so(
 def test_a_token_may_be_renewed_and_fail_to_be(guarded: ServerProcess) -> None:
     now: list[str] = [TOKENS["alice"]]
     with gradwire.connect(
-        guarded.address, transport="tcp", token=lambda: now[0]
+        guarded.address, transport="grpc", token=lambda: now[0]
     ) as client:
         client.forward(X, W)
         now[0] = WRONG

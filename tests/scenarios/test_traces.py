@@ -291,7 +291,7 @@ def test_a_connection_that_is_cut_and_the_rest_of_the_job_are_one_trace(
     soon = gradwire.RetryPolicy(initial_backoff_s=0.02, max_backoff_s=0.2)
     with Proxy(server.addresses[0]) as proxy:
         through: Any = SimpleNamespace(addresses=(proxy.address, ""))
-        way = Way("cut", {"transport": "tcp", "retries": soon})
+        way = Way("cut", {"transport": "grpc", "retries": soon})
         proxy.arm(Fault("responses", cut_after_messages=100))
         with traced.caller() as trace_id:
             receipt = call(way, through, checkpoint_rows=50)

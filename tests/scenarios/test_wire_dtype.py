@@ -159,7 +159,7 @@ def test_the_network_carries_half_the_bytes(small_blocks: ServerProcess) -> None
     for wire_dtype in (None, "bfloat16"):
         with (
             Link(small_blocks.address) as link,
-            gradwire.connect(link.address, transport="tcp", timeout_s=60) as client,
+            gradwire.connect(link.address, transport="grpc", timeout_s=60) as client,
         ):
             client.gradients(x, w, dy, wire_dtype=wire_dtype)
             counted[wire_dtype] = link.up_bytes, link.down_bytes

@@ -29,7 +29,7 @@ class Way:
     """A way from a client to the server that `serving_all` makes."""
 
     name: str
-    options: Mapping[str, Any] = field(default_factory=lambda: {"transport": "tcp"})
+    options: Mapping[str, Any] = field(default_factory=lambda: {"transport": "grpc"})
     """Arguments of `gradwire.connect`."""
     unix: bool = False
     """Whether the client connects to the server's unix socket."""
@@ -44,7 +44,10 @@ class Way:
     @property
     def transport(self) -> str:
         """What a receipt calls it."""
-        return "unix" if self.unix else str(self.options["transport"])
+        if self.unix:
+            return "unix"
+        chosen = str(self.options["transport"])
+        return "tcp" if chosen == "grpc" else chosen
 
     def address(self, server: ServerProcess) -> str:
         tcp, unix = server.addresses

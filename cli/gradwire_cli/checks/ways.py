@@ -85,6 +85,16 @@ def in_shared_memory(clients: Clients, job: Products) -> Sequence[Results] | Non
     return [called(clients.shared, job), called_in_place(clients.shared, job)]
 
 
+def on_direct_connections(clients: Clients, job: Products) -> Sequence[Results] | None:
+    """Send a job and a stream on direct connections."""
+    if clients.direct is None:
+        return None
+    return [
+        called(clients.direct, job),
+        streamed(clients.direct, job, rows_at_once=48)[0],
+    ]
+
+
 def result_by_result(clients: Clients, job: Products) -> Sequence[Results]:
     """Compute each result alone, without the operands that it does not need."""
     (x, w, dy), client = job.operands, clients.messages
@@ -106,6 +116,18 @@ def blocks_in_shared_memory(
     m = min(max(6 * rows + rows // 2, 99), MOST_ROWS)
     job = integer_products(rng, (m, 3, 5), dtype)
     yield from exact("shared blocks", job, called(clients.shared, job))
+
+
+def blocks_on_direct_connections(
+    clients: Clients, dtype: Dtype, rng: np.random.Generator
+) -> Iterator[CheckResult]:
+    """Check integer results over several row blocks on direct connections."""
+    if clients.direct is None:
+        return
+    rows = block_rows(clients.messages, integer_products(rng, (1, 3, 5), dtype))
+    m = min(max(6 * rows + rows // 2, 99), MOST_ROWS)
+    job = integer_products(rng, (m, 3, 5), dtype)
+    yield from exact("direct blocks", job, called(clients.direct, job))
 
 
 def concurrent_jobs(
@@ -168,10 +190,12 @@ WAYS: dict[str, Check] = {
         "call = with checksum": with_checksum,
         "call = other connection": by_other_connection,
         "call = shared memory": in_shared_memory,
+        "call = direct connections": on_direct_connections,
         "call = one result": result_by_result,
     }.items()
 } | {
     "shared blocks": blocks_in_shared_memory,
+    "direct blocks": blocks_on_direct_connections,
     "resumed job": resumed_jobs,
     "concurrent jobs": concurrent_jobs,
 }

@@ -24,6 +24,7 @@ from gradwire_cli.options import (
 )
 from gradwire_cli.terminal.tables import console, properties
 from gradwire_cli.terminal.units import format_bytes
+from gradwire_protocol.limits import DIRECT
 
 app = App(name="info", help="Show a server's version, devices, features and limits.")
 
@@ -91,5 +92,6 @@ def _rows(address: str, info: ServerInfo) -> Iterator[tuple[str, str]]:
     yield "largest message", format_bytes(limits.max_message_bytes)
     yield "sent before Accepted", format_bytes(limits.early_bytes)
     yield "idle timeout", f"{limits.idle_timeout_s:g} s"
+    yield "direct connections", "yes" if DIRECT in info.features else "no"
     yield "features", ", ".join(info.features) or "none beyond the contract"
     yield "libraries", ", ".join(f"{k} {v}" for k, v in info.libraries.items())

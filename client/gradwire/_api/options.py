@@ -32,7 +32,7 @@ BlockRows: TypeAlias = int | Literal["auto"]
 _LONGEST_TIMEOUT_S = 365 * 86_400.0
 """Longest timeout passed to gRPC, which cannot represent much longer ones."""
 
-TRANSPORTS = ("auto", "tcp", "shm")
+TRANSPORTS = ("auto", "grpc", "direct", "shm")
 
 _DEFAULT_RESULTS = tuple(matrix.label for matrix in DEFAULT_RESULTS)
 _NAMES = ", ".join(matrix.label for matrix in RESULTS)
@@ -202,7 +202,7 @@ def parse_timeout(value: float | None, name: str) -> float | None:
 
 
 def parse_transport(value: str) -> str:
-    """Return the transport of elements: "auto", "tcp" or "shm".
+    """Return the transport of elements: "auto", "grpc", "direct" or "shm".
 
     Raises:
         InputError: The value is none of them.

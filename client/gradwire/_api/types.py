@@ -137,7 +137,8 @@ class Receipt:
     """Highest resident memory of the server process so far."""
 
     transport: str
-    """Transport of the elements: ``tcp``, ``unix`` or ``shm`` (shared memory)."""
+    """Transport of the elements: ``tcp`` or ``unix``, in messages; ``direct``, on
+    connections of their own; or ``shm``, in shared memory."""
 
     dtype: str
     """Dtype in which the operands were sent."""

@@ -30,10 +30,15 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
         timeout_s: Seconds for every call that does not say itself; None, the
             default: no limit.
         metadata: Sent with every call: ``{"traceparent": "00-..."}``.
-        transport: How elements are sent. ``"tcp"``: in messages, over the connection
-            of the address. ``"shm"``: in memory shared with the server; see
-            `Client.empty`. ``"auto"``, the default: in shared memory if the server
-            allows it and is known to be on this host.
+        transport: How elements are sent. ``"grpc"``: in messages of the call.
+            ``"direct"``: on TCP connections beside the call, which take half the
+            processor time; the server must have the setting data-listen.
+            ``"shm"``: in memory shared with the server; see `Client.empty`.
+            ``"auto"``, the default: in shared memory if the server allows it and is
+            known to be on this host; else on direct connections if the server has
+            them and the job has at least 4 MiB of operands or of results; else in
+            messages, also for a minute after direct connections failed. With several
+            servers, never in shared memory.
         tls: None, the default: plaintext, for this host and for networks that you
             trust; an ``authorization`` in the metadata is refused for other hosts.
             True: TLS, to a server with a certificate of an authority that the system
@@ -59,7 +64,8 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
             Or something else than a gradwire server answers, or a server with an
             unknown version of the contract (`ContractError`). Or the server is not
             trusted (`TlsError`). Or ``transport="shm"``, and the server shares no
-            memory.
+            memory. Or ``transport="direct"``, and the server has no direct
+            connections.
 
     Example:
         >>> with gradwire.connect("gpu-node:50051") as client:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 from grpc import StatusCode
 
@@ -30,6 +30,7 @@ from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import CallSpan
 from gradwire._resilience.retry import Attempts, Retries, parse_retries
 from gradwire._transport.address import parse_addresses
+from gradwire._transport.direct.policy import DirectPolicy
 from gradwire._transport.endpoint import Endpoint, Endpoints
 from gradwire._transport.shm.policy import ShmPolicy
 from gradwire_protocol import limits
@@ -90,14 +91,20 @@ class EngineBase:
         )
         self.closed = False
         transport = parse_transport(options.get("transport", "auto"))
+        self.shm = ShmPolicy(transport, self.address)
+        self.direct = DirectPolicy(transport, self._endpoint)
         if self._addresses.several:
             if transport == "shm":
                 raise InputError(
                     'transport is "shm", which works with one server only: expected one'
                     " address"
                 )
-            transport = "tcp"
-        self.shm = ShmPolicy(transport, self.address)
+            self.without_shm()
+
+    def without_shm(self) -> Self:
+        """Use no shared memory, because there are several servers."""
+        self.shm.disable()
+        return self
 
     def require_open(self) -> None:
         """Check that the client is open.
@@ -147,6 +154,7 @@ class EngineBase:
         Raises:
             ContractError: The server has another version of the contract.
             CannotShareError: ``transport="shm"``, and the server shares no memory.
+            NoDirectConnectionError: ``transport="direct"``, and the server has none.
         """
         if info.contract != limits.CONTRACT:
             raise ContractError(
@@ -155,6 +163,7 @@ class EngineBase:
                 f" {limits.CONTRACT}: update one of them"
             )
         self.shm.learn(info)
+        self.direct.learn(info)
         self.jobs.features = frozenset(info.features)
         self.jobs.limits = (info.limits,)
         return info
@@ -183,8 +192,8 @@ def member_options(
         endpoints: All servers.
         name: The DNS name that has the server's address, if it was given by name.
     """
-    own: ClientOptions = {"transport": "tcp", "tls": endpoints.tls_of(name)}
-    for key in ("metadata", "token", "retries"):
+    own: ClientOptions = {"tls": endpoints.tls_of(name)}
+    for key in ("metadata", "token", "retries", "transport"):
         if key in options:
             own[key] = options[key]
     return own

@@ -28,7 +28,7 @@ def training_server() -> Iterator[ServerProcess]:
 def client(training_server: ServerProcess) -> Iterator[gradwire.Client]:
     """A client of that server over TCP."""
     with gradwire.connect(
-        training_server.address, timeout_s=60, transport="tcp"
+        training_server.address, timeout_s=60, transport="grpc"
     ) as connected:
         yield connected
 

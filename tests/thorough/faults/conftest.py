@@ -131,7 +131,7 @@ def proxy(watched: Watched) -> Iterator[Proxy]:
 @contextmanager
 def both_clients(address: str, **options: Any) -> Iterator[dict[str, Client]]:
     """A `Client` and an `AsyncClient`, with the same face."""
-    options = {"transport": "tcp", "retries": SOON} | options
+    options = {"transport": "grpc", "retries": SOON} | options
     with asyncio.Runner() as runner, connected(address, **options) as client:
         async_client = gradwire.AsyncClient(address, **options)
         async_client._engine.jobs.tuning = client._engine.jobs.tuning
@@ -187,7 +187,7 @@ Client: TypeAlias = gradwire.Client | _Waiting
 
 def connected(address: str, **options: Any) -> gradwire.Client:
     """A client that streams even small jobs, in small messages."""
-    options = {"transport": "tcp", "retries": SOON} | options
+    options = {"transport": "grpc", "retries": SOON} | options
     client = gradwire.connect(address, **options)
     client._engine.jobs.tuning = Tuning(unary=False, chunk_bytes=MESSAGE_BYTES)
     return client

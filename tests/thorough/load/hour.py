@@ -52,7 +52,7 @@ def step(client: gradwire.Client, shared: gradwire.Client, number: int) -> str:
             return "shared"
         case 19:
             address = client.address
-            with gradwire.connect(address, transport="tcp") as another:
+            with gradwire.connect(address, transport="grpc") as another:
                 another.gradients(x, w, dy)
             return "connected"
         case 23:
@@ -71,7 +71,7 @@ def step(client: gradwire.Client, shared: gradwire.Client, number: int) -> str:
 
 def main(address: str, unix: str) -> None:
     with (
-        gradwire.connect(address, transport="tcp", retries=False) as client,
+        gradwire.connect(address, transport="grpc", retries=False) as client,
         gradwire.connect(unix, transport="shm", retries=False) as shared,
     ):
         print("ready", flush=True)

@@ -165,7 +165,7 @@ def test_memory_does_not_creep(server, channel):
     assert resident(server) <= before + ALLOWANCE // 4
 
 
-TCP: dict[str, Any] = {"transport": "tcp"}
+TCP: dict[str, Any] = {"transport": "grpc"}
 SHM: dict[str, Any] = {"transport": "shm"}
 STREAMED = {"rows": 32_000, "times": 20}
 HALF = {"wire_dtype": "bfloat16", "result_dtype": {"dw": "float32"}}

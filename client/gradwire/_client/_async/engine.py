@@ -83,7 +83,8 @@ class AsyncEngine(EngineBase):
             endpoints = self._endpoints
 
             def member(address: str, name: str | None) -> AsyncEngine:
-                return AsyncEngine(address, member_options(options, endpoints, name))
+                own = member_options(options, endpoints, name)
+                return AsyncEngine(address, own).without_shm()
 
             addresses = self._addresses
             self._servers = LoadBalancer(member, addresses.known, addresses.names)
@@ -386,6 +387,7 @@ class AsyncEngine(EngineBase):
         for member in self._servers.engines() if self._servers else ():
             await member.aclose()
         self.shm.pool.close()
+        self.direct.close()
         self.jobs.memory.close()
         await self._connector.aclose()
 
@@ -395,6 +397,7 @@ class AsyncEngine(EngineBase):
         The child must neither use nor close the parent's shared memory and locks.
         """
         _inherited.append(self.shm.after_fork())
+        self.direct.after_fork()
         self.jobs.after_fork()
         self._closing = AsyncFlag()
         if self.closed:

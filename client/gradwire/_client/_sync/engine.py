@@ -83,7 +83,8 @@ class SyncEngine(EngineBase):
             endpoints = self._endpoints
 
             def member(address: str, name: str | None) -> SyncEngine:
-                return SyncEngine(address, member_options(options, endpoints, name))
+                own = member_options(options, endpoints, name)
+                return SyncEngine(address, own).without_shm()
 
             addresses = self._addresses
             self._servers = LoadBalancer(member, addresses.known, addresses.names)
@@ -386,6 +387,7 @@ class SyncEngine(EngineBase):
         for member in self._servers.engines() if self._servers else ():
             member.close()
         self.shm.pool.close()
+        self.direct.close()
         self.jobs.memory.close()
         self._connector.close()
 
@@ -395,6 +397,7 @@ class SyncEngine(EngineBase):
         The child must neither use nor close the parent's shared memory and locks.
         """
         _inherited.append(self.shm.after_fork())
+        self.direct.after_fork()
         self.jobs.after_fork()
         self._closing = SyncFlag()
         if self.closed:

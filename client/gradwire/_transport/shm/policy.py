@@ -41,7 +41,7 @@ class ShmPolicy:
     """The shared memory of one client, and its choice of transport.
 
     Args:
-        transport: "auto", "tcp" or "shm".
+        transport: "auto", "grpc", "direct" or "shm".
         address: The server's address.
     """
 
@@ -51,7 +51,7 @@ class ShmPolicy:
         self._address = address
         self._local = is_local(address)
         self._possible = self.demanded
-        self._allowed = transport != "tcp"
+        self._allowed = transport in {"auto", "shm"}
 
     @property
     def on(self) -> bool:
@@ -123,6 +123,10 @@ class ShmPolicy:
         """
         self._possible = self.demanded
         return not self.demanded
+
+    def disable(self) -> None:
+        """Use no shared memory, whatever the server offers."""
+        self._allowed = self.demanded = self._possible = False
 
     def after_fork(self) -> Pool:
         """Use a new pool in the child of a fork.
