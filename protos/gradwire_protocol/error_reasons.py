@@ -60,6 +60,7 @@ class Reason(enum.StrEnum):
     # other statuses, one or two reasons each
     DRAINING = enum.auto()
     DEVICE_LOST = enum.auto()
+    CONNECTION_LOST = enum.auto()
     CLIENT_IDLE = enum.auto()
     JOB_CANCELLED = enum.auto()
     DEADLINE_PASSED = enum.auto()
@@ -95,6 +96,7 @@ _OTHER_STATUS = {
     Reason.STATE_NOT_SAVED: StatusCode.RESOURCE_EXHAUSTED,
     Reason.DRAINING: StatusCode.UNAVAILABLE,
     Reason.DEVICE_LOST: StatusCode.UNAVAILABLE,
+    Reason.CONNECTION_LOST: StatusCode.UNAVAILABLE,
     Reason.CLIENT_IDLE: StatusCode.ABORTED,
     Reason.JOB_CANCELLED: StatusCode.CANCELLED,
     Reason.DEADLINE_PASSED: StatusCode.DEADLINE_EXCEEDED,

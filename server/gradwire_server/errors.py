@@ -90,3 +90,25 @@ class JobError(Exception):
 def malformed(what: str) -> JobError:
     """Return the error for bytes that are not the expected message."""
     return JobError(Reason.MESSAGE_MALFORMED, what)
+
+
+def client_sent_nothing(idle_s: float, expected: str) -> JobError:
+    """Return the error of a client that did not send for too long.
+
+    Args:
+        idle_s: Seconds that it may be idle.
+        expected: What it should have sent.
+    """
+    return JobError(
+        Reason.CLIENT_IDLE,
+        f"the client sent nothing for {idle_s:g} s: expected {expected}",
+    )
+
+
+def client_did_not_read(idle_s: float) -> JobError:
+    """Return the error of a client that did not read for too long."""
+    return JobError(
+        Reason.CLIENT_IDLE,
+        f"the client did not read for {idle_s:g} s what it was sent: it must read "
+        f"while it writes",
+    )

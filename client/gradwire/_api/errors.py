@@ -315,6 +315,7 @@ BY_REASON: dict[Reason, type[CallError]] = {
     Reason.DEVICE_OUT_OF_MEMORY: DeviceOutOfMemoryError,
     Reason.DRAINING: DrainingError,
     Reason.DEVICE_LOST: DeviceLostError,
+    Reason.CONNECTION_LOST: ConnectionLostError,
     Reason.CLIENT_IDLE: ClientIdleError,
     Reason.CHECKSUM_MISMATCH: ChecksumError,
 }

@@ -73,6 +73,16 @@ class ArraySink:
             if self._filled == len(self._bytes):
                 self._move()
 
+    def room(self, size_bytes: int) -> memoryview | None:
+        """Return the memory of the next bytes; None if they have to be converted."""
+        if not self._flat:
+            return None
+        return self._bytes[self._filled : self._filled + size_bytes]
+
+    def advance(self, size_bytes: int) -> None:
+        """Count the next bytes as stored: they were received into `room`."""
+        self._filled += size_bytes
+
     def close(self) -> None:
         """Copy all collected elements to the array."""
         if not self._flat and self._line is None and self._filled:

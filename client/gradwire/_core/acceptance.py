@@ -7,6 +7,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from gradwire._api.errors import ProtocolError
+from gradwire_protocol.data_plane.frames import TOKEN_BYTES
 from gradwire_protocol.v1.job_pb2 import Accepted, Job
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
@@ -27,6 +28,14 @@ def check_accepted(accepted: Accepted, job: Job) -> None:
             f"the server announced blocks of {rows} rows, a window of {window} and a"
             f" credit of {accepted.credit_blocks}"
         )
+    if accepted.HasField("direct"):
+        direct, offered = accepted.direct, job.direct.connections
+        if not 1 <= direct.connections <= offered or len(direct.token) != TOKEN_BYTES:
+            raise ProtocolError(
+                f"the server takes {direct.connections} direct connections with a token"
+                f" of {len(direct.token)} bytes: expected 1 to {offered}, and"
+                f" {TOKEN_BYTES} bytes"
+            )
     if _with_defaults(job, accepted.effective_job) == accepted.effective_job:
         return  # The usual case, and faster than the search for a difference.
     difference = _difference(job, accepted.effective_job)

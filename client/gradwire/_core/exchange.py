@@ -13,7 +13,7 @@ chain of generators, receiving is one method, and each reads only counters of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,15 +21,16 @@ from gradwire._api.errors import ProtocolError
 from gradwire._api.types import Receipt, receipt_of
 from gradwire._arrays.operand import Operand
 from gradwire._core.acceptance import check_accepted, check_receipt
+from gradwire._core.direct_exchange import DirectExchange
 from gradwire._core.job_plan import Plan
 from gradwire._core.progress import Reporter
 from gradwire._core.receiver import Receiver, Sink
 from gradwire._core.resume import Checkpoints, ResumePoint, point_after
-from gradwire._core.sender import Sender
+from gradwire._core.sender import WAIT, Sender
 from gradwire_protocol import framing
 from gradwire_protocol.limits import RESUME
 from gradwire_protocol.matrices import PARTIAL_SUMS, ROW_OPERANDS, ROW_RESULTS, Matrix
-from gradwire_protocol.v1.job_pb2 import Accepted, Checkpoint, Queued
+from gradwire_protocol.v1.job_pb2 import Accepted, Checkpoint, DirectAccess, Queued
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 
@@ -71,9 +72,12 @@ class JobExchange:
             server stops; None: none.
         early_bytes: Most bytes of operands to send before the server has accepted the
             job. A job that resumes sends none.
+        direct: Most direct connections for the elements; 0: they are in messages.
 
     Attributes:
         accepted: The server's Accepted, once received.
+        offered: The direct connections that the server has offered, until
+            `use_direct` or `use_messages` is called.
     """
 
     def __init__(
@@ -85,8 +89,10 @@ class JobExchange:
         point: ResumePoint | None = None,
         checkpoint_rows: int | None = None,
         early_bytes: int = 0,
+        direct: int = 0,
     ) -> None:
         self.accepted: Accepted | None = None
+        self.offered: DirectAccess | None = None
         self._plan = plan
         self._point = point
         self._checkpoints = Checkpoints(plan, point.checkpoint if point else None)
@@ -103,11 +109,16 @@ class JobExchange:
             # The first server may have had a smaller B than the job asked for, and
             # this one may have a larger.
             spec = replace(spec, block_rows=point.fingerprint.block_rows)
+        if direct:
+            spec = replace(spec, direct=direct)
         self._job = spec.to_message(plan.options.job_id)
         self._sender = sender
-        self._receiver = Receiver(plan, sinks, sender)
+        self._of_messages = Receiver(plan, sinks, sender)
+        self._receiver: Receiver | DirectExchange = self._of_messages
+        self._direct_sent: Callable[[], bool] | None = None
         if point is None:
-            sender.begin(0, early_bytes)
+            # On direct connections the elements have to be in one order.
+            sender.begin(0, 0 if direct else early_bytes)
         else:
             sender.begin(point.first_row)
         self._reporter = Reporter(plan)
@@ -123,6 +134,12 @@ class JobExchange:
         At an empty message (`WAIT`), wait until another message was received.
         """
         rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
+        yield from self._sender.opening()
+        if self._direct_sent is not None:
+            while not self._direct_sent():
+                yield WAIT
+            yield from self._sender.end()
+            return
         yield from self.weight_messages(operands.get(Matrix.W))
         yield from self._reported(self._sender.all_rows(rows))
         yield from self._reported(self._sender.end())
@@ -161,16 +178,16 @@ class JobExchange:
                 raise ProtocolError("the server sent results before accepting the job")
             self._take(received)
         elif isinstance(received, Queued):
-            self._report(jobs_ahead=received.jobs_ahead)
+            self.report(jobs_ahead=received.jobs_ahead)
             return
         elif isinstance(received, Accepted):
             self._accept(received)
         elif isinstance(received, Checkpoint):
-            self._begin_checkpoint(received)
+            self.begin_checkpoint(received.rows)
             return
         else:
             self._receipt = received
-        self._report()
+        self.report()
 
     def finish(self) -> Receipt:
         """Return the receipt, once the server has ended the stream with OK.
@@ -227,42 +244,102 @@ class JobExchange:
                 "the server resumes the job with another fingerprint, contrary to the"
                 " request"
             )
-        self._receiver.begin(point.results_from_row if point else 0)
+        self._of_messages.begin(point.results_from_row if point else 0)
         self._checkpoints.accept(accepted)
         self.accepted = accepted
+        if accepted.HasField("direct"):
+            self.offered = accepted.direct
+        else:
+            self.use_messages()
+
+    def use_messages(self) -> None:
+        """Send and receive the elements in messages of the call."""
+        accepted, self.offered = self._required(), None
         self._sender.received_row = self._receiver.complete_row()
         # Sending goes on from here, perhaps in another thread.
         self._sender.accept(
             accepted.block_rows, accepted.window_rows, accepted.credit_blocks
         )
 
+    def use_direct(
+        self, sinks: Callable[[], Mapping[Matrix, Sink]], sent: Callable[[], bool]
+    ) -> DirectExchange:
+        """Send and receive the elements on the direct connections in `offered`.
+
+        Args:
+            sinks: Makes the results' sinks, for each connection its own.
+            sent: Returns whether all operands were sent.
+        """
+        accepted, point, sender = self._required(), self._point, self._sender
+        connections, self.offered = accepted.direct.connections, None
+        sender.block_rows = accepted.block_rows
+        direct = DirectExchange(
+            self._plan,
+            sender,
+            sinks,
+            self,
+            connections=connections,
+            checkpoint=point.checkpoint if point else None,
+            results_from_row=point.results_from_row if point else 0,
+        )
+        self._receiver = direct
+        self._direct_sent = sent
+        # The requests go on from here, perhaps in another thread.
+        sender.accept(accepted.block_rows, accepted.window_rows)
+        return direct
+
+    def _required(self) -> Accepted:
+        if self.accepted is None:
+            raise RuntimeError("the server has not accepted the job")
+        return self.accepted
+
+    def take_sums(self, chunk: framing.Chunk) -> None:
+        """Take elements of a checkpoint's sums.
+
+        Raises:
+            ProtocolError: They are not the next ones.
+            ChecksumError: They were damaged in transit.
+        """
+        self._checkpoints.take(chunk)
+        if not self._checkpoints.coming:
+            self._checkpoints.within(self._complete_row())
+
     def _take(self, chunk: framing.Chunk) -> None:
+        if self._receiver is not self._of_messages:
+            raise ProtocolError(
+                "the server sent elements in a message: expected them on direct"
+                " connections"
+            )
         if chunk.matrix in PARTIAL_SUMS:
-            self._checkpoints.take(chunk)
-            if not self._checkpoints.coming:
-                self._checkpoints.within(self._complete_row())
+            self.take_sums(chunk)
         elif self._checkpoints.coming:
             raise ProtocolError("the server did not complete a checkpoint")
         else:
-            self._receiver.take(chunk)
-            self._sender.received_row = self._receiver.complete_row()
+            self._of_messages.take(chunk)
+            self._sender.received_row = self._of_messages.complete_row()
 
-    def _begin_checkpoint(self, received: Checkpoint) -> None:
+    def begin_checkpoint(self, rows: int) -> None:
+        """Begin a checkpoint of the first rows.
+
+        Raises:
+            ProtocolError: It was not requested, or has an impossible number of rows.
+        """
         if not self._takes_checkpoints or self.accepted is None:
             raise ProtocolError("the server sent a checkpoint that was not requested")
         if self._checkpoints.coming:
             raise ProtocolError("the server did not complete a checkpoint")
         sender = self._sender
-        self._checkpoints.begin(received.rows, sender.rows_sent, sender.block_rows)
+        self._checkpoints.begin(rows, sender.rows_sent, sender.block_rows)
 
     def _reported(self, messages: Iterator[bytes]) -> Iterator[bytes]:
         for message in messages:
             yield message
             # A job that is not accepted yet waits, whatever it has sent.
             if message and self.accepted is not None:
-                self._report()
+                self.report()
 
-    def _report(self, jobs_ahead: int | None = None) -> None:
+    def report(self, jobs_ahead: int | None = None) -> None:
+        """Report progress to the caller."""
         point, plan = self._point, self._plan
         bytes_sent = self._sender.bytes_sent
         bytes_received = self._receiver.bytes_received

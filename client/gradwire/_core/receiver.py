@@ -33,8 +33,14 @@ class Sink(Protocol):
     def write(self, payload: memoryview) -> None:
         """Store the next elements: a whole number, at least one."""
 
+    def room(self, size_bytes: int) -> memoryview | None:
+        """Return the memory of the next bytes, if they can be received there."""
+
+    def advance(self, size_bytes: int) -> None:
+        """Count the next bytes as stored: they were received into `room`."""
+
     def close(self) -> None:
-        """Finish: there are no more elements."""
+        """Finish: there are no more elements, or none before the next `seek`."""
 
 
 class BlockSink:
@@ -91,6 +97,12 @@ class BlockSink:
                 self.complete[self._first_row] = self._array
                 self._first_row += self._array.shape[0]
                 self._array = None
+
+    def room(self, size_bytes: int) -> memoryview | None:
+        """Return None: a row block's array is made when its first element comes."""
+
+    def advance(self, size_bytes: int) -> None:
+        """Do nothing, without `room`."""
 
     def close(self) -> None:
         """Do nothing: the last element completed the last block."""

@@ -110,13 +110,20 @@ class Sender:
         yield from self._messages(Matrix.W, w, 0, w.rows, row=0)
 
     def sums(self, sums: Mapping[Matrix, Array]) -> Iterator[bytes]:
-        """The messages that carry partial sums of these results."""
+        """Yield the messages that carry partial sums of these results."""
+        for matrix, index, payload in self.sum_pieces(sums):
+            yield self._encoded(matrix, index, payload)
+
+    def sum_pieces(
+        self, sums: Mapping[Matrix, Array]
+    ) -> Iterator[tuple[Matrix, int, memoryview]]:
+        """Yield partial sums in pieces: matrix, index of the first element, bytes."""
         for matrix, array in sums.items():
             elements = max(1, self._plan.chunk_bytes // array.itemsize)
             flat = array.reshape(-1)
             for index in range(0, flat.size, elements):
                 payload = flat[index : index + elements].view(np.uint8).data
-                yield self._encoded(matrix.partial, index, payload)
+                yield matrix.partial, index, payload
 
     def all_rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
         """Yield the messages with all rows not yet sent.

@@ -13,6 +13,7 @@ from gradwire._arrays.operand import Operand
 from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
 from gradwire._core.outputs import ArrayOutputs
+from gradwire._core.receiver import Sink
 from gradwire._core.resume import (
     ResumePoint,
     made_progress,
@@ -53,15 +54,20 @@ class ArrayJob:
         self.unary = unary
         self.outputs = outputs
 
-    def exchange(self) -> JobExchange:
-        """Create the exchange of a streamed attempt."""
+    def exchange(self, direct: int = 0) -> JobExchange:
+        """Create the exchange of a streamed attempt.
+
+        Args:
+            direct: Most direct connections.
+        """
         return JobExchange(
             self.plan,
             Sender(self.plan),
-            self._sinks(),
+            self.sinks(),
             point=self.resume_point,
             checkpoint_rows=self._checkpoint_rows,
             early_bytes=self._early_bytes,
+            direct=direct,
         )
 
     def cut_off(
@@ -132,7 +138,8 @@ class ArrayJob:
         self.outputs.deliver(self._copies)
         return self._copies.told(receipt)
 
-    def _sinks(self) -> dict[Matrix, ArraySink]:
+    def sinks(self) -> dict[Matrix, Sink]:
+        """Make sinks that store the results in the job's arrays."""
         return {
             matrix: ArraySink(array, self.plan.result_dtype(matrix))
             for matrix, array in self.outputs.all().items()

@@ -18,8 +18,10 @@ from gradwire_protocol.v1 import job_pb2
 from gradwire_server.api.call_state import CallState, never_busy
 from gradwire_server.api.client_timeouts import ClientTimeouts
 from gradwire_server.errors import JobError, malformed
+from gradwire_server.jobs.direct.direct_job import DirectJob
 from gradwire_server.jobs.stream.checkpoints import Checkpoint
 from gradwire_server.jobs.stream.streamed_job import StreamedJob
+from gradwire_server.transports.data_plane import Connection, Offer
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 Request = TypeVar("Request", bound=Message)
@@ -35,6 +37,8 @@ class CallStream:
         self._call = call
         self._context = context
         self._progress_at = asyncio.get_running_loop().time()
+        self._ahead: asyncio.Task[bytes | None] | None = None
+        """The next message, being read already."""
 
     async def read_request(self, kind: type[Request]) -> Request:
         """Return the request of a method with a single request message."""
@@ -93,6 +97,57 @@ class CallStream:
         finally:
             # The call may outlive the job, and must not hold its memory.
             self._call.idle_since = never_busy
+
+    async def attached(self, offer: Offer) -> list[Connection] | None:
+        """Wait for the client's choice of where the elements are.
+
+        Returns:
+            The direct connections; None if the client sends in the call.
+        """
+        self.progressed()
+        expected = "the first chunk of an operand, end, or direct connections"
+        self._ahead = asyncio.create_task(self._read_next(expected))
+        attached = asyncio.create_task(offer.attached())
+        try:
+            await asyncio.wait(
+                {self._ahead, attached}, return_when=asyncio.FIRST_COMPLETED
+            )
+            # A short job's End may come in the same turn of the event loop as the
+            # connections.
+            return await attached if offer.complete else None
+        finally:
+            attached.cancel()
+
+    async def serve_direct(self, job: DirectJob) -> None:
+        """Receive and send on direct connections; only End comes in the call."""
+        self._call.idle_since = job.idle_since
+        try:
+            await both(self._receive_end_of(job), job.run(self._timeouts.idle_s))
+        finally:
+            self._call.idle_since = never_busy
+            self._call.receiving_s = job.receiving_s
+            self._call.sending_s = job.sending_s
+
+    async def _receive_end_of(self, job: DirectJob) -> None:
+        message = await self._read("end")
+        if isinstance(message, framing.Chunk):
+            # Its last connection was answered when it no longer waited.
+            raise JobError(
+                Reason.CONNECTION_LOST,
+                "the client has opened direct connections, and sends in the call",
+            )
+        if not isinstance(message, job_pb2.End):
+            await _refuse(message, "end, because the elements are elsewhere")
+        else:
+            job.end(message.m)
+        self.progressed()
+        await self._read_half_close()
+
+    async def aclose(self) -> None:
+        """Read no more."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            await asyncio.gather(self._ahead, return_exceptions=True)
 
     async def _receive(self, job: StreamedJob) -> None:
         """Receive the operands, up to the half-close after End."""
@@ -172,6 +227,10 @@ class CallStream:
             raise malformed(str(error)) from None
 
     async def _read_bytes(self, expected: str) -> bytes | None:
+        ahead, self._ahead = self._ahead, None
+        return await (self._read_next(expected) if ahead is None else ahead)
+
+    async def _read_next(self, expected: str) -> bytes | None:
         async with self._timeouts.client_sends(self._call, self._progress_at, expected):
             message = await self._context.read()
         return message if isinstance(message, bytes) else None  # grpc.aio.EOF

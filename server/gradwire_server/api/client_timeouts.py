@@ -7,9 +7,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from gradwire_protocol.error_reasons import Reason
 from gradwire_server.api.call_state import CallState
-from gradwire_server.errors import JobError
+from gradwire_server.errors import client_did_not_read, client_sent_nothing
 
 
 class ClientTimeouts:
@@ -46,10 +45,7 @@ class ClientTimeouts:
             ):
                 yield
         except TimeoutError:
-            raise JobError(
-                Reason.CLIENT_IDLE,
-                f"the client sent nothing for {self.idle_s:g} s: expected {expected}",
-            ) from None
+            raise client_sent_nothing(self.idle_s, expected) from None
         finally:
             call.receiving_s += time.perf_counter() - started
             if (stages := call.progress.stages) is not None:
@@ -67,11 +63,7 @@ class ClientTimeouts:
             async with client_idle_timeout(self.idle_s):
                 yield
         except TimeoutError:
-            raise JobError(
-                Reason.CLIENT_IDLE,
-                f"the client did not read for {self.idle_s:g} s what it was sent: it "
-                f"must read while it writes",
-            ) from None
+            raise client_did_not_read(self.idle_s) from None
         finally:
             call.sending_s += time.perf_counter() - started
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TypeAlias
 
 import grpc
@@ -36,11 +37,13 @@ from gradwire_server.api.call_scope import call_scope
 from gradwire_server.api.call_state import CallState
 from gradwire_server.api.call_stream import CallStream, both
 from gradwire_server.api.client_timeouts import ClientTimeouts
+from gradwire_server.api.direct_offer import DirectOffer
 from gradwire_server.api.job_service import JobService
 from gradwire_server.api.receipts import accepted_message, receipt_message
 from gradwire_server.errors import JobError, malformed
 from gradwire_server.jobs.header import unary
 from gradwire_server.jobs.header.parse import is_job_id
+from gradwire_server.jobs.stream.pipeline import RowBlockPipeline
 from gradwire_server.jobs.stream.streamed_job import StreamedJob
 from gradwire_server.memory.shared_regions import Regions
 
@@ -108,22 +111,19 @@ class GradientServicer:
         """Serve ComputeStream: a job of any size, block by block."""
 
         async def serve(call: CallState) -> None:
-            stream = CallStream(self._timeouts, call, context)
-            header = await stream.read_header()
-            spec = self._service.read_job(call, header)
-            message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_chunk_bytes)
-            if spec.buffers:
-                await self._compute_in_shared_memory(call, stream, message_bytes)
-                return
-            async with self._service.streamed(
-                call, message_bytes, stream.tell_queued
-            ) as pipeline:
-                job = StreamedJob(pipeline)
-                self._service.on_drain(job.hand_over)
-                accepted = accepted_message(call)
-                await stream.write(framing.encode_accepted(accepted))
-                await stream.serve(job)
-                await stream.write(framing.encode_receipt(receipt_message(call)))
+            async with aclosing(CallStream(self._timeouts, call, context)) as stream:
+                header = await stream.read_header()
+                spec = self._service.read_job(call, header)
+                message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_chunk_bytes)
+                if spec.buffers:
+                    await self._compute_in_shared_memory(call, stream, message_bytes)
+                    return
+                async with self._service.streamed(
+                    call, message_bytes, stream.tell_queued
+                ) as pipeline:
+                    await self._move(call, stream, pipeline)
+                    receipt = receipt_message(call)
+                    await stream.write(framing.encode_receipt(receipt))
 
         await call_scope(self._service, "ComputeStream", context, serve)
 
@@ -172,6 +172,24 @@ class GradientServicer:
             job_id = ""
         observer = self._service.call_observer
         observer.reported(report, job_id, tenancy.current.get())
+
+    async def _move(
+        self, call: CallState, stream: CallStream, pipeline: RowBlockPipeline
+    ) -> None:
+        """Receive and send an admitted job's elements, where the client wants it."""
+        with DirectOffer(self._service.data, pipeline) as offer:
+            accepted = accepted_message(call, offer.access)
+            await stream.write(framing.encode_accepted(accepted))
+            direct = await offer.taken(stream)
+            if direct is None:
+                job = StreamedJob(pipeline)
+                self._service.on_drain(job.hand_over)
+                await stream.serve(job)
+                return
+            call.transport = "direct"
+            self._service.on_drain(direct.hand_over)
+            await stream.serve_direct(direct)
+            offer.succeeded()
 
     async def _compute_in_shared_memory(
         self, call: CallState, stream: CallStream, message_bytes: int

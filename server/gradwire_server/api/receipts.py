@@ -9,12 +9,21 @@ from gradwire_server.api.call_state import CallState
 from gradwire_server.backends.host_memory import peak_resident_bytes
 
 
-def accepted_message(call: CallState) -> job_pb2.Accepted:
-    """Return the Accepted message, sent before the client sends W."""
+def accepted_message(
+    call: CallState, direct: job_pb2.DirectAccess | None = None
+) -> job_pb2.Accepted:
+    """Return the Accepted message, sent before the client sends W.
+
+    Args:
+        call: The call, admitted.
+        direct: Where the server takes the elements on direct connections.
+    """
     accepted = job_pb2.Accepted()
     accepted.CopyFrom(call.accepted)
     accepted.effective_job.job_id = call.job_id
     accepted.reserved_bytes = call.reserved_bytes
+    if direct is not None:
+        accepted.direct.CopyFrom(direct)
     return accepted
 
 

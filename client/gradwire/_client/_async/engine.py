@@ -41,6 +41,8 @@ from gradwire._transport.async_io import (
     look_up,
     run_beside,
 )
+from gradwire._transport.direct.connections import DirectConnection
+from gradwire._transport.direct.transfer import DirectTransfer
 from gradwire._transport.grpc.async_call import (
     AsyncCall,
     AsyncConnection,
@@ -424,10 +426,10 @@ class AsyncEngine(EngineBase):
             receipt = await self._run_in_shm(job, attempts)
             if receipt is not None:
                 return receipt
-        if job.unary:
+        if job.unary and not self.direct.demanded:
             return await self._compute(job, attempts.options(options))
         while True:
-            exchange = job.exchange()
+            exchange = job.exchange(self.direct.connections(job.plan, several=True))
             try:
                 return await self._stream(job, exchange, attempts.options(options))
             except GradwireError as error:
@@ -453,7 +455,60 @@ class AsyncEngine(EngineBase):
                 job.on_call(call.abandon)
             async for message in call:
                 exchange.receive(message)
+                if exchange.offered is not None:
+                    connections = await self._open_direct(exchange, options.timeout_s)
+                    if connections is not None:
+                        return await self._transfer(job, exchange, call, connections)
             return exchange.finish()
+
+    async def _open_direct(
+        self, exchange: JobExchange, timeout_s: float | None
+    ) -> list[DirectConnection] | None:
+        """Open the direct connections that the server offers for a job.
+
+        Args:
+            exchange: The job, accepted.
+            timeout_s: Seconds that it has left; None: no limit.
+
+        Returns:
+            The connections; None if there are none, and the elements are in messages.
+        """
+        accepted = exchange.accepted
+        if accepted is None:
+            return None
+        instance, offered = accepted.server_instance, accepted.direct
+        connections = await run_beside(
+            lambda: self.direct.open(offered, instance, timeout_s)
+        )
+        if connections is None:
+            exchange.use_messages()
+        return connections
+
+    async def _transfer(
+        self,
+        job: ArrayJob,
+        exchange: JobExchange,
+        call: AsyncCall,
+        connections: Sequence[DirectConnection],
+    ) -> Receipt:
+        """Compute an accepted job whose elements are on direct connections."""
+        transfer = DirectTransfer(connections, call, self.address)
+        try:
+            direct = exchange.use_direct(job.sinks, transfer.sent)
+            transfer.start(direct, job.operands)
+            async for message in call:
+                exchange.receive(message)
+            await run_beside(transfer.finish)
+            receipt = exchange.finish()
+        except BaseException as error:
+            if isinstance(error, GradwireError):
+                await run_beside(partial(transfer.end_with, error))
+            transfer.close()
+            if transfer.broken is not None:
+                self.direct.failed()
+            raise
+        self.direct.reuse(receipt.server_instance, connections)
+        return receipt
 
     async def _run_in_shm(
         self, job: ArrayJob, attempts: Attempts, *, again: bool = True

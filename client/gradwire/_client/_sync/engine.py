@@ -34,6 +34,8 @@ from gradwire._resilience.reports import REPORT_S, report_of
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.stream_job import StreamJob
 from gradwire._transport.address import addresses_of, host_and_port
+from gradwire._transport.direct.connections import DirectConnection
+from gradwire._transport.direct.transfer import DirectTransfer
 from gradwire._transport.grpc.sync_call import (
     SyncCall,
     SyncConnection,
@@ -424,10 +426,10 @@ class SyncEngine(EngineBase):
             receipt = self._run_in_shm(job, attempts)
             if receipt is not None:
                 return receipt
-        if job.unary:
+        if job.unary and not self.direct.demanded:
             return self._compute(job, attempts.options(options))
         while True:
-            exchange = job.exchange()
+            exchange = job.exchange(self.direct.connections(job.plan, several=True))
             try:
                 return self._stream(job, exchange, attempts.options(options))
             except GradwireError as error:
@@ -453,7 +455,58 @@ class SyncEngine(EngineBase):
                 job.on_call(call.abandon)
             for message in call:
                 exchange.receive(message)
+                if exchange.offered is not None:
+                    connections = self._open_direct(exchange, options.timeout_s)
+                    if connections is not None:
+                        return self._transfer(job, exchange, call, connections)
             return exchange.finish()
+
+    def _open_direct(
+        self, exchange: JobExchange, timeout_s: float | None
+    ) -> list[DirectConnection] | None:
+        """Open the direct connections that the server offers for a job.
+
+        Args:
+            exchange: The job, accepted.
+            timeout_s: Seconds that it has left; None: no limit.
+
+        Returns:
+            The connections; None if there are none, and the elements are in messages.
+        """
+        accepted = exchange.accepted
+        if accepted is None:
+            return None
+        instance, offered = accepted.server_instance, accepted.direct
+        connections = run_beside(lambda: self.direct.open(offered, instance, timeout_s))
+        if connections is None:
+            exchange.use_messages()
+        return connections
+
+    def _transfer(
+        self,
+        job: ArrayJob,
+        exchange: JobExchange,
+        call: SyncCall,
+        connections: Sequence[DirectConnection],
+    ) -> Receipt:
+        """Compute an accepted job whose elements are on direct connections."""
+        transfer = DirectTransfer(connections, call, self.address)
+        try:
+            direct = exchange.use_direct(job.sinks, transfer.sent)
+            transfer.start(direct, job.operands)
+            for message in call:
+                exchange.receive(message)
+            run_beside(transfer.finish)
+            receipt = exchange.finish()
+        except BaseException as error:
+            if isinstance(error, GradwireError):
+                run_beside(partial(transfer.end_with, error))
+            transfer.close()
+            if transfer.broken is not None:
+                self.direct.failed()
+            raise
+        self.direct.reuse(receipt.server_instance, connections)
+        return receipt
 
     def _run_in_shm(
         self, job: ArrayJob, attempts: Attempts, *, again: bool = True

@@ -388,10 +388,21 @@ class AsyncCall:
         self._end()
         await asyncio.wait([self._writer])
 
+    def wake(self) -> None:
+        """Let the requests go on, from any thread."""
+        self._in_loop(self._requests.received.set)
+
+    def fail(self, error: BaseException) -> None:
+        """Cancel the call and have its reader raise an error, from any thread."""
+        self._in_loop(partial(self._requests.fail, self._rpc, error))
+
     def abandon(self) -> None:
         """Cancel the call from the garbage collector, in any thread."""
+        self._in_loop(self._end)
+
+    def _in_loop(self, work: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop may be closed
-            self._loop.call_soon_threadsafe(self._end)
+            self._loop.call_soon_threadsafe(work)
 
     def _end(self) -> None:
         self._rpc.cancel()
@@ -419,8 +430,12 @@ class RequestWriter:
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by the reader
-            self._error = error
-            rpc.cancel()
+            self.fail(rpc, error)
+
+    def fail(self, rpc: _StreamStreamCall, error: BaseException) -> None:
+        """Cancel the call; `raise_error` raises the error."""
+        self._error = self._error or error
+        rpc.cancel()
 
     async def _write_all(self, rpc: _StreamStreamCall) -> None:
         with contextlib.suppress(grpc.RpcError):

@@ -446,6 +446,14 @@ class SyncCall:
             raise call_error(error, self._endpoint, self._job_id) from None
         return message
 
+    def wake(self) -> None:
+        """Let the requests go on, from any thread."""
+        self._requests.go_on()
+
+    def fail(self, error: BaseException) -> None:
+        """Cancel the call and have its reader raise an error, from any thread."""
+        self._requests.fail(error)
+
     def abandon(self) -> None:
         """Cancel the call from the garbage collector."""
         self.cancel()
@@ -492,7 +500,7 @@ class RequestIterator:
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by the reader
-            self._fail(error)
+            self.fail(error)
 
     def attach(self, cancel: Callable[[], object]) -> None:
         """Set the function that cancels the call when the messages fail."""
@@ -518,7 +526,8 @@ class RequestIterator:
         if error is not None:
             raise error
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """Cancel the call; `raise_error` raises the error."""
         with self._lock:
             self._error = error
             cancel = self._cancel

@@ -125,7 +125,6 @@ class RowBlockPipeline:
         number = first_row // self.plan.block_rows if matrix.row_wise else None
         for start in range(0, array.size, size):
             payload = elements[start * itemsize : (start + size) * itemsize]
-            self.progress.bytes_sent += payload.nbytes
             self.observe(Stage.SENDING, number)
             yield ResultChunk(matrix, first + start, payload)
             self.observe(Stage.SENDING, number)

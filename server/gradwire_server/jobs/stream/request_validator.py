@@ -47,7 +47,7 @@ class RequestValidator:
         }
         self._before_rows = {
             matrix: math.prod(matrix.shape(0, spec.n, spec.k))
-            for matrix in _before_rows(spec)
+            for matrix in matrices_before_rows(spec)
         }
         """Elements of the matrices that precede all rows, in their order."""
         self._received |= dict.fromkeys(self._before_rows, 0)
@@ -282,7 +282,7 @@ class RequestValidator:
                 )
 
 
-def _before_rows(spec: JobSpec) -> list[Matrix]:
+def matrices_before_rows(spec: JobSpec) -> list[Matrix]:
     """Return the matrices that precede all rows."""
     weights = [operand for operand in spec.sent_operands if not operand.row_wise]
     sums = spec.sums if spec.brings_sums else ()

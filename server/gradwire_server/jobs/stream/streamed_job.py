@@ -14,8 +14,8 @@ from typing import TypeAlias
 import numpy as np
 
 from gradwire_protocol.framing import Chunk
-from gradwire_protocol.matrices import ROW_RESULTS
-from gradwire_server.backends.base import RowBlock, Sums
+from gradwire_protocol.matrices import ROW_RESULTS, Matrix
+from gradwire_server.backends.base import Array, RowBlock, Sums
 from gradwire_server.jobs.stream.checkpoints import (
     Checkpoint,
     CheckpointReady,
@@ -149,7 +149,7 @@ class StreamedJob:
             first_row = number * self._plan.block_rows
             for matrix, array in zip(ROW_RESULTS, (block.y, block.dx), strict=True):
                 if array is not None:
-                    for chunk in self._pipeline.chunks(matrix, first_row, array):
+                    for chunk in self._chunks(matrix, first_row, array):
                         yield chunk
             self._slots.release(number)
             self._served_at = asyncio.get_running_loop().time()
@@ -157,14 +157,14 @@ class StreamedJob:
         if self.spec.sums:
             sums = await self._worker.submit(self._pipeline, self._pipeline.finish)
             for matrix, array in sums.items():
-                for chunk in self._pipeline.chunks(matrix, 0, array):
+                for chunk in self._chunks(matrix, 0, array):
                     yield chunk
         self._pipeline.tensors.commit()
 
     def _checkpoint(self, rows: int, sums: Sums) -> Iterator[ResultChunk | Checkpoint]:
         yield Checkpoint(rows)
         for matrix, array in sums.items():
-            yield from self._pipeline.chunks(matrix.partial, 0, array)
+            yield from self._chunks(matrix.partial, 0, array)
 
     async def _unless_handed_over(self) -> None:
         """Block forever if the job was handed over: this task is about to end."""
@@ -231,3 +231,10 @@ class StreamedJob:
         number, validator = self._submitted, self._validator
         complete = number < validator.blocks_complete
         return validator.rows_of(number) if complete else None
+
+    def _chunks(
+        self, matrix: Matrix, first_row: int, array: Array
+    ) -> Iterator[ResultChunk]:
+        for chunk in self._pipeline.chunks(matrix, first_row, array):
+            self._progress.bytes_sent += chunk.payload.nbytes
+            yield chunk

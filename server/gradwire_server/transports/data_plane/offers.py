@@ -47,6 +47,11 @@ class Offer:
         self._withdrawn = False
         self._handed_out: list[Connection] | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether every socket has come."""
+        return len(self._came) == len(Direction) * self.connections
+
     async def attached(self) -> list[Connection]:
         """Wait until every socket has come.
 
@@ -98,7 +103,7 @@ class Offer:
             raise AttachRefusedError
         answer()
         taken = self._came[seat] = DirectSocket(sock)
-        if len(self._came) == len(Direction) * self.connections:
+        if self.complete:
             self._settled.set()
         return taken
 

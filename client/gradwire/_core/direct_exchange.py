@@ -1,0 +1,415 @@
+"""The elements of a job on direct connections, without I/O.
+
+Connection c of N carries the row blocks b with b mod N = c, and connection 0 everything
+that belongs to no row block. Each connection has a sending and a receiving thread:
+
+    for header, payload in direct.frames(connection): send both
+    share = direct.share(connection)
+    while not share.complete:
+        header = FrameHeader.decode(the next bytes)
+        payload = share.room(header), filled with the next bytes
+        share.take(header, payload)
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+from gradwire._api.errors import ProtocolError
+from gradwire._arrays.operand import Operand
+from gradwire._core.job_plan import Plan
+from gradwire._core.receiver import Sink, check_crc32c
+from gradwire._core.resume import Checkpoint
+from gradwire._core.sender import Sender
+from gradwire_protocol import checksum
+from gradwire_protocol.data_plane.frames import FrameHeader, Kind
+from gradwire_protocol.framing import Chunk
+from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
+from gradwire_protocol.matrices import PARTIAL_SUMS, RESULTS, ROW_OPERANDS, Matrix
+
+_BY_NUMBER = {int(matrix): matrix for matrix in (*RESULTS, *PARTIAL_SUMS)}
+
+
+class Frame(NamedTuple):
+    """A frame to send."""
+
+    header: FrameHeader
+    payload: memoryview
+
+
+class Listener(Protocol):
+    """What learns of elements and checkpoints: the job's exchange."""
+
+    def begin_checkpoint(self, rows: int) -> None:
+        """Begin a checkpoint."""
+
+    def take_sums(self, chunk: Chunk) -> None:
+        """Take elements of its sums."""
+
+    def report(self) -> None:
+        """Report progress."""
+
+
+class DirectExchange:
+    """The elements of a job on direct connections.
+
+    It takes the place of the exchange's receiver.
+
+    Args:
+        plan: The job.
+        sender: Its counters; the server has accepted the job.
+        sinks: Makes the results' sinks, for each connection its own.
+        listener: The job's exchange.
+        connections: Number of connections, N.
+        checkpoint: The sums with which the job goes on.
+        results_from_row: The first row with Y and dX wanted.
+
+    Attributes:
+        bytes_received: Bytes of results stored.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sender: Sender,
+        sinks: Callable[[], Mapping[Matrix, Sink]],
+        listener: Listener,
+        *,
+        connections: int,
+        checkpoint: Checkpoint | None,
+        results_from_row: int,
+    ) -> None:
+        self.connections = connections
+        self.bytes_received = 0
+        self.lock = threading.Lock()
+        self.plan = plan
+        self.sender = sender
+        self.listener = listener
+        self._checkpoint = checkpoint
+        self._first_block = sender.rows_sent // sender.block_rows
+        self._sent_blocks: set[int] = set()
+        """Row blocks that were sent, and whose results have not all come."""
+        self._shares_to_send = connections
+        self._complete: set[int] = set()
+        self._next_block = results_from_row // sender.block_rows
+        """The first row block whose results have not all come."""
+        self._shares = [
+            ResultShare(self, number, sinks(), self._next_block)
+            for number in range(connections)
+        ]
+
+    # Sending.
+
+    def frames(
+        self, connection: int, operands: Mapping[Matrix, Operand]
+    ) -> Iterator[Frame]:
+        """Yield the frames of a connection.
+
+        Args:
+            connection: Its number.
+            operands: W, and all rows of X and dY, if the job needs them.
+
+        Raises:
+            InputError: An element is too large for 16 bits.
+        """
+        if not connection:
+            w = operands.get(Matrix.W)
+            if w is not None:
+                yield from self._frames(Matrix.W, w, 0, w.rows)
+            if self._checkpoint is not None:
+                yield from self._sums(self._checkpoint)
+        m, size = self.sender.m or 0, self.sender.block_rows
+        first = self._first_block
+        first += (connection - first) % self.connections
+        for block in range(first, -(-m // size), self.connections):
+            start, end = block * size, min((block + 1) * size, m)
+            with self.lock:
+                self._sent_blocks.add(block)
+                self.sender.rows_sent += end - start
+            for matrix in ROW_OPERANDS:
+                if matrix in operands:
+                    yield from self._frames(matrix, operands[matrix], start, end)
+        with self.lock:
+            self._shares_to_send -= 1
+            if not self._shares_to_send:
+                # Before the server can know that the operands are complete.
+                self.sender.ended = True
+        yield Frame(FrameHeader(Kind.COMPLETE, 0, m), _NOTHING)
+
+    def _frames(
+        self, matrix: Matrix, operand: Operand, first: int, last: int
+    ) -> Iterator[Frame]:
+        elements = self.plan.elements_per_message()
+        for index, payload in operand.pieces(first, last, elements):
+            with self.lock:
+                self.sender.bytes_sent += len(payload)
+            yield self._frame(matrix, index, payload)
+            self.listener.report()
+
+    def _sums(self, checkpoint: Checkpoint) -> Iterator[Frame]:
+        for matrix, index, payload in self.sender.sum_pieces(checkpoint.sums):
+            yield self._frame(matrix, index, payload)
+
+    def _frame(self, matrix: Matrix, index: int, payload: memoryview) -> Frame:
+        crc = checksum.crc32c(payload) if self.plan.options.checksum else None
+        header = FrameHeader(Kind.ELEMENTS, matrix, index, len(payload), crc)
+        return Frame(header, payload)
+
+    # Receiving.
+
+    def share(self, connection: int) -> ResultShare:
+        """Return the results of a connection."""
+        return self._shares[connection]
+
+    def complete_row(self) -> int | None:
+        """Return the first row of the first row block without all its results.
+
+        None if neither Y nor dX is wanted.
+        """
+        if not self._shares[0].has_rows:
+            return None
+        with self.lock:
+            return self._next_block * self.sender.block_rows
+
+    def flush(self) -> None:
+        """Write all complete rows to their arrays; no thread receives any more."""
+        for share in self._shares:
+            share.flush()
+
+    def finish(self) -> None:
+        """Check that all results are complete.
+
+        Raises:
+            ProtocolError: Elements are missing.
+        """
+        for share in self._shares:
+            share.finish()
+
+    def was_sent(self, block: int) -> bool:
+        """Return whether a row block was sent, and its results are due."""
+        return block in self._sent_blocks
+
+    def received(self, block: int) -> None:
+        """Count a row block as received. The lock must be held."""
+        self._sent_blocks.discard(block)
+        self._complete.add(block)
+        while self._next_block in self._complete:
+            self._complete.remove(self._next_block)
+            self._next_block += 1
+
+
+class ResultShare:
+    """The results on one connection.
+
+    Args:
+        direct: The job's elements.
+        connection: Number of the connection.
+        sinks: Store the results.
+        results_from: The first row block with results.
+
+    Attributes:
+        complete: Whether the last frame has come.
+    """
+
+    def __init__(
+        self,
+        direct: DirectExchange,
+        connection: int,
+        sinks: Mapping[Matrix, Sink],
+        results_from: int,
+    ) -> None:
+        self.complete = False
+        self._direct = direct
+        self._plan = plan = direct.plan
+        self._connection = connection
+        self._sinks = sinks
+        self._row_lengths = {
+            matrix: columns
+            for matrix in plan.results
+            if matrix.row_wise and (columns := matrix.row_length(plan.n, plan.k))
+        }
+        self._block = results_from
+        self._block += (connection - results_from) % direct.connections
+        self._received = dict.fromkeys(self._row_lengths, 0)
+        """Elements of `_block` by result."""
+        self._sums = {
+            matrix: math.prod(plan.shape(matrix, 0))
+            for matrix in plan.results
+            if matrix.is_sum and not connection
+        }
+        self._received_sums = dict.fromkeys(self._sums, 0)
+        self._staging = bytearray()
+        self._in_place = False
+        self._begin_block()
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are results of row blocks."""
+        return bool(self._row_lengths)
+
+    def room(self, header: FrameHeader) -> memoryview:
+        """Check a frame's header, and return memory for its payload.
+
+        Raises:
+            ProtocolError: The frame does not continue the results.
+        """
+        if header.length > MAX_PAYLOAD_BYTES:
+            raise ProtocolError(
+                f"the server sent a frame of {header.length} bytes: expected at most"
+                f" {MAX_PAYLOAD_BYTES}"
+            )
+        self._in_place = False
+        if header.kind != Kind.ELEMENTS:
+            return _NOTHING
+        matrix = _BY_NUMBER.get(header.matrix)
+        if matrix is not None and (matrix in self._received or matrix in self._sums):
+            self._check(matrix, header)
+            place = self._sinks[matrix].room(header.length)
+            if place is not None:
+                self._in_place = True
+                return place
+        elif matrix not in PARTIAL_SUMS or self._connection:
+            name = matrix.label if matrix else f"matrix {header.matrix}"
+            raise ProtocolError(
+                f"the server sent {name} on direct connection {self._connection},"
+                " which was not requested there"
+            )
+        if len(self._staging) < header.length:
+            self._staging = bytearray(header.length)
+        return memoryview(self._staging)[: header.length]
+
+    def take(self, header: FrameHeader, payload: memoryview) -> None:
+        """Take a frame whose payload was received into `room`.
+
+        Raises:
+            ProtocolError: The frame violates the contract.
+            ChecksumError: The payload was damaged in transit.
+        """
+        direct, listener = self._direct, self._direct.listener
+        if header.kind == Kind.COMPLETE:
+            self._complete_at(header.position)
+            return
+        if header.kind == Kind.CHECKPOINT:
+            if self._connection:
+                raise ProtocolError("the server sent a checkpoint beside connection 0")
+            listener.begin_checkpoint(header.position)
+            return
+        matrix = Matrix(header.matrix)
+        if matrix in PARTIAL_SUMS:
+            chunk = Chunk(header.matrix, header.position, payload, header.crc32c)
+            listener.take_sums(chunk)
+            return
+        check_crc32c(self._plan.options, matrix, header.crc32c, payload)
+        sink = self._sinks[matrix]
+        if self._in_place:
+            sink.advance(header.length)
+        else:
+            sink.write(payload)
+        count = header.length // self._plan.result_dtype(matrix).itemsize
+        with direct.lock:
+            direct.bytes_received += header.length
+            if matrix in self._received:
+                self._received[matrix] += count
+                self._end_block()
+            else:
+                self._received_sums[matrix] += count
+        listener.report()
+
+    def flush(self) -> None:
+        """Write all complete rows to their arrays."""
+        for sink in self._sinks.values():
+            sink.close()
+
+    def finish(self) -> None:
+        """Check that all results are complete.
+
+        Raises:
+            ProtocolError: Elements are missing.
+        """
+        missing = {
+            matrix: due - self._received_sums[matrix]
+            for matrix, due in self._sums.items()
+        }
+        for matrix in self._received:
+            missing[matrix] = self._due(matrix)
+        for matrix, elements in missing.items():
+            if elements or not self.complete:
+                raise ProtocolError(
+                    f"the server ended the job without {elements} elements of"
+                    f" {matrix.label} on direct connection {self._connection}"
+                )
+        self.flush()
+
+    def _check(self, matrix: Matrix, header: FrameHeader) -> None:
+        itemsize = self._plan.result_dtype(matrix).itemsize
+        count, rest = divmod(header.length, itemsize)
+        if rest or not count:
+            raise ProtocolError(
+                f"the server sent {header.length} bytes of {matrix.label}: expected a"
+                f" multiple of {itemsize}, and at least one element"
+            )
+        if matrix in self._sums:
+            at, due = self._received_sums[matrix], self._sums[matrix]
+            begun = self._direct.sender.ended
+        else:
+            received = self._received[matrix]
+            start = self._block * self._direct.sender.block_rows
+            at = start * self._row_lengths[matrix] + received
+            due = at + self._due(matrix) - received
+            begun = self._direct.was_sent(self._block)
+        if not begun:
+            raise ProtocolError(
+                f"the server sent elements of {matrix.label} before it had the operands"
+            )
+        if header.position != at:
+            raise ProtocolError(
+                f"the server sent {matrix.label} from element {header.position} on:"
+                f" expected element {at}"
+            )
+        if at + count > due:
+            raise ProtocolError(
+                f"the server sent {matrix.label} up to element {at + count}: expected"
+                f" at most {due} for its row block"
+            )
+
+    def _due(self, matrix: Matrix) -> int:
+        """Return how many elements a result has in the current row block."""
+        sender = self._direct.sender
+        first = self._block * sender.block_rows
+        rows = sender.block_rows
+        if sender.m is not None:
+            rows = min(rows, max(sender.m - first, 0))
+        return rows * self._row_lengths[matrix]
+
+    def _begin_block(self) -> None:
+        first = self._block * self._direct.sender.block_rows
+        m = self._direct.sender.m
+        if m is not None and first >= m:
+            return
+        for matrix in self._received:
+            self._sinks[matrix].seek(first)
+
+    def _end_block(self) -> None:
+        """Go on to the next row block, if this one is complete."""
+        if any(each < self._due(matrix) for matrix, each in self._received.items()):
+            return
+        for matrix in self._received:
+            self._sinks[matrix].close()
+        self._direct.received(self._block)
+        self._block += self._direct.connections
+        self._received = dict.fromkeys(self._received, 0)
+        self._begin_block()
+
+    def _complete_at(self, m: int) -> None:
+        if m != self._direct.sender.m:
+            raise ProtocolError(
+                f"the server completed a job of {m} rows: expected"
+                f" {self._direct.sender.m}"
+            )
+        self.complete = True
+
+
+_NOTHING = memoryview(b"")

@@ -1,0 +1,95 @@
+"""The direct connections that the server offers for one call."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
+from gradwire_protocol.v1 import job_pb2
+from gradwire_server.api.call_stream import CallStream
+from gradwire_server.jobs.direct.direct_job import DirectJob
+from gradwire_server.jobs.stream.pipeline import RowBlockPipeline
+from gradwire_server.transports.data_plane import Connection, DataListener, Offer
+
+MAX_CONNECTIONS = 8
+"""Most direct connections of one call: each has two threads."""
+
+
+class DirectOffer:
+    """An offer of direct connections, within this context.
+
+    Args:
+        listener: Where the server takes them; None: nowhere.
+        pipeline: The job.
+
+    Attributes:
+        access: What the client is told; None: the elements are in the call.
+    """
+
+    def __init__(
+        self, listener: DataListener | None, pipeline: RowBlockPipeline
+    ) -> None:
+        self.access: job_pb2.DirectAccess | None = None
+        self._pipeline = pipeline
+        self._listener = listener
+        self._offer: Offer | None = None
+        self._connections: list[Connection] = []
+
+    def __enter__(self) -> Self:
+        spec, plan = self._pipeline.spec, self._pipeline.plan
+        rows_come = any(
+            each.row_wise and spec.row_length(each) for each in spec.sent_operands
+        )
+        if self._listener is None or not spec.direct:
+            return self
+        if not (rows_come and plan.computes):  # nothing to gain
+            return self
+        # The token must be known before the client is: it may be very fast.
+        self._offer = self._listener.offer(min(spec.direct, MAX_CONNECTIONS))
+        self.access = job_pb2.DirectAccess(
+            addresses=self._listener.addresses,
+            token=self._offer.token,
+            connections=self._offer.connections,
+            tls=self._listener.tls,
+            max_frame_bytes=MAX_PAYLOAD_BYTES,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._offer is not None:
+            self._offer.withdraw()
+        for connection in self._connections:
+            for sock in connection:
+                sock.close()
+
+    async def taken(self, stream: CallStream) -> DirectJob | None:
+        """Wait for the client's choice.
+
+        Returns:
+            The job on the connections that the client has opened; None if it sends in
+            the call.
+        """
+        if self._offer is None:
+            return None
+        connections = await stream.attached(self._offer)
+        if connections is None:
+            self._offer.withdraw()
+            return None
+        self._connections = connections
+        return DirectJob(
+            self._pipeline,
+            [each.up for each in connections],
+            [each.down for each in connections],
+        )
+
+    def succeeded(self) -> None:
+        """Keep the connections for the client's next call."""
+        if self._listener is not None:
+            self._listener.reuse(self._connections)
+        self._connections = []

@@ -1,0 +1,1 @@
+"""Jobs whose elements come and leave on direct connections."""
