@@ -190,7 +190,7 @@ WAYS: dict[str, Check] = {
         "call = with checksum": with_checksum,
         "call = other connection": by_other_connection,
         "call = shared memory": in_shared_memory,
-        "call = direct connections": on_direct_connections,
+        "call = direct": on_direct_connections,
         "call = one result": result_by_result,
     }.items()
 } | {

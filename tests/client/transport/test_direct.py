@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import socket
 import ssl
 import subprocess
@@ -28,7 +29,7 @@ from gradwire._transport.direct.policy import DirectPolicy
 from gradwire._transport.endpoint import Endpoint
 from gradwire_protocol.data_plane.frames import ATTACHED, Direction
 from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.limits import DIRECT
+from gradwire_protocol.limits import DIRECT, SHARED_MEMORY
 from gradwire_protocol.v1.job_pb2 import DirectAccess
 from tests.support.certificates import Authority, Identity
 from tests.support.direct_listener import TOKEN, Listener, listening, silent_port
@@ -365,6 +366,17 @@ def test_few_connections_are_kept_and_not_for_long(
     listener.wait_for_end(6)
 
 
+def test_a_child_that_holds_a_socket_does_not_keep_it_open(listener: Listener) -> None:
+    policy = policy_of()
+    (made,) = opened(policy, access_to(listener.port))
+    policy.reuse("a", [made])
+    inherited = [os.dup(each.fileno()) for each in (made.up, made.down)]
+    policy.close()
+    listener.wait_for_end(2)
+    for each in inherited:
+        os.close(each)
+
+
 @pytest.mark.parametrize("how", ["close", "drop"])
 def test_a_client_that_is_gone_leaves_no_socket(listener: Listener, how: str) -> None:
     policy = policy_of()
@@ -508,3 +520,19 @@ def test_after_two_broken_connections_there_is_a_pause(
     assert pausing()
     now += policy_module.RETRY_S + 1
     assert not pausing()
+
+
+@pytest.mark.parametrize("client_of", [gradwire.Client, gradwire.AsyncClient])
+def test_several_servers_have_them_but_no_shared_memory(client_of: Any) -> None:
+    addresses = ["127.0.0.1:1", "127.0.0.1:2"]
+    info = SimpleNamespace(features=(DIRECT, SHARED_MEMORY))
+    for transport, expected in ("auto", 2), ("direct", 2), ("grpc", 0):
+        client = client_of(addresses, transport=transport)
+        for engine in client._engine._servers.engines():
+            engine.shm.learn(info)
+            engine.direct.learn(info)
+            assert not engine.shm.on
+            assert engine.direct.demanded == (transport == "direct")
+            assert engine.direct.connections(large_plan(), several=True) == expected
+    with pytest.raises(gradwire.InputError, match="HOST:PORT"):
+        client_of([*addresses, "unix:/run/gradwire"], transport="direct")

@@ -50,7 +50,7 @@ class CannotOpenError(Exception):
     """Direct connections cannot be opened; the text is a clause that says why."""
 
 
-@dataclass
+@dataclass(eq=False)
 class DirectConnection:
     """A pair of sockets, each with frames in one direction.
 
