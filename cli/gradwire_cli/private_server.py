@@ -24,7 +24,6 @@ def connected(
     security: Security,
     connect_timeout_s: float,
     timeout_s: float | None,
-    **options: Unpack[_Options],
 ) -> Iterator[tuple[Client, str]]:
     """Connect to the servers at `addresses`, or to a private server.
 
@@ -34,7 +33,6 @@ def connected(
         security: TLS and credentials for the addresses.
         connect_timeout_s: Seconds to wait for an answer.
         timeout_s: Seconds for each job.
-        **options: Further options of `gradwire.connect`.
 
     Yields:
         The client, and a name of its servers for messages.
@@ -48,7 +46,7 @@ def connected(
             client_of,
             name,
         ),
-        client_of(**options) as client,
+        client_of() as client,
     ):
         yield client, name
 

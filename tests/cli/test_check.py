@@ -68,8 +68,7 @@ ALSO = {"next job"}
 def test_a_right_server_passes_every_check(server: ServerProcess) -> None:
     results = checked(server.address)
     assert wrong(results) == set()
-    others = IN_SHARED_MEMORY | ON_DIRECT_CONNECTIONS
-    assert {result.check for result in results} == {*CHECKS, *ALSO} - others
+    assert {result.check for result in results} == {*CHECKS, *ALSO} - IN_SHARED_MEMORY
     assert {result.dtype for result in results} == {d.label for d in Dtype}
 
 
@@ -113,7 +112,7 @@ def test_the_command_proves_a_server_right(server: ServerProcess) -> None:
         done.stdout,
         re.MULTILINE,
     )
-    for name in CHECKS.keys() - IN_SHARED_MEMORY - ON_DIRECT_CONNECTIONS:
+    for name in CHECKS.keys() - IN_SHARED_MEMORY:
         assert re.search(f"^{name} ", done.stdout, re.MULTILINE)
 
 

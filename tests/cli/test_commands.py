@@ -129,7 +129,7 @@ def test_info_shows_what_the_server_is(server: ServerProcess) -> None:
     assert done.stderr == ""
     for text in (server.address, version("gradwire"), BACKEND, "float16, bfloat16"):
         assert text in done.stdout
-    assert re.search("direct connections +no", done.stdout)
+    assert re.search("direct connections +yes", done.stdout)
 
 
 def test_info_is_json_for_programs(server: ServerProcess) -> None:

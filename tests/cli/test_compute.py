@@ -131,18 +131,6 @@ def test_the_rows_of_a_block_may_be_named(
     assert re.search(table, done.stdout), done.stdout
 
 
-def test_the_transport_may_be_chosen(server: ServerProcess, tmp_path: Path) -> None:
-    operands = save(tmp_path, whole_numbers(30, 7, 5))
-    to = ("compute", *operands, "--out", tmp_path, "--address", server.address)
-    done = gradwire(*to, "--transport", "grpc")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "over tcp" in done.stdout
-    refused = gradwire(*to, "--transport", "direct", "--force")
-    assert refused.returncode != 0
-    assert "has no direct connections" in refused.stderr
-    assert gradwire(*to, "--transport", "tcp").returncode == 2
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

@@ -86,13 +86,10 @@ def in_shared_memory(clients: Clients, job: Products) -> Sequence[Results] | Non
 
 
 def on_direct_connections(clients: Clients, job: Products) -> Sequence[Results] | None:
-    """Send a job and a stream on direct connections."""
+    """Send a job on direct connections: new ones, and those of the job before."""
     if clients.direct is None:
         return None
-    return [
-        called(clients.direct, job),
-        streamed(clients.direct, job, rows_at_once=48)[0],
-    ]
+    return [called(clients.direct, job), called(clients.direct, job)]
 
 
 def result_by_result(clients: Clients, job: Products) -> Sequence[Results]:

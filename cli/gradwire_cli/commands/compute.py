@@ -70,7 +70,6 @@ def compute(
     ] = None,
     address: Addresses = (),
     security: SecurityOptions = PLAINTEXT,
-    transport: Literal["auto", "grpc", "direct", "shm"] = "auto",
     dtype: Annotated[Dtype | None, one_of(RAW_DTYPES)] = None,
     result_dtype: Annotated[tuple[str, ...], _LIST, Parameter(metavar="DTYPES")] = (),
     wire_dtype: Annotated[Dtype | None, one_of(WIRE_DTYPES)] = None,
@@ -100,9 +99,6 @@ def compute(
             dns:///HOST:PORT for every address of a name: the job goes to an
             available server.
         security: TLS and credentials.
-        transport: How elements travel: grpc, in messages; direct, on TCP connections
-            beside the call; shm, in shared memory. auto: in the fastest way that
-            works, whichever it is.
         dtype: Dtype of raw 2-byte elements; NumPy saves bfloat16 that way.
         result_dtype: Dtype of all results, or of single ones (dw=float32).
             Default: the operands' dtype.
@@ -135,9 +131,7 @@ def compute(
         show = sys.stderr.isatty() and not quiet
         # Files are named after this block, so an interrupted run leaves none.
         with (
-            connected(
-                address, security, connect_timeout, timeout, transport=transport
-            ) as (client, server),
+            connected(address, security, connect_timeout, timeout) as (client, server),
             _progress_bar(show=show) as on_progress,
         ):
             stream = client.stream(

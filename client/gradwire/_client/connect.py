@@ -32,7 +32,8 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
         metadata: Sent with every call: ``{"traceparent": "00-..."}``.
         transport: How elements are sent. ``"grpc"``: in messages of the call.
             ``"direct"``: on TCP connections beside the call, which take half the
-            processor time; the server must have the setting data-listen.
+            processor time; the elements of `Client.stream` are in messages all the
+            same.
             ``"shm"``: in memory shared with the server; see `Client.empty`.
             ``"auto"``, the default: in shared memory if the server allows it and is
             known to be on this host; else on direct connections if the server has

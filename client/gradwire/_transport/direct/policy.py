@@ -98,8 +98,8 @@ class DirectPolicy:
         offered = DIRECT in info.features
         if self.demanded and not offered:
             raise NoDirectConnectionError(
-                f"the server at {self._endpoint} has no direct connections: enable its"
-                ' setting data-listen, or use transport="auto"'
+                f"the server at {self._endpoint} has no direct connections: set its"
+                ' data-listen to a port, or use transport="auto"'
             )
         self._offered = offered
 
