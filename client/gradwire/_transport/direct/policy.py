@@ -143,7 +143,8 @@ class DirectPolicy:
             if self.demanded:
                 raise NoDirectConnectionError(
                     f"the server at {self._endpoint} cannot be reached on direct"
-                    f' connections: {error}; or use transport="auto"'
+                    f" connections: {error} (make the port of its data-listen"
+                    ' reachable, or use transport="auto")'
                 ) from error
             if within_s == OPEN_S:
                 self._pause(f"cannot be opened: {error}")
