@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,10 +47,18 @@ class Client:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def to(cls, data: DataListener, tls: ssl.SSLContext | None = None) -> Client:
+    async def to(
+        cls,
+        data: DataListener,
+        tls: ssl.SSLContext | None = None,
+        from_host: str = LOOPBACK,
+    ) -> Client:
         """Connect; under TLS when the handshake is done."""
-        port = int(data.addresses[0].rpartition(":")[2])
-        return cls(*await asyncio.open_connection(LOOPBACK, port, ssl=tls))
+        port = port_of(data)
+        at = from_host, 0
+        return cls(
+            *await asyncio.open_connection(LOOPBACK, port, ssl=tls, local_addr=at)
+        )
 
     def send(self, content: bytes) -> None:
         self._writer.write(content)
@@ -75,6 +84,10 @@ class Client:
 
     def close(self) -> None:
         self._writer.transport.abort()
+
+
+def port_of(data: DataListener) -> int:
+    return int(data.addresses[0].removeprefix(":"))
 
 
 Listen = Callable[..., Awaitable[DataListener]]
@@ -148,6 +161,8 @@ def end(clients: list[Client], connections: list[Connection]) -> None:
 async def both_ways(clients: list[Client], connections: list[Connection]) -> None:
     """Bytes pass on each socket, to and from a thread that blocks."""
     for number, connection in enumerate(connections):
+        # Else its thread would ask the system again and again.
+        assert all(each.raw.gettimeout() is None for each in connection)
         up, down = clients[2 * number : 2 * number + 2]
         sent = bytes([number]) * 100_000
         into = bytearray(len(sent))
@@ -188,6 +203,20 @@ async def test_a_call_waits_until_the_last_socket_has_come(data: DataListener) -
     connections = await waiting
     await both_ways([one, other], connections)
     end([one, other], connections)
+
+
+async def test_a_failure_of_the_server_itself_leaves_the_port_open(
+    data: DataListener, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(listener, "_PAUSE_S", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(data, "_certificates", SimpleNamespace(context=None))
+        unlucky = await Client.to(data)
+        assert await unlucky.answer() == b""
+    clients, connections = await attached(data, data.offer(1))
+    (record,) = caplog.records
+    assert "NoneType" in record.error
+    end([unlucky, *clients], connections)
 
 
 async def test_an_attach_may_come_byte_by_byte_with_frames_right_behind_it(
@@ -281,28 +310,20 @@ async def test_a_socket_without_an_attach_is_closed_in_time(
     end([silent, slow], [])
 
 
-async def test_hundreds_that_say_nothing_keep_nobody_out(
-    listen: Listen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = await listen(data_listen="0.0.0.0:0", insecure=True)
-    port = int(data.addresses[0].rpartition(":")[2])
+async def test_hundreds_that_say_nothing_keep_nobody_out(listen: Listen) -> None:
+    data = await listen()
     offer = data.offer(1)
     early = await Client.to(data)
-    with ExitStack() as stack:
-        for _ in range(300):
-            # Of this host, but from another address.
-            silent = await asyncio.to_thread(
-                socket.create_connection, ("127.0.0.2", port), 20, ("127.0.0.2", 0)
-            )
-            stack.enter_context(silent)
-        await until(lambda: data.counts().pending == 64)
-        late = await Client.to(data)
-        assert await late.attach(offer.token, DOWN)
-        assert await early.attach(offer.token, UP)
-        connections = await offer.attached()
-        assert data.counts().pending <= 64
-        # Also from the same address: the oldest ones made room.
-        end([early, late], connections)
+    silent = [await Client.to(data, from_host="127.0.0.2") for _ in range(300)]
+    await until(lambda: data.counts().pending == 64)
+    # The oldest of the host that has the most made room: not the one of another host.
+    late = await Client.to(data, from_host="127.0.0.2")
+    assert await late.attach(offer.token, DOWN)
+    assert await early.attach(offer.token, UP)
+    assert data.counts() == SocketCounts(pending=62, idle=0, attached=2)
+    connections = await offer.attached()
+    assert [await each.answer() for each in silent[:238]] == [b""] * 238
+    end([early, late, *silent], connections)
 
 
 async def test_sockets_are_used_again_by_call_after_call(data: DataListener) -> None:
@@ -386,7 +407,7 @@ async def test_without_descriptors_it_waits_says_so_once_and_goes_on(
         return accept(sock)
 
     monkeypatch.setattr(socket.socket, "accept", counted)
-    port = int(data.addresses[0].rpartition(":")[2])
+    port = port_of(data)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as stack:
         clients = [
@@ -481,9 +502,14 @@ async def test_under_tls_calls_get_sockets_again_and_again(
     await both_ways(clients, connections)
     data.reuse(connections)
     offer = data.offer(2)
-    for position, client in enumerate(clients):
+    clients[0].send(Attach(UP, 0, offer.token).encode() + b"a frame in the same record")
+    assert await clients[0].answer() == ATTACHED
+    for position, client in enumerate(clients[1:], 1):
         assert await client.attach(offer.token, (UP, DOWN)[position % 2], position // 2)
     connections = await offer.attached()
+    into = bytearray(26)
+    await asyncio.to_thread(connections[0].up.receive, memoryview(into))
+    assert into == b"a frame in the same record"
     await both_ways(clients, connections)
     end(clients, connections)
 
@@ -594,6 +620,8 @@ async def test_new_sockets_use_new_certificates_and_open_ones_go_on(
         ({"listen": ("127.0.0.2:1", "127.0.0.3:1")}, ("127.0.0.2", "127.0.0.3")),
         ({"listen": ("0.0.0.0:1", "127.0.0.1:2"), "insecure": True},
          ("0.0.0.0", "127.0.0.1")),
+        ({"listen": ("[::]:1",), "insecure": True}, ("[::]",)),
+        ({"listen": ("0.0.0.0:1", "[::]:1"), "insecure": True}, ("0.0.0.0", "[::]")),
         ({"data_listen": "127.0.0.2:0"}, ("127.0.0.2",)),
         ({"data_listen": "localhost:0", "listen": ("127.0.0.1:1",)}, ("localhost",)),
     ],
@@ -607,7 +635,7 @@ async def test_it_listens_on_one_port_of_every_host(
     port = int(address[1:])
     assert data.bound == tuple(f"{host}:{port}" for host in bound)
     for host in bound:
-        reached = "127.0.0.9" if host == "0.0.0.0" else host
+        reached = "127.0.0.9" if host in {"0.0.0.0", "[::]"} else host
         with socket.create_connection((reached, port), timeout=5):
             pass
     await until(lambda: data.counts().pending == 0)

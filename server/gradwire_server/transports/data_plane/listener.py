@@ -178,30 +178,30 @@ class DataListener:
             await readable(listening)
             try:
                 accepted, (host, *_) = listening.accept()
+                self._begin(accepted, host)
             except (BlockingIOError, ConnectionError):  # the client has gone
-                continue
-            except OSError as error:  # too many open files, for example
+                pass
+            except Exception as error:  # noqa: BLE001 - logged; the port stays open
+                # Too many open files, for example.
                 self._fail(error)
                 await asyncio.sleep(_PAUSE_S)
-                continue
-            try:
-                sock = self._under_tls(accepted)
-            except (OSError, ValueError):
-                accepted.close()
-                continue
+
+    def _begin(self, sock: socket.socket, host: str) -> None:
+        try:
+            sock.setblocking(False)
+            if self._certificates is not None:
+                sock = self._certificates.context().wrap_socket(
+                    sock, server_side=True, do_handshake_on_connect=False
+                )
             if len(self._pending) >= _MOST_PENDING:
                 self._make_room()
             self._wait(self._pending, sock, host, self._attach(sock))
+        except BaseException as error:
+            sock.close()
+            if not isinstance(error, OSError):  # else the client has gone
+                raise
 
-    def _under_tls(self, sock: socket.socket) -> socket.socket:
-        sock.setblocking(False)
-        if self._certificates is None:
-            return sock
-        return self._certificates.context().wrap_socket(
-            sock, server_side=True, do_handshake_on_connect=False
-        )
-
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: Exception) -> None:
         """Tell that a connection was not accepted, and free what may be missing."""
         now = asyncio.get_running_loop().time()
         if now >= self._quiet_until:

@@ -29,6 +29,8 @@ class AttachRefusedError(Exception):
 class Offer:
     """The connections that a call expects.
 
+    Its methods are for the event loop's thread.
+
     Args:
         connections: Number of connections.
         forget: Called when no more sockets are expected.
