@@ -9,6 +9,9 @@ that belongs to no row block. Each connection has a sending and a receiving thre
         header = FrameHeader.decode(the next bytes)
         payload = share.room(header), filled with the next bytes
         share.take(header, payload)
+
+A job whose rows come from an iterable has one connection, and its sender yields the
+frames.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from gradwire._api.errors import ProtocolError
 from gradwire._arrays.operand import Operand
+from gradwire._core.frame import Frame
 from gradwire._core.job_plan import Plan
 from gradwire._core.receiver import Sink, check_crc32c
 from gradwire._core.resume import Checkpoint
@@ -31,13 +35,6 @@ from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
 from gradwire_protocol.matrices import PARTIAL_SUMS, RESULTS, ROW_OPERANDS, Matrix
 
 _BY_NUMBER = {int(matrix): matrix for matrix in (*RESULTS, *PARTIAL_SUMS)}
-
-
-class Frame(NamedTuple):
-    """A frame to send."""
-
-    header: FrameHeader
-    payload: memoryview
 
 
 class Listener(Protocol):
@@ -190,7 +187,11 @@ class DirectExchange:
 
     def was_sent(self, block: int) -> bool:
         """Return whether a row block was sent, and its results are due."""
-        return block in self._sent_blocks
+        if block in self._sent_blocks or self.sender.ended:
+            return True
+        # The sender yields frames in order of their rows.
+        rows = (block + 1) * self.sender.block_rows
+        return self.connections == 1 and rows <= self.sender.rows_sent
 
     def received(self, block: int) -> None:
         """Count a row block as received. The lock must be held."""

@@ -22,6 +22,7 @@ from gradwire._api.types import Receipt, receipt_of
 from gradwire._arrays.operand import Operand
 from gradwire._core.acceptance import check_accepted, check_receipt
 from gradwire._core.direct_exchange import DirectExchange
+from gradwire._core.frame import Message
 from gradwire._core.job_plan import Plan
 from gradwire._core.progress import Reporter
 from gradwire._core.receiver import Receiver, Sink
@@ -128,7 +129,7 @@ class JobExchange:
         """Return the first message."""
         return framing.encode_job(self._job)
 
-    def array_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+    def array_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[Message]:
         """Yield all messages after the first, for complete operands.
 
         At an empty message (`WAIT`), wait until another message was received.
@@ -144,7 +145,7 @@ class JobExchange:
         yield from self._reported(self._sender.all_rows(rows))
         yield from self._reported(self._sender.end())
 
-    def weight_messages(self, w: Operand | None) -> Iterator[bytes]:
+    def weight_messages(self, w: Operand | None) -> Iterator[Message]:
         """Yield the messages with W, if the job needs it.
 
         And behind it the sums with which the job goes on.
@@ -155,12 +156,12 @@ class JobExchange:
         if self._point is not None and self._point.checkpoint is not None:
             yield from self._sender.sums(self._point.checkpoint.sums)
 
-    def row_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+    def row_messages(self, operands: Mapping[Matrix, Operand]) -> Iterator[Message]:
         """Yield the messages with the next rows of X and dY."""
         rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
         yield from self._reported(self._sender.rows(rows))
 
-    def end_messages(self) -> Iterator[bytes]:
+    def end_messages(self) -> Iterator[Message]:
         """Yield the messages that complete the job."""
         yield from self._reported(self._sender.last_rows())
         yield from self._reported(self._sender.end())
@@ -262,13 +263,16 @@ class JobExchange:
         )
 
     def use_direct(
-        self, sinks: Callable[[], Mapping[Matrix, Sink]], sent: Callable[[], bool]
+        self,
+        sinks: Callable[[], Mapping[Matrix, Sink]],
+        sent: Callable[[], bool] | None = None,
     ) -> DirectExchange:
         """Send and receive the elements on the direct connections in `offered`.
 
         Args:
             sinks: Makes the results' sinks, for each connection its own.
-            sent: Returns whether all operands were sent.
+            sent: Returns whether all operands were sent; None: the messages' iterators
+                yield frames for the only connection.
         """
         accepted, point, sender = self._required(), self._point, self._sender
         connections, self.offered = accepted.direct.connections, None
@@ -284,6 +288,8 @@ class JobExchange:
         )
         self._receiver = direct
         self._direct_sent = sent
+        if sent is None:
+            sender.use_frames()
         # The requests go on from here, perhaps in another thread.
         sender.accept(accepted.block_rows, accepted.window_rows)
         return direct
@@ -331,7 +337,7 @@ class JobExchange:
         sender = self._sender
         self._checkpoints.begin(rows, sender.rows_sent, sender.block_rows)
 
-    def _reported(self, messages: Iterator[bytes]) -> Iterator[bytes]:
+    def _reported(self, messages: Iterator[Message]) -> Iterator[Message]:
         for message in messages:
             yield message
             # A job that is not accepted yet waits, whatever it has sent.

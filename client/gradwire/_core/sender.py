@@ -21,13 +21,17 @@ import numpy as np
 from gradwire._api.errors import InputError
 from gradwire._api.types import Array
 from gradwire._arrays.operand import Operand
+from gradwire._core.frame import Frame, Message
 from gradwire._core.job_plan import Plan
 from gradwire_protocol import checksum, framing
+from gradwire_protocol.data_plane.frames import FrameHeader, Kind
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import ROW_OPERANDS, Matrix
 
 WAIT: Final = b""
 """In the place of a message: wait until the server has sent more."""
+
+_NOTHING = memoryview(b"")
 
 STALE_S = 0.1
 """Longest time that rows are collected for a full message, so that the server sees
@@ -73,6 +77,7 @@ class Sender:
         )
         self._early_run_rows = plan.block_rows or self._stage_rows()
         self._staging: _Staging | None = None
+        self._in_frames = False
 
     def begin(self, first_row: int, early_bytes: int = 0) -> None:
         """Begin a job.
@@ -100,16 +105,20 @@ class Sender:
             self._credit_blocks = credit_blocks
         self.accepted = True
 
+    def use_frames(self) -> None:
+        """Yield elements in frames for a direct connection; before `accept`."""
+        self._in_frames = True
+
     def opening(self) -> Iterator[bytes]:
         """Wait until operands may be sent."""
         while not self.accepted and not self._early_bytes:
             yield WAIT
 
-    def weights(self, w: Operand) -> Iterator[bytes]:
+    def weights(self, w: Operand) -> Iterator[Message]:
         """Yield the messages with W."""
         yield from self._messages(Matrix.W, w, 0, w.rows, row=0)
 
-    def sums(self, sums: Mapping[Matrix, Array]) -> Iterator[bytes]:
+    def sums(self, sums: Mapping[Matrix, Array]) -> Iterator[Message]:
         """Yield the messages that carry partial sums of these results."""
         for matrix, index, payload in self.sum_pieces(sums):
             yield self._encoded(matrix, index, payload)
@@ -125,7 +134,7 @@ class Sender:
                 payload = flat[index : index + elements].view(np.uint8).data
                 yield matrix.partial, index, payload
 
-    def all_rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+    def all_rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[Message]:
         """Yield the messages with all rows not yet sent.
 
         Args:
@@ -140,7 +149,7 @@ class Sender:
                 continue
             yield from self._run(operands, first, count, row=first)
 
-    def rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[bytes]:
+    def rows(self, operands: Mapping[Matrix, Operand]) -> Iterator[Message]:
         """Yield the messages with the next rows.
 
         A few rows may be copied and kept, to be sent together with later rows.
@@ -177,7 +186,7 @@ class Sender:
                 yield from self._run(operands, start, count, row=self.rows_sent)
             start += count
 
-    def last_rows(self) -> Iterator[bytes]:
+    def last_rows(self) -> Iterator[Message]:
         """Yield the messages with the rows kept by `rows`.
 
         Raises:
@@ -188,9 +197,11 @@ class Sender:
             raise InputError(f"rows has {self.rows_sent} rows: expected m = {self.m}")
         self.m = self.rows_sent
 
-    def end(self) -> Iterator[bytes]:
-        """Yield the message that completes the job."""
+    def end(self) -> Iterator[Message]:
+        """Yield what completes the job."""
         self.ended = True
+        if self._in_frames:
+            yield Frame(FrameHeader(Kind.COMPLETE, 0, self.m or 0), _NOTHING)
         yield framing.encode_end(self.m or 0)
 
     def _held(self) -> int:
@@ -246,7 +257,7 @@ class Sender:
             self._staging = _Staging(operands, rows)
         self._staging.put(operands, start, count)
 
-    def _flush(self) -> Iterator[bytes]:
+    def _flush(self) -> Iterator[Message]:
         if self._staging is not None and self._staging.count:
             operands, count = self._staging.operands(), self._staging.count
             self._staging.count = 0
@@ -259,7 +270,7 @@ class Sender:
         count: int,
         *,
         row: int,
-    ) -> Iterator[bytes]:
+    ) -> Iterator[Message]:
         while not self._may_begin(row):
             yield WAIT
         self.rows_sent += count
@@ -279,7 +290,7 @@ class Sender:
         last: int,
         *,
         row: int,
-    ) -> Iterator[bytes]:
+    ) -> Iterator[Message]:
         """Yield rows [first, last) of an operand, as rows `row`, ... of the matrix."""
         shift = (row - first) * operand.columns
         elements = self._plan.elements_per_message()
@@ -293,8 +304,11 @@ class Sender:
     def _may_send(self, size_bytes: int) -> bool:
         return self.accepted or self.bytes_sent + size_bytes <= self._early_bytes
 
-    def _encoded(self, matrix: Matrix, index: int, payload: memoryview) -> bytes:
+    def _encoded(self, matrix: Matrix, index: int, payload: memoryview) -> Message:
         crc = checksum.crc32c(payload) if self._plan.options.checksum else None
+        if self._in_frames:
+            header = FrameHeader(Kind.ELEMENTS, matrix, index, len(payload), crc)
+            return Frame(header, payload)
         return framing.encode_chunk(matrix, index, payload, crc)
 
 

@@ -98,7 +98,9 @@ class ArrayJob:
 
     def messages(self, exchange: JobExchange) -> Iterator[bytes]:
         """Yield the messages after the first."""
-        return exchange.array_messages(self.operands)
+        for message in exchange.array_messages(self.operands):
+            if isinstance(message, bytes):  # frames are sent elsewhere
+                yield message
 
     @property
     def to_verify(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
 from gradwire._arrays.result_library import ResultLibrary
 from gradwire._core.exchange import JobExchange
+from gradwire._core.frame import Message
 from gradwire._core.job_plan import Plan
 from gradwire._core.outputs import output_shape
 from gradwire._core.receiver import BlockSink, Sink
@@ -31,6 +32,7 @@ from gradwire._integrity.stream_verifier import RowCheck
 from gradwire._integrity.verifier import Computed
 from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.retry import Attempts
+from gradwire._transport.direct.transfer import DirectStream
 from gradwire_protocol.matrices import ROW_RESULTS, Matrix
 
 
@@ -56,6 +58,9 @@ class StreamJob:
     """
 
     exchange: JobExchange
+    direct: DirectStream | None = None
+    """The direct connection of the current attempt, if it has one."""
+    _sinks: dict[Matrix, Sink]
     _sender: Sender
     _blocks: dict[Matrix, BlockSink]
 
@@ -99,8 +104,13 @@ class StreamJob:
         """The first row that the current attempt sends."""
         return self._point.first_row if self._point else 0
 
-    def begin(self) -> JobExchange:
-        """Begin the next attempt, and return its exchange."""
+    def begin(self, direct: int = 0) -> JobExchange:
+        """Begin the next attempt, and return its exchange.
+
+        Args:
+            direct: Most direct connections: 0 or 1.
+        """
+        self.direct = None
         plan = self.plan
         if self._held.complete:
             plan = replace(plan, m=self._held.count)
@@ -116,10 +126,17 @@ class StreamJob:
             point=self._point,
             checkpoint_rows=self._checkpoint_rows,
             early_bytes=self._early_bytes,
+            direct=direct,
         )
+        self._sinks = sinks
         return self.exchange
 
-    def opening_messages(self, exchange: JobExchange) -> Iterator[bytes]:
+    def use_direct(self, direct: DirectStream) -> None:
+        """Send and receive the elements of this attempt on a direct connection."""
+        self.direct = direct
+        direct.begin(self.exchange.use_direct(lambda: self._sinks))
+
+    def opening_messages(self, exchange: JobExchange) -> Iterator[Message]:
         """Yield the messages before the rows."""
         return exchange.weight_messages(self._w)
 
@@ -130,6 +147,14 @@ class StreamJob:
             VerificationError: The message completes a wrong row block.
         """
         self.exchange.receive(message)
+        self._received()
+
+    def take(self, frame: Callable[[], None]) -> None:
+        """Process a frame of the direct connection; see `receive`."""
+        frame()
+        self._received()
+
+    def _received(self) -> None:
         # A matrix without columns has no elements to receive.
         filled = [sink for sink in self._blocks.values() if sink.columns]
         while filled and all(self._next_row in sink.complete for sink in filled):

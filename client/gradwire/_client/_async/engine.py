@@ -21,6 +21,8 @@ from gradwire._arrays.operand import Operand
 from gradwire._client.engine_base import EngineBase, look_up_address, member_options
 from gradwire._client.options import ClientOptions
 from gradwire._core.exchange import JobExchange
+from gradwire._core.frame import Frame, Message
+from gradwire._core.sender import WAIT
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import job_span, session_span
 from gradwire._resilience.load_balancer import (
@@ -42,7 +44,7 @@ from gradwire._transport.async_io import (
     run_beside,
 )
 from gradwire._transport.direct.connections import DirectConnection
-from gradwire._transport.direct.transfer import DirectTransfer
+from gradwire._transport.direct.transfer import DirectStream, DirectTransfer
 from gradwire._transport.grpc.async_call import (
     AsyncCall,
     AsyncConnection,
@@ -252,13 +254,34 @@ class AsyncEngine(EngineBase):
         job.address = self.address
         if attempts.span is not None:
             attempts.span.sent_to(self.address)
-        exchange = job.begin()
+        exchange = job.begin(self.direct.connections(job.plan, several=False))
         return AsyncCall(
             self._connection(),
             exchange,
             lambda: stream_messages(job, exchange, batches),
             attempts.options(job.options),
         )
+
+    async def open_direct(
+        self, job: StreamJob, call: AsyncCall, attempts: Attempts
+    ) -> None:
+        """Open the direct connection that the server offers for a stream."""
+        connections = await self._open_direct(job.exchange, attempts.left_s)
+        if connections is not None:
+            job.use_direct(DirectStream(connections[0], call, self.address))
+            call.wake()  # the next message may be the last
+
+    def keep_direct(self, job: StreamJob, receipt: Receipt) -> None:
+        """Keep the direct connection of a stream that has ended well."""
+        direct, job.direct = job.direct, None
+        if direct is not None:
+            self.direct.reuse(receipt.server_instance, [direct.connection])
+
+    def note_broken(self, job: StreamJob | None) -> None:
+        """Note whether the direct connection of a failed attempt broke."""
+        direct = None if job is None else job.direct
+        if direct is not None and direct.broken is not None:
+            self.direct.failed()
 
     async def session_call(
         self,
@@ -653,7 +676,29 @@ async def stream_messages(
     exchange: JobExchange,
     batches: AsyncGenerator[Mapping[Matrix, Operand]],
 ) -> AsyncGenerator[bytes]:
-    """Yield the messages of a stream after its header."""
+    """Yield the messages of a stream after its header, and send its frames."""
+    async for part in _parts(job, exchange, batches):
+        if isinstance(part, bytes):
+            yield part
+        elif not await _sent(job, exchange, part):
+            while True:  # the call has failed, or is about to
+                yield WAIT
+
+
+async def _sent(job: StreamJob, exchange: JobExchange, frame: Frame) -> bool:
+    """Send a frame, and return whether that succeeded."""
+    direct = job.direct
+    # The next attempt, with a connection of its own, may have begun.
+    if direct is None or job.exchange is not exchange:
+        return False
+    return await run_beside(lambda: direct.send(frame))
+
+
+async def _parts(
+    job: StreamJob,
+    exchange: JobExchange,
+    batches: AsyncGenerator[Mapping[Matrix, Operand]],
+) -> AsyncGenerator[Message]:
     for message in job.opening_messages(exchange):
         yield message
     async for operands in batches:

@@ -83,6 +83,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                             raise
                         if self._lease is not None and self._attempts is not None:
                             await self._lease.engine.report(error, self._attempts)
+                            self._lease.engine.note_broken(self._job)
                         self._release(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:
@@ -101,6 +102,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
     async def aclose(self) -> None:
         """Cancel the job, unless it is done, and yield no more row blocks."""
         self._over = True
+        self._end_direct()
         if self._call is not None:
             await self._call.cancel()
         await self._rows.aclose()
@@ -113,6 +115,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         with contextlib.suppress(Exception):
             self._release(GeneratorExit())
             self._end_span(GeneratorExit())
+            self._end_direct()
             if self._call is not None:
                 self._call.abandon()
             self._rows.abandon()
@@ -166,9 +169,16 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
 
     async def _end_call(self) -> None:
         """End the call of a failed attempt."""
+        self._end_direct()
         if self._call is not None:
             await self._call.cancel()
         self._call = None
+
+    def _end_direct(self) -> None:
+        """End the use of the direct connection, also in a thread that sends."""
+        direct = None if self._job is None else self._job.direct
+        if direct is not None:
+            direct.interrupt()
 
     async def _interrupt(self, error: GradwireError) -> None:
         """End the running attempt as if `error` had: the job resumes on its server.
@@ -208,9 +218,18 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         return delay_s
 
     async def _read(self, job: StreamJob, call: AsyncCall) -> None:
+        direct = job.direct
+        if direct is not None and direct.receives:
+            frame = await run_beside(direct.receive)
+            if frame is not None:
+                await _checked(job, lambda: job.take(frame))
+                return
+            # The call ends as well, and has the cause.
         try:
             message = await anext(call)
         except StopAsyncIteration:
+            if direct is not None:
+                direct.require_whole()
             attempts = self._attempts
             if attempts is not None:
                 attempts.succeeded()
@@ -219,10 +238,15 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                     attempts.span.computed(receipt)
                     attempts.ended()
                 self._remember(receipt)
+                if self._lease is not None:
+                    self._lease.engine.keep_direct(job, receipt)
             self._release()
             self._over = True
         else:
             await _checked(job, lambda: job.receive(message))
+            offered = job.exchange.offered is not None
+            if offered and self._lease is not None and self._attempts is not None:
+                await self._lease.engine.open_direct(job, call, self._attempts)
 
 
 async def _checked(job: StreamJob, take: Callable[[], R]) -> R:

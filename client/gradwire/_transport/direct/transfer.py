@@ -14,7 +14,8 @@ from grpc import StatusCode
 
 from gradwire._api.errors import ConnectionLostError, GradwireError, ProtocolError
 from gradwire._arrays.operand import Operand
-from gradwire._core.direct_exchange import DirectExchange
+from gradwire._core.direct_exchange import DirectExchange, ResultShare
+from gradwire._core.frame import Frame
 from gradwire._transport.direct.connections import DirectConnection
 from gradwire_protocol.data_plane.frames import (
     ATTACHED,
@@ -22,6 +23,7 @@ from gradwire_protocol.data_plane.frames import (
     HEADER_BYTES,
     DirectFramingError,
     FrameHeader,
+    Kind,
 )
 from gradwire_protocol.data_plane.sockets import DirectSocket
 from gradwire_protocol.matrices import Matrix
@@ -47,9 +49,52 @@ class Call(Protocol):
     def fail(self, error: BaseException) -> None:
         """Cancel the call and have its reader raise an error, from any thread."""
 
+    def on_failure(self, then: Callable[[], object]) -> None:
+        """Call `then`, in any thread, when the call has ended with an error."""
 
-class DirectTransfer:
-    """Moves a job's elements.
+
+class _Breakable:
+    """Connections of a call, one of which may break.
+
+    Args:
+        call: The job's call.
+        address: The server's address, for errors.
+
+    Attributes:
+        broken: Why a connection broke; None: none did.
+    """
+
+    def __init__(self, call: Call, address: str) -> None:
+        self._call = call
+        self._address = address
+        self._lock = threading.Lock()
+        self._ended = False
+        """Whether the call has ended, or is about to."""
+        self.broken: Exception | None = None
+
+    def _break(self, error: Exception) -> None:
+        """Note a broken connection; the server's status, if it comes, has the cause."""
+        with self._lock:
+            if self._ended or self.broken is not None:
+                self.broken = self.broken or error
+                return
+            self.broken = error
+        _later(STATUS_S, self._give_up)
+
+    def _give_up(self) -> None:
+        if not self._ended and self.broken is not None:
+            self._call.fail(self._lost(self.broken))
+
+    def _lost(self, cause: Exception) -> ConnectionLostError:
+        how = "the server closed it" if isinstance(cause, EOFError) else str(cause)
+        return ConnectionLostError(
+            f"a direct connection to {self._address} broke: {how}",
+            status=StatusCode.UNAVAILABLE,
+        )
+
+
+class DirectTransfer(_Breakable):
+    """Moves the elements of a job of arrays, in threads.
 
     Args:
         connections: The connections.
@@ -58,23 +103,13 @@ class DirectTransfer:
     """
 
     def __init__(
-        self,
-        connections: Sequence[DirectConnection],
-        call: Call,
-        address: str,
+        self, connections: Sequence[DirectConnection], call: Call, address: str
     ) -> None:
+        super().__init__(call, address)
         self._connections = connections
-        self._call = call
-        self._address = address
-        self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._to_send = len(connections)
         self._receiving: set[DirectSocket] = set()
-        self._stopped = False
-        self._ended = False
-        """Whether the call has ended."""
-        self.broken: Exception | None = None
-        """Why a connection broke, if one did."""
         self._error: BaseException | None = None
         """The first other error of a thread."""
 
@@ -154,7 +189,7 @@ class DirectTransfer:
 
     def stop(self) -> None:
         """End all threads. They use no memory of the job afterwards."""
-        self._ended = self._stopped = True
+        self._ended = True
         if any(thread.is_alive() for thread in self._threads):
             for connection in self._connections:
                 connection.up.shutdown()
@@ -218,28 +253,110 @@ class DirectTransfer:
         if not self._ended:
             self._call.fail(error)
 
-    def _break(self, error: Exception) -> None:
-        """Note a broken connection; the server's status, if it comes, has the cause."""
-        with self._lock:
-            if self._stopped or self.broken is not None:
-                return
-            self.broken = error
-        if self._ended:
-            return
-        timer = threading.Timer(STATUS_S, self._give_up)
-        timer.daemon = True
-        timer.start()
 
-    def _give_up(self) -> None:
-        if not self._ended and self.broken is not None:
-            self._call.fail(self._lost(self.broken))
+class DirectStream(_Breakable):
+    """Moves the elements of a stream, whose rows and results are the caller's turn.
 
-    def _lost(self, cause: Exception) -> ConnectionLostError:
-        how = "the server closed it" if isinstance(cause, EOFError) else str(cause)
-        return ConnectionLostError(
-            f"a direct connection to {self._address} broke: {how}",
-            status=StatusCode.UNAVAILABLE,
-        )
+    One thread at a time sends, another one receives.
+
+    Args:
+        connection: The connection.
+        call: The stream's call.
+        address: The server's address, for errors.
+
+    Attributes:
+        connection: The connection.
+    """
+
+    def __init__(self, connection: DirectConnection, call: Call, address: str) -> None:
+        super().__init__(call, address)
+        self.connection = connection
+        self._share: ResultShare | None = None
+        self._up_confirmed = self._down_confirmed = connection.confirmed
+        self._data = memoryview(bytearray(HEADER_BYTES))
+
+    def begin(self, exchange: DirectExchange) -> None:
+        """Begin to receive the results of an exchange."""
+        self._share = exchange.share(0)
+        self._call.on_failure(lambda: _later(STATUS_S, self.interrupt))
+
+    @property
+    def receives(self) -> bool:
+        """Whether more frames are expected."""
+        share = self._share
+        return share is not None and not share.complete and self.broken is None
+
+    def send(self, frame: Frame) -> bool:
+        """Send a frame.
+
+        Returns:
+            False: the connection broke, and the call is about to fail.
+        """
+        if self.broken is not None:
+            return False
+        sock = self.connection.up
+        try:
+            sock.send(frame.header.encode(), frame.payload)
+            if frame.header.kind == Kind.COMPLETE and not self._up_confirmed:
+                self._up_confirmed = True
+                _read_attached(sock)
+        except (EOFError, OSError) as error:
+            self._break(error)
+            return False
+        except DirectFramingError as error:
+            raise ProtocolError(str(error)) from error
+        return True
+
+    def receive(self) -> Callable[[], None] | None:
+        """Receive a frame.
+
+        Returns:
+            A function that takes it; None: the connection broke, and the call has the
+            cause.
+
+        Raises:
+            ProtocolError: The frame violates the contract.
+        """
+        sock, share = self.connection.down, self._share
+        if share is None:
+            raise RuntimeError("the stream has not begun")
+        try:
+            if not self._down_confirmed:
+                self._down_confirmed = True
+                _read_attached(sock)
+            sock.receive(self._data)
+            header = FrameHeader.decode(self._data)
+            room = share.room(header)
+            if header.length:
+                sock.receive(room)
+        except (EOFError, OSError) as error:
+            self._break(error)
+            return None
+        except DirectFramingError as error:
+            raise ProtocolError(f"the server sent no frame: {error}") from error
+        return lambda: share.take(header, room)
+
+    def require_whole(self) -> None:
+        """Check that the connection held until the call has ended well.
+
+        Raises:
+            ConnectionLostError: It broke.
+        """
+        self._ended = True
+        if self.broken is not None:
+            raise self._lost(self.broken)
+
+    def interrupt(self) -> None:
+        """End the use of the connection, also in other threads."""
+        self._ended = True
+        self.connection.up.shutdown()
+        self.connection.down.shutdown()
+
+
+def _later(delay_s: float, work: Callable[[], object]) -> None:
+    timer = threading.Timer(delay_s, work)
+    timer.daemon = True
+    timer.start()
 
 
 def _read_attached(sock: DirectSocket) -> None:

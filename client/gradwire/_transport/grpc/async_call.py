@@ -396,6 +396,15 @@ class AsyncCall:
         """Cancel the call and have its reader raise an error, from any thread."""
         self._in_loop(partial(self._requests.fail, self._rpc, error))
 
+    def on_failure(self, then: Callable[[], object]) -> None:
+        """Call `then`, in any thread, when the call has ended with an error."""
+
+        def ended(rpc: Any) -> None:
+            if not rpc._cython_call.is_ok():
+                then()
+
+        self._rpc.add_done_callback(ended)
+
     def abandon(self) -> None:
         """Cancel the call from the garbage collector, in any thread."""
         self._in_loop(self._end)

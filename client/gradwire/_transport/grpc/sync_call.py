@@ -454,6 +454,17 @@ class SyncCall:
         """Cancel the call and have its reader raise an error, from any thread."""
         self._requests.fail(error)
 
+    def on_failure(self, then: Callable[[], object]) -> None:
+        """Call `then`, in any thread, when the call has ended with an error."""
+        rpc = self._rpc
+
+        def ended() -> None:
+            if rpc.code() is not grpc.StatusCode.OK:
+                then()
+
+        if not rpc.add_callback(ended):
+            ended()
+
     def abandon(self) -> None:
         """Cancel the call from the garbage collector."""
         self.cancel()
