@@ -63,10 +63,7 @@ class DirectOffer:
         trace: TracebackType | None,
     ) -> None:
         if self._offer is not None:
-            self._offer.withdraw()
-        for connection in self._connections:
-            for sock in connection:
-                sock.close()
+            self._offer.close()
 
     async def taken(self, stream: CallStream) -> DirectJob | None:
         """Wait for the client's choice.
@@ -90,6 +87,7 @@ class DirectOffer:
 
     def succeeded(self) -> None:
         """Keep the connections for the client's next call."""
-        if self._listener is not None:
+        offer, self._offer = self._offer, None
+        if self._listener is not None and offer is not None:
+            offer.withdraw()
             self._listener.reuse(self._connections)
-        self._connections = []

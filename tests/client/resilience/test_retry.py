@@ -67,7 +67,12 @@ def test_what_reasons_are_worth_a_retry(reason: Reason) -> None:
             return ((TRAILER, packed),)
 
     error = call_error(Ended(), "gpu-node:50051")
-    worth = {Reason.DRAINING, Reason.DEVICE_LOST, Reason.CHECKSUM_MISMATCH}
+    worth = {
+        Reason.DRAINING,
+        Reason.DEVICE_LOST,
+        Reason.CONNECTION_LOST,
+        Reason.CHECKSUM_MISMATCH,
+    }
     assert is_transient(error) == (reason in worth)
 
 

@@ -87,6 +87,12 @@ class Offer:
                 each.close()
         self._settled.set()
 
+    def close(self) -> None:
+        """Expect no more sockets, and close all that came."""
+        self.withdraw()
+        for each in self._came.values():
+            each.close()
+
     def take(
         self, attach: Attach, sock: socket.socket, answer: Callable[[], object]
     ) -> DirectSocket:
