@@ -201,8 +201,7 @@ class DirectTransfer(_Breakable):
         """End all threads and close the connections."""
         self.stop()
         for connection in self._connections:
-            connection.up.close()
-            connection.down.close()
+            connection.close()
 
     def _send(
         self,
