@@ -30,6 +30,7 @@ _USUAL = (
     ("Compute", "unix"),
     ("ComputeStream", "tcp"),
     ("ComputeStream", "unix"),
+    ("ComputeStream", "direct"),
     ("ComputeStream", "shm"),
 )
 """Methods and transports of jobs. They are counted from 0 on: Prometheus does not see
