@@ -1,4 +1,7 @@
-"""The commands, run as a user runs them: in a process of their own."""
+"""The commands, run as a user runs them: in a process of their own.
+
+Those that run to their end are forked from a process that has imported the command
+line; a process of a test's own (`started`, `COMMAND`) imports it itself."""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -17,6 +22,7 @@ import pytest
 from gradwire_cli.app import run
 from gradwire_server import Server, Settings
 from gradwire_server.backends.base import Backend
+from tests.support import forking
 from tests.support.serving import BACKEND
 
 TIMEOUT_S = 60.0
@@ -34,15 +40,48 @@ def gradwire(
     *arguments: object, env: dict[str, str] | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
+    command, variables = [*COMMAND, *map(str, arguments)], environment(env)
+    if not options and BACKEND != "cupy" and forking.possible(variables):
+        return _forked(command, variables)
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
+        command,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
-        env=environment(env),
+        env=variables,
         check=False,
         **options,
     )
+
+
+def _forked(
+    command: list[str], env: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    with (
+        Path(os.devnull).open() as stdin,
+        TemporaryFile() as out,
+        TemporaryFile() as err,
+    ):
+        pid = forking.start(
+            "gradwire_cli:main",
+            command[len(COMMAND) :],
+            env,
+            imports=("gradwire_cli.app",),
+            stdin=stdin.fileno(),
+            stdout=out.fileno(),
+            stderr=err.fileno(),
+        )
+        process = forking.ForkedProcess(pid, (None, None, None))
+        try:
+            status = process.wait(TIMEOUT_S)
+        finally:
+            process.kill()
+            process.wait()
+        said = []
+        for file in out, err:
+            file.seek(0)
+            said.append(file.read().decode())
+    return subprocess.CompletedProcess(command, status, *said)
 
 
 def sentence(done: subprocess.CompletedProcess[str]) -> str:

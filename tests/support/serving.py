@@ -46,6 +46,14 @@ START_TIMEOUT_S = 90.0 if BACKEND == "cupy" else 30.0
 STOP_TIMEOUT_S = 20.0
 
 
+_IMPORTS = (
+    "gradwire_server.api.standard",
+    "gradwire_server.backends.numpy.plugin",
+    "gradwire_server.server",
+)
+"""What every server imports until it listens."""
+
+
 class ServerProcess:
     """A server that a test talks to."""
 
@@ -128,13 +136,7 @@ def running_server(
     with tempfile.TemporaryDirectory(prefix="gradwire-test-") as scratch:
         log = Path(scratch) / "log"
         with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                [*prefix, sys.executable, __file__, json.dumps(settings)],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                stdin=subprocess.PIPE,
-                env=os.environ | (env or {}),
-            )
+            process = _start(settings, os.environ | (env or {}), prefix, stderr)
         server = ServerProcess(process, log)
         watchdog = _kill_after(process, START_TIMEOUT_S)
         try:
@@ -161,6 +163,39 @@ def running_server(
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
+
+
+def _start(
+    settings: dict[str, Any], env: dict[str, str], prefix: Sequence[str], stderr: Any
+) -> Any:
+    # Where this module is the server's process, there is no package of tests.
+    from tests.support import forking
+
+    argument = json.dumps(settings)
+    # CUDA is not to be forked.
+    if not prefix and BACKEND != "cupy" and forking.possible(env):
+        with contextlib.ExitStack() as opened:
+            ends = [*os.pipe(), *os.pipe()]
+            for end in (ends[0], ends[3]):
+                opened.callback(os.close, end)
+            pipes = (os.fdopen(ends[1], "wb"), os.fdopen(ends[2], "rb"), None)
+            pid = forking.start(
+                "tests.support.serving:main",
+                [argument],
+                env,
+                imports=_IMPORTS,
+                stdin=ends[0],
+                stdout=ends[3],
+                stderr=stderr.fileno(),
+            )
+            return forking.ForkedProcess(pid, pipes)
+    return subprocess.Popen(
+        [*prefix, sys.executable, __file__, argument],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        stdin=subprocess.PIPE,
+        env=env,
+    )
 
 
 def _kill_after(process: subprocess.Popen[bytes], seconds: float) -> Any:
@@ -247,9 +282,14 @@ async def _serve(settings: dict[str, Any]) -> None:
     await server.drain()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Be the server."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter())
     logging.basicConfig(level=logging.DEBUG, handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     asyncio.run(_serve(json.loads(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
