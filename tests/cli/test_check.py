@@ -13,9 +13,11 @@ from functools import partial
 import pytest
 
 import gradwire as sdk
+from gradwire_cli.app import run
 from gradwire_cli.checks.checks import CHECKS, run_checks
 from gradwire_cli.checks.clients import open_clients
 from gradwire_cli.checks.result import CheckResult
+from gradwire_cli.commands import check as command
 from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.base import RowBlock
 from tests.cli.conftest import (
@@ -65,13 +67,6 @@ ALSO = {"next job"}
 """Checks that another one makes too."""
 
 
-def test_a_right_server_passes_every_check(server: ServerProcess) -> None:
-    results = checked(server.address)
-    assert wrong(results) == set()
-    assert {result.check for result in results} == {*CHECKS, *ALSO} - IN_SHARED_MEMORY
-    assert {result.dtype for result in results} == {d.label for d in Dtype}
-
-
 def test_a_right_server_passes_on_a_unix_socket_and_in_shared_memory() -> None:
     with serving_all() as server:
         _, unix = server.addresses
@@ -79,6 +74,7 @@ def test_a_right_server_passes_on_a_unix_socket_and_in_shared_memory() -> None:
     assert wrong(results) == set()
     made = {result.check for result in results}
     assert made == {*CHECKS, *ALSO} - ON_DIRECT_CONNECTIONS
+    assert {result.dtype for result in results} == {d.label for d in Dtype}
 
 
 @pytest.mark.big
@@ -116,11 +112,21 @@ def test_the_command_proves_a_server_right(server: ServerProcess) -> None:
         assert re.search(f"^{name} ", done.stdout, re.MULTILINE)
 
 
-def test_without_an_address_a_private_server_is_checked() -> None:
-    done = gradwire("check", "--json", "--seed", "7")
-    assert done.returncode == 0
-    report = json.loads(done.stdout)
+@pytest.fixture
+def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gradwire check` in this process makes two of its checks: others make all."""
+    few = partial(run_checks, names={"finite differences", "products"})
+    monkeypatch.setattr(command, "run_checks", few)
+
+
+@pytest.mark.usefixtures("few_checks")
+def test_without_an_address_a_private_server_is_checked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["check", "--json", "--seed", "7"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert report["passed"] is True
+    assert "private server" in report["server"]
     assert report["checks"][0]["check"] == "finite differences"
     assert all(f["error"] <= f["bound"] for f in report["checks"])
 
@@ -162,11 +168,13 @@ def test_the_command_names_what_is_wrong_and_fails(
     )
 
 
-def test_json_is_json_where_errors_are_infinite() -> None:
+@pytest.mark.usefixtures("few_checks")
+def test_json_is_json_where_errors_are_infinite(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with server_with(FAILING) as address:
-        done = gradwire("check", "--json", "--address", address)
-    assert done.returncode == 1
-    report = json.loads(done.stdout, parse_constant=pytest.fail)
+        assert run(["check", "--json", "--address", address]) == 1
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert report["passed"] is False
 
 
@@ -198,10 +206,10 @@ def test_a_signal_ends_the_check_while_jobs_run() -> None:
     backend.set(Fault("stalls", found_by="nothing", before=stall))
     with serving_with(backend) as address:
         try:
-            with started("check", "--address", address) as command:
+            with started("check", "--address", address) as process:
                 assert reached.wait(TIMEOUT_S)
-                _, err = ended_by(command, signal.SIGINT)
+                _, err = ended_by(process, signal.SIGINT)
         finally:
             go_on.set()
-    assert command.returncode == 130
+    assert process.returncode == 130
     assert err == "gradwire: interrupted\n"

@@ -86,8 +86,11 @@ def test_every_choice_of_results_in_every_dtype(channel, dtype, results):
 
 
 @pytest.mark.parametrize("shape", list(itertools.product((0, 1, 3), repeat=3)), ids=str)
-def test_zero_and_one_are_sizes_like_any_other(channel, shape):
-    for results in RESULTS:
+def test_zero_and_one_are_sizes_like_any_other(channel, transport, shape):
+    # A third of the choices for each shape, such that each choice meets each pair of
+    # sizes, on one way or the other.
+    third = sum(map((0, 1, 3).index, shape)) + (transport == "unix")
+    for results in RESULTS[third % 3 :: 3]:
         problem = whole_numbers(*shape, results=results)
         assert_exact(compute_job(channel, problem), problem)
         assert_exact(stream_job(channel, problem, turn_rows=1), problem)

@@ -482,7 +482,7 @@ def test_a_large_step_has_the_bits_of_a_small_one(channel) -> None:
 
 @pytest.mark.parametrize(
     ("forwards", "steps"),
-    [(1000, 150), pytest.param(6000, 1000, marks=pytest.mark.big)],
+    [(300, 60), pytest.param(6000, 1000, marks=pytest.mark.big)],
 )
 def test_a_job_sees_a_weight_before_or_after_a_step_and_never_in_between(
     channel, server, forwards, steps

@@ -161,7 +161,7 @@ def test_arrays_cut_off_between_any_messages(
         def run(rows: int | None = rows) -> gradwire.Gradients:
             return job.gradients(results, checkpoint_rows=rows)
 
-        for fault in boundaries(job, proxy, run, step=31):
+        for fault in boundaries(job, proxy, run, step=61):
             proxy.arm(fault)
             faults = proxy.faults
             result = run()

@@ -86,13 +86,14 @@ def test_out_is_handed_back_as_it_is(caller: Any, torch: Any) -> None:
     assert type(result.y) is type(result.dx) is torch.Tensor
 
 
-def test_large_tensors_keep_their_memory(client: gradwire.Client, torch: Any) -> None:
+def test_large_tensors_keep_their_memory(server_address: str, torch: Any) -> None:
     """Result arrays come from a pool: no later job may write to a tensor's memory."""
     x, w, dy = map(to_torch, oracle.operands(600, 700, 650))
-    first = client.gradients(x, w, dy)
-    kept = [each.clone() for each in first]
-    for scale in (2, 3):
-        client.gradients(scale * x, w, scale * dy)
+    with gradwire.connect(server_address, transport="grpc") as client:
+        first = client.gradients(x, w, dy)
+        kept = [each.clone() for each in first]
+        for scale in (2, 3):
+            client.gradients(scale * x, w, scale * dy)
     assert all(map(torch.equal, first, kept))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
@@ -239,14 +240,19 @@ def test_a_wider_accumulator_of_dw_loses_less(caller: Any) -> None:
     assert default.dw.item() == wide.dw.item()
 
 
-def test_a_long_sum_of_one_sign_is_as_exact_as_its_last_rounding(caller: Any) -> None:
-    """Rounded to float32 after every block it loses several units of roundoff."""
+@functools.cache
+def _long_sums() -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(14)
-    m, n, k = 100_000, 3, 2
+    m, n, k = 40_000, 3, 2
     x, dy = (rng.random((m, columns), np.float32) for columns in (n, k))
     # Products of two float32 are exact in float64, and fsum rounds their sum once.
     products = x.T.astype(np.float64)[:, None] * dy.T.astype(np.float64)[None]
-    exact = np.array([[math.fsum(one) for one in row] for row in products])
+    return x, dy, np.array([[math.fsum(one) for one in row] for row in products])
+
+
+def test_a_long_sum_of_one_sign_is_as_exact_as_its_last_rounding(caller: Any) -> None:
+    """Rounded to float32 after every block it loses several units of roundoff."""
+    x, dy, exact = _long_sums()
 
     def roundoffs(**options: Any) -> float:
         result = caller.gradients(x, None, dy, results="dw", **options)
