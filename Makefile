@@ -10,6 +10,8 @@ PROTOS_VENV ?= .venv-protos
 PYTEST_WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 # More arguments for pytest: make test PYTEST_ARGS="tests/protocol -k framing"
 PYTEST_ARGS ?=
+# Which tests `make test` runs, as pytest's marks.
+TIER ?= not big and not thorough and not proxies
 # Which CUDA a GPU host's driver is for: 13, or 12 where it is older than 580.
 CUDA ?= 13
 # How long `make fuzz` looks for inputs that go wrong.
@@ -75,7 +77,7 @@ docs-serve: $(VENV)/.ready-dev ## show the documentation at 127.0.0.1:8000, as i
 
 .PHONY: test
 test: lint ## lint, and the tests that a change must pass at once: 7 minutes
-	$(PARALLEL) -m 'not big and not thorough and not proxies' $(PYTEST_ARGS)
+	$(PARALLEL) -m '$(TIER)' $(PYTEST_ARGS)
 
 .PHONY: test-thorough
 test-thorough: $(VENV)/.ready-dev ## the tests that `make test` leaves out: 4 minutes
