@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -22,6 +23,16 @@ def server() -> Iterator[ServerProcess]:
 def server_address(server: ServerProcess) -> str:
     """Address of that server."""
     return server.address
+
+
+def pytest_collection_finish() -> None:
+    """Leave out the thousands of tests, and the libraries, of what is collected.
+
+    Otherwise each full collection of garbage walks through all of them, and some tests
+    make many.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 # Where there is a GPU, JAX takes three quarters of its memory otherwise, and the
