@@ -54,6 +54,13 @@ class Usage:
     server_peak_bytes: int | None
     """Highest resident memory of the server, if the bench started one."""
 
+    client_switches: int | None = None
+    """Context switches of the client during the turns; None in figures of earlier
+    states."""
+
+    server_switches: int | None = None
+    """Context switches of the server, if the bench started one."""
+
 
 class Worker:
     """A `bench.worker` process, seen by the driver.

@@ -20,6 +20,7 @@ from typing import Any
 
 from bench import contenders
 from bench.contenders.interface import Arrays, Contender
+from bench.contenders.server_process import Used
 from bench.work import FORMS, Shape, operands, worst_error
 
 TURN_S = 0.1
@@ -40,20 +41,25 @@ def main(name: str, form: str, shape: Shape) -> None:
         # Do not count the memory of startup and check.
         for process in _processes(contender):
             forget_peak(process)
-        before = _cpu_s(contender)
+        before = _used(contender)
         calls = 0
         for _ in sys.stdin:
             calls_s = turn(call)
             calls += len(calls_s)
             _say({"calls_s": [round(s, 7) for s in calls_s]})
-        after, server = _cpu_s(contender), contender.server_pid
+        after = _used(contender)
+        client = after[0].since(before[0])
+        server = after[1] and after[1].since(before[1] or after[1])
+        pid = contender.server_pid
         _say(
             {
                 "calls": calls,
-                "client_cpu_s": after[0] - before[0],
-                "server_cpu_s": after[1] - before[1],
+                "client_cpu_s": client.cpu_s,
+                "server_cpu_s": server.cpu_s if server else 0.0,
                 "client_peak_bytes": peak_bytes("self"),
-                "server_peak_bytes": server and peak_bytes(server),
+                "server_peak_bytes": pid and peak_bytes(pid),
+                "client_switches": client.switches,
+                "server_switches": server and server.switches,
             }
         )
     finally:
@@ -111,9 +117,10 @@ def _processes(contender: Contender) -> list[int | str]:
     return ["self"] if server is None else ["self", server]
 
 
-def _cpu_s(contender: Contender) -> tuple[float, float]:
-    server = contender.server_pid
-    return time.process_time(), 0.0 if server is None else cpu_s(server)
+def _used(contender: Contender) -> tuple[Used, Used | None]:
+    """What client and server have used so far; None: the bench started no server."""
+    server = contender.server
+    return Used.here(), None if server is None else server.used()
 
 
 def _say(message: dict[str, Any]) -> None:

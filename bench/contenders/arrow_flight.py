@@ -49,13 +49,11 @@ class ArrowFlight(ArrayContender):
     """One client, one connection, one call after the other."""
 
     def __init__(self) -> None:
-        self._server: ServerProcess | None = None
         self._client: flight.FlightClient | None = None
 
     def start(self) -> None:
-        self._server = ServerProcess.of_module(__name__)
-        self.server_pid = self._server.pid
-        self._client = flight.connect(f"grpc://{self._server.address}")
+        self.server = ServerProcess.of_module(__name__)
+        self._client = flight.connect(f"grpc://{self.server.address}")
 
     def gradients(self, x: Array, w: Array, dy: Array, out: Arrays | None) -> Arrays:
         assert self._client is not None
@@ -73,8 +71,8 @@ class ArrowFlight(ArrayContender):
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
-        if self._server is not None:
-            self._server.stop()
+        if self.server is not None:
+            self.server.stop()
 
 
 create = ArrowFlight

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import gradwire
+from bench.contenders import gradwire_server
 from bench.contenders.interface import ArrayContender, Arrays
-from bench.contenders.server_process import HOST, ServerProcess
 from bench.work import Array, copied
 from gradwire._api.options import BlockRows
 
@@ -34,33 +32,23 @@ class Gradwire(ArrayContender):
         self._unix, self._shared = unix, shared
         self._block_rows = block_rows
         self._folder = tempfile.TemporaryDirectory(prefix="gradwire-bench-")
-        self._server: ServerProcess | None = None
         self._client: gradwire.Client | None = None
 
     def start(self) -> None:
         path = Path(self._folder.name, "socket")
-        command = [str(Path(sys.executable).with_name("gradwire")), "serve"]
-        command += ["--listen", f"unix:{path}" if self._unix else f"{HOST}:0"]
-        # A link of the bench is private, so plaintext is safe.
-        command += ["--backend", "numpy", "--insecure"]
-        if threads := os.environ.get("OPENBLAS_NUM_THREADS"):
-            command += ["--cpu-threads", threads]
-        if self._shared:
-            command += ["--allow-shared-memory"]
-        # The log line of every job would appear in the table.
-        command += ["--log-level", "warning"]
-        self._server = ServerProcess.start(command)
-        self.server_pid = self._server.pid
+        flags = ["--listen", f"unix:{path}"] if self._unix else []
+        flags += ["--allow-shared-memory"] if self._shared else []
+        self.server = gradwire_server.start("numpy", *flags)
         transport = "shm" if self._shared else "grpc"
         self._client = gradwire.connect(
-            self._server.address, transport=transport, block_rows=self._block_rows
+            self.server.address, transport=transport, block_rows=self._block_rows
         )
 
     @property
     def address(self) -> str:
         """The server's address, once it has started."""
-        assert self._server is not None
-        return self._server.address
+        assert self.server is not None
+        return self.server.address
 
     def gradients(self, x: Array, w: Array, dy: Array, out: Arrays | None) -> Arrays:
         assert self._client is not None
@@ -80,8 +68,8 @@ class Gradwire(ArrayContender):
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
-        if self._server is not None:
-            self._server.stop()
+        if self.server is not None:
+            self.server.stop()
         self._folder.cleanup()
 
 

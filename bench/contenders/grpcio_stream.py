@@ -58,13 +58,11 @@ class GrpcioStream(ArrayContender):
     """One client, one connection, one call after the other."""
 
     def __init__(self) -> None:
-        self._server: ServerProcess | None = None
         self._channel: grpc.Channel | None = None
 
     def start(self) -> None:
-        self._server = ServerProcess.of_module(__name__)
-        self.server_pid = self._server.pid
-        self._channel = grpc.insecure_channel(self._server.address)
+        self.server = ServerProcess.of_module(__name__)
+        self._channel = grpc.insecure_channel(self.server.address)
         self._call = self._channel.stream_stream(
             f"/{_SERVICE}/{_METHOD}",
             request_serializer=_Chunk.SerializeToString,
@@ -83,8 +81,8 @@ class GrpcioStream(ArrayContender):
     def close(self) -> None:
         if self._channel is not None:
             self._channel.close()
-        if self._server is not None:
-            self._server.stop()
+        if self.server is not None:
+            self.server.stop()
 
 
 create = GrpcioStream

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
 
+from bench.contenders.server_process import ServerProcess
 from bench.work import Array, empty_results
 
 Arrays: TypeAlias = tuple[Array, Array, Array]
@@ -21,8 +22,13 @@ class Contender(ABC):
     training loop, and the contender chooses the memory of the operands.
     """
 
-    server_pid: int | None = None
-    """Process id of the server, if it is another process."""
+    server: ServerProcess | None = None
+    """The server, if the bench has started one."""
+
+    @property
+    def server_pid(self) -> int | None:
+        """Process id of that server."""
+        return None if self.server is None else self.server.pid
 
     def start(self) -> None:  # noqa: B027  # there may be nothing to start
         """Start the server, if there is one, and connect."""

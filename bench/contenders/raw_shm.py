@@ -48,7 +48,6 @@ class RawShm(Contender):
     """One client, one file, one call after the other."""
 
     def __init__(self) -> None:
-        self._server: ServerProcess | None = None
         self._turns: socket.socket | None = None
         self._file = -1
 
@@ -57,10 +56,9 @@ class RawShm(Contender):
         self._turns, theirs = socket.socketpair()
         with theirs:
             keep = (self._file, theirs.fileno())
-            self._server = ServerProcess.of_module(
+            self.server = ServerProcess.of_module(
                 __name__, *(str(descriptor) for descriptor in keep), keep=keep
             )
-        self.server_pid = self._server.pid
 
     def call(self, given: Arrays, *, reused: bool) -> Callable[[], Arrays]:
         x, w, _ = given
@@ -84,8 +82,8 @@ class RawShm(Contender):
     def close(self) -> None:
         if self._turns is not None:
             self._turns.close()
-        if self._server is not None:
-            self._server.stop()
+        if self.server is not None:
+            self.server.stop()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

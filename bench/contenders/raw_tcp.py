@@ -49,13 +49,11 @@ class RawTcp(ArrayContender):
     """One client, one connection, one call after the other."""
 
     def __init__(self) -> None:
-        self._server: ServerProcess | None = None
         self._connection: socket.socket | None = None
 
     def start(self) -> None:
-        self._server = ServerProcess.of_module(__name__)
-        self.server_pid = self._server.pid
-        self._connection = socket.create_connection(self._server.host_and_port)
+        self.server = ServerProcess.of_module(__name__)
+        self._connection = socket.create_connection(self.server.host_and_port)
         prepare(self._connection)
 
     def gradients(self, x: Array, w: Array, dy: Array, out: Arrays | None) -> Arrays:
@@ -71,8 +69,8 @@ class RawTcp(ArrayContender):
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        if self._server is not None:
-            self._server.stop()
+        if self.server is not None:
+            self.server.stop()
 
 
 create = RawTcp

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Self
 
 HOST = os.environ.get("BENCH_SERVER_HOST", "127.0.0.1")
@@ -19,6 +22,30 @@ _BEFORE = shlex.split(os.environ.get("BENCH_SERVER_COMMAND", ""))
 """Prefix of a server's command, such as ``ip netns exec NAME``."""
 
 _ADDRESS = re.compile(r"(?:serves on|ready at) (\S+)")
+_USED = "used so far: "
+_ANSWER_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What a process has used so far, with all its threads, ended ones too."""
+
+    cpu_s: float
+    """Processor time, the kernel's for it included."""
+
+    switches: int
+    """Context switches: waits, and turns that the scheduler ended."""
+
+    @classmethod
+    def here(cls) -> Used:
+        """What this process has used."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        cpu_s = used.ru_utime + used.ru_stime
+        return cls(cpu_s, used.ru_nvcsw + used.ru_nivcsw)
+
+    def since(self, before: Used) -> Used:
+        """What was used after `before`."""
+        return Used(self.cpu_s - before.cpu_s, self.switches - before.switches)
 
 
 class ServerProcess:
@@ -52,7 +79,11 @@ class ServerProcess:
             RuntimeError: The command ended, or printed no address in time.
         """
         process = subprocess.Popen(
-            [*_BEFORE, *command], stdout=subprocess.PIPE, text=True, pass_fds=keep
+            [*_BEFORE, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=keep,
         )
         too_late = threading.Timer(timeout_s, process.kill)
         too_late.start()
@@ -65,6 +96,31 @@ class ServerProcess:
             too_late.cancel()
         raise RuntimeError(f"no address from {command}: exit status {process.wait()}")
 
+    def used(self) -> Used:
+        """What the process has used so far, as its `report_usage` says.
+
+        The kernel tells another process the context switches of living threads only.
+
+        Raises:
+            RuntimeError: The process ended, or does not answer.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        too_late = threading.Timer(_ANSWER_TIMEOUT_S, self._process.kill)
+        too_late.start()
+        try:
+            # Past the buffer, which could no longer be closed if the process is gone.
+            os.write(self._process.stdin.fileno(), b"\n")
+            for line in self._process.stdout:
+                _, found, used = line.partition(_USED)
+                if found:
+                    return Used(**json.loads(used))
+        except BrokenPipeError:
+            pass
+        finally:
+            too_late.cancel()
+        raise RuntimeError(f"a server ended: exit status {self._process.wait()}")
+
     def stop(self) -> None:
         """Ask the process to end; kill it after ten seconds."""
         self._process.terminate()
@@ -73,13 +129,27 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 def say_ready(address: str) -> None:
-    """Print the line of a ready server."""
+    """Print the line of a ready server, and answer `ServerProcess.used` from now on."""
+    report_usage()
     print(f"ready at {address}", flush=True)
+
+
+def report_usage() -> None:
+    """Answer `ServerProcess.used` in a thread of this process."""
+    threading.Thread(target=_report_usage, daemon=True).start()
+
+
+def _report_usage() -> None:
+    # Not sys.stdin, whose lock a thread that waits would hold when the process ends.
+    while os.read(0, 1):
+        # In one piece: other threads print too.
+        os.write(1, f"{_USED}{json.dumps(asdict(Used.here()))}\n".encode())
 
 
 def wait_until_stopped() -> None:

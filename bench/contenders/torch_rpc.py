@@ -57,13 +57,11 @@ class TorchRpc(ArrayContender):
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="torch-rpc-bench-")
-        self._server: ServerProcess | None = None
         self._joined = False
 
     def start(self) -> None:
         meeting_point = str(Path(self._folder.name, "store"))
-        self._server = ServerProcess.of_module(__name__, meeting_point)
-        self.server_pid = self._server.pid
+        self.server = ServerProcess.of_module(__name__, meeting_point)
         _join("client", 1, meeting_point)
         self._joined = True
 
@@ -81,8 +79,8 @@ class TorchRpc(ArrayContender):
         if self._joined:
             self._joined = False
             rpc.shutdown(graceful=False)
-        if self._server is not None:
-            self._server.stop()
+        if self.server is not None:
+            self.server.stop()
         self._folder.cleanup()
 
 

@@ -80,7 +80,9 @@ class Run:
 
 
 def _of(kind: type[Any], item: dict[str, Any]) -> Any:
-    return kind(**{field.name: item[field.name] for field in fields(kind)})
+    # Runs of earlier states lack the fields that were added since.
+    known = [field.name for field in fields(kind) if field.name in item]
+    return kind(**{name: item[name] for name in known})
 
 
 class Writer:

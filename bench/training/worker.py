@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import gradwire
+from bench.contenders import gradwire_server
 from bench.contenders.server_process import ServerProcess
 from bench.driver import SETTLE_S, rotated
 from bench.links.relay import Link
@@ -108,16 +109,16 @@ class Worker:
             self._weights[name] = LocalWeights(self._data.w)
         return self._weights[name]
 
-    def _server(self, kind: str) -> ServerProcess:
+    def _server(self, kind: gradwire_server.Kind) -> ServerProcess:
         if kind not in self._servers:
-            server = ServerProcess.of_module("bench.training.server", kind)
-            self._stack.callback(server.stop)
-            self._servers[kind] = server
+            self._servers[kind] = gradwire_server.start(kind)
+            self._stack.callback(self._servers[kind].stop)
         return self._servers[kind]
 
 
-def _kind(name: str) -> str:
-    for kind in ("idle-products", "idle"):
+def _kind(name: str) -> gradwire_server.Kind:
+    kinds: tuple[gradwire_server.Kind, ...] = ("idle-products", "idle")
+    for kind in kinds:
         if kind in name:
             return kind
     return "numpy"

@@ -1,6 +1,7 @@
-"""A server for the bench of training: ``python -m bench.training.server KIND``.
+"""``gradwire serve``, for the bench: ``python -m bench.server KIND [FLAGS]``.
 
-The kinds:
+The flags are those of ``gradwire serve``. Asked on its standard input, the process says
+what it has used so far (`report_usage`). The kinds:
 
 - ``numpy``: the NumPy backend, as `gradwire serve` has it.
 - ``idle``: it computes nothing. Results are whatever was in memory, and steps change
@@ -11,20 +12,18 @@ The kinds:
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
-from bench.contenders.server_process import HOST, say_ready
+from bench.contenders.server_process import report_usage
+from gradwire_cli import app
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
-from gradwire_server import Server, Settings
 from gradwire_server.backends import registry
 from gradwire_server.backends.base import Array, RowBlock, Sums
 from gradwire_server.backends.numpy import updates
@@ -60,7 +59,14 @@ class IdleJob:
         """Take the sums of an earlier attempt."""
 
     def compute_block(self, block: RowBlock) -> None:
-        """Leave y and dx as they are."""
+        """Leave y and dx as they are, but let them be memory.
+
+        Pages that were never written are all the same page of zeros, which the
+        processor's cache holds: to send it would cost less than to send results.
+        """
+        for result in (block.y, block.dx):
+            if result is not None and not result.flat[0]:
+                result.fill(1)
 
     def copy_sums(self, out: Sums) -> None:
         """Leave the sums as they are."""
@@ -81,18 +87,12 @@ class IdleJob:
         """Do nothing."""
 
 
-async def serve(kind: str) -> None:
-    """Serve on a free port until SIGTERM."""
-    threads = os.environ.get("OPENBLAS_NUM_THREADS")
-    settings = Settings(
-        listen=(f"{HOST}:0",),
-        backend="numpy",
-        # A link of the bench is private, so plaintext is safe.
-        insecure=True,
-        cpu_threads=int(threads) if threads else None,
-    )
-    stopped = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+def main(arguments: Sequence[str]) -> int:
+    """Serve until SIGTERM."""
+    kind, *flags = arguments
+    if kind not in KINDS:
+        raise ValueError(f"{kind} is none of {', '.join(KINDS)}")
+    report_usage()
     with ExitStack() as stack:
         if kind != "numpy":
             make = mock.Mock(side_effect=lambda _: IdleBackend())
@@ -102,10 +102,8 @@ async def serve(kind: str) -> None:
             for name, result in (("update", None), ("sum_of_squares", 0.0)):
                 nothing = mock.Mock(return_value=result)
                 stack.enter_context(mock.patch.object(updates, name, nothing))
-        async with Server(settings) as server:
-            say_ready(server.addresses[0])
-            await stopped.wait()
+        return app.run(["serve", *flags])
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))
