@@ -1,4 +1,8 @@
-"""The command line of the bench: contenders, shapes, duration and output."""
+"""The command line of the bench: contenders, shapes, duration and output.
+
+A run has whole jobs of several shapes, and transports alone: a shape at servers that
+compute nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,12 @@ from bench.report.record import Part, Run, Writer
 from bench.report.statistics import figures
 from bench.work import FORMS, Shape
 
-SHAPES = ("256", "1024", "2048", "4096", "16384x1024x1024", "1000000x64x64")
+SHAPES = ("32", "256", "1024", "2048", "4096", "16384x1024x1024", "1000000x64x64")
 QUICK_SHAPES = ("256", "1024", "2048")
-# Products with vectors: little arithmetic, and equal bytes each way.
-TRANSPORT_SHAPES = ("1024x256x1", "16384x1024x1", "65536x1024x1")
+TRANSPORT_SHAPE = "16384x1024x1024"
+TRANSPORT_FORM = "reused"
+"""New results would be pages for the kernel to make, whatever the transport."""
+
 OUT = Path(__file__).parent / "out"
 
 
@@ -29,23 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     when = datetime.now(UTC)
     path: Path = options.out or OUT / f"{when:%Y-%m-%dT%H%M%SZ}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = installed(options.contenders + [f"oip@{where}" for where in options.oip])
     with path.open("w") as lines:
         writer = Writer(lines)
         where = machine.describe(options.threads)
         writer.about({"when": when.isoformat(timespec="seconds"), **where})
         print(tables.heading(where), flush=True)
-        complete = True
-        for form in options.forms:
-            body: list[tuple[str, ...]] = []
-            for shape in _shapes(options):
-                try:
-                    body += tables.rows(_part(writer, names, shape, form, options))
-                except RuntimeError as error:
-                    # The other shapes are independent of this one.
-                    print(f"{shape}, {form}: {error}", file=sys.stderr)
-                    complete = False
-            print(f"\nResults in {form} arrays:\n\n{tables.table(body)}", flush=True)
+        complete = options.transport_only or _whole_jobs(writer, options)
+        if options.transport_only or not options.shapes:
+            complete = _transports(writer, options) and complete
     run = Run.read(path)
     found = [v for v in bars.verdicts(run) if v.holds is not None]
     if found:
@@ -57,37 +54,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if complete else 1
 
 
+def _whole_jobs(writer: Writer, options: argparse.Namespace) -> bool:
+    """Time calls with their products; return whether all could be."""
+    by_address = [f"oip@{where}" for where in options.oip]
+    names = installed([*(options.contenders or contenders.WHOLE_JOBS), *by_address])
+    shapes = options.shapes or [
+        Shape.parse(text) for text in (QUICK_SHAPES if options.quick else SHAPES)
+    ]
+    complete = True
+    for form in options.forms:
+        parts = [_part(writer, names, shape, form, options) for shape in shapes]
+        body = [row for part in parts if part for row in tables.rows(part)]
+        print(f"\nResults in {form} arrays:\n\n{tables.table(body)}", flush=True)
+        complete = complete and None not in parts
+    return complete
+
+
+def _transports(writer: Writer, options: argparse.Namespace) -> bool:
+    """Time calls without products; return whether all could be."""
+    names = installed(options.contenders or contenders.TRANSPORTS)
+    names = [name for name in names if name != "numpy"]
+    if not names:
+        return True
+    complete = True
+    for shape in options.shapes or [Shape.parse(TRANSPORT_SHAPE)]:
+        part = _part(writer, names, shape, TRANSPORT_FORM, options, products=False)
+        if part is None:
+            complete = False
+        else:
+            body = tables.transport_rows(part)
+            table = tables.table(body, tables.TRANSPORT_HEAD, texts=1)
+            print(f"\n{shape.label}, without products:\n\n{table}", flush=True)
+    return complete
+
+
 def _part(
     writer: Writer,
     names: Sequence[str],
     shape: Shape,
     form: str,
     options: argparse.Namespace,
-) -> Part:
-    print(f"{shape}, {form} ...", file=sys.stderr, flush=True)
+    *,
+    products: bool = True,
+) -> Part | None:
+    """One shape in one form; None, and a line that says why, if it failed."""
+    what = f"{shape}, {form}" if products else f"{shape}, without products"
+    print(f"{what} ...", file=sys.stderr, flush=True)
     seconds, least_rounds = (8, 2) if options.quick else (options.seconds, 3)
-    turns, usages = run_shape(
-        names,
-        shape,
-        form=form,
-        threads=options.threads,
-        rounds=options.rounds,
-        seconds=seconds,
-        least_rounds=least_rounds,
-    )
-    part = Part(shape, form, tuple(figures(turns, names[0])), tuple(usages))
+    try:
+        turns, usages = run_shape(
+            names,
+            shape,
+            form=form,
+            threads=options.threads,
+            rounds=options.rounds,
+            seconds=seconds,
+            least_rounds=least_rounds,
+            products=products,
+        )
+    except RuntimeError as error:
+        # The other shapes are independent of this one.
+        print(f"{what}: {error}", file=sys.stderr)
+        return None
+    seen = tuple(figures(turns, names[0]))
+    part = Part(shape, form, seen, tuple(usages), products=products)
     writer.part(part, turns)
     return part
-
-
-def _shapes(options: argparse.Namespace) -> list[Shape]:
-    if options.shapes:
-        return list(options.shapes)
-    if options.transport_only:
-        texts: tuple[str, ...] = TRANSPORT_SHAPES
-    else:
-        texts = QUICK_SHAPES if options.quick else SHAPES
-    return [Shape.parse(text) for text in texts]
 
 
 def installed(names: Sequence[str]) -> list[str]:
@@ -120,9 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contenders",
         type=lambda text: _known(text, contenders.NAMES),
-        default=list(contenders.NAMES),
         help="by commas; the first is the yardstick "
-        f"(all: {','.join(contenders.NAMES)})",
+        f"({','.join(contenders.WHOLE_JOBS)}; "
+        f"without products: {','.join(contenders.TRANSPORTS)})",
     )
     parser.add_argument(
         "--oip",
@@ -135,8 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--transport-only",
         action="store_true",
-        help="shapes with next to no arithmetic: GB/s each way "
-        f"({','.join(TRANSPORT_SHAPES)})",
+        help="only at servers that compute nothing: GB/s each way "
+        f"({TRANSPORT_SHAPE}, or what --shapes says)",
     )
     parser.add_argument(
         "--quick",

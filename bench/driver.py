@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.work import Shape
+from bench.work import PRODUCTS_VARIABLE, Shape
 
 SETTLE_S = 0.15
 """Pause before every turn. Idle BLAS threads spin for a while, and would take a core
@@ -71,6 +71,7 @@ class Worker:
         form: One of `bench.work.FORMS`.
         threads: Compute threads in each process.
         before: Prefix of the worker's command, such as ``ip netns exec NAME``.
+        products: Whether servers compute; if not, calls take as long as transports.
     """
 
     def __init__(
@@ -80,15 +81,21 @@ class Worker:
         form: str,
         threads: int,
         before: Sequence[str] = (),
+        *,
+        products: bool = True,
     ) -> None:
         self.contender = contender
         command = [sys.executable, "-m", "bench.worker", contender, form, str(shape)]
+        work = {PRODUCTS_VARIABLE: "numpy" if products else "none"}
         self._process = subprocess.Popen(
             [*before, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=_QUIET | os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads)),
+            env=_QUIET
+            | os.environ
+            | dict.fromkeys(_THREAD_VARIABLES, str(threads))
+            | work,
         )
 
     def wait_until_ready(self) -> None:
@@ -147,12 +154,16 @@ def working(
     form: str,
     threads: int,
     before: Sequence[str] = (),
+    *,
+    products: bool = True,
 ) -> Iterator[list[Worker]]:
     """Start a worker for each contender, and wait until all are ready."""
     with contextlib.ExitStack() as stack:
         workers = []
         for name in names:
-            workers.append(Worker(name, shape, form, threads, before))
+            workers.append(
+                Worker(name, shape, form, threads, before, products=products)
+            )
             stack.callback(workers[-1].end)
             workers[-1].wait_until_ready()
         yield workers
@@ -168,6 +179,7 @@ def run_shape(
     seconds: float,
     least_rounds: int = 3,
     before: Sequence[str] = (),
+    products: bool = True,
     on_turn: Callable[[Turn], None] = lambda _: None,
 ) -> tuple[list[Turn], list[Usage]]:
     """Run rounds of turns until a limit on rounds or time is reached.
@@ -181,13 +193,14 @@ def run_shape(
         seconds: Time limit for starting a round after `least_rounds`.
         least_rounds: Rounds that run regardless of the time limit.
         before: Prefix of a client's command.
+        products: Whether servers compute.
         on_turn: Called with each turn at its end.
 
     Raises:
         RuntimeError: A worker ended, or its result was wrong.
     """
     turns: list[Turn] = []
-    with working(names, shape, form, threads, before) as workers:
+    with working(names, shape, form, threads, before, products=products) as workers:
         by_name = {worker.contender: worker for worker in workers}
         began = time.monotonic()
         for number in range(rounds):

@@ -5,6 +5,9 @@ and prints a line of JSON. It takes one turn for every line on standard input, a
 prints its measurements. At the end of its input it prints the resource usage of client
 and server, and ends. A turn is one call, or as many calls as start within `TURN_S`, up
 to `MOST_CALLS`: short calls need some calls to warm up after the others' turns.
+
+Where servers compute nothing (`bench.work.COMPUTES`), only the results' shapes are
+checked.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 from bench import contenders
 from bench.contenders.interface import Arrays, Contender
 from bench.contenders.server_process import Used
-from bench.work import FORMS, Shape, operands, worst_error
+from bench.work import COMPUTES, FORMS, Shape, empty_results, operands, worst_error
 
 TURN_S = 0.1
 MOST_CALLS = 50
@@ -75,7 +78,13 @@ def _made_ready(
     """
     given = operands(shape)
     call = contender.call(given, reused=form == "reused")
-    return call, worst_error(given, call())
+    results = call()
+    contender.check_way(shape)
+    if not COMPUTES:
+        wanted = [array.shape for array in empty_results(*given)]
+        wrong = [array.shape for array in results] != wanted
+        return call, float("inf") if wrong else 0.0
+    return call, worst_error(given, results)
 
 
 def turn(call: Callable[[], Arrays]) -> list[float]:

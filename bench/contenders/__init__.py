@@ -24,12 +24,19 @@ class _Known:
     """A package needed only by this contender."""
 
 
+def _gradwire(transport: str = "grpc", **arguments: Any) -> _Known:
+    return _Known("gradwire_sdk", {"transport": transport, **arguments})
+
+
 _KNOWN = {
     "numpy": _Known("local_numpy"),
-    "gradwire-tcp": _Known("gradwire_sdk"),
-    "gradwire-auto": _Known("gradwire_sdk", {"block_rows": "auto"}),
-    "gradwire-unix": _Known("gradwire_sdk", {"unix": True}),
-    "gradwire-shm": _Known("gradwire_sdk", {"shared": True}),
+    "gradwire-grpc": _gradwire(),
+    "gradwire-direct": _gradwire("direct"),
+    "gradwire-auto": _gradwire(block_rows="auto"),
+    "gradwire-unix": _gradwire(unix=True),
+    "gradwire-shm": _gradwire("shm"),
+    "gradwire-grpc-tls": _gradwire(tls=True),
+    "gradwire-direct-tls": _gradwire("direct", tls=True),
     "grpcio-unary": _Known("grpcio_unary"),
     "grpcio-stream": _Known("grpcio_stream"),
     "arrow-flight": _Known("arrow_flight", needs="pyarrow"),
@@ -45,6 +52,20 @@ NAMES = tuple(_KNOWN)
 Servers of the Open Inference Protocol are not listed; their names are
 ``oip@HOST:PORT`` or ``oip@HOST:PORT/MODEL``.
 """
+
+WHOLE_JOBS = tuple(name for name in NAMES if not name.endswith("-tls"))
+"""The contenders whose calls are timed with their products."""
+
+TRANSPORTS = (
+    "gradwire-grpc",
+    "gradwire-grpc-tls",
+    "gradwire-direct",
+    "gradwire-direct-tls",
+    "arrow-flight",
+    "raw-tcp",
+)
+"""The contenders that are timed without products: those that send and receive at once.
+The first is the yardstick."""
 
 
 def missing(name: str) -> str | None:

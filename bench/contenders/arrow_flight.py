@@ -2,7 +2,8 @@
 
 A sent batch uses the array's own memory. A received batch is copied once, because
 Flight's buffers are seldom aligned. Batches of a few MiB are at least as fast as one
-per matrix, and take less memory. As a script, this module is the server.
+per matrix, and take less memory. Where nothing is computed, both directions run at
+once, in a thread each at both ends. As a script, this module is the server.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
+from bench.contenders.duplex import meanwhile
 from bench.contenders.interface import ArrayContender, Arrays
 from bench.contenders.server_process import HOST, ServerProcess, say_ready
-from bench.work import Array, empty_results, products
+from bench.work import COMPUTES, Array, empty_results, products, unset_results
 
 _SIZES = struct.Struct("<3q")
 _SCHEMA = pa.schema([pa.field("elements", pa.float32(), nullable=False)])
@@ -33,6 +35,11 @@ def _write(writer: Any, arrays: Iterable[Array]) -> None:
         for first in range(0, flat.size, _BATCH_ELEMENTS):
             part = pa.array(flat[first : first + _BATCH_ELEMENTS])
             writer.write_batch(pa.record_batch([part], schema=_SCHEMA))
+
+
+def _send(writer: Any, operands: Arrays) -> None:
+    _write(writer, operands)
+    writer.done_writing()
 
 
 def _take(reader: Any, arrays: Iterable[Array]) -> None:
@@ -62,10 +69,13 @@ class ArrowFlight(ArrayContender):
         writer, reader = self._client.do_exchange(sizes, _OPTIONS)
         with writer:
             writer.begin(_SCHEMA)
-            _write(writer, (x, w, dy))
-            writer.done_writing()
             results = out or empty_results(x, w, dy)
-            _take(reader, results)
+            if COMPUTES:
+                _send(writer, (x, w, dy))
+                _take(reader, results)
+            else:
+                with meanwhile(lambda: _send(writer, (x, w, dy))):
+                    _take(reader, results)
             return results
 
     def close(self) -> None:
@@ -82,9 +92,13 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]  # it has no types
     def do_exchange(self, _: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         m, n, k = _SIZES.unpack(descriptor.command)
         x, w, dy = (np.empty(s, np.float32) for s in ((m, n), (n, k), (m, k)))
-        _take(reader, (x, w, dy))
         writer.begin(_SCHEMA)
-        _write(writer, products(x, w, dy))
+        if COMPUTES:
+            _take(reader, (x, w, dy))
+            _write(writer, products(x, w, dy))
+        else:
+            with meanwhile(lambda: _write(writer, unset_results(m, n, k))):
+                _take(reader, (x, w, dy))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from bench.contenders.server_process import ServerProcess
-from bench.work import Array, empty_results
+from bench.work import Array, Shape, empty_results
 
 Arrays: TypeAlias = tuple[Array, Array, Array]
 """X, W and dY, or Y, dX and dW."""
@@ -36,6 +36,13 @@ class Contender(ABC):
     @abstractmethod
     def call(self, given: Arrays, *, reused: bool) -> Callable[[], Arrays]:
         """Prepare the timed call, with all its one-time setup done."""
+
+    def check_way(self, shape: Shape) -> None:  # noqa: B027  # most have only one
+        """Check that the call before went the way that the contender is named for.
+
+        Raises:
+            RuntimeError: It went another way.
+        """
 
     def close(self) -> None:  # noqa: B027  # nor to end
         """Stop everything from `start`. May be called before it and twice."""

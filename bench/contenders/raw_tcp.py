@@ -1,19 +1,22 @@
 """A TCP socket and nothing above it: sizes, operands, results.
 
 The server reuses its arrays for operands and results in every call, and sends each
-result as soon as it is computed. As a script, this module is the server.
+result as soon as it is computed. Where nothing is computed, both directions run at
+once, in a thread each at both ends. As a script, this module is the server.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterable
 
 import numpy as np
 
+from bench.contenders.duplex import meanwhile
 from bench.contenders.interface import ArrayContender, Arrays
 from bench.contenders.server_process import HOST, ServerProcess, say_ready
-from bench.work import Array, empty_results
+from bench.work import COMPUTES, Array, empty_results, unset_results
 
 _SIZES = struct.Struct("<3q")
 _BUFFER_BYTES = 4 << 20
@@ -45,6 +48,24 @@ def send(connection: socket.socket, array: Array) -> None:
     connection.sendall(memoryview(array).cast("B"))
 
 
+def _receive_all(connection: socket.socket, arrays: Iterable[Array]) -> None:
+    for array in arrays:
+        receive(connection, array)
+
+
+def _send_all(connection: socket.socket, arrays: Iterable[Array]) -> None:
+    for array in arrays:
+        send(connection, array)
+
+
+def _exchange(
+    connection: socket.socket, ours: Iterable[Array], theirs: Iterable[Array]
+) -> None:
+    """Send arrays and receive others at once."""
+    with meanwhile(lambda: _send_all(connection, ours)):
+        _receive_all(connection, theirs)
+
+
 class RawTcp(ArrayContender):
     """One client, one connection, one call after the other."""
 
@@ -60,10 +81,11 @@ class RawTcp(ArrayContender):
         assert self._connection is not None
         results = out or empty_results(x, w, dy)
         self._connection.sendall(_SIZES.pack(*x.shape, w.shape[1]))
-        for operand in (x, w, dy):
-            send(self._connection, operand)
-        for result in results:
-            receive(self._connection, result)
+        if COMPUTES:
+            _send_all(self._connection, (x, w, dy))
+            _receive_all(self._connection, results)
+        else:
+            _exchange(self._connection, (x, w, dy), results)
         return results
 
     def close(self) -> None:
@@ -93,8 +115,10 @@ def _serve() -> None:
             shapes = ((m, n), (n, k), (m, k))
             x, w, dy = (np.empty(shape, np.float32) for shape in shapes)
             y, dx, dw = empty_results(x, w, dy)
-        for operand in (x, w, dy):
-            receive(connection, operand)
+        if not COMPUTES:
+            _exchange(connection, unset_results(m, n, k), (x, w, dy))
+            continue
+        _receive_all(connection, (x, w, dy))
         send(connection, np.matmul(x, w, out=y))
         send(connection, np.matmul(dy, w.T, out=dx))
         send(connection, np.matmul(x.T, dy, out=dw))

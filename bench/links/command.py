@@ -33,7 +33,8 @@ SHAPES = {1: Shape(32768, 2048, 2048), 10: Shape(262144, 256, 256)}
 
 CONTENDERS = (
     "numpy",
-    "gradwire-tcp",
+    "gradwire-grpc",
+    "gradwire-direct",
     "grpcio-stream",
     "arrow-flight",
     "torch-rpc",

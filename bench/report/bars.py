@@ -1,7 +1,7 @@
 """Performance targets for gradwire, compared with a run.
 
 ``python -m bench.report.bars RUN.jsonl ...`` prints them. A bar (target) compares
-medians of one run, shape and form; over(c) is the median of c minus local NumPy's
+figures of one run, shape and form; over(c) is the median of c minus local NumPy's
 median. A bar stays open if the run lacks its contenders or shape.
 """
 
@@ -11,25 +11,45 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from bench.report import tables
 from bench.report.record import Part, Run
 from bench.work import FORMS, Shape
 
-_1024, _2048, _4096 = (Shape(side, side, side) for side in (1024, 2048, 4096))
+_32, _256, _1024, _2048, _4096 = (
+    Shape(side, side, side) for side in (32, 256, 1024, 2048, 4096)
+)
 _TALL = Shape(16384, 1024, 1024)
+_THIN = Shape(1_000_000, 64, 64)
 GIGABIT = 1e9
+
+Measure: TypeAlias = Callable[[Part], float | None]
+"""A figure of a part; None if the part lacks what it is made of."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A target: an upper bound on a ratio."""
+    """A target: a bound of a figure."""
 
     name: str
     shapes: tuple[Shape, ...]
-    most: float
-    ratio: Callable[[Part], float | None]
+    bound: float
+    measure: Measure
     forms: tuple[str, ...] = FORMS
+    at_least: bool = False
+    """Whether it is a lower bound."""
+    products: bool = True
+    """Whether servers compute."""
+    gbits: float | None = None
+    """Rate of the link in Gbit/s; None: no limit."""
+    round_trip_s: float = 0.0
+    """Round-trip time of the link."""
+
+    def part(self, run: Run, shape: Shape, form: str) -> Part | None:
+        """The part of a run that the bar is about."""
+        rate = None if self.gbits is None else self.gbits * GIGABIT
+        return run.part(shape, form, rate, self.round_trip_s, products=self.products)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +59,21 @@ class Verdict:
     bar: str
     shape: Shape
     form: str
-    ratio: float | None
+    seen: float | None
     """None if the run has no data for it."""
 
-    most: float
+    bound: float
+    at_least: bool = False
 
     @property
     def holds(self) -> bool | None:
-        """Whether the ratio is within its bound; None without data."""
-        return None if self.ratio is None else self.ratio <= self.most
+        """Whether the figure is within its bound; None without data."""
+        if self.seen is None:
+            return None
+        return self.seen >= self.bound if self.at_least else self.seen <= self.bound
 
 
-def total(contender: str, other: str) -> Callable[[Part], float | None]:
+def total(contender: str, other: str) -> Measure:
     """The ratio of two contenders' medians."""
 
     def ratio(part: Part) -> float | None:
@@ -62,7 +85,7 @@ def total(contender: str, other: str) -> Callable[[Part], float | None]:
     return ratio
 
 
-def over(contender: str, other: str) -> Callable[[Part], float | None]:
+def over(contender: str, other: str) -> Measure:
     """The ratio of two contenders' times over the yardstick's."""
 
     def ratio(part: Part) -> float | None:
@@ -76,7 +99,7 @@ def over(contender: str, other: str) -> Callable[[Part], float | None]:
     return ratio
 
 
-def stages(contender: str) -> Callable[[Part], float | None]:
+def stages(contender: str) -> Measure:
     """Ratio of the total time to the longest of upload, compute and download.
 
     Upload and download are the bytes over the link's rate, without headers; compute is
@@ -93,60 +116,133 @@ def stages(contender: str) -> Callable[[Part], float | None]:
     return ratio
 
 
+def wire(contender: str) -> Measure:
+    """Ratio of a median to the time of one direction's bytes at the link's rate."""
+
+    def ratio(part: Part) -> float | None:
+        ours = part.figure(contender)
+        if ours is None or part.link_bits_per_s is None:
+            return None
+        return ours.median_s / (8 * part.shape.bytes_each_way / part.link_bits_per_s)
+
+    return ratio
+
+
+def quotient(
+    measured: Callable[[Part, str], float | None], ours: str, other: str
+) -> Measure:
+    """The ratio of a figure of two contenders."""
+
+    def ratio(part: Part) -> float | None:
+        mine, theirs = measured(part, ours), measured(part, other)
+        return None if mine is None or not theirs else mine / theirs
+
+    return ratio
+
+
+def _client_peak(part: Part, contender: str) -> float | None:
+    usage = part.usage(contender)
+    return usage and usage.client_peak_bytes
+
+
+def _server_peak(part: Part, contender: str) -> float | None:
+    usage = part.usage(contender)
+    return usage and usage.server_peak_bytes
+
+
+_DIRECT, _GRPC = "gradwire-direct", "gradwire-grpc"
+_DIRECT_TLS, _GRPC_TLS = f"{_DIRECT}-tls", f"{_GRPC}-tls"
+_NEW, _SAME = ("fresh",), ("reused",)
+
+
+def _times(
+    ours: str, other: str, bound: float, *shapes: Shape, forms: tuple[str, ...] = FORMS
+) -> Bar:
+    return Bar(f"{ours} / {other}", shapes, bound, total(ours, other), forms)
+
+
+def _transport(
+    name: str, bound: float, measure: Measure, *, at_least: bool = False
+) -> Bar:
+    name = f"{name}, without products"
+    return Bar(name, (_TALL,), bound, measure, _SAME, at_least, products=False)
+
+
 BARS = (
+    # Elements past gRPC.
+    _times(_DIRECT, "numpy", 1.2, _2048, _TALL, forms=_NEW),
+    _times(_DIRECT, "numpy", 1.5, _1024, forms=_NEW),
+    _times(_DIRECT, "raw-tcp", 1.0, _2048, forms=_NEW),
+    _times(_DIRECT, "raw-tcp", 0.95, _TALL, forms=_NEW),
+    _times(_DIRECT, "arrow-flight", 0.87, _2048, forms=_NEW),
+    _times(_DIRECT, _GRPC, 0.55, _THIN, forms=_NEW),
+    # They stay on gRPC, so only chance tells them apart.
+    _times(_DIRECT, _GRPC, 1.1, _32, _256),
+    *(
+        Bar(
+            f"{end}'s peak, {_DIRECT} / {_GRPC}",
+            (_1024, _2048, _TALL, _THIN),
+            1.05,
+            quotient(peak, _DIRECT, _GRPC),
+            _NEW,
+        )
+        for end, peak in (("client", _client_peak), ("server", _server_peak))
+    ),
+    _transport(
+        f"GB/s each way, {_DIRECT}",
+        1.5,
+        lambda part: part.gb_per_s(_DIRECT),
+        at_least=True,
+    ),
+    _transport(
+        f"GB/s, {_DIRECT} / {_GRPC}",
+        2.2,
+        quotient(Part.gb_per_s, _DIRECT, _GRPC),
+        at_least=True,
+    ),
+    _transport(f"CPU s/GB, {_DIRECT}", 0.6, lambda part: part.cpu_s_per_gb(_DIRECT)),
+    _transport(
+        f"switches/GB, {_DIRECT}", 1500, lambda part: part.switches_per_gb(_DIRECT)
+    ),
+    _transport(
+        f"CPU s/GB, {_DIRECT_TLS} / {_GRPC_TLS}",
+        0.65,
+        quotient(Part.cpu_s_per_gb, _DIRECT_TLS, _GRPC_TLS),
+    ),
     Bar(
-        "over(gradwire-tcp) / over(grpcio-unary)",
+        f"{_DIRECT} / the wire, 10 Gbit/s, without products",
+        (_TALL,),
+        1.3,
+        wire(_DIRECT),
+        _NEW,
+        products=False,
+        gbits=10,
+    ),
+    Bar(
+        f"{_DIRECT} / {_GRPC}, 1 Gbit/s + 20 ms",
+        (_TALL,),
+        0.75,
+        total(_DIRECT, _GRPC),
+        _NEW,
+        gbits=1,
+        round_trip_s=0.02,
+    ),
+    # Elements in messages of the call.
+    Bar(
+        f"over({_GRPC}) / over(grpcio-unary)",
         (_2048, _TALL),
         0.12,
-        over("gradwire-tcp", "grpcio-unary"),
+        over(_GRPC, "grpcio-unary"),
     ),
-    Bar(
-        "gradwire-tcp / arrow-flight",
-        (_2048, _TALL),
-        0.85,
-        total("gradwire-tcp", "arrow-flight"),
-    ),
-    Bar(
-        "gradwire-tcp / arrow-flight",
-        (_1024,),
-        1.0,
-        total("gradwire-tcp", "arrow-flight"),
-    ),
-    Bar(
-        "gradwire-tcp / raw-tcp",
-        (_1024, _2048, _TALL),
-        1.25,
-        total("gradwire-tcp", "raw-tcp"),
-    ),
-    Bar(
-        "gradwire-tcp / torch-rpc",
-        (_1024, _2048, _TALL),
-        1.15,
-        total("gradwire-tcp", "torch-rpc"),
-    ),
-    Bar(
-        "gradwire-shm / numpy",
-        (_2048, _4096),
-        1.05,
-        total("gradwire-shm", "numpy"),
-        ("reused",),
-    ),
-    Bar(
-        "gradwire-shm / numpy",
-        (_1024,),
-        1.25,
-        total("gradwire-shm", "numpy"),
-        ("reused",),
-    ),
-    Bar(
-        "gradwire-shm / raw-shm",
-        (_2048, _4096),
-        1.1,
-        total("gradwire-shm", "raw-shm"),
-        ("reused",),
-    ),
+    _times(_GRPC, "arrow-flight", 1.0, _1024),
+    _times(_GRPC, "raw-tcp", 1.25, _1024, _2048, _TALL),
+    _times(_GRPC, "torch-rpc", 1.15, _1024, _2048, _TALL),
+    # Elements in shared memory.
+    _times("gradwire-shm", "numpy", 1.05, _2048, _4096, forms=_SAME),
+    _times("gradwire-shm", "numpy", 1.25, _1024, forms=_SAME),
+    _times("gradwire-shm", "raw-shm", 1.1, _2048, _4096, forms=_SAME),
 )
-LINK_BAR = "gradwire-tcp / max(upload, compute, download), 1 Gbit/s"
+LINK_BAR = f"{_GRPC} / max(upload, compute, download), 1 Gbit/s"
 LINK_MOST = 1.15
 
 
@@ -155,13 +251,13 @@ def verdicts(run: Run) -> Iterator[Verdict]:
     for bar in BARS:
         for shape in bar.shapes:
             for form in bar.forms:
-                part = run.part(shape, form)
-                ratio = None if part is None else bar.ratio(part)
-                yield Verdict(bar.name, shape, form, ratio, bar.most)
+                part = bar.part(run, shape, form)
+                seen = None if part is None else bar.measure(part)
+                yield Verdict(bar.name, shape, form, seen, bar.bound, bar.at_least)
     for part in run.parts:
         if part.link_bits_per_s == GIGABIT and not part.round_trip_s:
-            ratio = stages("gradwire-tcp")(part)
-            yield Verdict(LINK_BAR, part.shape, part.form, ratio, LINK_MOST)
+            seen = stages(_GRPC)(part)
+            yield Verdict(LINK_BAR, part.shape, part.form, seen, LINK_MOST)
 
 
 def table(found: Sequence[Verdict]) -> str:
@@ -172,13 +268,13 @@ def table(found: Sequence[Verdict]) -> str:
             v.bar,
             v.shape.label,
             v.form,
-            "" if v.ratio is None else f"{v.ratio:.3f}",
-            f"{v.most:.2f}",
+            "" if v.seen is None else f"{v.seen:.3f}",
+            f"{'at least' if v.at_least else 'at most'} {v.bound:.2f}",
             words[v.holds],
         )
         for v in found
     ]
-    return tables.table(body, ("bar", "shape", "form", "seen", "at most", ""), texts=3)
+    return tables.table(body, ("bar", "shape", "form", "seen", "bound", ""), texts=3)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -17,9 +17,10 @@ from bench.work import FORMS
 # gradwire in one hue, other contenders in other hues, NumPy in black.
 _STYLES = {
     "numpy": ("black", "--", ""),
-    "gradwire-tcp": ("#08519c", "-", "o"),
+    "gradwire-direct": ("#08306b", "-", "o"),
+    "gradwire-grpc": ("#2171b5", "-", "o"),
     "gradwire-auto": ("#9ecae1", "-", "v"),
-    "gradwire-unix": ("#3182bd", "-", "s"),
+    "gradwire-unix": ("#4292c6", "-", "s"),
     "gradwire-shm": ("#6baed6", "-", "D"),
     "grpcio-unary": ("#a50f15", "-", "^"),
     "grpcio-stream": ("#fb6a4a", "-", "v"),

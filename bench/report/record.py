@@ -25,10 +25,39 @@ class Part:
     """Rate of the link between client and server; None: no limit."""
     round_trip_s: float = 0.0
     """Round-trip time of the link."""
+    products: bool = True
+    """Whether servers computed; if not, calls took as long as transports."""
 
     def figure(self, contender: str) -> Figure | None:
         """The figure of a contender; None if it did not take part."""
         return next((f for f in self.figures if f.contender == contender), None)
+
+    def usage(self, contender: str) -> Usage | None:
+        """What a contender has used; None if it did not take part."""
+        return next((u for u in self.usages if u.contender == contender), None)
+
+    def gb_per_s(self, contender: str) -> float | None:
+        """10⁹ bytes a second each way, at the median of a call."""
+        figure = self.figure(contender)
+        return figure and self.shape.bytes_each_way / figure.median_s / 1e9
+
+    def cpu_s_per_gb(self, contender: str) -> float | None:
+        """Processor time of both ends for 10⁹ bytes of operands and results."""
+        usage = self.usage(contender)
+        if usage is None:
+            return None
+        return (usage.client_cpu_s + usage.server_cpu_s) / self._moved_gb(usage)
+
+    def switches_per_gb(self, contender: str) -> float | None:
+        """Context switches of both ends for 10⁹ bytes of operands and results."""
+        usage = self.usage(contender)
+        if usage is None or usage.client_switches is None:
+            return None
+        both = usage.client_switches + (usage.server_switches or 0)
+        return both / self._moved_gb(usage)
+
+    def _moved_gb(self, usage: Usage) -> float:
+        return 2 * self.shape.bytes_each_way * usage.calls / 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +82,13 @@ class Run:
             elif kind in {"figure", "usage"}:
                 of = tuple(
                     item.get(key)
-                    for key in ("shape", "form", "link_bits_per_s", "round_trip_s")
+                    for key in (
+                        "shape",
+                        "form",
+                        "link_bits_per_s",
+                        "round_trip_s",
+                        "products",
+                    )
                 )
                 figures, usages = found.setdefault(of, ([], []))
                 if kind == "figure":
@@ -62,21 +97,40 @@ class Run:
                     usages.append(_of(Usage, item))
         parts = (
             Part(
-                Shape.parse(shape), form, tuple(seen), tuple(usages), link, trip or 0.0
+                Shape.parse(shape),
+                form,
+                tuple(seen),
+                tuple(usages),
+                link,
+                trip or 0.0,
+                products is not False,
             )
-            for (shape, form, link, trip), (seen, usages) in found.items()
+            for (shape, form, link, trip, products), (seen, usages) in found.items()
         )
         return cls(about, tuple(parts))
 
     def part(
-        self, shape: Shape, form: str, link_bits_per_s: float | None = None
+        self,
+        shape: Shape,
+        form: str,
+        link_bits_per_s: float | None = None,
+        round_trip_s: float = 0.0,
+        *,
+        products: bool = True,
     ) -> Part | None:
-        """The part with this shape, form and link, if present."""
-        wanted = (shape, form, link_bits_per_s)
-        return next(
-            (p for p in self.parts if (p.shape, p.form, p.link_bits_per_s) == wanted),
-            None,
-        )
+        """The part of this kind, if present."""
+        wanted = (shape, form, link_bits_per_s, round_trip_s, products)
+        return next((part for part in self.parts if _kind(part) == wanted), None)
+
+
+def _kind(part: Part) -> tuple[Shape, str, float | None, float, bool]:
+    return (
+        part.shape,
+        part.form,
+        part.link_bits_per_s,
+        part.round_trip_s,
+        part.products,
+    )
 
 
 def _of(kind: type[Any], item: dict[str, Any]) -> Any:
@@ -101,6 +155,8 @@ class Writer:
         if part.link_bits_per_s is not None:
             of["link_bits_per_s"] = part.link_bits_per_s
             of["round_trip_s"] = part.round_trip_s
+        if not part.products:
+            of["products"] = False
         lines: tuple[tuple[str, Iterable[Any]], ...] = (
             ("turn", turns),
             ("usage", part.usages),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.driver import Usage
 from bench.report.record import Part
 from bench.report.statistics import Figure
 
@@ -19,6 +18,20 @@ HEAD = (
     "over numpy ms",
     "GB/s each way",
     "CPU s/GB",
+    "switches/GB",
+    "client MiB",
+    "server MiB",
+    "turns",
+)
+TRANSPORT_HEAD = (
+    "transport",
+    "median ms",
+    "95 % interval",
+    "min ms",
+    "GB/s each way",
+    "x first",
+    "CPU s/GB",
+    "switches/GB",
     "client MiB",
     "server MiB",
     "turns",
@@ -26,32 +39,58 @@ HEAD = (
 
 
 def rows(part: Part) -> list[tuple[str, ...]]:
-    """One row per contender."""
-    usage_of = {usage.contender: usage for usage in part.usages}
-    return [_row(part, figure, usage_of[figure.contender]) for figure in part.figures]
+    """One row of `HEAD` per contender."""
+    return [_row(part, figure) for figure in part.figures]
 
 
-def _row(part: Part, figure: Figure, usage: Usage) -> tuple[str, ...]:
+def transport_rows(part: Part) -> list[tuple[str, ...]]:
+    """One row of `TRANSPORT_HEAD` per contender of a part without products."""
+    first = part.gb_per_s(part.figures[0].contender) or 1.0
+    return [
+        (
+            figure.contender,
+            *_times(figure),
+            _number(rate := part.gb_per_s(figure.contender)),
+            _number((rate or 0.0) / first),
+            *_costs(part, figure),
+        )
+        for figure in part.figures
+    ]
+
+
+def _row(part: Part, figure: Figure) -> tuple[str, ...]:
     return (
         part.shape.label,
         figure.contender,
+        *_times(figure),
+        f"{figure.times_yardstick:.2f}",
+        milliseconds(figure.over_yardstick_s) if figure.over_yardstick_s else "",
+        _number(part.gb_per_s(figure.contender)),
+        *_costs(part, figure),
+    )
+
+
+def _times(figure: Figure) -> tuple[str, ...]:
+    return (
         milliseconds(figure.median_s),
         f"{milliseconds(figure.low_s)} to {milliseconds(figure.high_s)}",
         milliseconds(figure.min_s),
-        f"{figure.times_yardstick:.2f}",
-        milliseconds(figure.over_yardstick_s) if figure.over_yardstick_s else "",
-        f"{part.shape.bytes_each_way / figure.median_s / 1e9:.2f}",
-        f"{cpu_s_per_gb(part, usage):.2f}",
-        _mib(usage.client_peak_bytes),
-        _mib(usage.server_peak_bytes),
+    )
+
+
+def _costs(part: Part, figure: Figure) -> tuple[str, ...]:
+    usage = part.usage(figure.contender)
+    return (
+        _number(part.cpu_s_per_gb(figure.contender)),
+        _number(part.switches_per_gb(figure.contender), digits=0),
+        _mib(usage and usage.client_peak_bytes),
+        _mib(usage and usage.server_peak_bytes),
         str(figure.turns),
     )
 
 
-def cpu_s_per_gb(part: Part, usage: Usage) -> float:
-    """Processor time of both sides for 10⁹ bytes of operands and results."""
-    moved = 2 * part.shape.bytes_each_way * usage.calls
-    return (usage.client_cpu_s + usage.server_cpu_s) / (moved / 1e9)
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def table(

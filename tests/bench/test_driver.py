@@ -6,10 +6,14 @@ import numpy as np
 import psutil
 import pytest
 
+import gradwire
 from bench import contenders
 from bench.command import main
+from bench.contenders import gradwire_server
+from bench.contenders.gradwire_sdk import Gradwire
 from bench.contenders.server_process import ServerProcess
 from bench.driver import Worker, rotated, run_shape
+from bench.report.record import Run
 from bench.work import FORMS, Shape, operands
 
 
@@ -93,7 +97,7 @@ def test_every_contender_is_right_and_leaves_no_process_behind(name, form):
 # The libraries of the others change a process that imports them.
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    "name", [n for n in contenders.NAMES if n not in {"torch-rpc", "arrow-flight"}]
+    "name", [n for n in contenders.WHOLE_JOBS if n not in {"torch-rpc", "arrow-flight"}]
 )
 def test_fresh_results_are_other_arrays_in_every_call(name):
     given = operands(Shape(64, 32, 16))
@@ -132,6 +136,62 @@ def test_a_contender_whose_package_is_missing_is_left_out(
     told = capsys.readouterr()
     assert "torch-rpc is left out: torch is not installed\n" in told.err
     assert "torch-rpc" not in told.out
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("gradwire-direct", "raw-tcp"),
+        pytest.param(
+            ("gradwire-grpc", "gradwire-grpc-tls", "gradwire-direct-tls"),
+            marks=pytest.mark.big,
+        ),
+        pytest.param(("arrow-flight",), marks=pytest.mark.big),
+    ],
+    ids="-".join,
+)
+def test_without_products_every_byte_still_travels(names, tmp_path, capsys):
+    out = tmp_path / "run.jsonl"
+    line = f"--transport-only --contenders {','.join(('numpy', *names))}"
+    line += f" --shapes 4000x500x400 --rounds 2 --threads 1 --out {out}"
+    assert main(line.split()) == 0
+    (part,) = Run.read(out).parts
+    assert not part.products
+    # NumPy has no transport.
+    assert [figure.contender for figure in part.figures] == list(names)
+    for name in names:
+        # More could not pass a processor, and waits for bytes are switches.
+        assert 0 < part.gb_per_s(name) < 100
+        assert part.cpu_s_per_gb(name) > 0.05
+        assert part.switches_per_gb(name) > 10
+    assert "4000x500x400, without products:" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def idle_server():
+    server = gradwire_server.start("idle")
+    yield server
+    server.stop()
+
+
+def test_without_products_a_server_computes_nothing(idle_server):
+    x, w, dy = operands(Shape(64, 32, 16))
+    with gradwire.connect(idle_server.address) as client:
+        y = client.gradients(x, w, dy).y
+    assert y.shape == (64, 16)
+    assert not np.allclose(y, x @ w)
+
+
+def test_a_job_that_went_another_way_is_not_measured(idle_server):
+    shape = Shape(2048, 1024, 64)
+    contender = Gradwire("direct")
+    try:
+        contender._client = gradwire.connect(idle_server.address, transport="grpc")
+        contender.gradients(*operands(shape), out=None)
+        with pytest.raises(RuntimeError, match="went over tcp, not direct"):
+            contender.check_way(shape)
+    finally:
+        contender.close()
 
 
 def test_a_run_leaves_tables_and_every_call_in_a_file(tmp_path, capsys):

@@ -24,14 +24,31 @@ def test_each_contender_has_a_row_with_its_figures():
                 server_cpu_s=0.3,
                 client_peak_bytes=40 << 20,
                 server_peak_bytes=50 << 20,
+                client_switches=90,
+                server_switches=30,
             ),
         ),
     )
-    local = "2.00|1.80 to 2.20|1.60|1.00||4.00|0.25|30||9"
-    peer = "250|225 to 275|200|125.00|248|0.03|5.00|40|50|9"
+    local = "2.00|1.80 to 2.20|1.60|1.00||4.00|0.25||30||9"
+    peer = "250|225 to 275|200|125.00|248|0.03|5.00|1500|40|50|9"
     assert tables.rows(part) == [
         ("1000x1000x500", "numpy", *local.split("|")),
         ("1000x1000x500", "peer", *peer.split("|")),
+    ]
+
+
+def test_rates_without_products_are_compared_with_the_first():
+    shape = Shape(1000, 1000, 500)  # 8 MB each way
+    part = Part(
+        shape,
+        "reused",
+        (figure("a", 0.02), figure("b", 0.01)),
+        (usage("a", client_switches=0), usage("b")),
+        products=False,
+    )
+    assert ["|".join(row) for row in tables.transport_rows(part)] == [
+        "a|20|18 to 22|16|0.40|1.00|0.00|0|30||9",
+        "b|10|9.00 to 11|8.00|0.80|2.00|0.00||30||9",
     ]
 
 
