@@ -52,7 +52,7 @@ bench: $(VENV)/.ready-bench ## time jobs against NumPy and other transports: 15 
 	@$(PY) -m bench $(BENCH_ARGS)
 
 .PHONY: bench-links
-bench-links: $(VENV)/.ready-bench ## the same behind 1 and 10 Gbit/s; needs root and iproute2
+bench-links: $(VENV)/.ready-bench ## the same behind 1 and 10 Gbit/s, and 20 ms; needs root and iproute2
 	@$(PY) -m bench.links $(BENCH_ARGS)
 
 .PHONY: bench-gpu

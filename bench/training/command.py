@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.links.command import LinkError, link
+from bench.links.namespaces import LinkError, link
 from bench.report import bound, tables
 from bench.report.bound import Bound
 from bench.training import report

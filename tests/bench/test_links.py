@@ -4,28 +4,34 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from bench.links.command import LinkError, link, main
+from bench.links.command import LINKS, main
+from bench.links.namespaces import LinkError, link
 from bench.report.record import Run
 
 
 def namespaces():
+    """Those of this process: other tests make links at the same time."""
     listed = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True)
-    return {line.split()[0] for line in listed.stdout.splitlines()}
+    names = {line.split()[0] for line in listed.stdout.splitlines()}
+    return {name for name in names if name.endswith(f"-{os.getpid()}")}
+
+
+def require_links(round_trip_s=0.0):
+    if os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
+        pytest.skip("needs root and iproute2")
+    try:
+        with link(1e9, round_trip_s):
+            pass
+    except LinkError as error:
+        pytest.skip(f"this host does not let links be made: {error}")
 
 
 @pytest.fixture
 def possible():
-    if os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
-        pytest.skip("needs root and iproute2")
-    try:
-        with link(1e9):
-            pass
-    except LinkError as error:
-        pytest.skip(str(error))
+    require_links()
 
 
 def test_both_ends_of_a_link_are_limited_and_removed(possible):
@@ -42,8 +48,7 @@ def test_both_ends_of_a_link_are_limited_and_removed(possible):
 
 
 def test_a_link_may_take_its_time():
-    if os.geteuid() or not (shutil.which("ip") and Path("/dev/net/tun").exists()):
-        pytest.skip("needs root, iproute2 and TUN devices")
+    require_links(round_trip_s=0.06)
     before = namespaces()
     with link(1e9, round_trip_s=0.06) as run:
         client = (
@@ -69,6 +74,36 @@ def test_client_and_server_work_at_the_two_ends(possible, tmp_path, capsys):
     assert part.link_bits_per_s == 1e9
     assert [figure.contender for figure in part.figures] == ["numpy", "raw-tcp"]
     assert "| 1 Gbit/s | 8³ " in capsys.readouterr().out
+
+
+@pytest.mark.thorough
+def test_gradwire_works_over_every_link_of_the_bench(possible, tmp_path, capsys):
+    require_links(round_trip_s=0.02)
+    before = namespaces()
+    out = tmp_path / "run.jsonl"
+    # Its calls go over gRPC too, so it needs both of a server's ports.
+    name = "gradwire-direct"
+    assert main(["--quick", "--contenders", name, "--out", str(out)]) == 0
+    made = [
+        (part.link_bits_per_s, part.round_trip_s, part.products)
+        for part in Run.read(out).parts
+    ]
+    assert made == [
+        (1e9, 0.0, True),
+        (1e10, 0.0, True),
+        (1e9, 0.02, True),
+        (1e10, 0.0, False),
+    ]
+    for part in Run.read(out).parts:
+        (figure,) = part.figures
+        assert figure.contender == name
+        # No call is sooner than its bytes and the trip there and back.
+        wire_s = 8 * part.shape.bytes_each_way / part.link_bits_per_s
+        least_s = max(wire_s, part.round_trip_s)
+        assert figure.min_s > least_s
+    printed = capsys.readouterr().out
+    assert all(f"| {one.label}" in printed for one in LINKS)
+    assert namespaces() == before
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path, capsys):

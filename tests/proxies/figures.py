@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from bench.links.command import link
+from bench.links.namespaces import link
 from tests.proxies.running import KINDS, running_proxy
 from tests.proxies.test_links import JOB, ROUND_TRIP_S, Far
 from tests.support.serving import running_server

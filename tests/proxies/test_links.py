@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.links.command import LinkError, link
+from bench.links.namespaces import LinkError, link
 from tests.proxies.running import KINDS, Kind, running_proxy
 from tests.support.serving import running_server
 
