@@ -48,7 +48,7 @@ demo: $(VENV)/.ready-demo ## train on handwritten digits through a server; write
 	@$(PY) examples/train_digits.py
 
 .PHONY: bench
-bench: $(VENV)/.ready-bench ## time jobs against NumPy and other transports: 15 minutes
+bench: $(VENV)/.ready-bench ## time jobs against NumPy and other transports: 20 minutes
 	@$(PY) -m bench $(BENCH_ARGS)
 
 .PHONY: bench-links

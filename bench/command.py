@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench import contenders, machine
 from bench.driver import run_shape
-from bench.report import bars, figure, tables
+from bench.report import bars, figure, summary, tables
 from bench.report.record import Part, Run, Writer
 from bench.report.statistics import figures
 from bench.work import FORMS, Shape
@@ -28,12 +28,16 @@ TRANSPORT_FORM = "reused"
 """New results would be pages for the kernel to make, whatever the transport."""
 
 OUT = Path(__file__).parent / "out"
+RECORDED = Path(__file__).parent / "results" / "two-cores.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     when = datetime.now(UTC)
     path: Path = options.out or OUT / f"{when:%Y-%m-%dT%H%M%SZ}.jsonl"
+    if options.record:
+        path = RECORDED
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lines:
         writer = Writer(lines)
@@ -50,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if figure.cubes(run) and importlib.util.find_spec("matplotlib"):
         figure.draw(run, path.with_suffix(".svg"))
         print(f"\nFigure: {path.with_suffix('.svg')}", file=sys.stderr)
+    if options.record:
+        summary.write_page(run, PAGE)
     print(f"\nEvery call is in {path}.", file=sys.stderr)
     return 0 if complete else 1
 
@@ -185,8 +191,15 @@ def _parser() -> argparse.ArgumentParser:
         default=os.cpu_count() or 1,
         help="threads that compute, in every process (as many as cores)",
     )
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--out", type=Path, help="file of JSON lines (bench/out/TIME.jsonl)"
+    )
+    where.add_argument(
+        "--record",
+        action="store_true",
+        help="make bench/results/two-cores.jsonl, its figure, and the table of "
+        "docs/benchmarks.md anew; on an idle machine with two cores",
     )
     return parser
 

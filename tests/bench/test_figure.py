@@ -1,4 +1,6 @@
-"""The figure and the README's table say what the run's file says."""
+"""The figure and the tables for readers say what the run's file says."""
+
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +8,19 @@ from bench.report import figure, summary
 from bench.report.record import Part, Run
 from bench.work import Shape
 from tests.bench import made_up
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+RECORDED = Path(__file__).parents[2] / "bench" / "results" / "two-cores.jsonl"
+ALONE = Part(
+    Shape(1000, 1000, 500),  # 8 MB each way
+    "reused",
+    tuple(made_up.figure(name, 0.01) for name in ("raw-tcp", "gradwire-grpc-tls")),
+    (
+        made_up.usage("raw-tcp", client_cpu_s=0.004, server_cpu_s=0.008),
+        made_up.usage("gradwire-grpc-tls", client_cpu_s=0.032),
+    ),
+    products=False,
+)
 
 
 def part(side, form, *names, **others):
@@ -49,3 +64,53 @@ def test_the_short_table_has_a_column_for_each_shape():
         "| raw-tcp           |  64 |   16 |",
         "| oip@host:1        |  96 |      |",
     ]
+
+
+def test_transports_alone_have_columns_and_bars_of_their_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = Run({}, (*RUN.parts, ALONE))
+    assert summary.table(run, "fresh").splitlines() == [
+        "| ms, fresh results | 32³ |   8³ | GB/s each way | CPU s/GB |",
+        "| ----------------- | --: | ---: | ------------: | -------: |",
+        "| numpy             |  32 | 8.00 |               |          |",
+        "| raw-tcp           |  64 |   16 |          0.80 |     0.75 |",
+        "| oip@host:1        |  96 |      |               |          |",
+    ]
+    figure.draw(run, tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    for text in ("gradwire-grpc-tls", "GB/s each way", "0.80", "0.75", "2.00"):
+        assert f">{text}<" in drawn
+
+
+def test_the_page_is_written_between_its_marks(tmp_path):
+    run = Run({}, (part(1024, "fresh", "numpy", "raw-tcp", "unknown"), ALONE))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- medians -->\nold\n<!-- /medians -->\nafter\n")
+    summary.write_page(run, page)
+    assert page.read_text().splitlines() == [
+        "before",
+        "<!-- medians -->",
+        "",
+        "|                           | 1024³ | GB/s each way | CPU s/GB |",
+        "| ------------------------- | ----: | ------------: | -------: |",
+        "| NumPy alone, no transport |  1024 |               |          |",
+        "| gradwire, gRPC alone, TLS |       |          0.80 |     2.00 |",
+        "| a TCP socket              |  2048 |          0.80 |     0.75 |",
+        "",
+        "In the last two columns nothing is computed: the rate of 1000x1000x500 in",
+        "both directions at once, and processor seconds of client and server for 10⁹ "
+        "bytes.",
+        "",
+        "<!-- /medians -->",
+        "after",
+    ]
+    again = page.read_text()
+    summary.write_page(run, page)
+    assert page.read_text() == again
+    page.write_text("nothing\n")
+    with pytest.raises(ValueError, match="no place for the medians"):
+        summary.write_page(run, page)
+
+
+def test_the_benchmarks_page_has_the_table_of_the_recorded_run():
+    assert summary.page_text(Run.read(RECORDED)) in PAGE.read_text()
