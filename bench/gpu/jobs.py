@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradwire
-from bench.contenders.server_process import ServerProcess
+from bench.contenders.server_process import ServerProcess, Used
 from bench.gpu import device_worker
 from bench.gpu.parts import Answer, Options, median
 from bench.report.bound import Bound
@@ -24,6 +24,10 @@ SIDES = (256, 512, 1024, 2048, 4096, 8192)
 LEAST_OF_WORKER = 0.7
 """Minimum rate over shared memory, relative to the device worker's."""
 
+LEAST_DIRECT_GB_PER_S, MOST_DIRECT_CPU_S = 5.0, 0.3
+"""Minimum rate of direct connections each way, and maximum processor time of each end
+for 10⁹ bytes of operands and results."""
+
 Job = Callable[[], gradwire.Receipt]
 
 
@@ -32,16 +36,18 @@ def measure_transports(options: Options) -> Answer:
     shape = device_worker.scaled(device_worker.END_TO_END[0], options)
     empty = device_worker.scaled(TRANSPORT_ONLY, options)
     rows = []
-    with _server(options) as (tcp, unix):
+    with _server(options) as (server, unix):
         for name, address, transport in (
             ("shm", unix, "shm"),
             ("unix", unix, "grpc"),
-            ("tcp", tcp, "grpc"),
+            ("tcp", server.address, "grpc"),
+            ("direct", server.address, "direct"),
         ):
             with gradwire.connect(address, transport=transport) as client:
-                rows.append(_measured(name, "job", client, shape, options))
+                rows.append(_measured(name, "job", client, server, shape, options))
                 if name != "shm":
-                    rows.append(_measured(name, "transport", client, empty, options))
+                    row = _measured(name, "transport", client, server, empty, options)
+                    rows.append(row)
     return Answer("transports", rows, judge=_bars)
 
 
@@ -49,9 +55,9 @@ def measure_sizes(options: Options) -> Answer:
     """Compare cubes on the host and on the device, by size."""
     rows = []
     with (
-        _server(options) as (tcp, unix),
+        _server(options) as (server, unix),
         gradwire.connect(unix, transport="shm") as shared,
-        gradwire.connect(tcp, transport="grpc") as remote,
+        gradwire.connect(server.address, transport="grpc") as remote,
     ):
         for side in sorted(set(map(options.scaled, SIDES))):
             shape = Shape(side, side, side)
@@ -89,20 +95,36 @@ def _bars(rows: Sequence[dict[str, Any]], answers: dict[str, Any]) -> Iterable[B
         through = device_worker.of_shape(beside, shape, dtype)["GB/s each way"]
         name = "shared memory over the device worker without gRPC"
         yield Bound(name, rate["shm", "job"] / through, LEAST_OF_WORKER, at_least=True)
+    for row in rows:
+        if (row["way"], row["what"]) == ("direct", "job"):
+            seen = row["GB/s each way"]
+            name = "direct connections, GB/s each way"
+            yield Bound(name, seen, LEAST_DIRECT_GB_PER_S, at_least=True)
+            for end in ("client", "server"):
+                name = f"direct connections, {end}'s CPU s/GB"
+                yield Bound(name, row[f"{end} CPU s/GB"], MOST_DIRECT_CPU_S)
 
 
 def _measured(
-    way: str, what: str, client: gradwire.Client, shape: Shape, options: Options
+    way: str,
+    what: str,
+    client: gradwire.Client,
+    server: ServerProcess,
+    shape: Shape,
+    options: Options,
 ) -> dict[str, Any]:
     job = _job(client, shape)
     job()
     took: list[float] = []
     receipts: list[gradwire.Receipt] = []
+    before = Used.here(), server.used()
     until = time.perf_counter() + options.seconds
     while len(took) < 3 or time.perf_counter() < until:
         began = time.perf_counter()
         receipts.append(job())
         took.append(time.perf_counter() - began)
+    used = Used.here().since(before[0]), server.used().since(before[1])
+    moved_gb = 2 * shape.bytes_each_way * len(took) / 1e9
     total_s = median(took)
     stages = ("receiving", "copy_to_device", "computing", "copy_from_device", "sending")
     return {
@@ -111,6 +133,8 @@ def _measured(
         "shape": str(shape),
         "ms": total_s * 1e3,
         "GB/s each way": shape.bytes_each_way / total_s / 1e9,
+        "client CPU s/GB": used[0].cpu_s / moved_gb,
+        "server CPU s/GB": used[1].cpu_s / moved_gb,
         **{
             f"{stage} share": median([getattr(r, f"{stage}_s") for r in receipts])
             / total_s
@@ -142,12 +166,12 @@ def _in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, 
 
 
 @contextmanager
-def _server(options: Options) -> Iterator[tuple[str, str]]:
-    """Start a server; yield its addresses: a TCP port and a unix socket."""
+def _server(options: Options) -> Iterator[tuple[ServerProcess, str]]:
+    """Start a server at a TCP port; yield it, and the address of its unix socket."""
     with tempfile.TemporaryDirectory(prefix="gradwire-bench-") as folder:
         path = Path(folder, "socket")
         server = ServerProcess.of_module("bench.gpu.server", options.backend, str(path))
         try:
-            yield server.address, f"unix:{path}"
+            yield server, f"unix:{path}"
         finally:
             server.stop()

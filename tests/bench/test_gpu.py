@@ -44,6 +44,20 @@ def test_shared_memory_is_compared_with_the_device_worker_at_the_same_shape():
     assert not list(jobs._bars(rows, {}))  # the worker was not measured
 
 
+def test_direct_connections_are_held_to_a_rate_and_a_cost_of_each_end():
+    row = {
+        "way": "direct",
+        "what": "job",
+        "shape": "8x4x4",
+        "GB/s each way": 4.9,
+        "client CPU s/GB": 0.3,
+        "server CPU s/GB": 0.31,
+    }
+    others = [row | {"way": "tcp"}, row | {"what": "transport"}]
+    bars = list(jobs._bars([row, *others], {}))
+    assert [bar.holds for bar in bars] == [False, True, False]
+
+
 def test_what_a_device_worker_is_held_to_knows_that_copies_share_a_bus():
     row = {
         "shape": "8x4x4",
@@ -96,7 +110,7 @@ def test_everything_but_the_device_runs_on_a_processor(monkeypatch, tmp_path, ca
     assert found["about"]["devices"][0]["backend"] == "numpy"
     assert [*found["parts"]] == [*command.PARTS]
     ways = {row["way"] for row in found["parts"]["transports"]["rows"]}
-    assert ways == {"shm", "unix", "tcp"}
+    assert ways == {"shm", "unix", "tcp", "direct"}
     assert all(row["faster"] for row in found["parts"]["numpy"]["rows"])
-    assert len(found["bars"]) == len(device_worker.JOBS) + 1
+    assert len(found["bars"]) == len(device_worker.JOBS) + 4
     assert "Everything is in" in capsys.readouterr().err
