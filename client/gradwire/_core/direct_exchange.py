@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
@@ -50,6 +51,55 @@ class Listener(Protocol):
         """Report progress."""
 
 
+class _Shared:
+    """What all threads of a job share.
+
+    It refers neither to the exchange nor to the shares. Their arrays would otherwise be
+    freed by the garbage collector only.
+
+    Attributes:
+        connections: Number of connections, N.
+        lock: Guards the counters, also those of the sender.
+        bytes_received: Bytes of results stored.
+        sent: Row blocks that were sent, and whose results have not all come.
+        next_block: The first row block whose results have not all come.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sender: Sender,
+        listener: Listener,
+        connections: int,
+        next_block: int,
+    ) -> None:
+        self.plan = plan
+        self.sender = sender
+        self.listener: Listener = weakref.proxy(listener)
+        self.connections = connections
+        self.lock = threading.Lock()
+        self.bytes_received = 0
+        self.sent: set[int] = set()
+        self.next_block = next_block
+        self._complete: set[int] = set()
+
+    def was_sent(self, block: int) -> bool:
+        """Return whether a row block was sent, and its results are due."""
+        if block in self.sent or self.sender.ended:
+            return True
+        # The sender yields frames in order of their rows.
+        rows = (block + 1) * self.sender.block_rows
+        return self.connections == 1 and rows <= self.sender.rows_sent
+
+    def received(self, block: int) -> None:
+        """Count a row block as received. The lock must be held."""
+        self.sent.discard(block)
+        self._complete.add(block)
+        while self.next_block in self._complete:
+            self._complete.remove(self.next_block)
+            self.next_block += 1
+
+
 class DirectExchange:
     """The elements of a job on direct connections.
 
@@ -65,7 +115,7 @@ class DirectExchange:
         results_from_row: The first row with Y and dX wanted.
 
     Attributes:
-        bytes_received: Bytes of results stored.
+        all_sent: Whether all operands were sent, for a job of arrays.
     """
 
     def __init__(
@@ -79,24 +129,21 @@ class DirectExchange:
         checkpoint: Checkpoint | None,
         results_from_row: int,
     ) -> None:
-        self.connections = connections
-        self.bytes_received = 0
-        self.lock = threading.Lock()
-        self.plan = plan
-        self.sender = sender
-        self.listener = listener
+        self.all_sent = False
+        first_result = results_from_row // sender.block_rows
+        self._shared = _Shared(plan, sender, listener, connections, first_result)
         self._checkpoint = checkpoint
         self._first_block = sender.rows_sent // sender.block_rows
-        self._sent_blocks: set[int] = set()
-        """Row blocks that were sent, and whose results have not all come."""
         self._shares_to_send = connections
-        self._complete: set[int] = set()
-        self._next_block = results_from_row // sender.block_rows
-        """The first row block whose results have not all come."""
         self._shares = [
-            ResultShare(self, number, sinks(), self._next_block)
+            ResultShare(self._shared, number, sinks(), first_result)
             for number in range(connections)
         ]
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes of results stored."""
+        return self._shared.bytes_received
 
     # Sending.
 
@@ -118,40 +165,40 @@ class DirectExchange:
                 yield from self._frames(Matrix.W, w, 0, w.rows)
             if self._checkpoint is not None:
                 yield from self._sums(self._checkpoint)
-        m, size = self.sender.m or 0, self.sender.block_rows
+        m, size = self._shared.sender.m or 0, self._shared.sender.block_rows
         first = self._first_block
-        first += (connection - first) % self.connections
-        for block in range(first, -(-m // size), self.connections):
+        first += (connection - first) % self._shared.connections
+        for block in range(first, -(-m // size), self._shared.connections):
             start, end = block * size, min((block + 1) * size, m)
-            with self.lock:
-                self._sent_blocks.add(block)
-                self.sender.rows_sent += end - start
+            with self._shared.lock:
+                self._shared.sent.add(block)
+                self._shared.sender.rows_sent += end - start
             for matrix in ROW_OPERANDS:
                 if matrix in operands:
                     yield from self._frames(matrix, operands[matrix], start, end)
-        with self.lock:
+        with self._shared.lock:
             self._shares_to_send -= 1
             if not self._shares_to_send:
                 # Before the server can know that the operands are complete.
-                self.sender.ended = True
+                self._shared.sender.ended = True
         yield Frame(FrameHeader(Kind.COMPLETE, 0, m), _NOTHING)
 
     def _frames(
         self, matrix: Matrix, operand: Operand, first: int, last: int
     ) -> Iterator[Frame]:
-        elements = self.plan.elements_per_message()
+        elements = self._shared.plan.elements_per_message()
         for index, payload in operand.pieces(first, last, elements):
-            with self.lock:
-                self.sender.bytes_sent += len(payload)
+            with self._shared.lock:
+                self._shared.sender.bytes_sent += len(payload)
             yield self._frame(matrix, index, payload)
-            self.listener.report()
+            self._shared.listener.report()
 
     def _sums(self, checkpoint: Checkpoint) -> Iterator[Frame]:
-        for matrix, index, payload in self.sender.sum_pieces(checkpoint.sums):
+        for matrix, index, payload in self._shared.sender.sum_pieces(checkpoint.sums):
             yield self._frame(matrix, index, payload)
 
     def _frame(self, matrix: Matrix, index: int, payload: memoryview) -> Frame:
-        crc = checksum.crc32c(payload) if self.plan.options.checksum else None
+        crc = checksum.crc32c(payload) if self._shared.plan.options.checksum else None
         header = FrameHeader(Kind.ELEMENTS, matrix, index, len(payload), crc)
         return Frame(header, payload)
 
@@ -168,8 +215,8 @@ class DirectExchange:
         """
         if not self._shares[0].has_rows:
             return None
-        with self.lock:
-            return self._next_block * self.sender.block_rows
+        with self._shared.lock:
+            return self._shared.next_block * self._shared.sender.block_rows
 
     def flush(self) -> None:
         """Write all complete rows to their arrays; no thread receives any more."""
@@ -185,28 +232,12 @@ class DirectExchange:
         for share in self._shares:
             share.finish()
 
-    def was_sent(self, block: int) -> bool:
-        """Return whether a row block was sent, and its results are due."""
-        if block in self._sent_blocks or self.sender.ended:
-            return True
-        # The sender yields frames in order of their rows.
-        rows = (block + 1) * self.sender.block_rows
-        return self.connections == 1 and rows <= self.sender.rows_sent
-
-    def received(self, block: int) -> None:
-        """Count a row block as received. The lock must be held."""
-        self._sent_blocks.discard(block)
-        self._complete.add(block)
-        while self._next_block in self._complete:
-            self._complete.remove(self._next_block)
-            self._next_block += 1
-
 
 class ResultShare:
     """The results on one connection.
 
     Args:
-        direct: The job's elements.
+        shared: What all shares of the job have in common.
         connection: Number of the connection.
         sinks: Store the results.
         results_from: The first row block with results.
@@ -217,14 +248,14 @@ class ResultShare:
 
     def __init__(
         self,
-        direct: DirectExchange,
+        shared: _Shared,
         connection: int,
         sinks: Mapping[Matrix, Sink],
         results_from: int,
     ) -> None:
         self.complete = False
-        self._direct = direct
-        self._plan = plan = direct.plan
+        self._shared = shared
+        self._plan = plan = shared.plan
         self._connection = connection
         self._sinks = sinks
         self._row_lengths = {
@@ -233,7 +264,7 @@ class ResultShare:
             if matrix.row_wise and (columns := matrix.row_length(plan.n, plan.k))
         }
         self._block = results_from
-        self._block += (connection - results_from) % direct.connections
+        self._block += (connection - results_from) % shared.connections
         self._received = dict.fromkeys(self._row_lengths, 0)
         """Elements of `_block` by result."""
         self._sums = {
@@ -289,7 +320,7 @@ class ResultShare:
             ProtocolError: The frame violates the contract.
             ChecksumError: The payload was damaged in transit.
         """
-        direct, listener = self._direct, self._direct.listener
+        shared, listener = self._shared, self._shared.listener
         if header.kind == Kind.COMPLETE:
             self._complete_at(header.position)
             return
@@ -310,8 +341,8 @@ class ResultShare:
         else:
             sink.write(payload)
         count = header.length // self._plan.result_dtype(matrix).itemsize
-        with direct.lock:
-            direct.bytes_received += header.length
+        with shared.lock:
+            shared.bytes_received += header.length
             if matrix in self._received:
                 self._received[matrix] += count
                 self._end_block()
@@ -354,13 +385,13 @@ class ResultShare:
             )
         if matrix in self._sums:
             at, due = self._received_sums[matrix], self._sums[matrix]
-            begun = self._direct.sender.ended
+            begun = self._shared.sender.ended
         else:
             received = self._received[matrix]
-            start = self._block * self._direct.sender.block_rows
+            start = self._block * self._shared.sender.block_rows
             at = start * self._row_lengths[matrix] + received
             due = at + self._due(matrix) - received
-            begun = self._direct.was_sent(self._block)
+            begun = self._shared.was_sent(self._block)
         if not begun:
             raise ProtocolError(
                 f"the server sent elements of {matrix.label} before it had the operands"
@@ -378,7 +409,7 @@ class ResultShare:
 
     def _due(self, matrix: Matrix) -> int:
         """Return how many elements a result has in the current row block."""
-        sender = self._direct.sender
+        sender = self._shared.sender
         first = self._block * sender.block_rows
         rows = sender.block_rows
         if sender.m is not None:
@@ -386,8 +417,8 @@ class ResultShare:
         return rows * self._row_lengths[matrix]
 
     def _begin_block(self) -> None:
-        first = self._block * self._direct.sender.block_rows
-        m = self._direct.sender.m
+        first = self._block * self._shared.sender.block_rows
+        m = self._shared.sender.m
         if m is not None and first >= m:
             return
         for matrix in self._received:
@@ -399,16 +430,16 @@ class ResultShare:
             return
         for matrix in self._received:
             self._sinks[matrix].close()
-        self._direct.received(self._block)
-        self._block += self._direct.connections
+        self._shared.received(self._block)
+        self._block += self._shared.connections
         self._received = dict.fromkeys(self._received, 0)
         self._begin_block()
 
     def _complete_at(self, m: int) -> None:
-        if m != self._direct.sender.m:
+        if m != self._shared.sender.m:
             raise ProtocolError(
                 f"the server completed a job of {m} rows: expected"
-                f" {self._direct.sender.m}"
+                f" {self._shared.sender.m}"
             )
         self.complete = True
 

@@ -116,7 +116,7 @@ class JobExchange:
         self._sender = sender
         self._of_messages = Receiver(plan, sinks, sender)
         self._receiver: Receiver | DirectExchange = self._of_messages
-        self._direct_sent: Callable[[], bool] | None = None
+        self._sent_elsewhere: DirectExchange | None = None
         if point is None:
             # On direct connections the elements have to be in one order.
             sender.begin(0, 0 if direct else early_bytes)
@@ -136,8 +136,8 @@ class JobExchange:
         """
         rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
         yield from self._sender.opening()
-        if self._direct_sent is not None:
-            while not self._direct_sent():
+        if self._sent_elsewhere is not None:
+            while not self._sent_elsewhere.all_sent:
                 yield WAIT
             yield from self._sender.end()
             return
@@ -265,14 +265,15 @@ class JobExchange:
     def use_direct(
         self,
         sinks: Callable[[], Mapping[Matrix, Sink]],
-        sent: Callable[[], bool] | None = None,
+        *,
+        in_turn: bool = False,
     ) -> DirectExchange:
         """Send and receive the elements on the direct connections in `offered`.
 
         Args:
             sinks: Makes the results' sinks, for each connection its own.
-            sent: Returns whether all operands were sent; None: the messages' iterators
-                yield frames for the only connection.
+            in_turn: Whether the messages' iterators yield the frames, for the only
+                connection. Otherwise `DirectExchange.frames` does.
         """
         accepted, point, sender = self._required(), self._point, self._sender
         connections, self.offered = accepted.direct.connections, None
@@ -287,9 +288,10 @@ class JobExchange:
             results_from_row=point.results_from_row if point else 0,
         )
         self._receiver = direct
-        self._direct_sent = sent
-        if sent is None:
+        if in_turn:
             sender.use_frames()
+        else:
+            self._sent_elsewhere = direct
         # The requests go on from here, perhaps in another thread.
         sender.accept(accepted.block_rows, accepted.window_rows)
         return direct

@@ -134,7 +134,7 @@ class StreamJob:
     def use_direct(self, direct: DirectStream) -> None:
         """Send and receive the elements of this attempt on a direct connection."""
         self.direct = direct
-        direct.begin(self.exchange.use_direct(lambda: self._sinks))
+        direct.begin(self.exchange.use_direct(lambda: self._sinks, in_turn=True))
 
     def opening_messages(self, exchange: JobExchange) -> Iterator[Message]:
         """Yield the messages before the rows."""

@@ -517,7 +517,7 @@ class AsyncEngine(EngineBase):
         """Compute an accepted job whose elements are on direct connections."""
         transfer = DirectTransfer(connections, call, self.address)
         try:
-            direct = exchange.use_direct(job.sinks, transfer.sent)
+            direct = exchange.use_direct(job.sinks)
             transfer.start(direct, job.operands)
             async for message in call:
                 exchange.receive(message)

@@ -176,9 +176,9 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
 
     def _end_direct(self) -> None:
         """End the use of the direct connection, also in a thread that sends."""
-        direct = None if self._job is None else self._job.direct
-        if direct is not None:
-            direct.interrupt()
+        if self._job is not None and self._job.direct is not None:
+            self._job.direct.interrupt()
+            self._job.direct = None
 
     async def _interrupt(self, error: GradwireError) -> None:
         """End the running attempt as if `error` had: the job resumes on its server.

@@ -513,7 +513,7 @@ class SyncEngine(EngineBase):
         """Compute an accepted job whose elements are on direct connections."""
         transfer = DirectTransfer(connections, call, self.address)
         try:
-            direct = exchange.use_direct(job.sinks, transfer.sent)
+            direct = exchange.use_direct(job.sinks)
             transfer.start(direct, job.operands)
             for message in call:
                 exchange.receive(message)

@@ -113,10 +113,6 @@ class DirectTransfer(_Breakable):
         self._error: BaseException | None = None
         """The first other error of a thread."""
 
-    def sent(self) -> bool:
-        """Return whether all operands were sent."""
-        return not self._to_send
-
     def start(
         self, exchange: DirectExchange, operands: Mapping[Matrix, Operand]
     ) -> None:
@@ -217,6 +213,7 @@ class DirectTransfer(_Breakable):
             _read_attached(sock)
         with self._lock:
             self._to_send -= 1
+            exchange.all_sent = not self._to_send
         self._call.wake()
 
     def _receive(
