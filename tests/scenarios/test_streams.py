@@ -440,3 +440,27 @@ def test_what_on_progress_raises_is_raised_unchanged(caller: Any) -> None:
     with pytest.raises(OwnError, match="enough"):
         caller.gradients(X, W, DY, on_progress=on_progress)
     assert caller.gradients(X, W, DY).receipt.m == 400
+
+
+async def test_many_streams_on_direct_connections_share_one_event_loop(
+    small_blocks: ServerProcess,
+) -> None:
+    """Each waits in threads of its own: the loop's are fewer than these streams."""
+
+    async def slow_pairs() -> AsyncIterator[Any]:
+        for pair in pairs(step=40):
+            await asyncio.sleep(0)
+            yield pair
+
+    async with gradwire.AsyncClient(
+        small_blocks.address, transport="direct", timeout_s=60
+    ) as client:
+
+        async def dw() -> Any:
+            async with client.stream(slow_pairs(), W) as stream:
+                async for _ in stream:
+                    pass
+            return stream.dw
+
+        first, *others = await asyncio.gather(*(dw() for _ in range(40)))
+    assert all(np.array_equal(each, first) for each in others)

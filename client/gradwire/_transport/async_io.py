@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -20,7 +21,8 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from typing import Any, Generic, TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar, cast
 
 from gradwire._core.rows import END_OF_ROWS, iterate_rows
 
@@ -83,6 +85,60 @@ def close_at_exit(closeable: object) -> None:
 async def run_beside(work: Callable[[], R]) -> R:
     """Run long work in a thread, so that the event loop is not blocked."""
     return await asyncio.to_thread(work)
+
+
+class AsyncThread:
+    """A thread for work that may block for long, such as that of a socket.
+
+    The event loop's own threads are few, and others wait for them. It starts with the
+    first work and ends with the process, or with `close` after its last work.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._work: SimpleQueue[Callable[[], None] | None] | None = None
+
+    async def run(self, work: Callable[[], R]) -> R:
+        """Run work in the thread."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[R] = loop.create_future()
+
+        def settle(result: R | None, error: BaseException | None) -> None:
+            if done.done():
+                return
+            if error is None:
+                done.set_result(cast("R", result))
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            result: R | None = None
+            error: BaseException | None = None
+            try:
+                result = work()
+            except BaseException as raised:  # noqa: BLE001 - raised by the caller
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the loop may be closed
+                loop.call_soon_threadsafe(settle, result, error)
+
+        if self._work is None:
+            self._work = SimpleQueue()
+            threading.Thread(
+                target=_run_all, args=(self._work,), name=self._name, daemon=True
+            ).start()
+        self._work.put(run)
+        return await done
+
+    def close(self) -> None:
+        """Run nothing more."""
+        if self._work is not None:
+            self._work.put(None)
+
+
+def _run_all(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (work := queue.get()) is not None:
+        work()
+        del work  # and what it refers to
 
 
 async def run_together(

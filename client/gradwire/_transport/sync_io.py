@@ -95,6 +95,20 @@ def run_beside(work: Callable[[], R]) -> R:
     return work()
 
 
+class SyncThread:
+    """Runs work that may block for long, directly: the caller waits for it."""
+
+    def __init__(self, name: str) -> None:
+        del name
+
+    def run(self, work: Callable[[], R]) -> R:
+        """Run work."""
+        return work()
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def run_together(
     work: Callable[[], None], count: int, stop: Callable[[], object]
 ) -> None:

@@ -39,6 +39,7 @@ from gradwire._transport.address import addresses_of, host_and_port
 from gradwire._transport.async_io import (
     AsyncAnswers,
     AsyncFlag,
+    AsyncThread,
     iterate,
     look_up,
     run_beside,
@@ -677,21 +678,25 @@ async def stream_messages(
     batches: AsyncGenerator[Mapping[Matrix, Operand]],
 ) -> AsyncGenerator[bytes]:
     """Yield the messages of a stream after its header, and send its frames."""
-    async for part in _parts(job, exchange, batches):
-        if isinstance(part, bytes):
-            yield part
-        elif not await _sent(job, exchange, part):
-            while True:  # the call has failed, or is about to
-                yield WAIT
+    thread = AsyncThread("gradwire-stream-up")
+    try:
+        async for part in _parts(job, exchange, batches):
+            if isinstance(part, bytes):
+                yield part
+            elif not await thread.run(partial(_sent, job, exchange, part)):
+                while True:  # the call has failed, or is about to
+                    yield WAIT
+    finally:
+        thread.close()
 
 
-async def _sent(job: StreamJob, exchange: JobExchange, frame: Frame) -> bool:
+def _sent(job: StreamJob, exchange: JobExchange, frame: Frame) -> bool:
     """Send a frame, and return whether that succeeded."""
     direct = job.direct
     # The next attempt, with a connection of its own, may have begun.
     if direct is None or job.exchange is not exchange:
         return False
-    return await run_beside(lambda: direct.send(frame))
+    return direct.send(frame)
 
 
 async def _parts(

@@ -15,7 +15,7 @@ from gradwire._resilience.load_balancer import Lease
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob, require_receipt
-from gradwire._transport.async_io import AsyncLock, run_beside
+from gradwire._transport.async_io import AsyncLock, AsyncThread, run_beside
 from gradwire._transport.grpc.async_call import AsyncCall
 from gradwire_protocol.matrices import Matrix
 
@@ -54,6 +54,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         self._attempts: Attempts | None = None
         self._lease: Lease[AsyncEngine] | None = None
         self._over = False
+        self._receiving = AsyncThread("gradwire-stream-down")
         self._turn = AsyncLock()
 
     async def __aenter__(self) -> AsyncGradientStream:
@@ -179,6 +180,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         if self._job is not None and self._job.direct is not None:
             self._job.direct.interrupt()
             self._job.direct = None
+            self._receiving.close()
+            self._receiving = AsyncThread("gradwire-stream-down")
 
     async def _interrupt(self, error: GradwireError) -> None:
         """End the running attempt as if `error` had: the job resumes on its server.
@@ -220,7 +223,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
     async def _read(self, job: StreamJob, call: AsyncCall) -> None:
         direct = job.direct
         if direct is not None and direct.receives:
-            frame = await run_beside(direct.receive)
+            frame = await self._receiving.run(direct.receive)
             if frame is not None:
                 await _checked(job, lambda: job.take(frame))
                 return
@@ -240,6 +243,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                 self._remember(receipt)
                 if self._lease is not None:
                     self._lease.engine.keep_direct(job, receipt)
+                self._receiving.close()
             self._release()
             self._over = True
         else:

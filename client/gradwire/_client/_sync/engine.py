@@ -49,6 +49,7 @@ from gradwire._transport.shm.shm_job import ShmJob
 from gradwire._transport.sync_io import (
     SyncAnswers,
     SyncFlag,
+    SyncThread,
     iterate,
     look_up,
     run_beside,
@@ -673,12 +674,16 @@ def stream_messages(
     batches: Iterator[Mapping[Matrix, Operand]],
 ) -> Iterator[bytes]:
     """Yield the messages of a stream after its header, and send its frames."""
-    for part in _parts(job, exchange, batches):
-        if isinstance(part, bytes):
-            yield part
-        elif not _sent(job, exchange, part):
-            while True:  # the call has failed, or is about to
-                yield WAIT
+    thread = SyncThread("gradwire-stream-up")
+    try:
+        for part in _parts(job, exchange, batches):
+            if isinstance(part, bytes):
+                yield part
+            elif not thread.run(partial(_sent, job, exchange, part)):
+                while True:  # the call has failed, or is about to
+                    yield WAIT
+    finally:
+        thread.close()
 
 
 def _sent(job: StreamJob, exchange: JobExchange, frame: Frame) -> bool:
@@ -687,7 +692,7 @@ def _sent(job: StreamJob, exchange: JobExchange, frame: Frame) -> bool:
     # The next attempt, with a connection of its own, may have begun.
     if direct is None or job.exchange is not exchange:
         return False
-    return run_beside(lambda: direct.send(frame))
+    return direct.send(frame)
 
 
 def _parts(

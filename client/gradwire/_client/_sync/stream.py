@@ -18,7 +18,7 @@ from gradwire._resilience.retry import Attempts
 from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob, require_receipt
 from gradwire._transport.grpc.sync_call import SyncCall
-from gradwire._transport.sync_io import SyncLock, run_beside
+from gradwire._transport.sync_io import SyncLock, SyncThread, run_beside
 from gradwire_protocol.matrices import Matrix
 
 R = TypeVar("R")
@@ -56,6 +56,7 @@ class GradientStream(Iterator[RowBlock]):
         self._attempts: Attempts | None = None
         self._lease: Lease[SyncEngine] | None = None
         self._over = False
+        self._receiving = SyncThread("gradwire-stream-down")
         self._turn = SyncLock()
 
     def __enter__(self) -> GradientStream:
@@ -181,6 +182,8 @@ class GradientStream(Iterator[RowBlock]):
         if self._job is not None and self._job.direct is not None:
             self._job.direct.interrupt()
             self._job.direct = None
+            self._receiving.close()
+            self._receiving = SyncThread("gradwire-stream-down")
 
     def _interrupt(self, error: GradwireError) -> None:
         """End the running attempt as if `error` had: the job resumes on its server.
@@ -222,7 +225,7 @@ class GradientStream(Iterator[RowBlock]):
     def _read(self, job: StreamJob, call: SyncCall) -> None:
         direct = job.direct
         if direct is not None and direct.receives:
-            frame = run_beside(direct.receive)
+            frame = self._receiving.run(direct.receive)
             if frame is not None:
                 _checked(job, lambda: job.take(frame))
                 return
@@ -242,6 +245,7 @@ class GradientStream(Iterator[RowBlock]):
                 self._remember(receipt)
                 if self._lease is not None:
                     self._lease.engine.keep_direct(job, receipt)
+                self._receiving.close()
             self._release()
             self._over = True
         else:
