@@ -78,7 +78,8 @@ class Way:
 
     def arrived(self, receipt: gradwire.Receipt, *, checksum: bool = False) -> None:
         """Checks that a job of arrays did travel this way."""
-        if self.transport == "shm" and checksum:
+        in_messages = checksum if self.transport == "shm" else not receipt.m
+        if self.transport in {"shm", "direct"} and in_messages:
             assert receipt.transport == "tcp"
         else:
             assert receipt.transport == self.transport
@@ -89,9 +90,10 @@ STREAM = Way("stream")
 UNIX = Way("unix", unix=True)
 SHARED = Way("shm", {"transport": "shm"}, inside=True)
 COPIED = Way("shm-copied", {"transport": "shm"})
+DIRECT = Way("direct", {"transport": "direct"})
 
 IN_MESSAGES = (STREAM, UNIX)
-IN_STEPS = (*IN_MESSAGES, SHARED, COPIED)
+IN_STEPS = (*IN_MESSAGES, SHARED, COPIED, DIRECT)
 WAYS = (COMPUTE, *IN_STEPS)
 
 

@@ -27,6 +27,7 @@ from gradwire_protocol.data_plane.frames import (
 from gradwire_protocol.data_plane.sockets import DirectSocket
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.matrices import ROW_RESULTS
+from gradwire_server.admission.quota import busy
 from gradwire_server.backends.base import RowBlock, Sums
 from gradwire_server.errors import (
     JobError,
@@ -65,8 +66,6 @@ class DirectJob:
         self._lock = threading.Lock()
         first = spec.first_row // plan.block_rows
         self._slots = ThreadSlots(plan.slots, first, self._lock)
-        self._ready_to_compute = not before_rows
-        """Whether the matrices before all rows are complete."""
         self._complete: dict[int, int] = {}
         """Rows of the complete row blocks that were not submitted yet, by number."""
         self._submitted = self._computed = first
@@ -89,7 +88,10 @@ class DirectJob:
             for number, sock in enumerate(ups)
         ]
         self._downs = [_Down(sock) for sock in downs]
-        self._threads_open = 2 * self._count
+        # A matrix without elements is complete, and no frame of it comes.
+        self._ready_to_compute = self._ups[0].share.missing_before_rows is None
+        """Whether the matrices before all rows are complete."""
+        self._threads_open = 0
 
     async def run(self, idle_s: float) -> None:
         """Move all elements.
@@ -102,12 +104,9 @@ class DirectJob:
                 idle.
             Exception: The backend's error.
         """
-        for number, up in enumerate(self._ups):
-            self._start(up, partial(self._receive, up), f"up-{number}")
-        for number, down in enumerate(self._downs):
-            self._start(down, partial(self._send, down), f"down-{number}")
         watch = asyncio.create_task(self._watch(idle_s))
         try:
+            self._start_all()
             await self._outcome
         finally:
             watch.cancel()
@@ -145,9 +144,10 @@ class DirectJob:
     def idle_since(self) -> float:
         """Return when the last operand came, by the event loop's clock; now: not yet.
 
-        The call's End comes after it. Before, `run` itself notices an idle client.
+        The call's End comes after it. Before, `run` itself notices an idle client. No
+        End comes in a job that is handed over.
         """
-        if self._receiving():
+        if self._handed_over or self._receiving():
             return self._loop.time()
         return self._received_at
 
@@ -399,10 +399,25 @@ class DirectJob:
 
     # The lives of the threads.
 
-    def _start(self, side: _Side, work: Callable[[], None], name: str) -> None:
-        threading.Thread(
-            target=self._run, args=(side, work), name=f"gradwire-{name}", daemon=True
-        ).start()
+    def _start_all(self) -> None:
+        """Start all threads; those that cannot start are over."""
+        threads = [
+            (up, partial(self._receive, up), f"gradwire-up-{number}")
+            for number, up in enumerate(self._ups)
+        ] + [
+            (down, partial(self._send, down), f"gradwire-down-{number}")
+            for number, down in enumerate(self._downs)
+        ]
+        self._threads_open = len(threads)
+        for side, work, name in threads:
+            thread = threading.Thread(
+                target=self._run, args=(side, work), name=name, daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads
+                self._fail(busy("the process can start no more threads", "threads"))
+                self._end(side)
 
     def _run(self, side: _Side, work: Callable[[], None]) -> None:
         error: Exception | None = None
@@ -419,6 +434,10 @@ class DirectJob:
             error = failed
         if error is not None:
             self._fail(error)
+        self._end(side)
+
+    def _end(self, side: _Side) -> None:
+        """Count a thread as over."""
         with self._lock:
             side.ended = True
             self._threads_open -= 1
