@@ -14,7 +14,7 @@ from collections.abc import (
 from functools import partial
 from typing import Any, TypeVar
 
-from gradwire._api.errors import GradwireError
+from gradwire._api.errors import ClientIdleError, GradwireError
 from gradwire._api.options import MetadataPairs, Options, at_most
 from gradwire._api.types import Receipt, ServerInfo, server_info_of
 from gradwire._arrays.operand import Operand
@@ -521,11 +521,15 @@ class SyncEngine(EngineBase):
             run_beside(transfer.finish)
             receipt = exchange.finish()
         except BaseException as error:
-            if isinstance(error, GradwireError):
-                run_beside(partial(transfer.end_with, error))
-            transfer.close()
+            try:
+                if isinstance(error, GradwireError):
+                    run_beside(partial(transfer.end_with, error))
+            finally:  # also if the caller gives up meanwhile
+                transfer.close()
             if transfer.broken is not None:
                 self.direct.failed()
+                if isinstance(error, ClientIdleError):  # the server waited in vain
+                    raise transfer.lost() from error
             raise
         self.direct.reuse(receipt.server_instance, connections)
         return receipt

@@ -5,6 +5,7 @@ Synchronous and asynchronous clients use the same threads. Each socket has one.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,7 @@ class _Breakable:
         self._ended = False
         """Whether the call has ended, or is about to."""
         self.broken: Exception | None = None
+        self._timer: threading.Timer | None = None
 
     def _break(self, error: Exception) -> None:
         """Note a broken connection; the server's status, if it comes, has the cause."""
@@ -79,11 +81,22 @@ class _Breakable:
                 self.broken = self.broken or error
                 return
             self.broken = error
-        _later(STATUS_S, self._give_up)
+            self._timer = _later(STATUS_S, self._give_up)
+
+    def _end(self) -> None:
+        """Note that the call has ended, or is about to."""
+        with self._lock:
+            self._ended = True
+            if self._timer is not None:
+                self._timer.cancel()
 
     def _give_up(self) -> None:
         if not self._ended and self.broken is not None:
-            self._call.fail(self._lost(self.broken))
+            self._call.fail(self.lost())
+
+    def lost(self) -> ConnectionLostError:
+        """Return the error of the connection that broke."""
+        return self._lost(self.broken or ConnectionError("it is closed"))
 
     def _lost(self, cause: Exception) -> ConnectionLostError:
         how = "the server closed it" if isinstance(cause, EOFError) else str(cause)
@@ -108,7 +121,10 @@ class DirectTransfer(_Breakable):
         super().__init__(call, address)
         self._connections = connections
         self._threads: list[threading.Thread] = []
-        self._to_send = len(connections)
+        self._to_end = 2 * len(connections)
+        """Sockets that the call's End waits for: those of operands until all was sent,
+        and all until the server has answered their Attach. A server that knew of End
+        first would expect the operands in messages."""
         self._receiving: set[DirectSocket] = set()
         self._error: BaseException | None = None
         """The first other error of a thread."""
@@ -142,6 +158,7 @@ class DirectTransfer(_Breakable):
                     name=f"gradwire-{name}-{number}",
                     daemon=True,
                 )
+                # Before it starts: the caller may be interrupted behind that.
                 self._threads.append(thread)
                 thread.start()
 
@@ -152,7 +169,7 @@ class DirectTransfer(_Breakable):
             ConnectionLostError: A connection broke.
             BaseException: The error of a thread.
         """
-        self._ended = True
+        self._end()
         for thread in self._threads:
             while thread.is_alive():
                 thread.join(1.0)
@@ -163,7 +180,7 @@ class DirectTransfer(_Breakable):
         if self._error is not None:
             raise self._error
         if self.broken is not None:
-            raise self._lost(self.broken)
+            raise self.lost()
 
     def end_with(self, error: GradwireError) -> None:
         """End after the call has failed.
@@ -173,25 +190,26 @@ class DirectTransfer(_Breakable):
         Args:
             error: The error of the call.
         """
-        self._ended = True
+        self._end()
         for connection in self._connections:
             connection.up.shutdown()
         if not isinstance(error, ProtocolError):
             # A server that gives a reason closes the connections behind it.
             until = time.monotonic() + (_DRAIN_S if error.reason is None else STATUS_S)
             for thread in self._threads:
-                thread.join(max(until - time.monotonic(), 0.0))
+                with contextlib.suppress(RuntimeError):  # it was not started
+                    thread.join(max(until - time.monotonic(), 0.0))
         self.stop()
 
     def stop(self) -> None:
         """End all threads. They use no memory of the job afterwards."""
-        self._ended = True
-        if any(thread.is_alive() for thread in self._threads):
-            for connection in self._connections:
-                connection.up.shutdown()
-                connection.down.shutdown()
+        self._end()
+        for connection in self._connections:
+            connection.up.shutdown()
+            connection.down.shutdown()
         for thread in self._threads:
-            thread.join()
+            with contextlib.suppress(RuntimeError):  # it was not started
+                thread.join()
 
     def close(self) -> None:
         """End all threads and close the connections."""
@@ -211,10 +229,7 @@ class DirectTransfer(_Breakable):
             sock.send(frame.header.encode(), frame.payload)
         if not connection.confirmed:
             _read_attached(sock)
-        with self._lock:
-            self._to_send -= 1
-            exchange.all_sent = not self._to_send
-        self._call.wake()
+        self._allow_end(exchange)
 
     def _receive(
         self, exchange: DirectExchange, number: int, connection: DirectConnection
@@ -222,6 +237,7 @@ class DirectTransfer(_Breakable):
         sock, share = connection.down, exchange.share(number)
         if not connection.confirmed:
             _read_attached(sock)
+        self._allow_end(exchange)
         data = memoryview(bytearray(HEADER_BYTES))
         while not share.complete:
             sock.receive(data)
@@ -232,6 +248,13 @@ class DirectTransfer(_Breakable):
             share.take(header, room)
         with self._lock:
             self._receiving.discard(sock)
+
+    def _allow_end(self, exchange: DirectExchange) -> None:
+        """Let End follow in the call, as far as one socket is concerned."""
+        with self._lock:
+            self._to_end -= 1
+            exchange.all_sent = not self._to_end
+        self._call.wake()
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -269,6 +292,10 @@ class DirectStream(_Breakable):
         self.connection = connection
         self._share: ResultShare | None = None
         self._up_confirmed = self._down_confirmed = connection.confirmed
+        self._may_end = threading.Event()
+        """Set when the server has answered the Attach of results, or never will."""
+        if connection.confirmed:
+            self._may_end.set()
         self._data = memoryview(bytearray(HEADER_BYTES))
 
     def begin(self, exchange: DirectExchange) -> None:
@@ -296,6 +323,9 @@ class DirectStream(_Breakable):
             if frame.header.kind == Kind.COMPLETE and not self._up_confirmed:
                 self._up_confirmed = True
                 _read_attached(sock)
+                # A server that knew of the call's End first would expect the operands
+                # in messages.
+                self._may_end.wait()
         except (EOFError, OSError) as error:
             self._break(error)
             return False
@@ -320,12 +350,14 @@ class DirectStream(_Breakable):
             if not self._down_confirmed:
                 self._down_confirmed = True
                 _read_attached(sock)
+                self._may_end.set()
             sock.receive(self._data)
             header = FrameHeader.decode(self._data)
             room = share.room(header)
             if header.length:
                 sock.receive(room)
         except (EOFError, OSError) as error:
+            self._may_end.set()
             self._break(error)
             return None
         except DirectFramingError as error:
@@ -338,21 +370,23 @@ class DirectStream(_Breakable):
         Raises:
             ConnectionLostError: It broke.
         """
-        self._ended = True
+        self._end()
         if self.broken is not None:
-            raise self._lost(self.broken)
+            raise self.lost()
 
     def interrupt(self) -> None:
         """End the use of the connection, also in other threads."""
-        self._ended = True
+        self._end()
+        self._may_end.set()
         self.connection.up.shutdown()
         self.connection.down.shutdown()
 
 
-def _later(delay_s: float, work: Callable[[], object]) -> None:
+def _later(delay_s: float, work: Callable[[], object]) -> threading.Timer:
     timer = threading.Timer(delay_s, work)
     timer.daemon = True
     timer.start()
+    return timer
 
 
 def _read_attached(sock: DirectSocket) -> None:

@@ -1,0 +1,418 @@
+"""Direct connections that break, are silent or cannot be opened, and their clients.
+
+The call and the port for direct connections each have a proxy of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gradwire
+from gradwire._transport.direct import policy
+from tests.cli.conftest import environment
+from tests.support import oracle
+from tests.support.direct_listener import silent_port
+from tests.support.observing import descriptors, wait_until
+from tests.support.proxy import Direction, Fault, Proxy
+from tests.support.serving import ServerProcess, running_server
+
+M, N, K = 405, 30, 20
+X, W, DY = oracle.operands(M, N, K)
+LOST = {"UNAVAILABLE", "CONNECTION_LOST"}
+ALL = ("y", "dx", "dw", "db")
+SOON = gradwire.RetryPolicy(
+    attempts=100, initial_backoff_s=0.01, max_backoff_s=0.05, budget=1e6
+)
+UP_BYTES = 4 * (M * (N + K) + N * K)
+DOWN_BYTES = 4 * (M * (N + K) + N * K + K)
+
+
+class Behind:
+    """A server, and the proxies before its two ports."""
+
+    def __init__(self, server: ServerProcess, call: Proxy, data: Proxy) -> None:
+        self.server, self.call, self.data = server, call, data
+
+    def connect(self, **options: Any) -> gradwire.Client:
+        options = {"transport": "direct", "retries": SOON, "timeout_s": 60} | options
+        return gradwire.connect(self.call.address, **options)
+
+    def heal(self) -> None:
+        for each in (self.call, self.data):
+            each.arm(None)
+            each.resume()
+
+
+@contextlib.contextmanager
+def behind_proxies(**settings: Any) -> Iterator[Behind]:
+    settings = {"row_block_bytes": 4096} | settings
+    with (
+        Proxy("127.0.0.1:1") as data,
+        running_server(data_advertise=data.address, **settings) as server,
+        Proxy(server.address) as call,
+    ):
+        data.target = server.wait_for_log(lambda each: "data" in each)["data"]
+        yield Behind(server, call, data)
+        assert not [each for each in server.records if "traceback" in each]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Behind]:
+    with behind_proxies(idle_timeout=1.0) as one:
+        yield one
+
+
+@pytest.fixture
+def behind(shared: Behind) -> Iterator[Behind]:
+    yield shared
+    shared.heal()
+
+
+@pytest.fixture(scope="module")
+def expected(shared: Behind) -> gradwire.Gradients:
+    """By messages."""
+    with shared.connect(transport="grpc") as client:
+        return client.gradients(X, W, DY, results=ALL)
+
+
+def assert_same(result: gradwire.Gradients, expected: gradwire.Gradients) -> None:
+    for name in ALL:
+        one = getattr(result, name)
+        if one is not None:
+            assert oracle.same_bits(one, getattr(expected, name)), name
+
+
+# Connections that break.
+
+
+def places(step: int) -> Iterator[tuple[Direction, int]]:
+    """After how many bytes of all connections together, in which direction."""
+    for at in (0, 1, 39, 40, 41, 80, 160, 161, 192, 200):
+        yield "requests", at
+    for at in (1, 8, 31, 33, 40, 64, 70):
+        yield "responses", at
+    for at in range(300, UP_BYTES, step):
+        yield "requests", at
+    for at in range(300, DOWN_BYTES, step):
+        yield "responses", at
+
+
+@contextlib.contextmanager
+def calling(behind: Behind, kind: str) -> Iterator[Callable[..., gradwire.Gradients]]:
+    """`gradients` of either client."""
+    if kind == "sync":
+        with behind.connect() as client:
+            yield client.gradients
+        return
+    options: Any = {"transport": "direct", "retries": SOON, "timeout_s": 60}
+    with asyncio.Runner() as runner:
+        other = gradwire.AsyncClient(behind.call.address, **options)
+        try:
+            yield lambda *args, **more: runner.run(other.gradients(*args, **more))
+        finally:
+            runner.run(other.close())
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize(
+    "step", [15_000, pytest.param(211, marks=pytest.mark.big)], ids=["some", "many"]
+)
+def test_a_job_cut_off_anywhere_has_the_bits_of_one_that_was_not(
+    behind: Behind, expected: gradwire.Gradients, kind: str, step: int
+) -> None:
+    with calling(behind, kind) as gradients:
+        for number, (of, at) in enumerate(places(step)):
+            out = {"y": np.full((M, K), 7, np.float32)}
+            faults = behind.data.faults
+            behind.data.arm(Fault(of, cut_after_bytes=at))
+            more: Any = {"out": out, "checkpoint_rows": (None, 50)[number % 2]}
+            try:
+                result = gradients(X, W, DY, results=ALL, **more)
+            except gradwire.ConnectError:
+                # Connections that cannot be opened are an error if they are demanded.
+                assert at <= 200, (of, at)
+                continue
+            assert behind.data.faults == faults + 1, (of, at)
+            assert set(result.receipt.retried) <= LOST, (of, at)
+            assert result.receipt.transport == "direct"
+            assert result.y is out["y"]
+            assert_same(result, expected)
+
+
+def test_without_retries_nothing_is_written_after_the_error(behind: Behind) -> None:
+    """And the job's memory is the caller's again."""
+    with behind.connect(retries=False) as client:
+        for of, at in [each for each in places(20_000) if each[1] > 200]:
+            out = {"y": np.full((M, K), 7, np.float32)}
+            behind.data.arm(Fault(of, cut_after_bytes=at))
+            with pytest.raises(gradwire.ConnectionLostError):
+                client.gradients(X, W, DY, results=ALL, out=out)
+            before = out["y"].copy()
+            assert not _threads()
+            assert out["y"].tobytes() == before.tobytes()
+        behind.data.arm(None)
+        for of in ("requests", "responses"):
+            out = {"y": np.full((M, K), 7, np.float32)}
+            behind.call.arm(Fault(of, cut_after_messages=2))  # the call, rather
+            with pytest.raises(gradwire.ConnectionLostError):
+                client.gradients(X, W, DY, results=ALL, out=out)
+            assert not _threads()
+
+
+def _threads() -> list[threading.Thread]:
+    """Those that move elements."""
+    return [
+        each
+        for each in threading.enumerate()
+        if each.name.startswith(("gradwire-up", "gradwire-down"))
+        or (isinstance(each, threading.Timer) and not each.finished.is_set())
+    ]
+
+
+def test_a_flipped_bit_is_found_by_its_checksum(
+    behind: Behind, expected: gradwire.Gradients
+) -> None:
+    with behind.connect() as client:
+        client.gradients(X, W, DY, results=ALL, checksum=True)
+        for of, at in [("requests", 5000), ("requests", 40_000), ("responses", 9_000)]:
+            behind.data.arm(Fault(of, flip_byte=at))
+            result = client.gradients(X, W, DY, results=ALL, checksum=True)
+            assert_same(result, expected)
+            assert result.receipt.attempts == 2, (of, at)
+
+
+# Silence.
+
+
+@pytest.mark.thorough
+def test_a_port_that_is_silent_ends_the_job_and_harms_no_other(
+    behind: Behind, expected: gradwire.Gradients
+) -> None:
+    with (
+        behind.connect(retries=False) as client,
+        behind.connect(transport="grpc") as other,
+    ):
+        client.gradients(X, W, DY)  # the next call has connections already
+        behind.data.pause()
+        began = time.monotonic()
+        with pytest.raises(gradwire.GradwireError):
+            client.gradients(X, W, DY)
+        assert time.monotonic() - began < 5
+        assert_same(other.gradients(X, W, DY), expected)
+
+
+def test_a_network_that_is_silent_ends_at_the_deadline(behind: Behind) -> None:
+    with behind.connect() as client:
+        client.gradients(X, W, DY)
+        began, stop = time.monotonic(), threading.Timer(0.0, behind.call.pause)
+        behind.data.pause()
+        stop.start()
+        with pytest.raises(gradwire.GradwireError):
+            client.gradients(X, W, DY, timeout_s=1.5)
+        assert time.monotonic() - began < 5
+        assert not _threads()
+        behind.heal()
+
+
+@pytest.mark.parametrize("where", ["refused", "filtered", "off"])
+def test_connections_that_cannot_be_opened_cost_a_second_once(
+    where: str, expected: gradwire.Gradients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "_MIN_BYTES", 1000)
+    settings: Any = {"data_listen": "off"}
+    with silent_port() as silent:
+        if where != "off":
+            port = silent if where == "filtered" else 1
+            settings = {"data_advertise": f"127.0.0.1:{port}"}
+        with (
+            running_server(row_block_bytes=4096, **settings) as server,
+            gradwire.connect(server.address) as client,
+        ):
+            times = []
+            for _ in range(3):
+                began = time.monotonic()
+                result = client.gradients(X, W, DY, results=ALL)
+                times.append(time.monotonic() - began)
+                assert_same(result, expected)
+                assert result.receipt.transport == "tcp"
+                assert result.receipt.attempts == 1
+            assert times[0] < 1.1 + 0.5
+            assert max(times[1:]) < 0.5
+
+
+# Clients that stop.
+
+
+class Held:
+    """A job whose results do not come, while the proxy is paused."""
+
+    def __init__(self, behind: Behind) -> None:
+        self.behind = behind
+        self.out = {"y": np.full((M, K), 7, np.float32)}
+        self.begun = threading.Event()
+        self.options: Any = {"out": self.out, "on_progress": self._progress}
+
+    def _progress(self, progress: gradwire.Progress) -> None:
+        if progress.bytes_received > 3000 and not self.begun.is_set():
+            self.behind.data.pause()
+            self.begun.set()
+
+    def assert_left_alone(self) -> None:
+        """Nothing of the job goes on, also when the network does."""
+        assert not _threads()
+        before = self.out["y"].copy()
+        self.behind.heal()
+        time.sleep(0.1)
+        assert self.out["y"].tobytes() == before.tobytes()
+
+
+def test_a_client_that_is_closed_ends_its_job(behind: Behind) -> None:
+    client, held = behind.connect(), Held(behind)
+    closer = threading.Thread(target=lambda: (held.begun.wait(20), client.close()))
+    closer.start()
+    with pytest.raises(gradwire.GradwireError):
+        client.gradients(X, W, DY, **held.options)
+    closer.join()
+    held.assert_left_alone()
+
+
+def test_ctrl_c_ends_the_job(behind: Behind) -> None:
+    held = Held(behind)
+
+    def interrupt() -> None:
+        held.begun.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with behind.connect() as client:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.gradients(X, W, DY, **held.options)
+        thread.join()
+        held.assert_left_alone()
+        assert client.gradients(X, W, DY).receipt.transport == "direct"
+
+
+@pytest.mark.parametrize("after_error", [False, True])
+async def test_a_task_that_is_cancelled_ends_its_job(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch, after_error: bool
+) -> None:
+    """Also while it waits for what comes behind the server's error."""
+    held = Held(behind)
+    async with gradwire.AsyncClient(
+        behind.call.address, transport="direct", retries=False
+    ) as client:
+        task = asyncio.create_task(client.gradients(X, W, DY, **held.options))
+        await asyncio.to_thread(held.begun.wait, 20)
+        if after_error:  # which comes in a second; then results may come for two
+            await asyncio.sleep(1.6)
+        task.cancel()
+        with (
+            contextlib.suppress(gradwire.GradwireError),
+            pytest.raises(asyncio.CancelledError),
+        ):
+            await task
+        held.assert_left_alone()
+
+
+PROGRAM = """
+    import sys
+    import numpy as np, gradwire
+    from tests.support import oracle
+    address = sys.argv[1]
+    x, w, dy = oracle.operands(40_000, 30, 20)
+    client = gradwire.connect(address, transport="direct")
+    client.gradients(x[:100], w, dy[:100])
+    def on_progress(progress):
+        if progress.bytes_received:
+            print("going", flush=True)
+            sys.stdin.readline()
+    client.gradients(x, w, dy, on_progress=on_progress, timeout_s=60)
+"""
+
+
+@pytest.mark.thorough
+def test_a_client_that_is_killed_in_a_frame_leaves_nothing_on_the_server(
+    shared: Behind,
+) -> None:
+    server = shared.server
+    before = descriptors(server.pid)
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), server.address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "going\n"
+        process.kill()
+    wait_until(lambda: descriptors(server.pid) <= before + 8, "descriptors are closed")
+
+
+def test_a_server_that_is_killed_in_a_frame_is_replaced(
+    expected: gradwire.Gradients,
+) -> None:
+    with (
+        behind_proxies() as behind,
+        running_server(row_block_bytes=4096) as other,
+        behind.connect() as client,
+    ):
+        held = Held(behind)
+
+        def replace() -> None:
+            held.begun.wait(20)
+            behind.server.kill()
+            behind.call.target = other.address
+            behind.heal()
+
+        thread = threading.Thread(target=replace)
+        thread.start()
+        result = client.gradients(X, W, DY, results=ALL, **held.options)
+        thread.join()
+        assert_same(result, expected)
+        assert set(result.receipt.retried) <= LOST
+        assert result.receipt.retried
+        assert result.receipt.transport == "direct"
+
+
+@pytest.mark.thorough
+def test_a_server_that_stops_hands_the_job_over() -> None:
+    """What it has computed is kept, and the rest comes from another one."""
+    x, w, dy = oracle.operands(60_000, N, 60)  # more than the network holds
+    settings = {"row_block_bytes": 1 << 18, "grace": 0.05}
+    with behind_proxies(**settings) as behind, running_server(**settings) as other:
+        behind.call.target = other.address
+        with behind.connect(transport="grpc") as client:
+            expected = client.gradients(x, w, dy, results=ALL)
+        behind.call.cut()
+        behind.call.target = behind.server.address
+        progress: list[gradwire.Progress] = []
+
+        def stop(each: gradwire.Progress) -> None:
+            if each.bytes_received > 1 << 20 and not progress:
+                progress.append(each)
+                behind.data.pause()
+                behind.call.target = other.address
+                behind.server.process.terminate()
+                threading.Timer(0.3, behind.data.resume).start()
+
+        with behind.connect() as client:
+            result = client.gradients(x, w, dy, results=ALL, on_progress=stop)
+        assert_same(result, expected)
+        assert result.receipt.retried[0] == "DRAINING"
+        assert result.receipt.m == len(x)
+        assert 0 < result.receipt.bytes_received < x.nbytes + w.nbytes + dy.nbytes
