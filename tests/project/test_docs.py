@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import struct
 from pathlib import Path
 
 import pytest
 import yaml
 
 from gradwire_cli.terminal.logs import LogSettings
+from gradwire_protocol.checksum import crc32c
+from gradwire_protocol.data_plane.frames import (
+    ATTACHED,
+    Attach,
+    Direction,
+    FrameHeader,
+    Kind,
+)
 from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.matrices import Matrix
 from gradwire_server import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +51,21 @@ def test_the_error_table_lists_every_reason_under_its_status():
             listed.setdefault(name, status)
     actual = {str(reason): reason.status.name for reason in Reason}
     assert {name: listed.get(name) for name in actual} == actual
+
+
+def test_the_examples_of_direct_connections_are_the_bytes_that_are_sent():
+    text = (ROOT / "docs" / "contract.md").read_text()
+    section = text.split("\n## Direct connections\n")[1].split("\n## ")[0]
+    lines = r"(?:^ {4}(?:[0-9a-f]{2} +)+[0-9a-f]{2}\n)+"
+    shown = [bytes.fromhex(b) for b in re.findall(lines, section, re.MULTILINE)]
+    payload = struct.pack("<4f", 1, 2, 3, 4)
+    elements = FrameHeader(Kind.ELEMENTS, Matrix.X, 4096, len(payload), crc32c(payload))
+    assert shown == [
+        Attach(Direction.DOWN, 1, bytes(range(32))).encode(),
+        ATTACHED,
+        elements.encode() + payload,
+        FrameHeader(Kind.COMPLETE, 0, 10_000).encode(),
+    ]
 
 
 def test_every_setting_is_listed_with_its_variable():
