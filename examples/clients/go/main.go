@@ -2,18 +2,20 @@
 // refusal says. docs/contract.md explains the order of the messages.
 //
 //	go run . localhost:50051
+//	go run . -direct localhost:50051
 //
+// The second sends the larger job on direct connections, if the server has them.
 // The stub is generated from protos/, see scripts/check-clients.
 package main
 
 import (
 	"context"
 	"encoding/binary"
+	"flag"
 	"fmt"
 	"io"
 	"log"
 	"math"
-	"os"
 	"time"
 
 	pb "gradwire/v1"
@@ -81,8 +83,9 @@ func compute(ctx context.Context, stub pb.GradientServiceClient, x, w, dy matrix
 }
 
 // computeStream sends a job of any size. One goroutine sends while another receives: a
-// client that sends everything first is ended with CLIENT_IDLE.
-func computeStream(ctx context.Context, stub pb.GradientServiceClient, x, w, dy matrix, blockRows int64) (y, dx, dw matrix, receipt *pb.Receipt, err error) {
+// client that sends everything first is ended with CLIENT_IDLE. With connections above 0,
+// and if the server takes them, the elements are on direct connections.
+func computeStream(ctx context.Context, server string, stub pb.GradientServiceClient, x, w, dy matrix, blockRows int64, connections int32) (y, dx, dw matrix, receipt *pb.Receipt, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // Ends the sending goroutine, too, if receiving fails.
 	stream, err := stub.ComputeStream(ctx)
@@ -92,24 +95,48 @@ func computeStream(ctx context.Context, stub pb.GradientServiceClient, x, w, dy 
 	job := header(int64(x.rows), int64(x.columns), int64(w.columns))
 	job.BlockRows = blockRows
 	job.RequiredFeatures = []string{"block-rows"}
+	if connections > 0 {
+		job.Direct = &pb.DirectOffer{Connections: connections}
+	}
 	// io.EOF from Send means that the call has ended: Recv has its status.
 	if err = stream.Send(&pb.ComputeStreamRequest{Message: &pb.ComputeStreamRequest_Job{Job: job}}); err != nil && err != io.EOF {
 		return
 	}
 	y, dx, dw = newMatrix(x.rows, w.columns), newMatrix(x.rows, x.columns), newMatrix(w.rows, w.columns)
 	results := map[pb.Matrix]matrix{pb.Matrix_MATRIX_Y: y, pb.Matrix_MATRIX_DX: dx, pb.Matrix_MATRIX_DW: dw}
+	var moved chan error // What became of the elements on direct connections.
 	for {
 		var response *pb.ComputeStreamResponse
 		response, err = stream.Recv()
 		if err == io.EOF && receipt != nil {
-			return y, dx, dw, receipt, nil
+			err = nil
+			if moved != nil {
+				err = <-moved // The last frames may come behind the receipt.
+			}
+			return
 		}
 		if err != nil {
 			return
 		}
 		switch message := response.Message.(type) {
 		case *pb.ComputeStreamResponse_Accepted:
-			go sendOperands(stream, message.Accepted.BlockRows, x, w, dy)
+			accepted := message.Accepted
+			opened := openIfOffered(server, accepted.Direct, connections)
+			if opened == nil {
+				go sendOperands(stream, accepted.BlockRows, x, w, dy)
+				continue
+			}
+			defer closeAll(opened)
+			moved = make(chan error, 1)
+			go func() {
+				err := moveElements(opened, accepted.BlockRows, x, w, dy, results, accepted.Direct.MaxFrameBytes,
+					func() error { return sendEnd(stream, x.rows) })
+				if err != nil {
+					// The status has the cause, and comes soon if the server has seen it.
+					time.AfterFunc(2*time.Second, cancel)
+				}
+				moved <- err
+			}()
 		case *pb.ComputeStreamResponse_Chunk:
 			chunk := message.Chunk
 			results[chunk.Matrix].setBytes(chunk.Index, chunk.GetData())
@@ -117,6 +144,22 @@ func computeStream(ctx context.Context, stub pb.GradientServiceClient, x, w, dy 
 			receipt = message.Receipt
 		}
 	}
+}
+
+// openIfOffered returns nil if the elements go in messages.
+func openIfOffered(server string, access *pb.DirectAccess, connections int32) []connection {
+	if connections == 0 {
+		return nil
+	}
+	if access == nil {
+		fmt.Println("the server has no direct connections")
+		return nil
+	}
+	opened, err := openConnections(server, access)
+	if err != nil {
+		fmt.Println("no direct connections:", err)
+	}
+	return opened
 }
 
 // sendOperands sends W, then X and dY row block by row block, then End. It returns early
@@ -137,10 +180,15 @@ func sendOperands(stream pb.GradientService_ComputeStreamClient, blockRows int64
 			return
 		}
 	}
-	end := &pb.End{M: int64(x.rows)}
-	if stream.Send(&pb.ComputeStreamRequest{Message: &pb.ComputeStreamRequest_End{End: end}}) == nil {
-		stream.CloseSend()
+	sendEnd(stream, x.rows)
+}
+
+func sendEnd(stream pb.GradientService_ComputeStreamClient, m int) error {
+	end := &pb.End{M: int64(m)}
+	if err := stream.Send(&pb.ComputeStreamRequest{Message: &pb.ComputeStreamRequest_End{End: end}}); err != nil {
+		return err
 	}
+	return stream.CloseSend()
 }
 
 func sendRows(stream pb.GradientService_ComputeStreamClient, name pb.Matrix, of matrix, first, last int) error {
@@ -211,10 +259,17 @@ func must(right bool, what string) {
 }
 
 func main() {
-	if len(os.Args) != 2 {
-		log.Fatalln("usage:", os.Args[0], "HOST:PORT")
+	direct := flag.Bool("direct", false, "send the larger job on direct connections")
+	flag.Parse()
+	if flag.NArg() != 1 {
+		log.Fatalln("usage: client [-direct] HOST:PORT")
 	}
-	connection, err := grpc.Dial(os.Args[1], grpc.WithInsecure())
+	server := flag.Arg(0)
+	var connections int32
+	if *direct {
+		connections = 2
+	}
+	connection, err := grpc.Dial(server, grpc.WithInsecure())
 	if err != nil {
 		log.Fatalln(err)
 	}
@@ -232,13 +287,13 @@ func main() {
 
 	x, w, dy = wholeNumbers(8192, 256, 1), wholeNumbers(256, 128, 2), wholeNumbers(8192, 128, 3)
 	started := time.Now()
-	y, dx, dw, receipt, err := computeStream(ctx, stub, x, w, dy, 1024)
+	y, dx, dw, receipt, err := computeStream(ctx, server, stub, x, w, dy, 1024, connections)
 	took := time.Since(started)
 	if err != nil {
 		log.Fatalln(err)
 	}
-	must(right(x, w, dy, y, dx, dw), fmt.Sprintf("ComputeStream, 8192 x 256 x 128 in %d row blocks, %v",
-		receipt.Blocks, took.Round(time.Millisecond)))
+	must(right(x, w, dy, y, dx, dw), fmt.Sprintf("ComputeStream, 8192 x 256 x 128 in %d row blocks over %s, %v",
+		receipt.Blocks, receipt.Transport, took.Round(time.Millisecond)))
 
 	_, err = stub.Compute(ctx, &pb.ComputeRequest{Job: header(1, -1, 1)})
 	for _, detail := range status.Convert(err).Details() {
