@@ -1,11 +1,15 @@
 # gradwire as a container: a server that computes with NumPy, or on NVIDIA GPUs.
 #
 #   docker build -t gradwire .
-#   docker run --rm -p 127.0.0.1:50051:50051 --stop-timeout 40 gradwire serve --insecure
+#   docker run --rm -p 127.0.0.1:50051:50051 -p 127.0.0.1:50052:50052 \
+#     --stop-timeout 40 gradwire serve --insecure
 #
 #   docker build -t gradwire-gpu --target gpu .
-#   docker run --rm --gpus all -p 127.0.0.1:50051:50051 --stop-timeout 40 gradwire-gpu \
-#     serve --insecure
+#   docker run --rm --gpus all -p 127.0.0.1:50051:50051 -p 127.0.0.1:50052:50052 \
+#     --stop-timeout 40 gradwire-gpu serve --insecure
+#
+# The second port is for direct connections, on which clients send large jobs. Without
+# it they send them in the call.
 #
 # In its own network a container listens on every address, and the server asks
 # whether it may do so in plaintext. It may where the port is published on loopback
@@ -69,9 +73,10 @@ LABEL org.opencontainers.image.title="gradwire" \
       org.opencontainers.image.base.name="${PYTHON_IMAGE}"
 ENV PATH=/opt/gradwire/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    GRADWIRE_LISTEN=0.0.0.0:50051
+    GRADWIRE_LISTEN=0.0.0.0:50051 \
+    GRADWIRE_DATA_LISTEN=50052
 USER 10001:10001
-EXPOSE 50051
+EXPOSE 50051 50052
 # The server drains on SIGTERM for GRADWIRE_GRACE seconds (30), so whoever stops
 # the container has to wait that long: Docker's own default is 10.
 STOPSIGNAL SIGTERM

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,16 @@ def read(path: str) -> Any:
 def services() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = read("docker-compose.yml")["services"]
     return found
+
+
+def resolved(texts: Iterable[str]) -> list[str]:
+    """The texts where no variable is set."""
+    return [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text) for text in texts]
+
+
+def published(service: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Host, its port, and the container's port."""
+    return [tuple(each.split(":")) for each in resolved(service.get("ports", ()))]
 
 
 def test_every_file_that_is_mounted_exists(services: dict[str, dict[str, Any]]) -> None:
@@ -83,3 +95,31 @@ def test_grafana_asks_the_prometheus_of_its_profile(
     ]
     mounts = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
     assert provider["options"]["path"] in mounts
+
+
+def test_direct_connections_reach_the_port_that_a_server_tells_its_clients(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    default = re.findall(r"GRADWIRE_DATA_LISTEN=(\d+)", dockerfile)
+    exposed = re.findall(r"^EXPOSE (\d+) (\d+)$", dockerfile, re.MULTILINE)
+    assert [("50051", *default)] == exposed
+    for name, service in services.items():
+        if "serve" not in service.get("command", ()):
+            continue
+        environment = service["environment"]
+        (port,) = resolved([environment.get("GRADWIRE_DATA_LISTEN", *default)])
+        if service.get("ports"):
+            call, data = published(service)
+            assert data == (call[0], port, port), name
+        else:
+            (alias,) = service["networks"]["default"]["aliases"]
+            assert environment["GRADWIRE_DATA_ADVERTISE"] == f"{alias}:{port}"
+
+
+def test_services_can_run_beside_each_other(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    taken = [each[:2] for service in services.values() for each in published(service)]
+    assert len(taken) > 5
+    assert len(taken) == len(set(taken))

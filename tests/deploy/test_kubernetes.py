@@ -100,6 +100,7 @@ def test_every_selector_selects_the_servers(manifests: Manifests) -> None:
 def test_every_port_is_one_that_the_server_listens_on(manifests: Manifests) -> None:
     assert manifests.ports == {
         "grpc": manifests.port_of("GRADWIRE_LISTEN"),
+        "data": manifests.port_of("GRADWIRE_DATA_LISTEN"),
         "metrics": manifests.port_of("GRADWIRE_METRICS_LISTEN"),
         "health": manifests.port_of("GRADWIRE_HEALTH_LISTEN"),
     }
@@ -109,8 +110,20 @@ def test_every_port_is_one_that_the_server_listens_on(manifests: Manifests) -> N
     assert service["clusterIP"] == "None"
     for port in service["ports"]:
         assert manifests.ports[port["targetPort"]] == port["port"]
-    for rule in manifests["NetworkPolicy"]["spec"]["ingress"]:
-        assert {port["port"] for port in rule["ports"]} <= manifests.ports.keys()
+    rules = manifests["NetworkPolicy"]["spec"]["ingress"]
+    allowed = [{port["port"] for port in rule["ports"]} for rule in rules]
+    assert allowed == [{"grpc", "data"}, {"metrics"}]
+
+
+def test_direct_connections_are_advertised_at_the_address_of_the_pod(
+    manifests: Manifests,
+) -> None:
+    address, advertised = manifests.server["env"]
+    assert address["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert advertised == {
+        "name": "GRADWIRE_DATA_ADVERTISE",
+        "value": f"$({address['name']}):{manifests.ports['data']}",
+    }
 
 
 def test_the_monitor_scrapes_the_metrics_of_the_service(manifests: Manifests) -> None:
@@ -204,6 +217,7 @@ def pod(tmp_path: Path) -> Iterator[tuple[dict[str, str], str, Path]]:
         else re.sub(r"^0\.0\.0\.0:\d+$", "127.0.0.1:0", value)
         for name, value in manifests.settings.items()
     }
+    here["GRADWIRE_DATA_LISTEN"] = "0"
     (tmp_path / "ca.pem").write_bytes(authority.cert)
     with started(*manifests.server["args"], env=here, cwd=tmp_path) as process:
         assert process.stderr is not None
@@ -229,6 +243,10 @@ def test_the_settings_and_secrets_of_the_pod_make_a_server(
     assert status.status == health_pb2.HealthCheckResponse.SERVING
     tls = gradwire.Tls(ca=str(files / "ca.pem"))
     with gradwire.connect(record["addresses"], tls=tls, token=token) as client:
+        assert client.forward(np.ones((2, 3)), np.ones((3, 1))).sum() == 6
+    with gradwire.connect(
+        record["addresses"], tls=tls, token=token, transport="direct"
+    ) as client:
         assert client.forward(np.ones((2, 3)), np.ones((3, 1))).sum() == 6
     with (
         pytest.raises(gradwire.GradwireError, match="credentials"),
