@@ -28,6 +28,7 @@ def clients(backend: FaultyBackend) -> Iterator[Clients]:
         open_clients(partial(sdk.connect, address, timeout_s=30)) as opened,
     ):
         assert opened.shared is not None
+        assert opened.direct is not None
         yield opened
 
 

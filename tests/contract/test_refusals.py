@@ -725,6 +725,7 @@ def test_every_reason_has_a_test():
         "DRAINING",  # test_stopping.py
         "RESUME_MISMATCH",  # test_checkpoints.py
         "DEVICE_LOST",  # test_devices.py
+        "CONNECTION_LOST",  # test_direct_connections.py
         "DEVICE_OUT_OF_MEMORY",  # test_faults.py
         "UNFORESEEN",
         "BUFFER_REF_INVALID",  # test_shared_memory.py

@@ -297,11 +297,11 @@ def test_a_job_that_never_finds_its_region_travels_in_messages(
             assert_same(result, expected)
 
 
-def test_where_memory_runs_out_auto_goes_on_in_messages() -> None:
+def test_where_memory_runs_out_auto_goes_on_without_sharing() -> None:
     operands = oracle.operands(300_000, 16, 16, "float32")
     with running_server(allow_shared_memory=True, memory_limit=64 << 20) as server:
         with gradwire.connect(server.address) as client:
-            assert client.gradients(*operands).receipt.transport == "tcp"
+            assert client.gradients(*operands).receipt.transport == "direct"
             assert client.empty(100_000_000 // 4).nbytes == 100_000_000
             small = oracle.operands(20_000, 16, 16, "float32")
             assert client.gradients(*small).receipt.transport == "shm"

@@ -718,6 +718,18 @@ _WAYS = (
         before=_from_blocks(lambda job, block: job.block < 4, "x"),
     ),
     Fault(
+        "wrong on direct connections only",
+        "call = direct",
+        when=lambda job: job.spec.direct,
+        after=_zero("dx", np.s_[-1:]),
+    ),
+    Fault(
+        "dW ends after four blocks on direct connections",
+        "direct blocks",
+        when=lambda job: job.spec.direct,
+        before=_from_blocks(lambda job, block: job.block < 4, "x"),
+    ),
+    Fault(
         "wrong over other connections",
         "call = other connection",
         patch=_other_connections_are_wrong,
