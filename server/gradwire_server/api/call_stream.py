@@ -98,14 +98,17 @@ class CallStream:
             # The call may outlive the job, and must not hold its memory.
             self._call.idle_since = never_busy
 
-    async def attached(self, offer: Offer) -> list[Connection] | None:
+    async def attached(self, offer: Offer, expected: str) -> list[Connection] | None:
         """Wait for the client's choice of where the elements are.
+
+        Args:
+            offer: The direct connections.
+            expected: What comes next, for the error if nothing does.
 
         Returns:
             The direct connections; None if the client sends in the call.
         """
         self.progressed()
-        expected = "the first chunk of an operand, end, or direct connections"
         self._ahead = asyncio.create_task(self._read_next(expected))
         attached = asyncio.create_task(offer.attached())
         try:

@@ -37,10 +37,11 @@ from gradwire_server.api.call_scope import call_scope
 from gradwire_server.api.call_state import CallState
 from gradwire_server.api.call_stream import CallStream, both
 from gradwire_server.api.client_timeouts import ClientTimeouts
-from gradwire_server.api.direct_offer import DirectOffer
+from gradwire_server.api.direct_offer import DirectOffer, connections_for
 from gradwire_server.api.job_service import JobService
 from gradwire_server.api.receipts import accepted_message, receipt_message
 from gradwire_server.errors import JobError, malformed
+from gradwire_server.jobs.direct.direct_job import DirectJob
 from gradwire_server.jobs.header import unary
 from gradwire_server.jobs.header.parse import is_job_id
 from gradwire_server.jobs.stream.pipeline import RowBlockPipeline
@@ -177,16 +178,19 @@ class GradientServicer:
         self, call: CallState, stream: CallStream, pipeline: RowBlockPipeline
     ) -> None:
         """Receive and send an admitted job's elements, where the client wants it."""
-        with DirectOffer(self._service.data, pipeline) as offer:
+        with DirectOffer(self._service.data, connections_for(pipeline)) as offer:
             accepted = accepted_message(call, offer.access)
             await stream.write(framing.encode_accepted(accepted))
-            direct = await offer.taken(stream)
-            if direct is None:
+            connections = await offer.taken(
+                stream, "the first chunk of an operand, end"
+            )
+            if connections is None:
                 job = StreamedJob(pipeline)
                 self._service.on_drain(job.hand_over)
                 await stream.serve(job)
                 return
             call.transport = "direct"
+            direct = DirectJob(pipeline, connections)
             self._service.on_drain(direct.hand_over)
             await stream.serve_direct(direct)
             offer.succeeded()

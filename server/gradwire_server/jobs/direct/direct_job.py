@@ -41,6 +41,14 @@ from gradwire_server.jobs.stream.checkpoints import Checkpoints, DrainPoint
 from gradwire_server.jobs.stream.pipeline import RowBlockPipeline
 from gradwire_server.jobs.stream.request_validator import matrices_before_rows
 from gradwire_server.observability.timeline import Stage
+from gradwire_server.transports.data_plane import Connection
+from gradwire_server.transports.data_plane.thread_side import (
+    ThreadSide,
+    check_crc32c,
+    connection_lost,
+    ended_threads,
+    looks,
+)
 
 
 class DirectJob:
@@ -48,20 +56,18 @@ class DirectJob:
 
     Args:
         pipeline: The job, opened.
-        ups: The sockets that operands come from, by connection.
-        downs: The sockets that results go to, by connection.
+        connections: Its connections, in order of their numbers.
     """
 
     def __init__(
         self,
         pipeline: RowBlockPipeline,
-        ups: Sequence[DirectSocket],
-        downs: Sequence[DirectSocket],
+        connections: Sequence[Connection],
     ) -> None:
         spec, plan = pipeline.spec, pipeline.plan
         self._pipeline, self._spec, self._plan = pipeline, spec, plan
         self._progress = pipeline.progress
-        self._count = len(ups)
+        self._count = len(connections)
         before_rows = matrices_before_rows(spec)
         self._lock = threading.Lock()
         first = spec.first_row // plan.block_rows
@@ -84,10 +90,10 @@ class DirectJob:
         self._received_at = self._loop.time()
         self._owed_nothing_since = time.monotonic()
         self._ups = [
-            _Up(sock, ShareValidator(spec, plan, before_rows, number, self._count))
-            for number, sock in enumerate(ups)
+            _Up(each.up, ShareValidator(spec, plan, before_rows, number, self._count))
+            for number, each in enumerate(connections)
         ]
-        self._downs = [_Down(sock) for sock in downs]
+        self._downs = [_Down(each.down) for each in connections]
         # A matrix without elements is complete, and no frame of it comes.
         self._ready_to_compute = self._ups[0].share.missing_before_rows is None
         """Whether the matrices before all rows are complete."""
@@ -111,7 +117,7 @@ class DirectJob:
         finally:
             watch.cancel()
             self._stop()
-            await _uncancelled(self._threads_ended)
+            await ended_threads(self._threads_ended)
         self._pipeline.tensors.commit()
 
     def end(self, m: int) -> None:
@@ -185,7 +191,7 @@ class DirectJob:
                 sock.receive(room)
             self._pipeline.observe(Stage.RECEIVING, number)
             if frame.crc32c is not None:
-                _check(frame, room)
+                check_crc32c(frame, room)
             complete = share.commit(span, frame.length)
             with self._lock:
                 self._progress.bytes_received += frame.length
@@ -419,7 +425,7 @@ class DirectJob:
                 self._fail(busy("the process can start no more threads", "threads"))
                 self._end(side)
 
-    def _run(self, side: _Side, work: Callable[[], None]) -> None:
+    def _run(self, side: ThreadSide, work: Callable[[], None]) -> None:
         error: Exception | None = None
         try:
             work()
@@ -429,14 +435,14 @@ class DirectJob:
             error = malformed(str(wrong))
         except (EOFError, OSError) as broken:
             if not self._handed_over:
-                error = _connection_lost(broken)
+                error = connection_lost(broken)
         except Exception as failed:  # noqa: BLE001 - raised by `run`
             error = failed
         if error is not None:
             self._fail(error)
         self._end(side)
 
-    def _end(self, side: _Side) -> None:
+    def _end(self, side: ThreadSide) -> None:
         """Count a thread as over."""
         with self._lock:
             side.ended = True
@@ -490,18 +496,7 @@ class DirectJob:
 
     async def _watch(self, idle_s: float) -> None:
         """End the job of a client that neither sends nor reads."""
-        pause_s = min(idle_s / 4, 1.0)
-        looked_at = time.monotonic()
-        while True:
-            await asyncio.sleep(pause_s)
-            now = time.monotonic()
-            suspended = now - looked_at > pause_s + _MAX_LAG_S
-            looked_at = now
-            if suspended:  # what has arrived meanwhile is read first
-                self._owed_nothing_since = now
-                for side in (*self._ups, *self._downs):
-                    side.touch(now)
-                continue
+        async for now in looks(idle_s, (*self._ups, *self._downs)):
             for down in self._downs:
                 if now - down.idle_since(now) > idle_s:
                     self._fail(client_did_not_read(idle_s))
@@ -526,33 +521,7 @@ class DirectJob:
         return any(up.sock.moved_at > since for up in self._ups)
 
 
-class _Side:
-    """One socket, its thread's state, and the time that it spends in the system."""
-
-    def __init__(self, sock: DirectSocket) -> None:
-        self.sock = sock
-        self.waited_s = 0.0
-        self.ended = False
-        self._since = 0.0
-
-    def __enter__(self) -> None:
-        self._since = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.waited_s += time.monotonic() - self._since
-        self._since = 0.0
-
-    def idle_since(self, now: float) -> float:
-        """Return since when the thread waits for the client, without a byte."""
-        since = self._since
-        return max(since, self.sock.moved_at) if since else now
-
-    def touch(self, now: float) -> None:
-        """Begin anew to count idle time."""
-        self.sock.moved_at = now
-
-
-class _Up(_Side):
+class _Up(ThreadSide):
     def __init__(self, sock: DirectSocket, share: ShareValidator) -> None:
         super().__init__(sock)
         self.share = share
@@ -583,43 +552,9 @@ class _HandedOver:
 _Item: TypeAlias = _Results | _Sums | _Complete | _HandedOver | None
 
 
-class _Down(_Side):
+class _Down(ThreadSide):
     def __init__(self, sock: DirectSocket) -> None:
         super().__init__(sock)
         self.items: SimpleQueue[_Item] = SimpleQueue()
         self.put = self.items.put
         self.drain_point: DrainPoint | None = None
-
-
-def _check(frame: FrameHeader, payload: memoryview) -> None:
-    found = crc32c(payload)
-    if found != frame.crc32c:
-        raise JobError(
-            Reason.CHECKSUM_MISMATCH,
-            f"frame.crc32c is {frame.crc32c:#010x}, but the payload that came has "
-            f"{found:#010x}",
-            field="frame.crc32c",
-        )
-
-
-def _connection_lost(cause: Exception) -> JobError:
-    how = "the client closed it" if isinstance(cause, EOFError) else str(cause)
-    return JobError(
-        Reason.CONNECTION_LOST, f"a direct connection of this job broke: {how}"
-    )
-
-
-async def _uncancelled(ended: asyncio.Future[None]) -> None:
-    """Wait for threads that end soon, even if the caller is cancelled meanwhile."""
-    cancelled: asyncio.CancelledError | None = None
-    while not ended.done():
-        try:
-            await asyncio.shield(ended)
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-
-
-_MAX_LAG_S = 1.0
-"""A look this much too late means that the process was suspended."""
