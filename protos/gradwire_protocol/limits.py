@@ -37,6 +37,8 @@ COMPUTE = f"/{SERVICE}/Compute"
 COMPUTE_STREAM = f"/{SERVICE}/ComputeStream"
 OPEN_REGION = f"/{SERVICE}/OpenRegion"
 GET_SERVER_INFO = f"/{SERVICE}/GetServerInfo"
+PUT_TENSOR = f"/{SESSION_SERVICE}/PutTensor"
+GET_TENSOR = f"/{SESSION_SERVICE}/GetTensor"
 
 REPORT_KEY = "gradwire-report"
 """Metadata of GetServerInfo with which a client reports a failure that it has found."""

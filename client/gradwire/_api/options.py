@@ -93,6 +93,19 @@ class Options:
     None: the client's default."""
 
 
+@dataclass(frozen=True)
+class CallOptions:
+    """The options of a call that is no job."""
+
+    timeout_s: float | None
+    """Seconds for the call; None: no limit."""
+
+    metadata: MetadataPairs = field(repr=False)
+    """Metadata of the call."""
+
+    job_id: str | None = None
+
+
 class ForwardOptions(TypedDict, total=False):
     """The options of `Client.forward`, common to all calls; see `Client.gradients`."""
 

@@ -37,8 +37,9 @@ def connect(address: str | Sequence[str], **options: Unpack[ClientOptions]) -> C
             ``"auto"``, the default: in shared memory if the server allows it and is
             known to be on this host; else on direct connections if the server has
             them and the job has at least 4 MiB of operands or of results, and a known
-            number of rows; else in messages, also for a minute after direct connections
-            failed. With several servers, never in shared memory.
+            number of rows, or a session's tensor has at least 4 MiB; else in messages,
+            also for a minute after direct connections failed. With several servers,
+            never in shared memory.
         tls: None, the default: plaintext, for this host and for networks that you
             trust; an ``authorization`` in the metadata is refused for other hosts.
             True: TLS, to a server with a certificate of an authority that the system

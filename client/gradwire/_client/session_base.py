@@ -152,6 +152,8 @@ class SessionBase:
         self.affinity = secrets.token_hex(8)
         """What a proxy recognizes the session's calls by. It is no secret."""
         self._id = ""
+        self.server_instance = ""
+        """The server process that has the session."""
         self.step_count = 0
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -205,6 +207,7 @@ class SessionBase:
         self._process = os.getpid()
         self.token = answer.session
         self._id = answer.id
+        self.server_instance = answer.server_instance
         self.lease_s = answer.lease_seconds
         self.step_count = answer.step
 
@@ -621,6 +624,11 @@ def put_operand(value: Any, name: str) -> tuple[Operand, tuple[int, ...]]:
     # Operands have at least two dimensions.
     rows = array if array.ndim >= 2 else array.reshape(1, -1)
     return source.part(rows), array.shape
+
+
+def elements_bytes(tensor: Tensor | TensorInfo) -> int:
+    """Return the bytes of a tensor's elements, or of one of its optimizer states."""
+    return math.prod(tensor.shape) * Dtype.named(tensor.dtype).itemsize
 
 
 def check_to_save(tensor: TensorInfo, saved: Mapping[str, object]) -> None:

@@ -203,40 +203,50 @@ class TensorChunk(_message.Message):
     def __init__(self, index: _Optional[int] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PutTensorRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "direct")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     header: TensorHeader
     chunk: TensorChunk
-    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ...) -> None: ...
+    direct: _job_pb2.DirectOffer
+    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ..., direct: _Optional[_Union[_job_pb2.DirectOffer, _Mapping]] = ...) -> None: ...
 
 class PutTensorResponse(_message.Message):
-    __slots__ = ("used_bytes",)
+    __slots__ = ("used_bytes", "accepted", "direct")
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     used_bytes: int
-    def __init__(self, used_bytes: _Optional[int] = ...) -> None: ...
+    accepted: bool
+    direct: _job_pb2.DirectAccess
+    def __init__(self, used_bytes: _Optional[int] = ..., accepted: bool = ..., direct: _Optional[_Union[_job_pb2.DirectAccess, _Mapping]] = ...) -> None: ...
 
 class GetTensorRequest(_message.Message):
-    __slots__ = ("session", "tensor", "state", "checksum", "max_chunk_bytes")
+    __slots__ = ("session", "tensor", "state", "checksum", "max_chunk_bytes", "direct")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     session: str
     tensor: int
     state: str
     checksum: _matrix_pb2.Checksum
     max_chunk_bytes: int
-    def __init__(self, session: _Optional[str] = ..., tensor: _Optional[int] = ..., state: _Optional[str] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+    direct: _job_pb2.DirectOffer
+    def __init__(self, session: _Optional[str] = ..., tensor: _Optional[int] = ..., state: _Optional[str] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., direct: _Optional[_Union[_job_pb2.DirectOffer, _Mapping]] = ...) -> None: ...
 
 class GetTensorResponse(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "direct")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     header: TensorHeader
     chunk: TensorChunk
-    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ...) -> None: ...
+    direct: _job_pb2.DirectAccess
+    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ..., direct: _Optional[_Union[_job_pb2.DirectAccess, _Mapping]] = ...) -> None: ...
 
 class DropTensorsRequest(_message.Message):
     __slots__ = ("session", "tensors")

@@ -65,12 +65,12 @@ class SessionServiceStub(object):
                 request_serializer=gradwire_dot_v1_dot_session__service__pb2.DescribeSessionRequest.SerializeToString,
                 response_deserializer=gradwire_dot_v1_dot_session__service__pb2.DescribeSessionResponse.FromString,
                 _registered_method=True)
-        self.PutTensor = channel.stream_unary(
+        self.PutTensor = channel.stream_stream(
                 '/gradwire.v1.SessionService/PutTensor',
                 request_serializer=gradwire_dot_v1_dot_session__service__pb2.PutTensorRequest.SerializeToString,
                 response_deserializer=gradwire_dot_v1_dot_session__service__pb2.PutTensorResponse.FromString,
                 _registered_method=True)
-        self.GetTensor = channel.unary_stream(
+        self.GetTensor = channel.stream_stream(
                 '/gradwire.v1.SessionService/GetTensor',
                 request_serializer=gradwire_dot_v1_dot_session__service__pb2.GetTensorRequest.SerializeToString,
                 response_deserializer=gradwire_dot_v1_dot_session__service__pb2.GetTensorResponse.FromString,
@@ -150,15 +150,19 @@ class SessionServiceServicer(object):
     def PutTensor(self, request_iterator, context):
         """Creates a tensor, or replaces it when the last element has arrived, without the
         states (unless keep_states) and contributions that it had. Until then, both count in the session's
-        memory. The client sends TensorHeader, then TensorChunks, and half-closes. A call
-        that fails changes nothing. TensorHeader.idempotency_key makes it repeatable.
+        memory. The client sends TensorHeader, then TensorChunks, and half-closes. The server
+        answers with one response, or with two if the client has offered direct connections
+        (PutTensorRequest.direct). A call that fails changes nothing.
+        TensorHeader.idempotency_key makes it repeatable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetTensor(self, request, context):
-        """Returns a tensor's elements: TensorHeader, then TensorChunks.
+    def GetTensor(self, request_iterator, context):
+        """Returns a tensor's elements: TensorHeader, then TensorChunks. The client sends one
+        request and half-closes; with direct connections (GetTensorRequest.direct), the
+        half-close tells where it wants the elements.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -235,12 +239,12 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=gradwire_dot_v1_dot_session__service__pb2.DescribeSessionRequest.FromString,
                     response_serializer=gradwire_dot_v1_dot_session__service__pb2.DescribeSessionResponse.SerializeToString,
             ),
-            'PutTensor': grpc.stream_unary_rpc_method_handler(
+            'PutTensor': grpc.stream_stream_rpc_method_handler(
                     servicer.PutTensor,
                     request_deserializer=gradwire_dot_v1_dot_session__service__pb2.PutTensorRequest.FromString,
                     response_serializer=gradwire_dot_v1_dot_session__service__pb2.PutTensorResponse.SerializeToString,
             ),
-            'GetTensor': grpc.unary_stream_rpc_method_handler(
+            'GetTensor': grpc.stream_stream_rpc_method_handler(
                     servicer.GetTensor,
                     request_deserializer=gradwire_dot_v1_dot_session__service__pb2.GetTensorRequest.FromString,
                     response_serializer=gradwire_dot_v1_dot_session__service__pb2.GetTensorResponse.SerializeToString,
@@ -433,7 +437,7 @@ class SessionService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
             '/gradwire.v1.SessionService/PutTensor',
@@ -450,7 +454,7 @@ class SessionService(object):
             _registered_method=True)
 
     @staticmethod
-    def GetTensor(request,
+    def GetTensor(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -460,8 +464,8 @@ class SessionService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/gradwire.v1.SessionService/GetTensor',
             gradwire_dot_v1_dot_session__service__pb2.GetTensorRequest.SerializeToString,

@@ -21,6 +21,7 @@ from gradwire_server.errors import JobError, malformed
 from gradwire_server.jobs.direct.direct_job import DirectJob
 from gradwire_server.jobs.stream.checkpoints import Checkpoint
 from gradwire_server.jobs.stream.streamed_job import StreamedJob
+from gradwire_server.sessions.direct_transfer import DirectTransfer
 from gradwire_server.transports.data_plane import Connection, Offer
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -123,22 +124,45 @@ class CallStream:
 
     async def serve_direct(self, job: DirectJob) -> None:
         """Receive and send on direct connections; only End comes in the call."""
-        self._call.idle_since = job.idle_since
+        await self._beside(job, self._receive_end_of(job))
+
+    async def serve_transfer(self, transfer: DirectTransfer) -> None:
+        """Move a tensor on a direct connection; only the half-close comes here."""
+        await self._beside(transfer, self._receive_end_of_tensor())
+
+    async def _beside(
+        self, direct: DirectJob | DirectTransfer, receive: Coroutine[Any, Any, None]
+    ) -> None:
+        """Receive what comes in the call beside direct connections."""
+        self._call.idle_since = direct.idle_since
         try:
-            await both(self._receive_end_of(job), job.run(self._timeouts.idle_s))
+            await both(receive, direct.run(self._timeouts.idle_s))
         finally:
             self._call.idle_since = never_busy
-            self._call.receiving_s = job.receiving_s
-            self._call.sending_s = job.sending_s
+            self._call.receiving_s = direct.receiving_s
+            self._call.sending_s = direct.sending_s
+
+    async def read_half_close(self) -> None:
+        """Wait for the client's half-close.
+
+        Raises:
+            JobError: A message came.
+        """
+        if await self._read_bytes("the half-close") is not None:
+            raise JobError(
+                Reason.MESSAGE_UNEXPECTED,
+                "a message came: expected the half-close",
+            )
+
+    async def _receive_end_of_tensor(self) -> None:
+        expected = "the half-close, because the elements are on a direct connection"
+        if await self._read_bytes(expected) is not None:
+            raise _sends_in_the_call()
 
     async def _receive_end_of(self, job: DirectJob) -> None:
         message = await self._read("end")
         if isinstance(message, framing.Chunk):
-            # Its last connection was answered when it no longer waited.
-            raise JobError(
-                Reason.CONNECTION_LOST,
-                "the client has opened direct connections, and sends in the call",
-            )
+            raise _sends_in_the_call()
         if not isinstance(message, job_pb2.End):
             await _refuse(message, "end, because the elements are elsewhere")
         else:
@@ -248,6 +272,14 @@ class CallStream:
     def progressed(self) -> None:
         """Count the time that the client may be idle from now on."""
         self._progress_at = asyncio.get_running_loop().time()
+
+
+def _sends_in_the_call() -> JobError:
+    # Its last connection was answered when it no longer waited.
+    return JobError(
+        Reason.CONNECTION_LOST,
+        "the client has opened direct connections, and sends in the call",
+    )
 
 
 def _parse(kind: type[Request], message: bytes) -> Request:

@@ -279,7 +279,10 @@ class LiveSessions:
             if checked:
                 assert each.chunk.crc32c == google_crc32c.value(each.chunk.data)
         model.put(first, data)
-        assert responses[0].used_bytes == model.used_bytes
+        *before, answer = responses
+        assert len(before) <= requests[0].HasField("direct")
+        assert all(each.accepted for each in before)
+        assert answer.used_bytes == model.used_bytes
 
     def _compute(self, requests: Any, responses: Any) -> None:
         request, response = requests[0], responses[0]

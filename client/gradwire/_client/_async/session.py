@@ -23,7 +23,7 @@ from gradwire._api.options import (
     parse_dtype,
     parse_options,
 )
-from gradwire._api.session_types import Forward, SessionInfo, StepResult
+from gradwire._api.session_types import Forward, SessionInfo, StepResult, TensorInfo
 from gradwire._api.types import Array, Receipt
 from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
@@ -40,6 +40,7 @@ from gradwire._client.session_base import (
     check_state,
     check_to_save,
     check_updates,
+    elements_bytes,
     gradient_name,
     half_restored,
     is_lost,
@@ -51,7 +52,7 @@ from gradwire._client.session_base import (
 )
 from gradwire._client.session_files import SavedTensor
 from gradwire._core.kept import Keeping, Tensor
-from gradwire._core.tensor_messages import TensorReader, put_requests, sha256_of
+from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
 from gradwire._resilience.retry import Attempts, is_transient
@@ -277,7 +278,7 @@ class AsyncSession(SessionBase):
         """
         await self._settle()
         own = self.own(tensor, "tensor")
-        elements = await self._elements(own.number, check_name(state, "state"))
+        elements = await self._elements(own, check_name(state, "state"))
         return elements.T if own.transposed else elements
 
     async def put_state(
@@ -327,11 +328,11 @@ class AsyncSession(SessionBase):
             if tensor.role == "weight":
                 check_to_save(tensor, saved)
                 saved[tensor.name] = SavedTensor(
-                    await self._elements(tensor.number),
+                    await self._elements(tensor),
                     tensor.compute_dtype,
                     tensor.updates,
                     {
-                        state: await self._elements(tensor.number, state)
+                        state: await self._elements(tensor, state)
                         for state in tensor.states
                     },
                     tensor.frozen,
@@ -719,14 +720,16 @@ class AsyncSession(SessionBase):
             if may_be_there and await self._is_there(header, attempts):
                 return
             may_be_there = elements is not None
-            await self._engine.put_tensor(put_requests(header, elements), attempts)
+            await self._engine.put_tensor(
+                header, elements, attempts, self.server_instance
+            )
 
         await self._retried("PutTensor", attempt)
 
     async def _is_there(self, header: Any, attempts: Attempts) -> bool:
         """Return whether a tensor was put with this header."""
         try:
-            await self._engine.put_tensor(put_requests(header, None), attempts)
+            await self._engine.put_tensor(header, None, attempts, self.server_instance)
         except CallError as error:
             if error.reason is not Reason.PAYLOAD_MISSING:
                 raise
@@ -741,15 +744,18 @@ class AsyncSession(SessionBase):
         header = self.state_header(weight, state, shape, updates)
         await self._put(header, elements)
 
-    async def _elements(self, number: int, state: str = "") -> Array:
-        request = pb2.GetTensorRequest(session=self.token, tensor=number, state=state)
+    async def _elements(self, tensor: Tensor | TensorInfo, state: str = "") -> Array:
+        request = pb2.GetTensorRequest(
+            session=self.token, tensor=tensor.number, state=state
+        )
+        size_bytes = elements_bytes(tensor)
 
-        async def attempt(attempts: Attempts) -> TensorReader:
-            reader = TensorReader()
-            await self._engine.get_tensor(request, reader.take, attempts)
-            return reader
+        async def attempt(attempts: Attempts) -> Array:
+            return await self._engine.get_tensor(
+                request, size_bytes, attempts, self.server_instance
+            )
 
-        return (await self._retried("GetTensor", attempt)).finish()
+        return await self._retried("GetTensor", attempt)
 
     async def _retried(
         self, name: str, attempt: Callable[[Attempts], Awaitable[R]]

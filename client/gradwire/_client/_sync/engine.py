@@ -15,14 +15,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 from gradwire._api.errors import ClientIdleError, GradwireError
-from gradwire._api.options import MetadataPairs, Options, at_most
-from gradwire._api.types import Receipt, ServerInfo, server_info_of
+from gradwire._api.options import CallOptions, MetadataPairs, Options, at_most
+from gradwire._api.types import Array, Receipt, ServerInfo, server_info_of
 from gradwire._arrays.operand import Operand
 from gradwire._client.engine_base import EngineBase, look_up_address, member_options
 from gradwire._client.options import ClientOptions
 from gradwire._core.exchange import JobExchange
 from gradwire._core.frame import Frame, Message
+from gradwire._core.get_exchange import GetExchange
+from gradwire._core.put_exchange import PutExchange
 from gradwire._core.sender import WAIT
+from gradwire._core.tensor_exchange import TensorExchange
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import job_span, session_span
 from gradwire._resilience.load_balancer import (
@@ -55,11 +58,7 @@ from gradwire._transport.sync_io import (
     run_beside,
 )
 from gradwire_protocol.matrices import Matrix
-from gradwire_protocol.v1.session_service_pb2 import (
-    GetTensorRequest,
-    GetTensorResponse,
-    PutTensorRequest,
-)
+from gradwire_protocol.v1.session_service_pb2 import GetTensorRequest, TensorHeader
 
 R = TypeVar("R")
 
@@ -335,38 +334,91 @@ class SyncEngine(EngineBase):
         return self.retry(attempts, attempt)
 
     def put_tensor(
-        self, requests: Iterator[PutTensorRequest], attempts: Attempts
+        self,
+        header: TensorHeader,
+        elements: Operand | None,
+        attempts: Attempts,
+        server_instance: str,
     ) -> None:
         """Put a tensor into a session of this engine's server.
 
         Args:
-            requests: The header and the elements.
+            header: The tensor's header.
+            elements: Its elements; None if they are all 0, or perhaps not needed.
             attempts: The call's attempts.
+            server_instance: The session's server process.
 
         Raises:
             GradwireError: The call failed.
         """
-        metadata = self._traced(attempts)
-        self._connection().put_tensor(requests, attempts.left_s, metadata)
+        direct = elements is not None and self.direct.suits_tensor(elements.size_bytes)
+        exchange = PutExchange(header, elements, direct=direct)
+        if direct:
+            self._move_tensor(exchange, attempts, server_instance)
+        else:
+            metadata, left_s = self._traced(attempts), attempts.left_s
+            requests = exchange.requests()
+            response = self._connection().put_tensor(requests, left_s, metadata)
+            exchange.receive(response)
+        exchange.finish()
 
     def get_tensor(
         self,
         request: GetTensorRequest,
-        take: Callable[[GetTensorResponse], None],
+        size_bytes: int,
         attempts: Attempts,
-    ) -> None:
+        server_instance: str,
+    ) -> Array:
         """Get a tensor of a session of this engine's server.
 
         Args:
             request: The request.
-            take: Called with each message.
+            size_bytes: Bytes of its elements.
             attempts: The call's attempts.
+            server_instance: The session's server process.
 
         Raises:
             GradwireError: The call failed.
         """
-        metadata, left_s = self._traced(attempts), attempts.left_s
-        self._connection().get_tensor(request, take, left_s, metadata)
+        direct = self.direct.suits_tensor(size_bytes)
+        exchange = GetExchange(request, self.jobs.memory, direct=direct)
+        if direct:
+            self._move_tensor(exchange, attempts, server_instance)
+        else:
+            metadata, left_s = self._traced(attempts), attempts.left_s
+            self._connection().get_tensor(
+                exchange.opening(), exchange.receive, left_s, metadata
+            )
+        return exchange.finish()
+
+    def _move_tensor(
+        self, exchange: TensorExchange, attempts: Attempts, server_instance: str
+    ) -> None:
+        """Send or receive the elements of a tensor, directly if that is possible."""
+        options = CallOptions(attempts.left_s, self._traced(attempts))
+        with SyncCall(
+            self._connection(),
+            exchange,
+            lambda: iterate(exchange.messages()),
+            options,
+            exchange.method,
+        ) as call:
+            for message in call:
+                exchange.receive(message)
+                offered = exchange.offered
+                if offered is None:
+                    continue
+                connections = run_beside(
+                    partial(self.direct.open, offered, server_instance, attempts.left_s)
+                )
+                if connections is None:
+                    exchange.use_messages()
+                    continue
+                self._transfer(
+                    connections, call, exchange, partial(_begin_tensor, exchange)
+                )
+                self.direct.reuse(server_instance, connections)
+                return
 
     def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Allocate shared memory.
@@ -480,7 +532,7 @@ class SyncEngine(EngineBase):
                 if exchange.offered is not None:
                     connections = self._open_direct(exchange, options.timeout_s)
                     if connections is not None:
-                        return self._transfer(job, exchange, call, connections)
+                        return self._transfer_job(job, exchange, call, connections)
             return exchange.finish()
 
     def _open_direct(
@@ -504,7 +556,7 @@ class SyncEngine(EngineBase):
             exchange.use_messages()
         return connections
 
-    def _transfer(
+    def _transfer_job(
         self,
         job: ArrayJob,
         exchange: JobExchange,
@@ -512,14 +564,37 @@ class SyncEngine(EngineBase):
         connections: Sequence[DirectConnection],
     ) -> Receipt:
         """Compute an accepted job whose elements are on direct connections."""
-        transfer = DirectTransfer(connections, call, self.address)
-        try:
+
+        def begin(transfer: DirectTransfer) -> None:
             direct = exchange.use_direct(job.sinks)
             transfer.start(direct, job.operands)
+
+        self._transfer(connections, call, exchange, begin)
+        receipt = exchange.finish()
+        self.direct.reuse(receipt.server_instance, connections)
+        return receipt
+
+    def _transfer(
+        self,
+        connections: Sequence[DirectConnection],
+        call: SyncCall,
+        exchange: JobExchange | TensorExchange,
+        begin: Callable[[DirectTransfer], None],
+    ) -> None:
+        """Move elements on direct connections until their call has ended.
+
+        Args:
+            connections: The connections.
+            call: The call.
+            exchange: Takes its messages.
+            begin: Begins the transfer.
+        """
+        transfer = DirectTransfer(connections, call, self.address)
+        try:
+            begin(transfer)
             for message in call:
                 exchange.receive(message)
             run_beside(transfer.finish)
-            receipt = exchange.finish()
         except BaseException as error:
             try:
                 if isinstance(error, GradwireError):
@@ -531,8 +606,6 @@ class SyncEngine(EngineBase):
                 if isinstance(error, ClientIdleError):  # the server waited in vain
                     raise transfer.lost() from error
             raise
-        self.direct.reuse(receipt.server_instance, connections)
-        return receipt
 
     def _run_in_shm(
         self, job: ArrayJob, attempts: Attempts, *, again: bool = True
@@ -670,6 +743,11 @@ def _copy(shared: ShmJob, copy: Callable[[], None]) -> None:
         run_beside(copy)
     else:
         copy()
+
+
+def _begin_tensor(exchange: TensorExchange, transfer: DirectTransfer) -> None:
+    exchange.use_direct()
+    transfer.start(exchange, {})
 
 
 def stream_messages(

@@ -25,7 +25,7 @@ from gradwire._api.options import (
     parse_dtype,
     parse_options,
 )
-from gradwire._api.session_types import Forward, SessionInfo, StepResult
+from gradwire._api.session_types import Forward, SessionInfo, StepResult, TensorInfo
 from gradwire._api.types import Array, Receipt
 from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
@@ -42,6 +42,7 @@ from gradwire._client.session_base import (
     check_state,
     check_to_save,
     check_updates,
+    elements_bytes,
     gradient_name,
     half_restored,
     is_lost,
@@ -53,7 +54,7 @@ from gradwire._client.session_base import (
 )
 from gradwire._client.session_files import SavedTensor
 from gradwire._core.kept import Keeping, Tensor
-from gradwire._core.tensor_messages import TensorReader, put_requests, sha256_of
+from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
 from gradwire._resilience.retry import Attempts, is_transient
@@ -279,7 +280,7 @@ class Session(SessionBase):
         """
         self._settle()
         own = self.own(tensor, "tensor")
-        elements = self._elements(own.number, check_name(state, "state"))
+        elements = self._elements(own, check_name(state, "state"))
         return elements.T if own.transposed else elements
 
     def put_state(
@@ -329,13 +330,10 @@ class Session(SessionBase):
             if tensor.role == "weight":
                 check_to_save(tensor, saved)
                 saved[tensor.name] = SavedTensor(
-                    self._elements(tensor.number),
+                    self._elements(tensor),
                     tensor.compute_dtype,
                     tensor.updates,
-                    {
-                        state: self._elements(tensor.number, state)
-                        for state in tensor.states
-                    },
+                    {state: self._elements(tensor, state) for state in tensor.states},
                     tensor.frozen,
                 )
         check_same_step(info, self.describe())
@@ -721,14 +719,14 @@ class Session(SessionBase):
             if may_be_there and self._is_there(header, attempts):
                 return
             may_be_there = elements is not None
-            self._engine.put_tensor(put_requests(header, elements), attempts)
+            self._engine.put_tensor(header, elements, attempts, self.server_instance)
 
         self._retried("PutTensor", attempt)
 
     def _is_there(self, header: Any, attempts: Attempts) -> bool:
         """Return whether a tensor was put with this header."""
         try:
-            self._engine.put_tensor(put_requests(header, None), attempts)
+            self._engine.put_tensor(header, None, attempts, self.server_instance)
         except CallError as error:
             if error.reason is not Reason.PAYLOAD_MISSING:
                 raise
@@ -741,15 +739,18 @@ class Session(SessionBase):
         header = self.state_header(weight, state, shape, updates)
         self._put(header, elements)
 
-    def _elements(self, number: int, state: str = "") -> Array:
-        request = pb2.GetTensorRequest(session=self.token, tensor=number, state=state)
+    def _elements(self, tensor: Tensor | TensorInfo, state: str = "") -> Array:
+        request = pb2.GetTensorRequest(
+            session=self.token, tensor=tensor.number, state=state
+        )
+        size_bytes = elements_bytes(tensor)
 
-        def attempt(attempts: Attempts) -> TensorReader:
-            reader = TensorReader()
-            self._engine.get_tensor(request, reader.take, attempts)
-            return reader
+        def attempt(attempts: Attempts) -> Array:
+            return self._engine.get_tensor(
+                request, size_bytes, attempts, self.server_instance
+            )
 
-        return (self._retried("GetTensor", attempt)).finish()
+        return self._retried("GetTensor", attempt)
 
     def _retried(self, name: str, attempt: Callable[[Attempts], R]) -> R:
         """Return the result of the first successful attempt.

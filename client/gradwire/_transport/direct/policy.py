@@ -38,7 +38,7 @@ restart of the server."""
 
 _MIN_BYTES = 4 * MIB
 """With ``transport="auto"``, least bytes of operands, or of results, of a job with
-direct connections. Smaller jobs gain nothing over messages."""
+direct connections, and of a tensor. Smaller ones gain nothing over messages."""
 
 _CONNECTIONS = 2
 """Connections of a job. While the elements of a row block wait on one connection, those
@@ -113,6 +113,14 @@ class DirectPolicy:
         if not self.demanded and not self._suits(plan):
             return 0
         return _CONNECTIONS if several and _has_several_blocks(plan) else 1
+
+    def suits_tensor(self, size_bytes: int) -> bool:
+        """Return whether to offer a connection for a session's tensor.
+
+        Args:
+            size_bytes: Its size.
+        """
+        return self.demanded or self._suits_bytes(size_bytes)
 
     def open(
         self, access: DirectAccess, server_instance: str, timeout_s: float | None
@@ -189,10 +197,12 @@ class DirectPolicy:
         self._pool.close()
 
     def _suits(self, plan: Plan) -> bool:
-        if plan.m is None or not self._offered or not self._usable():
-            return False
-        moved = max(plan.upload_bytes(plan.m), plan.download_bytes(plan.m))
-        return moved >= _MIN_BYTES
+        return plan.m is not None and self._suits_bytes(
+            max(plan.upload_bytes(plan.m), plan.download_bytes(plan.m))
+        )
+
+    def _suits_bytes(self, moved: int) -> bool:
+        return moved >= _MIN_BYTES and self._offered and self._usable()
 
     def _usable(self) -> bool:
         return self._allowed and time.monotonic() >= self._quiet_until

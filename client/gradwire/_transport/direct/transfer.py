@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from grpc import StatusCode
@@ -27,6 +27,7 @@ from gradwire_protocol.data_plane.frames import (
     Kind,
 )
 from gradwire_protocol.data_plane.sockets import DirectSocket
+from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.matrices import Matrix
 
 STATUS_S = 2.0
@@ -39,6 +40,40 @@ _DRAIN_S = 0.2
 _SILENCE_S = 10.0
 """Seconds without a byte after the call has ended well, until its results count as
 lost."""
+
+
+class Share(Protocol):
+    """Takes the frames that come on a connection.
+
+    Attributes:
+        complete: Whether the last frame has come.
+    """
+
+    complete: bool
+
+    def room(self, header: FrameHeader) -> memoryview:
+        """Check a frame's header, and return memory for its payload."""
+
+    def take(self, header: FrameHeader, payload: memoryview) -> None:
+        """Take a frame whose payload was received into `room`."""
+
+
+class Elements(Protocol):
+    """The elements of a job or of a tensor.
+
+    Attributes:
+        all_sent: Whether the call's last message may be sent.
+    """
+
+    all_sent: bool
+
+    def frames(
+        self, connection: int, operands: Mapping[Matrix, Operand]
+    ) -> Iterator[Frame]:
+        """Yield the frames of a connection."""
+
+    def share(self, connection: int) -> Share:
+        """Return what takes the frames that come on a connection."""
 
 
 class Call(Protocol):
@@ -129,9 +164,7 @@ class DirectTransfer(_Breakable):
         self._error: BaseException | None = None
         """The first other error of a thread."""
 
-    def start(
-        self, exchange: DirectExchange, operands: Mapping[Matrix, Operand]
-    ) -> None:
+    def start(self, exchange: Elements, operands: Mapping[Matrix, Operand]) -> None:
         """Begin to send and to receive.
 
         Args:
@@ -191,6 +224,9 @@ class DirectTransfer(_Breakable):
             error: The error of the call.
         """
         self._end()
+        if error.reason is Reason.CONNECTION_LOST:
+            # All may have been sent by then, and no thread notices it here.
+            self.broken = self.broken or EOFError()
         for connection in self._connections:
             connection.up.shutdown()
         if not isinstance(error, ProtocolError):
@@ -219,7 +255,7 @@ class DirectTransfer(_Breakable):
 
     def _send(
         self,
-        exchange: DirectExchange,
+        exchange: Elements,
         number: int,
         connection: DirectConnection,
         operands: Mapping[Matrix, Operand],
@@ -232,7 +268,7 @@ class DirectTransfer(_Breakable):
         self._allow_end(exchange)
 
     def _receive(
-        self, exchange: DirectExchange, number: int, connection: DirectConnection
+        self, exchange: Elements, number: int, connection: DirectConnection
     ) -> None:
         sock, share = connection.down, exchange.share(number)
         if not connection.confirmed:
@@ -249,7 +285,7 @@ class DirectTransfer(_Breakable):
         with self._lock:
             self._receiving.discard(sock)
 
-    def _allow_end(self, exchange: DirectExchange) -> None:
+    def _allow_end(self, exchange: Elements) -> None:
         """Let End follow in the call, as far as one socket is concerned."""
         with self._lock:
             self._to_end -= 1

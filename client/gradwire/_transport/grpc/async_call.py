@@ -26,7 +26,7 @@ from gradwire._api.errors import (
     JobCancelledError,
     ProtocolError,
 )
-from gradwire._api.options import MetadataPairs, Options
+from gradwire._api.options import CallOptions, MetadataPairs, Options
 from gradwire._arrays.buffer_pool import raise_mmap_threshold
 from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
@@ -44,6 +44,7 @@ from gradwire._transport.grpc.methods import (
 )
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment, proof_of
+from gradwire_protocol.limits import COMPUTE_STREAM
 from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
@@ -52,11 +53,6 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     OpenRegionRequest,
     OpenRegionResponse,
     RegionChallenge,
-)
-from gradwire_protocol.v1.session_service_pb2 import (
-    GetTensorRequest,
-    GetTensorResponse,
-    PutTensorRequest,
 )
 
 _StreamStreamCall: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
@@ -216,11 +212,14 @@ class AsyncConnection:
 
     async def put_tensor(
         self,
-        requests: Iterator[PutTensorRequest],
+        requests: Iterator[bytes],
         timeout_s: float | None,
         metadata: MetadataPairs,
-    ) -> None:
-        """Call PutTensor.
+    ) -> bytes:
+        """Call PutTensor with elements in messages.
+
+        Returns:
+            The response.
 
         Raises:
             GradwireError: The call failed.
@@ -231,26 +230,27 @@ class AsyncConnection:
                 with contextlib.suppress(grpc.RpcError):
                     await rpc.wait_for_connection()
                 for request in requests:
-                    if not await _write(rpc, request.SerializeToString()):
+                    if not await _write(rpc, request):
                         break
                 else:
                     with contextlib.suppress(cygrpc.InternalError):
                         await rpc.done_writing()
-                await rpc
+                response: bytes = await rpc
         except grpc.RpcError as error:
             raise session_error(error, self.endpoint) from None
         except BaseException:
             rpc.cancel()
             raise
+        return response
 
     async def get_tensor(
         self,
-        request: GetTensorRequest,
-        take: Callable[[GetTensorResponse], None],
+        request: bytes,
+        take: Callable[[bytes], None],
         timeout_s: float | None,
         metadata: MetadataPairs,
     ) -> None:
-        """Call GetTensor.
+        """Call GetTensor, with elements in messages.
 
         Args:
             request: The request.
@@ -318,14 +318,15 @@ class AsyncConnection:
 
 
 class AsyncCall:
-    """A ComputeStream call: an asynchronous iterator of the server's messages.
+    """A call with messages both ways: an asynchronous iterator of the server's.
 
     Args:
         connection: The connection.
         exchange: Provides the first message.
         messages: Yields the messages to send after it; an empty one stands for a wait
             until another message was received.
-        options: The job's options.
+        options: The call's options.
+        method: The called method.
     """
 
     def __init__(
@@ -333,12 +334,14 @@ class AsyncCall:
         connection: AsyncConnection,
         exchange: ExchangeProtocol,
         messages: Callable[[], AsyncGenerator[bytes]],
-        options: Options,
+        options: Options | CallOptions,
+        method: str = COMPUTE_STREAM,
     ) -> None:
+        self._service = method.split("/")[1]
         self._endpoint = connection.endpoint
         self._job_id = options.job_id
         self._requests = RequestWriter(exchange.opening(), messages)
-        self._rpc = connection.methods.stream(
+        self._rpc = connection.methods.streams[method](
             timeout=options.timeout_s, metadata=options.metadata
         )
         self._loop = asyncio.get_running_loop()
@@ -377,7 +380,9 @@ class AsyncCall:
             raise
         except grpc.RpcError as error:
             self._requests.raise_error()
-            raise call_error(error, self._endpoint, self._job_id) from None
+            raise call_error(
+                error, self._endpoint, self._job_id, service=self._service
+            ) from None
         if isinstance(message, bytes):
             return message
         self._requests.raise_error()

@@ -14,7 +14,9 @@ from gradwire_protocol.limits import (
     COMPUTE,
     COMPUTE_STREAM,
     GET_SERVER_INFO,
+    GET_TENSOR,
     OPEN_REGION,
+    PUT_TENSOR,
     SESSION_SERVICE,
 )
 from gradwire_protocol.v1 import session_service_pb2
@@ -136,19 +138,11 @@ class Methods:
             )
             for name, answer in _SESSION_METHODS.items()
         }
-        self.put_tensor = authorized(
-            channel.stream_unary(
-                f"/{SESSION_SERVICE}/PutTensor",
-                request_serializer=session_service_pb2.PutTensorRequest.SerializeToString,
-                response_deserializer=session_service_pb2.PutTensorResponse.FromString,
-            )
-        )
-        self.get_tensor = authorized(
-            channel.unary_stream(
-                f"/{SESSION_SERVICE}/GetTensor",
-                request_serializer=session_service_pb2.GetTensorRequest.SerializeToString,
-                response_deserializer=session_service_pb2.GetTensorResponse.FromString,
-            )
-        )
+        # As long as no direct connection is offered, one side has one message.
+        self.put_tensor = authorized(channel.stream_unary(PUT_TENSOR))
+        self.get_tensor = authorized(channel.unary_stream(GET_TENSOR))
         # Without serializers, messages in both directions are bytes.
-        self.stream = authorized(channel.stream_stream(COMPUTE_STREAM))
+        self.streams = {
+            name: authorized(channel.stream_stream(name))
+            for name in (COMPUTE_STREAM, PUT_TENSOR, GET_TENSOR)
+        }

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
 from gradwire._api.errors import ClientStateError, ProtocolError
-from gradwire._api.options import MetadataPairs, Options
+from gradwire._api.options import CallOptions, MetadataPairs, Options
 from gradwire._arrays.buffer_pool import raise_mmap_threshold
 from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
@@ -36,6 +36,7 @@ from gradwire._transport.grpc.methods import (
 )
 from gradwire._transport.shm.policy import OPEN_TIMEOUT_S
 from gradwire._transport.shm.segments import Segment, proof_of
+from gradwire_protocol.limits import COMPUTE_STREAM
 from gradwire_protocol.v1.gradient_service_pb2 import (
     ComputeRequest,
     ComputeResponse,
@@ -44,11 +45,6 @@ from gradwire_protocol.v1.gradient_service_pb2 import (
     OpenRegionRequest,
     OpenRegionResponse,
     RegionChallenge,
-)
-from gradwire_protocol.v1.session_service_pb2 import (
-    GetTensorRequest,
-    GetTensorResponse,
-    PutTensorRequest,
 )
 
 _Request = TypeVar("_Request")
@@ -222,18 +218,21 @@ class SyncConnection:
 
     def put_tensor(
         self,
-        requests: Iterator[PutTensorRequest],
+        requests: Iterator[bytes],
         timeout_s: float | None,
         metadata: MetadataPairs,
-    ) -> None:
-        """Call PutTensor.
+    ) -> bytes:
+        """Call PutTensor with elements in messages.
+
+        Returns:
+            The response.
 
         Raises:
             GradwireError: The call failed.
         """
         raised: list[BaseException] = []
 
-        def sent() -> Iterator[PutTensorRequest]:
+        def sent() -> Iterator[bytes]:
             # In gRPC's thread, which would log an exception.
             try:
                 yield from requests
@@ -252,7 +251,7 @@ class SyncConnection:
             running = fork_support.RunningCall()
         try:
             with fork_support.waiting():
-                future.result()
+                response: bytes = future.result()
         except grpc.FutureCancelledError:
             if raised:
                 raise raised[0] from None
@@ -266,15 +265,16 @@ class SyncConnection:
             raise
         finally:
             running.end()
+        return response
 
     def get_tensor(
         self,
-        request: GetTensorRequest,
-        take: Callable[[GetTensorResponse], None],
+        request: bytes,
+        take: Callable[[bytes], None],
         timeout_s: float | None,
         metadata: MetadataPairs,
     ) -> None:
-        """Call GetTensor.
+        """Call GetTensor, with elements in messages.
 
         Args:
             request: The request.
@@ -385,7 +385,7 @@ def call_unary(
 
 
 class SyncCall:
-    """A ComputeStream call: an iterator of the server's messages.
+    """A call with messages both ways: an iterator of the server's.
 
     As a context manager, it cancels the call unless the call has ended.
 
@@ -394,7 +394,8 @@ class SyncCall:
         exchange: Provides the first message.
         messages: Yields the messages to send after it; an empty one stands for a wait
             until another message was received.
-        options: The job's options.
+        options: The call's options.
+        method: The called method.
     """
 
     def __init__(
@@ -402,13 +403,15 @@ class SyncCall:
         connection: SyncConnection,
         exchange: ExchangeProtocol,
         messages: Callable[[], Iterator[bytes]],
-        options: Options,
+        options: Options | CallOptions,
+        method: str = COMPUTE_STREAM,
     ) -> None:
+        self._service = method.split("/")[1]
         self._endpoint = connection.endpoint
         self._job_id = options.job_id
         self._requests = RequestIterator(exchange.opening(), messages)
         with fork_support.calling():
-            self._rpc = connection.methods.stream(
+            self._rpc = connection.methods.streams[method](
                 self._requests.requests(),
                 timeout=options.timeout_s,
                 metadata=options.metadata,
@@ -443,7 +446,9 @@ class SyncCall:
             raise
         except grpc.RpcError as error:
             self._requests.raise_error()
-            raise call_error(error, self._endpoint, self._job_id) from None
+            raise call_error(
+                error, self._endpoint, self._job_id, service=self._service
+            ) from None
         return message
 
     def wake(self) -> None:

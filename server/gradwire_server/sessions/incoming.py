@@ -1,38 +1,31 @@
-"""Tensors on their way to and from a client."""
+"""Tensors on their way from a client."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Self, TypeAlias
+from typing import Self
 
 from gradwire_protocol.checksum import crc32c
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
-from gradwire_protocol.limits import (
-    DEFAULT_CHUNK_BYTES,
-    MAX_PAYLOAD_BYTES,
-)
+from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
 from gradwire_protocol.v1 import matrix_pb2
 from gradwire_protocol.v1 import session_service_pb2 as pb2
-from gradwire_server.backends.kept_memory import KeptArray, KeptMemory
+from gradwire_server.backends.kept_memory import KeptArray
 from gradwire_server.errors import JobError
 from gradwire_server.scheduling.device_worker import TenantHandle
 from gradwire_server.sessions.session import Session
 from gradwire_server.sessions.tensor_headers import (
-    check_checksum,
     check_header,
     check_role,
     check_state,
     contents_of,
 )
 from gradwire_server.sessions.tensors import Contents, Gradient, KeptTensor
-from gradwire_server.sessions.windows import ReadWindow, Work, WriteWindow
-
-Do: TypeAlias = Callable[[Work], Awaitable[None]]
-"""Does work in the thread of the device worker."""
+from gradwire_server.sessions.windows import Work, WriteWindow
 
 
 class IncomingTensor:
@@ -104,59 +97,114 @@ class IncomingTensor:
             self._allocated = []
 
     async def take(self, chunk: pb2.TensorChunk) -> None:
-        """Store the next elements.
+        """Store the next elements, from a message.
 
         Raises:
             JobError: They are not the next ones.
         """
-        data, itemsize = chunk.data, self._array.dtype.itemsize
-        if len(data) % itemsize or len(data) > MAX_PAYLOAD_BYTES:
+        data = chunk.data
+        crc = chunk.crc32c if chunk.HasField("crc32c") else None
+        work = self.make_room(chunk.index, len(data), crc, "chunk", "data")
+        if crc is not None and crc32c(memoryview(data)) != crc:
+            raise JobError(
+                Reason.CHECKSUM_MISMATCH,
+                f"chunk.crc32c is {crc:#010x}, but the payload that came has another "
+                f"checksum",
+                field="chunk.crc32c",
+            )
+        if work is not None:
+            await self._worker.submit(self, work)
+        self.room(len(data))[:] = data
+        self.commit(len(data))
+        if self._contents is not None:
+            # Milliseconds for a chunk, in which others are served.
+            await asyncio.to_thread(self.digest, memoryview(data))
+
+    # Storing elements step by step, in any thread.
+
+    def make_room(
+        self, index: int, length: int, crc: int | None, part: str, payload: str
+    ) -> Work | None:
+        """Check the next elements by what is said of them.
+
+        Args:
+            index: Index of the first one.
+            length: Their bytes.
+            crc: Their checksum, if one is given.
+            part: What brings them, as a path of errors.
+            payload: Its field with the bytes, or with their number.
+
+        Returns:
+            Work for the device worker that has to be done before `room`, if any.
+
+        Raises:
+            JobError: They are not the next ones.
+        """
+        itemsize = self._array.dtype.itemsize
+        if length % itemsize or length > MAX_PAYLOAD_BYTES:
             raise JobError(
                 Reason.PAYLOAD_INVALID,
-                f"chunk.data has {len(data)} bytes: expected a multiple of "
-                f"{itemsize}, at most {MAX_PAYLOAD_BYTES}",
-                field="chunk.data",
+                f"{part} brings {length} bytes: expected a multiple of {itemsize}, at "
+                f"most {MAX_PAYLOAD_BYTES}",
+                field=f"{part}.{payload}",
             )
-        if chunk.index * itemsize != self._received:
+        if index * itemsize != self._received:
             raise JobError(
                 Reason.INDEX_INVALID,
-                f"chunk.index is {chunk.index}: the next element is "
+                f"{part}.index is {index}: the next element is "
                 f"{self._received // itemsize}",
-                field="chunk.index",
+                field=f"{part}.index",
             )
         checked = self._header.checksum == matrix_pb2.CHECKSUM_CRC32C
-        if chunk.HasField("crc32c") != checked:
+        if (crc is not None) != checked:
             which = "absent, but header.checksum asks for it"
             if not checked:
                 which = "present, but header.checksum asks for none"
             raise JobError(
                 Reason.PAYLOAD_INVALID,
-                f"chunk.crc32c is {which}",
-                field="chunk.crc32c",
+                f"{part}.crc32c is {which}",
+                field=f"{part}.crc32c",
             )
-        if checked and crc32c(memoryview(data)) != chunk.crc32c:
-            raise JobError(
-                Reason.CHECKSUM_MISMATCH,
-                f"chunk.crc32c is {chunk.crc32c:#010x}, but the payload that came has "
-                f"another checksum",
-                field="chunk.crc32c",
-            )
-        end = self._received + len(data)
+        end = self._received + length
         if end > self._array.nbytes:
             raise JobError(
                 Reason.PAYLOAD_EXCESS,
-                f"chunk.data brings the tensor to {end} bytes: it has "
-                f"{self._array.nbytes}",
-                field="chunk.data",
+                f"{part} brings the tensor to {end} bytes: it has {self._array.nbytes}",
+                field=f"{part}.{payload}",
             )
-        begin, self._received = self._received, end
-        work = self._window.make_room(self._array, begin, end)
-        if work is not None:
-            await self._worker.submit(self, work)
-        self._window.room(self._array, begin, end)[:] = data
+        return self._window.make_room(self._array, self._received, end)
+
+    def room(self, length: int) -> memoryview:
+        """Return the memory for the next elements."""
+        begin = self._received
+        return self._window.room(self._array, begin, begin + length)
+
+    def commit(self, length: int) -> None:
+        """Count the next elements as received."""
+        self._received += length
+
+    def digest(self, payload: memoryview) -> None:
+        """Add elements to the hash, if the tensor is found by it."""
         if self._contents is not None:
-            # Milliseconds for a chunk, in which others are served.
-            await asyncio.to_thread(self._hash.update, data)
+            self._hash.update(payload)
+
+    def complete(self, elements: int) -> None:
+        """Check what a client has sent when it says that this is all.
+
+        Args:
+            elements: Number of elements, as the client says.
+
+        Raises:
+            JobError: The tensor has another number, or elements are missing.
+        """
+        if elements != self._array.size:
+            raise JobError(
+                Reason.INDEX_INVALID,
+                f"frame.index is {elements}, the number of elements: the tensor has "
+                f"{self._array.size}",
+                field="frame.index",
+            )
+        self._require_all("frame.length")
 
     @property
     def is_complete(self) -> bool:
@@ -169,16 +217,19 @@ class IncomingTensor:
         Raises:
             JobError: Elements are missing, or have another hash.
         """
-        if not self.is_complete:
-            raise JobError(
-                Reason.PAYLOAD_MISSING,
-                f"the tensor has {self._array.nbytes} bytes, but {self._received} came",
-                field="chunk.data",
-            )
+        self._require_all("chunk.data")
         if self._contents is not None and self._source is None:
             self._check_hash(self._contents)
         for work in self._rest(self._tensor()):
             await self._worker.submit(self, work)
+
+    def _require_all(self, field: str) -> None:
+        if not self.is_complete:
+            raise JobError(
+                Reason.PAYLOAD_MISSING,
+                f"the tensor has {self._array.nbytes} bytes, but {self._received} came",
+                field=field,
+            )
 
     def _check_hash(self, contents: Contents) -> None:
         if self._hash.digest() != contents.sha256:
@@ -262,55 +313,3 @@ class IncomingTensor:
             frozen=header.frozen,
             contents=self._contents,
         )
-
-
-async def outgoing(
-    tensor: KeptTensor, request: pb2.GetTensorRequest, memory: KeptMemory, do: Do
-) -> AsyncIterator[pb2.GetTensorResponse]:
-    """Yield a tensor's header and its elements.
-
-    Args:
-        tensor: The tensor.
-        request: What is asked for.
-        memory: The memory of the tensor.
-        do: Does work on the session's device.
-
-    Raises:
-        JobError: The request is invalid, or the tensor has no such state.
-    """
-    if request.state and request.state not in tensor.states:
-        has = ", ".join(tensor.states) or "none"
-        raise JobError(
-            Reason.TENSOR_UNKNOWN,
-            f"state is {request.state[:64]!r}: tensor {tensor.number} has {has}",
-            field="state",
-        )
-    check_checksum(request.checksum, "checksum")
-    if not 0 <= request.max_chunk_bytes <= MAX_PAYLOAD_BYTES:
-        raise JobError(
-            Reason.OPTION_INVALID,
-            f"max_chunk_bytes is {request.max_chunk_bytes}: expected 0 to "
-            f"{MAX_PAYLOAD_BYTES}",
-            field="max_chunk_bytes",
-        )
-    array = tensor.states[request.state] if request.state else tensor.array
-    empty = tensor.gradient is not None and tensor.gradient.empty
-    header = tensor.header(request.state)
-    header.checksum = request.checksum
-    yield pb2.GetTensorResponse(header=header)
-    size = request.max_chunk_bytes or DEFAULT_CHUNK_BYTES
-    window, itemsize = ReadWindow(memory), array.dtype.itemsize
-    size = max(size // itemsize, 1) * itemsize
-    for first in range(0, array.nbytes, size):
-        end = min(first + size, array.nbytes)
-        if empty:
-            payload = memoryview(bytes(end - first))
-        else:
-            work = window.load(array, first, end)
-            if work is not None:
-                await do(work)
-            payload = window.seen(array, first, end)
-        chunk = pb2.TensorChunk(index=first // itemsize, data=bytes(payload))
-        if request.checksum:
-            chunk.crc32c = crc32c(payload)
-        yield pb2.GetTensorResponse(chunk=chunk)
