@@ -27,7 +27,7 @@ from tests.support import oracle
 from tests.support.proxy import Fault, Proxy
 from tests.support.serving import ServerProcess, running_server
 
-TRANSPORTS = ("grpc", "shm")
+TRANSPORTS = ("grpc", "shm", "direct")
 
 
 @pytest.fixture(scope="module")

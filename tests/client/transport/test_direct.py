@@ -37,6 +37,7 @@ from tests.support.direct_listener import TOKEN, Listener, listening, silent_por
 UP, DOWN = Direction.UP, Direction.DOWN
 WITH, WITHOUT = SimpleNamespace(features=(DIRECT,)), SimpleNamespace(features=())
 CALLED = "127.0.0.1:50051"
+LOST = gradwire.ConnectionLostError("cut")
 MOST_S = 1.6
 """A second for opening, and some for a busy machine."""
 
@@ -510,13 +511,15 @@ def test_after_two_broken_connections_there_is_a_pause(
 
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    policy.failed()
+    for _ in range(3):  # of another cause
+        policy.failed(gradwire.DeadlineError("late"))
+    policy.failed(LOST)
     assert not pausing()
     now += policy_module.RETRY_S + 1
-    policy.failed()
+    policy.failed(LOST)
     assert not pausing()
     now += 1
-    policy.failed()
+    policy.failed(LOST)
     assert pausing()
     now += policy_module.RETRY_S + 1
     assert not pausing()

@@ -276,11 +276,11 @@ class AsyncEngine(EngineBase):
         if direct is not None:
             self.direct.reuse(receipt.server_instance, [direct.connection])
 
-    def note_broken(self, job: StreamJob | None) -> None:
+    def note_broken(self, job: StreamJob | None, error: GradwireError) -> None:
         """Note whether the direct connection of a failed attempt broke."""
         direct = None if job is None else job.direct
         if direct is not None and direct.broken is not None:
-            self.direct.failed()
+            self.direct.failed(error)
 
     async def session_call(
         self,
@@ -607,9 +607,10 @@ class AsyncEngine(EngineBase):
             finally:  # also if the caller gives up meanwhile
                 transfer.close()
             if transfer.broken is not None:
-                self.direct.failed()
                 if isinstance(error, ClientIdleError):  # the server waited in vain
+                    self.direct.failed(transfer.lost())
                     raise transfer.lost() from error
+                self.direct.failed(error)
             raise
 
     async def _run_in_shm(

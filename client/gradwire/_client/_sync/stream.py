@@ -86,7 +86,7 @@ class GradientStream(Iterator[RowBlock]):
                             raise
                         if self._lease is not None and self._attempts is not None:
                             self._lease.engine.report(error, self._attempts)
-                            self._lease.engine.note_broken(self._job)
+                            self._lease.engine.note_broken(self._job, error)
                         self._release(error)
                         delay_s = self._delay_s(error)
                         if delay_s is None:

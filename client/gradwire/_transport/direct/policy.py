@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from gradwire._api.errors import InputError
+from gradwire._api.errors import ConnectionLostError, InputError
 from gradwire._api.types import ServerInfo
 from gradwire._core.job_plan import Plan
 from gradwire._transport.address import proxy_of
@@ -175,8 +175,15 @@ class DirectPolicy:
         """
         self._pool.put(server_instance, connections)
 
-    def failed(self) -> None:
-        """Record that a connection broke while a job used it."""
+    def failed(self, error: BaseException) -> None:
+        """Record that a connection broke while a job used it.
+
+        Args:
+            error: Why the job failed. A server that ends a job for another cause
+                closes its connections as well.
+        """
+        if not isinstance(error, ConnectionLostError):
+            return
         now = time.monotonic()
         with self._lock:
             self._breaks = [each for each in self._breaks if each > now - RETRY_S] + [

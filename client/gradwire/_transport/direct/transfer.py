@@ -89,6 +89,10 @@ class Call(Protocol):
         """Call `then`, in any thread, when the call has ended with an error."""
 
 
+class _NotAttachedError(ConnectionError):
+    """A connection broke before the server had answered its Attach."""
+
+
 class _Breakable:
     """Connections of a call, one of which may break.
 
@@ -107,16 +111,23 @@ class _Breakable:
         self._ended = False
         """Whether the call has ended, or is about to."""
         self.broken: Exception | None = None
+        self._interrupted = False
+        """Whether this side has ended the use of the connections."""
         self._timer: threading.Timer | None = None
 
     def _break(self, error: Exception) -> None:
         """Note a broken connection; the server's status, if it comes, has the cause."""
         with self._lock:
+            if self._interrupted:
+                return  # by this side
             if self._ended or self.broken is not None:
                 self.broken = self.broken or error
                 return
             self.broken = error
-            self._timer = _later(STATUS_S, self._give_up)
+            not_attached = isinstance(error, _NotAttachedError)
+            # Without a connection the server waits, and has nothing to say.
+            delay_s = _DRAIN_S if not_attached else STATUS_S
+            self._timer = _later(delay_s, self._give_up)
 
     def _end(self) -> None:
         """Note that the call has ended, or is about to."""
@@ -227,6 +238,7 @@ class DirectTransfer(_Breakable):
         if error.reason is Reason.CONNECTION_LOST:
             # All may have been sent by then, and no thread notices it here.
             self.broken = self.broken or EOFError()
+        self._interrupted = True
         for connection in self._connections:
             connection.up.shutdown()
         if not isinstance(error, ProtocolError):
@@ -240,6 +252,7 @@ class DirectTransfer(_Breakable):
     def stop(self) -> None:
         """End all threads. They use no memory of the job afterwards."""
         self._end()
+        self._interrupted = True
         for connection in self._connections:
             connection.up.shutdown()
             connection.down.shutdown()
@@ -413,6 +426,7 @@ class DirectStream(_Breakable):
     def interrupt(self) -> None:
         """End the use of the connection, also in other threads."""
         self._end()
+        self._interrupted = True
         self._may_end.set()
         self.connection.up.shutdown()
         self.connection.down.shutdown()
@@ -429,9 +443,15 @@ def _read_attached(sock: DirectSocket) -> None:
     """Read the answer to an Attach.
 
     Raises:
+        OSError: The connection is broken.
         DirectFramingError: It is none.
     """
     answer = memoryview(bytearray(ATTACHED_BYTES))
-    sock.receive(answer)
+    try:
+        sock.receive(answer)
+    except (EOFError, OSError) as error:
+        raise _NotAttachedError(
+            "the server closed it" if isinstance(error, EOFError) else str(error)
+        ) from error
     if answer != ATTACHED:
         raise DirectFramingError(f"an Attach was answered with {bytes(answer)!r}")
