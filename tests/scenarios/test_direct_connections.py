@@ -15,7 +15,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,49 +26,15 @@ from gradwire._client.job_factory import Tuning
 from gradwire._transport.direct import policy
 from tests.cli.conftest import environment
 from tests.support import oracle
+from tests.support.behind_proxies import LOST, Behind, behind_proxies
 from tests.support.direct_listener import silent_port
 from tests.support.observing import descriptors, memory_of, wait_until
-from tests.support.proxy import Direction, Fault, Proxy
-from tests.support.serving import ServerProcess, running_server
+from tests.support.proxy import Direction, Fault
+from tests.support.serving import running_server
 
 M, N, K = 405, 30, 20
 X, W, DY = oracle.operands(M, N, K)
-LOST = {"UNAVAILABLE", "CONNECTION_LOST"}
 ALL = ("y", "dx", "dw", "db")
-SOON = gradwire.RetryPolicy(
-    attempts=100, initial_backoff_s=0.01, max_backoff_s=0.05, budget=1e6
-)
-UP_BYTES = 4 * (M * (N + K) + N * K)
-DOWN_BYTES = 4 * (M * (N + K) + N * K + K)
-
-
-class Behind:
-    """A server, and the proxies before its two ports."""
-
-    def __init__(self, server: ServerProcess, call: Proxy, data: Proxy) -> None:
-        self.server, self.call, self.data = server, call, data
-
-    def connect(self, **options: Any) -> gradwire.Client:
-        options = {"transport": "direct", "retries": SOON, "timeout_s": 60} | options
-        return gradwire.connect(self.call.address, **options)
-
-    def heal(self) -> None:
-        for each in (self.call, self.data):
-            each.arm(None)
-            each.resume()
-
-
-@contextlib.contextmanager
-def behind_proxies(**settings: Any) -> Iterator[Behind]:
-    settings = {"row_block_bytes": 4096} | settings
-    with (
-        Proxy("127.0.0.1:1") as data,
-        running_server(data_advertise=data.address, **settings) as server,
-        Proxy(server.address) as call,
-    ):
-        data.target = server.wait_for_log(lambda each: "data" in each)["data"]
-        yield Behind(server, call, data)
-        assert not [each for each in server.records if "traceback" in each]
 
 
 @pytest.fixture(scope="module")
@@ -97,67 +63,17 @@ def assert_same(result: gradwire.Gradients, expected: gradwire.Gradients) -> Non
             assert oracle.same_bits(one, getattr(expected, name)), name
 
 
-# Connections that break.
-
-
-def places(step: int) -> Iterator[tuple[Direction, int]]:
-    """After how many bytes of all connections together, in which direction."""
-    for at in (0, 1, 39, 40, 41, 80, 160, 161, 192, 200):
-        yield "requests", at
-    for at in (1, 8, 31, 33, 40, 64, 70):
-        yield "responses", at
-    for at in range(300, UP_BYTES, step):
-        yield "requests", at
-    for at in range(300, DOWN_BYTES, step):
-        yield "responses", at
-
-
-@contextlib.contextmanager
-def calling(behind: Behind, kind: str) -> Iterator[Callable[..., gradwire.Gradients]]:
-    """`gradients` of either client."""
-    if kind == "sync":
-        with behind.connect() as client:
-            yield client.gradients
-        return
-    options: Any = {"transport": "direct", "retries": SOON, "timeout_s": 60}
-    with asyncio.Runner() as runner:
-        other = gradwire.AsyncClient(behind.call.address, **options)
-        try:
-            yield lambda *args, **more: runner.run(other.gradients(*args, **more))
-        finally:
-            runner.run(other.close())
-
-
-@pytest.mark.parametrize("kind", ["sync", "async"])
-@pytest.mark.parametrize(
-    "step", [15_000, pytest.param(211, marks=pytest.mark.big)], ids=["some", "many"]
-)
-def test_a_job_cut_off_anywhere_has_the_bits_of_one_that_was_not(
-    behind: Behind, expected: gradwire.Gradients, kind: str, step: int
-) -> None:
-    with calling(behind, kind) as gradients:
-        for number, (of, at) in enumerate(places(step)):
-            out = {"y": np.full((M, K), 7, np.float32)}
-            faults = behind.data.faults
-            behind.data.arm(Fault(of, cut_after_bytes=at))
-            more: Any = {"out": out, "checkpoint_rows": (None, 50)[number % 2]}
-            try:
-                result = gradients(X, W, DY, results=ALL, **more)
-            except gradwire.ConnectError:
-                # Connections that cannot be opened are an error if they are demanded.
-                assert at <= 200, (of, at)
-                continue
-            assert behind.data.faults == faults + 1, (of, at)
-            assert set(result.receipt.retried) <= LOST, (of, at)
-            assert result.receipt.transport == "direct"
-            assert result.y is out["y"]
-            assert_same(result, expected)
+# Connections that break: see also tests/thorough/faults/test_direct_cuts.py.
 
 
 def test_without_retries_nothing_is_written_after_the_error(behind: Behind) -> None:
     """And the job's memory is the caller's again."""
     with behind.connect(retries=False) as client:
-        for of, at in [each for each in places(20_000) if each[1] > 200]:
+        places: list[tuple[Direction, int]] = [
+            *(("requests", at) for at in (300, 5000, 40_000)),
+            *(("responses", at) for at in (300, 5000, 40_000)),
+        ]
+        for of, at in places:
             out = {"y": np.full((M, K), 7, np.float32)}
             behind.data.arm(Fault(of, cut_after_bytes=at))
             with pytest.raises(gradwire.ConnectionLostError):
@@ -182,37 +98,6 @@ def _threads() -> list[threading.Thread]:
         if each.name.startswith(("gradwire-up", "gradwire-down"))
         or (isinstance(each, threading.Timer) and not each.finished.is_set())
     ]
-
-
-def test_a_contribution_to_a_session_counts_once_wherever_it_is_cut_off(
-    behind: Behind, expected: gradwire.Gradients
-) -> None:
-    """Also where the operand that is cut off is kept."""
-    faults: list[tuple[Proxy, Fault]] = [
-        (behind.data, Fault(of, cut_after_bytes=at))
-        for of, at in places(11_000)
-        if at > 40
-    ]
-    faults += [
-        (behind.call, Fault("responses", cut_after_messages=at)) for at in (1, 2, 3)
-    ]
-    with behind.connect() as client, client.session("16MiB") as session:
-        weight = session.put(W)
-        for number, (proxy, fault) in enumerate(faults):
-            gradient = session.zeros_like(weight)
-            bias = session.zeros_like(session.put(np.zeros_like(DY[0])))
-            before = behind.data.faults + behind.call.faults
-            if number % 2:
-                proxy.arm(fault)
-            y, context = session.forward(X, weight)
-            if not number % 2:
-                proxy.arm(fault)
-            dx = session.backward(context, DY, into=gradient, bias_into=bias)
-            assert behind.data.faults + behind.call.faults <= before + 1
-            proxy.arm(None)
-            got = y, dx, session.get(gradient), session.get(bias)
-            for name, one in zip(ALL, got, strict=True):
-                assert oracle.same_bits(one, getattr(expected, name)), (name, fault)
 
 
 def test_a_flipped_bit_is_found_by_its_checksum(

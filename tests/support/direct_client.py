@@ -150,7 +150,8 @@ class DirectCall:
         self.accepted = self.outcome.accepted
         self.job = self.accepted.effective_job
         self.access = self.accepted.direct
-        self.port = int(self.access.addresses[0].rpartition(":")[2])
+        offered = [*self.access.addresses, ":0"]  # 0: no direct connections
+        self.port = int(offered[0].rpartition(":")[2])
         self.sockets: list[socket.socket] = []
         self.ups: list[socket.socket] = []
         self.downs: list[socket.socket] = []
@@ -218,8 +219,8 @@ class DirectCall:
             yield frame(ELEMENTS, name, at, payload, crc=crc)
 
     def send(self, data: bytes, connection: int = 0) -> None:
-        """Send bytes on a connection; the server may have closed it."""
-        with contextlib.suppress(ConnectionError):
+        """Send bytes on a connection, which may be closed on either side."""
+        with contextlib.suppress(OSError):
             self.ups[connection].sendall(data)
 
     def send_all(self, most: int = 1 << 20) -> None:

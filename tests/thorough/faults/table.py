@@ -84,6 +84,24 @@ FAULTS = {
         "every row block once and in order, and dW, with the same bits: the stream "
         "continues where it stopped",
     ),
+    "cut-direct": Fault(
+        "a direct connection breaks after a byte: after every 211th of a job's "
+        "operands and of its results, and around Attach and the first header, with "
+        "both clients",
+        1616,
+        50,
+        "the results, with the same bits, on direct connections; `receipt.retried` "
+        'says `UNAVAILABLE` or `CONNECTION_LOST`. With `transport="direct"`, '
+        "`ConnectError` if it breaks while it is opened",
+    ),
+    "cut-direct-session": Fault(
+        "the same in a session, with X that is kept, and dW and dB that stay there; or "
+        "the call's connection breaks after a message",
+        804,
+        16,
+        "the results, with the same bits; the session has counted the contribution "
+        "once",
+    ),
     "flip": Fault(
         "a bit flips, with `checksum=True`: in every fifth of the same bytes, so in "
         "elements, in message fields and in HTTP/2 frames",

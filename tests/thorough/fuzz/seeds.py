@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import google_crc32c
@@ -25,6 +25,7 @@ from gradwire_protocol import error_details as codec
 from gradwire_protocol import framing
 from gradwire_protocol.error_reasons import Reason
 from gradwire_server.auth.tokens import Entry, sha256_of
+from tests.support.direct_client import COMPLETE, ELEMENTS, frame
 from tests.support.raw import (
     DTYPES,
     INLINE,
@@ -47,8 +48,9 @@ from tests.support.sessions import header as tensor_header
 from tests.thorough.fuzz import credentials
 from tests.thorough.fuzz.answers import conversation
 from tests.thorough.fuzz.containers import Ending, Method, container
+from tests.thorough.fuzz.direct import job_of
 from tests.thorough.fuzz.sessions import CANCELS, CONTINUES, Call, encoded
-from tests.thorough.fuzz.streams import ANY_SERVER
+from tests.thorough.fuzz.streams import ANY_SERVER, ROW_BLOCK_BYTES
 from tests.thorough.fuzz.targets import CORPUS
 
 Seeds = Iterator[tuple[str, bytes]]
@@ -80,6 +82,53 @@ def streams() -> Seeds:
     yield "compute", container([compute], Method.COMPUTE)
     region = service_pb2.OpenRegionRequest(size_bytes=4096).SerializeToString()
     yield "region", container([region], Method.REGION)
+
+
+def direct_connections() -> Seeds:
+    for choice in (0, 1, 2, 3, 4, 8, 12, 18, 34, 50):
+        problem, options = job_of(choice)
+        shares = [direct_share(problem, number, options) for number in range(2)]
+        by_turns = [
+            bytes([number]) + share[at]
+            for at in range(max(map(len, shares)))
+            for number, share in enumerate(shares)
+            if at < len(share)
+        ]
+        yield f"job-{choice}", container([bytes([choice]), *by_turns])
+        yield f"part-{choice}", container([bytes([choice]), *by_turns[:3]])
+    yield "nothing", container([])
+    yield "silence", container([b"\0", *by_turns[:2]], ending=Ending.SILENCE)
+    yield "cancel", container([b"\0", *by_turns[:2]], ending=Ending.CANCEL)
+
+
+def direct_share(
+    problem: Problem, number: int, options: Mapping[str, int | bool]
+) -> list[bytes]:
+    """The frames of one of two connections."""
+    m, n, k = problem.shape
+    frames = []
+
+    def elements(name: str, first: int, last: int) -> None:
+        array = getattr(problem, name)
+        payload = array[first:last].tobytes()
+        crc = google_crc32c.value(payload) if options["checksum"] else None
+        index = first * array.shape[1]
+        frames.append(frame(ELEMENTS, name, index, payload, crc=crc))
+
+    if not number and "w" in problem.operands:
+        elements("w", 0, n)
+    rows = rows_of_a_block(n, k, problem.x.itemsize)
+    for first in range(number * rows, m, 2 * rows):
+        for name in ("x", "dy"):
+            if name in problem.operands:
+                elements(name, first, min(m, first + rows))
+    return [*frames, frame(COMPLETE, 0, m)]
+
+
+def rows_of_a_block(n: int, k: int, itemsize: int) -> int:
+    """The largest power of two of rows that fits the block of the fuzzed server."""
+    rows = max(1, ROW_BLOCK_BYTES // ((n + k) * itemsize))
+    return int(1 << (rows.bit_length() - 1))
 
 
 def stream(problem: Problem, **options: object) -> list[bytes]:
@@ -284,6 +333,7 @@ def jwts() -> Seeds:
 def main() -> None:
     for name, seeds in (
         ("streams", streams()),
+        ("direct", direct_connections()),
         ("sessions", sessions()),
         ("answers", answers()),
         ("framing", framings()),

@@ -10,7 +10,14 @@ from pathlib import Path
 from google.protobuf.message import Message
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
-from tests.thorough.fuzz import answers, credentials, parsers, sessions, streams
+from tests.thorough.fuzz import (
+    answers,
+    credentials,
+    direct,
+    parsers,
+    sessions,
+    streams,
+)
 from tests.thorough.fuzz.containers import Method
 from tests.thorough.fuzz.mutations import KindOf
 from tests.thorough.fuzz.parsers import Check
@@ -62,6 +69,7 @@ TARGETS = {
             }
         ),
     ),
+    "direct": Target(direct.live_connections, 3),
     "sessions": Target(
         sessions.live_sessions, 6, lambda _, message: sessions.kind_of(message)
     ),
