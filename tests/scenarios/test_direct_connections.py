@@ -328,7 +328,8 @@ def test_a_server_that_is_killed_in_a_frame_is_replaced() -> None:
 
 
 @pytest.mark.thorough
-def test_a_server_that_stops_hands_the_job_over() -> None:
+@pytest.mark.parametrize("lasts_s", [0.3, 1.5])
+def test_a_server_that_stops_hands_the_job_over(lasts_s: float) -> None:
     """What it has computed is kept, and the rest comes from another one."""
     x, w, dy = oracle.operands(60_000, N, 60)  # more than the network holds
     settings = {"row_block_bytes": 1 << 18, "grace": 0.05}
@@ -346,7 +347,7 @@ def test_a_server_that_stops_hands_the_job_over() -> None:
                 behind.data.pause()
                 behind.call.target = other.address
                 behind.server.process.terminate()
-                threading.Timer(0.3, behind.data.resume).start()
+                threading.Timer(lasts_s, behind.data.resume).start()
 
         with behind.connect() as client:
             result = client.gradients(x, w, dy, results=ALL, on_progress=stop)

@@ -288,6 +288,7 @@ def run_script(script: str, *arguments: str, **variables: str) -> str:
     ("busy_threads", "way"),
     [
         pytest.param(0, ways.STREAM, id="idle-tcp"),
+        pytest.param(1, ways.DIRECT, id="one-direct", marks=pytest.mark.thorough),
         # Its threads and its server's keep every core busy for seconds.
         *(
             pytest.param(4, way, id=f"in the middle-{name}", marks=pytest.mark.big)
@@ -295,6 +296,7 @@ def run_script(script: str, *arguments: str, **variables: str) -> str:
                 ("tcp", ways.STREAM),
                 ("unix", ways.UNIX),
                 ("shm", ways.COPIED),
+                ("direct", ways.DIRECT),
             ]
         ),
     ],

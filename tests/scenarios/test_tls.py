@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from gradwire import Tls
 from gradwire_server import ListenError, Settings, start_in_thread
 from tests.scenarios.test_threads_and_forks import run_script
 from tests.support import oracle
+from tests.support.behind_proxies import LOST, behind_proxies
 from tests.support.certificates import Authority
+from tests.support.proxy import Fault
 from tests.support.serving import ServerProcess, running_server
 
 HERE = ("localhost", "127.0.0.1")
@@ -372,3 +375,42 @@ def test_a_server_does_not_start_with_files_that_cannot_be_used(
         ):
             pass
         assert f"cannot listen with TLS: {wrong} ({path}) {text}" in str(caught.value)
+
+
+@pytest.mark.thorough
+def test_direct_connections_under_tls_break_and_end_as_others_do(files: Files) -> None:
+    cert, key = files.server
+    x, w, dy = oracle.operands(8000, 30, 20)
+    options: Any = {"tls": Tls(ca=files.ca)}
+    with behind_proxies(tls_cert=cert, tls_key=key, row_block_bytes=1 << 16) as behind:
+        with behind.connect(transport="grpc", **options) as client:
+            expected = client.gradients(x, w, dy)
+        with behind.connect(**options) as client:
+            faults = [
+                None,
+                None,  # on the connections of the last job
+                *(Fault("requests", cut_after_bytes=at) for at in (30_000, 900_000)),
+                *(Fault("responses", cut_after_bytes=at) for at in (30_000, 900_000)),
+                *(Fault("requests", flip_byte=at) for at in (40_000, 500_000)),
+                *(Fault("responses", flip_byte=at) for at in (40_000, 500_000)),
+            ]
+            for fault in faults:
+                behind.data.arm(fault)
+                result = client.gradients(x, w, dy)
+                assert set(result.receipt.retried) <= LOST, fault
+                assert bool(result.receipt.retried) == bool(fault), fault
+                assert result.receipt.transport == "direct"
+                assert oracle.same_bits(result.y, expected.y), fault
+                assert oracle.same_bits(result.dw, expected.dw), fault
+            paused = threading.Event()
+
+            def pause(progress: gradwire.Progress) -> None:
+                if progress.bytes_received > 10_000 and not paused.is_set():
+                    behind.data.pause()
+                    paused.set()
+
+            with pytest.raises(gradwire.DeadlineError):
+                client.gradients(x, w, dy, on_progress=pause, timeout_s=1)
+            assert paused.is_set()
+            behind.heal()
+            assert not any("gradwire-" in each.name for each in threading.enumerate())

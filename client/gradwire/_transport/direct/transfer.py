@@ -34,6 +34,10 @@ STATUS_S = 2.0
 """Seconds that the server's status may take after a connection broke. The status has
 the cause."""
 
+_HAND_OVER_S = 7.0
+"""The same, if only sockets for operands broke: a server that stops takes no more, and
+has five seconds for results and a checkpoint of those that it has."""
+
 _DRAIN_S = 0.2
 """Seconds in which results that have arrived are read after the call was lost."""
 
@@ -113,20 +117,32 @@ class _Breakable:
         self.broken: Exception | None = None
         self._interrupted = False
         """Whether this side has ended the use of the connections."""
+        self._only_sending = False
+        """Whether results still come, as far as is known."""
         self._timer: threading.Timer | None = None
 
-    def _break(self, error: Exception) -> None:
-        """Note a broken connection; the server's status, if it comes, has the cause."""
+    def _break(self, error: Exception, *, sending: bool) -> None:
+        """Note a broken connection; the server's status, if it comes, has the cause.
+
+        Args:
+            error: What happened.
+            sending: Whether it was a socket that sends operands.
+        """
         with self._lock:
             if self._interrupted:
                 return  # by this side
-            if self._ended or self.broken is not None:
-                self.broken = self.broken or error
+            seen = self.broken is not None
+            self.broken = self.broken or error
+            if self._ended or (seen and (sending or not self._only_sending)):
                 return
-            self.broken = error
-            not_attached = isinstance(error, _NotAttachedError)
-            # Without a connection the server waits, and has nothing to say.
-            delay_s = _DRAIN_S if not_attached else STATUS_S
+            if self._timer is not None:
+                self._timer.cancel()
+            self._only_sending = sending
+            if isinstance(error, _NotAttachedError):
+                # Without a connection the server waits, and has nothing to say.
+                delay_s = _DRAIN_S
+            else:
+                delay_s = _HAND_OVER_S if sending else STATUS_S
             self._timer = _later(delay_s, self._give_up)
 
     def _end(self) -> None:
@@ -198,7 +214,7 @@ class DirectTransfer(_Breakable):
             for work, name in ((send, "up"), (receive, "down")):
                 thread = threading.Thread(
                     target=self._run,
-                    args=(work,),
+                    args=(work, name == "up"),
                     name=f"gradwire-{name}-{number}",
                     daemon=True,
                 )
@@ -242,12 +258,27 @@ class DirectTransfer(_Breakable):
         for connection in self._connections:
             connection.up.shutdown()
         if not isinstance(error, ProtocolError):
-            # A server that gives a reason closes the connections behind it.
-            until = time.monotonic() + (_DRAIN_S if error.reason is None else STATUS_S)
-            for thread in self._threads:
+            self._drain(error)
+        self.stop()
+
+    def _drain(self, error: GradwireError) -> None:
+        """Receive what is still on its way.
+
+        A server that gives a reason closes the connections behind it. Of a job that it
+        hands over, everything counts, however slow the network is.
+        """
+        until = time.monotonic() + (_DRAIN_S if error.reason is None else STATUS_S)
+        for thread in self._threads:
+            while True:
                 with contextlib.suppress(RuntimeError):  # it was not started
                     thread.join(max(until - time.monotonic(), 0.0))
-        self.stop()
+                if not thread.is_alive():
+                    break
+                if error.reason is Reason.DRAINING:
+                    moved_at = max(each.down.moved_at for each in self._connections)
+                    until = moved_at + STATUS_S
+                if time.monotonic() >= until:
+                    return
 
     def stop(self) -> None:
         """End all threads. They use no memory of the job afterwards."""
@@ -305,11 +336,11 @@ class DirectTransfer(_Breakable):
             exchange.all_sent = not self._to_end
         self._call.wake()
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], sending: bool) -> None:
         try:
             work()
         except (EOFError, OSError) as error:
-            self._break(error)
+            self._break(error, sending=sending)
         except DirectFramingError as error:
             self._fail(ProtocolError(f"the server sent no frame: {error}"))
         except BaseException as error:  # noqa: BLE001 - raised by the call's reader
@@ -376,7 +407,7 @@ class DirectStream(_Breakable):
                 # in messages.
                 self._may_end.wait()
         except (EOFError, OSError) as error:
-            self._break(error)
+            self._break(error, sending=True)
             return False
         except DirectFramingError as error:
             raise ProtocolError(str(error)) from error
@@ -407,7 +438,7 @@ class DirectStream(_Breakable):
                 sock.receive(room)
         except (EOFError, OSError) as error:
             self._may_end.set()
-            self._break(error)
+            self._break(error, sending=False)
             return None
         except DirectFramingError as error:
             raise ProtocolError(f"the server sent no frame: {error}") from error
