@@ -26,7 +26,7 @@ from gradwire._client.job_factory import Tuning
 from gradwire._transport.direct import policy
 from tests.cli.conftest import environment
 from tests.support import oracle
-from tests.support.behind_proxies import LOST, Behind, behind_proxies
+from tests.support.behind_proxies import LOST, Behind, behind_proxies, moving_threads
 from tests.support.direct_listener import silent_port
 from tests.support.observing import descriptors, memory_of, wait_until
 from tests.support.proxy import Direction, Fault
@@ -79,7 +79,7 @@ def test_without_retries_nothing_is_written_after_the_error(behind: Behind) -> N
             with pytest.raises(gradwire.ConnectionLostError):
                 client.gradients(X, W, DY, results=ALL, out=out)
             before = out["y"].copy()
-            assert not _threads()
+            assert not moving_threads()
             assert out["y"].tobytes() == before.tobytes()
         behind.data.arm(None)
         for of in ("requests", "responses"):
@@ -87,17 +87,7 @@ def test_without_retries_nothing_is_written_after_the_error(behind: Behind) -> N
             behind.call.arm(Fault(of, cut_after_messages=2))  # the call, rather
             with pytest.raises(gradwire.ConnectionLostError):
                 client.gradients(X, W, DY, results=ALL, out=out)
-            assert not _threads()
-
-
-def _threads() -> list[threading.Thread]:
-    """Those that move elements."""
-    return [
-        each
-        for each in threading.enumerate()
-        if each.name.startswith(("gradwire-up", "gradwire-down"))
-        or (isinstance(each, threading.Timer) and not each.finished.is_set())
-    ]
+            assert not moving_threads()
 
 
 def test_a_flipped_bit_is_found_by_its_checksum(
@@ -141,7 +131,7 @@ def test_a_network_that_is_silent_ends_at_the_deadline(behind: Behind) -> None:
         with pytest.raises(gradwire.GradwireError):
             client.gradients(X, W, DY, timeout_s=1.5)
         assert time.monotonic() - began < 10
-        assert not _threads()
+        assert not moving_threads()
         behind.heal()
 
 
@@ -192,7 +182,7 @@ class Held:
 
     def assert_left_alone(self) -> None:
         """Nothing of the job goes on, also when the network does."""
-        assert not _threads()
+        assert not moving_threads()
         before = self.out["y"].copy()
         self.behind.heal()
         time.sleep(0.1)

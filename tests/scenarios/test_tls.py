@@ -20,7 +20,7 @@ from gradwire import Tls
 from gradwire_server import ListenError, Settings, start_in_thread
 from tests.scenarios.test_threads_and_forks import run_script
 from tests.support import oracle
-from tests.support.behind_proxies import LOST, behind_proxies
+from tests.support.behind_proxies import LOST, behind_proxies, moving_threads
 from tests.support.certificates import Authority
 from tests.support.proxy import Fault
 from tests.support.serving import ServerProcess, running_server
@@ -413,4 +413,4 @@ def test_direct_connections_under_tls_break_and_end_as_others_do(files: Files) -
                 client.gradients(x, w, dy, on_progress=pause, timeout_s=1)
             assert paused.is_set()
             behind.heal()
-            assert not any("gradwire-" in each.name for each in threading.enumerate())
+            assert not moving_threads()

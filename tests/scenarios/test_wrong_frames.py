@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import gradwire
 from gradwire._transport.direct import transfer
 from tests.support import oracle
+from tests.support.behind_proxies import moving_threads
 from tests.support.direct_client import CHECKPOINT, COMPLETE, ELEMENTS, frame
 from tests.support.direct_proxy import DirectProxy, Edit
 from tests.support.serving import running_server
@@ -109,7 +109,7 @@ def test_a_wrong_frame_is_an_error_of_the_server(
             client.gradients(X, W, DY, out=out)
         assert time.monotonic() - began < 5
         assert says in str(wrong.value)
-        assert not any("gradwire-" in each.name for each in threading.enumerate())
+        assert not moving_threads()
         kept = out["y"].copy()
         proxy[0].arm(lambda _, own: own)
         assert oracle.same_bits(client.gradients(X, W, DY).dw, expected.dw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,3 +55,13 @@ def behind_proxies(**settings: Any) -> Iterator[Behind]:
         data.target = server.wait_for_log(lambda each: "data" in each)["data"]
         yield Behind(server, call, data)
         assert not [each for each in server.records if "traceback" in each]
+
+
+def moving_threads() -> list[threading.Thread]:
+    """Threads of clients here that move elements, and timers of theirs."""
+    return [
+        each
+        for each in threading.enumerate()
+        if each.name.startswith(("gradwire-up", "gradwire-down"))
+        or (isinstance(each, threading.Timer) and not each.finished.is_set())
+    ]

@@ -94,9 +94,15 @@ FAULTS = {
         'says `UNAVAILABLE` or `CONNECTION_LOST`. With `transport="direct"`, '
         "`ConnectError` if it breaks while it is opened",
     ),
+    "cut-direct-stream": Fault(
+        "the same for a stream with rows from a generator",
+        1616,
+        40,
+        "every row block once and in order, and dW, with the same bits",
+    ),
     "cut-direct-session": Fault(
-        "the same in a session, with X that is kept, and dW and dB that stay there; or "
-        "the call's connection breaks after a message",
+        "the same for a job in a session, with X that is kept, and dW and dB that stay "
+        "there; or the call's connection breaks after a message",
         804,
         16,
         "the results, with the same bits; the session has counted the contribution "

@@ -98,6 +98,51 @@ def test_a_job_cut_off_anywhere_has_the_bits_of_one_that_was_not(
                 assert oracle.same_bits(got, due), (name, of, at)
 
 
+def parts() -> Iterator[Any]:
+    """X and dY some rows at a time, from a generator that can be read once."""
+    for first in range(0, M, 37):
+        yield X[first : first + 37], DY[first : first + 37]
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_a_stream_cut_off_anywhere_gives_every_row_block_once(
+    behind: Behind, expected: gradwire.Gradients, extent: str
+) -> None:
+    options: Any = {"transport": "direct", "retries": SOON, "timeout_s": 60}
+    cases = list(itertools.product(("sync", "async"), places()))
+    with behind.connect() as one, asyncio.Runner() as runner:
+        other = gradwire.AsyncClient(behind.call.address, **options)
+
+        def run(kind: str, **more: Any) -> Any:
+            if kind == "sync":
+                stream = one.stream(parts(), W, **more)
+                return list(stream), stream.dw
+
+            async def collect() -> Any:
+                stream = other.stream(parts(), W, **more)
+                return [block async for block in stream], stream.dw
+
+            return runner.run(collect())
+
+        try:
+            for number, (kind, (of, at)) in enumerate(
+                FAULTS["cut-direct-stream"].cases(cases, extent)
+            ):
+                behind.data.arm(Fault(of, cut_after_bytes=at))
+                try:
+                    blocks, dw = run(kind, checkpoint_rows=(None, 50)[number % 2])
+                except gradwire.ConnectError:
+                    assert at <= 200, (of, at)
+                    continue
+                rows = blocks[1].first_row
+                assert [each.first_row for each in blocks] == list(range(0, M, rows))
+                y = np.concatenate([each.y for each in blocks])
+                assert oracle.same_bits(y, expected.y), (of, at)
+                assert oracle.same_bits(dw, expected.dw), (of, at)
+        finally:
+            runner.run(other.close())
+
+
 @pytest.mark.parametrize("extent", EXTENTS)
 def test_a_contribution_to_a_session_counts_once_wherever_it_is_cut_off(
     behind: Behind, expected: gradwire.Gradients, extent: str

@@ -575,7 +575,12 @@ class AsyncEngine(EngineBase):
             transfer.start(direct, job.operands)
 
         await self._transfer(connections, call, exchange, begin)
-        receipt = exchange.finish()
+        try:
+            receipt = exchange.finish()
+        except GradwireError:
+            for each in connections:
+                each.close()
+            raise
         self.direct.reuse(receipt.server_instance, connections)
         return receipt
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from grpc import StatusCode
@@ -144,6 +144,13 @@ class _Breakable:
             else:
                 delay_s = _HAND_OVER_S if sending else STATUS_S
             self._timer = _later(delay_s, self._give_up)
+        # The server may not know: it learns of it here, and ends the call.
+        for up in self._ups():
+            up.shutdown()
+
+    def _ups(self) -> Iterable[DirectSocket]:
+        """Return the sockets that send operands."""
+        raise NotImplementedError
 
     def _end(self) -> None:
         """Note that the call has ended, or is about to."""
@@ -190,6 +197,9 @@ class DirectTransfer(_Breakable):
         self._receiving: set[DirectSocket] = set()
         self._error: BaseException | None = None
         """The first other error of a thread."""
+
+    def _ups(self) -> Iterable[DirectSocket]:
+        return [each.up for each in self._connections]
 
     def start(self, exchange: Elements, operands: Mapping[Matrix, Operand]) -> None:
         """Begin to send and to receive.
@@ -377,6 +387,9 @@ class DirectStream(_Breakable):
         if connection.confirmed:
             self._may_end.set()
         self._data = memoryview(bytearray(HEADER_BYTES))
+
+    def _ups(self) -> Iterable[DirectSocket]:
+        return [self.connection.up]
 
     def begin(self, exchange: DirectExchange) -> None:
         """Begin to receive the results of an exchange."""
