@@ -137,6 +137,12 @@ class CallStream:
         self._call.idle_since = direct.idle_since
         try:
             await both(receive, direct.run(self._timeouts.idle_s))
+        except JobError as error:
+            if error.reason is Reason.CONNECTION_LOST:
+                # A client that cancels its call closes the connections as well. That
+                # may arrive first.
+                await asyncio.sleep(_CANCELLATION_S)
+            raise
         finally:
             self._call.idle_since = never_busy
             self._call.receiving_s = direct.receiving_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import secrets
 import sys
@@ -67,11 +68,13 @@ def _instructions(call: Callable[[], None]) -> list[tuple[str, int]]:
         return trace
 
     before = sys.gettrace()
+    gc.disable()  # other tests' callbacks of collections would be traced
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(before)
+        gc.enable()
     return seen
 
 

@@ -105,9 +105,9 @@ class GradientStream(Iterator[RowBlock]):
     def close(self) -> None:
         """Cancel the job, unless it is done, and yield no more row blocks."""
         self._over = True
-        self._end_direct()
         if self._call is not None:
             self._call.cancel()
+        self._end_direct()
         self._rows.close()
         if self._job is not None:
             self._job.ready.clear()
@@ -118,9 +118,9 @@ class GradientStream(Iterator[RowBlock]):
         with contextlib.suppress(Exception):
             self._release(GeneratorExit())
             self._end_span(GeneratorExit())
-            self._end_direct()
             if self._call is not None:
                 self._call.abandon()
+            self._end_direct()
             self._rows.abandon()
 
     @property
@@ -172,13 +172,16 @@ class GradientStream(Iterator[RowBlock]):
 
     def _end_call(self) -> None:
         """End the call of a failed attempt."""
-        self._end_direct()
         if self._call is not None:
             self._call.cancel()
         self._call = None
+        self._end_direct()
 
     def _end_direct(self) -> None:
-        """End the use of the direct connection, also in a thread that sends."""
+        """End the use of the direct connection, also in a thread that sends.
+
+        After the call has ended: the server would take this for its cause.
+        """
         if self._job is not None and self._job.direct is not None:
             self._job.direct.interrupt()
             self._job.direct = None
