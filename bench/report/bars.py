@@ -17,9 +17,7 @@ from bench.report import tables
 from bench.report.record import Part, Run
 from bench.work import FORMS, Shape
 
-_32, _256, _1024, _2048, _4096 = (
-    Shape(side, side, side) for side in (32, 256, 1024, 2048, 4096)
-)
+_1024, _2048, _4096 = (Shape(side, side, side) for side in (1024, 2048, 4096))
 _TALL = Shape(16384, 1024, 1024)
 _THIN = Shape(1_000_000, 64, 64)
 GIGABIT = 1e9
@@ -176,8 +174,6 @@ BARS = (
     _times(_DIRECT, "raw-tcp", 0.95, _TALL, forms=_NEW),
     _times(_DIRECT, "arrow-flight", 0.87, _2048, forms=_NEW),
     _times(_DIRECT, _GRPC, 0.55, _THIN, forms=_NEW),
-    # They stay on gRPC, so only chance tells them apart.
-    _times(_DIRECT, _GRPC, 1.1, _32, _256),
     *(
         Bar(
             f"{end}'s peak, {_DIRECT} / {_GRPC}",

@@ -350,7 +350,7 @@ def test_a_server_that_stops_hands_the_job_over(lasts_s: float) -> None:
 # What is left over.
 
 
-@pytest.mark.thorough
+@pytest.mark.big
 def test_two_hundred_jobs_leave_nothing_over(shared: Behind) -> None:
     """On either side: neither memory, nor threads, nor descriptors."""
     server = shared.server
