@@ -107,24 +107,30 @@ def blocks_in_shared_memory(
     clients: Clients, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[CheckResult]:
     """Check integer results over several row blocks in shared memory."""
-    if clients.shared is None:
-        return
-    rows = block_rows(clients.messages, integer_products(rng, (1, 3, 5), dtype))
-    m = min(max(6 * rows + rows // 2, 99), MOST_ROWS)
-    job = integer_products(rng, (m, 3, 5), dtype)
-    yield from exact("shared blocks", job, called(clients.shared, job))
+    return _several_blocks("shared blocks", clients.shared, clients, dtype, rng)
 
 
 def blocks_on_direct_connections(
     clients: Clients, dtype: Dtype, rng: np.random.Generator
 ) -> Iterator[CheckResult]:
     """Check integer results over several row blocks on direct connections."""
-    if clients.direct is None:
+    return _several_blocks("direct blocks", clients.direct, clients, dtype, rng)
+
+
+def _several_blocks(
+    name: str,
+    client: Client | None,
+    clients: Clients,
+    dtype: Dtype,
+    rng: np.random.Generator,
+) -> Iterator[CheckResult]:
+    """Check integer results over several row blocks, if there is such a client."""
+    if client is None:
         return
     rows = block_rows(clients.messages, integer_products(rng, (1, 3, 5), dtype))
     m = min(max(6 * rows + rows // 2, 99), MOST_ROWS)
     job = integer_products(rng, (m, 3, 5), dtype)
-    yield from exact("direct blocks", job, called(clients.direct, job))
+    yield from exact(name, job, called(client, job))
 
 
 def concurrent_jobs(
