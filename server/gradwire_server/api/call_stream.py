@@ -126,12 +126,14 @@ class CallStream:
         """Receive and send on direct connections; only End comes in the call."""
         await self._beside(job, self._receive_end_of(job))
 
-    async def serve_transfer(self, transfer: DirectTransfer) -> None:
+    async def serve_transfer(self, transfer: DirectTransfer[Any]) -> None:
         """Move a tensor on a direct connection; only the half-close comes here."""
         await self._beside(transfer, self._receive_end_of_tensor())
 
     async def _beside(
-        self, direct: DirectJob | DirectTransfer, receive: Coroutine[Any, Any, None]
+        self,
+        direct: DirectJob | DirectTransfer[Any],
+        receive: Coroutine[Any, Any, None],
     ) -> None:
         """Receive what comes in the call beside direct connections."""
         self._call.idle_since = direct.idle_since

@@ -10,12 +10,11 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import Generic, TypeAlias, TypeVar
 
 from gradwire_protocol.checksum import crc32c
 from gradwire_protocol.data_plane.frames import (
     HEADER_BYTES,
-    DirectFramingError,
     FrameHeader,
     Kind,
 )
@@ -34,10 +33,11 @@ from gradwire_server.sessions.incoming import IncomingTensor
 from gradwire_server.sessions.outgoing import OutgoingTensor
 from gradwire_server.sessions.windows import Work
 from gradwire_server.transports.data_plane.thread_side import (
+    Stopped,
     ThreadSide,
     check_crc32c,
-    connection_lost,
     ended_threads,
+    failure_of,
     looks,
 )
 
@@ -45,22 +45,27 @@ Submit: TypeAlias = Callable[[Work, Then], None]
 """Has work done in the thread of the device worker, which then calls a function."""
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: the call has ended
-    """The elements are not wanted any more."""
+Tensor = TypeVar("Tensor", bound=IncomingTensor | OutgoingTensor)
 
 
-class DirectTransfer(ABC):
+class DirectTransfer(ABC, Generic[Tensor]):
     """Moves a tensor's elements.
 
     Args:
+        tensor: The tensor.
         sock: The socket of the connection that they are on.
         submit: Has work done on the session's device.
         progress: Counters to update.
     """
 
     def __init__(
-        self, sock: DirectSocket, submit: Submit, progress: JobProgress
+        self,
+        tensor: Tensor,
+        sock: DirectSocket,
+        submit: Submit,
+        progress: JobProgress,
     ) -> None:
+        self._tensor = tensor
         self._side = ThreadSide(sock)
         self._submit = submit
         self._progress = progress
@@ -105,14 +110,14 @@ class DirectTransfer(ABC):
         return self._ended_at if self._ended.done() else self._loop.time()
 
     @property
-    @abstractmethod
     def receiving_s(self) -> float:
         """Seconds of waiting for and receiving elements."""
+        return 0.0
 
     @property
-    @abstractmethod
     def sending_s(self) -> float:
         """Seconds of sending elements."""
+        return 0.0
 
     @abstractmethod
     def _move(self) -> None:
@@ -127,7 +132,7 @@ class DirectTransfer(ABC):
         self._submit(work, lambda _, error: self._done.put((error,)))
         outcome = self._done.get()
         if outcome is None:
-            raise _Stopped
+            raise Stopped
         (error,) = outcome
         if error is not None:
             raise error
@@ -150,14 +155,10 @@ class DirectTransfer(ABC):
         error: Exception | None = None
         try:
             self._move()
-        except _Stopped:
+        except Stopped:
             pass
-        except DirectFramingError as wrong:
-            error = malformed(str(wrong))
-        except (EOFError, OSError) as broken:
-            error = connection_lost(broken)
         except Exception as failed:  # noqa: BLE001 - raised by `run`
-            error = failed
+            error = failure_of(failed)
         self._error = self._error or error
         try:
             self._loop.call_soon_threadsafe(self._end)
@@ -169,35 +170,13 @@ class DirectTransfer(ABC):
         self._ended.set_result(None)
 
 
-class TensorReceiver(DirectTransfer):
-    """Receives the elements of a tensor.
-
-    Args:
-        tensor: The tensor.
-        sock: As for `DirectTransfer`.
-        submit: As for `DirectTransfer`.
-        progress: As for `DirectTransfer`.
-    """
-
-    def __init__(
-        self,
-        tensor: IncomingTensor,
-        sock: DirectSocket,
-        submit: Submit,
-        progress: JobProgress,
-    ) -> None:
-        super().__init__(sock, submit, progress)
-        self._tensor = tensor
+class TensorReceiver(DirectTransfer[IncomingTensor]):
+    """Receives the elements of a tensor."""
 
     @property
     def receiving_s(self) -> float:
         """Seconds of waiting for and receiving elements."""
         return self._side.waited_s
-
-    @property
-    def sending_s(self) -> float:
-        """Nothing is sent."""
-        return 0.0
 
     def _move(self) -> None:
         tensor, side = self._tensor, self._side
@@ -218,8 +197,7 @@ class TensorReceiver(DirectTransfer):
             room = tensor.room(frame.length)
             with side:
                 side.sock.receive(room)
-            if frame.crc32c is not None:
-                check_crc32c(frame, room)
+            check_crc32c(frame, room)
             tensor.digest(room)
             tensor.commit(frame.length)
             self._progress.bytes_received += frame.length
@@ -228,30 +206,8 @@ class TensorReceiver(DirectTransfer):
         return client_sent_nothing(idle_s, "frames on a direct connection")
 
 
-class TensorSender(DirectTransfer):
-    """Sends the elements of a tensor.
-
-    Args:
-        tensor: The tensor.
-        sock: As for `DirectTransfer`.
-        submit: As for `DirectTransfer`.
-        progress: As for `DirectTransfer`.
-    """
-
-    def __init__(
-        self,
-        tensor: OutgoingTensor,
-        sock: DirectSocket,
-        submit: Submit,
-        progress: JobProgress,
-    ) -> None:
-        super().__init__(sock, submit, progress)
-        self._tensor = tensor
-
-    @property
-    def receiving_s(self) -> float:
-        """Nothing is received."""
-        return 0.0
+class TensorSender(DirectTransfer[OutgoingTensor]):
+    """Sends the elements of a tensor."""
 
     @property
     def sending_s(self) -> float:

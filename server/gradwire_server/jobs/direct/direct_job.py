@@ -20,7 +20,6 @@ from typing import Any, TypeAlias
 from gradwire_protocol.checksum import crc32c
 from gradwire_protocol.data_plane.frames import (
     HEADER_BYTES,
-    DirectFramingError,
     FrameHeader,
     Kind,
 )
@@ -36,17 +35,19 @@ from gradwire_server.errors import (
     malformed,
 )
 from gradwire_server.jobs.direct.share_validator import ShareValidator
-from gradwire_server.jobs.direct.thread_slots import Stopped, ThreadSlots
+from gradwire_server.jobs.direct.thread_slots import ThreadSlots
 from gradwire_server.jobs.stream.checkpoints import Checkpoints, DrainPoint
 from gradwire_server.jobs.stream.pipeline import RowBlockPipeline
 from gradwire_server.jobs.stream.request_validator import matrices_before_rows
 from gradwire_server.observability.timeline import Stage
 from gradwire_server.transports.data_plane import Connection
 from gradwire_server.transports.data_plane.thread_side import (
+    Stopped,
     ThreadSide,
     check_crc32c,
-    connection_lost,
     ended_threads,
+    failure_of,
+    is_broken,
     looks,
 )
 
@@ -190,8 +191,7 @@ class DirectJob:
             with up:
                 sock.receive(room)
             self._pipeline.observe(Stage.RECEIVING, number)
-            if frame.crc32c is not None:
-                check_crc32c(frame, room)
+            check_crc32c(frame, room)
             complete = share.commit(span, frame.length)
             with self._lock:
                 self._progress.bytes_received += frame.length
@@ -280,18 +280,19 @@ class DirectJob:
     def _begin_checkpoint(self, rows: int) -> None:
         if self._checkpoints.begin(rows):
             self._checkpoint_open = True
-            pipeline = self._pipeline
-            then = partial(self._checkpoint_copied, rows)
-            pipeline.worker.submit_then(pipeline, pipeline.copy_sums, then)
+            self._copy_sums(rows)
 
     def _begin_last_checkpoint(self) -> None:
         rows = self._submitted * self._plan.block_rows
         if rows > self._checkpoints.rows:
-            pipeline = self._pipeline
-            then = partial(self._last_checkpoint_copied, rows)
-            pipeline.worker.submit_then(pipeline, pipeline.copy_sums, then)
+            self._copy_sums(rows, last=True)
         else:
             self._hand_over_at(rows)
+
+    def _copy_sums(self, rows: int, *, last: bool = False) -> None:
+        pipeline = self._pipeline
+        then = partial(self._sums_copied, rows, last)
+        pipeline.worker.submit_then(pipeline, pipeline.copy_sums, then)
 
     # What the device worker's thread calls.
 
@@ -311,22 +312,15 @@ class DirectJob:
                 self._downs[number % self._count].put(_Results(number, block))
             self._advance()
 
-    def _checkpoint_copied(
-        self, rows: int, sums: Sums | None, error: Exception | None
+    def _sums_copied(
+        self, rows: int, last: bool, sums: Sums | None, error: Exception | None
     ) -> None:
         if error is not None or sums is None:
             self._fail(error)
             return
         self._downs[0].put(_Sums(sums, rows))
-
-    def _last_checkpoint_copied(
-        self, rows: int, sums: Sums | None, error: Exception | None
-    ) -> None:
-        if error is not None or sums is None:
-            self._fail(error)
-            return
-        self._downs[0].put(_Sums(sums, rows))
-        self._hand_over_at(rows)
+        if last:
+            self._hand_over_at(rows)
 
     def _hand_over_at(self, rows: int) -> None:
         for down in self._downs:
@@ -426,20 +420,14 @@ class DirectJob:
                 self._end(side)
 
     def _run(self, side: ThreadSide, work: Callable[[], None]) -> None:
-        error: Exception | None = None
         try:
             work()
         except Stopped:
             pass
-        except DirectFramingError as wrong:
-            error = malformed(str(wrong))
-        except (EOFError, OSError) as broken:
-            if not self._handed_over:
-                error = connection_lost(broken)
-        except Exception as failed:  # noqa: BLE001 - raised by `run`
-            error = failed
-        if error is not None:
-            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - raised by `run`
+            # `hand_over` itself has closed the sockets for operands.
+            if not (self._handed_over and is_broken(error)):
+                self._fail(failure_of(error))
         self._end(side)
 
     def _end(self, side: ThreadSide) -> None:

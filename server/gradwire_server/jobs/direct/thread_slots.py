@@ -5,10 +5,7 @@ from __future__ import annotations
 import threading
 
 from gradwire_server.jobs.stream.slots import Ring
-
-
-class Stopped(Exception):  # noqa: N818 - no error: the thread has nothing more to do
-    """Nothing more is received."""
+from gradwire_server.transports.data_plane.thread_side import Stopped
 
 
 class ThreadSlots(Ring):

@@ -7,10 +7,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from gradwire_protocol.checksum import crc32c
-from gradwire_protocol.data_plane.frames import FrameHeader
+from gradwire_protocol.data_plane.frames import DirectFramingError, FrameHeader
 from gradwire_protocol.data_plane.sockets import DirectSocket
 from gradwire_protocol.error_reasons import Reason
-from gradwire_server.errors import JobError
+from gradwire_server.errors import JobError, malformed
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the call has ended, or ends
+    """The thread has nothing more to do."""
 
 
 class ThreadSide:
@@ -86,11 +90,13 @@ async def ended_threads(ended: asyncio.Future[None]) -> None:
 
 
 def check_crc32c(frame: FrameHeader, payload: memoryview) -> None:
-    """Check the payload of a frame with a checksum.
+    """Check the payload of a frame, if it has a checksum.
 
     Raises:
         JobError: It was damaged.
     """
+    if frame.crc32c is None:
+        return
     found = crc32c(payload)
     if found != frame.crc32c:
         raise JobError(
@@ -101,9 +107,18 @@ def check_crc32c(frame: FrameHeader, payload: memoryview) -> None:
         )
 
 
-def connection_lost(cause: Exception) -> JobError:
-    """Return the error of a call whose direct connection broke."""
-    how = "the client closed it" if isinstance(cause, EOFError) else str(cause)
+def is_broken(error: Exception) -> bool:
+    """Return whether a thread failed because its connection broke."""
+    return isinstance(error, EOFError | OSError)
+
+
+def failure_of(error: Exception) -> Exception:
+    """Return the error of a call with whose frames a thread failed."""
+    if isinstance(error, DirectFramingError):
+        return malformed(str(error))
+    if not is_broken(error):
+        return error
+    how = "the client closed it" if isinstance(error, EOFError) else str(error)
     return JobError(
         Reason.CONNECTION_LOST, f"a direct connection of this call broke: {how}"
     )
