@@ -24,15 +24,19 @@ from typing import Protocol
 
 from gradwire._api.errors import ProtocolError
 from gradwire._arrays.operand import Operand
-from gradwire._core.frame import Frame
+from gradwire._core.frame import (
+    NOTHING,
+    Frame,
+    check_length,
+    complete_frame,
+    elements_frame,
+)
 from gradwire._core.job_plan import Plan
 from gradwire._core.receiver import Sink, check_crc32c
 from gradwire._core.resume import Checkpoint
 from gradwire._core.sender import Sender
-from gradwire_protocol import checksum
 from gradwire_protocol.data_plane.frames import FrameHeader, Kind
 from gradwire_protocol.framing import Chunk
-from gradwire_protocol.limits import MAX_PAYLOAD_BYTES
 from gradwire_protocol.matrices import PARTIAL_SUMS, RESULTS, ROW_OPERANDS, Matrix
 
 _BY_NUMBER = {int(matrix): matrix for matrix in (*RESULTS, *PARTIAL_SUMS)}
@@ -181,7 +185,7 @@ class DirectExchange:
             if not self._shares_to_send:
                 # Before the server can know that the operands are complete.
                 self._shared.sender.ended = True
-        yield Frame(FrameHeader(Kind.COMPLETE, 0, m), _NOTHING)
+        yield complete_frame(m)
 
     def _frames(
         self, matrix: Matrix, operand: Operand, first: int, last: int
@@ -198,9 +202,8 @@ class DirectExchange:
             yield self._frame(matrix, index, payload)
 
     def _frame(self, matrix: Matrix, index: int, payload: memoryview) -> Frame:
-        crc = checksum.crc32c(payload) if self._shared.plan.options.checksum else None
-        header = FrameHeader(Kind.ELEMENTS, matrix, index, len(payload), crc)
-        return Frame(header, payload)
+        has_checksum = self._shared.plan.options.checksum
+        return elements_frame(matrix, index, payload, has_checksum=has_checksum)
 
     # Receiving.
 
@@ -288,14 +291,10 @@ class ResultShare:
         Raises:
             ProtocolError: The frame does not continue the results.
         """
-        if header.length > MAX_PAYLOAD_BYTES:
-            raise ProtocolError(
-                f"the server sent a frame of {header.length} bytes: expected at most"
-                f" {MAX_PAYLOAD_BYTES}"
-            )
+        check_length(header)
         self._in_place = False
         if header.kind != Kind.ELEMENTS:
-            return _NOTHING
+            return NOTHING
         matrix = _BY_NUMBER.get(header.matrix)
         if matrix is not None and (matrix in self._received or matrix in self._sums):
             self._check(matrix, header)
@@ -442,6 +441,3 @@ class ResultShare:
                 f" {self._shared.sender.m}"
             )
         self.complete = True
-
-
-_NOTHING = memoryview(b"")

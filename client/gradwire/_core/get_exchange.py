@@ -10,14 +10,11 @@ from gradwire._api.errors import ProtocolError
 from gradwire._api.types import Array
 from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.operand import Operand
-from gradwire._core.frame import Frame
+from gradwire._core.frame import NOTHING, Frame, check_length
 from gradwire._core.tensor_exchange import TensorExchange, TensorShare, parse
 from gradwire_protocol.data_plane.frames import FrameHeader, Kind
 from gradwire_protocol.dtypes import Dtype
-from gradwire_protocol.limits import (
-    GET_TENSOR,
-    MAX_PAYLOAD_BYTES,
-)
+from gradwire_protocol.limits import GET_TENSOR
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1.session_service_pb2 import (
     GetTensorRequest,
@@ -99,14 +96,10 @@ class GetExchange(TensorExchange, TensorShare):
             ProtocolError: The frame is not the next one.
         """
         if header.kind == Kind.COMPLETE:
-            return _NOTHING
+            return NOTHING
         if header.kind != Kind.ELEMENTS or header.matrix or header.crc32c is not None:
             raise ProtocolError(f"the server sent {header} of a tensor")
-        if header.length > MAX_PAYLOAD_BYTES:
-            raise ProtocolError(
-                f"the server sent a frame of {header.length} bytes: expected at most"
-                f" {MAX_PAYLOAD_BYTES}"
-            )
+        check_length(header)
         return self._next(header.position, header.length)
 
     def take(self, header: FrameHeader, payload: memoryview) -> None:
@@ -149,6 +142,3 @@ class GetExchange(TensorExchange, TensorShare):
         if at + length > len(self._bytes):
             raise ProtocolError("the server sent more elements than a tensor has")
         return self._bytes[at : at + length]
-
-
-_NOTHING = memoryview(b"")

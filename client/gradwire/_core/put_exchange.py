@@ -7,13 +7,9 @@ from collections.abc import Iterator, Mapping
 
 from gradwire._api.errors import ProtocolError
 from gradwire._arrays.operand import Operand
-from gradwire._core.frame import Frame
+from gradwire._core.frame import Frame, complete_frame, elements_frame
 from gradwire._core.tensor_exchange import TensorExchange, TensorShare, parse
-from gradwire_protocol.data_plane.frames import FrameHeader, Kind
-from gradwire_protocol.limits import (
-    DEFAULT_CHUNK_BYTES,
-    PUT_TENSOR,
-)
+from gradwire_protocol.limits import DEFAULT_CHUNK_BYTES, PUT_TENSOR
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1.session_service_pb2 import (
     PutTensorRequest,
@@ -74,14 +70,13 @@ class PutExchange(TensorExchange):
         """Yield the frames with the elements."""
         del connection, operands
         for index, payload in self._pieces():
-            header = FrameHeader(Kind.ELEMENTS, 0, index, len(payload))
-            yield Frame(header, payload)
+            yield elements_frame(0, index, payload)
         count = (
             0
             if self._elements is None
             else self._elements.rows * self._elements.columns
         )
-        yield Frame(FrameHeader(Kind.COMPLETE, 0, count), _NOTHING)
+        yield complete_frame(count)
 
     def share(self, connection: int) -> TensorShare:
         """Return what takes no frames."""
@@ -117,6 +112,3 @@ def sha256_of(elements: Operand) -> bytes:
 def _pieces(elements: Operand) -> Iterator[tuple[int, memoryview]]:
     size = max(1, DEFAULT_CHUNK_BYTES // elements.dtype.itemsize)
     return elements.pieces(0, elements.rows, size)
-
-
-_NOTHING = memoryview(b"")

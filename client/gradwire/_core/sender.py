@@ -21,17 +21,14 @@ import numpy as np
 from gradwire._api.errors import InputError
 from gradwire._api.types import Array
 from gradwire._arrays.operand import Operand
-from gradwire._core.frame import Frame, Message
+from gradwire._core.frame import Message, complete_frame, elements_frame
 from gradwire._core.job_plan import Plan
 from gradwire_protocol import checksum, framing
-from gradwire_protocol.data_plane.frames import FrameHeader, Kind
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.matrices import ROW_OPERANDS, Matrix
 
 WAIT: Final = b""
 """In the place of a message: wait until the server has sent more."""
-
-_NOTHING = memoryview(b"")
 
 STALE_S = 0.1
 """Longest time that rows are collected for a full message, so that the server sees
@@ -201,7 +198,7 @@ class Sender:
         """Yield what completes the job."""
         self.ended = True
         if self._in_frames:
-            yield Frame(FrameHeader(Kind.COMPLETE, 0, self.m or 0), _NOTHING)
+            yield complete_frame(self.m or 0)
         yield framing.encode_end(self.m or 0)
 
     def _held(self) -> int:
@@ -305,10 +302,10 @@ class Sender:
         return self.accepted or self.bytes_sent + size_bytes <= self._early_bytes
 
     def _encoded(self, matrix: Matrix, index: int, payload: memoryview) -> Message:
-        crc = checksum.crc32c(payload) if self._plan.options.checksum else None
+        has_checksum = self._plan.options.checksum
         if self._in_frames:
-            header = FrameHeader(Kind.ELEMENTS, matrix, index, len(payload), crc)
-            return Frame(header, payload)
+            return elements_frame(matrix, index, payload, has_checksum=has_checksum)
+        crc = checksum.crc32c(payload) if has_checksum else None
         return framing.encode_chunk(matrix, index, payload, crc)
 
 

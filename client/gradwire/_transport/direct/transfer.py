@@ -330,12 +330,7 @@ class DirectTransfer(_Breakable):
         self._allow_end(exchange)
         data = memoryview(bytearray(HEADER_BYTES))
         while not share.complete:
-            sock.receive(data)
-            header = FrameHeader.decode(data)
-            room = share.room(header)
-            if header.length:
-                sock.receive(room)
-            share.take(header, room)
+            share.take(*_receive_frame(sock, data, share))
         with self._lock:
             self._receiving.discard(sock)
 
@@ -444,11 +439,7 @@ class DirectStream(_Breakable):
                 self._down_confirmed = True
                 _read_attached(sock)
                 self._may_end.set()
-            sock.receive(self._data)
-            header = FrameHeader.decode(self._data)
-            room = share.room(header)
-            if header.length:
-                sock.receive(room)
+            header, room = _receive_frame(sock, self._data, share)
         except (EOFError, OSError) as error:
             self._may_end.set()
             self._break(error, sending=False)
@@ -481,6 +472,27 @@ def _later(delay_s: float, work: Callable[[], object]) -> threading.Timer:
     timer.daemon = True
     timer.start()
     return timer
+
+
+def _receive_frame(
+    sock: DirectSocket, data: memoryview, share: Share
+) -> tuple[FrameHeader, memoryview]:
+    """Receive a frame into the memory that its share has for it.
+
+    Args:
+        sock: The socket.
+        data: Memory for the header.
+        share: Checks the header.
+
+    Returns:
+        The header and the payload, for the share to take.
+    """
+    sock.receive(data)
+    header = FrameHeader.decode(data)
+    room = share.room(header)
+    if header.length:
+        sock.receive(room)
+    return header, room
 
 
 def _read_attached(sock: DirectSocket) -> None:
