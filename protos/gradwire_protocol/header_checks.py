@@ -71,10 +71,8 @@ def check_header(job: job_pb2.Job) -> None:
             f"{MAX_PAYLOAD_BYTES}",
             "job.max_chunk_bytes",
         )
-    if job.block_rows < 0 or job.block_rows & (job.block_rows - 1):
-        raise _invalid(
-            "block_rows", f"is {job.block_rows}: expected a power of two, or 0"
-        )
+    _check_power_of_two("block_rows", job.block_rows)
+    _check_power_of_two("numerics.dw_segment_rows", job.numerics.dw_segment_rows)
     _check_kept(job, m, results)
     _check_shared_memory(
         job,
@@ -90,6 +88,8 @@ def check_header(job: job_pb2.Job) -> None:
         _check_checkpoints(job, results)
     if job.HasField("resume"):
         _check_resume(job.resume, m, results)
+    if job.segment_sums:
+        _check_segment_sums(job, results)
 
 
 def _check_direct(job: job_pb2.Job) -> None:
@@ -374,6 +374,29 @@ def _check_resume(
         source = getattr(given, matrix.label)
         if needed and source.WhichOneof("source") != "inline":
             raise _unknown_kind(f"{path}.source")
+
+
+def _check_power_of_two(path: str, number: int) -> None:
+    if number < 0 or number & (number - 1):
+        raise _invalid(path, f"is {number}: expected a power of two, or 0")
+
+
+def _check_segment_sums(job: job_pb2.Job, results: Collection[Matrix]) -> None:
+    if not any(matrix in results for matrix in SUMS):
+        reasons = " and ".join(f"{result.label} is not wanted" for result in SUMS)
+        raise _invalid("segment_sums", f"is true, but {reasons}")
+    if not job.numerics.dw_segment_rows:
+        raise _invalid(
+            "numerics.dw_segment_rows",
+            "is 0: a job with segment_sums needs it, a power of two",
+        )
+    for path in ("checkpoints", "resume", "session"):
+        if job.HasField(path):
+            raise _invalid(path, "is present: a job with segment_sums has none")
+    if job.regions:
+        raise _invalid(
+            "segment_sums", "is true, but the job's matrices are in shared memory"
+        )
 
 
 def _invalid(path: str, what: str) -> HeaderError:

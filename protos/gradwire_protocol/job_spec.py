@@ -43,6 +43,7 @@ class Fingerprint(NamedTuple):
     device: str
     threads: int
     block_rows: int
+    segment_rows: int
 
     @classmethod
     def from_message(cls, message: job_pb2.NumericsFingerprint) -> Fingerprint:
@@ -142,6 +143,11 @@ class JobSpec:
     """Results that stay in gradients of the session; they are not sent."""
     block_rows: int | None = None
     """Most rows of a row block, a power of two; None: as many as the server chooses."""
+    segment_rows: int | None = None
+    """Rows of a segment, a power of two, whose row blocks are summed from zero before
+    the segments are; None: no segments."""
+    segment_sums: bool = False
+    """Whether the server sends the sums of each segment in the place of `sums`."""
     direct: int = 0
     """Most direct connections that the client opens for the elements; 0: none."""
 
@@ -183,7 +189,11 @@ class JobSpec:
     @cached_property
     def sent_results(self) -> tuple[Matrix, ...]:
         """The results that the server sends, in messages or in shared memory."""
-        return tuple(each for each in self.results if each not in self.into)
+        return tuple(
+            each
+            for each in self.results
+            if each not in self.into and not (self.segment_sums and each.is_sum)
+        )
 
     def is_kept(self, matrix: Matrix) -> bool:
         """Whether a matrix is in the session's memory while the job runs."""
@@ -257,6 +267,7 @@ class JobSpec:
                     self.dw_accumulator.proto_name if self.dw_accumulator else None
                 ),
                 allow_tf32=self.allow_tf32,
+                dw_segment_rows=self.segment_rows,
             ),
             checksum=(
                 matrix_pb2.CHECKSUM_CRC32C
@@ -266,6 +277,7 @@ class JobSpec:
             max_chunk_bytes=self.max_chunk_bytes,
             required_features=self.features,
             block_rows=self.block_rows,
+            segment_sums=self.segment_sums,
         )
         job.regions.extend(job_pb2.SharedRegion(token=name) for name in self.regions)
         for result, dtype in self.results.items():
@@ -346,6 +358,8 @@ class JobSpec:
             keep=_read_keep(job),
             into=_read_into(job),
             block_rows=job.block_rows or None,
+            segment_rows=job.numerics.dw_segment_rows or None,
+            segment_sums=job.segment_sums,
             direct=job.direct.connections,
         )
         spec._check_overlap()

@@ -59,6 +59,9 @@ RESUME = "resume"
 BLOCK_ROWS = "block-rows"
 """Feature name for jobs that limit the rows of a block."""
 
+SEGMENTS = "segments"
+"""Feature name for jobs whose dW and dB are summed in segments."""
+
 EARLY_ROWS = "early-rows"
 """Feature name for operands that are sent before the job is accepted."""
 

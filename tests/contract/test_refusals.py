@@ -44,6 +44,10 @@ def job(**fields) -> job_pb2.Job:
     return make_job(**({"job_id": JOB_ID} | fields))
 
 
+def in_segments(rows: int, **fields) -> job_pb2.Job:
+    return job(numerics=job_pb2.Numerics(dw_segment_rows=rows), **fields)
+
+
 def case(name, messages, reason, field, *says, status=INVALID):
     return pytest.param(messages, status, reason, field, says, id=name)
 
@@ -229,6 +233,75 @@ HEADERS = [
         "job.block_rows",
         "100",
         "a power of two",
+    ),
+    case(
+        "segment-rows-negative",
+        in_segments(-4),
+        "OPTION_INVALID",
+        "job.numerics.dw_segment_rows",
+        "-4",
+        "a power of two",
+    ),
+    case(
+        "segment-rows-not-a-power-of-two",
+        in_segments(6),
+        "OPTION_INVALID",
+        "job.numerics.dw_segment_rows",
+        "6",
+        "a power of two",
+    ),
+    case(
+        "segments-on-a-server-without-them",
+        in_segments(4),
+        "OPTION_UNKNOWN",
+        "job.numerics.dw_segment_rows",
+        "is 4",
+        status=UNIMPLEMENTED,
+    ),
+    case(
+        "segment-sums-without-segments",
+        job(segment_sums=True),
+        "OPTION_INVALID",
+        "job.numerics.dw_segment_rows",
+        "is 0",
+        "segment_sums",
+    ),
+    case(
+        "segment-sums-without-sums",
+        in_segments(4, results=("y", "dx"), segment_sums=True),
+        "OPTION_INVALID",
+        "job.segment_sums",
+        "dw is not wanted and db is not wanted",
+    ),
+    case(
+        "segment-sums-with-checkpoints",
+        in_segments(4, segment_sums=True, checkpoints=job_pb2.Checkpoints()),
+        "OPTION_INVALID",
+        "job.checkpoints",
+        "segment_sums",
+    ),
+    case(
+        "segment-sums-with-resume",
+        in_segments(
+            4,
+            segment_sums=True,
+            resume=job_pb2.Resume(fingerprint=job_pb2.NumericsFingerprint()),
+        ),
+        "OPTION_INVALID",
+        "job.resume",
+        "segment_sums",
+    ),
+    case(
+        "segment-sums-with-a-session",
+        in_segments(
+            4,
+            segment_sums=True,
+            w=job_pb2.Operand(kept=job_pb2.KeptSource(tensor=1)),
+            session=job_pb2.SessionRef(session="some"),
+        ),
+        "OPTION_INVALID",
+        "job.session",
+        "segment_sums",
     ),
 ]
 

@@ -16,11 +16,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from gradwire.v1 import gradient_service_pb2 as service_pb2
-from gradwire.v1 import gradient_service_pb2_grpc
+from gradwire.v1 import gradient_service_pb2_grpc, job_pb2
+from gradwire_protocol.row_blocks import rows_of_a_block
 from gradwire_server.api.standard import guard
 from tests.support import http2
 from tests.support.raw import (
     SERVICE,
+    Stream,
     assert_exact,
     compute_job,
     stream_job,
@@ -70,10 +72,50 @@ def test_server_info_describes_the_device_on_which_jobs_run(info, channel):
     assert info.server_instance == outcome.accepted.server_instance
 
 
+def test_server_info_says_beforehand_what_decides_the_bits_of_a_job(info, channel):
+    problem = whole_numbers(3, 20, 4)
+    accepted = stream_job(channel, problem).accepted
+    at = list(info.devices).index(accepted.device)
+    expected = job_pb2.NumericsFingerprint()
+    expected.CopyFrom(accepted.fingerprint)
+    for name in ("block_rows", "segment_rows"):
+        assert getattr(accepted.fingerprint, name) == accepted.block_rows
+        expected.ClearField(name)
+    assert list(info.fingerprints)[at] == expected
+    assert len(info.fingerprints) == len(info.devices)
+    rows = rows_of_a_block(20, 4, 4, info.limits.row_block_bytes)
+    assert accepted.block_rows == rows
+
+
+def test_server_info_counts_the_jobs_that_run_and_that_wait():
+    with (
+        running_server(max_jobs=1) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = gradient_service_pb2_grpc.GradientServiceStub(channel)
+
+        def jobs() -> tuple[int, int]:
+            answer = stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=10)
+            return answer.running_jobs, answer.queued_jobs
+
+        assert jobs() == (0, 0)
+        problem = whole_numbers(3, 2, 2)
+        with Stream(channel) as first, Stream(channel) as second:
+            first.send(problem.job())
+            first.receive_accepted()
+            second.send(problem.job())
+            second.receive()
+            assert jobs() == (1, 1)
+
+
 def test_limits_are_the_operators():
     with (
         running_server(
-            max_jobs=3, max_queue=2, memory_limit=1 << 28, idle_timeout=7.5
+            max_jobs=3,
+            max_queue=2,
+            memory_limit=1 << 28,
+            idle_timeout=7.5,
+            row_block_bytes=1 << 16,
         ) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
@@ -82,6 +124,7 @@ def test_limits_are_the_operators():
     assert (limits.max_jobs, limits.max_queue) == (3, 2)
     assert limits.memory_bytes == 1 << 28
     assert limits.idle_timeout_seconds == 7.5
+    assert limits.row_block_bytes == 1 << 16
 
 
 @pytest.mark.parametrize("service", ["", SERVICE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from gradwire_protocol.job_spec import (
 from gradwire_protocol.matrices import RESULTS, SUMS, Matrix, operands_for
 
 SIZES = st.integers(0, 1000)
+POWERS = st.integers(0, 62).map(lambda bit: 1 << bit)
 TEXTS = st.text(max_size=8)
-FINGERPRINTS = st.builds(Fingerprint, TEXTS, TEXTS, SIZES, SIZES)
+FINGERPRINTS = st.builds(Fingerprint, TEXTS, TEXTS, SIZES, SIZES, SIZES)
 
 
 @st.composite
@@ -83,6 +85,10 @@ def specs(draw: Any) -> JobSpec:
         for each in (*operands_for(wanted), *(r for r in RESULTS if r in wanted))
         if each in sent
     ]
+    sums = {Matrix.DW, Matrix.DB} & wanted
+    by_segment = bool(sums) and not shared and not of_session and draw(st.booleans())
+    if by_segment:
+        of_dw, resume = False, st.none()
     accumulators = [d for d in Dtype if d.itemsize >= dtype.sums_in.itemsize]
     return JobSpec(
         m=m,
@@ -105,7 +111,9 @@ def specs(draw: Any) -> JobSpec:
         else {},
         checkpoint_rows=draw(st.none() | SIZES) if of_dw else None,
         resume=None if shared or of_session else draw(st.none() | resume),
-        block_rows=draw(st.none() | st.integers(0, 62).map(lambda bit: 1 << bit)),
+        block_rows=draw(st.none() | POWERS),
+        segment_rows=draw(POWERS if by_segment else st.none() | POWERS),
+        segment_sums=by_segment,
         **of_session,
     )
 
@@ -126,7 +134,7 @@ def test_every_field_of_a_header_is_of_the_spec(spec: JobSpec) -> None:
 
 
 def test_every_field_of_the_contract_is_written() -> None:
-    fingerprint = Fingerprint("library", "device", 3, 4)
+    fingerprint = Fingerprint("library", "device", 3, 4, 4)
     everything = JobSpec(
         m=8,
         n=1,
@@ -160,12 +168,54 @@ def test_every_field_of_the_contract_is_written() -> None:
         session="name",
         kept={Matrix.W: KeptOperand(1)},
     )
+    in_segments = JobSpec(
+        m=8,
+        n=1,
+        k=2,
+        dtype=Dtype.FLOAT32,
+        results={Matrix.DW: Dtype.FLOAT32},
+        segment_rows=4,
+        segment_sums=True,
+    )
     written = {
         field.name
-        for spec in (everything, in_regions, in_session)
+        for spec in (everything, in_regions, in_session, in_segments)
         for field, _ in spec.to_message("name").ListFields()
     }
     assert written == set(job_pb2.Job.DESCRIPTOR.fields_by_name)
+
+
+def test_a_job_with_segment_sums_sends_no_other_sums() -> None:
+    spec = JobSpec(
+        m=8,
+        n=1,
+        k=2,
+        dtype=Dtype.FLOAT32,
+        results=dict.fromkeys(RESULTS, Dtype.FLOAT32),
+        segment_rows=4,
+    )
+    assert spec.sent_results == RESULTS
+    by_segment = replace(spec, segment_sums=True)
+    assert by_segment.sent_results == (Matrix.Y, Matrix.DX)
+
+
+def test_no_sums_of_segments_are_written_to_shared_memory() -> None:
+    matrices = (Matrix.X, Matrix.DY, Matrix.DW)
+    spec = JobSpec(
+        m=8,
+        n=1,
+        k=2,
+        dtype=Dtype.FLOAT32,
+        results={Matrix.DW: Dtype.FLOAT32},
+        regions=tuple(map(str, matrices)),
+        buffers={each: BufferRef(at, 0) for at, each in enumerate(matrices)},
+        segment_rows=4,
+    )
+    assert JobSpec.from_message(spec.to_message()) == spec
+    with pytest.raises(HeaderError, match="in shared memory") as caught:
+        JobSpec.from_message(replace(spec, segment_sums=True).to_message())
+    assert caught.value.reason is Reason.OPTION_INVALID
+    assert caught.value.field == "job.segment_sums"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +228,14 @@ def test_every_field_of_the_contract_is_written() -> None:
         ({"block_rows": 48}, Reason.OPTION_INVALID, "job.block_rows"),
         ({"block_rows": -64}, Reason.OPTION_INVALID, "job.block_rows"),
         ({"block_rows": -(1 << 63)}, Reason.OPTION_INVALID, "job.block_rows"),
+        *(
+            (
+                {"numerics": {"dw_segment_rows": rows}},
+                Reason.OPTION_INVALID,
+                "job.numerics.dw_segment_rows",
+            )
+            for rows in (-(1 << 63), -2, 3, (1 << 62) + 1)
+        ),
     ],
 )
 def test_what_no_server_can_take_names_its_field(

@@ -20,6 +20,7 @@ def make_spec(
     max_chunk_bytes: int = 1 << 20,
     places: dict[Matrix, BufferRef] | None = None,
     block_rows: int | None = None,
+    segment_rows: int | None = None,
 ) -> JobSpec:
     return JobSpec(
         m=m,
@@ -31,4 +32,5 @@ def make_spec(
         max_chunk_bytes=max_chunk_bytes,
         buffers=places or {},
         block_rows=block_rows,
+        segment_rows=segment_rows,
     )

@@ -14,6 +14,7 @@ from gradwire_protocol.matrices import RESULTS
 from gradwire_protocol.v1.gradient_service_pb2 import GetServerInfoResponse
 from gradwire_protocol.v1.job_pb2 import Accepted
 from gradwire_protocol.v1.job_pb2 import Device as DeviceMessage
+from gradwire_protocol.v1.job_pb2 import NumericsFingerprint as FingerprintMessage
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -70,7 +71,13 @@ class NumericsFingerprint:
     """Number of threads that shared one product."""
 
     block_rows: int
-    """Number of rows of a row block."""
+    """Number of rows of a row block; 0 in `ServerInfo.fingerprints`, since it depends
+    on the job."""
+
+    segment_rows: int = 0
+    """Number of rows of a segment, whose shares of dW and db are summed before those of
+    other segments are added; `block_rows` for jobs without segments; 0 in
+    `ServerInfo.fingerprints`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +209,9 @@ class ServerLimits:
     early_bytes: int = 0
     """Most bytes of operands that are sent before the server accepts a job; 0: none."""
 
+    row_block_bytes: int = 0
+    """Bytes of operands for which the server sizes row blocks; 0: not stated."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
@@ -241,6 +251,16 @@ class ServerInfo:
 
     libraries: Mapping[str, str]
     """Versions of Python, grpcio and the computing libraries, by name."""
+
+    fingerprints: tuple[NumericsFingerprint, ...] = ()
+    """What affects the last bits on each of `devices`, in their order, whatever the
+    job. Empty if the server does not say."""
+
+    running_jobs: int = 0
+    """Jobs that run on the server, of all tenants."""
+
+    queued_jobs: int = 0
+    """Jobs that wait on the server, of all tenants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,9 +399,20 @@ def device_of(message: DeviceMessage) -> Device:
     )
 
 
+def _fingerprint(message: FingerprintMessage) -> NumericsFingerprint:
+    """Convert the contract's fingerprint message."""
+    return NumericsFingerprint(
+        message.library,
+        message.device,
+        message.threads,
+        message.block_rows,
+        message.segment_rows,
+    )
+
+
 def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
     """Convert the contract's receipt message, with fields of the earlier Accepted."""
-    fingerprint, job = accepted.fingerprint, accepted.effective_job
+    job = accepted.effective_job
     return Receipt(
         job_id=message.job_id,
         server_instance=message.server_instance,
@@ -398,12 +429,7 @@ def receipt_of(message: ReceiptMessage, accepted: Accepted) -> Receipt:
         sending_s=message.sending_seconds,
         total_s=message.total_seconds,
         device=device_of(message.device),
-        fingerprint=NumericsFingerprint(
-            fingerprint.library,
-            fingerprint.device,
-            fingerprint.threads,
-            fingerprint.block_rows,
-        ),
+        fingerprint=_fingerprint(accepted.fingerprint),
         reserved_bytes=accepted.reserved_bytes,
         peak_memory_bytes=message.peak_memory_bytes,
         transport=message.transport,
@@ -457,9 +483,13 @@ def server_info_of(message: GetServerInfoResponse) -> ServerInfo:
             max_message_bytes=message.limits.max_message_bytes,
             idle_timeout_s=message.limits.idle_timeout_seconds,
             early_bytes=message.limits.early_bytes,
+            row_block_bytes=message.limits.row_block_bytes,
         ),
         draining=message.draining,
         libraries=dict(message.libraries),
+        fingerprints=tuple(_fingerprint(each) for each in message.fingerprints),
+        running_jobs=message.running_jobs,
+        queued_jobs=message.queued_jobs,
     )
 
 

@@ -99,7 +99,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "server_instance", "contract", "features", "devices", "backend_reason", "dtypes", "limits", "draining", "libraries")
+    __slots__ = ("version", "server_instance", "contract", "features", "devices", "backend_reason", "dtypes", "limits", "draining", "libraries", "fingerprints", "running_jobs", "queued_jobs")
     class LibrariesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +117,9 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LIBRARIES_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINTS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_JOBS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_JOBS_FIELD_NUMBER: _ClassVar[int]
     version: str
     server_instance: str
     contract: str
@@ -127,10 +130,13 @@ class GetServerInfoResponse(_message.Message):
     limits: Limits
     draining: bool
     libraries: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[str] = ..., server_instance: _Optional[str] = ..., contract: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[_job_pb2.Device, _Mapping]]] = ..., backend_reason: _Optional[str] = ..., dtypes: _Optional[_Iterable[_Union[_matrix_pb2.Dtype, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., draining: bool = ..., libraries: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    fingerprints: _containers.RepeatedCompositeFieldContainer[_job_pb2.NumericsFingerprint]
+    running_jobs: int
+    queued_jobs: int
+    def __init__(self, version: _Optional[str] = ..., server_instance: _Optional[str] = ..., contract: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[_job_pb2.Device, _Mapping]]] = ..., backend_reason: _Optional[str] = ..., dtypes: _Optional[_Iterable[_Union[_matrix_pb2.Dtype, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., draining: bool = ..., libraries: _Optional[_Mapping[str, str]] = ..., fingerprints: _Optional[_Iterable[_Union[_job_pb2.NumericsFingerprint, _Mapping]]] = ..., running_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("memory_bytes", "max_jobs", "max_queue", "max_columns", "max_message_bytes", "idle_timeout_seconds", "early_bytes")
+    __slots__ = ("memory_bytes", "max_jobs", "max_queue", "max_columns", "max_message_bytes", "idle_timeout_seconds", "early_bytes", "row_block_bytes")
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_JOBS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUE_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +144,7 @@ class Limits(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     EARLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROW_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     memory_bytes: int
     max_jobs: int
     max_queue: int
@@ -145,4 +152,5 @@ class Limits(_message.Message):
     max_message_bytes: int
     idle_timeout_seconds: float
     early_bytes: int
-    def __init__(self, memory_bytes: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_queue: _Optional[int] = ..., max_columns: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., idle_timeout_seconds: _Optional[float] = ..., early_bytes: _Optional[int] = ...) -> None: ...
+    row_block_bytes: int
+    def __init__(self, memory_bytes: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_queue: _Optional[int] = ..., max_columns: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., idle_timeout_seconds: _Optional[float] = ..., early_bytes: _Optional[int] = ..., row_block_bytes: _Optional[int] = ...) -> None: ...

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume", "db", "block_rows", "session", "direct")
+    __slots__ = ("job_id", "m", "n", "k", "dtype", "x", "w", "dy", "y", "dx", "dw", "numerics", "checksum", "max_chunk_bytes", "required_features", "regions", "checkpoints", "resume", "db", "block_rows", "session", "direct", "segment_sums")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     M_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class Job(_message.Message):
     BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     DIRECT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_SUMS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     m: int
     n: int
@@ -53,7 +54,8 @@ class Job(_message.Message):
     block_rows: int
     session: SessionRef
     direct: DirectOffer
-    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., db: _Optional[_Union[Result, _Mapping]] = ..., block_rows: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., direct: _Optional[_Union[DirectOffer, _Mapping]] = ...) -> None: ...
+    segment_sums: bool
+    def __init__(self, job_id: _Optional[str] = ..., m: _Optional[int] = ..., n: _Optional[int] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., x: _Optional[_Union[Operand, _Mapping]] = ..., w: _Optional[_Union[Operand, _Mapping]] = ..., dy: _Optional[_Union[Operand, _Mapping]] = ..., y: _Optional[_Union[Result, _Mapping]] = ..., dx: _Optional[_Union[Result, _Mapping]] = ..., dw: _Optional[_Union[Result, _Mapping]] = ..., numerics: _Optional[_Union[Numerics, _Mapping]] = ..., checksum: _Optional[_Union[_matrix_pb2.Checksum, str]] = ..., max_chunk_bytes: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[_Union[SharedRegion, _Mapping]]] = ..., checkpoints: _Optional[_Union[Checkpoints, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., db: _Optional[_Union[Result, _Mapping]] = ..., block_rows: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., direct: _Optional[_Union[DirectOffer, _Mapping]] = ..., segment_sums: bool = ...) -> None: ...
 
 class DirectOffer(_message.Message):
     __slots__ = ("connections",)
@@ -196,12 +198,14 @@ class InlineDestination(_message.Message):
     def __init__(self) -> None: ...
 
 class Numerics(_message.Message):
-    __slots__ = ("dw_accumulator", "allow_tf32")
+    __slots__ = ("dw_accumulator", "allow_tf32", "dw_segment_rows")
     DW_ACCUMULATOR_FIELD_NUMBER: _ClassVar[int]
     ALLOW_TF32_FIELD_NUMBER: _ClassVar[int]
+    DW_SEGMENT_ROWS_FIELD_NUMBER: _ClassVar[int]
     dw_accumulator: _matrix_pb2.Dtype
     allow_tf32: bool
-    def __init__(self, dw_accumulator: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., allow_tf32: bool = ...) -> None: ...
+    dw_segment_rows: int
+    def __init__(self, dw_accumulator: _Optional[_Union[_matrix_pb2.Dtype, str]] = ..., allow_tf32: bool = ..., dw_segment_rows: _Optional[int] = ...) -> None: ...
 
 class End(_message.Message):
     __slots__ = ("m",)
@@ -260,16 +264,18 @@ class Device(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., compute_capability: _Optional[str] = ..., memory_limit_bytes: _Optional[int] = ..., sums_rounded_to_nearest: _Optional[_Iterable[_Union[_matrix_pb2.Dtype, str]]] = ..., ignores_tf32: bool = ...) -> None: ...
 
 class NumericsFingerprint(_message.Message):
-    __slots__ = ("library", "device", "threads", "block_rows")
+    __slots__ = ("library", "device", "threads", "block_rows", "segment_rows")
     LIBRARY_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_ROWS_FIELD_NUMBER: _ClassVar[int]
     library: str
     device: str
     threads: int
     block_rows: int
-    def __init__(self, library: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., block_rows: _Optional[int] = ...) -> None: ...
+    segment_rows: int
+    def __init__(self, library: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., block_rows: _Optional[int] = ..., segment_rows: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
     __slots__ = ("job_id", "server_instance", "m", "blocks", "bytes_received", "bytes_sent", "queued_seconds", "receiving_seconds", "copy_to_device_seconds", "computing_seconds", "copy_from_device_seconds", "sending_seconds", "total_seconds", "device", "peak_memory_bytes", "transport", "applied")

@@ -77,6 +77,11 @@ class Admission:
         return self._all.running
 
     @property
+    def waiting(self) -> int:
+        """Number of waiting jobs."""
+        return len(self._all.waiting)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes held by jobs and open calls."""
         return self._ledger.held_bytes

@@ -112,13 +112,13 @@ class JobService:
             )
             for device in backend.devices
         ]
-        row_block_bytes = settings.row_block_bytes or backend.row_block_bytes
-        self.early_bytes = early_bytes(row_block_bytes)
+        self.row_block_bytes = settings.row_block_bytes or backend.row_block_bytes
+        self.early_bytes = early_bytes(self.row_block_bytes)
         self._headers = HeaderCache(
             backend,
             settings.device_memory_limit,
             self.features,
-            row_block_bytes,
+            self.row_block_bytes,
             self.instance,
         )
         self._jobs = JobRegistry()

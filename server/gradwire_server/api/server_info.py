@@ -12,7 +12,7 @@ from gradwire_protocol.v1.gradient_service_pb2 import GetServerInfoResponse, Lim
 from gradwire_protocol.version import VERSION
 from gradwire_server.admission import tenancy
 from gradwire_server.api.job_service import JobService
-from gradwire_server.backends.device_info import device_message
+from gradwire_server.backends.device_info import device_message, fingerprint_message
 
 
 def describe(service: JobService, backend_reason: str) -> GetServerInfoResponse:
@@ -43,6 +43,7 @@ def describe(service: JobService, backend_reason: str) -> GetServerInfoResponse:
             max_message_bytes=MAX_PAYLOAD_BYTES,
             idle_timeout_seconds=service.settings.idle_timeout,
             early_bytes=service.early_bytes,
+            row_block_bytes=service.row_block_bytes,
         ),
         draining=admission.draining,
         libraries={
@@ -50,4 +51,7 @@ def describe(service: JobService, backend_reason: str) -> GetServerInfoResponse:
             "grpcio": grpc.__version__,
             **backend.libraries(),
         },
+        fingerprints=[fingerprint_message(device) for device in backend.devices],
+        running_jobs=admission.running,
+        queued_jobs=admission.waiting,
     )

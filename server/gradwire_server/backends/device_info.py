@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gradwire_protocol.job_spec import Fingerprint
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.backends.base import DeviceInfo
 from gradwire_server.errors import BackendError
@@ -76,6 +77,15 @@ def device_message(device: DeviceInfo, limit: int | None) -> job_pb2.Device:
         ],
         ignores_tf32=device.ignores_tf32,
     )
+
+
+def fingerprint_message(
+    device: DeviceInfo, block_rows: int = 0, segment_rows: int = 0
+) -> job_pb2.NumericsFingerprint:
+    """Return what affects the last bits on a device, and of a job's if it is known."""
+    return Fingerprint(
+        device.library, device.name, device.threads, block_rows, segment_rows
+    ).to_message()
 
 
 def _listed(numbers: Sequence[int]) -> str:

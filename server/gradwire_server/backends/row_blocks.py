@@ -1,8 +1,8 @@
 """Division of a job into row blocks, and its memory layout.
 
-Both depend only on n, k, the dtypes, the header's `block_rows` and the server's
-configuration. So a job on the same server always has the same row blocks, for any m and
-any order of arrival. A product's last bits depend on the row blocks.
+Both depend only on n, k, the dtypes, the header's `block_rows` and `segment_rows` and
+the server's configuration. So a job on the same server always has the same row blocks,
+for any m and any order of arrival. A product's last bits depend on the row blocks.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import ROW_OPERANDS, ROW_RESULTS, Matrix
-
-MAX_BLOCK_ROWS = 8192
-"""Most rows of a row block. More rows do not make a product faster, and delay its
-results."""
+from gradwire_protocol.row_blocks import rows_of_a_block
 
 RING_ENDS = 2
 """Row blocks that a job holds in addition to those in progress on the device: one is
@@ -114,7 +111,14 @@ def plan_row_blocks(
         keeps_on_device: Whether kept operands lie in the device's own memory: rows that
             are sent and kept have a place here, from which they are copied there.
     """
-    block_rows = rows_of_a_block(spec, row_block_bytes)
+    block_rows = rows_of_a_block(
+        spec.n,
+        spec.k,
+        spec.dtype.itemsize,
+        row_block_bytes,
+        spec.block_rows,
+        spec.segment_rows,
+    )
     if spec.m is not None:
         pipeline_depth = min(pipeline_depth, max(-(-spec.m // block_rows), 1))
     slot_rows = block_rows if spec.m is None else min(block_rows, spec.m)
@@ -155,19 +159,6 @@ def plan_row_blocks(
         computes=bool(row_elements and slot_rows),
         extra_slots=extra_slots,
     )
-
-
-def rows_of_a_block(spec: JobSpec, row_block_bytes: int) -> int:
-    """Return B, the largest power of two whose operand rows fit in `row_block_bytes`.
-
-    Rows of both X and dY count, even if a job sends only one of them. So a result has
-    the same bits with any other wanted results. The header's `block_rows` can only
-    make B smaller: the operator's limit on the memory of a job holds.
-    """
-    row_bytes = (spec.n + spec.k) * spec.dtype.itemsize
-    rows = min(MAX_BLOCK_ROWS, row_block_bytes // max(row_bytes, 1))
-    own = 1 << max(rows.bit_length() - 1, 0)
-    return own if spec.block_rows is None else min(own, spec.block_rows)
 
 
 def held_in(spec: JobSpec, block_rows: int) -> Dtype:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.job_spec import Fingerprint, Resume
 from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.row_blocks import MAX_BLOCK_ROWS
 from gradwire_server.backends.row_blocks import (
     ALIGNMENT,
-    MAX_BLOCK_ROWS,
     held_in,
     plan_row_blocks,
 )
@@ -49,6 +49,8 @@ def test_a_job_can_have_smaller_blocks_never_larger_ones(n, k, dtype, bit):
     own = plan_row_blocks(make_spec(None, n, k, dtype), 1 << 20, 1).block_rows
     for m in (None, 1, 10**9):
         asked = make_spec(m, n, k, dtype, block_rows=1 << bit)
+        assert plan_row_blocks(asked, 1 << 20, 1).block_rows == min(own, 1 << bit)
+        asked = make_spec(m, n, k, dtype, segment_rows=1 << bit)
         assert plan_row_blocks(asked, 1 << 20, 1).block_rows == min(own, 1 << bit)
 
 
@@ -127,7 +129,7 @@ def test_only_what_is_one_block_for_certain_is_held_as_its_product():
     assert held_in(replace(spec, m=None), 16) is wide
     # Partial sums leave, or arrive, as the accumulator holds them.
     assert held_in(replace(spec, checkpoint_rows=16), 16) is wide
-    there = Resume(16, 16, Fingerprint("", "", 1, 16))
+    there = Resume(16, 16, Fingerprint("", "", 1, 16, 16))
     assert held_in(replace(spec, resume=there), 16) is wide
     results = spec.results | {Matrix.DW: wide}
     assert held_in(replace(spec, results=results), 16) is wide

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from gradwire_protocol.job_spec import Fingerprint, JobSpec
+from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.backends.base import Backend
-from gradwire_server.backends.device_info import device_message
+from gradwire_server.backends.device_info import device_message, fingerprint_message
 from gradwire_server.backends.row_blocks import RowBlockPlan, plan_row_blocks
 from gradwire_server.jobs.header.parse import check_header_size, parse_header
 from gradwire_server.jobs.header.resume import check_grid
@@ -104,9 +104,9 @@ class HeaderCache:
                     credit_blocks=plan.slots,
                     device_bytes=device_bytes,
                     device=device_message(device, self._device_limit),
-                    fingerprint=Fingerprint(
-                        device.library, device.name, device.threads, plan.block_rows
-                    ).to_message(),
+                    fingerprint=fingerprint_message(
+                        device, plan.block_rows, spec.segment_rows or plan.block_rows
+                    ),
                     effective_job=echo,
                 )
                 for device in self._backend.devices

@@ -16,6 +16,7 @@ from gradwire_protocol.limits import (
     FROZEN_TENSORS,
     MAX_JOB_ID_LENGTH,
     RESUME,
+    SEGMENTS,
     SESSIONS,
     SHARED_MEMORY,
 )
@@ -141,5 +142,12 @@ def _check_features(spec: JobSpec, features: tuple[str, ...]) -> None:
         raise JobError(
             Reason.OPTION_UNKNOWN,
             f"{path} asks for shared memory, which this server does not allow",
+            field=path,
+        )
+    if spec.segment_rows and SEGMENTS not in features:
+        path = "job.numerics.dw_segment_rows"
+        raise JobError(
+            Reason.OPTION_UNKNOWN,
+            f"{path} is {spec.segment_rows}: this server does not offer segments",
             field=path,
         )

@@ -35,6 +35,8 @@ def require_same_bits(spec: JobSpec, here: job_pb2.NumericsFingerprint) -> None:
 def check_grid(spec: JobSpec, block_rows: int) -> None:
     """Check that a job resumes at the beginning of a row block.
 
+    With sums and segments, it is the beginning of a segment, too.
+
     Raises:
         JobError: It does not, or the row blocks here have another size.
     """
@@ -42,13 +44,18 @@ def check_grid(spec: JobSpec, block_rows: int) -> None:
         return
     if spec.resume.fingerprint.block_rows != block_rows:
         raise _mismatch("block_rows", spec.resume.fingerprint.block_rows, block_rows)
-    for name in ("first_row", "results_from_row"):
+    # The sum over the earlier rows is that of whole segments.
+    segment_rows = spec.segment_rows if spec.sums else None
+    for name, unit in (
+        ("first_row", segment_rows or block_rows),
+        ("results_from_row", block_rows),
+    ):
         row = getattr(spec.resume, name)
-        if row % block_rows:
+        if row % unit:
             path = f"job.resume.{name}"
             raise JobError(
                 Reason.OPTION_INVALID,
-                f"{path} is {row}: expected a multiple of {block_rows}",
+                f"{path} is {row}: expected a multiple of {unit}",
                 field=path,
             )
 

@@ -48,6 +48,12 @@ def whole_operands(
                 f"job.{name} is present: Compute has none; ComputeStream does",
                 field=f"job.{name}",
             )
+    if spec.segment_sums:
+        raise JobError(
+            Reason.OPTION_INVALID,
+            "job.segment_sums is true: Compute has none; ComputeStream does",
+            field="job.segment_sums",
+        )
     for name, size in (
         ("request", spec.operands_bytes),
         ("response", spec.results_bytes),
