@@ -8,6 +8,7 @@
      │    └── ContractError                the server has no known contract
      ├── ProtocolError                     the server broke the contract
      ├── VerificationError                 `verify` found a wrong result
+     ├── NumericsError                     a server's results would have other last bits
      └── CallError                         a call ended with a status other than OK:
           ├── RequestError                   INVALID_ARGUMENT and similar statuses
           │    ├── SessionLostError            the session is gone, with its tensors
@@ -134,6 +135,14 @@ class ContractError(ConnectError):
 
 class ProtocolError(GradwireError):
     """The server violated the contract. The job was cancelled."""
+
+
+class NumericsError(GradwireError):
+    """A server computes with another library, kind of processor or block size.
+
+    Its segments of a job (`spread=True`) would have other last bits than those of the
+    job's other servers.
+    """
 
 
 class VerificationError(GradwireError):

@@ -48,6 +48,28 @@ _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 
 
 @dataclass(frozen=True, slots=True)
+class Numerics:
+    """What the last bits of a server's results depend on, beside the job."""
+
+    library: str
+    """Library of the products, with its version."""
+
+    device: str
+    """Kind of processor."""
+
+    threads: int
+    """Threads that share one product."""
+
+    row_block_bytes: int
+    """Size of a row block's operands, on which its rows depend."""
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        mib = self.row_block_bytes / (1 << 20)
+        return f"{self.library} on {self.device}, {threads}, row blocks of {mib:g} MiB"
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """The validated options of a call."""
 
@@ -92,6 +114,12 @@ class Options:
     """Most rows of a row block; "auto": chosen for a slow link; 0: the server's choice;
     None: the client's default."""
 
+    spread: bool = False
+    """Whether all servers and devices compute segments of the job."""
+
+    numerics: Numerics | None = None
+    """What every server of the job must have; None: anything."""
+
 
 @dataclass(frozen=True)
 class CallOptions:
@@ -119,6 +147,7 @@ class ForwardOptions(TypedDict, total=False):
     request_id: str | None
     metadata: Metadata
     block_rows: BlockRows | None
+    spread: bool
 
 
 class SessionJobOptions(TypedDict, total=False):
@@ -190,6 +219,7 @@ def parse_options(**given: Unpack[GradientsOptions]) -> Options:
         metadata=parse_metadata(given.get("metadata", ())),
         checkpoint_rows=_checkpoint_rows(given.get("checkpoint_rows")),
         block_rows=parse_block_rows(given.get("block_rows")),
+        spread=bool(given.get("spread")),
     )
 
 

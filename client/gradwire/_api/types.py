@@ -81,6 +81,29 @@ class NumericsFingerprint:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """A segment of a job that several servers have computed (`spread=True`)."""
+
+    first_row: int
+    """Index of its first row within the whole job."""
+
+    rows: int
+    """Number of rows."""
+
+    server_address: str
+    """Address of the server that computed it."""
+
+    server_instance: str
+    """The server process, as in `Receipt`."""
+
+    device: Device
+    """The device."""
+
+    attempts: int = 1
+    """Number of attempts."""
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """Statistics of a finished job. Stages overlap, so their times do not add up.
 
@@ -178,9 +201,14 @@ class Receipt:
     """Time that the client spent checking the results; 0 if it did not check them."""
 
     jobs: int = 1
-    """Number of jobs of the call: more than 1 for batched W. Then sizes, counts and
-    times are sums over all jobs, which overlap; `reserved_bytes`, `device_bytes` and
-    `peak_memory_bytes` are the largest; and the other fields describe the last job."""
+    """Number of jobs of the call: more than 1 for batched W, or with `spread`. Then
+    sizes, counts and times are sums over all jobs, which overlap; `reserved_bytes`,
+    `device_bytes` and `peak_memory_bytes` are the largest; and the other fields
+    describe the last job."""
+
+    segments: tuple[Segment, ...] = ()
+    """The job's segments, if it was spread over servers or devices (`spread=True`): in
+    order, with who computed each. Empty for other jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +324,10 @@ class Progress:
     jobs_ahead: int | None
     """Number of jobs ahead of this one in the queue; None while unknown and once the
     job runs."""
+
+    rows_by_server: Mapping[str, int] | None = None
+    """With `spread`: rows of complete segments by the address of the server that has
+    computed them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,6 +486,25 @@ def merged_receipt(receipts: Sequence[Receipt]) -> Receipt:
     changed: dict[str, Any] = {**sums, **largest}
     return replace(
         last, **changed, attempts=1 + len(retried), retried=retried, jobs=len(receipts)
+    )
+
+
+def spread_receipt(
+    receipts: Sequence[Receipt],
+    segments: Sequence[Segment],
+    *,
+    job_id: str,
+    segment_rows: int,
+    result_dtypes: Mapping[str, str],
+) -> Receipt:
+    """Return the receipt of a spread job from those of its jobs, at least one."""
+    merged = merged_receipt(receipts)
+    return replace(
+        merged,
+        job_id=job_id,
+        segments=tuple(segments),
+        fingerprint=replace(merged.fingerprint, segment_rows=segment_rows),
+        result_dtypes=result_dtypes,
     )
 
 

@@ -98,6 +98,15 @@ class Operand:
             return part
         return self.rounding.rounded(part, first * self.columns)
 
+    def part(self, first: int, last: int) -> Operand:
+        """Return rows [first, last) as an operand: a view, if that is possible."""
+        if self._matrix is not None:
+            array = self._matrix[first:last]
+        else:
+            array = self._read(first, last)
+        rounding = None if self.rounding is None else self.rounding.behind(first)
+        return Operand(array, self.dtype, rounding)
+
     def _read(self, first: int, last: int) -> Array:
         """Return rows [first, last) unrounded, in C order and native byte order."""
         if self._matrix is not None:

@@ -32,6 +32,11 @@ class Rounding:
         self._first_row = first_row
         self._limit = overflows_from(dtype)
 
+    def behind(self, rows: int) -> Rounding:
+        """Return the rounding of the operand without its first rows."""
+        first_row = self._first_row + rows
+        return Rounding(self._dtype, self._name, self._columns, first_row)
+
     def rounded(self, part: Array, index: int) -> Array:
         """Return elements in 16 bits.
 

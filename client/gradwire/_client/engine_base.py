@@ -59,6 +59,7 @@ class EngineBase:
         closed: Whether no more calls can be made.
         connect_timeout_s: Seconds that the server has to answer at first.
         wait_for_ready_s: Seconds to wait for a server that does not listen yet.
+        info: The server's last answer about itself; None: it was not asked.
     """
 
     client_name: ClassVar[str]
@@ -90,6 +91,7 @@ class EngineBase:
             options.get("wait_for_ready_s"), "wait_for_ready_s"
         )
         self.closed = False
+        self.info: ServerInfo | None = None
         transport = parse_transport(options.get("transport", "auto"))
         self.shm = ShmPolicy(transport, self.address)
         self.direct = DirectPolicy(transport, self._endpoint)
@@ -162,6 +164,7 @@ class EngineBase:
                 f" {info.contract or '(none)'}, but this client has"
                 f" {limits.CONTRACT}: update one of them"
             )
+        self.info = info
         self.shm.learn(info)
         self.direct.learn(info)
         self.jobs.features = frozenset(info.features)

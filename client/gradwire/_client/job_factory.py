@@ -22,6 +22,7 @@ from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
 from gradwire._arrays.result_library import library_of
 from gradwire._client.batch_job import BatchJob
+from gradwire._client.spread_job import SpreadJob
 from gradwire._core.broadcast import Broadcast, needs_broadcast
 from gradwire._core.job_plan import (
     Plan,
@@ -145,10 +146,13 @@ class JobFactory:
         out: Any,
         returns: tuple[Matrix, ...],
         options: Options,
-    ) -> ArrayJob | BatchJob:
+    ) -> ArrayJob | BatchJob | SpreadJob:
         """Create a job from the arguments of a method that returns `returns`.
 
         Operands with batch dimensions in W, and vectors, give several jobs.
+
+        Raises:
+            InputError: An argument is invalid.
         """
         copies, options = HostCopies(), self.with_defaults(options)
         sources = read_operands(given, options, copies)
@@ -159,7 +163,16 @@ class JobFactory:
             results = output_shapes(plan, operands)
             own = given_outputs(plan, operands, named_outputs(out, returns), results)
             outputs = ArrayOutputs(plan, results, own, self.memory, library)
+            if options.spread:
+                return SpreadJob(
+                    plan, operands, outputs, make=self._part, copies=copies
+                )
             return self._job(plan, operands, outputs, copies)
+        if options.spread:
+            raise InputError(
+                "spread is on, but w has batch dimensions, or an operand is a vector:"
+                " leave it out; the jobs of a batch go to all servers anyway"
+            )
         dtype = common_dtype(sources, options)
         shapes = {matrix: source.array.shape for matrix, source in sources.items()}
         division = Broadcast.of(shapes)

@@ -7,6 +7,9 @@ from typing import Any
 from google.protobuf.message import Message
 
 from gradwire._api.errors import ProtocolError
+from gradwire._core.job_plan import Plan
+from gradwire._core.numerics import check_numerics
+from gradwire._core.segments import block_rows_of
 from gradwire_protocol.data_plane.frames import TOKEN_BYTES
 from gradwire_protocol.v1.job_pb2 import Accepted, Job
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
@@ -15,10 +18,11 @@ _FILLED_IN = frozenset({"job_id", "numerics.dw_accumulator", "max_chunk_bytes"})
 """Options with a default that the server chooses."""
 
 
-def check_accepted(accepted: Accepted, job: Job) -> None:
+def check_accepted(accepted: Accepted, job: Job, plan: Plan) -> None:
     """Check that the server accepted the job as it was sent.
 
     Raises:
+        NumericsError: The server has not what all servers of the job must have.
         ProtocolError: The server understood an option otherwise, or sent an
             impossible size.
     """
@@ -36,6 +40,10 @@ def check_accepted(accepted: Accepted, job: Job) -> None:
                 f" of {len(direct.token)} bytes: expected 1 to {offered}, and"
                 f" {TOKEN_BYTES} bytes"
             )
+    numerics = plan.options.numerics
+    if numerics is not None:
+        rows = block_rows_of(plan, numerics.row_block_bytes)
+        check_numerics(accepted, numerics, rows)
     if _with_defaults(job, accepted.effective_job) == accepted.effective_job:
         return  # The usual case, and faster than the search for a difference.
     difference = _difference(job, accepted.effective_job)

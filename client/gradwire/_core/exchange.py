@@ -238,7 +238,7 @@ class JobExchange:
     def _accept(self, accepted: Accepted) -> None:
         if self.accepted is not None:
             raise ProtocolError("the server accepted the job twice")
-        check_accepted(accepted, self._job)
+        check_accepted(accepted, self._job, self._plan)
         point = self._point
         if point is not None and accepted.fingerprint != point.fingerprint:
             raise ProtocolError(

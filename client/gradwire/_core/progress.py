@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gradwire._api.options import OnProgress
@@ -96,3 +96,58 @@ class BatchReporter:
 
     def _times(self, of_one: int | None) -> int | None:
         return None if of_one is None else self._count * of_one
+
+
+class SpreadReporter:
+    """Calls `on_progress` with the totals of the runs of a spread job.
+
+    Args:
+        on_progress: The caller's function. It is never called concurrently.
+        plans: The plan of each run, with its rows.
+    """
+
+    def __init__(self, on_progress: OnProgress, plans: Sequence[Plan]) -> None:
+        self._on_progress = on_progress
+        rows = [plan.m or 0 for plan in plans]
+        self._m = sum(rows)
+        self._whole = [
+            _Counts(plan.upload_bytes(m), plan.download_bytes(m), m)
+            for plan, m in zip(plans, rows, strict=True)
+        ]
+        self._counts = [_Counts() for _ in plans]
+        self._by_server: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def of_run(self, number: int) -> Callable[[Progress], None]:
+        """Return the function for the progress of a run's job."""
+
+        def report(progress: Progress) -> None:
+            with self._lock:
+                self._counts[number] = _Counts(
+                    progress.bytes_sent, progress.bytes_received, progress.rows_sent
+                )
+                self._report(progress.jobs_ahead)
+
+        return report
+
+    def ended(self, number: int, address: str) -> None:
+        """Report that a run is complete, from the server with an address."""
+        with self._lock:
+            self._counts[number] = self._whole[number]
+            rows = self._by_server.get(address, 0) + self._whole[number].rows_sent
+            self._by_server[address] = rows
+            self._report(None)
+
+    def _report(self, jobs_ahead: int | None) -> None:
+        self._on_progress(
+            Progress(
+                bytes_sent=sum(each.bytes_sent for each in self._counts),
+                bytes_to_send=sum(each.bytes_sent for each in self._whole),
+                bytes_received=sum(each.bytes_received for each in self._counts),
+                bytes_to_receive=sum(each.bytes_received for each in self._whole),
+                rows_sent=sum(each.rows_sent for each in self._counts),
+                m=self._m,
+                jobs_ahead=jobs_ahead,
+                rows_by_server=dict(self._by_server),
+            )
+        )

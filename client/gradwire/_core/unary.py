@@ -74,7 +74,7 @@ class UnaryExchange:
         Raises:
             ProtocolError: The response does not match the request.
         """
-        check_accepted(response.accepted, self._job)
+        check_accepted(response.accepted, self._job, self._plan)
         m = self._job.m
         received = 0
         for result in RESULTS:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 from gradwire._api.errors import GradwireError
@@ -27,6 +28,19 @@ from gradwire._integrity.verifier import Computed, Verifier
 from gradwire._resilience.retry import Attempts
 from gradwire_protocol.matrices import Matrix
 
+_log = logging.getLogger("gradwire")
+
+
+def note_excluded(job_id: str, address: str, why: str) -> None:
+    """Log that a server gets no segments of a job."""
+    _log.warning(
+        "job %s: the server at %s gets no segments: %s",
+        job_id,
+        address,
+        why,
+        extra={"job_id": job_id, "server_address": address},
+    )
+
 
 class ArrayJob:
     """A job whose operands and results are arrays."""
@@ -46,6 +60,12 @@ class ArrayJob:
         """Where the next attempt resumes; None: at the start."""
         self.on_call: Callable[[Callable[[], object]], object] | None = None
         """Called when a call begins, with a function that cancels it."""
+        self.address = ""
+        """Address of the server of the current attempt."""
+        self.avoid: Collection[str] = ()
+        """Addresses of servers to use only if there are no others."""
+        self.unusable: set[str] = set()
+        """Addresses of servers not to use."""
         self._checkpoint_rows = checkpoint_rows
         self._early_bytes = early_bytes
         self._copies = copies
@@ -91,6 +111,12 @@ class ArrayJob:
         if made_progress(self.resume_point, before):
             attempts.progressed()
         return False
+
+    def exclude(self, address: str, error: GradwireError) -> None:
+        """Use a server neither for this job nor for others with the same `unusable`."""
+        if address not in self.unusable:
+            self.unusable.add(address)
+            note_excluded(self.plan.options.job_id, address, str(error))
 
     def unary_exchange(self) -> UnaryExchange:
         """Create the exchange of an attempt with one message each way."""

@@ -1,9 +1,9 @@
 """Choice of the server for each job of a client with several servers.
 
-A job goes to the server with the fewest jobs of this client; among equals, to the one
-that was chosen least recently. All servers are compared, because there are only a few.
-A server that is unavailable is ejected for a while, which doubles with each failure.
-It is probed before its next job.
+A job goes to the server with the fewest jobs of this client for each of its devices;
+among equals, to the one that was chosen least recently. All servers are compared,
+because there are only a few. A server that is unavailable is ejected for a while, which
+doubles with each failure. It is probed before its next job.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ class ServerState(Generic[EngineT]):
 
     running: int = 0
     """Number of this client's jobs on the server."""
+
+    devices: int = 1
+    """Number of its devices, once it was asked."""
 
     turn: int = 0
     """Number of the last choice of this server, for the least recently chosen one."""
@@ -147,10 +150,13 @@ class LoadBalancer(Generic[EngineT]):
             for member in self._members:
                 if member.name == name:
                     member.gone = member.address not in addresses
-            idle = [each for each in self._members if each.gone and not each.running]
-            for member in idle:
-                self._members.remove(member)
-            return [member.engine for member in idle]
+            return self._idle_gone()
+
+    def _idle_gone(self) -> list[EngineT]:
+        idle = [each for each in self._members if each.gone and not each.running]
+        for member in idle:
+            self._members.remove(member)
+        return [member.engine for member in idle]
 
     def not_resolved(self, name: str, error: OSError) -> None:
         """Record a failed lookup. The name keeps its earlier addresses."""
@@ -190,7 +196,7 @@ class LoadBalancer(Generic[EngineT]):
             # If all are ejected, try them all the same.
             chosen = min(
                 ready or there,
-                key=lambda m: (m.address in avoid, m.running, m.turn),
+                key=lambda m: (m.address in avoid, m.running / m.devices, m.turn),
                 default=None,
             )
             if chosen is not None:
@@ -238,6 +244,43 @@ class LoadBalancer(Generic[EngineT]):
                 for other in self._members
                 if other is not member
             )
+
+    def devices(self, unusable: Collection[str] = ()) -> list[int]:
+        """Return the number of devices of each server that is not ejected.
+
+        Args:
+            unusable: Addresses of servers to leave out.
+        """
+        with self._lock:
+            now = self._clock()
+            return [
+                member.devices
+                for member in self._members
+                if not member.gone
+                and member.ejected_until <= now
+                and member.address not in unusable
+            ]
+
+    def replace(self, addresses: Sequence[str]) -> list[EngineT]:
+        """Use other servers from now on. Those that are gone finish their jobs.
+
+        Returns:
+            The engines of idle servers that are gone. The caller must close them.
+        """
+        with self._lock:
+            self._names = ()
+            self._unresolved.clear()
+            there = {member.address: member for member in self._members}
+            for address in addresses:
+                if address in there:
+                    there[address].gone = False
+                else:
+                    engine = self._make(address, None)
+                    new = ServerState(address, engine, needs_probe=True)
+                    self._members.append(new)
+            for member in self._members:
+                member.gone = member.address not in addresses
+            return self._idle_gone()
 
     def renew(self) -> None:
         """Reset the lock and the jobs in the child of a fork."""
@@ -313,8 +356,18 @@ def require_jobs(info: ServerInfo, address: str) -> ServerInfo:
     return info
 
 
-def none_left(causes: Mapping[str, GradwireError]) -> GradwireError:
-    """Return the error of a call if no server is available, with the causes."""
+def none_left(
+    causes: Mapping[str, GradwireError], unusable: Collection[str] = ()
+) -> GradwireError:
+    """Return the error of a call if no server is available, with the causes.
+
+    Args:
+        causes: Why servers are not available, by address.
+        unusable: Addresses of servers that the call must not use.
+    """
+    if not causes and unusable:
+        which = ", ".join(sorted(unusable))
+        return ConnectError(f"no server can take the job: it must not run at {which}")
     if not causes:
         return ConnectError("the names of the servers have no address")
     each = "; ".join(f"{address}: {error}" for address, error in causes.items())

@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -22,6 +22,7 @@ from gradwire._api.errors import (
     ConnectionLostError,
     GradwireError,
     InputError,
+    NumericsError,
     TlsError,
     UnavailableError,
     VerificationError,
@@ -208,6 +209,7 @@ class Attempts:
         causes: Why each earlier attempt failed: a reason, or a status.
         begun: Time at which the first attempt began.
         avoid: Addresses of servers on which an attempt failed.
+        unusable: Addresses of servers for no attempt.
         retry_on_other_server: Whether the next attempt can use another server.
         span: The call's span; None if it is not traced.
         metadata: Metadata that names the span to the server.
@@ -233,6 +235,7 @@ class Attempts:
         self._final = False
         self._in_vain = 0
         self.avoid: set[str] = set()
+        self.unusable: Collection[str] = ()
         self.retry_on_other_server = False
 
     def options(self, options: Options) -> Options:
@@ -293,6 +296,9 @@ class Attempts:
                 error.add_note(_RESET_NOTE)
             return None
         self.causes.append(str(cause))
+        self.count += 1
+        if isinstance(error, NumericsError):
+            return delay_s  # that server was excluded, with a line in the log
         ids = {}
         if self.span is not None:
             self.span.retried(str(cause), delay_s)
@@ -300,20 +306,19 @@ class Attempts:
         _log.warning(
             "%s: attempt %d failed with %s; the next one starts in %.3f s: %s",
             f"job {self._job_id}" if self._job_id else "a call",
-            self.count,
+            self.count - 1,
             cause,
             delay_s,
             error,
             extra={
                 "job_id": self._job_id,
-                "attempt": self.count,
+                "attempt": self.count - 1,
                 "status": error.status.name if error.status else None,
                 "reason": error.reason,
                 "delay_s": delay_s,
                 **ids,
             },
         )
-        self.count += 1
         return delay_s
 
     def succeeded(self) -> None:
@@ -332,6 +337,8 @@ class Attempts:
         return replace(receipt, attempts=self.count, retried=tuple(self.causes))
 
     def _delay_s(self, error: GradwireError) -> float | None:
+        if isinstance(error, NumericsError) and self.retry_on_other_server:
+            return 0.0  # the job was not sent, and no server has failed
         wrong = isinstance(error, VerificationError) and self.retry_on_other_server
         if not (is_transient(error) or wrong) or not self._retries.failed():
             return None

@@ -95,32 +95,28 @@ class Addresses:
     text: str
     """All addresses as given."""
 
+    several: bool
+    """Whether there may be more than one server, now or later."""
+
     @property
     def first(self) -> str:
         """One of the addresses."""
         return (*self.known, *self.names)[0]
-
-    @property
-    def several(self) -> bool:
-        """Whether there may be more than one server."""
-        return bool(self.names) or len(self.known) > 1
 
 
 def parse_addresses(value: str | Sequence[str]) -> Addresses:
     """Return the addresses for a value of `address`.
 
     Args:
-        value: An address, or several: ``HOST:PORT``, ``unix:PATH``, or
-            ``dns:///HOST:PORT`` for all addresses of a name.
+        value: An address, or a sequence: ``HOST:PORT``, ``unix:PATH``, or
+            ``dns:///HOST:PORT`` for all addresses of a name. A sequence may have one
+            address: others may join it (`Client.set_servers`).
 
     Raises:
         InputError: An address is invalid; the message says what is expected.
     """
-    each = (
-        (value,)
-        if isinstance(value, str) or not isinstance(value, Sequence)
-        else tuple(dict.fromkeys(value))
-    )
+    several = not isinstance(value, str) and isinstance(value, Sequence)
+    each: Any = tuple(dict.fromkeys(value)) if several else (value,)
     if not each:
         raise InputError("address is empty: expected HOST:PORT or unix:PATH")
     known, names = [], []
@@ -136,7 +132,8 @@ def parse_addresses(value: str | Sequence[str]) -> Addresses:
         else:
             grpc_target(address)
             known.append(address)
-    return Addresses(tuple(known), tuple(names), ", ".join(each))
+    several = several or bool(names)
+    return Addresses(tuple(known), tuple(names), ", ".join(each), several)
 
 
 def host_and_port(address: str) -> tuple[str, int]:

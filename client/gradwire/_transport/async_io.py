@@ -49,6 +49,27 @@ class AsyncFlag:
                 await self._event.wait()
 
 
+class AsyncNews:
+    """Events that happen again and again, and can be waited for."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._event = asyncio.Event()
+
+    def tell(self) -> None:
+        """Signal an event."""
+        self.count += 1
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self, count: int, timeout_s: float) -> None:
+        """Wait, at most `timeout_s` seconds, until more than `count` have happened."""
+        if self.count == count:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._event.wait()
+
+
 class AsyncRepeater:
     """Does something again and again in the background.
 

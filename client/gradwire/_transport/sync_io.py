@@ -36,6 +36,26 @@ class SyncFlag:
         self._event.wait(timeout_s)
 
 
+class SyncNews:
+    """Events that happen again and again, and can be waited for."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._changed = threading.Condition()
+
+    def tell(self) -> None:
+        """Signal an event."""
+        with self._changed:
+            self.count += 1
+            self._changed.notify_all()
+
+    def wait(self, count: int, timeout_s: float) -> None:
+        """Wait, at most `timeout_s` seconds, until more than `count` have happened."""
+        with self._changed:
+            if self.count == count:
+                self._changed.wait(timeout_s)
+
+
 class SyncRepeater:
     """Does something again and again in the background.
 

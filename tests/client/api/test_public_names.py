@@ -17,6 +17,7 @@ MODULES = (
 # What the SDK uses among its own modules.
 INTERNAL = {
     *("device_of", "merged_receipt", "receipt_of", "server_info_of"),
+    "spread_receipt",
     *("Attempts", "Retries", "is_transient", "parse_retries"),
 }
 CLASSES = [

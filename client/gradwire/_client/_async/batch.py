@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from gradwire._api.types import Receipt
 from gradwire._client._async.engine import AsyncEngine
+from gradwire._client._async.spread import run_spread
 from gradwire._client.batch_job import BatchJob, Part
+from gradwire._client.spread_job import SpreadJob
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._transport.async_io import run_beside, run_together
 
 
-async def run(engine: AsyncEngine, job: ArrayJob | BatchJob) -> Receipt:
+async def run(engine: AsyncEngine, job: ArrayJob | BatchJob | SpreadJob) -> Receipt:
     """Compute a job, or the jobs of a batch, several at the same time.
 
     Raises:
@@ -17,6 +19,8 @@ async def run(engine: AsyncEngine, job: ArrayJob | BatchJob) -> Receipt:
     """
     if isinstance(job, ArrayJob):
         return await engine.run(job)
+    if isinstance(job, SpreadJob):
+        return await run_spread(engine, job)
     batch = job
 
     async def work() -> None:

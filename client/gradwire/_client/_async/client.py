@@ -129,6 +129,25 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
         seconds = parse_timeout(timeout_s, "timeout_s") or self._engine.jobs.timeout_s
         return await self._engine.server_info(seconds, address)
 
+    async def set_servers(self, addresses: Sequence[str]) -> None:
+        """Use other servers from now on: those that came and went.
+
+        Servers that are gone finish the jobs that they have. New jobs, and the next
+        segments of jobs with ``spread=True``, go to the servers given here.
+
+        Args:
+            addresses: All addresses, ``HOST:PORT`` or ``unix:PATH``.
+
+        Raises:
+            InputError: An address is invalid; or the client was not created with a
+                list of addresses, or with a DNS name for several.
+
+        Example:
+            >>> client = gradwire.AsyncClient(["node-1:50051"])
+            >>> await client.set_servers(["node-1:50051", "node-2:50051"])
+        """
+        await self._engine.set_servers(addresses)
+
     async def empty(
         self, shape: int | Sequence[int], dtype: DtypeLike = "float32"
     ) -> Array:
@@ -399,6 +418,12 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
                 None: the client's `block_rows`. It affects the last bits of results
                 (docs/gradients.md), and needs a server with the feature
                 "block-rows".
+            spread: Whether all servers of the client, and all of their devices,
+                compute the job together (docs/spread.md): the rows are cut into
+                segments, and each goes to a server that is idle, or fails over to
+                another one. False by default. The last bits depend neither on the
+                number of servers nor on their order; they may differ from those of
+                a job that is not spread. Not for W with batch dimensions or vectors.
 
         Returns:
             The tuple (y, dx, dw) of arrays or tensors, or the arrays of `out`; None

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from gradwire._api.types import Receipt
 from gradwire._client._sync.engine import SyncEngine
+from gradwire._client._sync.spread import run_spread
 from gradwire._client.batch_job import BatchJob, Part
+from gradwire._client.spread_job import SpreadJob
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._transport.sync_io import run_beside, run_together
 
 
-def run(engine: SyncEngine, job: ArrayJob | BatchJob) -> Receipt:
+def run(engine: SyncEngine, job: ArrayJob | BatchJob | SpreadJob) -> Receipt:
     """Compute a job, or the jobs of a batch, several at the same time.
 
     Raises:
@@ -19,6 +21,8 @@ def run(engine: SyncEngine, job: ArrayJob | BatchJob) -> Receipt:
     """
     if isinstance(job, ArrayJob):
         return engine.run(job)
+    if isinstance(job, SpreadJob):
+        return run_spread(engine, job)
     batch = job
 
     def work() -> None:

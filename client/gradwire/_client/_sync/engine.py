@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import (
     Callable,
+    Collection,
     Iterator,
     Mapping,
     Sequence,
@@ -14,16 +15,24 @@ from collections.abc import (
 from functools import partial
 from typing import Any, TypeVar
 
-from gradwire._api.errors import ClientIdleError, GradwireError
+from gradwire._api.errors import (
+    ClientIdleError,
+    GradwireError,
+    InputError,
+    NumericsError,
+)
 from gradwire._api.options import CallOptions, MetadataPairs, Options, at_most
 from gradwire._api.types import Array, Receipt, ServerInfo, server_info_of
 from gradwire._arrays.operand import Operand
 from gradwire._client.engine_base import EngineBase, look_up_address, member_options
 from gradwire._client.options import ClientOptions
+from gradwire._client.spread_job import SpreadJob
 from gradwire._core.exchange import JobExchange
 from gradwire._core.frame import Frame, Message
 from gradwire._core.get_exchange import GetExchange
+from gradwire._core.numerics import numerics_of
 from gradwire._core.put_exchange import PutExchange
+from gradwire._core.segments import JOBS_PER_DEVICE
 from gradwire._core.sender import WAIT
 from gradwire._core.tensor_exchange import TensorExchange
 from gradwire._resilience.array_job import ArrayJob
@@ -38,9 +47,10 @@ from gradwire._resilience.load_balancer import (
 from gradwire._resilience.reports import REPORT_S, report_of
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.stream_job import StreamJob
-from gradwire._transport.address import addresses_of, host_and_port
+from gradwire._transport.address import addresses_of, host_and_port, parse_addresses
 from gradwire._transport.direct.connections import DirectConnection
 from gradwire._transport.direct.transfer import DirectStream, DirectTransfer
+from gradwire._transport.endpoint import Endpoints
 from gradwire._transport.grpc.sync_call import (
     SyncCall,
     SyncConnection,
@@ -132,6 +142,7 @@ class SyncEngine(EngineBase):
             while answered := answers.next(None if first is None else ASK_S):
                 member, answer = answered
                 if isinstance(answer, ServerInfo):
+                    member.devices = max(1, len(answer.devices))
                     servers.mark_healthy(member)
                     first = first or answer
                 elif isinstance(answer, GradwireError):
@@ -180,12 +191,18 @@ class SyncEngine(EngineBase):
         options = job.plan.options
         span = job_span(job.plan, options.metadata, unary=job.unary)
         attempts = self.attempts(options, span)
+        attempts.avoid.update(job.avoid)
+        attempts.unusable = job.unusable
 
         def attempt() -> Receipt:
             with self.lease(attempts) as lease:
                 engine = lease.engine
+                job.address = engine.address
                 try:
                     return engine._execute_checked(job, attempts)
+                except NumericsError as error:
+                    job.exclude(engine.address, error)
+                    raise
                 except GradwireError as error:
                     engine.report(error, attempts)
                     raise
@@ -219,7 +236,10 @@ class SyncEngine(EngineBase):
         self.require_open()
         self._resolve(servers)
         causes = servers.unresolved()
-        while (member := servers.choose(attempts.avoid, causes)) is not None:
+        while True:
+            member = servers.choose(attempts.avoid, {*causes, *attempts.unusable})
+            if member is None:
+                raise none_left(causes, attempts.unusable)
             lease = Lease(member.engine, servers, member, attempts)
             if not member.needs_probe:
                 return lease
@@ -233,10 +253,85 @@ class SyncEngine(EngineBase):
                 lease.ended(error)
                 raise
             else:
+                member.devices = max(1, len(info.devices))
                 servers.mark_healthy(member)
                 self._learn_features(servers.engines())
                 return lease
-        raise none_left(causes)
+
+    def spread(self, job: SpreadJob) -> int:
+        """Prepare a job for all servers that compute alike.
+
+        Servers that were never asked about themselves are asked now. Those that have
+        other numerics than most get no segments of the job.
+
+        Returns:
+            Jobs at the same time.
+
+        Raises:
+            NumericsError: No server computes segments.
+            ConnectError: No server answered.
+        """
+        engines = {self.address: self}
+        if self._servers is not None:
+            self._resolve(self._servers)
+            members = self._servers.members
+            engines = {member.address: member.engine for member in members}
+        if any(each.info is None for each in engines.values()):
+            self._handshake()
+        job.choose_numerics(
+            {
+                address: numerics_of(each.info)
+                for address, each in engines.items()
+                if each.info is not None
+            }
+        )
+        jobs = self.jobs_at_once(job.unusable)
+        job.divide(jobs)
+        return jobs
+
+    def jobs_at_once(self, unusable: Collection[str]) -> int:
+        """Return how many jobs of a spread job run at the same time.
+
+        Args:
+            unusable: Addresses of servers that get none.
+        """
+        return JOBS_PER_DEVICE * max(1, sum(self._devices(unusable)))
+
+    def has_another(self, job: SpreadJob) -> bool:
+        """Return whether more than one server computes segments of a job."""
+        return len(self._devices(job.unusable)) > 1
+
+    def _devices(self, unusable: Collection[str]) -> list[int]:
+        """Return the number of devices of each server that can be used."""
+        if self._servers is not None:
+            return self._servers.devices(unusable)
+        return [1 if self.info is None else len(self.info.devices)]
+
+    def set_servers(self, addresses: Sequence[str]) -> None:
+        """Use other servers from now on, see `Client.set_servers`.
+
+        Raises:
+            InputError: An address is invalid, or the client has one server.
+        """
+        self.require_open()
+        servers = self._servers
+        if servers is None:
+            raise InputError(
+                f"this client is for the server at {self.address} alone: create it with"
+                " a list of addresses, to change them later"
+            )
+        found = parse_addresses(addresses)
+        if found.names:
+            raise InputError(
+                f"addresses has {found.names[0]!r}: expected addresses, not names that"
+                " have several"
+            )
+        tls, token = self._options.get("tls"), self._options.get("token")
+        Endpoints(found, tls, token).require_private(self.jobs.metadata)
+        gone = servers.replace(found.known)
+        self.address = found.text
+        for each in gone:
+            each.close()
 
     def call(
         self,

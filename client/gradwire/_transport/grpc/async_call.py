@@ -23,7 +23,6 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stub
 from gradwire._api.errors import (
     ClientStateError,
     ConnectError,
-    JobCancelledError,
     ProtocolError,
 )
 from gradwire._api.options import CallOptions, MetadataPairs, Options
@@ -33,6 +32,7 @@ from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import (
     call_error,
+    cancelled_error,
     connect_error,
     session_error,
 )
@@ -146,17 +146,23 @@ class AsyncConnection:
         Args:
             request: The request.
             options: The job's options.
-            on_call: Not used: cancelling the task cancels the call.
+            on_call: Called with a function that cancels the call, in any thread.
 
         Raises:
             GradwireError: The call failed.
         """
-        del on_call
         try:
             with fork_support.aio_calling():
-                response: ComputeResponse = await self.methods.compute(
+                call = self.methods.compute(
                     request, timeout=options.timeout_s, metadata=options.metadata
                 )
+                if on_call is not None:
+                    loop = asyncio.get_running_loop()
+                    on_call(partial(loop.call_soon_threadsafe, call.cancel))
+                response: ComputeResponse = await call
+        except asyncio.CancelledError:
+            require_cancelled_task(options.job_id)
+            raise
         except grpc.RpcError as error:
             raise call_error(error, self.endpoint, options.job_id) from None
         return response
@@ -370,13 +376,7 @@ class AsyncCall:
         except asyncio.CancelledError:
             # gRPC also raises this if the writer has cancelled the call.
             self._requests.raise_error()
-            task = asyncio.current_task()
-            if task is not None and not task.cancelling():
-                raise JobCancelledError(
-                    "the job was cancelled by the client",
-                    status=grpc.StatusCode.CANCELLED,
-                    job_id=self._job_id,
-                ) from None
+            require_cancelled_task(self._job_id)
             raise
         except grpc.RpcError as error:
             self._requests.raise_error()
@@ -421,6 +421,17 @@ class AsyncCall:
     def _end(self) -> None:
         self._rpc.cancel()
         self._writer.cancel()
+
+
+def require_cancelled_task(job_id: str | None) -> None:
+    """Check that a call was cancelled because its task was.
+
+    Raises:
+        JobCancelledError: It was cancelled otherwise.
+    """
+    task = asyncio.current_task()
+    if task is not None and not task.cancelling():
+        raise cancelled_error(job_id) from None
 
 
 class RequestWriter:

@@ -22,6 +22,7 @@ from gradwire._api.errors import (
     ConnectionLostError,
     ContractError,
     GradwireError,
+    JobCancelledError,
     ProtocolError,
     TlsError,
     UnsupportedError,
@@ -319,3 +320,12 @@ def _refusal(endpoint: Endpoint) -> str:
 def _label(error: GradwireError) -> str:
     code = error.reason or (error.status.name if error.status else "")
     return f"{code}, job {error.job_id}" if error.job_id else str(code)
+
+
+def cancelled_error(job_id: str | None) -> JobCancelledError:
+    """Return the error of a call that the client has cancelled."""
+    return JobCancelledError(
+        "the job was cancelled by the client",
+        status=StatusCode.CANCELLED,
+        job_id=job_id,
+    )

@@ -25,6 +25,7 @@ from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import (
     call_error,
+    cancelled_error,
     connect_error,
     session_error,
 )
@@ -165,6 +166,8 @@ class SyncConnection:
                 options.metadata,
                 on_call,
             )
+        except grpc.FutureCancelledError:
+            raise cancelled_error(options.job_id) from None
         except grpc.RpcError as error:
             raise call_error(error, self.endpoint, options.job_id) from None
         return response

@@ -60,7 +60,7 @@ class ShmExchange:
         if isinstance(received, Accepted):
             if self.accepted is not None:
                 raise ProtocolError("the server accepted the job twice")
-            check_accepted(received, self._job)
+            check_accepted(received, self._job, self._plan)
             self.accepted = received
         elif isinstance(received, ReceiptMessage):
             self._receipt = received

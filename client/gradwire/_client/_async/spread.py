@@ -1,0 +1,51 @@
+"""Runs a job that is spread over several servers or devices."""
+
+from __future__ import annotations
+
+from gradwire._api.types import Receipt
+from gradwire._client._async.engine import AsyncEngine
+from gradwire._client.spread_job import Part, SpreadJob
+from gradwire._transport.async_io import AsyncNews, run_beside, run_together
+
+_MOST_LATER = 16
+"""Most additional jobs at the same time on servers that join during the job."""
+
+
+async def run_spread(engine: AsyncEngine, job: SpreadJob) -> Receipt:
+    """Compute a job's segments on all servers of the client.
+
+    Raises:
+        GradwireError: A segment could not be computed. The other jobs are cancelled.
+    """
+    jobs = await engine.spread(job)
+    news = AsyncNews()
+
+    async def work() -> None:
+        while True:
+            count = news.count
+            jobs, several = engine.jobs_at_once(job.unusable), engine.has_another(job)
+            part = job.begin(jobs, several=several)
+            if part is None:
+                news.tell()
+                return
+            if isinstance(part, Part):
+                await compute(part)
+                news.tell()
+            else:
+                await news.wait(count, part)
+
+    async def compute(part: Part) -> None:
+        try:
+            receipt = await engine.run(part.job)
+        except BaseException as error:
+            if job.fail(part, error):
+                raise
+            return
+        await run_beside(lambda: job.end(part, receipt))
+
+    def stop() -> None:
+        job.stop()
+        news.tell()
+
+    await run_together(work, min(job.run_count, jobs + _MOST_LATER), stop)
+    return await run_beside(job.deliver)

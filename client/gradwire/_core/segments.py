@@ -1,0 +1,197 @@
+"""Segments: the parts of a job that several servers compute, without I/O.
+
+A segment is a fixed number of rows, whole row blocks. Its sums of dW and dB begin at
+zero, and the sums of all segments are added in their order. So the last bits depend
+neither on the number of servers nor on the order in which they finish.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradwire._api.types import Array
+from gradwire._core.job_plan import Plan
+from gradwire_protocol.dtypes import Dtype, rounded
+from gradwire_protocol.limits import MIB
+from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.row_blocks import rows_of_a_block, segment_rows
+
+RUN_BYTES = 64 * MIB
+"""Bytes of operands that a job of several segments has at least, as far as the other
+limits allow: a job costs the same, however small it is."""
+
+RUNS_PER_JOB = 4
+"""Least runs for each job that is in progress at the same time, so that servers of
+different speed finish together."""
+
+HELD_BYTES = 16 * MIB
+"""Bytes of sums that may be held ahead in any case."""
+
+JOBS_PER_DEVICE = 2
+"""Jobs at the same time: while one is computed, the other is on its way."""
+
+Sums = Mapping[Matrix, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive segments that travel in one job."""
+
+    number: int
+    """Number of the run, from 0."""
+
+    first_segment: int
+    """Number of its first segment."""
+
+    segments: int
+    """Number of its segments."""
+
+    first_row: int
+    """The first row."""
+
+    rows: int
+    """Number of rows. The last segment may be short, or empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """The division of a job into segments, and of those into runs."""
+
+    m: int
+    """Rows of the job."""
+
+    segment_rows: int
+    """Rows of a segment."""
+
+    run_segments: int = 1
+    """Segments of a run."""
+
+    @property
+    def segments(self) -> int:
+        """Number of segments, at least 1."""
+        return max(1, -(-self.m // self.segment_rows))
+
+    @property
+    def run_count(self) -> int:
+        """Number of runs."""
+        return -(-self.segments // self.run_segments)
+
+    def run(self, number: int) -> Run:
+        """Return a run."""
+        first = number * self.run_segments
+        first_row = first * self.segment_rows
+        segments = min(self.run_segments, self.segments - first)
+        rows = min(segments * self.segment_rows, self.m - first_row)
+        return Run(number, first, segments, first_row, rows)
+
+    def runs(self) -> Iterator[Run]:
+        """Yield the runs in order."""
+        return map(self.run, range(self.run_count))
+
+
+def block_rows_of(plan: Plan, row_block_bytes: int) -> int:
+    """Return the rows of a row block of a spread job.
+
+    ``block_rows="auto"`` is the server's own number here: segments do not depend on m.
+
+    Args:
+        plan: The job.
+        row_block_bytes: `ServerLimits.row_block_bytes`.
+    """
+    own = rows_of_a_block(plan.n, plan.k, plan.dtype.itemsize, row_block_bytes)
+    wanted = plan.options.block_rows
+    return min(own, wanted) if isinstance(wanted, int) and wanted else own
+
+
+def divide(plan: Plan, row_block_bytes: int, jobs: int) -> Division:
+    """Divide a job.
+
+    Args:
+        plan: The job, with m.
+        row_block_bytes: `ServerLimits.row_block_bytes`.
+        jobs: Jobs at the same time. Only the runs depend on it.
+    """
+    block_rows = block_rows_of(plan, row_block_bytes)
+    accumulator = accumulator_of(plan)
+    rows = segment_rows(
+        plan.n, plan.k, plan.dtype.itemsize, accumulator.itemsize, block_rows
+    )
+    division = Division(plan.m or 0, rows)
+    sent = plan.upload_bytes(rows) - plan.upload_bytes(0)
+    of_sums = sum(plan.shape(each, 0)[0] for each in plan.sums) * plan.k
+    held = HELD_BYTES // max(1, jobs * of_sums * accumulator.itemsize)
+    segments = min(
+        RUN_BYTES // max(1, sent), held, division.segments // (jobs * RUNS_PER_JOB)
+    )
+    del segments
+    return Division(division.m, rows, 1)
+
+
+def accumulator_of(plan: Plan) -> Dtype:
+    """Return the dtype in which a job's dW and dB are summed."""
+    return plan.options.dw_accumulator or plan.dtype.default_accumulator
+
+
+class OrderedSums:
+    """Adds the sums of segments in the order of the segments. Thread-safe.
+
+    Args:
+        plan: The job.
+
+    Attributes:
+        added: Number of segments added so far: all before that one.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.added = 0
+        self._plan = plan
+        self._held: dict[int, Sums] = {}
+        self._total: dict[Matrix, Array] = {}
+        self._adding = False
+        self._lock = threading.Lock()
+
+    def add(self, first_segment: int, sums: Sequence[Sums]) -> None:
+        """Add the sums of consecutive segments, now or after those before them.
+
+        Args:
+            first_segment: Number of the first segment.
+            sums: Its sums and those of the next ones, in the accumulator's dtype.
+                The arrays may be changed.
+        """
+        with self._lock:
+            self._held.update(enumerate(sums, first_segment))
+            if self._adding:
+                return  # the thread that adds takes these, too
+            self._adding = True
+        while (next_one := self._next()) is not None:
+            with np.errstate(all="ignore"):  # of overflow: Inf is a result
+                for matrix, array in next_one.items():
+                    if matrix in self._total:
+                        np.add(self._total[matrix], array, out=self._total[matrix])
+                    else:
+                        self._total[matrix] = array
+            with self._lock:
+                self.added += 1
+
+    def _next(self) -> Sums | None:
+        with self._lock:
+            found = self._held.pop(self.added, None)
+            self._adding = found is not None
+            return found
+
+    def write(self, results: Mapping[Matrix, Array]) -> None:
+        """Round each total once, as the server does, and store it.
+
+        Args:
+            results: The arrays for dW and dB.
+        """
+        with np.errstate(all="ignore"):
+            for matrix, total in self._total.items():
+                out = results[matrix]
+                dtype = self._plan.result_dtype(matrix)
+                sent = rounded(total.reshape(out.shape), dtype)
+                np.copyto(out, sent, casting="unsafe")

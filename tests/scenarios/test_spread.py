@@ -1,0 +1,431 @@
+"""One job over several servers: the same bits, whoever computes which segment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gradwire
+from gradwire_protocol.dtypes import Dtype, rounded
+from tests.scenarios.test_several_servers import (
+    KINDS,
+    SOON,
+    addresses,
+    several,
+    until,
+)
+from tests.support import in_process, oracle
+from tests.support.serving import BACKEND, ServerProcess, running_server
+from tests.support.simulated_backend import SimulatedBackend
+
+ROW_BLOCK_BYTES = 1 << 16
+RESULTS = ("y", "dx", "dw", "db")
+M, N, K = 5000, 32, 32
+SEGMENT_ROWS = 512
+"""Two row blocks of 256 rows: 64 KiB are less than 16 times the 8 KiB of dW's sum."""
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[list[ServerProcess]]:
+    """Servers that all tests share which leave them unharmed."""
+    with several(3, row_block_bytes=ROW_BLOCK_BYTES) as servers:
+        yield servers
+
+
+@pytest.fixture(params=KINDS)
+def joined(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Makes clients of each kind in turn."""
+    with ExitStack() as stack:
+
+        def make(servers: Any, **options: Any) -> Any:
+            client = KINDS[request.param](servers, **options)
+            stack.callback(client.close)
+            return client
+
+        yield make
+
+
+def gradients(client: Any, *operands: Any, **options: Any) -> Any:
+    options = {"results": RESULTS, "spread": True} | options
+    return client.run(client.client.gradients(*operands, **options))
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(
+        oracle.same_bits(getattr(one, name), getattr(other, name))
+        for name in RESULTS
+        if getattr(other, name) is not None
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(three: list[ServerProcess]) -> Any:
+    """The results of one server."""
+    with gradwire.connect(three[0].address) as client:
+        return client.gradients(*OPERANDS, spread=True, results=RESULTS)
+
+
+OPERANDS = oracle.operands(M, N, K)
+
+CASES = {
+    "float32": ((3000, 32, 32, "float32"), {}),
+    "ragged": ((2305, 48, 16, "float32"), {}),
+    "float64": ((1300, 32, 32, "float64"), {}),
+    "float16": ((5000, 64, 32, "float16"), {}),
+    "bfloat16": ((5000, 32, 64, "bfloat16"), {"result_dtype": {"dw": "float32"}}),
+    "summed in float32": ((3000, 32, 32, "float32"), {"dw_accumulator": "float32"}),
+    "sent in bfloat16": ((5000, 32, 32, "float32"), {"wire_dtype": "bfloat16"}),
+}
+
+
+def in_segments(client: gradwire.Client, operands: Any, options: Any) -> dict[str, Any]:
+    """DW and db by the definition: row by row block, segment by segment."""
+    x, w, dy = operands
+    sent = Dtype.named(options.get("wire_dtype") or oracle_dtype(x))
+    accumulator = Dtype.named(
+        options.get("dw_accumulator") or sent.default_accumulator.label
+    )
+    made = gradients_of(client, operands, options)
+    block, segment = made.receipt.block_rows, made.receipt.fingerprint.segment_rows
+    totals: dict[str, Any] = {}
+    for first in range(0, len(x), segment):
+        sums: dict[str, Any] = {}
+        for at in range(first, min(first + segment, len(x)), block):
+            rows = slice(at, min(at + block, first + segment))
+            # A job of one row block: nothing is added in it.
+            part = client.gradients(
+                x[rows],
+                w,
+                dy[rows],
+                results=("dw", "db"),
+                wire_dtype=options.get("wire_dtype"),
+                result_dtype=accumulator.label,
+                dw_accumulator=accumulator.label,
+            )
+            for name, value in (("dw", part.dw), ("db", part.db)):
+                sums[name] = sums[name] + value if name in sums else value
+        for name, value in sums.items():
+            totals[name] = totals[name] + value if name in totals else value
+    dtypes = dict.fromkeys(totals, sent.label) | options.get("result_dtype", {})
+    return {
+        name: rounded(total, Dtype.named(dtypes[name])).astype(
+            getattr(made, name).dtype
+        )
+        for name, total in totals.items()
+    }
+
+
+def gradients_of(client: gradwire.Client, operands: Any, options: Any) -> Any:
+    return client.gradients(*operands, results=RESULTS, spread=True, **options)
+
+
+def oracle_dtype(array: Any) -> str:
+    return Dtype.of(array.dtype).label
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_sums_of_segments_are_added_in_their_order(
+    three: list[ServerProcess], case: str
+) -> None:
+    (m, n, k, dtype), options = CASES[case]
+    operands = oracle.operands(m, n, k, dtype)
+    with gradwire.connect(addresses(three)) as client:
+        result = gradients_of(client, operands, options)
+        expected = in_segments(client, operands, options)
+        plain = client.gradients(*operands, results=RESULTS, **options)
+    for name in ("dw", "db"):
+        assert oracle.same_bits(getattr(result, name), expected[name]), name
+    for name in ("y", "dx"):
+        assert oracle.same_bits(getattr(result, name), getattr(plain, name)), name
+    if not options:
+        oracle.assert_right(result, *operands, dtype)
+    assert len(result.receipt.segments) > 1
+
+
+def test_the_bits_do_not_depend_on_the_servers(
+    three: list[ServerProcess], joined: Any, alone: Any
+) -> None:
+    for some in (three[:1], three[:2], three[::-1], three):
+        assert same(gradients(joined(addresses(some)), *OPERANDS), alone)
+
+
+def test_segments_of_one_row_block_have_the_bits_of_a_plain_job(
+    three: list[ServerProcess],
+) -> None:
+    operands = oracle.operands(5000, 16, 16)
+    with gradwire.connect(addresses(three)) as client:
+        spread = gradients_of(client, operands, {})
+        plain = client.gradients(*operands, results=RESULTS)
+    assert spread.receipt.block_rows == spread.receipt.fingerprint.segment_rows
+    assert len(spread.receipt.segments) == 10
+    assert same(spread, plain)
+
+
+def test_the_receipt_says_who_has_computed_what(
+    three: list[ServerProcess], joined: Any
+) -> None:
+    receipt = gradients(joined(addresses(three)), *OPERANDS).receipt
+    segments = receipt.segments
+    assert [each.first_row for each in segments] == list(range(0, M, SEGMENT_ROWS))
+    assert sum(each.rows for each in segments) == receipt.m == M
+    assert {each.server_address for each in segments} == set(addresses(three))
+    assert receipt.fingerprint.segment_rows == SEGMENT_ROWS
+    assert receipt.result_dtypes == dict.fromkeys(RESULTS, "float32")
+
+
+def test_progress_says_who_computes_what(
+    three: list[ServerProcess], joined: Any
+) -> None:
+    seen: list[gradwire.Progress] = []
+    client = joined(addresses(three))
+    receipt = gradients(client, *OPERANDS, on_progress=seen.append).receipt
+    last = seen[-1]
+    assert last.rows_sent == last.m == M
+    assert last.bytes_received == last.bytes_to_receive
+    assert last.bytes_sent == last.bytes_to_send
+    by_server: dict[str, int] = {}
+    for each in receipt.segments:
+        rows = by_server.get(each.server_address, 0) + each.rows
+        by_server[each.server_address] = rows
+    assert last.rows_by_server == by_server
+
+
+def test_forward_and_backward(
+    three: list[ServerProcess], joined: Any, alone: Any
+) -> None:
+    client = joined(addresses(three))
+    x, w, dy = OPERANDS
+    y = client.run(client.client.forward(x, w, spread=True))
+    assert oracle.same_bits(y, alone.y)
+    dx, dw = client.run(client.client.backward(x, w, dy, spread=True))
+    assert oracle.same_bits(dx, alone.dx)
+    assert oracle.same_bits(dw, alone.dw)
+
+
+def test_results_go_to_arrays_of_any_layout(
+    three: list[ServerProcess], joined: Any, alone: Any
+) -> None:
+    x, w, dy = (np.asfortranarray(each) for each in OPERANDS)
+    out = {
+        "y": np.empty((K, M), np.float32).T,
+        "dx": np.empty((M, 2 * N), np.float32)[:, ::2],
+        "dw": np.empty((K, N), np.float32).T,
+    }
+    result = gradients(joined(addresses(three)), x, w, dy, out=out)
+    assert result.y is out["y"]
+    assert same(result, alone)
+
+
+def test_leading_dimensions_count_as_rows(
+    three: list[ServerProcess], joined: Any, alone: Any
+) -> None:
+    x, w, dy = OPERANDS
+    x = x.reshape(10, 500, N).transpose(1, 0, 2)  # no view has its rows
+    dy = dy.reshape(10, 500, K).transpose(1, 0, 2)
+    client = joined(addresses(three))
+    result = gradients(client, x, w, dy)
+    flat = gradients(client, x.reshape(M, N), w, dy.reshape(M, K))
+    assert result.y.shape == (500, 10, K)
+    assert oracle.same_bits(result.dx.reshape(M, N), flat.dx)
+    assert oracle.same_bits(result.dw, flat.dw)
+
+
+@pytest.mark.parametrize("m", [0, 1])
+def test_jobs_of_one_segment(three: list[ServerProcess], joined: Any, m: int) -> None:
+    operands = oracle.operands(m, 8, 4)
+    result = gradients(joined(addresses(three)), *operands)
+    oracle.assert_right(result, *operands, "float32")
+    assert len(result.receipt.segments) == 1
+
+
+def test_results_are_verified(three: list[ServerProcess], joined: Any) -> None:
+    client = joined(addresses(three))
+    receipt = gradients(client, *OPERANDS, verify=True, checksum=True).receipt
+    assert receipt.verifying_s > 0
+
+
+def test_batches_are_refused(three: list[ServerProcess], joined: Any) -> None:
+    w = np.ones((2, N, K), np.float32)
+    client = joined(addresses(three))
+    with pytest.raises(gradwire.InputError, match="spread is on, but w has batch"):
+        gradients(client, OPERANDS[0], w, OPERANDS[2])
+    with pytest.raises(TypeError, match="spread"):
+        client.client.session("1MiB", spread=True)
+
+
+def test_an_exception_of_the_callback_reaches_the_caller(
+    three: list[ServerProcess], joined: Any
+) -> None:
+    class MineError(Exception):
+        pass
+
+    def fail(progress: gradwire.Progress) -> None:
+        raise MineError
+
+    client = joined(addresses(three))
+    with pytest.raises(MineError):
+        gradients(client, *OPERANDS, on_progress=fail)
+    assert threading.active_count() < 100
+
+
+def test_a_killed_server_changes_nothing(joined: Any, alone: Any) -> None:
+    with several(3, row_block_bytes=ROW_BLOCK_BYTES) as servers:
+        by_address = {each.address: each for each in servers}
+        killed: list[str] = []
+
+        def kill(progress: gradwire.Progress) -> None:
+            for address in progress.rows_by_server or {}:
+                if len(killed) < 2 and address not in killed:
+                    killed.append(address)
+                    by_address[address].kill()
+
+        client = joined(addresses(servers), retries=SOON)
+        result = gradients(client, *OPERANDS, on_progress=kill)
+        assert same(result, alone)
+        assert len(killed) == 2
+        (left,) = set(by_address) - set(killed)
+        assert left in {each.server_address for each in result.receipt.segments}
+
+
+def test_without_a_server_the_job_fails(joined: Any) -> None:
+    few = gradwire.RetryPolicy(attempts=2, initial_backoff_s=0.01)
+    with several(2, row_block_bytes=ROW_BLOCK_BYTES) as servers:
+        client = joined(addresses(servers), retries=few)
+
+        def kill(progress: gradwire.Progress) -> None:
+            if progress.rows_by_server:
+                for each in servers:
+                    each.kill()
+
+        with pytest.raises((gradwire.ConnectError, gradwire.UnavailableError)):
+            gradients(client, *OPERANDS, on_progress=kill)
+
+
+def test_a_stopped_server_holds_up_nothing(joined: Any, alone: Any) -> None:
+    """Its segments are computed once more, and it writes nothing after the return."""
+    with several(3, row_block_bytes=ROW_BLOCK_BYTES) as servers:
+        client = joined(addresses(servers))
+        gradients(client, *OPERANDS)
+        os.kill(servers[1].pid, signal.SIGSTOP)
+        try:
+            out = {
+                name: np.empty_like(getattr(alone, name)) for name in ("y", "dx", "dw")
+            }
+            begun = time.monotonic()
+            result = gradients(client, *OPERANDS, out=out)
+            seconds = time.monotonic() - begun
+            assert same(result, alone)
+            out["y"][:] = out["dx"][:] = out["dw"][:] = 0
+        finally:
+            os.kill(servers[1].pid, signal.SIGCONT)
+        assert seconds < 10
+        until(lambda: client.run(client.client.server_info()) is not None)
+        time.sleep(0.2)
+        assert not any(out[name].any() for name in out)
+
+
+def test_servers_join_and_leave(
+    three: list[ServerProcess], joined: Any, alone: Any
+) -> None:
+    first, second, third = addresses(three)
+    client = joined([first])
+    set_to: list[list[str]] = []
+
+    def change(progress: gradwire.Progress) -> None:
+        rows = sum((progress.rows_by_server or {}).values())
+        wanted = [first] if not rows else [second, third]
+        if not set_to or set_to[-1] != wanted:
+            set_to.append(wanted)
+            if isinstance(client.client, gradwire.Client):
+                client.client.set_servers(wanted)
+            else:
+                changes.append(client.client.set_servers(wanted))
+
+    changes: list[Any] = []
+    result = gradients(client, *OPERANDS, on_progress=change)
+    for each in changes:
+        client.run(each)
+    assert same(result, alone)
+    used = {each.server_address for each in result.receipt.segments}
+    if isinstance(client.client, gradwire.Client):
+        assert used == {first, second, third}
+    assert same(gradients(client, *OPERANDS), alone)
+
+
+def test_only_clients_of_a_list_change_their_servers(
+    three: list[ServerProcess], joined: Any
+) -> None:
+    client = joined(three[0].address)
+    with pytest.raises(gradwire.InputError, match="create it with a list"):
+        client.run(client.client.set_servers([three[1].address]))
+    client = joined([three[0].address])
+    with pytest.raises(gradwire.InputError, match="has no port"):
+        client.run(client.client.set_servers(["nowhere"]))
+    client.run(client.client.set_servers([three[1].address]))
+    assert gradients(client, *OPERANDS).receipt.server_address == three[1].address
+
+
+@pytest.mark.skipif(BACKEND != "numpy", reason="is about NumPy's threads")
+def test_a_server_with_other_numerics_gets_no_segment(
+    three: list[ServerProcess],
+    joined: Any,
+    alone: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with running_server(row_block_bytes=ROW_BLOCK_BYTES // 2) as other:
+        client = joined([other.address, *addresses(three)])
+        with caplog.at_level(logging.WARNING, "gradwire"):
+            result = gradients(client, *OPERANDS)
+    assert same(result, alone)
+    used = {each.server_address for each in result.receipt.segments}
+    assert used == set(addresses(three))
+    (line,) = [each.getMessage() for each in caplog.records]
+    assert other.address in line
+    assert "row blocks of 0.03125 MiB: expected" in line
+
+
+@pytest.mark.skipif(BACKEND != "numpy", reason="is about NumPy's threads")
+def test_a_server_that_comes_back_with_other_numerics_gets_no_segment(
+    three: list[ServerProcess],
+    joined: Any,
+    alone: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with running_server(row_block_bytes=ROW_BLOCK_BYTES) as before:
+        client = joined([before.address, *addresses(three)[:2]])
+        gradients(client, *OPERANDS)
+        address = before.address
+    with (
+        running_server(row_block_bytes=ROW_BLOCK_BYTES // 2, listen=[address]),
+        caplog.at_level(logging.WARNING, "gradwire"),
+    ):
+        result = gradients(client, *OPERANDS)
+    assert same(result, alone)
+    used = {each.server_address for each in result.receipt.segments}
+    assert address not in used
+
+
+def test_all_devices_of_a_server_compute() -> None:
+    memory = 1 << 26
+    backend = SimulatedBackend(memory, memory, memory)
+    operands = oracle.operands(1 << 15, 64, 64)
+
+    def computed(backend: SimulatedBackend) -> Any:
+        with (
+            in_process.serving(backend) as server,
+            gradwire.connect(server.addresses[0]) as client,
+        ):
+            return gradients_of(client, operands, {})
+
+    spread, alone = computed(backend), computed(SimulatedBackend(memory))
+    assert {each.device.index for each in spread.receipt.segments} == {0, 1, 2}
+    assert same(spread, alone)
