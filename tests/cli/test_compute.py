@@ -30,7 +30,7 @@ from tests.cli.conftest import (
 )
 from tests.support.faults import Fault, FaultyBackend, FaultyJob
 from tests.support.raw import Problem, whole_numbers
-from tests.support.serving import ServerProcess
+from tests.support.serving import ServerProcess, running_server
 
 RESULTS = ("y", "dx", "dw")
 
@@ -129,6 +129,21 @@ def test_the_rows_of_a_block_may_be_named(
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(table, done.stdout), done.stdout
+
+
+def test_all_servers_compute_a_job_together(
+    tmp_path: Path, server: ServerProcess
+) -> None:
+    problem = whole_numbers(200_000, 16, 8, "float32")
+    paths = save(tmp_path, problem)
+    with running_server() as other:
+        addresses = sorted([server.address, other.address])
+        flags = [part for each in addresses for part in ("--address", each)]
+        run = gradwire("compute", *paths, "--out", tmp_path / "out", *flags, "--spread")
+    for name, expected in problem.expected().items():
+        assert np.array_equal(loaded(tmp_path / "out", name, "float32"), expected)
+    for address in addresses:
+        assert re.search(rf"{re.escape(address)} +\d+ of 25 segments", run.stdout)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -78,6 +79,7 @@ def compute(
     block_rows: Annotated[
         Literal["auto"] | int | None, Parameter(metavar="ROWS|auto", show_choices=False)
     ] = None,
+    spread: Annotated[bool, FLAG] = False,
     checksum: Annotated[bool, FLAG] = False,
     verify: Annotated[bool, FLAG] = False,
     force: Annotated[bool, FLAG] = False,
@@ -97,7 +99,7 @@ def compute(
             possible with the given files. db has the column sums of dY.
         address: Server address: HOST:PORT or unix:PATH. May be repeated, or
             dns:///HOST:PORT for every address of a name: the job goes to an
-            available server.
+            available server, or, with --spread, to all of them.
         security: TLS and credentials.
         dtype: Dtype of raw 2-byte elements; NumPy saves bfloat16 that way.
         result_dtype: Dtype of all results, or of single ones (dw=float32).
@@ -110,6 +112,8 @@ def compute(
         block_rows: Most rows of a row block, a power of two. Smaller blocks let
             results leave earlier, and give other last bits. auto: about an eighth of
             the rows, for a slow link. Default: the server's choice.
+        spread: Have all servers, and all of their devices, compute the job together.
+            The last bits may differ from those without --spread.
         checksum: Protect all payloads with CRC-32C.
         verify: Verify the results locally with random sums, block by block.
         force: Replace existing result files.
@@ -144,6 +148,7 @@ def compute(
                 dw_accumulator=dw_accumulator and dw_accumulator.label,
                 allow_tf32=allow_tf32,
                 block_rows=block_rows,
+                spread=spread,
                 checksum=checksum,
                 verify=verify,
                 request_id=request_id,
@@ -159,7 +164,7 @@ def compute(
                         files.append(result.label, getattr(stream, result.label))
         written = files.commit()
     if not quiet:
-        if len(address) > 1:
+        if len(address) > 1 and not spread:
             server = stream.receipt.server_address
         console().print(
             properties(_summary(server, stream.receipt, operands, specs, written))
@@ -190,18 +195,36 @@ def _progress_bar(*, show: bool) -> Iterator[Callable[[Progress], object] | None
     )
     with progress.Progress(*columns, console=console(sys.stderr)) as bar:
         task = bar.add_task("connecting", total=None)
+        servers: dict[str, progress.TaskID] = {}
 
         def update(now: Progress) -> None:
+            total = (now.bytes_to_send or 0) + (now.bytes_to_receive or 0)
+            for address, rows in (now.rows_by_server or {}).items():
+                if address not in servers:
+                    servers[address] = bar.add_task(f"  {address}", total=total)
+                share = rows / now.m if now.m else 1.0
+                bar.update(servers[address], completed=total * share)
             bar.update(
                 task,
                 description="operands and results"
                 if now.jobs_ahead is None
                 else f"queued, {now.jobs_ahead} ahead",
                 completed=now.bytes_sent + now.bytes_received,
-                total=(now.bytes_to_send or 0) + (now.bytes_to_receive or 0),
+                total=total,
             )
 
         yield update
+
+
+def _segments(receipt: Receipt) -> Iterator[tuple[str, str]]:
+    """Which servers and devices have computed a spread job."""
+    computed = Counter(
+        (each.server_address, each.device.index) for each in receipt.segments
+    )
+    devices = Counter(address for address, _ in computed)
+    for (address, index), count in sorted(computed.items()):
+        where = address if devices[address] == 1 else f"{address}, device {index}"
+        yield where, f"{count} of {len(receipt.segments)} segments"
 
 
 def _summary(
@@ -217,6 +240,7 @@ def _summary(
     yield "server", f"{server}, over {receipt.transport}"
     yield "device", f"{receipt.device.backend}: {receipt.device.name}"
     yield "row blocks", f"{receipt.blocks} of {receipt.block_rows} rows"
+    yield from _segments(receipt)
     in_dtype = "" if receipt.dtype == operands.dtype.label else f" in {receipt.dtype}"
     moved, seconds = receipt.bytes_received + receipt.bytes_sent, receipt.total_s
     yield (

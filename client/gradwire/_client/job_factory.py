@@ -280,11 +280,25 @@ class JobFactory:
             early_bytes=early_bytes,
         )
 
-    def replay_buffer(self, reader: RowReader, rows: object) -> ReplayBuffer:
-        """Create the buffer of a stream's rows that may have to be sent again."""
+    @property
+    def held_bytes(self) -> int:
+        """Most bytes of rows that a stream holds."""
+        return self._policy.held_bytes
+
+    def replay_buffer(
+        self, reader: RowReader, rows: object, again: Sequence[object] | None = None
+    ) -> ReplayBuffer:
+        """Create the buffer of a stream's rows that may have to be sent again.
+
+        Args:
+            reader: Converts items to operands.
+            rows: The items.
+            again: The same items as a sequence, if `rows` is none.
+        """
         if self._policy.attempts == 1:
             return ReplayBuffer(reader)
-        again = rows if isinstance(rows, Sequence) else None
+        if isinstance(rows, Sequence):
+            again = rows
         return ReplayBuffer(reader, self._policy.held_bytes, again)
 
     def after_fork(self) -> None:

@@ -11,19 +11,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from gradwire._api.errors import GradwireError, NumericsError
-from gradwire._api.options import Numerics, left_of
-from gradwire._api.types import Array, Receipt, Segment, spread_receipt
+from gradwire._api.errors import GradwireError
+from gradwire._api.options import left_of
+from gradwire._api.types import Array, Receipt
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
 from gradwire._client.batch_job import MakeJob
+from gradwire._client.spread_plan import SpreadPlan
 from gradwire._core.job_plan import Plan, with_rows
-from gradwire._core.numerics import most_common
 from gradwire._core.outputs import ArrayOutputs, Output
 from gradwire._core.progress import SpreadReporter
-from gradwire._core.segments import Division, OrderedSums, Run, accumulator_of, divide
-from gradwire._resilience.array_job import ArrayJob, note_excluded
-from gradwire_protocol.limits import MAX_JOB_ID_LENGTH
+from gradwire._core.segments import OrderedSums, Run
+from gradwire._resilience.array_job import ArrayJob
 from gradwire_protocol.matrices import Matrix
 
 SLOW = 2.0
@@ -70,13 +69,14 @@ class _State:
 class SpreadJob:
     """A product's segments, and what they have in common. Thread-safe.
 
-        spread.choose_numerics(those of all servers)
-        spread.divide(jobs)
-        while (part := spread.begin(jobs, several=...)) is not None:
+        job.spread.choose_numerics(those of all servers)
+        job.spread.divide(jobs)
+        job.begin_reports()
+        while (part := job.begin(jobs, several=...)) is not None:
             if it is a number: wait, and ask again
             ... run part.job ...
-            spread.end(part, its receipt), or spread.fail(part, its error)
-        spread.deliver()
+            job.end(part, its receipt), or job.fail(part, its error)
+        job.deliver()
 
     Args:
         plan: The plan of the whole product.
@@ -87,8 +87,7 @@ class SpreadJob:
 
     Attributes:
         outputs: As above.
-        plan: As above.
-        unusable: Addresses of the servers that get no segment.
+        spread: The plan, the division and the servers.
     """
 
     def __init__(
@@ -101,8 +100,7 @@ class SpreadJob:
         copies: HostCopies,
     ) -> None:
         self.outputs = outputs
-        self.plan = plan
-        self.unusable: set[str] = set()
+        self.spread = SpreadPlan(plan)
         self._operands = operands
         self._make = make
         self._copies = copies
@@ -115,58 +113,18 @@ class SpreadJob:
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._next = 0
         self._whole: Mapping[Matrix, Array] = {}
-        self._division = Division(plan.m or 0, 1)
         self._reporter: SpreadReporter | None = None
         self._window = 0
 
-    def choose_numerics(self, found: Mapping[str, Numerics | None]) -> None:
-        """Decide which servers compute segments: those that most have in common.
-
-        Args:
-            found: The numerics of each server, by address; None: it computes no
-                segments.
-
-        Raises:
-            NumericsError: No server computes segments.
-        """
-        known = {at: each for at, each in found.items() if each is not None}
-        chosen = most_common(known)
-        if chosen is None:
-            raise NumericsError(
-                f"spread is on, but no server at {', '.join(found)} computes segments:"
-                " update them"
-            )
-        for address, each in found.items():
-            if each != chosen:
-                self.unusable.add(address)
-                why = f"it computes with {each}: expected {chosen}"
-                if each is None:
-                    why = "it does not know them: update it"
-                note_excluded(self.plan.options.job_id, address, why)
-        options = replace(self.plan.options, numerics=chosen)
-        rows = options.block_rows if isinstance(options.block_rows, int) else 0
-        self.plan = replace(self.plan, options=options, block_rows=rows)
-
-    def divide(self, jobs: int) -> None:
-        """Divide the product, once its servers are known.
-
-        Args:
-            jobs: Jobs at the same time.
-        """
-        numerics = self.plan.options.numerics
-        if numerics is None:
-            raise RuntimeError("the servers of the job are not known")
-        self._division = divide(self.plan, numerics.row_block_bytes, jobs)
-        if self.plan.options.on_progress is not None:
-            self._reporter = SpreadReporter(
-                self.plan.options.on_progress,
-                [with_rows(self.plan, run.rows) for run in self._division.runs()],
-            )
+    def begin_reports(self) -> None:
+        """Report progress, once the product is divided."""
+        if self.spread.plan.options.on_progress is not None:
+            self._reporter = SpreadReporter(self.spread.plan, self.spread.division)
 
     @property
     def run_count(self) -> int:
         """Number of runs."""
-        return self._division.run_count
+        return self.spread.division.run_count
 
     def begin(self, jobs: int, *, several: bool) -> Part | float | None:
         """Create the next job.
@@ -189,7 +147,7 @@ class SpreadJob:
                 return _ASK_AGAIN_S
             self._window = max(self._window, jobs)
             if self._next < self.run_count and self._may_begin():
-                run, self._next = self._division.run(self._next), self._next + 1
+                run, self._next = self.spread.division.run(self._next), self._next + 1
                 state = self._states[run.number] = _State()
                 return self._part(state, run)
             return self._duplicate() if several else _ASK_AGAIN_S
@@ -249,39 +207,13 @@ class SpreadJob:
         """
         self._sums.write(self._whole)
         self.outputs.deliver(self._copies)
-        runs = [self._receipts[number] for number in range(self.run_count)]
-        segments = [
-            Segment(
-                first_row=first,
-                rows=min(self._division.segment_rows, run.first_row + run.rows - first),
-                server_address=receipt.server_address,
-                server_instance=receipt.server_instance,
-                device=receipt.device,
-                attempts=receipt.attempts,
-            )
-            for run, receipt in zip(self._division.runs(), runs, strict=True)
-            for first in range(
-                run.first_row,
-                max(run.first_row + run.rows, run.first_row + 1),
-                self._division.segment_rows,
-            )
-        ]
-        receipt = spread_receipt(
-            runs,
-            segments,
-            job_id=self.plan.options.job_id,
-            segment_rows=self._division.segment_rows,
-            result_dtypes={
-                each.label: self.plan.result_dtype(each).label
-                for each in self.plan.results
-            },
-        )
+        receipt = self.spread.receipt(self._receipts)
         return self._copies.told(receipt)
 
     def _may_begin(self) -> bool:
         """Whether the sums of the next run may be held until those before are there."""
-        ahead = self._division.run(self._next).first_segment - self._sums.added
-        return ahead < self._window * self._division.run_segments
+        ahead = self.spread.division.run(self._next).first_segment - self._sums.added
+        return ahead < self._window * self.spread.division.run_segments
 
     def _duplicate(self) -> Part | float:
         """Create a second job for the run that takes longest, if that is too long."""
@@ -322,24 +254,23 @@ class SpreadJob:
                 place = _rows_of(array, *rows) if matrix.row_wise else None
                 if place is not None:
                     places[matrix] = Output(place, place)
-        options = left_of(self.plan.options, self._begun_at)
-        job_id = f"{options.job_id}/{run.number}{'' if slow is None else '+'}"
-        wide = dict.fromkeys(self.plan.sums, accumulator_of(self.plan))
+        whole, shared = self.spread.plan, self.spread
+        options = left_of(whole.options, self._begun_at)
         report = None
         if self._reporter is not None and slow is None:
             report = self._reporter.of_run(run.number)
         options = replace(
             options,
-            result_dtypes={**options.result_dtypes, **wide},
+            result_dtypes={**options.result_dtypes, **shared.sum_dtypes()},
             on_progress=report,
-            job_id=job_id if len(job_id) <= MAX_JOB_ID_LENGTH else options.job_id,
+            job_id=shared.job_id(run.number, "" if slow is None else "+"),
         )
-        plan = replace(with_rows(self.plan, run.rows), options=options)
+        plan = replace(with_rows(whole, run.rows), options=options)
         job = self._make(plan, operands, places)
-        job.unusable = self.unusable
+        job.unusable = shared.unusable
         if slow is not None:
             job.avoid = {slow.job.address}
-            job.unusable = self.unusable | job.avoid
+            job.unusable = shared.unusable | job.avoid
         part = Part(run, job, slow is not None, time.monotonic())
         job.on_call = lambda cancel: self._called(part, cancel)
         state.parts.append(part)
@@ -373,12 +304,12 @@ class SpreadJob:
         for matrix, array in self._whole.items():
             if matrix.row_wise:
                 _store(array, part.run.first_row, results[matrix])
-        sums = {matrix: results[matrix] for matrix in self.plan.sums}
+        sums = {matrix: results[matrix] for matrix in self.spread.plan.sums}
         self._sums.add(part.run.first_segment, [sums])
         with self._lock:
             self._receipts[part.run.number] = receipt
         if self._reporter is not None:
-            self._reporter.ended(part.run.number, receipt.server_address)
+            self._reporter.ended(part.run.number, receipt)
 
 
 _ASK_AGAIN_S = 1.0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gradwire._api.options import OnProgress
-from gradwire._api.types import Progress
+from gradwire._api.types import Progress, Receipt
 from gradwire._core.job_plan import Plan
+from gradwire._core.segments import Division
 
 
 class Reporter:
@@ -99,22 +100,18 @@ class BatchReporter:
 
 
 class SpreadReporter:
-    """Calls `on_progress` with the totals of the runs of a spread job.
+    """Calls `on_progress` with the totals of the runs of a spread product.
 
     Args:
-        on_progress: The caller's function. It is never called concurrently.
-        plans: The plan of each run, with its rows.
+        plan: The plan of the whole product. Its `on_progress` is never called
+            concurrently.
+        division: Its runs.
     """
 
-    def __init__(self, on_progress: OnProgress, plans: Sequence[Plan]) -> None:
-        self._on_progress = on_progress
-        rows = [plan.m or 0 for plan in plans]
-        self._m = sum(rows)
-        self._whole = [
-            _Counts(plan.upload_bytes(m), plan.download_bytes(m), m)
-            for plan, m in zip(plans, rows, strict=True)
-        ]
-        self._counts = [_Counts() for _ in plans]
+    def __init__(self, plan: Plan, division: Division) -> None:
+        self._plan = plan
+        self._division = division
+        self._counts: dict[int, _Counts] = {}
         self._by_server: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -130,23 +127,37 @@ class SpreadReporter:
 
         return report
 
-    def ended(self, number: int, address: str) -> None:
-        """Report that a run is complete, from the server with an address."""
+    def ended(self, number: int, receipt: Receipt) -> None:
+        """Report that a run is complete."""
+        m, address = receipt.m, receipt.server_address
         with self._lock:
-            self._counts[number] = self._whole[number]
-            rows = self._by_server.get(address, 0) + self._whole[number].rows_sent
-            self._by_server[address] = rows
+            self._counts[number] = self._of_rows(m)
+            self._by_server[address] = self._by_server.get(address, 0) + m
             self._report(None)
 
+    def _of_rows(self, m: int) -> _Counts:
+        return _Counts(self._plan.upload_bytes(m), self._plan.download_bytes(m), m)
+
     def _report(self, jobs_ahead: int | None) -> None:
-        self._on_progress(
+        on_progress, m = self._plan.options.on_progress, self._plan.m
+        if on_progress is None:
+            return
+        counts = self._counts.values()
+        to_send = to_receive = None
+        if m is not None:
+            # Every run sends W, and receives sums.
+            whole, more = self._of_rows(m), self._of_rows(0)
+            runs = self._division.run_count - 1
+            to_send = whole.bytes_sent + runs * more.bytes_sent
+            to_receive = whole.bytes_received + runs * more.bytes_received
+        on_progress(
             Progress(
-                bytes_sent=sum(each.bytes_sent for each in self._counts),
-                bytes_to_send=sum(each.bytes_sent for each in self._whole),
-                bytes_received=sum(each.bytes_received for each in self._counts),
-                bytes_to_receive=sum(each.bytes_received for each in self._whole),
-                rows_sent=sum(each.rows_sent for each in self._counts),
-                m=self._m,
+                bytes_sent=sum(each.bytes_sent for each in counts),
+                bytes_to_send=to_send,
+                bytes_received=sum(each.bytes_received for each in counts),
+                bytes_to_receive=to_receive,
+                rows_sent=sum(each.rows_sent for each in counts),
+                m=m,
                 jobs_ahead=jobs_ahead,
                 rows_by_server=dict(self._by_server),
             )

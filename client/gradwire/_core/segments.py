@@ -131,6 +131,14 @@ def divide(plan: Plan, row_block_bytes: int, jobs: int) -> Division:
     return Division(division.m, rows, 1)
 
 
+def segment_bytes(plan: Plan, segment_rows: int) -> int:
+    """Return the bytes of the operands and results of a segment's rows."""
+    rows, none = (
+        plan.upload_bytes(m) + plan.download_bytes(m) for m in (segment_rows, 0)
+    )
+    return rows - none
+
+
 def accumulator_of(plan: Plan) -> Dtype:
     """Return the dtype in which a job's dW and dB are summed."""
     return plan.options.dw_accumulator or plan.dtype.default_accumulator

@@ -16,6 +16,8 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
+    Coroutine,
     Hashable,
     Iterable,
     Iterator,
@@ -68,6 +70,34 @@ class AsyncNews:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._event.wait()
+
+
+_in_background: set[asyncio.Task[None]] = set()
+
+
+class AsyncBackground:
+    """Work beside its caller. It must not raise.
+
+    Args:
+        work: The work.
+    """
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(work())
+        # The event loop alone does not keep a task from the garbage collector.
+        _in_background.add(self._task)
+        self._task.add_done_callback(_in_background.discard)
+
+    async def aclose(self) -> None:
+        """Cancel the work, and wait for its end."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def abandon(self) -> None:
+        """Cancel the work from the garbage collector, in any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop may be closed
+            self._loop.call_soon_threadsafe(self._task.cancel)
 
 
 class AsyncRepeater:
@@ -188,8 +218,27 @@ async def run_together(
         stop()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _all_ended(tasks)
         raise
+
+
+async def _all_ended(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Wait for cancelled tasks.
+
+    If the waiting is cancelled, too, it still goes on: the tasks are not cancelled once
+    more while they close what they have.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not all(task.done() for task in tasks):
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # only the first one is raised
+    if cancelled is not None:
+        raise cancelled
 
 
 async def iterate(messages: Iterable[bytes]) -> AsyncGenerator[bytes]:

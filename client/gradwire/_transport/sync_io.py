@@ -56,6 +56,29 @@ class SyncNews:
                 self._changed.wait(timeout_s)
 
 
+class SyncBackground:
+    """Work beside its caller, in a thread. It must not raise.
+
+    Args:
+        work: The work.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(
+            name="gradwire-spread", target=context.run, args=(work,), daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the end of the work, which the caller has told to end."""
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def abandon(self) -> None:
+        """Do nothing: the work ends by itself."""
+
+
 class SyncRepeater:
     """Does something again and again in the background.
 

@@ -21,6 +21,7 @@ from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._async.batch import run
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.session import AsyncSession
+from gradwire._client._async.spread_stream import AsyncSpreadStream
 from gradwire._client._async.stream import AsyncGradientStream
 from gradwire._client.client_base import ClientBase
 from gradwire._client.options import ClientOptions
@@ -550,6 +551,9 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
                 ``"auto"`` is the server's own.
             **options: As for `gradients`. `verify` checks a block before it is
                 handed out, and dW at the end. `timeout_s` is for the whole stream.
+                With `spread`, rows are copied into segments, and up to
+                `RetryPolicy.held_bytes` of operands and results are in memory, one
+                segment in any case.
 
         Returns:
             An asynchronous iterator of `RowBlock`, with `dw`, `db` and `receipt` once
@@ -575,4 +579,5 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
         parsed = parse_options(**options)
         self._engine.require_open()
         reader = RowReader(w, m, self._engine.jobs.with_defaults(parsed))
-        return AsyncGradientStream(self._engine, rows, reader, self._remember)
+        kind = AsyncSpreadStream if parsed.spread else AsyncGradientStream
+        return kind(self._engine, rows, reader, self._remember)

@@ -17,14 +17,17 @@ async def run_spread(engine: AsyncEngine, job: SpreadJob) -> Receipt:
     Raises:
         GradwireError: A segment could not be computed. The other jobs are cancelled.
     """
-    jobs = await engine.spread(job)
+    jobs = await engine.spread(job.spread)
+    job.begin_reports()
+    unusable = job.spread.unusable
     news = AsyncNews()
 
     async def work() -> None:
         while True:
             count = news.count
-            jobs, several = engine.jobs_at_once(job.unusable), engine.has_another(job)
-            part = job.begin(jobs, several=several)
+            part = job.begin(
+                engine.jobs_at_once(unusable), several=engine.has_several(unusable)
+            )
             if part is None:
                 news.tell()
                 return

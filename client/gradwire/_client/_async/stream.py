@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from gradwire._api.errors import GradwireError, VerificationError
 from gradwire._api.types import Receipt, RowBlock
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.row_source import AsyncRowSource
+from gradwire._client.spread_plan import SpreadPlan
 from gradwire._resilience.call_span import callers_context, job_span
 from gradwire._resilience.load_balancer import Lease
 from gradwire._resilience.retry import Attempts
@@ -42,10 +43,14 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         rows: Iterable[object] | AsyncIterable[object],
         reader: RowReader,
         remember: Callable[[Receipt], Receipt],
+        *,
+        again: Sequence[object] | None = None,
+        spread: SpreadPlan | None = None,
     ) -> None:
         self._engine = engine
         self._remember = remember
-        self._buffer = engine.jobs.replay_buffer(reader, rows)
+        self._spread = spread
+        self._buffer = engine.jobs.replay_buffer(reader, rows, again)
         self._rows = AsyncRowSource(rows, self._buffer)
         self._reader = reader
         self._caller = callers_context()
@@ -82,6 +87,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                     except GradwireError as error:
                         if self._rows.has_raised(error):
                             raise
+                        if self._spread is not None and self._job is not None:
+                            self._spread.note(self._job.address, error)
                         if self._lease is not None and self._attempts is not None:
                             await self._lease.engine.report(error, self._attempts)
                             self._lease.engine.note_broken(self._job, error)
@@ -100,17 +107,25 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                 raise StopAsyncIteration
             return self._job.ready.popleft()
 
+    def interrupt(self) -> None:
+        """Cancel the job while another thread or coroutine waits for its results."""
+        self._over = True
+        if self._call is not None:
+            self._call.abandon()
+
     async def aclose(self) -> None:
         """Cancel the job, unless it is done, and yield no more row blocks."""
         self._over = True
-        if self._call is not None:
-            await self._call.cancel()
-        self._end_direct()
-        await self._rows.aclose()
-        if self._job is not None:
-            self._job.ready.clear()
-        self._release(GeneratorExit())
-        self._end_span(GeneratorExit())
+        try:
+            if self._call is not None:
+                await self._call.cancel()
+        finally:  # also if the caller is cancelled meanwhile
+            self._end_direct()
+            if self._job is not None:
+                self._job.ready.clear()
+            self._release(GeneratorExit())
+            self._end_span(GeneratorExit())
+            await self._rows.aclose()
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
@@ -160,6 +175,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                 job.plan, options.metadata, unary=False, context=self._caller
             )
             self._attempts = self._engine.attempts(options, span)
+            if self._spread is not None:
+                self._attempts.unusable = self._spread.unusable
             self._job = job
         if self._lease is None:
             self._lease = await self._engine.lease(self._attempts)

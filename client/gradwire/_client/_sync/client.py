@@ -23,6 +23,7 @@ from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._sync.batch import run
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.session import Session
+from gradwire._client._sync.spread_stream import SyncSpreadStream
 from gradwire._client._sync.stream import GradientStream
 from gradwire._client.client_base import ClientBase
 from gradwire._client.options import ClientOptions
@@ -571,4 +572,5 @@ class Client(ClientBase[SyncEngine, Session]):
         parsed = parse_options(**options)
         self._engine.require_open()
         reader = RowReader(w, m, self._engine.jobs.with_defaults(parsed))
-        return GradientStream(self._engine, rows, reader, self._remember)
+        kind = SyncSpreadStream if parsed.spread else GradientStream
+        return kind(self._engine, rows, reader, self._remember)

@@ -26,7 +26,7 @@ from gradwire._api.types import Array, Receipt, ServerInfo, server_info_of
 from gradwire._arrays.operand import Operand
 from gradwire._client.engine_base import EngineBase, look_up_address, member_options
 from gradwire._client.options import ClientOptions
-from gradwire._client.spread_job import SpreadJob
+from gradwire._client.spread_plan import SpreadPlan
 from gradwire._core.exchange import JobExchange
 from gradwire._core.frame import Frame, Message
 from gradwire._core.get_exchange import GetExchange
@@ -258,11 +258,11 @@ class SyncEngine(EngineBase):
                 self._learn_features(servers.engines())
                 return lease
 
-    def spread(self, job: SpreadJob) -> int:
-        """Prepare a job for all servers that compute alike.
+    def spread(self, spread: SpreadPlan) -> int:
+        """Plan a product for all servers that compute alike.
 
         Servers that were never asked about themselves are asked now. Those that have
-        other numerics than most get no segments of the job.
+        other numerics than most get no segments.
 
         Returns:
             Jobs at the same time.
@@ -278,28 +278,28 @@ class SyncEngine(EngineBase):
             engines = {member.address: member.engine for member in members}
         if any(each.info is None for each in engines.values()):
             self._handshake()
-        job.choose_numerics(
+        spread.choose_numerics(
             {
                 address: numerics_of(each.info)
                 for address, each in engines.items()
                 if each.info is not None
             }
         )
-        jobs = self.jobs_at_once(job.unusable)
-        job.divide(jobs)
+        jobs = self.jobs_at_once(spread.unusable)
+        spread.divide(jobs)
         return jobs
 
     def jobs_at_once(self, unusable: Collection[str]) -> int:
-        """Return how many jobs of a spread job run at the same time.
+        """Return how many jobs of a spread product run at the same time.
 
         Args:
             unusable: Addresses of servers that get none.
         """
         return JOBS_PER_DEVICE * max(1, sum(self._devices(unusable)))
 
-    def has_another(self, job: SpreadJob) -> bool:
-        """Return whether more than one server computes segments of a job."""
-        return len(self._devices(job.unusable)) > 1
+    def has_several(self, unusable: Collection[str]) -> bool:
+        """Return whether there is more than one server beside those."""
+        return len(self._devices(unusable)) > 1
 
     def _devices(self, unusable: Collection[str]) -> list[int]:
         """Return the number of devices of each server that can be used."""

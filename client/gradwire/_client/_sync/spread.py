@@ -19,14 +19,17 @@ def run_spread(engine: SyncEngine, job: SpreadJob) -> Receipt:
     Raises:
         GradwireError: A segment could not be computed. The other jobs are cancelled.
     """
-    jobs = engine.spread(job)
+    jobs = engine.spread(job.spread)
+    job.begin_reports()
+    unusable = job.spread.unusable
     news = SyncNews()
 
     def work() -> None:
         while True:
             count = news.count
-            jobs, several = engine.jobs_at_once(job.unusable), engine.has_another(job)
-            part = job.begin(jobs, several=several)
+            part = job.begin(
+                engine.jobs_at_once(unusable), several=engine.has_several(unusable)
+            )
             if part is None:
                 news.tell()
                 return

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from gradwire._api.errors import GradwireError, VerificationError
 from gradwire._api.types import Receipt, RowBlock
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.row_source import SyncRowSource
+from gradwire._client.spread_plan import SpreadPlan
 from gradwire._resilience.call_span import callers_context, job_span
 from gradwire._resilience.load_balancer import Lease
 from gradwire._resilience.retry import Attempts
@@ -44,10 +45,14 @@ class GradientStream(Iterator[RowBlock]):
         rows: Iterable[object],
         reader: RowReader,
         remember: Callable[[Receipt], Receipt],
+        *,
+        again: Sequence[object] | None = None,
+        spread: SpreadPlan | None = None,
     ) -> None:
         self._engine = engine
         self._remember = remember
-        self._buffer = engine.jobs.replay_buffer(reader, rows)
+        self._spread = spread
+        self._buffer = engine.jobs.replay_buffer(reader, rows, again)
         self._rows = SyncRowSource(rows, self._buffer)
         self._reader = reader
         self._caller = callers_context()
@@ -84,6 +89,8 @@ class GradientStream(Iterator[RowBlock]):
                     except GradwireError as error:
                         if self._rows.has_raised(error):
                             raise
+                        if self._spread is not None and self._job is not None:
+                            self._spread.note(self._job.address, error)
                         if self._lease is not None and self._attempts is not None:
                             self._lease.engine.report(error, self._attempts)
                             self._lease.engine.note_broken(self._job, error)
@@ -102,17 +109,25 @@ class GradientStream(Iterator[RowBlock]):
                 raise StopIteration
             return self._job.ready.popleft()
 
+    def interrupt(self) -> None:
+        """Cancel the job while another thread or coroutine waits for its results."""
+        self._over = True
+        if self._call is not None:
+            self._call.abandon()
+
     def close(self) -> None:
         """Cancel the job, unless it is done, and yield no more row blocks."""
         self._over = True
-        if self._call is not None:
-            self._call.cancel()
-        self._end_direct()
-        self._rows.close()
-        if self._job is not None:
-            self._job.ready.clear()
-        self._release(GeneratorExit())
-        self._end_span(GeneratorExit())
+        try:
+            if self._call is not None:
+                self._call.cancel()
+        finally:  # also if the caller is cancelled meanwhile
+            self._end_direct()
+            if self._job is not None:
+                self._job.ready.clear()
+            self._release(GeneratorExit())
+            self._end_span(GeneratorExit())
+            self._rows.close()
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
@@ -162,6 +177,8 @@ class GradientStream(Iterator[RowBlock]):
                 job.plan, options.metadata, unary=False, context=self._caller
             )
             self._attempts = self._engine.attempts(options, span)
+            if self._spread is not None:
+                self._attempts.unusable = self._spread.unusable
             self._job = job
         if self._lease is None:
             self._lease = self._engine.lease(self._attempts)

@@ -1,0 +1,271 @@
+"""The class `AsyncSpreadStream`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from typing import Any
+
+from gradwire._api.errors import ClientStateError
+from gradwire._api.types import Receipt, RowBlock
+from gradwire._client._async.engine import AsyncEngine
+from gradwire._client._async.stream import AsyncGradientStream
+from gradwire._client.spread_rows import SegmentRows, SpreadRows
+from gradwire._core.rows import END_OF_ROWS
+from gradwire._resilience.row_reader import RowReader
+from gradwire._transport.async_io import (
+    AsyncBackground,
+    AsyncItems,
+    AsyncLock,
+    AsyncNews,
+    run_beside,
+    run_together,
+)
+from gradwire_protocol.matrices import Matrix
+
+_MOST_LATER = 16
+"""Most additional segments at the same time on servers that join during the job."""
+
+_ASK_AGAIN_S = 1.0
+"""Seconds after which a task looks again, in any case."""
+
+
+class AsyncSpreadStream(AsyncGradientStream):
+    """The results of `AsyncClient.stream` with ``spread=True``.
+
+    Each segment is a stream of its own, and several run at the same time. Row blocks
+    are yielded in the order of rows.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        rows: Iterable[object] | AsyncIterable[object],
+        reader: RowReader,
+        remember: Callable[[Receipt], Receipt],
+    ) -> None:
+        self._remember = remember
+        self._run = _Run(engine, rows, reader)
+        self._turn = AsyncLock()
+        self._over = False
+        self._sums: dict[Matrix, Any] = {}
+        self._receipt: Receipt | None = None
+
+    async def __anext__(self) -> RowBlock:
+        """Return the next row block.
+
+        Raises:
+            StopAsyncIteration: The job is done.
+            GradwireError: The job failed.
+            BaseException: An exception of the caller's iterable, unchanged.
+        """
+        async with self._turn:
+            if self._over:
+                raise StopAsyncIteration
+            try:
+                block = await self._run.next_block()
+                if block is None:
+                    self._sums, receipt = await run_beside(self._run.rows.finish)
+                    self._receipt = self._remember(receipt)
+            except BaseException:
+                await self.aclose()
+                raise
+            if block is None:
+                await self.aclose()
+                raise StopAsyncIteration
+            return block
+
+    async def aclose(self) -> None:
+        """Cancel the job, unless it is done, and yield no more row blocks."""
+        self._over = True
+        await self._run.aclose()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self._run.abandon()
+
+    @property
+    def dw(self) -> Any:
+        """DW, as for `AsyncGradientStream`."""
+        self._require_receipt()
+        return self._sums.get(Matrix.DW)
+
+    @property
+    def db(self) -> Any:
+        """The column sums of dY, as for `AsyncGradientStream`."""
+        self._require_receipt()
+        return self._sums.get(Matrix.DB)
+
+    @property
+    def receipt(self) -> Receipt:
+        """The job's receipt, once the stream is exhausted."""
+        return self._require_receipt()
+
+    def _require_receipt(self) -> Receipt:
+        if self._receipt is None:
+            raise ClientStateError(
+                "dw and receipt are available once the stream is exhausted"
+            )
+        return self._receipt
+
+
+class _Run:
+    """The computation of a stream's segments.
+
+    It does not refer to the stream, which can then be garbage collected.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        rows: Iterable[object] | AsyncIterable[object],
+        reader: RowReader,
+    ) -> None:
+        self.rows = SpreadRows(reader, engine.jobs.held_bytes)
+        self._engine = engine
+        self._reader = reader
+        self._items = AsyncItems(rows)
+        self._news = AsyncNews()
+        self._background: AsyncBackground | None = None
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._filler = threading.Lock()
+        self._running: dict[int, AsyncGradientStream] = {}
+
+    async def next_block(self) -> RowBlock | None:
+        """Return the next row block; None after the last one.
+
+        Raises:
+            BaseException: What has gone wrong in the background.
+        """
+        if self._background is None:
+            await self._begin()
+        while True:
+            count = self._news.count
+            if self._error is not None:
+                raise self._error
+            block = self.rows.next_block()
+            if block is not None:
+                self._news.tell()  # there may be room for rows
+                return block
+            if self.rows.exhausted:
+                return None
+            await self._news.wait(count, _ASK_AGAIN_S)
+
+    async def aclose(self) -> None:
+        """Stop."""
+        self.stop()
+        if self._background is not None:
+            await self._background.aclose()
+        await self._items.aclose()
+
+    def abandon(self) -> None:
+        """Stop, from the garbage collector."""
+        self.stop()
+        if self._background is not None:
+            self._background.abandon()
+        self._items.abandon()
+
+    def stop(self) -> None:
+        """Begin nothing more, and cancel what runs."""
+        self._stopped = True
+        for stream in list(self._running.values()):
+            stream.interrupt()
+        self._news.tell()
+
+    async def _begin(self) -> None:
+        first = await self._items.next()
+        operands = None if first is END_OF_ROWS else self._reader.read(first)
+        jobs = await self._engine.spread(self.rows.plan(operands))
+        self.rows.divided()
+        if operands is None:
+            self.rows.end()
+        else:
+            self.rows.add(operands)
+
+        async def work() -> None:
+            try:
+                await run_together(self._work, jobs + _MOST_LATER, self.stop)
+            except BaseException as error:  # noqa: BLE001 - raised by `next_block`
+                self._error = self._error or error
+            self._news.tell()
+
+        self._background = AsyncBackground(work)
+
+    async def _work(self) -> None:
+        """Compute segments; the first task also requests the rows."""
+        if self._filler.acquire(blocking=False):
+            await self._fill()
+        while not self._stopped:
+            count = self._news.count
+            jobs = self._engine.jobs_at_once(self.rows.spread.unusable)
+            segment = self.rows.begin(jobs)
+            if segment is not None:
+                await self._compute(segment)
+                self._news.tell()
+            elif self.rows.all_begun:
+                return
+            else:
+                await self._news.wait(count, _ASK_AGAIN_S)
+
+    async def _fill(self) -> None:
+        """Request the caller's items, and store their rows."""
+        item: object = None
+        while not self._stopped and item is not END_OF_ROWS:
+            count = self._news.count
+            if await run_beside(self.rows.store):
+                self._news.tell()
+                self._reader.settle()
+                item = await self._items.next()
+                if item is not END_OF_ROWS:
+                    self.rows.add(self._reader.read(item))
+            else:
+                self._news.tell()
+                await self._news.wait(count + 1, _ASK_AGAIN_S)
+        if not self._stopped:
+            self.rows.end()
+            self._news.tell()
+
+    async def _compute(self, segment: SegmentRows) -> None:
+        stream = AsyncGradientStream(
+            self._engine,
+            self._rows_of(segment),
+            self.rows.reader_of(segment),
+            _unchanged,
+            again=segment.items,
+            spread=self.rows.spread,
+        )
+        self._running[segment.number] = stream
+        try:
+            async with stream:
+                async for block in stream:
+                    self.rows.took(segment, block)
+                    self._news.tell()
+            if self._stopped:
+                return
+            sums = {}
+            for matrix in self.rows.spread.plan.sums:
+                sums[matrix] = stream.dw if matrix is Matrix.DW else stream.db
+            receipt = stream.receipt
+            await run_beside(lambda: self.rows.finished(segment, sums, receipt))
+        finally:
+            del self._running[segment.number]
+
+    async def _rows_of(self, segment: SegmentRows) -> AsyncGenerator[object]:
+        """Yield the rows of a segment, as they arrive."""
+        at = 0
+        while not self._stopped:
+            count = self._news.count
+            complete = segment.complete
+            if at < len(segment.items):
+                yield segment.items[at]
+                at += 1
+            elif complete:
+                return
+            else:
+                await self._news.wait(count, _ASK_AGAIN_S)
+
+
+def _unchanged(receipt: Receipt) -> Receipt:
+    return receipt
