@@ -71,6 +71,9 @@ class IdleJob:
     def copy_sums(self, out: Sums) -> None:
         """Leave the sums as they are."""
 
+    def restart_sums(self) -> None:
+        """Leave the sums as they are."""
+
     def kept_sums(self) -> dict[Matrix, HostArray]:
         """Return the unset sums that stay."""
         return {result: HostArray(self._sums[result]) for result in self._into}

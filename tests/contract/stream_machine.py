@@ -102,10 +102,16 @@ class AnyStream(RuleBasedStateMachine):
         problem=problems(),
         open_m=st.booleans(),
         checksum=st.booleans(),
+        segment_rows=st.sampled_from([0, 0, 1, 16, 1 << 62]),
         behaves=st.sampled_from([True, False, False]),
     )
-    def begin(self, problem, open_m, checksum, behaves):
-        header = problem.job(open_m=open_m, checksum=int(checksum), job_id="any")
+    def begin(self, problem, open_m, checksum, segment_rows, behaves):
+        header = problem.job(
+            open_m=open_m,
+            checksum=int(checksum),
+            numerics=job_pb2.Numerics(dw_segment_rows=segment_rows),
+            job_id="any",
+        )
         self._begin(problem, [header] * len(self.channels), behaves)
 
     def _begin(

@@ -15,9 +15,11 @@ import grpc
 import pytest
 from grpc import StatusCode
 
+from gradwire.v1 import job_pb2
 from gradwire_server import Server, Settings
 from gradwire_server.backends.numpy.backend import NumpyBackend
 from gradwire_server.scheduling.fair_queue import FairQueue
+from tests.support.direct_client import DirectCall, direct_job
 from tests.support.raw import (
     CallError,
     Stream,
@@ -29,6 +31,7 @@ from tests.support.raw import (
 
 PROBLEM = whole_numbers(160, 5, 4)
 BLOCKS = 10
+SEGMENTS = job_pb2.Numerics(dw_segment_rows=64)
 SECRET = "/home/somebody/private"
 
 
@@ -123,6 +126,33 @@ def test_what_nobody_foresaw_is_told_by_an_id_that_the_log_has(call, step, caplo
         assert not [r for r in caplog.records if r.name == "asyncio"]
         backend.before.clear()
         assert_exact(call(channel, PROBLEM), PROBLEM)
+
+
+@pytest.mark.parametrize("step", ["copy_sums", "restart_sums", "take_sums"])
+def test_what_fails_between_segments_is_told_and_the_server_goes_on(step):
+    with serving() as (backend, channel):
+        for call in (stream_job, compute_job, direct_job):
+            for by_segment in (False, True):
+                if by_segment and (call is compute_job or step == "take_sums"):
+                    continue
+                backend.before[step] = fail(MemoryError())
+                options = {"numerics": SEGMENTS, "segment_sums": by_segment}
+                with pytest.raises(CallError) as raised:
+                    failing(call, channel, options)
+                assert raised.value.reason == "DEVICE_OUT_OF_MEMORY"
+                backend.before.clear()
+                outcome = stream_job(channel, PROBLEM, numerics=SEGMENTS)
+                assert_exact(outcome, PROBLEM)
+
+
+def failing(call, channel, options):
+    """Run a job that the server ends, and raise the call's error."""
+    if call is not direct_job:
+        call(channel, PROBLEM, **options)
+    with DirectCall(channel, PROBLEM, **options) as direct:
+        assert direct.access.connections
+        direct.attach().send_all()
+        raise direct.stream.failure()
 
 
 @pytest.mark.parametrize("call", [stream_job, compute_job])

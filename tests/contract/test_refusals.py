@@ -251,14 +251,6 @@ HEADERS = [
         "a power of two",
     ),
     case(
-        "segments-on-a-server-without-them",
-        in_segments(4),
-        "OPTION_UNKNOWN",
-        "job.numerics.dw_segment_rows",
-        "is 4",
-        status=UNIMPLEMENTED,
-    ),
-    case(
         "segment-sums-without-segments",
         job(segment_sums=True),
         "OPTION_INVALID",

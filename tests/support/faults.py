@@ -129,6 +129,9 @@ class FaultyJob:
     def copy_sums(self, out: Any) -> None:
         self.job.copy_sums(out)
 
+    def restart_sums(self) -> None:
+        self.job.restart_sums()
+
     def finish(self) -> Any:
         sums = self.job.finish()
         if self.wrong:

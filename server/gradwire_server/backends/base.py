@@ -122,8 +122,8 @@ class BackendJob(Protocol):
     def take_sums(self, sums: Sums) -> None:
         """Continue these sums, in the accumulator's dtype.
 
-        Called only if sums are wanted, before any row block. `sums` may change
-        afterwards.
+        Called only if sums are wanted, before any row block, or after the last one in
+        the place of its own sums. `sums` may change afterwards.
         """
 
     def compute_block(self, block: RowBlock) -> Wait | None:
@@ -143,6 +143,12 @@ class BackendJob(Protocol):
 
         Args:
             out: Host memory, C-contiguous, in the accumulator's dtype.
+        """
+
+    def restart_sums(self) -> None:
+        """Begin the sums anew: the next block's contribution is the first.
+
+        Called only if sums are wanted, between row blocks.
         """
 
     def kept_sums(self) -> Mapping[Matrix, KeptArray]:

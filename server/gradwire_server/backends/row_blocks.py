@@ -70,6 +70,13 @@ class RowBlockPlan:
     extra_slots: int = 0
     """Row blocks that the job holds because they are small."""
 
+    segment_rows: int = 0
+    """Rows of a segment, S: a multiple of B, or B if the job has no segments."""
+
+    total_bytes: int = 0
+    """Size of the host memory for adding the sums of several segments, beside the
+    region. 0 if there is one, if it is one row block, or if the client adds them."""
+
     @property
     def slots(self) -> int:
         """Number of row blocks that the job holds."""
@@ -131,12 +138,12 @@ def plan_row_blocks(
         offsets[Matrix.W] = 0
         w_bytes = _aligned(spec.n * spec.k * spec.dtype.itemsize)
     sum_bytes = least_bytes = 0
-    if spec.brings_sums or spec.checkpoint_rows is not None:
+    if spec.brings_sums or spec.checkpoint_rows is not None or spec.segment_sums:
         least_bytes = w_bytes
         for result in spec.sums:
             offsets[result.partial] = least_bytes
             least_bytes += _aligned(spec.size_bytes(result.partial))
-        if spec.brings_sums or spec.checkpoint_rows:
+        if spec.brings_sums or spec.checkpoint_rows or spec.segment_sums:
             sum_bytes = least_bytes - w_bytes
     slot_bytes = row_elements = 0
     for matrix in (*ROW_OPERANDS, *ROW_RESULTS):
@@ -158,6 +165,8 @@ def plan_row_blocks(
         least_bytes,
         computes=bool(row_elements and slot_rows),
         extra_slots=extra_slots,
+        segment_rows=spec.segment_rows or block_rows,
+        total_bytes=_total_bytes(spec, block_rows),
     )
 
 
@@ -217,6 +226,15 @@ def _extra_slots(spec: JobSpec, block_rows: int, slots: int, size_bytes: int) ->
         return extra
     blocks = -(-spec.m // block_rows)
     return min(extra, max(blocks + 1 - slots, 0))
+
+
+def _total_bytes(spec: JobSpec, block_rows: int) -> int:
+    """Return the bytes of a total over segments and of the sums of one of them."""
+    segment_rows = spec.segment_rows or block_rows
+    one_segment = spec.m is not None and spec.m <= segment_rows
+    if segment_rows == block_rows or one_segment or spec.segment_sums:
+        return 0
+    return 2 * sum(spec.size_bytes(result.partial) for result in spec.sums)
 
 
 def _aligned(size_bytes: int) -> int:

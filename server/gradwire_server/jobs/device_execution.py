@@ -23,6 +23,7 @@ from gradwire_server.backends.base import (
 )
 from gradwire_server.backends.kept_memory import KeptArray
 from gradwire_server.backends.row_blocks import RowBlockPlan
+from gradwire_server.jobs.segment_total import SegmentTotal
 from gradwire_server.scheduling.job_progress import JobProgress
 from gradwire_server.sessions.job_tensors import JobTensors
 
@@ -52,6 +53,7 @@ class DeviceExecution:
         self._device = device
         self._progress = progress
         self._job: BackendJob | None = None
+        self._total: SegmentTotal | None = None
 
     def open(self, kept: Mapping[Matrix, KeptArray], sums: Sums | None = None) -> None:
         """Allocate the job's memory on its device.
@@ -68,10 +70,15 @@ class DeviceExecution:
             sums=sums,
             kept=kept,
         )
+        if self._plan.total_bytes:
+            memory = self._backend.empty(self._plan.total_bytes)
+            self._total = SegmentTotal(
+                self._spec, self._plan, memory, self._progress.times
+            )
 
     def close(self) -> None:
         """Free the job's memory on its device."""
-        job, self._job = self._job, None
+        job, self._job, self._total = self._job, None, None
         if job is not None:
             job.close()
 
@@ -81,11 +88,22 @@ class DeviceExecution:
 
     def take_sums(self, sums: Sums) -> None:
         """Take the sums over the rows before the first block, before any block."""
-        self._opened.take_sums(sums)
+        if self._total is None:
+            self._opened.take_sums(sums)
+        else:
+            self._total.take(sums)
 
     def copy_sums(self, out: Sums) -> None:
-        """Copy the sums over the row blocks so far, not rounded."""
+        """Copy the sums over the complete segments so far, not rounded."""
+        if self._total is None:
+            self._opened.copy_sums(out)
+        else:
+            self._total.copy(self._opened, out)
+
+    def end_segment(self, out: Sums) -> None:
+        """Copy the sums over the segment so far, and begin the next one."""
         self._opened.copy_sums(out)
+        self._opened.restart_sums()
 
     def compute_block(self, block: RowBlock) -> Wait | None:
         """Compute the block's Y and dX, and add its share to each sum.
@@ -96,6 +114,8 @@ class DeviceExecution:
         stages = self._progress.stages
         if stages is not None:
             stages.compute.since(time.perf_counter())
+        if self._total is not None:
+            self._total.begin_block(self._opened, block.first_row, block.rows)
         wait = self._opened.compute_block(block)
         if wait is None:
             self._progress.blocks += 1
@@ -109,6 +129,8 @@ class DeviceExecution:
 
         Each is in its wire dtype.
         """
+        if self._total is not None:
+            self._total.finish(self._opened)
         if self._spec.into:
             tensors.take(self._opened.kept_sums())
         sums: Sums = {}

@@ -95,6 +95,48 @@ def test_taking_the_sum_out_leaves_the_job_as_it_was(open_job):
     assert bits_of(job.finish()) == bits_of(other.finish())
 
 
+@pytest.mark.parametrize(("dtype", "accumulator"), SUMS)
+def test_sums_that_begin_anew_have_the_bits_of_a_job_of_their_own(
+    open_job, dtype, accumulator
+):
+    spec = make_spec(dtype=dtype, accumulator=accumulator, results=(Matrix.DW,))
+    x, _, dy = operands(spec, M)
+    job = open_job(spec)
+    for first, last in ((0, 8), (8, 12), (12, M)):
+        add_blocks(job, x, dy, first, last)
+        own = open_job(spec)
+        add_blocks(own, x, dy, first, last)
+        assert bits_of(sums_of(job, spec)) == bits_of(sums_of(own, spec))
+        own.close()
+        job.restart_sums()
+    # Of no row block, they are zeros.
+    assert not any(array.any() for array in sums_of(job, spec).values())
+
+
+@pytest.mark.parametrize(("dtype", "accumulator"), SUMS)
+def test_sums_taken_behind_the_last_row_are_the_result(open_job, dtype, accumulator):
+    spec = make_spec(dtype=dtype, accumulator=accumulator, results=(Matrix.DW,))
+    x, _, dy = operands(spec, M)
+    total = {Matrix.DW: np.full((spec.n, spec.k), 1 / 3, accumulator.numpy)}
+    job = open_job(spec)
+    waits = []
+    for row in range(0, M, B):  # on a device, they are in flight then
+        rows = slice(row, row + B)
+        block = RowBlock(len(x[rows]), x[rows].copy(), dy[rows].copy(), None, None)
+        waits.append((job.compute_block(block), block))
+        if len(waits) > 2:
+            wait, _ = waits.pop(0)
+            if wait is not None:
+                wait()
+    job.take_sums(total)
+    for wait, _ in waits:
+        if wait is not None:
+            wait()
+    expected = total[Matrix.DW].astype(dtype.numpy)
+    assert job.finish()[Matrix.DW].tobytes() == expected.tobytes()
+    job.close()
+
+
 def test_a_job_that_goes_on_behind_its_last_row_gives_the_sum_rounded(open_job):
     spec = make_spec(dtype=Dtype.FLOAT16, results=(Matrix.DW,))
     dw = np.full((spec.n, spec.k), 1 / 3, np.float32)

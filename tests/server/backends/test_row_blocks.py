@@ -115,6 +115,31 @@ def test_memory_does_not_grow_with_the_rows():
     assert len({plan.region_bytes for plan in plans}) == 1
 
 
+@pytest.mark.parametrize(
+    ("m", "segment_rows", "segments"),
+    [
+        *((None, 64, True), (65, 64, True), (64, 64, False), (0, 64, False)),
+        *((None, 16, False), (65, 8, False), (65, None, False)),
+    ],
+)
+def test_only_several_segments_of_several_blocks_take_memory_for_their_total(
+    m, segment_rows, segments
+):
+    spec = make_spec(m, 30, 20, block_rows=16, segment_rows=segment_rows)
+    plan = plan_row_blocks(spec, 1 << 20, 1)
+    plain = plan_row_blocks(replace(spec, segment_rows=None), 1 << 20, 1)
+    sums_bytes = sum(spec.size_bytes(result.partial) for result in spec.sums)
+    assert plan.total_bytes == (2 * sums_bytes if segments else 0)
+    assert plan.segment_rows == (segment_rows or 16)
+    if plan.block_rows == 16:
+        assert plan.region_bytes == plain.region_bytes
+    # A client that adds them itself is sent them from the region.
+    by_segment = replace(spec, segment_rows=64, segment_sums=True)
+    plan = plan_row_blocks(by_segment, 1 << 20, 1)
+    assert plan.total_bytes == 0
+    assert 0 <= plan.region_bytes - plain.region_bytes - sums_bytes < 2 * ALIGNMENT
+
+
 @pytest.mark.parametrize("m", [0, 1, 7])
 def test_a_job_of_few_rows_takes_the_memory_of_few_rows(m):
     assert plan_row_blocks(make_spec(m, 64, 64), 1 << 24, 1).slot_rows == m

@@ -74,6 +74,10 @@ def streams() -> Seeds:
     yield "resume", container(stream(some, resume=going_on))
     checkpoints = job_pb2.Checkpoints(rows=1)
     yield "checkpoints", container(stream(long, checkpoints=checkpoints))
+    segments = job_pb2.Numerics(dw_segment_rows=4 * BLOCK_ROWS)
+    yield "segments", container(stream(long, numerics=segments))
+    by_segment = {"numerics": job_pb2.Numerics(dw_segment_rows=4), "segment_sums": True}
+    yield "segment-sums", container(stream(some, **by_segment))
     yield "resumed", container(resumed(long, 2 * BLOCK_ROWS))
     yield "silence", container(stream(some)[:4], ending=Ending.SILENCE)
     yield "cancel", container(stream(some)[:4], ending=Ending.CANCEL)

@@ -96,7 +96,7 @@ class DeviceJob:
         """Events of the block in each slot, until it was waited for."""
         self._blocks = 0
         self._begun_sums = False
-        """Whether there are sums, from this job or from its earlier attempt."""
+        """Whether there are sums, of row blocks or those that were taken."""
 
     def take_w(self, w: Array) -> None:
         """Copy W, shape (n, k), to the device."""
@@ -105,11 +105,13 @@ class DeviceJob:
             self._upload_whole(w, on_device)
 
     def take_sums(self, sums: Sums) -> None:
-        """Copy the sums with which the job resumes to the device."""
+        """Copy sums to the device, in the place of its own."""
         self._begun_sums = True
         for matrix, on_device in self._sums.items():
             if on_device.total.size:
-                self._upload_whole(sums[matrix], on_device.total)
+                self._upload_whole(
+                    sums[matrix], on_device.total, after_blocks=bool(self._blocks)
+                )
 
     def copy_sums(self, out: Sums) -> None:
         """Copy the sums over all started blocks from the device."""
@@ -129,6 +131,10 @@ class DeviceJob:
                 events.download_begun, events.done
             )
             self._device.release_events(events)
+
+    def restart_sums(self) -> None:
+        """Begin the sums anew."""
+        self._begun_sums = False
 
     def compute_block(self, block: RowBlock) -> Wait | None:
         """Start a row block: copy it, compute, and copy its results."""
@@ -228,9 +234,14 @@ class DeviceJob:
             memory = self._empty(spec.size_bytes(matrix))
         return memory.view(dtype.numpy).reshape(matrix.shape(0, spec.n, spec.k))
 
-    def _upload_whole(self, array: Array, to: DeviceMatrix) -> None:
+    def _upload_whole(
+        self, array: Array, to: DeviceMatrix, *, after_blocks: bool = False
+    ) -> None:
         """Copy a matrix without row blocks to the device, and wait."""
         with begun(self._device) as events:
+            if after_blocks:
+                self._device.record(Stream.COMPUTE, events.computed)
+                self._device.wait(Stream.H2D, events.computed)
             self._device.record(Stream.H2D, events.upload_begun)
             self._device.upload(array, to.address)
             self._device.record(Stream.H2D, events.uploaded)

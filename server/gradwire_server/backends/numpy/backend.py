@@ -203,7 +203,7 @@ class NumpyJob:
             for result in spec.sums
         }
         self._begun = False
-        """Whether there are sums, from this job or from its earlier attempt."""
+        """Whether there are sums, of row blocks or those that were taken."""
 
     def take_w(self, w: Array) -> None:
         """Take W, shape (n, k)."""
@@ -247,6 +247,10 @@ class NumpyJob:
                 np.copyto(out[result], own)
             else:
                 out[result].fill(0)
+
+    def restart_sums(self) -> None:
+        """Begin the sums anew."""
+        self._begun = False
 
     def kept_sums(self) -> Mapping[Matrix, KeptArray]:
         """Return the sums that stay, rounded once from the accumulator."""

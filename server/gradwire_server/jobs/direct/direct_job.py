@@ -79,8 +79,13 @@ class DirectJob:
         self._shares_open = self._count
         """Connections whose share of the operands is not complete."""
         self._m = spec.m
-        self._checkpoints = Checkpoints(spec)
-        self._checkpoint_open = False
+        self._checkpoints = Checkpoints(spec, plan.segment_rows)
+        self._sums_open = False
+        """Whether the memory for partial sums holds those that are being sent."""
+        self._segment_end = 0
+        """The row after the last segment whose sums are or were to be sent."""
+        self._segment_due: int | None = None
+        """The row after a segment whose sums wait for that memory."""
         self._handed_over = False
         self._last_sums_begun = False
         self._stopped = False
@@ -239,9 +244,11 @@ class DirectJob:
 
     def _begin_next(self) -> None:
         worker, pipeline = self._pipeline.worker, self._pipeline
+        self._begin_segment_sums()
         while (
             self._ready_to_compute
             and not self._handed_over
+            and self._segment_due is None
             and (rows := self._complete.pop(self._submitted, None)) is not None
         ):
             number = self._submitted
@@ -254,18 +261,22 @@ class DirectJob:
                 partial(self._block_computed, number, block),
             )
             if rows == self._plan.block_rows:
-                self._begin_checkpoint(self._submitted * rows)
+                self._begin_sums(self._submitted * rows)
         if self._last_sums_begun or self._computed < self._submitted:
             return
+        if self._segment_due is not None:
+            return  # further row blocks wait
         if self._handed_over:
             # The sums may take the memory of the row blocks.
             idle = self._slots.released == self._submitted and not self._receiving()
-            if idle and not self._checkpoint_open:
+            if idle and not self._sums_open:
                 self._last_sums_begun = True
                 self._begin_last_checkpoint()
         elif not self._shares_open:
+            if self._spec.segment_sums and not self._segments_sent():
+                return
             self._last_sums_begun = True
-            if self._spec.sums:
+            if self._spec.sums and not self._spec.segment_sums:
                 worker.submit_then(pipeline, pipeline.finish, self._sums_computed)
             else:
                 self._sums_computed({}, None)
@@ -277,13 +288,41 @@ class DirectJob:
         rows = self._m if not self._shares_open else self._spec.m
         return rows is not None and self._submitted * self._plan.block_rows >= rows
 
-    def _begin_checkpoint(self, rows: int) -> None:
-        if self._checkpoints.begin(rows):
-            self._checkpoint_open = True
+    def _begin_sums(self, rows: int) -> None:
+        """Begin the sums over the submitted blocks, if they are due."""
+        if self._spec.segment_sums:
+            if not rows % self._plan.segment_rows:
+                self._segment_due = rows
+                self._begin_segment_sums()
+        elif self._checkpoints.begin(rows):
+            self._sums_open = True
             self._copy_sums(rows)
 
+    def _begin_segment_sums(self) -> None:
+        """Begin the sums of a segment that are due, once those of the last were sent.
+
+        None is left out: until then, no further block is computed.
+        """
+        rows = self._segment_due
+        if rows is None or self._sums_open:
+            return
+        self._segment_due = None
+        self._segment_end = rows
+        self._sums_open = True
+        pipeline = self._pipeline
+        then = partial(self._sums_copied, rows, False)
+        pipeline.worker.submit_then(pipeline, pipeline.end_segment, then)
+
+    def _segments_sent(self) -> bool:
+        """Begin the sums of the last segment; return whether all sums were sent."""
+        rows = self._m or 0
+        if self._plan.computes and rows > self._segment_end:
+            self._segment_due = rows
+            self._begin_segment_sums()
+        return not self._sums_open
+
     def _begin_last_checkpoint(self) -> None:
-        rows = self._submitted * self._plan.block_rows
+        rows = self._checkpoints.last_rows(self._submitted * self._plan.block_rows)
         if rows > self._checkpoints.rows:
             self._copy_sums(rows, last=True)
         else:
@@ -364,7 +403,8 @@ class DirectJob:
                     if rows is not None:
                         with self._lock:
                             self._checkpoints.left()
-                            self._checkpoint_open = False
+                            self._sums_open = False
+                            self._note_served()
                             self._advance()
                 case _Complete():
                     with down:
@@ -393,8 +433,13 @@ class DirectJob:
             if (stages := self._progress.stages) is not None:
                 stages.send.since(time.perf_counter())
 
+    def _owes(self) -> bool:
+        """Return whether the client may wait for results before it sends more."""
+        owes_sums = self._spec.segment_sums and self._sums_open
+        return owes_sums or self._slots.released < self._submitted
+
     def _note_served(self) -> None:
-        if self._slots.released == self._submitted:
+        if not self._owes():
             self._owed_nothing_since = time.monotonic()
 
     # The lives of the threads.
@@ -490,7 +535,7 @@ class DirectJob:
                     self._fail(client_did_not_read(idle_s))
                     return
             with self._lock:
-                owes = self._slots.released < self._submitted
+                owes = self._owes()
             if owes:
                 continue
             for up in self._ups:

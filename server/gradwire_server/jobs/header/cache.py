@@ -27,7 +27,7 @@ class Header:
     plan: RowBlockPlan
     """Its row blocks."""
     backend_bytes: int
-    """Host memory that the backend allocates for the job, in bytes."""
+    """Host memory that the backend and the total over segments take, in bytes."""
     device_bytes: int
     """Device memory of the job, in bytes."""
     announced: tuple[job_pb2.Accepted, ...]
@@ -94,7 +94,9 @@ class HeaderCache:
         return Header(
             spec=spec,
             plan=plan,
-            backend_bytes=self._backend.job_bytes(spec, plan.slot_rows),
+            backend_bytes=(
+                self._backend.job_bytes(spec, plan.slot_rows) + plan.total_bytes
+            ),
             device_bytes=device_bytes,
             announced=tuple(
                 job_pb2.Accepted(

@@ -30,6 +30,7 @@ FEATURES: tuple[str, ...] = (
     BLOCK_ROWS,
     EARLY_ROWS,
     FROZEN_TENSORS,
+    SEGMENTS,
 )
 """Features that a job may require, in addition to those of every v1 server."""
 
@@ -110,7 +111,10 @@ def parse_header(
             field="job.checksum",
         )
     _check_features(spec, features)
-    return replace(spec, dw_accumulator=spec.accumulator)
+    results = dict(spec.results)
+    if spec.segment_sums:  # they leave as partial sums, which are not rounded
+        results |= dict.fromkeys(spec.sums, spec.accumulator)
+    return replace(spec, dw_accumulator=spec.accumulator, results=results)
 
 
 def check_features(required: Sequence[str], offered: Sequence[str], path: str) -> None:
@@ -142,12 +146,5 @@ def _check_features(spec: JobSpec, features: tuple[str, ...]) -> None:
         raise JobError(
             Reason.OPTION_UNKNOWN,
             f"{path} asks for shared memory, which this server does not allow",
-            field=path,
-        )
-    if spec.segment_rows and SEGMENTS not in features:
-        path = "job.numerics.dw_segment_rows"
-        raise JobError(
-            Reason.OPTION_UNKNOWN,
-            f"{path} is {spec.segment_rows}: this server does not offer segments",
             field=path,
         )

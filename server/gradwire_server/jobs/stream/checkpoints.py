@@ -48,12 +48,14 @@ class Checkpoints:
 
     Args:
         spec: The job's specification.
+        segment_rows: Rows of a segment; checkpoints are due at the ends of segments.
 
     Attributes:
         rows: Rows of the last checkpoint; at first, the rows before `first_row`.
     """
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: JobSpec, segment_rows: int) -> None:
+        self._segment_rows = segment_rows
         self.rows = spec.first_row
         self._interval = spec.checkpoint_rows or 0
         self._in_flight = False
@@ -62,6 +64,8 @@ class Checkpoints:
         """Begin a checkpoint of `rows` rows if one is due; return whether it is."""
         if not self._interval or self._in_flight or rows < self.rows + self._interval:
             return False
+        if rows % self._segment_rows:
+            return False
         self.rows = rows
         self._in_flight = True
         return True
@@ -69,3 +73,7 @@ class Checkpoints:
     def left(self) -> None:
         """Mark the current checkpoint as sent."""
         self._in_flight = False
+
+    def last_rows(self, rows: int) -> int:
+        """Return the rows of a last checkpoint, when `rows` rows were submitted."""
+        return rows // self._segment_rows * self._segment_rows

@@ -145,6 +145,12 @@ class RowBlockPipeline:
         self._execution.copy_sums(sums)
         return sums
 
+    def end_segment(self) -> Sums:
+        """Copy a segment's sums into the job's memory; runs in the worker thread."""
+        sums = self.memory.sums()
+        self._execution.end_segment(sums)
+        return sums
+
     def finish(self) -> Sums:
         """Return the sums to send; runs in the worker thread."""
         self._prepare()

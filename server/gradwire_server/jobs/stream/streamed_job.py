@@ -47,7 +47,12 @@ class StreamedJob:
         """Row blocks submitted to the worker, including the blocks before
         `first_row`."""
         self._slots = Slots(self._plan.slots, self._submitted)
-        self._checkpoints = Checkpoints(self.spec)
+        self._checkpoints = Checkpoints(self.spec, self._plan.segment_rows)
+        self._segment_end = 0
+        """The row after the last segment whose sums are or were to be sent."""
+        self._sums_sent = asyncio.Event()
+        """Whether the memory for a segment's sums is free."""
+        self._sums_sent.set()
         self._handed_over = False
         self._served_at = 0.0
         self._computed: asyncio.Queue[_Computed | CheckpointReady | DrainPoint | None]
@@ -70,15 +75,17 @@ class StreamedJob:
         if not self._handed_over:
             self._handed_over = True
             rows = self._submitted * self._plan.block_rows
-            self._computed.put_nowait(DrainPoint(rows))
+            self._computed.put_nowait(DrainPoint(self._checkpoints.last_rows(rows)))
         return True
 
     def idle_since(self) -> float:
         """Return when the last available result was sent; event loop's clock.
 
-        Return the current time while complete row blocks have unsent results.
+        Return the current time while complete row blocks have unsent results, or
+        segments have unsent sums.
         """
-        if self._slots.released < self._submitted:
+        owes_rows = self._slots.released < self._submitted
+        if owes_rows or not self._sums_sent.is_set():
             return asyncio.get_running_loop().time()
         return self._served_at
 
@@ -113,13 +120,15 @@ class StreamedJob:
         self._progress.m = m
         self._progress.ended = True
         await self._submit_complete()
+        if self.spec.segment_sums and self._plan.computes and m > self._segment_end:
+            await self._submit_segment(m)
         self._computed.put_nowait(None)
 
     async def results(self) -> AsyncGenerator[ResultChunk | Checkpoint, None]:
         """Yield the results as they become ready.
 
-        Y and dX come block by block, requested checkpoints in between, and the sums
-        at the end.
+        Y and dX come block by block, requested checkpoints or the sums of segments in
+        between, and the other sums at the end.
 
         Raises:
             JobError: The job was handed over and ends here.
@@ -132,6 +141,8 @@ class StreamedJob:
                 for part in self._checkpoint(computed.rows, sums):
                     yield part
                 self._checkpoints.left()
+                self._sums_sent.set()
+                self._served_at = asyncio.get_running_loop().time()
                 continue
             if isinstance(computed, DrainPoint):
                 await self._silent_computed()
@@ -154,7 +165,7 @@ class StreamedJob:
             self._slots.release(number)
             self._served_at = asyncio.get_running_loop().time()
         await self._silent_computed()
-        if self.spec.sums:
+        if self.spec.sums and not self.spec.segment_sums:
             sums = await self._worker.submit(self._pipeline, self._pipeline.finish)
             for matrix, array in sums.items():
                 for chunk in self._chunks(matrix, 0, array):
@@ -195,7 +206,7 @@ class StreamedJob:
             self._submitted += 1
             self._progress.blocks_received += 1
             if rows == self._plan.block_rows:
-                self._submit_checkpoint(self._submitted * rows)
+                await self._submit_sums(self._submitted * rows)
 
     def _release_silent(
         self, number: int, block: RowBlock, done: asyncio.Future[None]
@@ -220,11 +231,25 @@ class StreamedJob:
         for done in tuple(self._silent):
             await done
 
-    def _submit_checkpoint(self, rows: int) -> None:
-        """Queue the sums over the submitted blocks, if a checkpoint is due."""
-        if self._checkpoints.begin(rows):
+    async def _submit_sums(self, rows: int) -> None:
+        """Queue the sums over the submitted blocks, if they are due."""
+        if self.spec.segment_sums:
+            if not rows % self._plan.segment_rows:
+                await self._submit_segment(rows)
+        elif self._checkpoints.begin(rows):
             sums = self._worker.submit(self._pipeline, self._pipeline.copy_sums)
             self._computed.put_nowait(CheckpointReady(rows, sums))
+
+    async def _submit_segment(self, rows: int) -> None:
+        """Queue the sums of a segment, once those of the last one were sent.
+
+        None is left out: until then, no further block is computed.
+        """
+        await self._sums_sent.wait()
+        self._sums_sent.clear()
+        self._segment_end = rows
+        sums = self._worker.submit(self._pipeline, self._pipeline.end_segment)
+        self._computed.put_nowait(CheckpointReady(rows, sums))
 
     def _next_rows(self) -> int | None:
         """Return the rows of the next block in order; None until it is complete."""
