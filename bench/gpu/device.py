@@ -103,7 +103,7 @@ def _ours(side: int, dtype: Dtype, *, tf32: bool) -> Run:
     gemms = (
         gemm.multiply(at["x"], at["w"], at["y"], compute),
         gemm.multiply_transposed(at["dy"], at["w"], at["dx"], compute),
-        gemm.accumulate_transposed(at["x"], at["dy"], at["dw"], compute, first=True),
+        gemm.transposed_multiply(at["x"], at["dy"], at["dw"], compute),
     )
     begin, end = Event(), Event()
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 import gradwire
+from tests.contract.test_segments import streamed
 from tests.gpu.conftest import BACKEND, devices
 from tests.scenarios import ways
 from tests.scenarios.ways import Way
 from tests.support import oracle
+from tests.support.raw import dtype_number, normal_numbers, stream_job
 from tests.support.serving import ServerProcess, running_server
 
 NAMES = ("y", "dx", "dw")
@@ -166,6 +171,26 @@ def test_one_result_or_all_of_them(client: gradwire.Client, dtype: str) -> None:
     for name in NAMES:
         alone = client.gradients(*operands, results=name)
         assert oracle.same_bits(getattr(alone, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_the_sums_of_row_blocks_added_here(server: ServerProcess, dtype: str) -> None:
+    """cuBLAS adds to a sum what the client adds to it here: with the same rounding."""
+    rows = 1024
+    problem = replace(normal_numbers(9 * rows // 2, 520, 260, dtype), results=("dw",))
+    wide = {"float16": "float32", "bfloat16": "float32"}.get(dtype, "float64")
+    for accumulator in {wide, "float64" if dtype == "float64" else "float32"}:
+        numerics = {"dw_accumulator": dtype_number(accumulator)}
+        options = {"block_rows": rows, "results": {"dw": accumulator}}
+        with grpc.insecure_channel(server.address) as channel:
+            whole = stream_job(channel, problem, numerics=numerics, **options)
+            numerics["dw_segment_rows"] = rows
+            options |= {"numerics": numerics, "segment_sums": True}
+            came = streamed(channel, problem, **options)
+        assert whole.accepted.fingerprint == came.accepted.fingerprint
+        terms = [np.frombuffer(each["dw"], accumulator) for each in came.sums.values()]
+        assert len(terms) == whole.receipt.blocks == 5
+        assert functools.reduce(np.add, terms).tobytes() == whole.bits["dw"]
 
 
 def test_two_devices_share_the_jobs_and_give_the_same_bits() -> None:

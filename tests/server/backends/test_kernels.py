@@ -64,7 +64,9 @@ def test_there_is_a_kernel_for_whatever_a_job_has_to_convert():
         for place in layout.sums.values():
             if place.rounded is not None:
                 assert kernel_name(accumulator, result, add=False) in KERNELS
-            if place.share is not None:
+            if accumulator is dtype.sums_in:
+                assert added_name(accumulator) in KERNELS
+            elif place.share is not None:
                 for add in (False, True):
                     assert kernel_name(dtype.sums_in, accumulator, add=add) in KERNELS
 

@@ -195,15 +195,10 @@ def multiply_transposed(
     )
 
 
-def accumulate_transposed(
-    a: DeviceMatrix,
-    b: DeviceMatrix,
-    out: DeviceMatrix,
-    compute: Compute,
-    *,
-    first: bool,
+def transposed_multiply(
+    a: DeviceMatrix, b: DeviceMatrix, out: DeviceMatrix, compute: Compute
 ) -> Gemm:
-    """Return the arguments for out += aᵀ b, or for out = aᵀ b with `first`."""
+    """Return the arguments for out = aᵀ b."""
     return Gemm(
         transa=False,
         transb=True,
@@ -219,5 +214,4 @@ def accumulate_transposed(
         operands=a.dtype,
         result=out.dtype,
         compute=compute,
-        beta=0.0 if first else 1.0,
     )

@@ -337,16 +337,18 @@ class _Products:
     def accumulate_transposed(
         self, a: DeviceMatrix, b: DeviceMatrix, out: SumMatrices
     ) -> None:
-        # A share of its own is added to the sum by another kernel.
-        first = self._first or out.share is not out.total
+        # Another kernel adds the share to the sum: cuBLAS (with beta = 1) may round
+        # more than once, and a client that adds shares would get other bits.
+        widens = out.share.dtype != out.total.dtype
+        share = out.total if self._first and not widens else out.share
         # TF32 would round what ones add up, and is no faster.
         with_ones = a == self._matrices.ones(a.rows)
         compute = self._full if with_ones else self._compute
-        self._device.multiply(
-            gemm.accumulate_transposed(a, b, out.share, compute, first=first)
-        )
-        if out.share is not out.total:
-            self._device.convert(out.share, out.total, add=not self._first)
+        self._device.multiply(gemm.transposed_multiply(a, b, share, compute))
+        if widens:
+            self._device.convert(share, out.total, add=not self._first)
+        elif share is not out.total:
+            self._device.add(share, out.total)
 
     def _computed(self, a: DeviceMatrix, out: DeviceMatrix) -> DeviceMatrix:
         """Return the memory in which to compute a product for `out`."""

@@ -21,7 +21,7 @@ class SumLayout:
     total: int
     """The sum, in the dtype `Layout.held_in`."""
     share: int | None
-    """A block's contribution, if it has another dtype than the sum."""
+    """A block's contribution, if it is added to the sum or has another dtype."""
     rounded: int | None
     """The result as sent, if it has another dtype than the sum."""
 
@@ -70,12 +70,13 @@ def make_layout(spec: JobSpec, block_rows: int, pipeline_depth: int) -> Layout:
     w = place(n * k, dtype) if Matrix.W in spec.sent_operands else None
     ones = place(block_rows, dtype) if Matrix.DB in spec.results else None
     spare_w = w
+    adds = spec.m is None or spec.m > block_rows or spec.brings_sums
     sums = {}
     for matrix in spec.sums:
         size, result = math.prod(matrix.shape(0, n, k)), spec.results[matrix]
         total = place(size, held)
         share = rounded = None
-        if held != dtype.sums_in:
+        if adds or held != dtype.sums_in:
             share = place(size, dtype.sums_in)
         if result != held:
             # After the last block, W and the contribution are no longer needed.
@@ -114,7 +115,7 @@ class SumMatrices:
     total: DeviceMatrix
     """The sum, in the dtype `Layout.held_in`."""
     share: DeviceMatrix
-    """A block's contribution; `total` itself if it has the same dtype."""
+    """A block's contribution; `total` itself if there is one, of the same dtype."""
     leaves: DeviceMatrix
     """The result as sent; `total` itself if it has the same dtype."""
 

@@ -253,8 +253,6 @@ def _arithmetic() -> Iterator[str]:
 
 
 def _session_kernels() -> Iterator[str]:
-    for dtype in Dtype:
-        yield f"ADD_ALIKE({dtype.label}, {CUDA_TYPES[dtype].c_name})\n"
     for dtype in ACCUMULATORS:
         type_ = CUDA_TYPES[dtype].c_name
         yield f"SCALE_AND_DECAY({type_})\n"
@@ -263,6 +261,8 @@ def _session_kernels() -> Iterator[str]:
 
 
 def _job_kernels() -> Iterator[str]:
+    for dtype in Dtype:
+        yield f"ADD_ALIKE({dtype.label}, {CUDA_TYPES[dtype].c_name})\n"
     for source, to, add in _NAMES:
         yield (
             f"{'ADD' if add else 'CONVERT'}({source.label}, "
@@ -274,17 +274,18 @@ FUNCTIONS = "".join([f"#define THREADS {THREADS}\n", *_arithmetic(), _FUNCTIONS]
 """What the kernels use."""
 
 JOB_KERNELS = "".join(_job_kernels())
-"""The kernels of jobs. Their arguments are source, destination and size."""
+"""The kernels of jobs, of which sessions use some. Their arguments are source,
+destination and size."""
 
 SESSION_KERNELS = "".join(_session_kernels())
-"""The kernels of sessions, which take longer to compile.
+"""The kernels of sessions alone, which take longer to compile.
 
-Additions and sums have the arguments source, destination and size. Updates have the
+Sums have the arguments source, destination and size. Updates have the
 arrays, the size, and the factors of `update_scalars`; SGD then whether there is no
 buffer yet, and `nesterov`."""
 
 
 def source_of(name: str) -> str:
     """Return the source to compile for a kernel."""
-    kernels = JOB_KERNELS if name in _NAMES.values() else SESSION_KERNELS
-    return FUNCTIONS + kernels
+    of_jobs = {*_NAMES.values(), *map(added_name, Dtype)}
+    return FUNCTIONS + (JOB_KERNELS if name in of_jobs else SESSION_KERNELS)
