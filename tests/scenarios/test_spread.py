@@ -429,3 +429,22 @@ def test_all_devices_of_a_server_compute() -> None:
     spread, alone = computed(backend), computed(SimulatedBackend(memory))
     assert {each.device.index for each in spread.receipt.segments} == {0, 1, 2}
     assert same(spread, alone)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "direct"])
+def test_a_job_carries_several_segments(
+    three: list[ServerProcess], joined: Any, transport: str
+) -> None:
+    operands = oracle.operands(40 * SEGMENT_ROWS - 100, N, K)
+    one = gradients(joined([three[0].address], transport=transport), *operands)
+    assert len(one.receipt.segments) == 40
+    assert one.receipt.jobs == 8
+    assert one.receipt.transport == {"grpc": "tcp"}.get(transport, transport)
+    each = gradients(joined(addresses(three), transport=transport), *operands)
+    assert each.receipt.jobs == 40
+    assert same(one, each)
+    client = joined([three[0].address], transport=transport)
+    sums = gradients(client, *operands, results=("dw", "db"), checksum=True)
+    assert sums.receipt.jobs == 8
+    assert oracle.same_bits(sums.dw, one.dw)
+    assert oracle.same_bits(sums.db, one.db)

@@ -173,7 +173,8 @@ class EngineBase:
 
     def _should_use_shm(self, job: ArrayJob) -> bool:
         """Return whether to send a job through shared memory."""
-        if self.jobs.tuning.unary or job.plan.options.checksum:
+        plan = job.plan
+        if self.jobs.tuning.unary or plan.options.checksum or plan.segment_rows:
             return False
         return self.shm.should_use(job.plan, job.operands, unary=job.unary)
 

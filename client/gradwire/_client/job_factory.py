@@ -245,7 +245,7 @@ class JobFactory:
         if plan.chunk_bytes != self.tuning.chunk_bytes:
             plan = replace(plan, chunk_bytes=self.tuning.chunk_bytes)
         unary = self.tuning.unary
-        if unary is None:
+        if unary is None or plan.segment_rows:
             unary = suits_one_message(plan)
         return ArrayJob(
             plan,

@@ -265,7 +265,11 @@ class SpreadJob:
             on_progress=report,
             job_id=shared.job_id(run.number, "" if slow is None else "+"),
         )
-        plan = replace(with_rows(whole, run.rows), options=options)
+        plan = replace(
+            with_rows(whole, run.rows),
+            options=options,
+            segment_rows=shared.division.segment_rows if run.segments > 1 else 0,
+        )
         job = self._make(plan, operands, places)
         job.unusable = shared.unusable
         if slow is not None:
@@ -304,8 +308,10 @@ class SpreadJob:
         for matrix, array in self._whole.items():
             if matrix.row_wise:
                 _store(array, part.run.first_row, results[matrix])
-        sums = {matrix: results[matrix] for matrix in self.spread.plan.sums}
-        self._sums.add(part.run.first_segment, [sums])
+        sums: Sequence[Mapping[Matrix, Array]] = part.job.segment_sums
+        if not part.job.plan.segment_rows:
+            sums = [{matrix: results[matrix] for matrix in self.spread.plan.sums}]
+        self._sums.add(part.run.first_segment, sums)
         with self._lock:
             self._receipts[part.run.number] = receipt
         if self._reporter is not None:

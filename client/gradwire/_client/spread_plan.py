@@ -68,16 +68,17 @@ class SpreadPlan:
             self.unusable.add(address)
             note_excluded(self.plan.options.job_id, address, str(error))
 
-    def divide(self, jobs: int) -> None:
+    def divide(self, jobs: int, *, runs: bool) -> None:
         """Divide the product, once its servers are known.
 
         Args:
             jobs: Jobs at the same time.
+            runs: Whether a job may have several segments.
         """
         numerics = self.plan.options.numerics
         if numerics is None:
             raise RuntimeError("the servers of the job are not known")
-        self.division = divide(self.plan, numerics.row_block_bytes, jobs)
+        self.division = divide(self.plan, numerics.row_block_bytes, jobs, runs=runs)
 
     def sum_dtypes(self) -> dict[Matrix, Dtype]:
         """Return the dtype in which the sums of a segment are received."""

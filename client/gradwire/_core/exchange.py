@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from gradwire._api.errors import ProtocolError
-from gradwire._api.types import Receipt, receipt_of
+from gradwire._api.types import Array, Receipt, receipt_of
 from gradwire._arrays.operand import Operand
 from gradwire._core.acceptance import check_accepted, check_receipt
 from gradwire._core.direct_exchange import DirectExchange
@@ -26,7 +26,12 @@ from gradwire._core.frame import Message
 from gradwire._core.job_plan import Plan
 from gradwire._core.progress import Reporter
 from gradwire._core.receiver import Receiver, Sink
-from gradwire._core.resume import Checkpoints, ResumePoint, point_after
+from gradwire._core.resume import (
+    Checkpoints,
+    ResumePoint,
+    SegmentSums,
+    point_after,
+)
 from gradwire._core.sender import WAIT, Sender
 from gradwire_protocol import framing
 from gradwire_protocol.limits import RESUME
@@ -74,6 +79,7 @@ class JobExchange:
         early_bytes: Most bytes of operands to send before the server has accepted the
             job. A job that resumes sends none.
         direct: Most direct connections for the elements; 0: they are in messages.
+        segment_sums: Receives the sums of each segment, if the plan wants them.
 
     Attributes:
         accepted: The server's Accepted, once received.
@@ -91,12 +97,19 @@ class JobExchange:
         checkpoint_rows: int | None = None,
         early_bytes: int = 0,
         direct: int = 0,
+        segment_sums: list[Mapping[Matrix, Array]] | None = None,
     ) -> None:
         self.accepted: Accepted | None = None
         self.offered: DirectAccess | None = None
         self._plan = plan
         self._point = point
         self._checkpoints = Checkpoints(plan, point.checkpoint if point else None)
+        self._segments: SegmentSums | None = None
+        if plan.segment_rows:
+            self._segments = SegmentSums(
+                plan, [] if segment_sums is None else segment_sums
+            )
+            self._checkpoints = self._segments
         self._takes_checkpoints = checkpoint_rows is not None and bool(plan.sums)
         spec = plan.spec()
         if self._takes_checkpoints or point is not None:
@@ -199,6 +212,8 @@ class JobExchange:
         if self._receipt is None or self.accepted is None:
             raise ProtocolError("the server ended the job without a receipt")
         self._receiver.finish()
+        if self._segments is not None:
+            self._segments.require_all()
         check_receipt(self._receipt, self._job, self._sender.m)
         return receipt_of(self._receipt, self.accepted)
 
@@ -209,7 +224,7 @@ class JobExchange:
             results_row: Number of leading rows whose Y and dX are stored; None: the
                 rows stored by this exchange.
         """
-        if self.accepted is None:
+        if self.accepted is None or self._segments is not None:
             return self._point
         if results_row is None:
             self._receiver.flush()
@@ -332,7 +347,8 @@ class JobExchange:
         Raises:
             ProtocolError: It was not requested, or has an impossible number of rows.
         """
-        if not self._takes_checkpoints or self.accepted is None:
+        wanted = self._takes_checkpoints or self._segments is not None
+        if not wanted or self.accepted is None:
             raise ProtocolError("the server sent a checkpoint that was not requested")
         if self._checkpoints.coming:
             raise ProtocolError("the server did not complete a checkpoint")

@@ -46,9 +46,15 @@ class Plan:
     block_rows: int = 0
     """Most rows of a row block, the same in every attempt; 0: the server's choice."""
 
+    segment_rows: int = 0
+    """Rows of a segment, if the sums of each segment are received instead of dW and dB;
+    else 0."""
+
     @property
     def results(self) -> tuple[Matrix, ...]:
         """The results to receive."""
+        if self.segment_rows:
+            return tuple(each for each in self.options.results if each.row_wise)
         if self.kept is None:
             return self.options.results
         into = self.kept.into
@@ -58,6 +64,13 @@ class Plan:
     def sums(self) -> tuple[Matrix, ...]:
         """The results to receive that are summed over row blocks."""
         return tuple(result for result in self.results if result.is_sum)
+
+    @property
+    def sums_of_segments(self) -> tuple[Matrix, ...]:
+        """The results of which each segment's sum is received."""
+        if not self.segment_rows:
+            return ()
+        return tuple(each for each in self.options.results if each.is_sum)
 
     @property
     def operands(self) -> tuple[Matrix, ...]:
@@ -112,10 +125,16 @@ class Plan:
             allow_tf32=options.allow_tf32,
             checksum=options.checksum,
             max_chunk_bytes=self.chunk_bytes,
-            features=(limits.BLOCK_ROWS,) if self.block_rows else (),
+            features=self._features(),
             block_rows=self.block_rows or None,
+            segment_rows=self.segment_rows or None,
+            segment_sums=bool(self.segment_rows),
         )
         return spec if self.kept is None else self.kept.applied(spec)
+
+    def _features(self) -> tuple[str, ...]:
+        features = (limits.BLOCK_ROWS,) if self.block_rows else ()
+        return (*features, limits.SEGMENTS) if self.segment_rows else features
 
     def header(self) -> Job:
         """Return the header for `spec`.
@@ -124,7 +143,7 @@ class Plan:
         send thousands of equal ones.
         """
         options = self.options
-        if self.kept is not None:
+        if self.kept is not None or self.segment_rows:
             return self.spec().to_message(options.job_id)
         results = tuple((result, self.result_dtype(result)) for result in self.results)
         key = (

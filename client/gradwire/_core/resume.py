@@ -127,10 +127,17 @@ class Checkpoints:
     Args:
         plan: The job.
         begins_with: The checkpoint from which the job resumes.
+        sums: The sums that it has; None: those that the job receives at its end.
     """
 
-    def __init__(self, plan: Plan, begins_with: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        begins_with: Checkpoint | None = None,
+        sums: tuple[Matrix, ...] | None = None,
+    ) -> None:
         self._plan = plan
+        self._wanted = plan.sums if sums is None else sums
         self._sure = begins_with
         self._last: Checkpoint | None = None
         self._coming: Checkpoint | None = None
@@ -160,7 +167,7 @@ class Checkpoints:
         Raises:
             ProtocolError: The dtype is unknown, or differs from the sum so far.
         """
-        if not self._plan.sums:
+        if not self._wanted:
             return
         number = int(accepted.effective_job.numerics.dw_accumulator)
         try:
@@ -188,9 +195,12 @@ class Checkpoints:
                 f"the server sent a checkpoint of {rows} rows after one of {last},"
                 f" when {rows_sent} were sent in blocks of {block_rows}"
             )
+        self._announce(rows)
+
+    def _announce(self, rows: int) -> None:
         sums = {
             matrix: np.empty(self._plan.shape(matrix, 0), self._dtype.numpy)
-            for matrix in self._plan.sums
+            for matrix in self._wanted
         }
         self._coming = Checkpoint(rows, sums)
         self._missing.extend(sums)
@@ -240,6 +250,57 @@ class Checkpoints:
             self._missing.popleft()
             self._filled = 0
         if not self._missing:
-            # The older of two that are not sure will be so first.
-            self._last = self._last or coming
             self._coming = None
+            self._keep(coming)
+
+    def _keep(self, complete: Checkpoint) -> None:
+        # The older of two that are not sure will be so first.
+        self._last = self._last or complete
+
+
+class SegmentSums(Checkpoints):
+    """Receives the sums of a job's segments, each in the form of a checkpoint.
+
+    Args:
+        plan: The job.
+        into: Receives the sums of each segment, in order.
+    """
+
+    def __init__(self, plan: Plan, into: list[Mapping[Matrix, Array]]) -> None:
+        super().__init__(plan, sums=plan.sums_of_segments)
+        self._into = into
+
+    def begin(self, rows: int, rows_sent: int, block_rows: int) -> None:
+        """Start the sums of the next segment.
+
+        Raises:
+            ProtocolError: The segment does not end there.
+        """
+        del block_rows
+        due = self._end_of(len(self._into) + 1)
+        if rows != due or rows > rows_sent:
+            raise ProtocolError(
+                f"the server sent the sums of a segment up to row {rows}, when"
+                f" {rows_sent} rows were sent: expected row {due}"
+            )
+        self._announce(rows)
+
+    def require_all(self) -> None:
+        """Check that the sums of all segments were received.
+
+        Raises:
+            ProtocolError: Some are missing.
+        """
+        count = -(-(self._plan.m or 0) // self._plan.segment_rows)
+        if len(self._into) != count:
+            raise ProtocolError(
+                f"the server sent the sums of {len(self._into)} segments: expected"
+                f" {count}"
+            )
+
+    def _keep(self, complete: Checkpoint) -> None:
+        self._into.append(complete.sums)
+
+    def _end_of(self, segments: int) -> int:
+        rows = segments * self._plan.segment_rows
+        return rows if self._plan.m is None else min(rows, self._plan.m)

@@ -107,13 +107,16 @@ def block_rows_of(plan: Plan, row_block_bytes: int) -> int:
     return min(own, wanted) if isinstance(wanted, int) and wanted else own
 
 
-def divide(plan: Plan, row_block_bytes: int, jobs: int) -> Division:
+def divide(
+    plan: Plan, row_block_bytes: int, jobs: int, *, runs: bool = True
+) -> Division:
     """Divide a job.
 
     Args:
         plan: The job, with m.
         row_block_bytes: `ServerLimits.row_block_bytes`.
         jobs: Jobs at the same time. Only the runs depend on it.
+        runs: Whether a job may have several segments.
     """
     block_rows = block_rows_of(plan, row_block_bytes)
     accumulator = accumulator_of(plan)
@@ -121,14 +124,16 @@ def divide(plan: Plan, row_block_bytes: int, jobs: int) -> Division:
         plan.n, plan.k, plan.dtype.itemsize, accumulator.itemsize, block_rows
     )
     division = Division(plan.m or 0, rows)
+    # Each segment's sum has to be checked alone.
+    if not runs or (plan.options.verify and plan.sums):
+        return division
     sent = plan.upload_bytes(rows) - plan.upload_bytes(0)
     of_sums = sum(plan.shape(each, 0)[0] for each in plan.sums) * plan.k
     held = HELD_BYTES // max(1, jobs * of_sums * accumulator.itemsize)
     segments = min(
         RUN_BYTES // max(1, sent), held, division.segments // (jobs * RUNS_PER_JOB)
     )
-    del segments
-    return Division(division.m, rows, 1)
+    return Division(division.m, rows, max(1, segments))
 
 
 def segment_bytes(plan: Plan, segment_rows: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 from gradwire._api.errors import GradwireError
-from gradwire._api.types import Receipt
+from gradwire._api.types import Array, Receipt
 from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
@@ -60,6 +60,8 @@ class ArrayJob:
         """Where the next attempt resumes; None: at the start."""
         self.on_call: Callable[[Callable[[], object]], object] | None = None
         """Called when a call begins, with a function that cancels it."""
+        self.segment_sums: list[Mapping[Matrix, Array]] = []
+        """The sums of each segment, if the plan wants them."""
         self.address = ""
         """Address of the server of the current attempt."""
         self.avoid: Collection[str] = ()
@@ -80,6 +82,7 @@ class ArrayJob:
         Args:
             direct: Most direct connections.
         """
+        self.segment_sums = []
         return JobExchange(
             self.plan,
             Sender(self.plan),
@@ -88,6 +91,7 @@ class ArrayJob:
             checkpoint_rows=self._checkpoint_rows,
             early_bytes=self._early_bytes,
             direct=direct,
+            segment_sums=self.segment_sums,
         )
 
     def cut_off(

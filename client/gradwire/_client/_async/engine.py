@@ -66,6 +66,7 @@ from gradwire._transport.grpc.async_call import (
 from gradwire._transport.shm.policy import may_be_smaller
 from gradwire._transport.shm.segments import Allocation, Pool
 from gradwire._transport.shm.shm_job import ShmJob
+from gradwire_protocol.limits import SEGMENTS
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1.session_service_pb2 import GetTensorRequest, TensorHeader
 
@@ -285,7 +286,8 @@ class AsyncEngine(EngineBase):
             }
         )
         jobs = self.jobs_at_once(spread.unusable)
-        spread.divide(jobs)
+        # A job in shared memory has one segment.
+        spread.divide(jobs, runs=SEGMENTS in self.jobs.features and not self.shm.on)
         return jobs
 
     def jobs_at_once(self, unusable: Collection[str]) -> int:

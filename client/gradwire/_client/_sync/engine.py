@@ -67,6 +67,7 @@ from gradwire._transport.sync_io import (
     look_up,
     run_beside,
 )
+from gradwire_protocol.limits import SEGMENTS
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.v1.session_service_pb2 import GetTensorRequest, TensorHeader
 
@@ -286,7 +287,8 @@ class SyncEngine(EngineBase):
             }
         )
         jobs = self.jobs_at_once(spread.unusable)
-        spread.divide(jobs)
+        # A job in shared memory has one segment.
+        spread.divide(jobs, runs=SEGMENTS in self.jobs.features and not self.shm.on)
         return jobs
 
     def jobs_at_once(self, unusable: Collection[str]) -> int:

@@ -1,0 +1,139 @@
+"""The division of a job into segments, and the sums of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gradwire
+from gradwire._api.options import parse_options
+from gradwire._core.job_plan import Plan
+from gradwire._core.resume import SegmentSums
+from gradwire._core.segments import Division, OrderedSums, divide
+from gradwire_protocol.dtypes import Dtype
+from gradwire_protocol.framing import Chunk
+from gradwire_protocol.limits import MIB
+from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1.job_pb2 import Accepted
+
+
+def plan_of(m: int, n: int, k: int, **options: Any) -> Plan:
+    return Plan(m, n, k, Dtype.FLOAT32, parse_options(**options))
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 2048),
+    st.integers(1, 2048),
+    st.integers(1, 40),
+)
+def test_runs_cover_all_rows_in_order(m: int, n: int, k: int, jobs: int) -> None:
+    division = divide(plan_of(m, n, k), 16 * MIB, jobs)
+    row = segment = 0
+    for number, run in enumerate(division.runs()):
+        assert (run.number, run.first_row, run.first_segment) == (number, row, segment)
+        row += run.rows
+        segment += run.segments
+        assert run.rows <= run.segments * division.segment_rows
+    assert row == m
+    assert segment == division.segments == max(1, -(-m // division.segment_rows))
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 40))
+def test_segments_depend_neither_on_m_nor_on_servers(
+    m: int, other: int, jobs: int
+) -> None:
+    one = divide(plan_of(m, 300, 200), 16 * MIB, jobs)
+    assert (
+        one.segment_rows == divide(plan_of(other, 300, 200), 16 * MIB, 1).segment_rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "jobs"), [(64, 64, 6), (512, 512, 2), (2048, 64, 2)]
+)
+def test_runs_are_large_enough_and_many_enough(n: int, k: int, jobs: int) -> None:
+    division = divide(plan_of(10**7, n, k), 16 * MIB, jobs)
+    assert division.run_count >= 4 * jobs
+    sums = jobs * division.run_segments * n * k * 8
+    assert division.run_segments == 1 or sums <= 16 * MIB
+
+
+def test_verified_sums_are_checked_segment_by_segment() -> None:
+    assert divide(plan_of(10**7, 64, 64), 16 * MIB, 2).run_segments > 1
+    plan = plan_of(10**7, 64, 64, verify=True)
+    assert divide(plan, 16 * MIB, 2).run_segments == 1
+
+
+@given(st.permutations(range(6)))
+def test_sums_are_added_in_their_order(order: list[int]) -> None:
+    plan = plan_of(1, 2, 3, dw_accumulator="float32", results=("dw",))
+    rng = np.random.default_rng(0)
+    sums = [(rng.standard_normal((2, 3)) * 10**i).astype(np.float32) for i in range(6)]
+    expected = sums[0]
+    for each in sums[1:]:
+        expected = expected + each
+    ordered = OrderedSums(plan)
+    for number in order:
+        ordered.add(number, [{Matrix.DW: sums[number].copy()}])
+    assert ordered.added == 6
+    out = np.empty((2, 3), np.float32)
+    ordered.write({Matrix.DW: out})
+    assert out.tobytes() == expected.tobytes()
+
+
+def segment_sums(m: int | None) -> tuple[SegmentSums, list[Mapping[Matrix, Any]]]:
+    plan = Plan(m, 2, 3, Dtype.FLOAT32, parse_options(results=("dw",)), segment_rows=8)
+    into: list[Mapping[Matrix, Any]] = []
+    sums = SegmentSums(plan, into)
+    accepted = Accepted()
+    accepted.effective_job.numerics.dw_accumulator = Dtype.FLOAT64.value
+    sums.accept(accepted)
+    return sums, into
+
+
+def chunk(value: float, index: int = 0, count: int = 6) -> Chunk:
+    payload = memoryview(np.full(count, float(value))).cast("B")
+    return Chunk(int(Matrix.DW_SUM), index, payload, None)
+
+
+def test_each_segment_has_its_sums() -> None:
+    sums, into = segment_sums(20)
+    for number, rows in enumerate((8, 16, 20)):
+        sums.begin(rows, 20, 4)
+        sums.take(chunk(number, 0, 2))
+        assert sums.coming
+        sums.take(chunk(number, 2, 4))
+        assert not sums.coming
+    sums.require_all()
+    assert [each[Matrix.DW].tolist() for each in into] == [
+        [[number] * 3] * 2 for number in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("m", "rows", "sent"), [(20, 16, 20), (20, 4, 20), (20, 8, 7), (None, 20, 20)]
+)
+def test_sums_of_no_segment_are_an_error(m: int | None, rows: int, sent: int) -> None:
+    sums, _ = segment_sums(m)
+    with pytest.raises(gradwire.ProtocolError, match="expected row 8"):
+        sums.begin(rows, sent, 4)
+
+
+def test_missing_sums_are_an_error() -> None:
+    sums, _ = segment_sums(20)
+    sums.begin(8, 20, 4)
+    sums.take(chunk(1.0))
+    with pytest.raises(gradwire.ProtocolError, match="sums of 1 segments: expected 3"):
+        sums.require_all()
+    with pytest.raises(gradwire.ProtocolError, match="did not announce"):
+        sums.take(chunk(1.0))
+
+
+def test_an_empty_job_has_one_run() -> None:
+    assert [run.rows for run in Division(0, 8).runs()] == [0]
