@@ -324,6 +324,10 @@ def test_a_stopped_server_holds_up_nothing(joined: Any, alone: Any) -> None:
             result = gradients(client, *OPERANDS, out=out)
             seconds = time.monotonic() - begun
             assert same(result, alone)
+            # It is asked whether it is there before its next job.
+            members = client.client._engine._servers.members
+            (stopped,) = [m for m in members if m.address == servers[1].address]
+            assert stopped.needs_probe
             out["y"][:] = out["dx"][:] = out["dw"][:] = 0
         finally:
             os.kill(servers[1].pid, signal.SIGCONT)

@@ -21,7 +21,7 @@ from gradwire._client.spread_plan import SpreadPlan
 from gradwire._core.job_plan import Plan, with_rows
 from gradwire._core.outputs import ArrayOutputs, Output
 from gradwire._core.progress import SpreadReporter
-from gradwire._core.segments import OrderedSums, Run
+from gradwire._core.segments import ASK_AGAIN_S, OrderedSums, Run
 from gradwire._resilience.array_job import ArrayJob
 from gradwire_protocol.matrices import Matrix
 
@@ -144,13 +144,13 @@ class SpreadJob:
                 self._whole = self.outputs.all()
             in_progress = sum(len(state.parts) for state in self._states.values())
             if in_progress >= jobs:
-                return _ASK_AGAIN_S
+                return ASK_AGAIN_S
             self._window = max(self._window, jobs)
             if self._next < self.run_count and self._may_begin():
                 run, self._next = self.spread.division.run(self._next), self._next + 1
                 state = self._states[run.number] = _State()
                 return self._part(state, run)
-            return self._duplicate() if several else _ASK_AGAIN_S
+            return self._duplicate() if several else ASK_AGAIN_S
 
     def end(self, part: Part, receipt: Receipt) -> None:
         """Use the results of a job that has succeeded, unless another one was first."""
@@ -161,6 +161,8 @@ class SpreadJob:
             if not state.decided:
                 state.decided, state.winner = True, (part, receipt)
                 self._seconds.append(time.monotonic() - part.begun_at)
+                for each in state.parts:
+                    each.job.late = not each.duplicate
                 cancels = self._cancels(state.parts)
             winner = self._settled(state)
         for cancel in cancels:
@@ -218,7 +220,7 @@ class SpreadJob:
     def _duplicate(self) -> Part | float:
         """Create a second job for the run that takes longest, if that is too long."""
         if not self._seconds:
-            return _ASK_AGAIN_S
+            return ASK_AGAIN_S
         limit = max(LEAST_SLOW_S, SLOW * statistics.median(self._seconds))
         candidates = [
             (state.parts[0].begun_at, state)
@@ -226,7 +228,7 @@ class SpreadJob:
             if not state.decided and state.parts and not state.duplicated
         ]
         if not candidates:
-            return _ASK_AGAIN_S
+            return ASK_AGAIN_S
         begun_at, state = min(candidates, key=lambda each: each[0])
         left = begun_at + limit - time.monotonic()
         if left > 0:
@@ -316,11 +318,6 @@ class SpreadJob:
             self._receipts[part.run.number] = receipt
         if self._reporter is not None:
             self._reporter.ended(part.run.number, receipt)
-
-
-_ASK_AGAIN_S = 1.0
-"""Seconds after which to ask again, if nothing else happens before: another server may
-be there."""
 
 
 def _rows_of(array: Array, first: int, last: int) -> Array | None:

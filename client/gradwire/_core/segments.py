@@ -34,6 +34,13 @@ HELD_BYTES = 16 * MIB
 JOBS_PER_DEVICE = 2
 """Jobs at the same time: while one is computed, the other is on its way."""
 
+MOST_LATER = 16
+"""Most additional jobs at the same time, on servers that join meanwhile."""
+
+ASK_AGAIN_S = 1.0
+"""Seconds after which a task that waits for work looks again, in any case: another
+server may be there."""
+
 Sums = Mapping[Matrix, Array]
 
 

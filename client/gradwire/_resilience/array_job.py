@@ -64,6 +64,8 @@ class ArrayJob:
         """The sums of each segment, if the plan wants them."""
         self.address = ""
         """Address of the server of the current attempt."""
+        self.late = False
+        """Whether the job was cancelled because another one has overtaken it."""
         self.avoid: Collection[str] = ()
         """Addresses of servers to use only if there are no others."""
         self.unusable: set[str] = set()

@@ -356,6 +356,17 @@ def require_jobs(info: ServerInfo, address: str) -> ServerInfo:
     return info
 
 
+def late_error(address: str) -> GradwireError:
+    """Return the error of a server that another one has overtaken by far.
+
+    It may have stopped: it is probed before its next job.
+    """
+    return UnavailableError(
+        f"the server at {address} took so long that another one was done before",
+        status=StatusCode.UNAVAILABLE,
+    )
+
+
 def none_left(
     causes: Mapping[str, GradwireError], unusable: Collection[str] = ()
 ) -> GradwireError:

@@ -18,6 +18,7 @@ from gradwire._api.errors import (
     ClientIdleError,
     GradwireError,
     InputError,
+    JobCancelledError,
     NumericsError,
 )
 from gradwire._api.options import CallOptions, MetadataPairs, Options, at_most
@@ -40,6 +41,7 @@ from gradwire._resilience.load_balancer import (
     ASK_S,
     Lease,
     LoadBalancer,
+    late_error,
     none_left,
     require_jobs,
 )
@@ -202,6 +204,10 @@ class AsyncEngine(EngineBase):
                     return await engine._execute_checked(job, attempts)
                 except NumericsError as error:
                     job.exclude(engine.address, error)
+                    raise
+                except JobCancelledError:
+                    if job.late:
+                        lease.ended(late_error(engine.address))
                     raise
                 except GradwireError as error:
                     await engine.report(error, attempts)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from gradwire._api.types import Receipt
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client.spread_job import Part, SpreadJob
+from gradwire._core.segments import MOST_LATER
 from gradwire._transport.async_io import AsyncNews, run_beside, run_together
-
-_MOST_LATER = 16
-"""Most additional jobs at the same time on servers that join during the job."""
 
 
 async def run_spread(engine: AsyncEngine, job: SpreadJob) -> Receipt:
@@ -50,5 +48,5 @@ async def run_spread(engine: AsyncEngine, job: SpreadJob) -> Receipt:
         job.stop()
         news.tell()
 
-    await run_together(work, min(job.run_count, jobs + _MOST_LATER), stop)
+    await run_together(work, min(job.run_count, jobs + MOST_LATER), stop)
     return await run_beside(job.deliver)

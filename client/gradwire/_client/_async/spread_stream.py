@@ -13,6 +13,7 @@ from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.stream import AsyncGradientStream
 from gradwire._client.spread_rows import SegmentRows, SpreadRows
 from gradwire._core.rows import END_OF_ROWS
+from gradwire._core.segments import ASK_AGAIN_S, MOST_LATER
 from gradwire._resilience.row_reader import RowReader
 from gradwire._transport.async_io import (
     AsyncBackground,
@@ -23,12 +24,6 @@ from gradwire._transport.async_io import (
     run_together,
 )
 from gradwire_protocol.matrices import Matrix
-
-_MOST_LATER = 16
-"""Most additional segments at the same time on servers that join during the job."""
-
-_ASK_AGAIN_S = 1.0
-"""Seconds after which a task looks again, in any case."""
 
 
 class AsyncSpreadStream(AsyncGradientStream):
@@ -151,7 +146,7 @@ class _Run:
                 return block
             if self.rows.exhausted:
                 return None
-            await self._news.wait(count, _ASK_AGAIN_S)
+            await self._news.wait(count, ASK_AGAIN_S)
 
     async def aclose(self) -> None:
         """Stop."""
@@ -186,7 +181,7 @@ class _Run:
 
         async def work() -> None:
             try:
-                await run_together(self._work, jobs + _MOST_LATER, self.stop)
+                await run_together(self._work, jobs + MOST_LATER, self.stop)
             except BaseException as error:  # noqa: BLE001 - raised by `next_block`
                 self._error = self._error or error
             self._news.tell()
@@ -207,7 +202,7 @@ class _Run:
             elif self.rows.all_begun:
                 return
             else:
-                await self._news.wait(count, _ASK_AGAIN_S)
+                await self._news.wait(count, ASK_AGAIN_S)
 
     async def _fill(self) -> None:
         """Request the caller's items, and store their rows."""
@@ -222,7 +217,7 @@ class _Run:
                     self.rows.add(self._reader.read(item))
             else:
                 self._news.tell()
-                await self._news.wait(count + 1, _ASK_AGAIN_S)
+                await self._news.wait(count + 1, ASK_AGAIN_S)
         if not self._stopped:
             self.rows.end()
             self._news.tell()
@@ -264,7 +259,7 @@ class _Run:
             elif complete:
                 return
             else:
-                await self._news.wait(count, _ASK_AGAIN_S)
+                await self._news.wait(count, ASK_AGAIN_S)
 
 
 def _unchanged(receipt: Receipt) -> Receipt:

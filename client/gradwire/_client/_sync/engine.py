@@ -19,6 +19,7 @@ from gradwire._api.errors import (
     ClientIdleError,
     GradwireError,
     InputError,
+    JobCancelledError,
     NumericsError,
 )
 from gradwire._api.options import CallOptions, MetadataPairs, Options, at_most
@@ -41,6 +42,7 @@ from gradwire._resilience.load_balancer import (
     ASK_S,
     Lease,
     LoadBalancer,
+    late_error,
     none_left,
     require_jobs,
 )
@@ -203,6 +205,10 @@ class SyncEngine(EngineBase):
                     return engine._execute_checked(job, attempts)
                 except NumericsError as error:
                     job.exclude(engine.address, error)
+                    raise
+                except JobCancelledError:
+                    if job.late:
+                        lease.ended(late_error(engine.address))
                     raise
                 except GradwireError as error:
                     engine.report(error, attempts)

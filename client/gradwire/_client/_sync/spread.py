@@ -7,10 +7,8 @@ from __future__ import annotations
 from gradwire._api.types import Receipt
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client.spread_job import Part, SpreadJob
+from gradwire._core.segments import MOST_LATER
 from gradwire._transport.sync_io import SyncNews, run_beside, run_together
-
-_MOST_LATER = 16
-"""Most additional jobs at the same time on servers that join during the job."""
 
 
 def run_spread(engine: SyncEngine, job: SpreadJob) -> Receipt:
@@ -52,5 +50,5 @@ def run_spread(engine: SyncEngine, job: SpreadJob) -> Receipt:
         job.stop()
         news.tell()
 
-    run_together(work, min(job.run_count, jobs + _MOST_LATER), stop)
+    run_together(work, min(job.run_count, jobs + MOST_LATER), stop)
     return run_beside(job.deliver)

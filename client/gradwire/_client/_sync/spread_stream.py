@@ -15,6 +15,7 @@ from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.stream import GradientStream
 from gradwire._client.spread_rows import SegmentRows, SpreadRows
 from gradwire._core.rows import END_OF_ROWS
+from gradwire._core.segments import ASK_AGAIN_S, MOST_LATER
 from gradwire._resilience.row_reader import RowReader
 from gradwire._transport.sync_io import (
     SyncBackground,
@@ -25,12 +26,6 @@ from gradwire._transport.sync_io import (
     run_together,
 )
 from gradwire_protocol.matrices import Matrix
-
-_MOST_LATER = 16
-"""Most additional segments at the same time on servers that join during the job."""
-
-_ASK_AGAIN_S = 1.0
-"""Seconds after which a task looks again, in any case."""
 
 
 class SyncSpreadStream(GradientStream):
@@ -153,7 +148,7 @@ class _Run:
                 return block
             if self.rows.exhausted:
                 return None
-            self._news.wait(count, _ASK_AGAIN_S)
+            self._news.wait(count, ASK_AGAIN_S)
 
     def close(self) -> None:
         """Stop."""
@@ -188,7 +183,7 @@ class _Run:
 
         def work() -> None:
             try:
-                run_together(self._work, jobs + _MOST_LATER, self.stop)
+                run_together(self._work, jobs + MOST_LATER, self.stop)
             except BaseException as error:  # noqa: BLE001 - raised by `next_block`
                 self._error = self._error or error
             self._news.tell()
@@ -209,7 +204,7 @@ class _Run:
             elif self.rows.all_begun:
                 return
             else:
-                self._news.wait(count, _ASK_AGAIN_S)
+                self._news.wait(count, ASK_AGAIN_S)
 
     def _fill(self) -> None:
         """Request the caller's items, and store their rows."""
@@ -224,7 +219,7 @@ class _Run:
                     self.rows.add(self._reader.read(item))
             else:
                 self._news.tell()
-                self._news.wait(count + 1, _ASK_AGAIN_S)
+                self._news.wait(count + 1, ASK_AGAIN_S)
         if not self._stopped:
             self.rows.end()
             self._news.tell()
@@ -266,7 +261,7 @@ class _Run:
             elif complete:
                 return
             else:
-                self._news.wait(count, _ASK_AGAIN_S)
+                self._news.wait(count, ASK_AGAIN_S)
 
 
 def _unchanged(receipt: Receipt) -> Receipt:
