@@ -135,6 +135,76 @@ def test_a_network_that_is_silent_ends_at_the_deadline(behind: Behind) -> None:
         behind.heal()
 
 
+LATE_S = 0.5
+"""What calls have, whose results do not come."""
+
+
+@contextlib.contextmanager
+def late_results(behind: Behind) -> Iterator[None]:
+    """Let the first results of a call pass, and then nothing.
+
+    The server can send the rest, as it fits the buffers on the way: for it, the call
+    has ended well.
+    """
+    began = time.monotonic()
+    behind.data.arm(Fault("responses", pause_after_bytes=3000))
+    with pytest.raises(gradwire.DeadlineError):
+        yield
+    assert LATE_S <= time.monotonic() - began < LATE_S + 1
+    assert behind.data.bytes["responses"] > 3000
+    wait_until(lambda: not moving_threads(), "the threads of the call have ended")
+    behind.heal()
+
+
+def test_results_that_are_late_end_the_call_at_its_deadline(behind: Behind) -> None:
+    """Also if the server has sent them in time."""
+    out = {"y": np.full((M, K), 7, np.float32)}
+    with behind.connect(timeout_s=LATE_S) as client:
+        with late_results(behind):
+            client.gradients(X, W, DY, results=ALL, out=out)
+        before = out["y"].copy()
+        with late_results(behind):
+            list(client.stream(iter([(X, DY)]), W))
+        with client.session("1MiB") as session:
+            weight = session.put(X)
+            with late_results(behind):
+                session.get(weight)
+        assert out["y"].tobytes() == before.tobytes()
+
+
+async def test_results_that_are_late_end_the_call_of_a_task_too(behind: Behind) -> None:
+    out = {"y": np.full((M, K), 7, np.float32)}
+    async with gradwire.AsyncClient(
+        behind.call.address, transport="direct", timeout_s=LATE_S
+    ) as client:
+        with late_results(behind):
+            await client.gradients(X, W, DY, results=ALL, out=out)
+        before = out["y"].copy()
+        with late_results(behind):
+            async for _ in client.stream(iter([(X, DY)]), W):
+                pass
+        async with client.session("1MiB") as session:
+            weight = await session.put(X)
+            with late_results(behind):
+                await session.get(weight)
+        assert out["y"].tobytes() == before.tobytes()
+
+
+def test_opening_connections_ends_at_the_deadline_of_a_job_that_waited(
+    behind: Behind,
+) -> None:
+    with behind.connect(timeout_s=0.9) as client:
+        behind.data.pause()
+        behind.call.arm(Fault("responses", pause_after_bytes=1))
+        resume = threading.Timer(0.7, behind.call.resume)
+        began = time.monotonic()
+        resume.start()
+        with pytest.raises(gradwire.GradwireError):
+            client.gradients(X, W, DY)
+        assert time.monotonic() - began < 1.4
+        resume.join()
+
+
 @pytest.mark.parametrize("where", ["refused", "filtered", "off"])
 def test_connections_that_cannot_be_opened_cost_a_second_once(
     where: str, expected: gradwire.Gradients, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,8 @@ class Fault:
     """The connection is cut when so many bytes have passed."""
     cut_after_messages: int | None = None
     """It is cut when so many messages have passed, whole: at least one."""
+    pause_after_bytes: int | None = None
+    """The proxy is paused when so many bytes have passed."""
     flip_byte: int | None = None
     """A bit of that byte is flipped, counted from 0."""
     flip_in_message: int | None = None
@@ -115,8 +117,8 @@ class Proxy:
 
     def passes(
         self, of: Direction, data: bytes, messages: _Messages
-    ) -> tuple[bytes, bool]:
-        """What of some bytes is forwarded, and whether the cut comes then."""
+    ) -> tuple[bytes, bytes, bool]:
+        """What of some bytes is forwarded, what behind a pause, and if a cut comes."""
         with self._lock:
             first, before = self.bytes[of], self.messages[of]
             spans = list(messages.feed(data))
@@ -127,12 +129,16 @@ class Proxy:
                 data = data[:cut]
             if flip is not None:
                 data = data[:flip] + bytes([data[flip] ^ 0x10]) + data[flip + 1 :]
-            if cut is not None or flip is not None:
+            pause = None if fault is None else _pause(fault, first, data)
+            if pause is not None:
+                self.pause()
+            if cut is not None or flip is not None or pause is not None:
                 self._fault = None
                 self.faults += 1
             self.bytes[of] += len(data)
             self.messages[of] += sum(1 for _, end in spans if end is not None)
-        return data, cut is not None
+        later = len(data) if pause is None else pause
+        return data[:later], data[later:], cut is not None
 
     def wait_until_going(self) -> None:
         """Wait while the proxy is paused."""
@@ -218,10 +224,13 @@ class _Link:
                 self._proxy.wait_until_going()
                 if self._dead:
                     continue
-                forwarded, cut = self._proxy.passes(of, data, messages)
+                forwarded, later, cut = self._proxy.passes(of, data, messages)
                 if cut:  # before the other side can answer what is the last of it
                     self._dead = True
                 sink.sendall(forwarded)
+                if later:
+                    self._proxy.wait_until_going()
+                    sink.sendall(later)
                 if cut:
                     self.cut()
         self.cut()
@@ -306,6 +315,14 @@ def _cut(
         after = fault.cut_after_messages - before
         return ends[after - 1] if after <= len(ends) else None
     return None
+
+
+def _pause(fault: Fault, first: int, data: bytes) -> int | None:
+    """After how much of some bytes the proxy is paused, if it is."""
+    if fault.pause_after_bytes is None:
+        return None
+    after = fault.pause_after_bytes - first
+    return after if after <= len(data) else None
 
 
 def _flip(

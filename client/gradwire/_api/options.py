@@ -282,6 +282,11 @@ def left_of(options: Options, begun: float) -> Options:
     return replace(options, timeout_s=max(left, _LEAST_TIMEOUT_S))
 
 
+def deadline_of(timeout_s: float | None) -> float | None:
+    """Return when a call that begins now is late; `time.monotonic`. None: never."""
+    return None if timeout_s is None else time.monotonic() + timeout_s
+
+
 def at_most(seconds: float, left_s: float | None) -> float:
     """Return the smaller of `seconds` and `left_s`, but more than 0."""
     return seconds if left_s is None else max(_LEAST_TIMEOUT_S, min(seconds, left_s))

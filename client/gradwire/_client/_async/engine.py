@@ -364,11 +364,9 @@ class AsyncEngine(EngineBase):
             attempts.options(job.options),
         )
 
-    async def open_direct(
-        self, job: StreamJob, call: AsyncCall, attempts: Attempts
-    ) -> None:
+    async def open_direct(self, job: StreamJob, call: AsyncCall) -> None:
         """Open the direct connection that the server offers for a stream."""
-        connections = await self._open_direct(job.exchange, attempts.left_s)
+        connections = await self._open_direct(job.exchange, call.deadline)
         if connections is not None:
             job.use_direct(DirectStream(connections[0], call, self.address))
             call.wake()  # the next message may be the last
@@ -513,7 +511,7 @@ class AsyncEngine(EngineBase):
                 if offered is None:
                     continue
                 connections = await run_beside(
-                    partial(self.direct.open, offered, server_instance, attempts.left_s)
+                    partial(self.direct.open, offered, server_instance, call.deadline)
                 )
                 if connections is None:
                     exchange.use_messages()
@@ -634,7 +632,7 @@ class AsyncEngine(EngineBase):
             async for message in call:
                 exchange.receive(message)
                 if exchange.offered is not None:
-                    connections = await self._open_direct(exchange, options.timeout_s)
+                    connections = await self._open_direct(exchange, call.deadline)
                     if connections is not None:
                         return await self._transfer_job(
                             job, exchange, call, connections
@@ -642,13 +640,13 @@ class AsyncEngine(EngineBase):
             return exchange.finish()
 
     async def _open_direct(
-        self, exchange: JobExchange, timeout_s: float | None
+        self, exchange: JobExchange, deadline: float | None
     ) -> list[DirectConnection] | None:
         """Open the direct connections that the server offers for a job.
 
         Args:
             exchange: The job, accepted.
-            timeout_s: Seconds that it has left; None: no limit.
+            deadline: When the call is too late; None: never.
 
         Returns:
             The connections; None if there are none, and the elements are in messages.
@@ -658,7 +656,7 @@ class AsyncEngine(EngineBase):
             return None
         instance, offered = accepted.server_instance, accepted.direct
         connections = await run_beside(
-            lambda: self.direct.open(offered, instance, timeout_s)
+            lambda: self.direct.open(offered, instance, deadline)
         )
         if connections is None:
             exchange.use_messages()

@@ -269,8 +269,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         else:
             await _checked(job, lambda: job.receive(message))
             offered = job.exchange.offered is not None
-            if offered and self._lease is not None and self._attempts is not None:
-                await self._lease.engine.open_direct(job, call, self._attempts)
+            if offered and self._lease is not None:
+                await self._lease.engine.open_direct(job, call)
 
 
 async def _checked(job: StreamJob, take: Callable[[], R]) -> R:

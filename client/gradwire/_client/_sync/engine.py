@@ -365,9 +365,9 @@ class SyncEngine(EngineBase):
             attempts.options(job.options),
         )
 
-    def open_direct(self, job: StreamJob, call: SyncCall, attempts: Attempts) -> None:
+    def open_direct(self, job: StreamJob, call: SyncCall) -> None:
         """Open the direct connection that the server offers for a stream."""
-        connections = self._open_direct(job.exchange, attempts.left_s)
+        connections = self._open_direct(job.exchange, call.deadline)
         if connections is not None:
             job.use_direct(DirectStream(connections[0], call, self.address))
             call.wake()  # the next message may be the last
@@ -512,7 +512,7 @@ class SyncEngine(EngineBase):
                 if offered is None:
                     continue
                 connections = run_beside(
-                    partial(self.direct.open, offered, server_instance, attempts.left_s)
+                    partial(self.direct.open, offered, server_instance, call.deadline)
                 )
                 if connections is None:
                     exchange.use_messages()
@@ -633,19 +633,19 @@ class SyncEngine(EngineBase):
             for message in call:
                 exchange.receive(message)
                 if exchange.offered is not None:
-                    connections = self._open_direct(exchange, options.timeout_s)
+                    connections = self._open_direct(exchange, call.deadline)
                     if connections is not None:
                         return self._transfer_job(job, exchange, call, connections)
             return exchange.finish()
 
     def _open_direct(
-        self, exchange: JobExchange, timeout_s: float | None
+        self, exchange: JobExchange, deadline: float | None
     ) -> list[DirectConnection] | None:
         """Open the direct connections that the server offers for a job.
 
         Args:
             exchange: The job, accepted.
-            timeout_s: Seconds that it has left; None: no limit.
+            deadline: When the call is too late; None: never.
 
         Returns:
             The connections; None if there are none, and the elements are in messages.
@@ -654,7 +654,7 @@ class SyncEngine(EngineBase):
         if accepted is None:
             return None
         instance, offered = accepted.server_instance, accepted.direct
-        connections = run_beside(lambda: self.direct.open(offered, instance, timeout_s))
+        connections = run_beside(lambda: self.direct.open(offered, instance, deadline))
         if connections is None:
             exchange.use_messages()
         return connections

@@ -271,8 +271,8 @@ class GradientStream(Iterator[RowBlock]):
         else:
             _checked(job, lambda: job.receive(message))
             offered = job.exchange.offered is not None
-            if offered and self._lease is not None and self._attempts is not None:
-                self._lease.engine.open_direct(job, call, self._attempts)
+            if offered and self._lease is not None:
+                self._lease.engine.open_direct(job, call)
 
 
 def _checked(job: StreamJob, take: Callable[[], R]) -> R:

@@ -123,14 +123,14 @@ class DirectPolicy:
         return self.demanded or self._suits_bytes(size_bytes)
 
     def open(
-        self, access: DirectAccess, server_instance: str, timeout_s: float | None
+        self, access: DirectAccess, server_instance: str, deadline: float | None
     ) -> list[DirectConnection] | None:
         """Open the connections of a call, within `OPEN_S` seconds.
 
         Args:
             access: The server's answer to the offer.
             server_instance: The server process that has answered.
-            timeout_s: Seconds that the call has left; None: no limit.
+            deadline: When the call is too late; `time.monotonic`. None: never.
 
         Returns:
             The connections; None: the elements travel in the call's messages.
@@ -141,11 +141,13 @@ class DirectPolicy:
         """
         if not self.demanded and not self._usable():
             return None
-        within_s = OPEN_S if timeout_s is None else min(OPEN_S, timeout_s)
-        deadline = time.monotonic() + within_s
+        until = time.monotonic() + OPEN_S
+        has_time = deadline is None or deadline >= until
+        if deadline is not None:
+            until = min(until, deadline)
         try:
             opened = open_connections(
-                self._endpoint, access, self._pool, server_instance, deadline
+                self._endpoint, access, self._pool, server_instance, until
             )
         except CannotOpenError as error:
             if self.demanded:
@@ -154,7 +156,7 @@ class DirectPolicy:
                     f" connections: {error} (make the port of its data-listen"
                     ' reachable, or use transport="auto")'
                 ) from error
-            if within_s == OPEN_S:
+            if has_time:
                 self._pause(f"cannot be opened: {error}")
             return None
         if not self._pool.track(opened):

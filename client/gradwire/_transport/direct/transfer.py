@@ -81,7 +81,16 @@ class Elements(Protocol):
 
 
 class Call(Protocol):
-    """The job's call."""
+    """The job's call.
+
+    Attributes:
+        deadline: When it is too late; `time.monotonic`. None: never.
+    """
+
+    deadline: float | None
+
+    def late(self) -> GradwireError:
+        """Return the error of a call that takes longer than its timeout."""
 
     def wake(self) -> None:
         """Let the requests go on, from any thread."""
@@ -165,14 +174,28 @@ class _Breakable:
 
     def lost(self) -> ConnectionLostError:
         """Return the error of the connection that broke."""
-        return self._lost(self.broken or ConnectionError("it is closed"))
-
-    def _lost(self, cause: Exception) -> ConnectionLostError:
+        cause = self.broken or ConnectionError("it is closed")
         how = "the server closed it" if isinstance(cause, EOFError) else str(cause)
         return ConnectionLostError(
             f"a direct connection to {self._address} broke: {how}",
             status=StatusCode.UNAVAILABLE,
         )
+
+    def _by_deadline(self, until: float) -> float:
+        """Return `until`, or the call's deadline if that is sooner."""
+        deadline = self._call.deadline
+        return until if deadline is None else min(until, deadline)
+
+    def _drained_by(self, delay_s: float) -> float:
+        """Return until when results are read after the call has failed.
+
+        A job is over at its deadline; what has arrived by then is read.
+
+        Args:
+            delay_s: Seconds for it, if the deadline is later.
+        """
+        now = time.monotonic()
+        return max(self._by_deadline(now + delay_s), now + min(delay_s, _DRAIN_S))
 
 
 class DirectTransfer(_Breakable):
@@ -236,21 +259,38 @@ class DirectTransfer(_Breakable):
         """Wait for the last results, after the call has ended well.
 
         Raises:
+            DeadlineError: They did not come by the call's deadline.
             ConnectionLostError: A connection broke.
             BaseException: The error of a thread.
         """
         self._end()
+        began = time.monotonic()
         for thread in self._threads:
             while thread.is_alive():
-                thread.join(1.0)
-                moved_at = max((each.moved_at for each in self._receiving), default=0.0)
-                if thread.is_alive() and time.monotonic() - moved_at > _SILENCE_S:
+                silent_at = self._moved_at(began) + _SILENCE_S
+                until = self._by_deadline(silent_at)
+                thread.join(max(until - time.monotonic(), 0.0))
+                if not thread.is_alive() or time.monotonic() < until:
+                    continue
+                if until < silent_at:
                     self.stop()
-                    raise self._lost(TimeoutError("no more bytes came"))
+                    raise self._call.late()
+                if self._moved_at(began) + _SILENCE_S <= silent_at:
+                    self.stop()
+                    self.broken = self.broken or TimeoutError("no more bytes came")
         if self._error is not None:
             raise self._error
         if self.broken is not None:
             raise self.lost()
+
+    def _moved_at(self, least: float) -> float:
+        """Return when bytes of results last came where more are expected.
+
+        Args:
+            least: The earliest time to return.
+        """
+        with self._lock:
+            return max((least, *(each.moved_at for each in self._receiving)))
 
     def end_with(self, error: GradwireError) -> None:
         """End after the call has failed.
@@ -277,7 +317,7 @@ class DirectTransfer(_Breakable):
         A server that gives a reason closes the connections behind it. Of a job that it
         hands over, everything counts, however slow the network is.
         """
-        until = time.monotonic() + (_DRAIN_S if error.reason is None else STATUS_S)
+        until = self._drained_by(_DRAIN_S if error.reason is None else STATUS_S)
         for thread in self._threads:
             while True:
                 with contextlib.suppress(RuntimeError):  # it was not started
@@ -286,7 +326,7 @@ class DirectTransfer(_Breakable):
                     break
                 if error.reason is Reason.DRAINING:
                     moved_at = max(each.down.moved_at for each in self._connections)
-                    until = moved_at + STATUS_S
+                    until = self._by_deadline(moved_at + STATUS_S)
                 if time.monotonic() >= until:
                     return
 
@@ -389,7 +429,7 @@ class DirectStream(_Breakable):
     def begin(self, exchange: DirectExchange) -> None:
         """Begin to receive the results of an exchange."""
         self._share = exchange.share(0)
-        self._call.on_failure(lambda: _later(STATUS_S, self.interrupt))
+        self._call.on_failure(self._interrupt_soon)
 
     @property
     def receives(self) -> bool:
@@ -457,6 +497,10 @@ class DirectStream(_Breakable):
         self._end()
         if self.broken is not None:
             raise self.lost()
+
+    def _interrupt_soon(self) -> None:
+        """End the use of the connection once what has arrived is read."""
+        _later(self._drained_by(STATUS_S) - time.monotonic(), self.interrupt)
 
     def interrupt(self) -> None:
         """End the use of the connection, also in other threads."""

@@ -23,9 +23,15 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stub
 from gradwire._api.errors import (
     ClientStateError,
     ConnectError,
+    GradwireError,
     ProtocolError,
 )
-from gradwire._api.options import CallOptions, MetadataPairs, Options
+from gradwire._api.options import (
+    CallOptions,
+    MetadataPairs,
+    Options,
+    deadline_of,
+)
 from gradwire._arrays.buffer_pool import raise_mmap_threshold
 from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
@@ -34,6 +40,7 @@ from gradwire._transport.grpc.grpc_errors import (
     call_error,
     cancelled_error,
     connect_error,
+    late_error,
     session_error,
 )
 from gradwire._transport.grpc.methods import (
@@ -333,6 +340,9 @@ class AsyncCall:
             until another message was received.
         options: The call's options.
         method: The called method.
+
+    Attributes:
+        deadline: When the call is too late; `time.monotonic`. None: never.
     """
 
     def __init__(
@@ -346,6 +356,7 @@ class AsyncCall:
         self._service = method.split("/")[1]
         self._endpoint = connection.endpoint
         self._job_id = options.job_id
+        self.deadline = deadline_of(options.timeout_s)
         self._requests = RequestWriter(exchange.opening(), messages)
         self._rpc = connection.methods.streams[method](
             timeout=options.timeout_s, metadata=options.metadata
@@ -396,6 +407,10 @@ class AsyncCall:
     def wake(self) -> None:
         """Let the requests go on, from any thread."""
         self._in_loop(self._requests.received.set)
+
+    def late(self) -> GradwireError:
+        """Return the error of a call that takes longer than its timeout."""
+        return late_error(self._job_id)
 
     def fail(self, error: BaseException) -> None:
         """Cancel the call and have its reader raise an error, from any thread."""

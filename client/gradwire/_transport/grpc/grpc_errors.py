@@ -21,6 +21,7 @@ from gradwire._api.errors import (
     ConnectError,
     ConnectionLostError,
     ContractError,
+    DeadlineError,
     GradwireError,
     JobCancelledError,
     ProtocolError,
@@ -129,6 +130,13 @@ def call_error(
         message = LATE
     error = kind(message, status=code, attached=attached, job_id=job_id, details=text)
     error.args = (f"{message} ({_label(error)})",)
+    return error
+
+
+def late_error(job_id: str | None) -> DeadlineError:
+    """Return the exception for a call that takes longer than its timeout."""
+    error = DeadlineError(LATE, status=StatusCode.DEADLINE_EXCEEDED, job_id=job_id)
+    error.args = (f"{LATE} ({_label(error)})",)
     return error
 
 

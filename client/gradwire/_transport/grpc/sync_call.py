@@ -17,8 +17,13 @@ import grpc
 from google.protobuf.message import Message
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
-from gradwire._api.errors import ClientStateError, ProtocolError
-from gradwire._api.options import CallOptions, MetadataPairs, Options
+from gradwire._api.errors import ClientStateError, GradwireError, ProtocolError
+from gradwire._api.options import (
+    CallOptions,
+    MetadataPairs,
+    Options,
+    deadline_of,
+)
 from gradwire._arrays.buffer_pool import raise_mmap_threshold
 from gradwire._core.exchange import ExchangeProtocol
 from gradwire._transport.endpoint import Endpoint
@@ -27,6 +32,7 @@ from gradwire._transport.grpc.grpc_errors import (
     call_error,
     cancelled_error,
     connect_error,
+    late_error,
     session_error,
 )
 from gradwire._transport.grpc.methods import (
@@ -399,6 +405,9 @@ class SyncCall:
             until another message was received.
         options: The call's options.
         method: The called method.
+
+    Attributes:
+        deadline: When the call is too late; `time.monotonic`. None: never.
     """
 
     def __init__(
@@ -412,6 +421,7 @@ class SyncCall:
         self._service = method.split("/")[1]
         self._endpoint = connection.endpoint
         self._job_id = options.job_id
+        self.deadline = deadline_of(options.timeout_s)
         self._requests = RequestIterator(exchange.opening(), messages)
         with fork_support.calling():
             self._rpc = connection.methods.streams[method](
@@ -457,6 +467,10 @@ class SyncCall:
     def wake(self) -> None:
         """Let the requests go on, from any thread."""
         self._requests.go_on()
+
+    def late(self) -> GradwireError:
+        """Return the error of a call that takes longer than its timeout."""
+        return late_error(self._job_id)
 
     def fail(self, error: BaseException) -> None:
         """Cancel the call and have its reader raise an error, from any thread."""
