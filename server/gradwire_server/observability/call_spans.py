@@ -44,17 +44,34 @@ class _Open(NamedTuple):
     """The span of a call that has not ended."""
 
     span: Span
+    clocks: _Clocks
+
+
+class _Clocks(NamedTuple):
+    """The two clocks, read together."""
+
+    before_s: float
+    """`time.perf_counter` before `wall_ns` was read."""
     wall_ns: int
-    """Time since the epoch at `clock_s`."""
-    clock_s: float
-    """`time.perf_counter` then."""
+    """Time since the epoch."""
+    after_s: float
+    """`time.perf_counter` after it."""
+
+    @classmethod
+    def read(cls) -> _Clocks:
+        """Read them."""
+        return cls(time.perf_counter(), time.time_ns(), time.perf_counter())
 
     def at(self, clock_s: float) -> int:
         """Return the nanoseconds since the epoch at a time of the monotonic clock.
 
-        A wall clock that is set meanwhile then moves no span.
+        A wall clock that is set meanwhile then moves no span. Between two readings the
+        thread may have waited for the processor. So that a span lies within that of its
+        client nevertheless, no earlier time is too early, and no later one too late.
         """
-        return self.wall_ns + int((clock_s - self.clock_s) * 1e9)
+        if clock_s <= self.before_s:
+            return self.wall_ns - int((self.before_s - clock_s) * 1e9)
+        return self.wall_ns + int(max(clock_s - self.after_s, 0.0) * 1e9)
 
 
 class CallSpans(CallObserver):
@@ -75,8 +92,7 @@ class CallSpans(CallObserver):
         """Begin the call's span."""
         if call.method in _UNTRACED:
             return
-        clock_s, wall_ns = time.perf_counter(), time.time_ns()
-        begun_ns = wall_ns - int((clock_s - call.started) * 1e9)
+        clocks = _Clocks.read()
         service = SERVICE if call.method in JOB_METHODS else SESSION_SERVICE
         method = f"{service}/{call.method}"
         span = self._tracer.start_span(
@@ -84,7 +100,7 @@ class CallSpans(CallObserver):
             parent_of(call.metadata() or ()),
             SpanKind.SERVER,
             {"rpc.system.name": "grpc", "rpc.method": method},
-            start_time=begun_ns,
+            start_time=clocks.at(call.started),
         )
         context = span.get_span_context()
         if not context.is_valid:  # the process has turned tracing off
@@ -95,7 +111,7 @@ class CallSpans(CallObserver):
         }
         if span.is_recording():
             call.progress.stages = StageIntervals()
-            self._open[call] = _Open(span, wall_ns, clock_s)
+            self._open[call] = _Open(span, clocks)
 
     def ended(
         self, call: Call, reason: Reason | None, error: JobError | None = None
@@ -115,7 +131,7 @@ class CallSpans(CallObserver):
                 text = None if error is None else error.message
                 span.set_status(Status(StatusCode.ERROR, text))
         self._add_stages(call, begun, now_s)
-        span.end(begun.at(now_s))
+        span.end(begun.clocks.at(now_s))
 
     def _add_stages(self, call: Call, begun: _Open, now_s: float) -> None:
         if not call.asked_at:
@@ -123,15 +139,16 @@ class CallSpans(CallObserver):
         admitted_at = call.asked_at + call.waited_s if call.admitted else now_s
         progress, stages = call.progress, call.progress.stages
         context = set_span_in_context(begun.span, Context())
+        clocks = begun.clocks
 
         def add(name: str, first_s: float, last_s: float, **figures: float) -> None:
             attributes = {
                 f"gradwire.{key}": round(value, 6) for key, value in figures.items()
             }
             child = self._tracer.start_span(
-                name, context, attributes=attributes, start_time=begun.at(first_s)
+                name, context, attributes=attributes, start_time=clocks.at(first_s)
             )
-            child.end(begun.at(max(first_s, last_s)))
+            child.end(clocks.at(max(first_s, last_s)))
 
         waited_s = admitted_at - call.asked_at
         add("wait", call.asked_at, admitted_at, waited_s=waited_s)
