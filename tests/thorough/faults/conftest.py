@@ -20,8 +20,13 @@ from tests.support.serving import ServerProcess, running_server
 
 SOON = gradwire.RetryPolicy(initial_backoff_s=0.02, max_backoff_s=0.1, budget=1e6)
 LIMIT = 64 * MIB
-ROW_BLOCK_BYTES = 1024
-MESSAGE_BYTES = 256
+ROW_BLOCK_BYTES = 640
+MESSAGE_BYTES = 96
+"""With these, a row block has 8 rows and 7 messages, 4 of X and 3 of dY.
+
+The server takes 2 rows before it has accepted the job. If they are sent then, and not
+with the others, the number of messages is the same, and so that of the cases.
+"""
 MAY_STAY_OPEN = 8
 """Descriptors: those of connections that are about to close."""
 

@@ -49,13 +49,13 @@ FAULTS = {
         "the connection breaks after a message: after every message, in both "
         "directions, of a job with all results, of one with Y alone and of one with "
         "dW alone, with `Client` and `AsyncClient`",
-        162,
+        336,
         100,
         "the results, with the same bits; `receipt.retried` says `UNAVAILABLE`",
     ),
     "cut-told": Fault(
         "the same with `retries=False`",
-        81,
+        168,
         20,
         "`ConnectionLostError`; the client's next jobs succeed as soon as gRPC has "
         "reconnected",
@@ -64,7 +64,7 @@ FAULTS = {
         "a proxy resets the call, and keeps the connection: with each of HTTP/2's 14 "
         "codes, after every message, in both directions, of the same jobs, with both "
         "clients",
-        2268,
+        4704,
         40,
         "the results, with the same bits; `receipt.retried` says `UNAVAILABLE`",
     ),
@@ -79,7 +79,7 @@ FAULTS = {
     "cut-stream": Fault(
         "the connection breaks after a message of a stream with rows from a "
         "generator: after every message, in both directions, with both clients",
-        86,
+        176,
         43,
         "every row block once and in order, and dW, with the same bits: the stream "
         "continues where it stopped",
@@ -126,14 +126,14 @@ FAULTS = {
     "flip-elements": Fault(
         "a bit of a message's elements flips, with `checksum=True`: in every message "
         "with elements",
-        34,
+        78,
         34,
         "the results, with the same bits; `receipt.retried` says `CHECKSUM_MISMATCH`",
     ),
     "server-killed": Fault(
         "the server is killed (SIGKILL), and another server takes over the address: at "
         "every message of a job except the header and the last",
-        35,
+        79,
         4,
         "the results, with the same bits, from the other server",
     ),
@@ -146,14 +146,14 @@ FAULTS = {
     "server-drained": Fault(
         "the server is asked to stop (SIGTERM) with `grace` 0, and another server "
         "takes over the address: at the same messages",
-        35,
+        79,
         3,
         "the results, with the same bits, started on one server and finished on the "
         "other; `receipt.retried` says `DRAINING`, unless everything had been sent",
     ),
     "client-killed": Fault(
         "the client is killed (SIGKILL): at the same messages",
-        35,
+        79,
         3,
         "nothing; the server's log says `CANCELLED`, or `OK` if everything had been "
         "sent",
@@ -161,7 +161,7 @@ FAULTS = {
     "client-stopped": Fault(
         "the client is suspended (SIGSTOP) for longer than `idle-timeout`: at the same "
         "messages",
-        35,
+        79,
         2,
         "`ClientIdleError` when the client continues; or the results, if everything "
         "had been sent",
@@ -169,14 +169,14 @@ FAULTS = {
     "server-stopped": Fault(
         "the server is suspended (SIGSTOP) for longer than the call's `timeout_s`: at "
         "the same messages",
-        35,
+        79,
         2,
         "`DeadlineError`, on time; the next job succeeds once the server continues",
     ),
     "server-resumed": Fault(
         "the server is suspended for longer than its own `idle-timeout`, and "
         "continues: at the same messages",
-        35,
+        79,
         3,
         "the results, with the same bits: the server does not count its own suspension "
         "as idle time of its clients",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from typing import get_args
@@ -55,6 +56,25 @@ def boundaries(client: Client, proxy: Proxy) -> list[tuple[str, Direction, int]]
         for of in DIRECTIONS:
             found += [(job, of, after + 1) for after in range(proxy.messages[of])]
     return found
+
+
+def test_a_job_has_as_many_messages_whenever_it_is_accepted(client, proxy):
+    """Otherwise the table's numbers of cases would hold by chance only."""
+    jobs = client._engine.jobs
+    assert all(each.early_bytes for each in jobs.limits)
+    expected = boundaries(client, proxy)
+    for job in JOBS:  # accepted behind the first rows
+        proxy.arm(Fault("responses", pause_after_bytes=1))
+        resume = threading.Timer(0.1, proxy.resume)
+        resume.start()
+        compute(client, job)
+        resume.join()
+        for of in DIRECTIONS:
+            assert proxy.messages[of] == len(
+                [each for each in expected if each[:2] == (job, of)]
+            )
+    jobs.limits = ()  # before them
+    assert boundaries(client, proxy) == expected
 
 
 def bytes_of_a_job(step: int) -> list[tuple[Direction, int]]:

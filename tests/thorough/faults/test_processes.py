@@ -25,7 +25,7 @@ from tests.thorough.faults.jobs import bits, compute
 from tests.thorough.faults.table import FAULTS
 
 JOB = "all results"
-EVENTS = 36
+EVENTS = 80
 """Least reports of progress of the job: one for each message, but for its header."""
 ROOT = Path(__file__).parents[3]
 IDLE_S = 0.5
