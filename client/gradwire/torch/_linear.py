@@ -12,6 +12,7 @@ from gradwire._api.options import DtypeLike, parse_dtype
 from gradwire._client._sync.session import Session
 from gradwire._client.session_base import Context
 from gradwire._core.kept import Tensor
+from gradwire.torch._compiling import uncompiled
 from gradwire.torch._products import autocast
 from gradwire.torch._unheld import contributed, stands_beside
 from gradwire.torch._weight import (
@@ -133,7 +134,7 @@ class Linear(torch.nn.Module):
         """The session."""
         return self._weight.session
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute x wᵀ + bias.
 

@@ -13,6 +13,7 @@ from gradwire._api.errors import ClientStateError, InputError
 from gradwire._api.options import DtypeLike, check_names
 from gradwire._api.verify import Verify
 from gradwire._client._sync.client import Client
+from gradwire.torch._compiling import uncompiled
 
 NAMES = ("y", "dx", "dw")
 
@@ -331,7 +332,7 @@ def _route(client: Client, options: Mapping[str, Any]) -> int:
     return _registered(client, options) if number is None else number
 
 
-@torch.compiler.disable
+@uncompiled
 def _registered(client: Client, options: Mapping[str, Any]) -> int:
     if not isinstance(client, Client):
         raise InputError(

@@ -227,3 +227,14 @@ def test_without_torch_the_package_says_what_to_install(tmp_path: Any) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert "pip install 'gradwire[torch]'" in done.stderr.splitlines()[-1]
+
+
+def test_the_compiler_is_imported_by_those_who_use_it() -> None:
+    """It takes longer than all of gradwire, and than much of PyTorch."""
+    code = "import sys, torch; before = set(sys.modules); import gradwire.torch; "
+    code += "print(*(each for each in set(sys.modules) - before if 'torch._' in each))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "torch._dynamo" not in done.stdout.split()
+    assert "gradwire.torch._linear" in done.stdout.split()
