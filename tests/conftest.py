@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+import gradwire
+from tests.support.behind_proxies import ALL, DY, Behind, W, X, behind_proxies
 from tests.support.serving import ServerProcess, running_server
 
 
@@ -23,6 +25,27 @@ def server() -> Iterator[ServerProcess]:
 def server_address(server: ServerProcess) -> str:
     """Address of that server."""
     return server.address
+
+
+@pytest.fixture(scope="module")
+def shared_behind() -> Iterator[Behind]:
+    """A server behind two proxies, which a module's tests share."""
+    with behind_proxies(idle_timeout=2.0) as one:
+        yield one
+
+
+@pytest.fixture
+def behind(shared_behind: Behind) -> Iterator[Behind]:
+    """The same; the proxies forward everything again behind each test."""
+    yield shared_behind
+    shared_behind.heal()
+
+
+@pytest.fixture(scope="module")
+def expected(shared_behind: Behind) -> gradwire.Gradients:
+    """The job of `tests.support.behind_proxies` with its elements in messages."""
+    with shared_behind.connect(transport="grpc") as client:
+        return client.gradients(X, W, DY, results=ALL)
 
 
 def pytest_collection_finish() -> None:

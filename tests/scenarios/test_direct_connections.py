@@ -26,34 +26,23 @@ from gradwire._client.job_factory import Tuning
 from gradwire._transport.direct import policy
 from tests.cli.conftest import environment
 from tests.support import oracle
-from tests.support.behind_proxies import LOST, Behind, behind_proxies, moving_threads
+from tests.support.behind_proxies import (
+    ALL,
+    DY,
+    LOST,
+    Behind,
+    K,
+    M,
+    N,
+    W,
+    X,
+    behind_proxies,
+    moving_threads,
+)
 from tests.support.direct_listener import silent_port
 from tests.support.observing import descriptors, memory_of, wait_until
 from tests.support.proxy import Direction, Fault
 from tests.support.serving import running_server
-
-M, N, K = 405, 30, 20
-X, W, DY = oracle.operands(M, N, K)
-ALL = ("y", "dx", "dw", "db")
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Behind]:
-    with behind_proxies(idle_timeout=2.0) as one:
-        yield one
-
-
-@pytest.fixture
-def behind(shared: Behind) -> Iterator[Behind]:
-    yield shared
-    shared.heal()
-
-
-@pytest.fixture(scope="module")
-def expected(shared: Behind) -> gradwire.Gradients:
-    """By messages."""
-    with shared.connect(transport="grpc") as client:
-        return client.gradients(X, W, DY, results=ALL)
 
 
 def assert_same(result: gradwire.Gradients, expected: gradwire.Gradients) -> None:
@@ -344,9 +333,9 @@ PROGRAM = """
 
 @pytest.mark.thorough
 def test_a_client_that_is_killed_in_a_frame_leaves_nothing_on_the_server(
-    shared: Behind,
+    shared_behind: Behind,
 ) -> None:
-    server = shared.server
+    server = shared_behind.server
     before = descriptors(server.pid)
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), server.address],
@@ -421,9 +410,9 @@ def test_a_server_that_stops_hands_the_job_over(lasts_s: float) -> None:
 
 
 @pytest.mark.big
-def test_two_hundred_jobs_leave_nothing_over(shared: Behind) -> None:
+def test_two_hundred_jobs_leave_nothing_over(shared_behind: Behind) -> None:
     """On either side: neither memory, nor threads, nor descriptors."""
-    server = shared.server
+    server = shared_behind.server
     x, w, dy = oracle.operands(800, N, K)
 
     def left() -> tuple[int, int, int, int]:

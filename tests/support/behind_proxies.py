@@ -8,8 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradwire
+from tests.support import oracle
 from tests.support.proxy import Proxy
 from tests.support.serving import ServerProcess, running_server
+
+M, N, K = 405, 30, 20
+X, W, DY = oracle.operands(M, N, K)
+ALL = ("y", "dx", "dw", "db")
+"""A job with many row blocks on such a server, and all results."""
 
 LOST = {"UNAVAILABLE", "CONNECTION_LOST"}
 """What `receipt.retried` says after a connection broke."""

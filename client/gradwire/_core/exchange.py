@@ -233,6 +233,11 @@ class JobExchange:
         return point_after(self._plan, self.accepted, results_row, checkpoint)
 
     @property
+    def server_instance(self) -> str:
+        """The server process that has accepted the job; empty: none yet."""
+        return self.accepted.server_instance if self.accepted else ""
+
+    @property
     def committed_rows(self) -> int:
         """Number of leading rows that are never needed again for dW."""
         if self._checkpoints.unsure:

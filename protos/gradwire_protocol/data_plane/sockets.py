@@ -33,14 +33,12 @@ class DirectSocket:
 
     Attributes:
         moved_at: When bytes last moved; `time.monotonic`.
-        bytes_moved: Bytes received or sent.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._tls = isinstance(sock, ssl.SSLSocket)
         self.moved_at = time.monotonic()
-        self.bytes_moved = 0
 
     def fileno(self) -> int:
         """Return the descriptor; -1: closed."""
@@ -81,7 +79,6 @@ class DirectSocket:
                 raise EOFError
             got += count
             self.moved_at = time.monotonic()
-        self.bytes_moved += size
 
     def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
         """Send a header and the payload behind it.
@@ -93,7 +90,6 @@ class DirectSocket:
             self._send_tls(header, payload)
         else:
             self._send_plain(header, payload)
-        self.bytes_moved += len(header) + len(payload)
 
     def _send_plain(self, header: bytes, payload: memoryview | bytes) -> None:
         parts = [memoryview(header), memoryview(payload)]

@@ -13,36 +13,14 @@ import pytest
 
 import gradwire
 from tests.support import oracle
-from tests.support.behind_proxies import LOST, SOON, Behind, behind_proxies
+from tests.support.behind_proxies import ALL, DY, LOST, SOON, Behind, K, M, N, W, X
 from tests.support.proxy import Direction, Fault, Proxy
 from tests.thorough.faults.conftest import EXTENTS
 from tests.thorough.faults.table import FAULTS
 
-M, N, K = 405, 30, 20
-X, W, DY = oracle.operands(M, N, K)
-ALL = ("y", "dx", "dw", "db")
 UP_BYTES = 4 * (M * (N + K) + N * K)
 DOWN_BYTES = UP_BYTES + 4 * K
 STEP = 211
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Behind]:
-    with behind_proxies(idle_timeout=2.0) as one:
-        yield one
-
-
-@pytest.fixture
-def behind(shared: Behind) -> Iterator[Behind]:
-    yield shared
-    shared.heal()
-
-
-@pytest.fixture(scope="module")
-def expected(shared: Behind) -> gradwire.Gradients:
-    """By messages."""
-    with shared.connect(transport="grpc") as client:
-        return client.gradients(X, W, DY, results=ALL)
 
 
 def places() -> list[tuple[Direction, int]]:

@@ -366,7 +366,8 @@ class AsyncEngine(EngineBase):
 
     async def open_direct(self, job: StreamJob, call: AsyncCall) -> None:
         """Open the direct connection that the server offers for a stream."""
-        connections = await self._open_direct(job.exchange, call.deadline)
+        instance = job.exchange.server_instance
+        connections = await self._open_direct(job.exchange, instance, call)
         if connections is not None:
             job.use_direct(DirectStream(connections[0], call, self.address))
             call.wake()  # the next message may be the last
@@ -507,20 +508,12 @@ class AsyncEngine(EngineBase):
         ) as call:
             async for message in call:
                 exchange.receive(message)
-                offered = exchange.offered
-                if offered is None:
-                    continue
-                connections = await run_beside(
-                    partial(self.direct.open, offered, server_instance, call.deadline)
-                )
-                if connections is None:
-                    exchange.use_messages()
-                    continue
-                await self._transfer(
-                    connections, call, exchange, partial(_begin_tensor, exchange)
-                )
-                self.direct.reuse(server_instance, connections)
-                return
+                connections = await self._open_direct(exchange, server_instance, call)
+                if connections is not None:
+                    begin = partial(_begin_tensor, exchange)
+                    await self._transfer(connections, call, exchange, begin)
+                    self.direct.reuse(server_instance, connections)
+                    return
 
     async def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Allocate shared memory.
@@ -631,32 +624,33 @@ class AsyncEngine(EngineBase):
                 job.on_call(call.abandon)
             async for message in call:
                 exchange.receive(message)
-                if exchange.offered is not None:
-                    connections = await self._open_direct(exchange, call.deadline)
-                    if connections is not None:
-                        return await self._transfer_job(
-                            job, exchange, call, connections
-                        )
+                instance = exchange.server_instance
+                connections = await self._open_direct(exchange, instance, call)
+                if connections is not None:
+                    return await self._transfer_job(job, exchange, call, connections)
             return exchange.finish()
 
     async def _open_direct(
-        self, exchange: JobExchange, deadline: float | None
+        self,
+        exchange: JobExchange | TensorExchange,
+        server_instance: str,
+        call: AsyncCall,
     ) -> list[DirectConnection] | None:
-        """Open the direct connections that the server offers for a job.
+        """Open the direct connections that the server has offered, if it has.
 
         Args:
-            exchange: The job, accepted.
-            deadline: When the call is too late; None: never.
+            exchange: The call's exchange.
+            server_instance: The server process.
+            call: The call.
 
         Returns:
             The connections; None if there are none, and the elements are in messages.
         """
-        accepted = exchange.accepted
-        if accepted is None:
+        offered = exchange.offered
+        if offered is None:
             return None
-        instance, offered = accepted.server_instance, accepted.direct
         connections = await run_beside(
-            lambda: self.direct.open(offered, instance, deadline)
+            partial(self.direct.open, offered, server_instance, call.deadline)
         )
         if connections is None:
             exchange.use_messages()

@@ -367,7 +367,8 @@ class SyncEngine(EngineBase):
 
     def open_direct(self, job: StreamJob, call: SyncCall) -> None:
         """Open the direct connection that the server offers for a stream."""
-        connections = self._open_direct(job.exchange, call.deadline)
+        instance = job.exchange.server_instance
+        connections = self._open_direct(job.exchange, instance, call)
         if connections is not None:
             job.use_direct(DirectStream(connections[0], call, self.address))
             call.wake()  # the next message may be the last
@@ -508,20 +509,12 @@ class SyncEngine(EngineBase):
         ) as call:
             for message in call:
                 exchange.receive(message)
-                offered = exchange.offered
-                if offered is None:
-                    continue
-                connections = run_beside(
-                    partial(self.direct.open, offered, server_instance, call.deadline)
-                )
-                if connections is None:
-                    exchange.use_messages()
-                    continue
-                self._transfer(
-                    connections, call, exchange, partial(_begin_tensor, exchange)
-                )
-                self.direct.reuse(server_instance, connections)
-                return
+                connections = self._open_direct(exchange, server_instance, call)
+                if connections is not None:
+                    begin = partial(_begin_tensor, exchange)
+                    self._transfer(connections, call, exchange, begin)
+                    self.direct.reuse(server_instance, connections)
+                    return
 
     def allocate(self, sizes: Sequence[int]) -> list[Allocation] | None:
         """Allocate shared memory.
@@ -632,29 +625,34 @@ class SyncEngine(EngineBase):
                 job.on_call(call.abandon)
             for message in call:
                 exchange.receive(message)
-                if exchange.offered is not None:
-                    connections = self._open_direct(exchange, call.deadline)
-                    if connections is not None:
-                        return self._transfer_job(job, exchange, call, connections)
+                instance = exchange.server_instance
+                connections = self._open_direct(exchange, instance, call)
+                if connections is not None:
+                    return self._transfer_job(job, exchange, call, connections)
             return exchange.finish()
 
     def _open_direct(
-        self, exchange: JobExchange, deadline: float | None
+        self,
+        exchange: JobExchange | TensorExchange,
+        server_instance: str,
+        call: SyncCall,
     ) -> list[DirectConnection] | None:
-        """Open the direct connections that the server offers for a job.
+        """Open the direct connections that the server has offered, if it has.
 
         Args:
-            exchange: The job, accepted.
-            deadline: When the call is too late; None: never.
+            exchange: The call's exchange.
+            server_instance: The server process.
+            call: The call.
 
         Returns:
             The connections; None if there are none, and the elements are in messages.
         """
-        accepted = exchange.accepted
-        if accepted is None:
+        offered = exchange.offered
+        if offered is None:
             return None
-        instance, offered = accepted.server_instance, accepted.direct
-        connections = run_beside(lambda: self.direct.open(offered, instance, deadline))
+        connections = run_beside(
+            partial(self.direct.open, offered, server_instance, call.deadline)
+        )
         if connections is None:
             exchange.use_messages()
         return connections
