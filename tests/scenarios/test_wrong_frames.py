@@ -12,6 +12,7 @@ import pytest
 
 import gradwire
 from gradwire._transport.direct import transfer
+from gradwire.v1.matrix_pb2 import MATRIX_DB_SUM, MATRIX_DW_SUM
 from tests.support import oracle
 from tests.support.behind_proxies import moving_threads
 from tests.support.direct_client import CHECKPOINT, COMPLETE, ELEMENTS, frame
@@ -114,6 +115,35 @@ def test_a_wrong_frame_is_an_error_of_the_server(
         proxy[0].arm(lambda _, own: own)
         assert oracle.same_bits(client.gradients(X, W, DY).dw, expected.dw)
         assert out["y"].tobytes() == kept.tobytes()
+
+
+class SumsLater:
+    """An edit that sends a checkpoint's sums behind the next frame of results."""
+
+    def __init__(self) -> None:
+        self.held = b""
+
+    def __call__(self, number: int, own: bytes) -> bytes:
+        if own[6] in {MATRIX_DW_SUM, MATRIX_DB_SUM}:
+            self.held += own
+            return b""
+        held, self.held = self.held, b""
+        return own + held
+
+
+def test_a_checkpoint_without_its_sums_is_an_error_of_the_server(
+    proxy: tuple[DirectProxy, str],
+) -> None:
+    with gradwire.connect(proxy[1], transport="direct", timeout_s=20) as client:
+        for edit in SumsLater(), lambda at, own: b"" if own[6] > 6 else own:
+            proxy[0].arm(edit)
+            rows = ((X[at : at + 20], DY[at : at + 20]) for at in range(0, 100, 20))
+            with (
+                pytest.raises(gradwire.ProtocolError, match="complete a checkpoint"),
+                client.stream(rows, W, checkpoint_rows=16) as stream,
+            ):
+                list(stream)
+        proxy[0].arm(lambda _, own: own)
 
 
 def test_results_that_never_come_are_a_lost_connection(

@@ -45,6 +45,10 @@ _BY_NUMBER = {int(matrix): matrix for matrix in (*RESULTS, *PARTIAL_SUMS)}
 class Listener(Protocol):
     """What learns of elements and checkpoints: the job's exchange."""
 
+    @property
+    def awaits_sums(self) -> bool:
+        """Whether a checkpoint has begun, and its sums are not complete."""
+
     def begin_checkpoint(self, rows: int) -> None:
         """Begin a checkpoint."""
 
@@ -293,9 +297,16 @@ class ResultShare:
         """
         check_length(header)
         self._in_place = False
+        matrix = _BY_NUMBER.get(header.matrix)
+        # Sums follow their checkpoint at once, on the same connection.
+        if (
+            not self._connection
+            and matrix not in PARTIAL_SUMS
+            and self._shared.listener.awaits_sums
+        ):
+            raise ProtocolError("the server did not complete a checkpoint")
         if header.kind != Kind.ELEMENTS:
             return NOTHING
-        matrix = _BY_NUMBER.get(header.matrix)
         if matrix is not None and (matrix in self._received or matrix in self._sums):
             self._check(matrix, header)
             place = self._sinks[matrix].room(header.length)

@@ -238,6 +238,11 @@ class JobExchange:
         return self.accepted.server_instance if self.accepted else ""
 
     @property
+    def awaits_sums(self) -> bool:
+        """Whether a checkpoint has begun, and its sums are not complete."""
+        return self._checkpoints.coming
+
+    @property
     def committed_rows(self) -> int:
         """Number of leading rows that are never needed again for dW."""
         if self._checkpoints.unsure:
