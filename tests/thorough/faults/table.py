@@ -108,6 +108,16 @@ FAULTS = {
         "the results, with the same bits; the session has counted the contribution "
         "once",
     ),
+    "silent-wire": Fault(
+        "every packet is lost, each way, in the middle of a job on direct connections; "
+        "nobody is told (needs root and network namespaces)",
+        2,
+        2,
+        "`DeadlineError`, on time. With time left, the results, with the same bits: "
+        "from another server when gRPC's keepalive has ended the call, or once the "
+        "packets come through again. The server frees the job's memory after "
+        "`idle-timeout`",
+    ),
     "flip": Fault(
         "a bit flips, with `checksum=True`: in every fifth of the same bytes, so in "
         "elements, in message fields and in HTTP/2 frames",
