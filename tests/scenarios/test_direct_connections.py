@@ -188,7 +188,7 @@ def test_opening_connections_ends_at_the_deadline_of_a_job_that_waited(
         resume = threading.Timer(0.7, behind.call.resume)
         began = time.monotonic()
         resume.start()
-        with pytest.raises(gradwire.GradwireError):
+        with pytest.raises(gradwire.DeadlineError):
             client.gradients(X, W, DY)
         assert time.monotonic() - began < 1.4
         resume.join()
@@ -404,6 +404,27 @@ def test_a_server_that_stops_hands_the_job_over(lasts_s: float) -> None:
         assert result.receipt.retried[0] == "DRAINING"
         assert result.receipt.m == len(x)
         assert 0 < result.receipt.bytes_received < x.nbytes + w.nbytes + dy.nbytes
+
+
+@pytest.mark.thorough
+def test_a_job_that_is_handed_over_ends_at_its_deadline() -> None:
+    """What the server has sent before may be on its way for longer than that."""
+    x, w, dy = oracle.operands(60_000, N, K)
+    paused = threading.Event()
+    with behind_proxies(grace=0.05) as behind, behind.connect() as client:
+
+        def stop(each: gradwire.Progress) -> None:
+            if each.bytes_received and not paused.is_set():
+                paused.set()
+                behind.data.pause()
+                behind.server.process.terminate()
+
+        began = time.monotonic()
+        with pytest.raises(gradwire.GradwireError):
+            client.gradients(x, w, dy, timeout_s=1.0, on_progress=stop)
+        assert paused.is_set()
+        assert time.monotonic() - began < 1.8
+        assert not moving_threads()
 
 
 # What is left over.

@@ -179,7 +179,8 @@ def test_a_port_that_does_not_answer_costs_a_second() -> None:
         assert time.monotonic() - began < MOST_S
         # Of a call with less time left nothing is learned.
         policy = policy_of()
-        assert policy.open(access_to(port), "a", time.monotonic() + 0.05) is None
+        with pytest.raises(TimeoutError):
+            policy.open(access_to(port), "a", time.monotonic() + 0.05)
         assert policy.connections(large_plan(), several=True) == 2
 
 

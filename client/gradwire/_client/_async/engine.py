@@ -645,13 +645,20 @@ class AsyncEngine(EngineBase):
 
         Returns:
             The connections; None if there are none, and the elements are in messages.
+
+        Raises:
+            DeadlineError: They were not open by the call's deadline.
+            ConnectError: They cannot be opened, with ``transport="direct"``.
         """
         offered = exchange.offered
         if offered is None:
             return None
-        connections = await run_beside(
-            partial(self.direct.open, offered, server_instance, call.deadline)
-        )
+        try:
+            connections = await run_beside(
+                partial(self.direct.open, offered, server_instance, call.deadline)
+            )
+        except TimeoutError:
+            raise call.late() from None
         if connections is None:
             exchange.use_messages()
         return connections

@@ -138,6 +138,7 @@ class DirectPolicy:
         Raises:
             NoDirectConnectionError: They cannot be opened, with
                 ``transport="direct"``.
+            TimeoutError: They were not open by the deadline.
         """
         if not self.demanded and not self._usable():
             return None
@@ -150,6 +151,8 @@ class DirectPolicy:
                 self._endpoint, access, self._pool, server_instance, until
             )
         except CannotOpenError as error:
+            if not has_time and time.monotonic() >= until:
+                raise TimeoutError from error
             if self.demanded:
                 raise NoDirectConnectionError(
                     f"the server at {self._endpoint} cannot be reached on direct"
