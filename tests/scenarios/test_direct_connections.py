@@ -217,8 +217,9 @@ def test_connections_that_cannot_be_opened_cost_a_second_once(
                 assert_same(result, expected)
                 assert result.receipt.transport == "tcp"
                 assert result.receipt.attempts == 1
-            assert times[0] < 1.1 + 0.5
-            assert max(times[1:]) < 0.5
+            # No second attempt, and then none, which each take a second.
+            assert times[0] < 2
+            assert max(times[1:]) < 1
 
 
 # Clients that stop.
