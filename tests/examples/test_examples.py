@@ -50,6 +50,22 @@ def test_a_generated_stub_alone_computes_small_and_large_jobs(server_address):
     assert re.findall(r"correct: (\w+)", example.stdout) == ["True"] * 3
 
 
+def test_a_spread_job_outlives_a_server():
+    example = run("spread")
+    assert_ended_well(example)
+    assert example.stdout.endswith("the same bits as from one server: True\n")
+    table = example.stdout.partition("\nserver ")[2]
+    found = re.findall(
+        r"^\S+:\d+( \(killed\))? +([\d,]+)([ \d]*)$", table, re.MULTILINE
+    )
+    assert [bool(killed) for killed, _, _ in found] == [True, False, False]
+    rows = [int(count.replace(",", "")) for _, count, _ in found]
+    assert sum(rows) == 40_000
+    assert rows[0] < 30_000
+    computed = [number for _, _, numbers in found for number in numbers.split()]
+    assert sorted(map(int, computed)) == list(range(10))
+
+
 @pytest.mark.thorough
 def test_rows_from_a_generator_take_no_memory_for_their_number(server_address):
     example = run("row_blocks", server_address)
