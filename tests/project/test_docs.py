@@ -19,9 +19,13 @@ from gradwire_protocol.data_plane.frames import (
     FrameHeader,
     Kind,
 )
+from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
+from gradwire_protocol.limits import MIB
 from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.row_blocks import rows_of_a_block, segment_rows
 from gradwire_server import Settings
+from gradwire_server.backends.numpy.backend import NumpyBackend
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -114,3 +118,26 @@ def test_the_commands_for_kubernetes_make_the_secrets_that_pods_mount():
     pod = yaml.safe_load(base)["spec"]["template"]["spec"]
     mounted = {v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
     assert made == mounted
+
+
+def test_the_page_about_spread_has_the_sizes_of_segments():
+    text = (ROOT / "docs" / "spread.md").read_text()
+    table = text.partition("| dtype, sum |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) > 8
+    dtype = accumulator = Dtype.FLOAT32
+    for line in table:
+        kinds, *columns = (cell.strip() for cell in line.strip("|").split("|"))
+        if kinds:
+            dtype, accumulator = map(Dtype.named, kinds.split(", "))
+        n, *sizes = (int(cell.replace(",", "")) for cell in columns[:4])
+        b = rows_of_a_block(n, n, dtype.itemsize, NumpyBackend.row_block_bytes)
+        s = segment_rows(n, n, dtype.itemsize, accumulator.itemsize, b)
+        assert sizes == [b, s // b, s], line
+        operands = s * 2 * n * dtype.itemsize
+        number, unit = columns[4].split()
+        assert int(number) * {"MiB": MIB, "GiB": 1024 * MIB}[unit] == operands
+        of_w, of_sum = (float(part.rstrip(" %")) for part in columns[5].split("+"))
+        assert of_w == pytest.approx(50 * n * n * dtype.itemsize / operands, abs=0.06)
+        assert of_sum == pytest.approx(
+            50 * n * n * accumulator.itemsize / operands, abs=0.06
+        )
