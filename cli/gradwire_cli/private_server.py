@@ -67,8 +67,8 @@ def reachable(
         timeout_s: As for `connected`.
 
     Yields:
-        A function of options of `gradwire.connect` that connects another client, and
-        a name of the servers for messages.
+        A function of options of `gradwire.connect` that connects another client, to
+        all servers or to the one at `address`, and a name of the servers for messages.
 
     Raises:
         CommandError: A private server cannot start.
@@ -90,9 +90,11 @@ def reachable(
                 client.close()
 
         @contextmanager
-        def client_of(**options: Unpack[_Options]) -> Iterator[Client]:
+        def client_of(
+            *, address: str | None = None, **options: Unpack[_Options]
+        ) -> Iterator[Client]:
             client = Client(
-                at,
+                at if address is None else address,
                 connect_timeout_s=connect_timeout_s,
                 timeout_s=timeout_s,
                 tls=tls,

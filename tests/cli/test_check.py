@@ -28,6 +28,7 @@ from tests.cli.conftest import (
     serving_with,
     started,
 )
+from tests.scenarios.test_several_servers import addresses, several
 from tests.scenarios.ways import serving_all
 from tests.support.faults import FAULTS, Fault, FaultyBackend, FaultyJob
 from tests.support.serving import ServerProcess, running_server
@@ -63,6 +64,7 @@ def checked(
 
 IN_SHARED_MEMORY = {"call = shared memory", "shared blocks"}
 ON_DIRECT_CONNECTIONS = {"call = direct", "direct blocks"}
+OF_SEVERAL_SERVERS = {"spread"}
 ALSO = {"next job"}
 """Checks that another one makes too."""
 
@@ -73,7 +75,7 @@ def test_a_right_server_passes_on_a_unix_socket_and_in_shared_memory() -> None:
         results = checked(unix)
     assert wrong(results) == set()
     made = {result.check for result in results}
-    assert made == {*CHECKS, *ALSO} - ON_DIRECT_CONNECTIONS
+    assert made == {*CHECKS, *ALSO} - ON_DIRECT_CONNECTIONS - OF_SEVERAL_SERVERS
     assert {result.dtype for result in results} == {d.label for d in Dtype}
 
 
@@ -108,7 +110,7 @@ def test_the_command_proves_a_server_right(server: ServerProcess) -> None:
         done.stdout,
         re.MULTILINE,
     )
-    for name in CHECKS.keys() - IN_SHARED_MEMORY:
+    for name in CHECKS.keys() - IN_SHARED_MEMORY - OF_SEVERAL_SERVERS:
         assert re.search(f"^{name} ", done.stdout, re.MULTILINE)
 
 
@@ -191,6 +193,52 @@ def test_several_servers_take_turns() -> None:
         done = gradwire("check", *addresses)
     assert done.returncode == 0, done.stdout
     assert f"{first.address}, {second.address}: " in done.stdout
+
+
+@pytest.fixture
+def spread_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gradwire check` in this process makes only the check of several servers."""
+    monkeypatch.setattr(command, "run_checks", partial(run_checks, names={"spread"}))
+
+
+@pytest.mark.usefixtures("spread_only")
+def test_several_servers_compute_jobs_together_or_it_says_which_do_not(
+    nobody: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with several(2) as alike, running_server(row_block_bytes=1 << 20) as other:
+        given = ",".join([other.address, *addresses(alike), nobody])
+        assert run(["check", "--address", given]) == 0
+    text, warned = capfd.readouterr()
+    assert warned == ""
+    for name in ("spread", "spread = one server"):
+        assert set(re.findall(rf"^{name}  .*?(\S+)$", text, re.MULTILINE)) == {"ok"}
+    gets_none = r"^(\S+) gets no segments .*?: (.*)$"
+    no_segments = dict(re.findall(gets_none, text, re.MULTILINE))
+    assert set(no_segments) == {other.address, nobody}
+    assert "row blocks of 1 MiB: expected " in no_segments[other.address]
+    assert "nothing listens" in no_segments[nobody]
+
+
+@pytest.mark.usefixtures("spread_only")
+def test_a_share_of_several_servers_that_is_wrong_is_found(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with (
+        server_with(BY_NAME["dW ends after three blocks"]) as wrong_one,
+        serving_with(FaultyBackend()) as right_one,
+    ):
+        assert run(["check", "--address", f"{right_one},{wrong_one}"]) == 1
+    assert "checks failed: spread (" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("spread_only")
+def test_one_server_computes_nothing_together(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["check", "--json", "--address", server.address]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["checks"] == []
+    assert report["no_segments"] == {}
 
 
 def test_a_signal_ends_the_check_while_jobs_run() -> None:

@@ -126,6 +126,8 @@ def test_info_shows_what_the_server_is(server: ServerProcess) -> None:
     for text in (server.address, version("gradwire"), BACKEND, "float16, bfloat16"):
         assert text in done.stdout
     assert re.search("direct connections +yes", done.stdout)
+    assert re.search("jobs now +0 run, 0 wait", done.stdout)
+    assert re.search(r"row blocks +\d+ MiB of operands", done.stdout)
 
 
 def test_info_is_json_for_programs(server: ServerProcess) -> None:

@@ -505,6 +505,11 @@ _ROW_BLOCKS = (
         before=_from_blocks(lambda job, block: job.block < 3, "x"),
     ),
     Fault(
+        "dW ends after twenty blocks",
+        "spread",
+        before=_from_blocks(lambda job, block: job.block < 20, "x"),
+    ),
+    Fault(
         "db ends after one block",
         "row blocks",
         before=_from_blocks(lambda job, block: job.block < 1, "dy"),

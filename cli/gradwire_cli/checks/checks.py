@@ -16,6 +16,7 @@ from gradwire import CallError, ProtocolError, UnavailableError
 from gradwire_cli.checks import arithmetic, shapes
 from gradwire_cli.checks.clients import Clients
 from gradwire_cli.checks.result import Check, CheckResult
+from gradwire_cli.checks.spread import spread_jobs
 from gradwire_cli.checks.ways import WAYS
 from gradwire_protocol.dtypes import Dtype
 
@@ -36,6 +37,7 @@ CHECKS: dict[str, tuple[Check, tuple[Dtype, ...]]] = {
     "wide blocks": (shapes.wide_blocks, (Dtype.FLOAT32, Dtype.FLOAT64)),
     "float64 sum": (arithmetic.wide_accumulator, _SUMMED_IN_FLOAT32),
     **{name: (check, tuple(Dtype)) for name, check in WAYS.items()},
+    "spread": (spread_jobs, tuple(Dtype)),
 }
 """Every check and its dtypes."""
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from gradwire import Client, ConnectionLostError, GradwireError, Receipt
+from gradwire import (
+    Client,
+    ConnectionLostError,
+    GradwireError,
+    NumericsError,
+    Receipt,
+)
 from gradwire_cli.checks.reference import RESULTS, Products, Results
 
 Connect: TypeAlias = Callable[..., AbstractContextManager[Client]]
@@ -34,13 +41,26 @@ class Clients:
     """Sends elements on direct connections; None if the server has none, or if they do
     not reach it."""
 
+    servers: int = 1
+    """Number of servers, at least: a DNS name counts as one."""
+
+    one: Client | None = None
+    """Sends elements to a single one of several servers, in messages; None if there is
+    one server only, or if none can be reached alone."""
+
+    no_segments: Mapping[str, str] = field(default_factory=dict)
+    """Addresses of those of several servers that get no segments of jobs with
+    ``spread=True``, and why."""
+
 
 @contextmanager
-def open_clients(connect: Connect) -> Iterator[Clients]:
+def open_clients(connect: Connect, addresses: Sequence[str] = ()) -> Iterator[Clients]:
     """Connect to a server in every way.
 
     Args:
-        connect: Makes the clients.
+        connect: Makes the clients. With ``address=`` one of `addresses`, or of those
+            that a DNS name has, of that server alone.
+        addresses: The servers' addresses. Those of one server are not used.
 
     Raises:
         GradwireError: The server is unreachable.
@@ -48,9 +68,70 @@ def open_clients(connect: Connect) -> Iterator[Clients]:
     with ExitStack() as stack:
         messages = stack.enter_context(connect(transport="grpc"))
         other = stack.enter_context(connect(transport="grpc"))
-        yield Clients(
-            messages, other, _sharing(connect, stack), _direct(connect, stack)
-        )
+        shared, direct = _sharing(connect, stack), _direct(connect, stack)
+        if len(addresses) < 2 and not any(map(_is_name, addresses)):
+            yield Clients(messages, other, shared, direct)
+            return
+        excluded = stack.enter_context(_excluded())
+        one = _one(connect, messages, stack)
+        for address in addresses:
+            if not _is_name(address):
+                try:
+                    messages.server_info(timeout_s=_ASK_S, address=address)
+                except GradwireError as error:
+                    excluded.setdefault(address, str(error))
+        yield Clients(messages, other, shared, direct, len(addresses), one, excluded)
+
+
+_ASK_S = 5.0
+"""Seconds that each of several servers has to say something about itself."""
+
+
+def _is_name(address: str) -> bool:
+    """Whether an address stands for all addresses of a DNS name."""
+    return address.startswith("dns:")
+
+
+class _Excluded(logging.Handler):
+    """Notes which servers the SDK leaves out of jobs with ``spread=True``."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.why: dict[str, str] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = vars(record)
+        if "why_no_segments" in fields:
+            self.why[fields["server_address"]] = fields["why_no_segments"]
+
+
+@contextmanager
+def _excluded() -> Iterator[dict[str, str]]:
+    """Note which servers get no segments, and why, instead of logging it."""
+    log, handler = logging.getLogger("gradwire"), _Excluded()
+    log.addHandler(handler)
+    try:
+        yield handler.why
+    finally:
+        log.removeHandler(handler)
+
+
+def _one(connect: Connect, several: Client, stack: ExitStack) -> Client | None:
+    """Connect to a server that computes segments; None if that is not possible."""
+    row = np.ones((1, 1))
+    try:
+        receipt = several.gradients(row, row, row, spread=True).receipt
+    except NumericsError:  # all servers are older
+        return None
+    with ExitStack() as attempt:
+        try:
+            address = receipt.segments[0].server_address
+            client = attempt.enter_context(connect(transport="grpc", address=address))
+        except GradwireError:
+            # Over TLS, where the certificate is for the name that has the address.
+            return None
+        stack.push(attempt.pop_all())
+        return client
 
 
 def _sharing(connect: Connect, stack: ExitStack) -> Client | None:

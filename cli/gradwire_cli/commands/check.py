@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated
 
@@ -33,8 +33,9 @@ app = App(
     Compares gradients with finite differences along random directions, all
     results of every dtype with local float64 products (within the bound of
     rounding errors), integer sums of many shapes with the exact sums, and jobs
-    sent in different ways with each other, bit by bit. Without --address, checks
-    a private server in this process.
+    sent in different ways with each other, bit by bit; of several servers also
+    jobs that they compute together with those of one. Without --address, checks a
+    private server in this process.
 
     Exits with 0 if every check passed, 1 if a check failed, and 3 if no server
     could be checked.
@@ -56,7 +57,7 @@ def check(
 
     Args:
         address: Server address: HOST:PORT or unix:PATH. Several servers take
-            turns.
+            turns, and compute jobs together (spread).
         security: TLS and credentials.
         seed: Seed of the random operands.
         as_json: Print one JSON object instead of a table.
@@ -69,7 +70,7 @@ def check(
         with (
             reachable(address, security, connect_timeout, timeout) as (connect, name),
             console(sys.stderr).status(f"checking {name}") as status,
-            open_clients(connect) as clients,
+            open_clients(connect, address) as clients,
         ):
             info = clients.messages.server_info()
             offered = {Dtype.named(label) for label in info.dtypes}
@@ -78,7 +79,8 @@ def check(
                 results.append(result)
     except GradwireError as error:
         raise CommandError(str(error), ExitStatus.NOT_CHECKED) from error
-    report = Report(name, results, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    report = Report(name, results, seconds, clients.no_segments)
     if as_json:
         report.print_json()
     else:
@@ -93,6 +95,8 @@ class Report:
     server: str
     results: Sequence[CheckResult]
     seconds: float
+    no_segments: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Addresses of servers that get no segments of spread jobs, and why."""
 
     @property
     def passed(self) -> bool:
@@ -116,6 +120,7 @@ class Report:
                 "passed": self.passed,
                 "seconds": round(self.seconds, 3),
                 "checks": results,
+                "no_segments": dict(self.no_segments),
             },
             sys.stdout,
         )
@@ -142,6 +147,10 @@ class Report:
         out = console()
         out.print(table)
         out.print(self.conclusion(), soft_wrap=True)
+        for address, why in self.no_segments.items():
+            out.print(
+                f"{address} gets no segments of jobs with spread: {why}", soft_wrap=True
+            )
 
     def conclusion(self) -> Text:
         """Return a sentence that names the failed checks."""

@@ -88,6 +88,9 @@ def _rows(address: str, info: ServerInfo) -> Iterator[tuple[str, str]]:
     yield "dtypes", ", ".join(info.dtypes)
     yield "memory for jobs", format_bytes(limits.memory_bytes)
     yield "jobs", f"{limits.max_jobs} at once, {limits.max_queue} more in the queue"
+    if limits.row_block_bytes:  # as old as what says how many run
+        yield "jobs now", f"{info.running_jobs} run, {info.queued_jobs} wait"
+        yield "row blocks", f"{format_bytes(limits.row_block_bytes)} of operands"
     yield "largest n and k", f"{limits.max_columns:,}"
     yield "largest message", format_bytes(limits.max_message_bytes)
     yield "sent before Accepted", format_bytes(limits.early_bytes)

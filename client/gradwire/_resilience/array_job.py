@@ -38,7 +38,7 @@ def note_excluded(job_id: str, address: str, why: str) -> None:
         job_id,
         address,
         why,
-        extra={"job_id": job_id, "server_address": address},
+        extra={"job_id": job_id, "server_address": address, "why_no_segments": why},
     )
 
 
