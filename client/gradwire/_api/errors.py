@@ -141,7 +141,7 @@ class NumericsError(GradwireError):
     """A server computes with another library, kind of processor or block size.
 
     Its segments of a job (`spread=True`) would have other last bits than those of the
-    job's other servers.
+    job's other servers. Also raised if no server says with what it computes.
     """
 
 

@@ -100,7 +100,7 @@ class Segment:
     """The device."""
 
     attempts: int = 1
-    """Number of attempts."""
+    """Number of attempts of the job with this segment, and perhaps the next ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +326,8 @@ class Progress:
     job runs."""
 
     rows_by_server: Mapping[str, int] | None = None
-    """With `spread`: rows of complete segments by the address of the server that has
-    computed them."""
+    """With `spread`: rows of complete jobs, of one or several segments each, by the
+    address of the server that has computed them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections import deque
@@ -21,20 +20,15 @@ from gradwire._client.spread_plan import SpreadPlan
 from gradwire._core.job_plan import Plan, with_rows
 from gradwire._core.outputs import ArrayOutputs, Output
 from gradwire._core.progress import SpreadReporter
-from gradwire._core.segments import ASK_AGAIN_S, OrderedSums, Run
+from gradwire._core.segments import (
+    ASK_AGAIN_S,
+    RECENT,
+    OrderedSums,
+    Run,
+    late_after_s,
+)
 from gradwire._resilience.array_job import ArrayJob
 from gradwire_protocol.matrices import Matrix
-
-SLOW = 2.0
-"""How many times as long as the others a run may take, before an idle server computes
-it, too. The tail of a job is then at most so much longer: J. Dean and S. Ghemawat,
-MapReduce, OSDI 2004, section 3.6."""
-
-LEAST_SLOW_S = 0.05
-"""Seconds by which a run may be late in any case."""
-
-_RECENT = 32
-"""Runs whose times count for `SLOW`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -110,7 +104,7 @@ class SpreadJob:
         self._sums = OrderedSums(plan)
         self._states: dict[int, _State] = {}
         self._receipts: dict[int, Receipt] = {}
-        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._seconds: deque[float] = deque(maxlen=RECENT)
         self._next = 0
         self._whole: Mapping[Matrix, Array] = {}
         self._reporter: SpreadReporter | None = None
@@ -219,9 +213,9 @@ class SpreadJob:
 
     def _duplicate(self) -> Part | float:
         """Create a second job for the run that takes longest, if that is too long."""
-        if not self._seconds:
+        limit = late_after_s(self._seconds)
+        if limit is None:
             return ASK_AGAIN_S
-        limit = max(LEAST_SLOW_S, SLOW * statistics.median(self._seconds))
         candidates = [
             (state.parts[0].begun_at, state)
             for state in self._states.values()

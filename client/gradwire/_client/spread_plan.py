@@ -56,7 +56,7 @@ class SpreadPlan:
                 self.unusable.add(address)
                 why = f"it computes with {each}: expected {chosen}"
                 if each is None:
-                    why = "it does not know them: update it"
+                    why = "it does not say with what it computes: update it"
                 note_excluded(self.plan.options.job_id, address, why)
         options = replace(self.plan.options, numerics=chosen)
         rows = options.block_rows if isinstance(options.block_rows, int) else 0

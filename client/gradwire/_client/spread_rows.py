@@ -19,7 +19,14 @@ from gradwire._client.spread_plan import SpreadPlan
 from gradwire._core.job_plan import with_rows
 from gradwire._core.outputs import output_shape
 from gradwire._core.progress import SpreadReporter
-from gradwire._core.segments import Division, OrderedSums, segment_bytes
+from gradwire._core.segments import (
+    JOBS_PER_DEVICE,
+    RECENT,
+    Division,
+    OrderedSums,
+    late_after_s,
+    segment_bytes,
+)
 from gradwire._resilience.row_reader import RowReader
 from gradwire_protocol.matrices import ROW_OPERANDS, Matrix
 
@@ -41,6 +48,11 @@ class SegmentRows:
     done: bool = False
     """Whether all results are there."""
     buffers: dict[Matrix, Array] = field(default_factory=dict)
+    complete_at: float = 0.0
+    moved_at: float = 0.0
+    """When the last results came; 0: none since all rows are there."""
+    moved_elsewhere: bool = False
+    """Whether the segment was once taken from a server that was late."""
 
 
 class SpreadRows:
@@ -51,8 +63,8 @@ class SpreadRows:
 
     Args:
         reader: Converts the caller's items.
-        held_bytes: Most bytes of operands and results of all segments in memory; one
-            segment is there in any case.
+        held_bytes: Most bytes of operands and results of all segments in memory; a
+            segment for each device, and one more, are there in any case.
 
     Attributes:
         spread: The plan, the division and the servers.
@@ -71,6 +83,8 @@ class SpreadRows:
         self._receipts: dict[int, Receipt] = {}
         self._rest: dict[Matrix, Operand] = {}
         self._reporter: SpreadReporter | None = None
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+        """Of the last segments, from their last row to their last result."""
 
     def plan(self, first: Mapping[Matrix, Operand] | None) -> SpreadPlan:
         """Plan the job, whose first item, if any, has these operands.
@@ -81,15 +95,20 @@ class SpreadRows:
         self.spread = SpreadPlan(self._reader.plan(first))
         return self.spread
 
-    def divided(self) -> None:
-        """Begin, once the job is divided."""
+    def divided(self, jobs: int) -> None:
+        """Begin, once the job is divided.
+
+        Args:
+            jobs: Jobs at the same time.
+        """
         spread = self.spread
         rows = spread.division.segment_rows
         spread.division = Division(spread.plan.m or 0, rows)
         self._sums = OrderedSums(spread.plan)
-        self._most = max(
-            1, self._held_bytes // max(1, segment_bytes(spread.plan, rows))
-        )
+        # With fewer, devices would wait for rows.
+        least = jobs // JOBS_PER_DEVICE + 1
+        held = self._held_bytes // max(1, segment_bytes(spread.plan, rows))
+        self._most = max(least, held)
         if spread.plan.options.on_progress is not None:
             self._reporter = SpreadReporter(spread.plan, spread.division)
 
@@ -127,7 +146,8 @@ class SpreadRows:
                 self._count += count
                 segment.items.append(item)
                 segment.rows += count
-                segment.complete = segment.rows == size
+                if segment.rows == size:
+                    segment.complete, segment.complete_at = True, time.monotonic()
         self._rest = {}
         return True
 
@@ -144,8 +164,9 @@ class SpreadRows:
             if not self._next_number:
                 self._segments.append(SegmentRows(0, 0))
                 self._next_number = 1
-            if self._segments:
+            if self._segments and not self._segments[-1].complete:
                 self._segments[-1].complete = True
+                self._segments[-1].complete_at = time.monotonic()
             self._ended = True
             self.spread.plan = with_rows(self.spread.plan, self._count)
 
@@ -165,11 +186,26 @@ class SpreadRows:
                     return segment
             return None
 
-    @property
-    def all_begun(self) -> bool:
-        """Whether no further segment will have to be computed."""
+    def late(self) -> list[SegmentRows]:
+        """Return the segments that another server should compute, each once.
+
+        They have had no results for longer than others take for all of theirs.
+        """
         with self._lock:
-            return self._ended and all(each.begun for each in self._segments)
+            limit = late_after_s(self._seconds)
+            if limit is None:
+                return []
+            since = time.monotonic() - limit
+            late = [
+                each
+                for each in self._segments
+                if each.begun and each.complete and not each.done
+                if not each.moved_elsewhere
+                if max(each.complete_at, each.moved_at) < since
+            ]
+            for each in late:
+                each.moved_elsewhere = True
+            return late
 
     def reader_of(self, segment: SegmentRows) -> RowReader:
         """Return what reads the rows of a segment."""
@@ -196,6 +232,7 @@ class SpreadRows:
         first_row = segment.first_row + block.first_row
         with self._lock:
             segment.blocks.append(RowBlock(first_row, block.y, block.dx))
+            segment.moved_at = time.monotonic()
 
     def finished(
         self, segment: SegmentRows, sums: Mapping[Matrix, Array], receipt: Receipt
@@ -206,6 +243,7 @@ class SpreadRows:
         with self._lock:
             self._receipts[segment.number] = receipt
             segment.done = True
+            self._seconds.append(time.monotonic() - segment.complete_at)
             segment.items.clear()
             segment.buffers.clear()
         if self._reporter is not None:

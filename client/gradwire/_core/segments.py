@@ -7,8 +7,9 @@ neither on the number of servers nor on the order in which they finish.
 
 from __future__ import annotations
 
+import statistics
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,17 @@ HELD_BYTES = 16 * MIB
 
 JOBS_PER_DEVICE = 2
 """Jobs at the same time: while one is computed, the other is on its way."""
+
+SLOW = 2.0
+"""How many times as long as the others a run may take, before another server computes
+it, too. The tail of a job is then at most so much longer: J. Dean and S. Ghemawat,
+MapReduce, OSDI 2004, section 3.6."""
+
+LEAST_SLOW_S = 0.05
+"""Seconds by which a run may be late in any case."""
+
+RECENT = 32
+"""Runs whose times count for `SLOW`."""
 
 MOST_LATER = 16
 """Most additional jobs at the same time, on servers that join meanwhile."""
@@ -156,6 +168,15 @@ def accumulator_of(plan: Plan) -> Dtype:
     return plan.options.dw_accumulator or plan.dtype.default_accumulator
 
 
+def late_after_s(seconds: Collection[float]) -> float | None:
+    """Return the seconds after which a run is late; None: it is not known yet.
+
+    Args:
+        seconds: What the last runs took.
+    """
+    return max(LEAST_SLOW_S, SLOW * statistics.median(seconds)) if seconds else None
+
+
 class OrderedSums:
     """Adds the sums of segments in the order of the segments. Thread-safe.
 
@@ -180,7 +201,7 @@ class OrderedSums:
         Args:
             first_segment: Number of the first segment.
             sums: Its sums and those of the next ones, in the accumulator's dtype.
-                The arrays may be changed.
+                The arrays are changed.
         """
         with self._lock:
             self._held.update(enumerate(sums, first_segment))

@@ -356,7 +356,7 @@ def require_jobs(info: ServerInfo, address: str) -> ServerInfo:
     return info
 
 
-def late_error(address: str) -> GradwireError:
+def overtaken_error(address: str) -> GradwireError:
     """Return the error of a server that another one has overtaken by far.
 
     It may have stopped: it is probed before its next job.

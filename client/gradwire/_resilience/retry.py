@@ -85,7 +85,9 @@ class RetryPolicy:
 
     held_bytes: int = 256 << 20
     """Most bytes of copied rows that a stream buffers, so that it can resume after a
-    failure; 0: none. Rows of a sequence are not copied. See docs/failing.md."""
+    failure; 0: none. Rows of a sequence are not copied. See docs/failing.md. Streams
+    with `spread` hold that many bytes of rows and results, or a segment for each device
+    and one more."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

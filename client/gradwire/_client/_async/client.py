@@ -551,9 +551,9 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
                 ``"auto"`` is the server's own.
             **options: As for `gradients`. `verify` checks a block before it is
                 handed out, and dW at the end. `timeout_s` is for the whole stream.
-                With `spread`, rows are copied into segments, and up to
-                `RetryPolicy.held_bytes` of operands and results are in memory, one
-                segment in any case.
+                With `spread`, rows are copied into segments. Up to
+                `RetryPolicy.held_bytes` of operands and results are in memory; in any
+                case a segment for each device, and one more.
 
         Returns:
             An asynchronous iterator of `RowBlock`, with `dw`, `db` and `receipt` once

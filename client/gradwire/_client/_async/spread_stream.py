@@ -173,7 +173,7 @@ class _Run:
         first = await self._items.next()
         operands = None if first is END_OF_ROWS else self._reader.read(first)
         jobs = await self._engine.spread(self.rows.plan(operands))
-        self.rows.divided()
+        self.rows.divided(jobs)
         if operands is None:
             self.rows.end()
         else:
@@ -199,10 +199,20 @@ class _Run:
             if segment is not None:
                 await self._compute(segment)
                 self._news.tell()
-            elif self.rows.all_begun:
+            elif self.rows.exhausted:
                 return
             else:
+                self._move_late()
                 await self._news.wait(count, ASK_AGAIN_S)
+
+    def _move_late(self) -> None:
+        """Have other servers compute what takes too long."""
+        if not self._engine.has_several(self.rows.spread.unusable):
+            return
+        for segment in self.rows.late():
+            stream = self._running.get(segment.number)
+            if stream is not None:
+                stream.move_elsewhere()
 
     async def _fill(self) -> None:
         """Request the caller's items, and store their rows."""

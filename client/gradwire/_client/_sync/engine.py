@@ -42,8 +42,8 @@ from gradwire._resilience.load_balancer import (
     ASK_S,
     Lease,
     LoadBalancer,
-    late_error,
     none_left,
+    overtaken_error,
     require_jobs,
 )
 from gradwire._resilience.reports import REPORT_S, report_of
@@ -208,7 +208,7 @@ class SyncEngine(EngineBase):
                     raise
                 except JobCancelledError:
                     if job.late:
-                        lease.ended(late_error(engine.address))
+                        lease.ended(overtaken_error(engine.address))
                     raise
                 except GradwireError as error:
                     engine.report(error, attempts)

@@ -175,7 +175,7 @@ class _Run:
         first = self._items.next()
         operands = None if first is END_OF_ROWS else self._reader.read(first)
         jobs = self._engine.spread(self.rows.plan(operands))
-        self.rows.divided()
+        self.rows.divided(jobs)
         if operands is None:
             self.rows.end()
         else:
@@ -201,10 +201,20 @@ class _Run:
             if segment is not None:
                 self._compute(segment)
                 self._news.tell()
-            elif self.rows.all_begun:
+            elif self.rows.exhausted:
                 return
             else:
+                self._move_late()
                 self._news.wait(count, ASK_AGAIN_S)
+
+    def _move_late(self) -> None:
+        """Have other servers compute what takes too long."""
+        if not self._engine.has_several(self.rows.spread.unusable):
+            return
+        for segment in self.rows.late():
+            stream = self._running.get(segment.number)
+            if stream is not None:
+                stream.move_elsewhere()
 
     def _fill(self) -> None:
         """Request the caller's items, and store their rows."""

@@ -14,7 +14,7 @@ from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.row_source import SyncRowSource
 from gradwire._client.spread_plan import SpreadPlan
 from gradwire._resilience.call_span import callers_context, job_span
-from gradwire._resilience.load_balancer import Lease
+from gradwire._resilience.load_balancer import Lease, overtaken_error
 from gradwire._resilience.retry import Attempts
 from gradwire._resilience.row_reader import RowReader
 from gradwire._resilience.stream_job import StreamJob, require_receipt
@@ -114,6 +114,14 @@ class GradientStream(Iterator[RowBlock]):
         self._over = True
         if self._call is not None:
             self._call.abandon()
+
+    def move_elsewhere(self) -> None:
+        """End the running attempt, because its server is late: the job resumes.
+
+        While another thread or coroutine waits for its results.
+        """
+        if self._call is not None and self._job is not None:
+            self._call.fail(overtaken_error(self._job.address))
 
     def close(self) -> None:
         """Cancel the job, unless it is done, and yield no more row blocks."""
