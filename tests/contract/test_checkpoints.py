@@ -183,7 +183,9 @@ def test_only_jobs_that_ask_for_checkpoints_hold_room_for_them(
     assert 0 <= accepted.reserved_bytes - plain - N * K * 8 < 256
 
 
-ACCEPTED = job_pb2.NumericsFingerprint(library="a", device="b", block_rows=16)
+ACCEPTED = job_pb2.NumericsFingerprint(
+    library="a", device="b", block_rows=16, segment_rows=16
+)
 
 
 def wrong(name: str, reason: str, field: str, says: str, **fields: Any) -> Any:

@@ -70,7 +70,10 @@ def hard_to_sum(dtype: str = "float32") -> Problem:
 PROBLEM = hard_to_sum()
 
 
-@pytest.fixture(scope="module", params=["numpy", "simulated"])
+@pytest.fixture(
+    scope="module",
+    params=["numpy", pytest.param("simulated", marks=pytest.mark.thorough)],
+)
 def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     backend = BACKEND if request.param == "numpy" else request.param
     settings = {"row_block_bytes": 1 << 16, "allow_shared_memory": True}
@@ -310,6 +313,25 @@ def test_a_job_without_rows_has_no_segments(channel: grpc.Channel, run: Any) -> 
     assert not whole.arrays["dw"].any()
 
 
+@pytest.mark.parametrize("run", [streamed, on_direct_connections])
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (3, 0), (0, 0)])
+def test_matrices_without_elements_have_sums_without_elements(
+    channel: grpc.Channel, run: Any, n: int, k: int
+) -> None:
+    problem = whole_numbers(40, n, k, results=ALL)
+    plain = stream_job(channel, problem)
+    assert stream_job(channel, problem, **in_segments(32)).bits == plain.bits
+    if run is on_direct_connections and not n + k:
+        return  # there are none for it
+    came = run(channel, problem, **in_segments(32, segment_sums=True))
+    # Rows of no bytes may be as many as one likes, so there are no messages for them.
+    assert list(came.sums) == ([32, 40] if n + k else [])
+    db = problem.dy[:32].astype(np.float64).sum(axis=0)
+    assert [*came.sums.values()][:1] == (
+        [{"db": db.tobytes()}] if k else [{}] * (n > 0)
+    )
+
+
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("run", [streamed, on_direct_connections])
 def test_the_last_segment_may_be_whole(
@@ -327,12 +349,8 @@ def test_the_last_segment_may_be_whole(
         assert outcome.bits["dw"] == expected.totals[-1]["dw"].tobytes()
 
 
-def test_no_sums_are_left_out_for_a_client_that_reads_late(
-    channel: grpc.Channel,
-) -> None:
-    """Ten segments with sums of 1 MiB each: more than all buffers on the way hold."""
-    problem = whole_numbers(10 * B, 512, 256, results=("dw",))
-    expected = oracle(channel, problem, segment=B)
+def late(channel: grpc.Channel, problem: Problem, **options: Any) -> Came:
+    """A client that reads when the server takes no more, or has everything."""
     made = 0
 
     def body() -> Iterator[Any]:
@@ -341,17 +359,38 @@ def test_no_sums_are_left_out_for_a_client_that_reads_late(
             made += 1
             yield message
 
-    options = in_segments(B, segment_sums=True)
     with Stream(channel) as stream:
         stream.send(problem.job(**options))
         accepted = stream.receive_accepted().accepted
         stream.send_all(body())
         stream.half_close()
         before = -1
-        while before < made:  # until the server reads no more, or all was sent
+        while before < made:
             before = made
             time.sleep(0.1)
-        came = read(stream, Came(accepted))
+        return read(stream, Came(accepted))
+
+
+def test_a_device_that_computes_beside_its_thread_has_the_same_order() -> None:
+    with (
+        running_server(backend="simulated", row_block_bytes=1 << 16) as process,
+        grpc.insecure_channel(process.address) as channel,
+    ):
+        expected = oracle(channel, PROBLEM)
+        whole = stream_job(channel, PROBLEM, **OF_ALL)
+        assert {name: whole.bits[name] for name in WIDE} == bits(expected.totals[-1])
+        came = streamed(channel, PROBLEM, **in_segments(segment_sums=True))
+        assert list(came.sums.values()) == list(map(bits, expected.segments))
+
+
+@pytest.mark.parametrize("run", [late, on_direct_connections])
+def test_no_sums_are_left_out_for_a_client_that_reads_late(
+    channel: grpc.Channel, run: Any
+) -> None:
+    """Sums of 1 MiB each, more than the buffers on the way hold."""
+    problem = whole_numbers(20 * B, 512, 256, results=("dw",))
+    expected = oracle(channel, problem, segment=B)
+    came = run(channel, problem, **in_segments(B, segment_sums=True))
     assert list(came.sums.values()) == list(map(bits, expected.segments))
 
 
@@ -455,7 +494,11 @@ def test_sums_go_on_at_the_beginning_of_a_segment_only(channel: grpc.Channel) ->
     )
     assert "is 80: expected a multiple of 64" in failure.text
     # Who forgets to ask for segments, or asks for others, is told so.
-    for options, here in (({"block_rows": B}, B), (in_segments(32), 32)):
+    for options, here in (
+        ({"block_rows": B}, B),
+        (in_segments(32), 32),
+        (in_segments(256), 256),
+    ):
         failure = refused(128, **options)
         assert failure.reason == "RESUME_MISMATCH"
         assert f"segment_rows is 64, and is {here} here" in failure.text

@@ -69,7 +69,7 @@ def streams() -> Seeds:
     yield "open-m", container(stream(some, open_m=True))
     yield "checksums", container(stream(some, checksum=1))
     yield "small-results", container(stream(some, max_chunk_bytes=16))
-    before = {"library": "numpy", "block_rows": 4}
+    before = {"library": "numpy", "block_rows": 4, "segment_rows": 4}
     going_on = {"fingerprint": before, "first_row": 4, "results_from_row": 8}
     yield "resume", container(stream(some, resume=going_on))
     checkpoints = job_pb2.Checkpoints(rows=1)

@@ -42,12 +42,15 @@ def check_grid(spec: JobSpec, block_rows: int) -> None:
     """
     if spec.resume is None:
         return
-    if spec.resume.fingerprint.block_rows != block_rows:
-        raise _mismatch("block_rows", spec.resume.fingerprint.block_rows, block_rows)
-    # The sum over the earlier rows is that of whole segments.
-    segment_rows = spec.segment_rows if spec.sums else None
+    segment_rows = spec.segment_rows or block_rows
+    here = {"block_rows": block_rows, "segment_rows": segment_rows}
+    for name, rows in here.items():
+        before = getattr(spec.resume.fingerprint, name)
+        if before != rows:
+            raise _mismatch(name, before, rows)
     for name, unit in (
-        ("first_row", segment_rows or block_rows),
+        # The sum over the earlier rows is that of whole segments.
+        ("first_row", segment_rows if spec.sums else block_rows),
         ("results_from_row", block_rows),
     ):
         row = getattr(spec.resume, name)
