@@ -103,3 +103,11 @@ async def test_it_reads_all_rows_of_a_job_without_results_of_rows(
     checkpoints = job_pb2.Checkpoints(rows=B)
     async with reading.job(problem, checkpoints=checkpoints):
         await reading.until(lambda: reading.has_begun(BLOCKS - 1))
+
+
+async def test_it_reads_two_segments_whose_sums_nobody_reads(reading: Reading) -> None:
+    segment = 8
+    numerics = job_pb2.Numerics(dw_segment_rows=segment * B)
+    problem = whole_numbers(B * BLOCKS, 128, 512, results=("dw",))
+    async with reading.job(problem, numerics=numerics, segment_sums=True):
+        await reading.until(lambda: reading.has_begun(2 * segment - 1))
