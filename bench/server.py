@@ -8,11 +8,15 @@ what it has used so far (`report_usage`). The kinds:
   no weight. Everything else happens: messages, row blocks, admission, the adding of
   dW to gradients. It stands for a device that is much faster than the link.
 - ``idle-products``: its products compute nothing, its steps do.
+- ``sleeping``: like ``idle``, and each row block takes `SLEEP_VARIABLE` seconds, in
+  which its device uses no processor. So several servers fit on one host.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -30,7 +34,9 @@ from gradwire_server.backends.numpy import updates
 from gradwire_server.backends.numpy.backend import NumpyBackend
 from gradwire_server.backends.numpy.kept_memory import HostArray
 
-KINDS = ("numpy", "idle", "idle-products")
+KINDS = ("numpy", "idle", "idle-products", "sleeping")
+SLEEP_VARIABLE = "BENCH_SLEEP_S"
+"""Environment variable: seconds for each row block of a server that sleeps."""
 
 
 class IdleBackend(NumpyBackend):
@@ -90,6 +96,30 @@ class IdleJob:
         """Do nothing."""
 
 
+class SleepingBackend(IdleBackend):
+    """A device that takes its time, and computes nothing."""
+
+    def open_job(self, spec: JobSpec, *_: Any, **__: Any) -> SleepingJob:  # type: ignore[override]
+        """Open a job that leaves its results unset."""
+        return SleepingJob(spec, float(os.environ[SLEEP_VARIABLE]))
+
+
+class SleepingJob(IdleJob):
+    """A job each of whose row blocks takes so many seconds."""
+
+    def __init__(self, spec: JobSpec, block_s: float) -> None:
+        super().__init__(spec)
+        self._block_s = block_s
+        for each in self._sums.values():
+            each.fill(1)  # memory of its own, as in `compute_block`
+
+    def compute_block(self, block: RowBlock) -> None:
+        """Take so many seconds, those in which memory is written included."""
+        ends = time.perf_counter() + self._block_s
+        super().compute_block(block)
+        time.sleep(max(ends - time.perf_counter(), 0.0))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Serve until SIGTERM."""
     kind, *flags = arguments
@@ -98,10 +128,11 @@ def main(arguments: Sequence[str]) -> int:
     report_usage()
     with ExitStack() as stack:
         if kind != "numpy":
-            make = mock.Mock(side_effect=lambda _: IdleBackend())
+            backend = SleepingBackend if kind == "sleeping" else IdleBackend
+            make = mock.Mock(side_effect=lambda _: backend())
             load = mock.patch.object(registry, "load", return_value=make)
             stack.enter_context(load)
-        if kind == "idle":
+        if kind in {"idle", "sleeping"}:
             for name, result in (("update", None), ("sum_of_squares", 0.0)):
                 nothing = mock.Mock(return_value=result)
                 stack.enter_context(mock.patch.object(updates, name, nothing))

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from bench.contenders.server_process import HOST, ServerProcess
 
-Kind: TypeAlias = Literal["numpy", "idle", "idle-products"]
+Kind: TypeAlias = Literal["numpy", "idle", "idle-products", "sleeping"]
 
 
 def start(kind: Kind, *flags: str) -> ServerProcess:
