@@ -1,0 +1,1 @@
+"""One job over many servers: a model of it, fed with measured figures."""

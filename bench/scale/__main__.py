@@ -1,0 +1,7 @@
+"""``python -m bench.scale``."""
+
+import sys
+
+from bench.scale.command import main
+
+sys.exit(main())
