@@ -334,6 +334,8 @@ class JobExchange:
             ChecksumError: They were damaged in transit.
         """
         self._checkpoints.take(chunk)
+        if self._segments is not None:
+            self._sender.received_segments = self._segments.count
         if not self._checkpoints.coming:
             self._checkpoints.within(self._complete_row())
 

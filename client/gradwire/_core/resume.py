@@ -285,6 +285,11 @@ class SegmentSums(Checkpoints):
             )
         self._announce(rows)
 
+    @property
+    def count(self) -> int:
+        """Segments whose sums were received."""
+        return len(self._into)
+
     def require_all(self) -> None:
         """Check that the sums of all segments were received.
 

@@ -53,6 +53,7 @@ class Sender:
         received_row: First row of the first row block whose results have not all
             arrived; None: no results of row blocks are wanted.
         ended: Whether End was yielded.
+        received_segments: Segments whose sums have arrived, if the plan wants them.
     """
 
     def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,6 +62,7 @@ class Sender:
         self.rows_sent = 0
         self.accepted = False
         self.received_row: int | None = None
+        self.received_segments = 0
         self.bytes_sent = 0
         self._plan = plan
         self._clock = clock
@@ -219,6 +221,9 @@ class Sender:
 
     def _may_begin(self, row: int) -> bool:
         """Return whether the server's credit covers the row block of a row."""
+        segment_rows = self._plan.segment_rows
+        if segment_rows and row // segment_rows >= self.received_segments + 2:
+            return False
         received = self.received_row
         if not self._credit_blocks or received is None:
             return True

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 import gradwire
 from gradwire._api.options import parse_options
+from gradwire._arrays.operand import operand
 from gradwire._core.job_plan import Plan
 from gradwire._core.resume import SegmentSums
 from gradwire._core.segments import Division, OrderedSums, divide
+from gradwire._core.sender import WAIT, Sender
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.framing import Chunk
 from gradwire_protocol.limits import MIB
@@ -133,6 +135,27 @@ def test_missing_sums_are_an_error() -> None:
         sums.require_all()
     with pytest.raises(gradwire.ProtocolError, match="did not announce"):
         sums.take(chunk(1.0))
+
+
+def test_rows_of_a_segment_wait_for_the_sums_of_the_one_before_the_last() -> None:
+    options = parse_options(results=("dw",))
+    plan = Plan(40, 2, 3, Dtype.FLOAT32, options, segment_rows=8)
+    sender = Sender(plan)
+    sender.begin(0)
+    sender.accept(4, 16)
+    operands = {
+        Matrix.X: operand(np.ones((40, 2), np.float32), "x"),
+        Matrix.DY: operand(np.ones((40, 3), np.float32), "dy"),
+    }
+    messages = sender.all_rows(operands)
+    for received in range(3):
+        sender.received_segments = received
+        while next(messages) != WAIT:
+            pass
+        assert sender.rows_sent == 8 * (received + 2)
+    sender.received_segments = 3
+    assert WAIT not in list(messages)
+    assert sender.rows_sent == 40
 
 
 def test_an_empty_job_has_one_run() -> None:
