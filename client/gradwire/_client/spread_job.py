@@ -25,6 +25,7 @@ from gradwire._core.segments import (
     RECENT,
     OrderedSums,
     Run,
+    held_segments,
     late_after_s,
 )
 from gradwire._resilience.array_job import ArrayJob
@@ -149,8 +150,7 @@ class SpreadJob:
     def end(self, part: Part, receipt: Receipt) -> None:
         """Use the results of a job that has succeeded, unless another one was first."""
         with self._lock:
-            state = self._states[part.run.number]
-            state.parts.remove(part)
+            state = self._left(part)
             cancels: Sequence[Callable[[], object]] = ()
             if not state.decided:
                 state.decided, state.winner = True, (part, receipt)
@@ -171,8 +171,7 @@ class SpreadJob:
             Whether the product has failed, too: not if another job computes the same.
         """
         with self._lock:
-            state = self._states[part.run.number]
-            state.parts.remove(part)
+            state = self._left(part)
             matters = isinstance(error, Exception) and not part.cancelled
             if not isinstance(error, GradwireError) or (
                 matters and not state.parts and not state.decided
@@ -208,8 +207,10 @@ class SpreadJob:
 
     def _may_begin(self) -> bool:
         """Whether the sums of the next run may be held until those before are there."""
-        ahead = self.spread.division.run(self._next).first_segment - self._sums.added
-        return ahead < self._window * self.spread.division.run_segments
+        division = self.spread.division
+        ahead = division.run(self._next).first_segment - self._sums.added
+        most = self._window * division.run_segments
+        return ahead < max(most, held_segments(self.spread.plan))
 
     def _duplicate(self) -> Part | float:
         """Create a second job for the run that takes longest, if that is too long."""
@@ -282,6 +283,17 @@ class SpreadJob:
             cancelled = part.cancelled
         if cancelled:
             cancel()
+
+    def _left(self, part: Part) -> _State:
+        """Remove a job that has ended, and return its run's state.
+
+        Nothing may refer back to it: its sums would live until the next garbage
+        collection.
+        """
+        part.job.on_call = part.cancel = None
+        state = self._states[part.run.number]
+        state.parts.remove(part)
+        return state
 
     @staticmethod
     def _cancels(parts: Sequence[Part]) -> list[Callable[[], object]]:

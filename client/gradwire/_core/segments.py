@@ -7,6 +7,7 @@ neither on the number of servers nor on the order in which they finish.
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -147,12 +148,18 @@ def divide(
     if not runs or (plan.options.verify and plan.sums):
         return division
     sent = plan.upload_bytes(rows) - plan.upload_bytes(0)
-    of_sums = sum(plan.shape(each, 0)[0] for each in plan.sums) * plan.k
-    held = HELD_BYTES // max(1, jobs * of_sums * accumulator.itemsize)
     segments = min(
-        RUN_BYTES // max(1, sent), held, division.segments // (jobs * RUNS_PER_JOB)
+        RUN_BYTES // max(1, sent),
+        held_segments(plan) // jobs,
+        division.segments // (jobs * RUNS_PER_JOB),
     )
     return Division(division.m, rows, max(1, segments))
+
+
+def held_segments(plan: Plan) -> int:
+    """Return the number of segments whose sums have `HELD_BYTES`."""
+    elements = sum(math.prod(plan.shape(each, 0)) for each in plan.sums)
+    return HELD_BYTES // max(1, elements * accumulator_of(plan).itemsize)
 
 
 def segment_bytes(plan: Plan, segment_rows: int) -> int:
