@@ -1,4 +1,4 @@
-"""``gradwire serve``, for the bench: ``python -m bench.server KIND [FLAGS]``.
+"""``gradwire serve``, for the bench: ``python -m bench.server KIND[:MS[xN]] [FLAGS]``.
 
 The flags are those of ``gradwire serve``. Asked on its standard input, the process says
 what it has used so far (`report_usage`). The kinds:
@@ -8,18 +8,20 @@ what it has used so far (`report_usage`). The kinds:
   no weight. Everything else happens: messages, row blocks, admission, the adding of
   dW to gradients. It stands for a device that is much faster than the link.
 - ``idle-products``: its products compute nothing, its steps do.
-- ``sleeping``: like ``idle``, and each row block takes `SLEEP_VARIABLE` seconds, in
-  which its device uses no processor. So several servers fit on one host.
+
+With MS, a row block keeps its device busy for so many milliseconds, in which it uses no
+processor: ``idle:80``. With N, the server has so many of these devices: ``idle:80x3``.
+So several servers and devices fit on one host.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 from unittest import mock
 
 import numpy as np
@@ -29,14 +31,12 @@ from gradwire_cli import app
 from gradwire_protocol.job_spec import JobSpec
 from gradwire_protocol.matrices import Matrix
 from gradwire_server.backends import registry
-from gradwire_server.backends.base import Array, RowBlock, Sums
+from gradwire_server.backends.base import Array, RowBlock, Sums, Times, Wait
 from gradwire_server.backends.numpy import updates
 from gradwire_server.backends.numpy.backend import NumpyBackend
 from gradwire_server.backends.numpy.kept_memory import HostArray
 
-KINDS = ("numpy", "idle", "idle-products", "sleeping")
-SLEEP_VARIABLE = "BENCH_SLEEP_S"
-"""Environment variable: seconds for each row block of a server that sleeps."""
+KINDS = ("numpy", "idle", "idle-products")
 
 
 class IdleBackend(NumpyBackend):
@@ -52,7 +52,7 @@ class IdleJob:
 
     def __init__(self, spec: JobSpec) -> None:
         self._sums = {
-            result: np.empty(result.shape(0, spec.n, spec.k), dtype.numpy)
+            result: np.ones(result.shape(0, spec.n, spec.k), dtype.numpy)
             for result, dtype in spec.results.items()
             if result in spec.sums
         }
@@ -96,43 +96,100 @@ class IdleJob:
         """Do nothing."""
 
 
-class SleepingBackend(IdleBackend):
-    """A device that takes its time, and computes nothing."""
+class SlowBackend:
+    """A backend whose devices take some time for each row block.
 
-    def open_job(self, spec: JobSpec, *_: Any, **__: Any) -> SleepingJob:  # type: ignore[override]
-        """Open a job that leaves its results unset."""
-        return SleepingJob(spec, float(os.environ[SLEEP_VARIABLE]))
+    They sleep, so that any number of them fits one machine.
 
+    Args:
+        backend: A backend with one device, which computes the row blocks.
+        block_s: Seconds of a row block, those of `backend` included.
+        devices: Number of devices.
+    """
 
-class SleepingJob(IdleJob):
-    """A job each of whose row blocks takes so many seconds."""
+    inline_below_ops = 0
 
-    def __init__(self, spec: JobSpec, block_s: float) -> None:
-        super().__init__(spec)
+    def __init__(self, backend: NumpyBackend, block_s: float, devices: int) -> None:
+        self._backend = backend
         self._block_s = block_s
-        for each in self._sums.values():
-            each.fill(1)  # memory of its own, as in `compute_block`
+        (only,) = backend.devices
+        self.devices = tuple(replace(only, index=each) for each in range(devices))
 
-    def compute_block(self, block: RowBlock) -> None:
-        """Take so many seconds, those in which memory is written included."""
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def open_job(
+        self, spec: JobSpec, block_rows: int, device: int, **options: Any
+    ) -> SlowJob:
+        """Open a job of the backend."""
+        del device
+        job = self._backend.open_job(spec, block_rows, 0, **options)
+        return SlowJob(job, self._block_s, options["times"])
+
+
+class SlowJob:
+    """A job that takes some time for each row block."""
+
+    def __init__(self, job: Any, block_s: float, times: Times) -> None:
+        self._job = job
+        self._block_s = block_s
+        self._times = times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._job, name)
+
+    def compute_block(self, block: RowBlock) -> Wait | None:
+        """Compute the block, and sleep for the rest of its time."""
         ends = time.perf_counter() + self._block_s
-        super().compute_block(block)
-        time.sleep(max(ends - time.perf_counter(), 0.0))
+        wait: Wait | None = self._job.compute_block(block)
+        with self._times.computing():
+            time.sleep(max(ends - time.perf_counter(), 0.0))
+        return wait
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """What the devices of a server are, from KIND[:MS[xN]]."""
+
+    kind: str
+    block_s: float | None = None
+    """Seconds of a row block; None: as long as its products take."""
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse the text.
+
+        Raises:
+            ValueError: It has another form.
+        """
+        kind, slow, text = text.partition(":")
+        if kind not in KINDS:
+            raise ValueError(f"{kind} is none of {', '.join(KINDS)}")
+        if not slow:
+            return cls(kind)
+        ms, _, count = text.partition("x")
+        return cls(kind, float(ms) / 1e3, int(count or 1))
+
+    def backend(self) -> NumpyBackend | SlowBackend:
+        """Create the backend. Slow devices compute with one thread."""
+        own = NumpyBackend(threads=1) if self.kind == "numpy" else IdleBackend()
+        if self.block_s is None:
+            return own
+        return SlowBackend(own, self.block_s, self.count)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Serve until SIGTERM."""
-    kind, *flags = arguments
-    if kind not in KINDS:
-        raise ValueError(f"{kind} is none of {', '.join(KINDS)}")
+    text, *flags = arguments
+    devices = Devices.parse(text)
     report_usage()
     with ExitStack() as stack:
-        if kind != "numpy":
-            backend = SleepingBackend if kind == "sleeping" else IdleBackend
-            make = mock.Mock(side_effect=lambda _: backend())
+        if devices != Devices("numpy"):
+            make = mock.Mock(side_effect=lambda _: devices.backend())
             load = mock.patch.object(registry, "load", return_value=make)
             stack.enter_context(load)
-        if kind in {"idle", "sleeping"}:
+        if devices.kind == "idle":
             for name, result in (("update", None), ("sum_of_squares", 0.0)):
                 nothing = mock.Mock(return_value=result)
                 stack.enter_context(mock.patch.object(updates, name, nothing))

@@ -7,14 +7,14 @@ from typing import Literal, TypeAlias
 
 from bench.contenders.server_process import HOST, ServerProcess
 
-Kind: TypeAlias = Literal["numpy", "idle", "idle-products", "sleeping"]
+Kind: TypeAlias = Literal["numpy", "idle", "idle-products"]
 
 
-def start(kind: Kind, *flags: str) -> ServerProcess:
+def start(kind: str, *flags: str) -> ServerProcess:
     """Start ``gradwire serve`` with the NumPy backend or one that computes nothing.
 
     Args:
-        kind: One of `bench.server.KINDS`.
+        kind: One of `bench.server.KINDS`, or what `bench.server` makes of it.
         flags: Flags of ``gradwire serve``. Without ``--listen``, it listens on a free
             TCP port.
     """

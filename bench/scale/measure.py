@@ -24,7 +24,6 @@ from bench.scale.figures import Costs, Device, Host
 from bench.scale.model import simulate
 from bench.scale.setting import Plan, Setting
 from bench.scale.workload import Workload
-from bench.server import SLEEP_VARIABLE
 from bench.work import Shape
 from gradwire_protocol.limits import MIB
 
@@ -191,11 +190,11 @@ def calibrate(rounds: int = 20) -> Measured:
 @contextmanager
 def _servers(count: int, check: Check) -> Iterator[list[ServerProcess]]:
     with ExitStack() as stack:
-        os.environ[SLEEP_VARIABLE] = str(check.block_s)
+        kind = f"idle:{check.block_s * 1e3:g}"
         flags = ("--row-block-bytes", str(check.work.row_block_bytes))
         running = []
         for _ in range(count):
-            running.append(gradwire_server.start("sleeping", *flags))
+            running.append(gradwire_server.start(kind, *flags))
             stack.callback(running[-1].stop)
         yield running
 

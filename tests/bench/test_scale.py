@@ -16,7 +16,6 @@ from bench.scale.figures import CPU, H200, Costs, Device, Host
 from bench.scale.model import Outcome, simulate
 from bench.scale.setting import Plan, Setting
 from bench.scale.workload import WHOLE, Workload
-from bench.server import SLEEP_VARIABLE
 from bench.work import Shape
 from gradwire._api.options import parse_options
 from gradwire._core.job_plan import Plan as JobPlan
@@ -257,11 +256,8 @@ def test_the_command_prints_what_bounds_a_job(
     assert "1.0x" in one
 
 
-def test_a_server_that_sleeps_takes_so_long_for_each_row_block(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv(SLEEP_VARIABLE, "0.1")
-    server = gradwire_server.start("sleeping", "--row-block-bytes", str(MIB))
+def test_a_server_that_sleeps_takes_so_long_for_each_row_block() -> None:
+    server = gradwire_server.start("idle:100", "--row-block-bytes", str(MIB))
     try:
         with gradwire.connect([server.address]) as client:
             m = 4 * 2048

@@ -1,0 +1,1 @@
+"""The bench of jobs that are spread over several servers."""
