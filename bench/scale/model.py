@@ -86,6 +86,8 @@ class _Model:
         self._message = max(MIB, moved // MESSAGES)
         self._uploads = simpy.Resource(env, setting.plan.uploads or 1)
         self._next = 0
+        self._runs = setting.plan.runs_of(work, setting.servers)
+        self._begun = 0
         # Of sums that servers hold, the client waits for none.
         self._added = 0 if setting.plan.sums == "client" else work.segments
         self._room = env.event()
@@ -110,16 +112,14 @@ class _Model:
     # Jobs.
 
     def _worker(self, server: _Server) -> Events:
-        plan = self._plan
-        run = plan.run_of(self._work, len(self._servers))
-        ahead = plan.sums_ahead * run * len(self._servers)
+        ahead = self._plan.sums_ahead * self._runs[0] * len(self._servers)
         while self._next < self._work.segments:
             if self._next - self._added >= ahead:
                 yield self._room
                 continue
             first = self._next
-            end = min(first + run, self._work.segments)
-            self._next = end
+            self._next = end = first + self._runs[self._begun]
+            self._begun += 1
             for segment in range(first, end):
                 self._owner[segment] = server
             yield self._env.process(self._job(server, range(first, end)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.scale.figures import CLIENT, COSTS, SERVER, Costs, Device, Host
 from bench.scale.workload import Workload
-from gradwire._core.segments import HELD_BYTES, RUN_BYTES, RUNS_PER_JOB
+from gradwire._core.segments import HELD_BYTES, RUN_BYTES, run_lengths
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,16 @@ class Plan:
     rows: str = "client"
     """Where X and dY are, and Y and dX wanted: at the "client" or on the "servers"."""
 
-    def run_of(self, work: Workload, servers: int) -> int:
-        """Segments that travel in one job."""
+    def runs_of(self, work: Workload, servers: int) -> tuple[int, ...]:
+        """Segments that travel in each job."""
         jobs = self.jobs_a_server * servers
         if self.segments_a_job is not None:
-            return self.segments_a_job or -(-work.segments // jobs)
+            a_job = self.segments_a_job or -(-work.segments // jobs)
+            return run_lengths(work.segments, 1, a_job)
         segment_bytes = work.block_rows * work.segment_blocks * work.row_bytes
         held = HELD_BYTES // (jobs * work.sum_bytes)
-        spare = work.segments // (jobs * RUNS_PER_JOB)
-        return max(1, min(RUN_BYTES // segment_bytes, held, spare))
+        most = max(1, min(RUN_BYTES // segment_bytes, held))
+        return run_lengths(work.segments, jobs, most)
 
 
 PLAN = Plan()

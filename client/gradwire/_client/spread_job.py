@@ -207,10 +207,9 @@ class SpreadJob:
 
     def _may_begin(self) -> bool:
         """Whether the sums of the next run may be held until those before are there."""
-        division = self.spread.division
-        ahead = division.run(self._next).first_segment - self._sums.added
-        most = self._window * division.run_segments
-        return ahead < max(most, held_segments(self.spread.plan))
+        run = self.spread.division.run(self._next)
+        ahead = run.first_segment + run.segments - self._sums.added
+        return ahead <= max(self._window, held_segments(self.spread.plan))
 
     def _duplicate(self) -> Part | float:
         """Create a second job for the run that takes longest, if that is too long."""
@@ -262,11 +261,9 @@ class SpreadJob:
             on_progress=report,
             job_id=shared.job_id(run.number, "" if slow is None else "+"),
         )
-        plan = replace(
-            with_rows(whole, run.rows),
-            options=options,
-            segment_rows=shared.division.segment_rows if run.segments > 1 else 0,
-        )
+        plan = replace(with_rows(whole, run.rows), options=options)
+        if run.segments > 1 and whole.sums:
+            plan = replace(plan, segment_rows=shared.division.segment_rows)
         job = self._make(plan, operands, places)
         job.unusable = shared.unusable
         if slow is not None:
@@ -318,7 +315,8 @@ class SpreadJob:
                 _store(array, part.run.first_row, results[matrix])
         sums: Sequence[Mapping[Matrix, Array]] = part.job.segment_sums
         if not part.job.plan.segment_rows:
-            sums = [{matrix: results[matrix] for matrix in self.spread.plan.sums}]
+            own = {matrix: results[matrix] for matrix in self.spread.plan.sums}
+            sums = [own] * part.run.segments  # of several segments only without sums
         self._sums.add(part.run.first_segment, sums)
         with self._lock:
             self._receipts[part.run.number] = receipt

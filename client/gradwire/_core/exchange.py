@@ -242,6 +242,17 @@ class JobExchange:
         """Whether a checkpoint has begun, and its sums are not complete."""
         return self._checkpoints.coming
 
+    def complete_segments(self) -> int:
+        """Return how many leading segments have their sums, Y and dX here.
+
+        For a job that receives the sums of segments.
+        """
+        if self._segments is None or self.accepted is None:
+            return 0
+        self._receiver.flush()
+        rows, count = self._complete_row(), self._segments.count
+        return count if rows is None else min(count, rows // self._plan.segment_rows)
+
     @property
     def committed_rows(self) -> int:
         """Number of leading rows that are never needed again for dW."""

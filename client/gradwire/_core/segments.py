@@ -7,11 +7,13 @@ neither on the number of servers nor on the order in which they finish.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -23,12 +25,8 @@ from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.row_blocks import rows_of_a_block, segment_rows
 
 RUN_BYTES = 64 * MIB
-"""Bytes of operands that a job of several segments has at least, as far as the other
-limits allow: a job costs the same, however small it is."""
-
-RUNS_PER_JOB = 4
-"""Least runs for each job that is in progress at the same time, so that servers of
-different speed finish together."""
+"""Bytes of operands of a job of several segments: a job costs some 10 ms of processor
+time at both ends together, however small it is."""
 
 HELD_BYTES = 16 * MIB
 """Bytes of sums that may be held ahead in any case."""
@@ -77,7 +75,7 @@ class Run:
     """Number of rows. The last segment may be short, or empty."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Division:
     """The division of a job into segments, and of those into runs."""
 
@@ -87,8 +85,8 @@ class Division:
     segment_rows: int
     """Rows of a segment."""
 
-    run_segments: int = 1
-    """Segments of a run."""
+    lengths: tuple[int, ...] = ()
+    """Segments of each run; empty: one."""
 
     @property
     def segments(self) -> int:
@@ -98,19 +96,24 @@ class Division:
     @property
     def run_count(self) -> int:
         """Number of runs."""
-        return -(-self.segments // self.run_segments)
+        return len(self.lengths) or self.segments
 
     def run(self, number: int) -> Run:
         """Return a run."""
-        first = number * self.run_segments
+        first, segments = number, 1
+        if self.lengths:
+            first, segments = self._starts[number], self.lengths[number]
         first_row = first * self.segment_rows
-        segments = min(self.run_segments, self.segments - first)
         rows = min(segments * self.segment_rows, self.m - first_row)
         return Run(number, first, segments, first_row, rows)
 
     def runs(self) -> Iterator[Run]:
         """Yield the runs in order."""
         return map(self.run, range(self.run_count))
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(self.lengths)]
 
 
 def block_rows_of(plan: Plan, row_block_bytes: int) -> int:
@@ -148,12 +151,29 @@ def divide(
     if not runs or (plan.options.verify and plan.sums):
         return division
     sent = plan.upload_bytes(rows) - plan.upload_bytes(0)
-    segments = min(
-        RUN_BYTES // max(1, sent),
-        held_segments(plan) // jobs,
-        division.segments // (jobs * RUNS_PER_JOB),
-    )
-    return Division(division.m, rows, max(1, segments))
+    most = min(RUN_BYTES // max(1, sent), held_segments(plan) // jobs)
+    if most <= 1:
+        return division
+    return replace(division, lengths=run_lengths(division.segments, jobs, most))
+
+
+def run_lengths(segments: int, jobs: int, most: int) -> tuple[int, ...]:
+    """Return the number of segments of each run.
+
+    The first runs are long, and the last ones short, so that servers of any speed
+    finish at about the same time: C. D. Polychronopoulos and D. J. Kuck, Guided
+    Self-Scheduling, IEEE Transactions on Computers 36 (1987).
+
+    Args:
+        segments: The number of all segments.
+        jobs: Jobs at the same time.
+        most: Most segments of a run.
+    """
+    lengths = []
+    while segments > 0:
+        lengths.append(max(1, min(most, -(-segments // jobs))))
+        segments -= lengths[-1]
+    return tuple(lengths)
 
 
 def held_segments(plan: Plan) -> int:

@@ -15,7 +15,7 @@ from gradwire._api.options import parse_options
 from gradwire._arrays.operand import operand
 from gradwire._core.job_plan import Plan
 from gradwire._core.resume import SegmentSums
-from gradwire._core.segments import Division, OrderedSums, divide
+from gradwire._core.segments import Division, OrderedSums, divide, run_lengths
 from gradwire._core.sender import WAIT, Sender
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.framing import Chunk
@@ -56,20 +56,31 @@ def test_segments_depend_neither_on_m_nor_on_servers(
     )
 
 
+@given(st.integers(1, 5000), st.integers(1, 40), st.integers(1, 50))
+def test_runs_become_shorter(segments: int, jobs: int, most: int) -> None:
+    lengths = run_lengths(segments, jobs, most)
+    assert sum(lengths) == segments
+    assert list(lengths) == sorted(lengths, reverse=True)
+    assert lengths[0] <= most
+    assert lengths[-1] == 1 or jobs == 1
+    assert max(lengths[-jobs:]) <= 2 or jobs == 1
+
+
 @pytest.mark.parametrize(
     ("n", "k", "jobs"), [(64, 64, 6), (512, 512, 2), (2048, 64, 2)]
 )
-def test_runs_are_large_enough_and_many_enough(n: int, k: int, jobs: int) -> None:
+def test_runs_and_their_sums_are_small(n: int, k: int, jobs: int) -> None:
     division = divide(plan_of(10**7, n, k), 16 * MIB, jobs)
-    assert division.run_count >= 4 * jobs
-    sums = jobs * division.run_segments * n * k * 8
-    assert division.run_segments == 1 or sums <= 16 * MIB
+    for run in division.runs():
+        sums = jobs * run.segments * n * k * 8
+        rows = run.rows * (n + k) * 4
+        assert run.segments == 1 or (sums <= 16 * MIB and rows <= 64 * MIB)
 
 
 def test_verified_sums_are_checked_segment_by_segment() -> None:
-    assert divide(plan_of(10**7, 64, 64), 16 * MIB, 2).run_segments > 1
+    assert divide(plan_of(10**7, 64, 64), 16 * MIB, 2).lengths
     plan = plan_of(10**7, 64, 64, verify=True)
-    assert divide(plan, 16 * MIB, 2).run_segments == 1
+    assert not divide(plan, 16 * MIB, 2).lengths
 
 
 @given(st.permutations(range(6)))

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from grpc import StatusCode
+
 from gradwire._api.errors import ConnectionLostError, InputError
 from gradwire._api.types import ServerInfo
 from gradwire._core.job_plan import Plan
@@ -86,7 +88,7 @@ class DirectPolicy:
         self._pool = ConnectionPool()
         self._lock = threading.Lock()
         self._quiet_until = 0.0
-        self._logged = False
+        self._logged = self._opened = False
         self._breaks: list[float] = []
 
     def learn(self, info: ServerInfo) -> None:
@@ -157,7 +159,9 @@ class DirectPolicy:
                 raise NoDirectConnectionError(
                     f"the server at {self._endpoint} cannot be reached on direct"
                     f" connections: {error} (make the port of its data-listen"
-                    ' reachable, or use transport="auto")'
+                    ' reachable, or use transport="auto")',
+                    # Where they could be opened before, the server may have died.
+                    status=StatusCode.UNAVAILABLE if self._opened else None,
                 ) from error
             if has_time:
                 self._pause(f"cannot be opened: {error}")
@@ -166,7 +170,7 @@ class DirectPolicy:
             for each in opened:
                 each.close()
             return None
-        self._logged = False
+        self._logged, self._opened = False, True
         return opened
 
     def reuse(
