@@ -30,6 +30,10 @@ from gradwire._core.segments import (
 from gradwire._resilience.row_reader import RowReader
 from gradwire_protocol.matrices import ROW_OPERANDS, Matrix
 
+FIRST_S = 0.25
+"""Seconds for which the other segments let the first one go first, until its first row
+block is there: they would share the link, and the client's processors."""
+
 
 @dataclass(eq=False)
 class SegmentRows:
@@ -83,6 +87,9 @@ class SpreadRows:
         self._receipts: dict[int, Receipt] = {}
         self._rest: dict[Matrix, Operand] = {}
         self._reporter: SpreadReporter | None = None
+        self._came = not any(each.row_wise for each in reader.options.results)
+        """Whether any results are there, or none come before the sums."""
+        self._first_until = 0.0
         self._seconds: deque[float] = deque(maxlen=RECENT)
         """Of the last segments, from their last row to their last result."""
 
@@ -109,6 +116,7 @@ class SpreadRows:
         least = jobs // JOBS_PER_DEVICE + 1
         held = self._held_bytes // max(1, segment_bytes(spread.plan, rows))
         self._most = max(least, held)
+        self._first_until = time.monotonic() + FIRST_S
         if spread.plan.options.on_progress is not None:
             self._reporter = SpreadReporter(spread.plan, spread.division)
 
@@ -178,13 +186,17 @@ class SpreadRows:
         """
         with self._lock:
             running = sum(each.begun and not each.done for each in self._segments)
-            if running >= jobs:
+            if running >= (1 if self._waits_for_first() else jobs):
                 return None
             for segment in self._segments:
                 if not segment.begun and (segment.items or segment.complete):
                     segment.begun = True
                     return segment
             return None
+
+    def _waits_for_first(self) -> bool:
+        """Whether the first row block is still due, and may come soon."""
+        return not self._came and time.monotonic() < self._first_until
 
     def late(self) -> list[SegmentRows]:
         """Return the segments that another server should compute, each once.
@@ -233,6 +245,7 @@ class SpreadRows:
         with self._lock:
             segment.blocks.append(RowBlock(first_row, block.y, block.dx))
             segment.moved_at = time.monotonic()
+            self._came = True
 
     def finished(
         self, segment: SegmentRows, sums: Mapping[Matrix, Array], receipt: Receipt
@@ -242,7 +255,7 @@ class SpreadRows:
             self._sums.add(segment.number, [sums])
         with self._lock:
             self._receipts[segment.number] = receipt
-            segment.done = True
+            segment.done = self._came = True
             self._seconds.append(time.monotonic() - segment.complete_at)
             segment.items.clear()
             segment.buffers.clear()
