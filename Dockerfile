@@ -44,6 +44,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY cli cli
 COPY client client
+COPY cluster cluster
 COPY protos protos
 COPY server server
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheel .

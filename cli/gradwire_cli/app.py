@@ -17,6 +17,7 @@ from gradwire_cli.commands import (
     compute,
     health,
     info,
+    ray,
     serve,
     sessions,
     token,
@@ -39,7 +40,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 # The help lists the commands in this order.
-_COMMANDS = (serve, compute, check, info, top, health, sessions, token, certs)
+_COMMANDS = (serve, compute, check, info, top, health, sessions, token, certs, ray)
 for order, command in enumerate(_COMMANDS):
     command.app.sort_key = order
     app.command(command.app)

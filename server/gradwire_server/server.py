@@ -116,6 +116,21 @@ class Server:
         """Address for health probes alone, once the server has started, or None."""
         return self._beside.health_address
 
+    @property
+    def instance(self) -> str:
+        """The server process: a random name; empty before the server has started."""
+        return "" if self._service is None else self._service.instance
+
+    @property
+    def running_jobs(self) -> int:
+        """Jobs that run now, of all tenants."""
+        return 0 if self._service is None else self._service.admission.running
+
+    @property
+    def queued_jobs(self) -> int:
+        """Jobs that wait for their turn now, of all tenants."""
+        return 0 if self._service is None else self._service.admission.waiting
+
     async def start(self) -> None:
         """Listen on every address and serve.
 

@@ -19,7 +19,17 @@ from gradwire_cli.app import run
 from tests.cli.conftest import COMMAND, environment, gradwire, refusal_here, sentence
 from tests.support.serving import BACKEND, ServerProcess
 
-COMMANDS = ("serve", "compute", "check", "info", "top", "health", "sessions", "token")
+COMMANDS = (
+    "serve",
+    "compute",
+    "check",
+    "info",
+    "top",
+    "health",
+    "sessions",
+    "token",
+    "ray",
+)
 
 
 def test_version_is_the_distributions() -> None:

@@ -93,3 +93,14 @@ def test_images_are_labelled_with_the_version_of_the_project() -> None:
     )
     assert len(versions) == 2
     assert set(versions) == {PYPROJECT["project"]["version"]}
+
+
+def test_the_images_are_built_of_every_package_of_the_wheel() -> None:
+    packages = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    folders = {package.partition("/")[0] for package in packages}
+    copied = re.findall(
+        r"^COPY (\w+) \1$", (ROOT / "Dockerfile").read_text(), re.MULTILINE
+    )
+    assert set(copied) == folders
+    allowed = (ROOT / ".dockerignore").read_text().split()
+    assert {f"!{folder}" for folder in folders} <= set(allowed)

@@ -12,6 +12,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 PACKAGES = (
     ROOT / "protos" / "gradwire_protocol",
     ROOT / "client" / "gradwire",
+    ROOT / "cluster" / "gradwire_ray",
     ROOT / "server" / "gradwire_server",
     ROOT / "cli" / "gradwire_cli",
 )
