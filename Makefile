@@ -6,12 +6,14 @@ PYTHON ?= python3
 VENV ?= .venv
 # Its grpcio-tools needs an older protobuf than the one the tests run on.
 PROTOS_VENV ?= .venv-protos
+# Ray has an environment of its own: it is large, and only its tests need it.
+RAY_VENV ?= .venv-ray
 # How many processes run tests at once: one more than cores, as many wait.
 PYTEST_WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 # More arguments for pytest: make test PYTEST_ARGS="tests/protocol -k framing"
 PYTEST_ARGS ?=
 # Which tests `make test` runs, as pytest's marks.
-TIER ?= not big and not thorough and not proxies
+TIER ?= not big and not thorough and not proxies and not ray
 # Which CUDA a GPU host's driver is for: 13, or 12 where it is older than 580.
 CUDA ?= 13
 # How long `make fuzz` looks for inputs that go wrong.
@@ -99,6 +101,10 @@ test-faults: $(VENV)/.ready-dev ## every fault of docs/faults.md, in every way t
 test-proxies: $(VENV)/.ready-proxies ## jobs through Envoy, nginx and HAProxy, as deploy/proxies configures them: 10 minutes
 	$(PY) -m pytest tests/proxies -m proxies $(call each_within,300) $(PYTEST_ARGS)
 
+.PHONY: test-ray
+test-ray: $(RAY_VENV)/.ready ## pools of servers in Ray clusters, with nodes that join and die: 4 minutes
+	scripts/in-namespace $(RAY_VENV)/bin/python -m pytest tests/ray -m ray $(PYTEST_ARGS)
+
 .PHONY: fuzz
 fuzz: $(VENV)/.ready-fuzz ## look for inputs that parsers or a live server take badly: FUZZ_SECONDS
 	$(PY) -m tests.thorough.fuzz --seconds $(FUZZ_SECONDS)
@@ -117,7 +123,8 @@ lint: $(VENV)/.ready-dev check-protos ## style, types, contract, container file,
 	$(VENV)/bin/mypy
 	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/shellcheck .ci/run deploy/containers/install-gradwire scripts/check-clients \
-	  scripts/check-containers scripts/check-contract scripts/lock-containers scripts/within
+	  scripts/check-containers scripts/check-contract scripts/in-namespace \
+	  scripts/lock-containers scripts/within
 	$(PY) scripts/check-deploy --quick
 
 .PHONY: check-protos
@@ -163,7 +170,7 @@ format: $(VENV)/.ready-dev ## format the code and the contract
 
 .PHONY: clean
 clean: ## remove environments and everything that was built
-	rm -rf $(VENV) $(PROTOS_VENV) dist build site demo-output bench/out htmlcov .fuzz \
+	rm -rf $(VENV) $(PROTOS_VENV) $(RAY_VENV) dist build site demo-output bench/out htmlcov .fuzz \
 	  .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # Environments. A stamp is older than pyproject.toml, or than the interpreter
@@ -188,6 +195,9 @@ $(PY):
 	$(make-venv)
 
 $(PROTOS_VENV)/bin/python:
+	$(make-venv)
+
+$(RAY_VENV)/bin/python:
 	$(make-venv)
 
 # pip reads dependency groups from 25.1 on.
@@ -227,6 +237,12 @@ $(VENV)/.ready-gpu: pyproject.toml $(PY) | $(VENV)/.ready-pip
 $(VENV)/.ready-bench: pyproject.toml $(PY) | $(VENV)/.ready-pip
 	@echo "Installing what the bench needs into $(VENV) ..."
 	@$(PY) $(PIP_INSTALL) --editable '.[server]' --group bench
+	@touch $@
+
+$(RAY_VENV)/.ready: pyproject.toml $(RAY_VENV)/bin/python
+	@echo "Installing Ray and what its tests need into $(RAY_VENV) ..."
+	@$(RAY_VENV)/bin/python $(PIP_INSTALL) 'pip>=25.1'
+	@$(RAY_VENV)/bin/python $(PIP_INSTALL) --editable '.[server,ray]' --group ray
 	@touch $@
 
 $(PROTOS_VENV)/.ready: pyproject.toml $(PROTOS_VENV)/bin/python

@@ -20,7 +20,9 @@ CHECK = ROOT / "scripts" / "check-site"
 BUF = shutil.which("buf", path=str(Path(sys.executable).parent)) or shutil.which("buf")
 
 
-@pytest.mark.parametrize("module", ["gradwire", "gradwire.torch", "gradwire.jax"])
+@pytest.mark.parametrize(
+    "module", ["gradwire", "gradwire.torch", "gradwire.jax", "gradwire.ray"]
+)
 def test_every_public_name_of_the_sdk_is_in_the_reference_once(module: str) -> None:
     text = "".join(path.read_text() for path in REFERENCE.glob("*.md"))
     listed = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", text, re.MULTILINE)

@@ -57,6 +57,7 @@ def test_make_alone_lists_every_target_with_what_it_does() -> None:
         "test-big",
         "fuzz",
         "test-faults",
+        "test-ray",
     ):
         assert f"make {target} " in done.stdout
 
