@@ -8,7 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from gradwire_protocol.dtypes import Dtype, rounded
 from tests.scenarios.test_several_servers import (
     KINDS,
     SOON,
+    Async,
+    Sync,
     addresses,
     several,
     until,
@@ -311,31 +315,38 @@ def test_without_a_server_the_job_fails(joined: Any) -> None:
             gradients(client, *OPERANDS, on_progress=kill)
 
 
-def test_a_stopped_server_holds_up_nothing(joined: Any, alone: Any) -> None:
-    """Its segments are computed once more, and it writes nothing after the return."""
+def test_stopped_servers_hold_up_nothing(joined: Any, alone: Any) -> None:
+    """Their segments are computed once more, and they write nothing after the return.
+
+    With two of them, the second job of a run may be on a stopped server as well.
+    """
     with several(3, row_block_bytes=ROW_BLOCK_BYTES) as servers:
         client = joined(addresses(servers))
         gradients(client, *OPERANDS)
-        os.kill(servers[1].pid, signal.SIGSTOP)
-        try:
-            out = {
-                name: np.empty_like(getattr(alone, name)) for name in ("y", "dx", "dw")
-            }
-            begun = time.monotonic()
-            result = gradients(client, *OPERANDS, out=out)
-            seconds = time.monotonic() - begun
-            assert same(result, alone)
-            # It is asked whether it is there before its next job.
-            members = client.client._engine._servers.members
-            (stopped,) = [m for m in members if m.address == servers[1].address]
-            assert stopped.needs_probe
-            out["y"][:] = out["dx"][:] = out["dw"][:] = 0
-        finally:
-            os.kill(servers[1].pid, signal.SIGCONT)
-        assert seconds < 10
-        until(lambda: client.run(client.client.server_info()) is not None)
-        time.sleep(0.2)
-        assert not any(out[name].any() for name in out)
+        for stopped in (servers[1:2], servers[:2]):
+            for each in stopped:
+                os.kill(each.pid, signal.SIGSTOP)
+            try:
+                out = {
+                    name: np.empty_like(getattr(alone, name))
+                    for name in ("y", "dx", "dw")
+                }
+                begun = time.monotonic()
+                result = gradients(client, *OPERANDS, out=out)
+                seconds = time.monotonic() - begun
+                assert same(result, alone)
+                # They are asked whether they are there before their next jobs.
+                late = addresses(stopped)
+                members = client.client._engine._servers.members
+                assert all(m.needs_probe for m in members if m.address in late)
+                out["y"][:] = out["dx"][:] = out["dw"][:] = 0
+            finally:
+                for each in stopped:
+                    os.kill(each.pid, signal.SIGCONT)
+            assert seconds < 10
+            until(lambda: client.run(client.client.server_info()) is not None)
+            time.sleep(0.2)
+            assert not any(out[name].any() for name in out)
 
 
 def test_servers_join_and_leave(
@@ -417,6 +428,97 @@ def test_a_server_that_comes_back_with_other_numerics_gets_no_segment(
     assert same(result, alone)
     used = {each.server_address for each in result.receipt.segments}
     assert address not in used
+
+
+def test_all_servers_come_back_with_other_numerics() -> None:
+    """As after an update: the client has the answers of servers that are gone."""
+    with ExitStack() as stack:
+        with several(2, row_block_bytes=ROW_BLOCK_BYTES) as before:
+            clients = [
+                Sync(before[0].address),
+                Async(addresses(before)),
+            ]
+            for client in clients:
+                stack.callback(client.close)
+                gradients(client, *OPERANDS)
+        for address in addresses(before):
+            smaller = running_server(
+                row_block_bytes=ROW_BLOCK_BYTES // 2, listen=[address]
+            )
+            stack.enter_context(smaller)
+        for client in clients:
+            result = gradients(client, *OPERANDS)
+            oracle.assert_right(result, *OPERANDS, "float32")
+            assert result.receipt.block_rows == 128
+
+
+def test_servers_that_stop_delay_a_job_by_its_timeout_at_most(alone: Any) -> None:
+    with several(2, row_block_bytes=ROW_BLOCK_BYTES) as servers, ExitStack() as stack:
+        stack.callback(lambda: [os.kill(each.pid, signal.SIGCONT) for each in servers])
+        os.kill(servers[0].pid, signal.SIGSTOP)
+        clients: list[Any] = []
+        for kind in (Sync, Async):
+            client = kind(addresses(servers))
+            stack.callback(client.close)
+            clients.append(client)
+            begun = time.monotonic()
+            for _ in range(3):  # the first server has never answered
+                assert same(gradients(client, *OPERANDS), alone)
+            assert time.monotonic() < begun + 5, "each waits for that server"
+        os.kill(servers[1].pid, signal.SIGSTOP)
+        for client in clients:
+            begun = time.monotonic()
+            with pytest.raises((gradwire.DeadlineError, gradwire.ConnectError)):
+                gradients(client, *OPERANDS, timeout_s=0.3)
+            assert time.monotonic() < begun + 3
+        for each in servers:
+            os.kill(each.pid, signal.SIGCONT)
+        for client in clients:
+            assert same(gradients(client, *OPERANDS), alone)
+
+
+def test_threads_may_change_the_servers_of_jobs_that_run(
+    three: list[ServerProcess], alone: Any
+) -> None:
+    everywhere = addresses(three)
+    done = threading.Event()
+    with gradwire.connect(everywhere, timeout_s=60) as client:
+
+        def change(first: int) -> None:
+            number = first
+            while not done.is_set():
+                number += 1
+                some = everywhere[number % 3 :][: 1 + number % 2]
+                client.set_servers(some)
+                done.wait(0.003)
+
+        def compute() -> bool:
+            x, w, dy = OPERANDS
+            right = True
+            for _ in range(4):
+                arrays = client.gradients(*OPERANDS, spread=True, results=RESULTS)
+                stream = client.stream([(x, dy)], w, spread=True)
+                right &= len(list(stream)) == 20 and same(arrays, alone)
+                right &= oracle.same_bits(stream.dw, alone.dw)
+            return right
+
+        with ThreadPoolExecutor(4) as pool:
+            changing = [pool.submit(change, first) for first in range(2)]
+            computing = [pool.submit(compute) for _ in range(2)]
+            try:
+                assert all(each.result() for each in computing)
+            finally:
+                done.set()
+            for each in changing:
+                each.result()
+        open_files = len(list(Path("/proc/self/fd").iterdir()))
+        for number in range(100):
+            client.set_servers(everywhere[: 1 + number % 3])
+        client.set_servers(everywhere)
+        assert same(gradients_of(client, OPERANDS, {}), alone)
+        assert len(list(Path("/proc/self/fd").iterdir())) < open_files + 50
+    with pytest.raises(gradwire.ClientStateError, match="is closed"):
+        gradients_of(client, OPERANDS, {})
 
 
 def test_all_devices_of_a_server_compute() -> None:

@@ -279,6 +279,67 @@ def test_a_stopped_server_holds_up_nothing(joined: Any, whole: Any) -> None:
         assert time.monotonic() - begun < 15
 
 
+def test_stopped_servers_hold_up_nothing(joined: Any, whole: Any) -> None:
+    with several(3, row_block_bytes=ROW_BLOCK_BYTES) as servers:
+        stopped: list[ServerProcess] = []
+
+        def rows() -> Iterator[Any]:
+            for number, item in enumerate(items(250)):
+                if number == 8:
+                    for each in servers[1:]:
+                        os.kill(each.pid, signal.SIGSTOP)
+                        stopped.append(each)
+                yield item
+
+        client = joined(addresses(servers), timeout_s=30)
+        try:
+            begun = time.monotonic()
+            assert_whole(*collected(client, rows(), W), whole)
+            assert stopped
+            assert time.monotonic() < begun + 10
+        finally:
+            for each in stopped:
+                os.kill(each.pid, signal.SIGCONT)
+
+
+def test_an_error_names_the_row_of_the_stream(
+    three: list[ServerProcess], joined: Any
+) -> None:
+    x = X.copy()
+    x[4321, 7] = 1e30
+    rows = [(x[:3000], DY[:3000]), (x[3000:], DY[3000:])]
+    with pytest.raises(gradwire.InputError, match="in row 4321, column 7"):
+        collected(joined(addresses(three)), rows, W, wire_dtype="float16")
+
+
+def test_an_iterable_that_blocks_holds_up_neither_leaving_nor_errors() -> None:
+    few = gradwire.RetryPolicy(attempts=1)
+    goes_on = threading.Event()
+
+    def blocking() -> Iterator[Any]:
+        yield X[:300], DY[:300]
+        goes_on.wait(20)
+
+    try:
+        with (
+            several(1, row_block_bytes=ROW_BLOCK_BYTES) as servers,
+            gradwire.connect(addresses(servers), retries=few) as client,
+        ):
+            begun = time.monotonic()
+            stream = client.stream(blocking(), W, spread=True)
+            next(stream)
+            stream.close()
+            stream = client.stream(blocking(), W, spread=True)
+            next(stream)
+            servers[0].kill()
+            with pytest.raises((gradwire.UnavailableError, gradwire.ConnectError)):
+                next(stream)
+            assert time.monotonic() < begun + 10
+    finally:
+        goes_on.set()
+    until(lambda: not any("spread" in t.name for t in threading.enumerate()))
+
+
 def test_progress_of_a_stream(three: list[ServerProcess], joined: Any) -> None:
     seen: list[gradwire.Progress] = []
     client = joined(addresses(three))

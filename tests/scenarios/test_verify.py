@@ -245,6 +245,20 @@ def test_of_several_servers_another_is_asked(
     assert result.receipt.retried == ("VerificationError",)
 
 
+@pytest.mark.parametrize("call", [arrays, stream])
+def test_of_a_spread_job_the_row_is_that_of_the_whole_job(
+    server: WrongServer, call: Any
+) -> None:
+    block, segment = 64, 1024
+    x, w, dy = oracle.operands(2 * segment, N, K)
+    x[block + 3] = np.nan  # a wrong element of NaN is none: the first segment is right
+    server.does(Fault("element", "y", row=3, column=4, by=1000.0))
+    with pytest.raises(gradwire.VerificationError) as raised:
+        call(server.address, x, w, dy, spread=True, verify=True)
+    assert raised.value.row == segment + block + 3
+    assert f"in row {raised.value.row}," in str(raised.value)
+
+
 def test_compute_leaves_nothing_behind_of_a_wrong_result(
     server: WrongServer, tmp_path: Path
 ) -> None:

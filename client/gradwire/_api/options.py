@@ -292,6 +292,11 @@ def at_most(seconds: float, left_s: float | None) -> float:
     return seconds if left_s is None else max(_LEAST_TIMEOUT_S, min(seconds, left_s))
 
 
+def within(seconds: float | None, left_s: float | None) -> float | None:
+    """Return the smaller of two numbers of seconds; None: no limit."""
+    return left_s if seconds is None else at_most(seconds, left_s)
+
+
 def parse_metadata(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
     """Return metadata as pairs for gRPC, from ``{"traceparent": "00-..."}`` or pairs.
 

@@ -51,8 +51,8 @@ class _State:
     parts: list[Part] = field(default_factory=list)
     """Its jobs in progress."""
 
-    duplicated: bool = False
-    """Whether it has, or had, two."""
+    begun: int = 0
+    """Number of all its jobs so far."""
 
     decided: bool = False
     """Whether one of them has succeeded."""
@@ -67,7 +67,7 @@ class SpreadJob:
         job.spread.choose_numerics(those of all servers)
         job.spread.divide(jobs)
         job.begin_reports()
-        while (part := job.begin(jobs, several=...)) is not None:
+        while (part := job.begin(jobs, servers)) is not None:
             if it is a number: wait, and ask again
             ... run part.job ...
             job.end(part, its receipt), or job.fail(part, its error)
@@ -95,14 +95,19 @@ class SpreadJob:
         copies: HostCopies,
     ) -> None:
         self.outputs = outputs
-        self.spread = SpreadPlan(plan)
+        self._plan = plan
         self._operands = operands
         self._make = make
         self._copies = copies
         self._lock = threading.Lock()
         self._begun_at = time.monotonic()
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Forget what was computed, with other servers. No job may be in progress."""
+        self.spread = SpreadPlan(self._plan)
         self._stopped = False
-        self._sums = OrderedSums(plan)
+        self._sums = OrderedSums(self._plan)
         self._states: dict[int, _State] = {}
         self._receipts: dict[int, Receipt] = {}
         self._seconds: deque[float] = deque(maxlen=RECENT)
@@ -117,16 +122,21 @@ class SpreadJob:
             self._reporter = SpreadReporter(self.spread.plan, self.spread.division)
 
     @property
+    def left_s(self) -> float | None:
+        """Seconds that the product has left; None: no limit."""
+        return left_of(self._plan.options, self._begun_at).timeout_s
+
+    @property
     def run_count(self) -> int:
         """Number of runs."""
         return self.spread.division.run_count
 
-    def begin(self, jobs: int, *, several: bool) -> Part | float | None:
+    def begin(self, jobs: int, servers: int) -> Part | float | None:
         """Create the next job.
 
         Args:
-            jobs: Most jobs at the same time.
-            several: Whether there are servers beside the slowest one.
+            jobs: Most runs at the same time.
+            servers: Number of servers. A run has a job on each at most.
 
         Returns:
             The job; or seconds after which to ask again, unless a job ends before; or
@@ -137,15 +147,14 @@ class SpreadJob:
                 return None
             if not self._whole:
                 self._whole = self.outputs.all()
-            in_progress = sum(len(state.parts) for state in self._states.values())
-            if in_progress >= jobs:
-                return ASK_AGAIN_S
             self._window = max(self._window, jobs)
-            if self._next < self.run_count and self._may_begin():
+            in_progress = sum(bool(state.parts) for state in self._states.values())
+            room = in_progress < jobs and self._next < self.run_count
+            if room and self._may_begin():
                 run, self._next = self.spread.division.run(self._next), self._next + 1
                 state = self._states[run.number] = _State()
                 return self._part(state, run)
-            return self._duplicate() if several else ASK_AGAIN_S
+            return self._duplicate(servers)
 
     def end(self, part: Part, receipt: Receipt) -> None:
         """Use the results of a job that has succeeded, unless another one was first."""
@@ -156,9 +165,9 @@ class SpreadJob:
                 state.decided, state.winner = True, (part, receipt)
                 self._seconds.append(time.monotonic() - part.begun_at)
                 for each in state.parts:
-                    each.job.late = not each.duplicate
+                    each.job.late = each.begun_at < part.begun_at
                 cancels = self._cancels(state.parts)
-            winner = self._settled(state)
+            winner = self._settled(part.run)
         for cancel in cancels:
             cancel()
         if winner is not None:
@@ -177,7 +186,7 @@ class SpreadJob:
                 matters and not state.parts and not state.decided
             ):
                 return True
-            winner = self._settled(state)
+            winner = self._settled(part.run)
         if winner is not None:
             self._take(*winner)
         return False
@@ -211,15 +220,19 @@ class SpreadJob:
         ahead = run.first_segment + run.segments - self._sums.added
         return ahead <= max(self._window, held_segments(self.spread.plan))
 
-    def _duplicate(self) -> Part | float:
-        """Create a second job for the run that takes longest, if that is too long."""
+    def _duplicate(self, servers: int) -> Part | float:
+        """Create another job for the run that takes longest, if that is too long.
+
+        If that job takes too long as well, its server may have stopped, too, and there
+        is a third one.
+        """
         limit = late_after_s(self._seconds)
         if limit is None:
             return ASK_AGAIN_S
         candidates = [
-            (state.parts[0].begun_at, state)
+            (state.parts[-1].begun_at, state)
             for state in self._states.values()
-            if not state.decided and state.parts and not state.duplicated
+            if not state.decided and state.parts and state.begun < servers
         ]
         if not candidates:
             return ASK_AGAIN_S
@@ -227,25 +240,22 @@ class SpreadJob:
         left = begun_at + limit - time.monotonic()
         if left > 0:
             return left
-        state.duplicated = True
-        return self._part(state, state.parts[0].run, state.parts[0])
+        return self._part(state, state.parts[0].run)
 
-    def _part(self, state: _State, run: Run, slow: Part | None = None) -> Part:
+    def _part(self, state: _State, run: Run) -> Part:
         """Create the job of a run.
 
-        Args:
-            state: The run's state.
-            run: The run.
-            slow: The run's first job, if this is a second one. Another server gets
-                this one, and its results have places of their own.
+        If the run has jobs already, another server gets this one, and its results have
+        places of their own.
         """
+        first = not state.begun
         rows = (run.first_row, run.first_row + run.rows)
         operands = {
             matrix: operand if matrix is Matrix.W else operand.part(*rows)
             for matrix, operand in self._operands.items()
         }
         places: dict[Matrix, Output] = {}
-        if slow is None:
+        if first:
             for matrix, array in self._whole.items():
                 place = _rows_of(array, *rows) if matrix.row_wise else None
                 if place is not None:
@@ -253,23 +263,25 @@ class SpreadJob:
         whole, shared = self.spread.plan, self.spread
         options = left_of(whole.options, self._begun_at)
         report = None
-        if self._reporter is not None and slow is None:
+        if self._reporter is not None and first:
             report = self._reporter.of_run(run.number)
         options = replace(
             options,
             result_dtypes={**options.result_dtypes, **shared.sum_dtypes()},
             on_progress=report,
-            job_id=shared.job_id(run.number, "" if slow is None else "+"),
+            job_id=shared.job_id(run.number, "+" * state.begun),
         )
-        plan = replace(with_rows(whole, run.rows), options=options)
+        plan = replace(
+            with_rows(whole, run.rows), options=options, first_row=run.first_row
+        )
         if run.segments > 1 and whole.sums:
             plan = replace(plan, segment_rows=shared.division.segment_rows)
         job = self._make(plan, operands, places)
         job.unusable = shared.unusable
-        if slow is not None:
-            job.avoid = {slow.job.address}
-            job.unusable = shared.unusable | job.avoid
-        part = Part(run, job, slow is not None, time.monotonic())
+        if not first:
+            job.unusable = shared.unusable | {each.job.address for each in state.parts}
+        part = Part(run, job, not first, time.monotonic())
+        state.begun += 1
         job.on_call = lambda cancel: self._called(part, cancel)
         state.parts.append(part)
         return part
@@ -299,9 +311,11 @@ class SpreadJob:
             part.cancelled = True
         return [part.cancel for part in parts if part.cancel is not None]
 
-    @staticmethod
-    def _settled(state: _State) -> tuple[Part, Receipt] | None:
+    def _settled(self, run: Run) -> tuple[Part, Receipt] | None:
         """Return the job whose results a run has, once, when no other writes there."""
+        state = self._states[run.number]
+        if state.decided and not state.parts:
+            del self._states[run.number]
         if any(not part.duplicate for part in state.parts):
             return None
         winner, state.winner = state.winner, None

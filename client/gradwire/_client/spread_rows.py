@@ -55,8 +55,8 @@ class SegmentRows:
     complete_at: float = 0.0
     moved_at: float = 0.0
     """When the last results came; 0: none since all rows are there."""
-    moved_elsewhere: bool = False
-    """Whether the segment was once taken from a server that was late."""
+    moves: int = 0
+    """How often the segment was taken from a server that was late."""
 
 
 class SpreadRows:
@@ -92,6 +92,10 @@ class SpreadRows:
         self._first_until = 0.0
         self._seconds: deque[float] = deque(maxlen=RECENT)
         """Of the last segments, from their last row to their last result."""
+        self.opened = 0
+        """Number of segments that have rows."""
+        self.closed = 0
+        """Number of segments whose results were handed out."""
 
     def plan(self, first: Mapping[Matrix, Operand] | None) -> SpreadPlan:
         """Plan the job, whose first item, if any, has these operands.
@@ -101,6 +105,11 @@ class SpreadRows:
         """
         self.spread = SpreadPlan(self._reader.plan(first))
         return self.spread
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that the job has left; None: no limit."""
+        return left_of(self.spread.plan.options, self._begun_at).timeout_s
 
     def divided(self, jobs: int) -> None:
         """Begin, once the job is divided.
@@ -130,6 +139,11 @@ class SpreadRows:
         if m is not None and rows > m:
             raise InputError(f"rows has at least {rows} rows: expected m = {m}")
         self._rest = dict(operands)
+
+    @property
+    def bytes_to_store(self) -> int:
+        """Bytes of the last item that `store` will copy."""
+        return sum(each.array.nbytes for each in self._rest.values())
 
     def store(self) -> bool:
         """Copy rows of the last item to segments.
@@ -198,10 +212,13 @@ class SpreadRows:
         """Whether the first row block is still due, and may come soon."""
         return not self._came and time.monotonic() < self._first_until
 
-    def late(self) -> list[SegmentRows]:
-        """Return the segments that another server should compute, each once.
+    def late(self, servers: int) -> list[SegmentRows]:
+        """Return the segments that another server should compute.
 
         They have had no results for longer than others take for all of theirs.
+
+        Args:
+            servers: Number of servers. A segment is not moved as often.
         """
         with self._lock:
             limit = late_after_s(self._seconds)
@@ -212,11 +229,12 @@ class SpreadRows:
                 each
                 for each in self._segments
                 if each.begun and each.complete and not each.done
-                if not each.moved_elsewhere
+                if each.moves + 1 < servers
                 if max(each.complete_at, each.moved_at) < since
             ]
             for each in late:
-                each.moved_elsewhere = True
+                each.moves += 1
+                each.moved_at = time.monotonic()
             return late
 
     def reader_of(self, segment: SegmentRows) -> RowReader:
@@ -237,7 +255,8 @@ class SpreadRows:
             rows = segment.rows if segment.complete else None
         if rows is None and m is not None:
             rows = min(size, m - segment.first_row)
-        return RowReader(None if w is None else w.array, rows, options)
+        w_array = None if w is None else w.array
+        return RowReader(w_array, rows, options, first_row=segment.first_row)
 
     def took(self, segment: SegmentRows, block: RowBlock) -> None:
         """Store a row block of a segment's results."""
@@ -277,6 +296,7 @@ class SpreadRows:
                 if not first.done:
                     return None
                 self._segments.popleft()
+                self.closed += 1
             return None
 
     @property
@@ -314,6 +334,7 @@ class SpreadRows:
         first_row = self._next_number * self.spread.division.segment_rows
         segment = SegmentRows(self._next_number, first_row)
         self._next_number += 1
+        self.opened += 1
         self._segments.append(segment)
         return segment
 

@@ -50,6 +50,9 @@ class Plan:
     """Rows of a segment, if the sums of each segment are received instead of dW and dB;
     else 0."""
 
+    first_row: int = 0
+    """The job's first row within a larger job, for errors."""
+
     @property
     def results(self) -> tuple[Matrix, ...]:
         """The results to receive."""

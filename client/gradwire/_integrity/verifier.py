@@ -281,7 +281,7 @@ class Verifier:
 def _wrong_element(
     matrix: Matrix, wrong: Wrong, first_row: int, by: Computed, plan: Plan
 ) -> VerificationError:
-    row = first_row + wrong.row
+    row = first_row + wrong.row + (plan.first_row if matrix.row_wise else 0)
     off = abs(wrong.value - wrong.exact)
     if np.isnan(wrong.exact):
         must = "but must be NaN or Inf, as its operands are"
@@ -304,7 +304,8 @@ def _wrong_sum(
     matrix: Matrix, suspects: SuspectRows, by: Computed, plan: Plan
 ) -> VerificationError:
     certain = suspects.rows[suspects.certain]
-    row, excess = int(certain[0]), float(suspects.excess[suspects.certain].max())
+    row = int(certain[0]) + (plan.first_row if matrix.row_wise else 0)
+    excess = float(suspects.excess[suspects.certain].max())
     others = f" and in {len(certain) - 1} more" if len(certain) > 1 else ""
     how_far = f"off by {excess:.3g} times what rounding explains"
     error = _error(

@@ -8,10 +8,11 @@ doubles with each failure. It is probed before its next job.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -121,6 +122,42 @@ class LoadBalancer(Generic[EngineT]):
         with self._lock:
             return [member for member in self._members if not member.gone]
 
+    @contextlib.contextmanager
+    def held(
+        self, wanted: Callable[[ServerState[EngineT]], bool] | None = None
+    ) -> Iterator[list[ServerState[EngineT]]]:
+        """Keep the engines of some of the current servers open meanwhile.
+
+        Args:
+            wanted: Whether to include a server; None: all.
+        """
+        with self._lock:
+            held = [
+                each
+                for each in self._members
+                if not each.gone and (wanted is None or wanted(each))
+            ]
+            for member in held:
+                member.running += 1
+        try:
+            yield held
+        finally:
+            with self._lock:
+                for member in held:
+                    member.running = max(0, member.running - 1)
+
+    def idle_gone(self) -> list[EngineT]:
+        """Remove idle servers that are gone.
+
+        Returns:
+            Their engines, which the caller must close.
+        """
+        with self._lock:
+            idle = [each for each in self._members if each.gone and not each.running]
+            for member in idle:
+                self._members.remove(member)
+            return [member.engine for member in idle]
+
     def engines(self) -> list[EngineT]:
         """Return the engines of all servers, including servers that are gone."""
         with self._lock:
@@ -134,12 +171,8 @@ class LoadBalancer(Generic[EngineT]):
             self._resolve_at = self._clock() + RESOLVED_S
             return self._names
 
-    def resolved(self, name: str, addresses: Sequence[str]) -> list[EngineT]:
-        """Set the current addresses of a name.
-
-        Returns:
-            The engines of idle servers that are gone. The caller must close them.
-        """
+    def resolved(self, name: str, addresses: Sequence[str]) -> None:
+        """Set the current addresses of a name."""
         with self._lock:
             self._unresolved.pop(name, None)
             there = {member.address for member in self._members}
@@ -150,13 +183,6 @@ class LoadBalancer(Generic[EngineT]):
             for member in self._members:
                 if member.name == name:
                     member.gone = member.address not in addresses
-            return self._idle_gone()
-
-    def _idle_gone(self) -> list[EngineT]:
-        idle = [each for each in self._members if each.gone and not each.running]
-        for member in idle:
-            self._members.remove(member)
-        return [member.engine for member in idle]
 
     def not_resolved(self, name: str, error: OSError) -> None:
         """Record a failed lookup. The name keeps its earlier addresses."""
@@ -235,6 +261,10 @@ class LoadBalancer(Generic[EngineT]):
                 member.needs_probe = True
                 self._resolve_at = min(self._resolve_at, now + SOON_S)
 
+    def is_ejected(self, member: ServerState[EngineT]) -> bool:
+        """Return whether a server is ejected now."""
+        return member.ejected_until > self._clock()
+
     def has_healthy_other(self, member: ServerState[EngineT]) -> bool:
         """Return whether another server is not ejected."""
         with self._lock:
@@ -261,12 +291,8 @@ class LoadBalancer(Generic[EngineT]):
                 and member.address not in unusable
             ]
 
-    def replace(self, addresses: Sequence[str]) -> list[EngineT]:
-        """Use other servers from now on. Those that are gone finish their jobs.
-
-        Returns:
-            The engines of idle servers that are gone. The caller must close them.
-        """
+    def replace(self, addresses: Sequence[str]) -> None:
+        """Use other servers from now on. Those that are gone finish their jobs."""
         with self._lock:
             self._names = ()
             self._unresolved.clear()
@@ -280,7 +306,6 @@ class LoadBalancer(Generic[EngineT]):
                     self._members.append(new)
             for member in self._members:
                 member.gone = member.address not in addresses
-            return self._idle_gone()
 
     def renew(self) -> None:
         """Reset the lock and the jobs in the child of a fork."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ class RowReader:
     of a pair have the same number of rows, which may be any number.
     """
 
-    def __init__(self, w: object, m: int | None, options: Options) -> None:
+    def __init__(
+        self, w: object, m: int | None, options: Options, *, first_row: int = 0
+    ) -> None:
         if m is not None and (not isinstance(m, int | np.integer) or m < 0):
             raise InputError(f"m is {m!r}: expected an integer of at least 0, or None")
         if m is not None and m > limits.MAX_INT64:
@@ -53,6 +56,7 @@ class RowReader:
         self._plan: Plan | None = None
         self._count = 0
         self._rows = 0
+        self._first_row = first_row
 
     def plan(self, first: Mapping[Matrix, Operand] | None) -> Plan:
         """Return the plan of a job whose first item, if any, has these operands.
@@ -111,7 +115,8 @@ class RowReader:
         verify = self.options.verify
         if verify and self.check is None:
             w = self.w if Matrix.W in plan.operands else None
-            self.check = RowCheck(with_rows(plan, self._m), w, verify)
+            plan = replace(with_rows(plan, self._m), first_row=self._first_row)
+            self.check = RowCheck(plan, w, verify)
         return self.check
 
     def _is_pair(self, item: Any) -> bool:
@@ -148,7 +153,7 @@ class RowReader:
                 values[matrix],
                 matrix.label,
                 self.options.wire_dtype,
-                self._rows,
+                self._first_row + self._rows,
                 self.copies,
             )
             if operands[matrix].array.ndim != 2:

@@ -326,6 +326,10 @@ class AsyncItems:
         self._answer = None
         return item
 
+    def stop(self) -> bool:
+        """Return whether a thread is in the iterable: never, `aclose` cancels that."""
+        return False
+
     async def aclose(self) -> None:
         """Request no more items, and cancel the current request."""
         if self._asking is not None:

@@ -254,6 +254,9 @@ class SyncItems:
     def __init__(self, rows: Iterable[object]) -> None:
         self._items = iterate_rows(rows)
         self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._requesting = False
 
     def next(self) -> object:
         """Return the next item, or `END_OF_ROWS` after the last.
@@ -263,11 +266,27 @@ class SyncItems:
         """
         if self._error is not None:
             raise self._error
+        with self._lock:
+            if self._stopped:
+                return END_OF_ROWS
+            self._requesting = True
         try:
             return next(self._items, END_OF_ROWS)
         except BaseException as error:
             self._error = error
             raise
+        finally:
+            self._requesting = False
+
+    def stop(self) -> bool:
+        """Request no more items.
+
+        Returns:
+            Whether a thread is in the iterable, and may stay there for long.
+        """
+        with self._lock:
+            self._stopped = True
+            return self._requesting
 
     def close(self) -> None:
         """Request no more items."""

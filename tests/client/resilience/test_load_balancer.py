@@ -159,15 +159,18 @@ def test_a_name_is_looked_up_now_and_then_and_soon_after_a_failure(
     some = servers(clock, "a", names=("host:1",))
     assert some.names_due() == ("host:1",)
     assert some.names_due() == ()
-    assert some.resolved("host:1", ["b", "c"]) == []
+    some.resolved("host:1", ["b", "c"])
+    assert some.idle_gone() == []
     assert [member.address for member in some.members] == ["a", "b", "c"]
     running = some.choose(unusable={"a", "b"})
     assert running is not None
     # One that is gone is given no jobs, and closed when it has none.
-    assert some.resolved("host:1", ["b", "d"]) == []
+    some.resolved("host:1", ["b", "d"])
+    assert some.idle_gone() == []
     assert [member.address for member in some.members] == ["a", "b", "d"]
     some.release(running)
-    assert some.resolved("host:1", ["d"]) == ["client of b", "client of c"]
+    some.resolved("host:1", ["d"])
+    assert some.idle_gone() == ["client of b", "client of c"]
     clock.now += RESOLVED_S - 5
     assert some.names_due() == ()
     some.record_failure(some.members[0], LOST)

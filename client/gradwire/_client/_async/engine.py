@@ -16,12 +16,19 @@ from typing import Any, TypeVar
 
 from gradwire._api.errors import (
     ClientIdleError,
+    ConnectError,
     GradwireError,
     InputError,
     JobCancelledError,
     NumericsError,
 )
-from gradwire._api.options import CallOptions, MetadataPairs, Options, at_most
+from gradwire._api.options import (
+    CallOptions,
+    MetadataPairs,
+    Options,
+    at_most,
+    within,
+)
 from gradwire._api.types import Array, Receipt, ServerInfo, server_info_of
 from gradwire._arrays.operand import Operand
 from gradwire._client.engine_base import EngineBase, look_up_address, member_options
@@ -41,6 +48,7 @@ from gradwire._resilience.load_balancer import (
     ASK_S,
     Lease,
     LoadBalancer,
+    ServerState,
     none_left,
     overtaken_error,
     require_jobs,
@@ -135,14 +143,40 @@ class AsyncEngine(EngineBase):
                 await self.allocate([1])
             return info
         await self._resolve(servers)
-        members, causes = servers.members, servers.unresolved()
+        causes = servers.unresolved()
+        with servers.held() as members:
+            first = await self._ask_all(servers, members, timeout_s, causes)
+        if first is None:
+            raise none_left(causes)
+        return first
+
+    async def _ask_all(
+        self,
+        servers: LoadBalancer[AsyncEngine],
+        members: Sequence[ServerState[AsyncEngine]],
+        timeout_s: float | None,
+        causes: dict[str, GradwireError],
+    ) -> ServerInfo | None:
+        """Ask servers about themselves.
+
+        Args:
+            servers: All servers.
+            members: Those to ask.
+            timeout_s: Seconds that they have to answer; None: no limit.
+            causes: Receives the errors of those that do not answer, by address.
+
+        Returns:
+            The first answer, if there is one.
+        """
         for member in members:
             member.needs_probe = True
+        silent = {member.address: member for member in members}
         first: ServerInfo | None = None
         answers = AsyncAnswers({m: partial(m.engine._ask, timeout_s) for m in members})
         try:
             while answered := await answers.next(None if first is None else ASK_S):
                 member, answer = answered
+                del silent[member.address]
                 if isinstance(answer, ServerInfo):
                     member.devices = max(1, len(answer.devices))
                     servers.mark_healthy(member)
@@ -154,9 +188,10 @@ class AsyncEngine(EngineBase):
                     raise answer
         finally:
             await answers.aclose()
-        if first is None:
-            raise none_left(causes)
-        self._learn_features(servers.engines())
+        for member in silent.values():
+            servers.record_failure(member, ConnectError("it does not answer"))
+        if first is not None:
+            self._learn_features(servers.engines())
         return first
 
     async def server_info(
@@ -204,6 +239,7 @@ class AsyncEngine(EngineBase):
                     return await engine._execute_checked(job, attempts)
                 except NumericsError as error:
                     job.exclude(engine.address, error)
+                    engine.info = None  # it was another server that has answered
                     raise
                 except JobCancelledError:
                     if job.late:
@@ -264,11 +300,15 @@ class AsyncEngine(EngineBase):
                 self._learn_features(servers.engines())
                 return lease
 
-    async def spread(self, spread: SpreadPlan) -> int:
+    async def spread(self, spread: SpreadPlan, left_s: float | None) -> int:
         """Plan a product for all servers that compute alike.
 
-        Servers that were never asked about themselves are asked now. Those that have
-        other numerics than most get no segments.
+        Servers that have not answered yet are asked about themselves now, unless they
+        are ejected. Those that have other numerics than most get no segments.
+
+        Args:
+            spread: The plan.
+            left_s: Seconds that the product has left; None: no limit.
 
         Returns:
             Jobs at the same time.
@@ -277,13 +317,12 @@ class AsyncEngine(EngineBase):
             NumericsError: No server computes segments.
             ConnectError: No server answered.
         """
+        self.require_open()
         engines = {self.address: self}
         if self._servers is not None:
-            await self._resolve(self._servers)
-            members = self._servers.members
-            engines = {member.address: member.engine for member in members}
-        if any(each.info is None for each in engines.values()):
-            await self._handshake()
+            engines = await self._asked(self._servers, left_s)
+        elif self.info is None:
+            await self._probe(within(self.connect_timeout_s, left_s))
         spread.choose_numerics(
             {
                 address: numerics_of(each.info)
@@ -296,6 +335,52 @@ class AsyncEngine(EngineBase):
         spread.divide(jobs, runs=SEGMENTS in self.jobs.features and not self.shm.on)
         return jobs
 
+    async def _asked(
+        self, servers: LoadBalancer[AsyncEngine], left_s: float | None
+    ) -> dict[str, AsyncEngine]:
+        """Ask the servers that have not answered yet about themselves.
+
+        Returns:
+            The engines of all servers, by address; without those that are ejected, if
+            there are others.
+
+        Raises:
+            ConnectError: No server has ever answered.
+        """
+        await self._resolve(servers)
+        causes = servers.unresolved()
+        asked = servers.members  # other threads may replace them
+        known = any(each.engine.info is not None for each in asked)
+        timeout_s = within(ASK_S if known else self.connect_timeout_s, left_s)
+
+        def wanted(member: ServerState[AsyncEngine]) -> bool:
+            unknown = member.engine.info is None
+            return unknown and not (known and servers.is_ejected(member))
+
+        with servers.held(wanted) as members:
+            first = await self._ask_all(servers, members, timeout_s, causes)
+        if first is None and not known:
+            raise none_left(causes)
+        asked = [*asked, *members, *servers.members]
+        there = [
+            each
+            for each in asked
+            if each.engine.info is not None and not servers.is_ejected(each)
+        ]
+        asked = there or asked
+        return {member.address: member.engine for member in asked}
+
+    def has_changed(self, unusable: set[str]) -> bool:
+        """Return whether only those servers are left, as if others had replaced all."""
+        if self._servers is None:
+            return self.address in unusable
+        there = [
+            each.address
+            for each in self._servers.members
+            if not self._servers.is_ejected(each)
+        ]
+        return bool(there) and unusable.issuperset(there)
+
     def jobs_at_once(self, unusable: Collection[str]) -> int:
         """Return how many jobs of a spread product run at the same time.
 
@@ -304,9 +389,11 @@ class AsyncEngine(EngineBase):
         """
         return JOBS_PER_DEVICE * max(1, sum(self._devices(unusable)))
 
-    def has_several(self, unusable: Collection[str]) -> bool:
-        """Return whether there is more than one server beside those."""
-        return len(self._devices(unusable)) > 1
+    def server_count(self, unusable: Collection[str]) -> int:
+        """Return the number of servers beside those, also if they are ejected."""
+        if self._servers is None:
+            return 1
+        return sum(each.address not in unusable for each in self._servers.members)
 
     def _devices(self, unusable: Collection[str]) -> list[int]:
         """Return the number of devices of each server that can be used."""
@@ -335,10 +422,10 @@ class AsyncEngine(EngineBase):
             )
         tls, token = self._options.get("tls"), self._options.get("token")
         Endpoints(found, tls, token).require_private(self.jobs.metadata)
-        gone = servers.replace(found.known)
+        servers.replace(found.known)
         self.address = found.text
-        for each in gone:
-            await each.aclose()
+        for gone in servers.idle_gone():
+            await gone.aclose()
 
     def call(
         self,
@@ -791,8 +878,9 @@ class AsyncEngine(EngineBase):
             except OSError as error:
                 servers.not_resolved(name, error)
                 continue
-            for gone in servers.resolved(name, addresses_of(port, found)):
-                await gone.aclose()
+            servers.resolved(name, addresses_of(port, found))
+        for gone in servers.idle_gone():
+            await gone.aclose()
 
     async def _engine_at(self, address: str) -> AsyncEngine:
         """Return the engine of one server.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradwire._api.errors import GradwireError
 from gradwire._api.types import Receipt
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client.spread_job import Part, SpreadJob
@@ -15,7 +16,18 @@ async def run_spread(engine: AsyncEngine, job: SpreadJob) -> Receipt:
     Raises:
         GradwireError: A segment could not be computed. The other jobs are cancelled.
     """
-    jobs = await engine.spread(job.spread)
+    try:
+        return await _run(engine, job)
+    except GradwireError:
+        if not engine.has_changed(job.spread.unusable):
+            raise
+    # All servers are others than those that have answered, for example newer ones.
+    job.begin_again()
+    return await _run(engine, job)
+
+
+async def _run(engine: AsyncEngine, job: SpreadJob) -> Receipt:
+    jobs = await engine.spread(job.spread, job.left_s)
     job.begin_reports()
     unusable = job.spread.unusable
     news = AsyncNews()
@@ -24,7 +36,7 @@ async def run_spread(engine: AsyncEngine, job: SpreadJob) -> Receipt:
         while True:
             count = news.count
             part = job.begin(
-                engine.jobs_at_once(unusable), several=engine.has_several(unusable)
+                engine.jobs_at_once(unusable), engine.server_count(unusable)
             )
             if part is None:
                 news.tell()
@@ -48,5 +60,8 @@ async def run_spread(engine: AsyncEngine, job: SpreadJob) -> Receipt:
         job.stop()
         news.tell()
 
-    await run_together(work, min(job.run_count, jobs + MOST_LATER), stop)
+    count = job.run_count
+    if count > 1:  # each server may get every run
+        count *= max(1, engine.server_count(unusable))
+    await run_together(work, min(count, jobs + MOST_LATER), stop)
     return await run_beside(job.deliver)

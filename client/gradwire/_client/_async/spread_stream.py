@@ -25,6 +25,9 @@ from gradwire._transport.async_io import (
 )
 from gradwire_protocol.matrices import Matrix
 
+_LARGE_BYTES = 1 << 20
+"""Bytes of an item from which on it is copied beside the event loop."""
+
 
 class AsyncSpreadStream(AsyncGradientStream):
     """The results of `AsyncClient.stream` with ``spread=True``.
@@ -127,6 +130,8 @@ class _Run:
         self._stopped = False
         self._filler = threading.Lock()
         self._running: dict[int, AsyncGradientStream] = {}
+        self._arrived = AsyncNews()
+        """Rows that a stream may wait for."""
 
     async def next_block(self) -> RowBlock | None:
         """Return the next row block; None after the last one.
@@ -140,9 +145,11 @@ class _Run:
             count = self._news.count
             if self._error is not None:
                 raise self._error
+            closed = self.rows.closed
             block = self.rows.next_block()
+            if self.rows.closed != closed:
+                self._news.tell()  # there is room for rows
             if block is not None:
-                self._news.tell()  # there may be room for rows
                 return block
             if self.rows.exhausted:
                 return None
@@ -151,7 +158,9 @@ class _Run:
     async def aclose(self) -> None:
         """Stop."""
         self.stop()
-        if self._background is not None:
+        # The caller's iterable may block: as long as it likes, but not the caller.
+        in_iterable = self._items.stop()
+        if self._background is not None and not in_iterable:
             await self._background.aclose()
         await self._items.aclose()
 
@@ -167,12 +176,13 @@ class _Run:
         self._stopped = True
         for stream in list(self._running.values()):
             stream.interrupt()
+        self._arrived.tell()
         self._news.tell()
 
     async def _begin(self) -> None:
         first = await self._items.next()
         operands = None if first is END_OF_ROWS else self._reader.read(first)
-        jobs = await self._engine.spread(self.rows.plan(operands))
+        jobs = await self._engine.spread(self.rows.plan(operands), self.rows.left_s)
         self.rows.divided(jobs)
         if operands is None:
             self.rows.end()
@@ -190,6 +200,15 @@ class _Run:
 
     async def _work(self) -> None:
         """Compute segments; the first task also requests the rows."""
+        try:
+            await self._compute_all()
+        except BaseException as error:
+            # At once, though another task may be in the caller's iterable.
+            self._error = self._error or error
+            self._news.tell()
+            raise
+
+    async def _compute_all(self) -> None:
         if self._filler.acquire(blocking=False):
             await self._fill()
         while not self._stopped:
@@ -207,9 +226,8 @@ class _Run:
 
     def _move_late(self) -> None:
         """Have other servers compute what takes too long."""
-        if not self._engine.has_several(self.rows.spread.unusable):
-            return
-        for segment in self.rows.late():
+        servers = self._engine.server_count(self.rows.spread.unusable)
+        for segment in self.rows.late(servers):
             stream = self._running.get(segment.number)
             if stream is not None:
                 stream.move_elsewhere()
@@ -218,9 +236,12 @@ class _Run:
         """Request the caller's items, and store their rows."""
         item: object = None
         while not self._stopped and item is not END_OF_ROWS:
-            count = self._news.count
-            if await run_beside(self.rows.store):
-                self._news.tell()
+            count, opened = self._news.count, self.rows.opened
+            stored = await self._stored()
+            self._arrived.tell()
+            if stored:
+                if self.rows.opened != opened:
+                    self._news.tell()
                 self._reader.settle()
                 item = await self._items.next()
                 if item is not END_OF_ROWS:
@@ -230,7 +251,14 @@ class _Run:
                 await self._news.wait(count + 1, ASK_AGAIN_S)
         if not self._stopped:
             self.rows.end()
+            self._arrived.tell()
             self._news.tell()
+
+    async def _stored(self) -> bool:
+        """Store rows, beside the event loop if they are many."""
+        if self.rows.bytes_to_store < _LARGE_BYTES:
+            return self.rows.store()
+        return await run_beside(self.rows.store)
 
     async def _compute(self, segment: SegmentRows) -> None:
         stream = AsyncGradientStream(
@@ -261,7 +289,7 @@ class _Run:
         """Yield the rows of a segment, as they arrive."""
         at = 0
         while not self._stopped:
-            count = self._news.count
+            count = self._arrived.count
             complete = segment.complete
             if at < len(segment.items):
                 yield segment.items[at]
@@ -269,7 +297,7 @@ class _Run:
             elif complete:
                 return
             else:
-                await self._news.wait(count, ASK_AGAIN_S)
+                await self._arrived.wait(count, ASK_AGAIN_S)
 
 
 def _unchanged(receipt: Receipt) -> Receipt:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from gradwire._api.errors import GradwireError, VerificationError
+from gradwire._api.errors import GradwireError, NumericsError, VerificationError
 from gradwire._api.types import Receipt, RowBlock
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.row_source import AsyncRowSource
@@ -89,6 +89,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                             raise
                         if self._spread is not None and self._job is not None:
                             self._spread.note(self._job.address, error)
+                            self._forget(error)
                         if self._lease is not None and self._attempts is not None:
                             await self._lease.engine.report(error, self._attempts)
                             self._lease.engine.note_broken(self._job, error)
@@ -191,6 +192,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         if self._call is None:
             batches = self._rows.batches(self._job.first_row)
             self._call = self._lease.engine.call(self._job, batches, self._attempts)
+            if self._over:  # interrupted meanwhile
+                self._call.abandon()
         return self._job, self._call
 
     async def _end_call(self) -> None:
@@ -225,6 +228,11 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.ended(error)
+
+    def _forget(self, error: GradwireError) -> None:
+        """Have a server asked about itself once more that has other numerics now."""
+        if isinstance(error, NumericsError) and self._lease is not None:
+            self._lease.engine.info = None
 
     def _end_span(self, error: BaseException | None = None) -> None:
         """End the span, with the error of the stream, if any."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from gradwire._api.errors import GradwireError
 from gradwire._api.types import Receipt
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client.spread_job import Part, SpreadJob
@@ -17,7 +18,18 @@ def run_spread(engine: SyncEngine, job: SpreadJob) -> Receipt:
     Raises:
         GradwireError: A segment could not be computed. The other jobs are cancelled.
     """
-    jobs = engine.spread(job.spread)
+    try:
+        return _run(engine, job)
+    except GradwireError:
+        if not engine.has_changed(job.spread.unusable):
+            raise
+    # All servers are others than those that have answered, for example newer ones.
+    job.begin_again()
+    return _run(engine, job)
+
+
+def _run(engine: SyncEngine, job: SpreadJob) -> Receipt:
+    jobs = engine.spread(job.spread, job.left_s)
     job.begin_reports()
     unusable = job.spread.unusable
     news = SyncNews()
@@ -26,7 +38,7 @@ def run_spread(engine: SyncEngine, job: SpreadJob) -> Receipt:
         while True:
             count = news.count
             part = job.begin(
-                engine.jobs_at_once(unusable), several=engine.has_several(unusable)
+                engine.jobs_at_once(unusable), engine.server_count(unusable)
             )
             if part is None:
                 news.tell()
@@ -50,5 +62,8 @@ def run_spread(engine: SyncEngine, job: SpreadJob) -> Receipt:
         job.stop()
         news.tell()
 
-    run_together(work, min(job.run_count, jobs + MOST_LATER), stop)
+    count = job.run_count
+    if count > 1:  # each server may get every run
+        count *= max(1, engine.server_count(unusable))
+    run_together(work, min(count, jobs + MOST_LATER), stop)
     return run_beside(job.deliver)

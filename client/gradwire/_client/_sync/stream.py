@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from gradwire._api.errors import GradwireError, VerificationError
+from gradwire._api.errors import GradwireError, NumericsError, VerificationError
 from gradwire._api.types import Receipt, RowBlock
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.row_source import SyncRowSource
@@ -91,6 +91,7 @@ class GradientStream(Iterator[RowBlock]):
                             raise
                         if self._spread is not None and self._job is not None:
                             self._spread.note(self._job.address, error)
+                            self._forget(error)
                         if self._lease is not None and self._attempts is not None:
                             self._lease.engine.report(error, self._attempts)
                             self._lease.engine.note_broken(self._job, error)
@@ -193,6 +194,8 @@ class GradientStream(Iterator[RowBlock]):
         if self._call is None:
             batches = self._rows.batches(self._job.first_row)
             self._call = self._lease.engine.call(self._job, batches, self._attempts)
+            if self._over:  # interrupted meanwhile
+                self._call.abandon()
         return self._job, self._call
 
     def _end_call(self) -> None:
@@ -227,6 +230,11 @@ class GradientStream(Iterator[RowBlock]):
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.ended(error)
+
+    def _forget(self, error: GradwireError) -> None:
+        """Have a server asked about itself once more that has other numerics now."""
+        if isinstance(error, NumericsError) and self._lease is not None:
+            self._lease.engine.info = None
 
     def _end_span(self, error: BaseException | None = None) -> None:
         """End the span, with the error of the stream, if any."""
