@@ -28,7 +28,7 @@ from gradwire._api.errors import (
     VerificationError,
 )
 from gradwire._api.types import ServerInfo
-from gradwire._resilience.retry import Attempts, is_transient
+from gradwire._resilience.retry import Attempts, OvertakenError, is_transient
 
 EngineT = TypeVar("EngineT")
 
@@ -386,7 +386,7 @@ def overtaken_error(address: str) -> GradwireError:
 
     It may have stopped: it is probed before its next job.
     """
-    return UnavailableError(
+    return OvertakenError(
         f"the server at {address} took so long that another one was done before",
         status=StatusCode.UNAVAILABLE,
     )

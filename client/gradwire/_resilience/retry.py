@@ -160,6 +160,10 @@ def parse_retries(value: RetriesLike) -> RetryPolicy:
     )
 
 
+class OvertakenError(UnavailableError):
+    """Another server was faster by far. That costs nothing of the budget."""
+
+
 class Retries:
     """A client's policy and its retry budget. Thread-safe.
 
@@ -341,6 +345,8 @@ class Attempts:
     def _delay_s(self, error: GradwireError) -> float | None:
         if isinstance(error, NumericsError) and self.retry_on_other_server:
             return 0.0  # the job was not sent, and no server has failed
+        if isinstance(error, OvertakenError) and self.retry_on_other_server:
+            return 0.0  # as often as there are servers at most
         wrong = isinstance(error, VerificationError) and self.retry_on_other_server
         if not (is_transient(error) or wrong) or not self._retries.failed():
             return None

@@ -17,6 +17,7 @@ from gradwire._resilience.load_balancer import (
     Lease,
     LoadBalancer,
     none_left,
+    overtaken_error,
 )
 from gradwire._resilience.retry import Attempts, Retries, RetryPolicy
 from gradwire._transport.address import addresses_of, parse_addresses
@@ -200,3 +201,11 @@ def test_addresses_are_taken_apart() -> None:
     assert parse_addresses("dns:///a:1").several
     found: Any = [(0, 0, 0, "", ("::1", 7, 0, 0)), (0, 0, 0, "", ("1.2.3.4", 7))] * 2
     assert addresses_of(7, found) == ["[::1]:7", "1.2.3.4:7"]
+
+
+def test_jobs_of_late_servers_go_on_elsewhere_at_once_and_without_budget() -> None:
+    attempts = Attempts(Retries(RetryPolicy(attempts=1, budget=0)), None)
+    assert attempts.after(overtaken_error("a")) is None
+    attempts.retry_on_other_server = True
+    assert attempts.after(overtaken_error("a")) == 0
+    assert attempts.after(overtaken_error("b")) == 0
