@@ -206,7 +206,7 @@ def test_several_servers_compute_jobs_together_or_it_says_which_do_not(
     nobody: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with several(2) as alike, running_server(row_block_bytes=1 << 20) as other:
-        given = ",".join([other.address, *addresses(alike), nobody])
+        given = ",".join([*addresses(alike), other.address, nobody])
         assert run(["check", "--address", given]) == 0
     text, warned = capfd.readouterr()
     assert warned == ""

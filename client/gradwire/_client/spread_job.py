@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -131,12 +131,13 @@ class SpreadJob:
         """Number of runs."""
         return self.spread.division.run_count
 
-    def begin(self, jobs: int, servers: int) -> Part | float | None:
+    def begin(self, jobs: int, servers: Set[str]) -> Part | float | None:
         """Create the next job.
 
         Args:
             jobs: Most runs at the same time.
-            servers: Number of servers. A run has a job on each at most.
+            servers: Addresses of the servers that can be used. A run has a job on each
+                at most.
 
         Returns:
             The job; or seconds after which to ask again, unless a job ends before; or
@@ -220,7 +221,7 @@ class SpreadJob:
         ahead = run.first_segment + run.segments - self._sums.added
         return ahead <= max(self._window, held_segments(self.spread.plan))
 
-    def _duplicate(self, servers: int) -> Part | float:
+    def _duplicate(self, servers: Set[str]) -> Part | float:
         """Create another job for the run that takes longest, if that is too long.
 
         If that job takes too long as well, its server may have stopped, too, and there
@@ -232,7 +233,9 @@ class SpreadJob:
         candidates = [
             (state.parts[-1].begun_at, state)
             for state in self._states.values()
-            if not state.decided and state.parts and state.begun < servers
+            if not state.decided and state.parts
+            if servers - {each.job.address for each in state.parts}
+            if state.begun <= len(servers) + 1  # some may have failed
         ]
         if not candidates:
             return ASK_AGAIN_S
@@ -280,6 +283,7 @@ class SpreadJob:
         job.unusable = shared.unusable
         if not first:
             job.unusable = shared.unusable | {each.job.address for each in state.parts}
+            job.once = True
         part = Part(run, job, not first, time.monotonic())
         state.begun += 1
         job.on_call = lambda cancel: self._called(part, cancel)

@@ -66,6 +66,8 @@ class ArrayJob:
         """Rows of the segments that earlier attempts have completed."""
         self.address = ""
         """Address of the server of the current attempt."""
+        self.once = False
+        """Whether a failed attempt is the last one."""
         self.late = False
         """Whether the job was cancelled because another one has overtaken it."""
         self.avoid: Collection[str] = ()

@@ -33,12 +33,14 @@ class DirectSocket:
 
     Attributes:
         moved_at: When bytes last moved; `time.monotonic`.
+        sending: Whether a thread is in `send`, perhaps because the peer does not read.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._tls = isinstance(sock, ssl.SSLSocket)
         self.moved_at = time.monotonic()
+        self.sending = False
 
     def fileno(self) -> int:
         """Return the descriptor; -1: closed."""
@@ -86,10 +88,12 @@ class DirectSocket:
         Raises:
             OSError: The connection is broken.
         """
+        self.sending = True
         if self._tls:
             self._send_tls(header, payload)
         else:
             self._send_plain(header, payload)
+        self.sending = False
 
     def _send_plain(self, header: bytes, payload: memoryview | bytes) -> None:
         parts = [memoryview(header), memoryview(payload)]

@@ -18,7 +18,7 @@ MODULES = (
 INTERNAL = {
     *("device_of", "merged_receipt", "receipt_of", "server_info_of"),
     "spread_receipt",
-    *("Attempts", "Retries", "is_transient", "parse_retries"),
+    *("Attempts", "OvertakenError", "Retries", "is_transient", "parse_retries"),
 }
 CLASSES = [
     getattr(gradwire, name)

@@ -65,7 +65,7 @@ class Product:
 
     def begin(self, address: str) -> Part | float | None:
         """Begin the next job at a server, if there is one."""
-        part = self.job.begin(JOBS, 2)
+        part = self.job.begin(JOBS, {"a", "b"})
         if isinstance(part, Part):
             part.job.address = address
         return part

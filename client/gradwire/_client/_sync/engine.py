@@ -11,6 +11,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
+    Set,
 )
 from functools import partial
 from typing import Any, TypeVar
@@ -231,6 +232,8 @@ class SyncEngine(EngineBase):
         attempts = self.attempts(options, span)
         attempts.avoid.update(job.avoid)
         attempts.unusable = job.unusable
+        if job.once:
+            attempts.make_final()
 
         def attempt() -> Receipt:
             with self.lease(attempts) as lease:
@@ -389,6 +392,16 @@ class SyncEngine(EngineBase):
             unusable: Addresses of servers that get none.
         """
         return JOBS_PER_DEVICE * max(1, sum(self._devices(unusable)))
+
+    def usable_servers(self, unusable: Collection[str]) -> Set[str]:
+        """Return the addresses of the servers beside those, unless they are ejected."""
+        if self._servers is None:
+            return {self.address}
+        return {
+            each.address
+            for each in self._servers.members
+            if each.address not in unusable and not self._servers.is_ejected(each)
+        }
 
     def server_count(self, unusable: Collection[str]) -> int:
         """Return the number of servers beside those, also if they are ejected."""

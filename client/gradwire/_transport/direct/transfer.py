@@ -13,7 +13,12 @@ from typing import Protocol
 
 from grpc import StatusCode
 
-from gradwire._api.errors import ConnectionLostError, GradwireError, ProtocolError
+from gradwire._api.errors import (
+    ClientIdleError,
+    ConnectionLostError,
+    GradwireError,
+    ProtocolError,
+)
 from gradwire._arrays.operand import Operand
 from gradwire._core.direct_exchange import DirectExchange, ResultShare
 from gradwire._core.frame import Frame
@@ -304,6 +309,11 @@ class DirectTransfer(_Breakable):
         if error.reason is Reason.CONNECTION_LOST:
             # All may have been sent by then, and no thread notices it here.
             self.broken = self.broken or EOFError()
+        elif isinstance(error, ClientIdleError) and any(
+            each.sending for each in self._ups()
+        ):
+            # What this side sends does not arrive.
+            self.broken = self.broken or TimeoutError("no bytes have arrived there")
         self._interrupted = True
         for connection in self._connections:
             connection.up.shutdown()
