@@ -102,7 +102,7 @@ class _Model:
         # The first segments go to different servers.
         workers = [
             env.process(self._worker(server))
-            for _ in range(self._plan.jobs_a_server)
+            for _ in range(self._plan.jobs_with(self._runs))
             for server in self._servers
         ]
         done = env.all_of([*workers, env.process(self._reduce())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.scale.figures import CLIENT, COSTS, SERVER, Costs, Device, Host
@@ -31,6 +32,11 @@ class Plan:
     far passing along the "chain" of segments; or pairwise, in a "tree" over them."""
     rows: str = "client"
     """Where X and dY are, and Y and dX wanted: at the "client" or on the "servers"."""
+
+    def jobs_with(self, runs: Sequence[int]) -> int:
+        """Jobs at the same time on a server: one, if it has several segments."""
+        several = self.segments_a_job is None and max(runs) > 1
+        return 1 if several else self.jobs_a_server
 
     def runs_of(self, work: Workload, servers: int) -> tuple[int, ...]:
         """Segments that travel in each job."""

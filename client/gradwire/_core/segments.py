@@ -32,7 +32,8 @@ HELD_BYTES = 16 * MIB
 """Bytes of sums that may be held ahead in any case."""
 
 JOBS_PER_DEVICE = 2
-"""Jobs at the same time: while one is computed, the other is on its way."""
+"""Jobs of one segment at the same time: while one is computed, the other is on its way.
+A job of several segments overlaps both by itself."""
 
 SLOW = 2.0
 """How many times as long as the others a run may take, before another server computes
@@ -110,6 +111,11 @@ class Division:
     def runs(self) -> Iterator[Run]:
         """Yield the runs in order."""
         return map(self.run, range(self.run_count))
+
+    @property
+    def jobs_per_device(self) -> int:
+        """Jobs at the same time on a device."""
+        return 1 if self.lengths else JOBS_PER_DEVICE
 
     @cached_property
     def _starts(self) -> list[int]:

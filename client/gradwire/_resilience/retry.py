@@ -345,7 +345,7 @@ class Attempts:
     def _delay_s(self, error: GradwireError) -> float | None:
         if isinstance(error, NumericsError) and self.retry_on_other_server:
             return 0.0  # the job was not sent, and no server has failed
-        if isinstance(error, OvertakenError) and self.retry_on_other_server:
+        if isinstance(error, OvertakenError):
             return 0.0  # as often as there are servers at most
         wrong = isinstance(error, VerificationError) and self.retry_on_other_server
         if not (is_transient(error) or wrong) or not self._retries.failed():

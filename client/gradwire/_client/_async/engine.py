@@ -40,7 +40,6 @@ from gradwire._core.frame import Frame, Message
 from gradwire._core.get_exchange import GetExchange
 from gradwire._core.numerics import numerics_of
 from gradwire._core.put_exchange import PutExchange
-from gradwire._core.segments import JOBS_PER_DEVICE
 from gradwire._core.sender import WAIT
 from gradwire._core.tensor_exchange import TensorExchange
 from gradwire._resilience.array_job import ArrayJob
@@ -303,7 +302,9 @@ class AsyncEngine(EngineBase):
                 self._learn_features(servers.engines())
                 return lease
 
-    async def spread(self, spread: SpreadPlan, left_s: float | None) -> int:
+    async def spread(
+        self, spread: SpreadPlan, left_s: float | None, *, runs: bool = True
+    ) -> int:
         """Plan a product for all servers that compute alike.
 
         Servers that have not answered yet are asked about themselves now, unless they
@@ -312,6 +313,7 @@ class AsyncEngine(EngineBase):
         Args:
             spread: The plan.
             left_s: Seconds that the product has left; None: no limit.
+            runs: Whether a job may have several segments.
 
         Returns:
             Jobs at the same time.
@@ -333,10 +335,11 @@ class AsyncEngine(EngineBase):
                 if each.info is not None
             }
         )
-        jobs = self.jobs_at_once(spread.unusable)
+        jobs = self.jobs_at_once(spread)
         # A job in shared memory has one segment.
-        spread.divide(jobs, runs=SEGMENTS in self.jobs.features and not self.shm.on)
-        return jobs
+        runs = runs and SEGMENTS in self.jobs.features and not self.shm.on
+        spread.divide(jobs, runs=runs)
+        return self.jobs_at_once(spread)
 
     async def _asked(
         self, servers: LoadBalancer[AsyncEngine], left_s: float | None
@@ -384,13 +387,10 @@ class AsyncEngine(EngineBase):
         ]
         return bool(there) and unusable.issuperset(there)
 
-    def jobs_at_once(self, unusable: Collection[str]) -> int:
-        """Return how many jobs of a spread product run at the same time.
-
-        Args:
-            unusable: Addresses of servers that get none.
-        """
-        return JOBS_PER_DEVICE * max(1, sum(self._devices(unusable)))
+    def jobs_at_once(self, spread: SpreadPlan) -> int:
+        """Return how many jobs of a spread product run at the same time."""
+        devices = max(1, sum(self._devices(spread.unusable)))
+        return spread.division.jobs_per_device * devices
 
     def usable_servers(self, unusable: Collection[str]) -> Set[str]:
         """Return the addresses of the servers beside those, unless they are ejected."""

@@ -36,7 +36,7 @@ async def _run(engine: AsyncEngine, job: SpreadJob) -> Receipt:
         while True:
             count = news.count
             part = job.begin(
-                engine.jobs_at_once(unusable), engine.usable_servers(unusable)
+                engine.jobs_at_once(job.spread), engine.usable_servers(unusable)
             )
             if part is None:
                 news.tell()

@@ -182,7 +182,8 @@ class _Run:
     async def _begin(self) -> None:
         first = await self._items.next()
         operands = None if first is END_OF_ROWS else self._reader.read(first)
-        jobs = await self._engine.spread(self.rows.plan(operands), self.rows.left_s)
+        spread = self.rows.plan(operands)
+        jobs = await self._engine.spread(spread, self.rows.left_s, runs=False)
         self.rows.divided(jobs)
         if operands is None:
             self.rows.end()
@@ -213,7 +214,7 @@ class _Run:
             await self._fill()
         while not self._stopped:
             count = self._news.count
-            jobs = self._engine.jobs_at_once(self.rows.spread.unusable)
+            jobs = self._engine.jobs_at_once(self.rows.spread)
             segment = self.rows.begin(jobs)
             if segment is not None:
                 await self._compute(segment)
@@ -226,8 +227,10 @@ class _Run:
 
     def _move_late(self) -> None:
         """Have other servers compute what takes too long."""
-        servers = self._engine.server_count(self.rows.spread.unusable)
-        for segment in self.rows.late(servers):
+        unusable = self.rows.spread.unusable
+        if len(self._engine.usable_servers(unusable)) < 2:
+            return
+        for segment in self.rows.late(self._engine.server_count(unusable)):
             stream = self._running.get(segment.number)
             if stream is not None:
                 stream.move_elsewhere()

@@ -41,7 +41,6 @@ from gradwire._core.frame import Frame, Message
 from gradwire._core.get_exchange import GetExchange
 from gradwire._core.numerics import numerics_of
 from gradwire._core.put_exchange import PutExchange
-from gradwire._core.segments import JOBS_PER_DEVICE
 from gradwire._core.sender import WAIT
 from gradwire._core.tensor_exchange import TensorExchange
 from gradwire._resilience.array_job import ArrayJob
@@ -304,7 +303,9 @@ class SyncEngine(EngineBase):
                 self._learn_features(servers.engines())
                 return lease
 
-    def spread(self, spread: SpreadPlan, left_s: float | None) -> int:
+    def spread(
+        self, spread: SpreadPlan, left_s: float | None, *, runs: bool = True
+    ) -> int:
         """Plan a product for all servers that compute alike.
 
         Servers that have not answered yet are asked about themselves now, unless they
@@ -313,6 +314,7 @@ class SyncEngine(EngineBase):
         Args:
             spread: The plan.
             left_s: Seconds that the product has left; None: no limit.
+            runs: Whether a job may have several segments.
 
         Returns:
             Jobs at the same time.
@@ -334,10 +336,11 @@ class SyncEngine(EngineBase):
                 if each.info is not None
             }
         )
-        jobs = self.jobs_at_once(spread.unusable)
+        jobs = self.jobs_at_once(spread)
         # A job in shared memory has one segment.
-        spread.divide(jobs, runs=SEGMENTS in self.jobs.features and not self.shm.on)
-        return jobs
+        runs = runs and SEGMENTS in self.jobs.features and not self.shm.on
+        spread.divide(jobs, runs=runs)
+        return self.jobs_at_once(spread)
 
     def _asked(
         self, servers: LoadBalancer[SyncEngine], left_s: float | None
@@ -385,13 +388,10 @@ class SyncEngine(EngineBase):
         ]
         return bool(there) and unusable.issuperset(there)
 
-    def jobs_at_once(self, unusable: Collection[str]) -> int:
-        """Return how many jobs of a spread product run at the same time.
-
-        Args:
-            unusable: Addresses of servers that get none.
-        """
-        return JOBS_PER_DEVICE * max(1, sum(self._devices(unusable)))
+    def jobs_at_once(self, spread: SpreadPlan) -> int:
+        """Return how many jobs of a spread product run at the same time."""
+        devices = max(1, sum(self._devices(spread.unusable)))
+        return spread.division.jobs_per_device * devices
 
     def usable_servers(self, unusable: Collection[str]) -> Set[str]:
         """Return the addresses of the servers beside those, unless they are ejected."""

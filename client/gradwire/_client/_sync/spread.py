@@ -38,7 +38,7 @@ def _run(engine: SyncEngine, job: SpreadJob) -> Receipt:
         while True:
             count = news.count
             part = job.begin(
-                engine.jobs_at_once(unusable), engine.usable_servers(unusable)
+                engine.jobs_at_once(job.spread), engine.usable_servers(unusable)
             )
             if part is None:
                 news.tell()
