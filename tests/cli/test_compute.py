@@ -142,8 +142,9 @@ def test_all_servers_compute_a_job_together(
         run = gradwire("compute", *paths, "--out", tmp_path / "out", *flags, "--spread")
     for name, expected in problem.expected().items():
         assert np.array_equal(loaded(tmp_path / "out", name, "float32"), expected)
-    for address in addresses:
-        assert re.search(rf"{re.escape(address)} +\d+ of 25 segments", run.stdout)
+    segments = re.findall(r"^(\S+) +(\d+) of 25 segments *$", run.stdout, re.MULTILINE)
+    assert {address for address, _ in segments} <= set(addresses)
+    assert sum(int(count) for _, count in segments) == 25
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import gradwire
 from gradwire_ray.host import LostError, ServerHost, server_settings
 from gradwire_ray.settings import PoolSettings
 from gradwire_server import ListenError, Settings
+from tests.support.observing import wait_until
 
 SMALL = PoolSettings(port=0, server=Settings(backend="numpy", keep_memory=False))
 
@@ -34,6 +35,7 @@ def test_a_host_serves_shares_memory_and_drains() -> None:
 
         def rows() -> object:
             yield np.ones((2, 3))
+            wait_until(lambda: host.load().running == 1, "the job runs")
             loads.append(host.load())
 
         loads: list[object] = []

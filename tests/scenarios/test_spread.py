@@ -452,6 +452,7 @@ def test_all_servers_come_back_with_other_numerics() -> None:
             assert result.receipt.block_rows == 128
 
 
+@pytest.mark.big
 def test_servers_that_stop_delay_a_job_by_its_timeout_at_most(alone: Any) -> None:
     with several(2, row_block_bytes=ROW_BLOCK_BYTES) as servers, ExitStack() as stack:
         stack.callback(lambda: [os.kill(each.pid, signal.SIGCONT) for each in servers])

@@ -257,28 +257,6 @@ def test_a_killed_server_changes_nothing(joined: Any, whole: Any) -> None:
         assert killed
 
 
-def test_a_stopped_server_holds_up_nothing(joined: Any, whole: Any) -> None:
-    with several(3, row_block_bytes=ROW_BLOCK_BYTES) as servers:
-        client = joined(addresses(servers), retries=SOON)
-        assert_whole(*collected(client, items(250), W), whole)
-        stopped: list[int] = []
-
-        def rows() -> Iterator[Any]:
-            for number, item in enumerate(items(250)):
-                if number == 4:
-                    os.kill(servers[1].pid, signal.SIGSTOP)
-                    stopped.append(servers[1].pid)
-                yield item
-
-        begun = time.monotonic()
-        try:
-            assert_whole(*collected(client, rows(), W), whole)
-        finally:
-            os.kill(servers[1].pid, signal.SIGCONT)
-        assert stopped
-        assert time.monotonic() - begun < 15
-
-
 def test_stopped_servers_hold_up_nothing(joined: Any, whole: Any) -> None:
     with several(3, row_block_bytes=ROW_BLOCK_BYTES) as servers:
         stopped: list[ServerProcess] = []

@@ -295,7 +295,7 @@ class JobFactory:
             rows: The items.
             again: The same items as a sequence, if `rows` is none.
         """
-        if self._policy.attempts == 1:
+        if again is None and self._policy.attempts == 1:
             return ReplayBuffer(reader)
         if isinstance(rows, Sequence):
             again = rows

@@ -40,7 +40,7 @@ SLOW = 2.0
 it, too. The tail of a job is then at most so much longer: J. Dean and S. Ghemawat,
 MapReduce, OSDI 2004, section 3.6."""
 
-LEAST_SLOW_S = 0.05
+LEAST_SLOW_S = 0.2
 """Seconds by which a run may be late in any case."""
 
 RECENT = 32

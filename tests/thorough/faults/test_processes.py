@@ -151,7 +151,9 @@ def test_a_job_whose_server_is_asked_to_stop_goes_on_at_the_next_one(
             assert doomed.process.process.wait(20) == 0
             record = doomed.process.wait_for_log(name)
         if result.receipt.retried:
-            assert record["reason"] == result.receipt.retried[0] == "DRAINING", event
+            assert record["reason"] == "DRAINING", event
+            # Its connection may end before its answer is there.
+            assert result.receipt.retried[0] in {"DRAINING", "UNAVAILABLE"}, event
         else:
             assert record["outcome"] == "OK"
         assert bits(result, JOB) == expected, event
