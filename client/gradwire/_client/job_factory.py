@@ -40,6 +40,7 @@ from gradwire._core.outputs import (
     named_outputs,
     output_shapes,
 )
+from gradwire._core.segments import accumulator_of
 from gradwire._core.unary import suits_one_message
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.replay_buffer import ReplayBuffer
@@ -313,7 +314,7 @@ class JobFactory:
         rows in transit. They are rare enough to be small beside the rows.
         """
         row_bytes = plan.upload_bytes(1) - plan.upload_bytes(0)
-        dtype = plan.options.dw_accumulator or plan.dtype.default_accumulator
+        dtype = accumulator_of(plan)
         elements = sum(math.prod(plan.shape(matrix, 0)) for matrix in plan.sums)
         sum_bytes = elements * dtype.itemsize
         apart = max(MIN_BYTES_PER_CHECKPOINT, MIN_ROWS_PER_CHECKPOINT_RATIO * sum_bytes)

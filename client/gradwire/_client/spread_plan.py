@@ -11,7 +11,7 @@ from gradwire._api.types import Receipt, Segment, spread_receipt
 from gradwire._core.job_plan import Plan
 from gradwire._core.numerics import most_common
 from gradwire._core.segments import Division, accumulator_of, divide
-from gradwire._resilience.array_job import note_excluded
+from gradwire._resilience.array_job import exclude
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.limits import MAX_JOB_ID_LENGTH
 from gradwire_protocol.matrices import Matrix
@@ -53,20 +53,18 @@ class SpreadPlan:
             )
         for address, each in found.items():
             if each != chosen:
-                self.unusable.add(address)
                 why = f"it computes with {each}: expected {chosen}"
                 if each is None:
                     why = "it does not say with what it computes: update it"
-                note_excluded(self.plan.options.job_id, address, why)
+                exclude(self.unusable, self.plan.options.job_id, address, why)
         options = replace(self.plan.options, numerics=chosen)
         rows = options.block_rows if isinstance(options.block_rows, int) else 0
         self.plan = replace(self.plan, options=options, block_rows=rows)
 
     def note(self, address: str, error: GradwireError) -> None:
         """Note the error of a job: a server with other numerics gets no more."""
-        if isinstance(error, NumericsError) and address not in self.unusable:
-            self.unusable.add(address)
-            note_excluded(self.plan.options.job_id, address, str(error))
+        if isinstance(error, NumericsError):
+            exclude(self.unusable, self.plan.options.job_id, address, str(error))
 
     def divide(self, jobs: int, *, runs: bool) -> None:
         """Divide the product, once its servers are known.

@@ -71,8 +71,7 @@ class SpreadRows:
             segment for each device, and one more, are there in any case.
 
     Attributes:
-        spread: The plan, the division and the servers.
-        plan: The plan of the whole job; known after `begin_with`.
+        spread: The plan, the division and the servers; known after `plan`.
     """
 
     def __init__(self, reader: RowReader, held_bytes: int) -> None:

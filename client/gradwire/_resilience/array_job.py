@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from gradwire._api.errors import GradwireError
@@ -31,8 +31,18 @@ from gradwire_protocol.matrices import Matrix
 _log = logging.getLogger("gradwire")
 
 
-def note_excluded(job_id: str, address: str, why: str) -> None:
-    """Log that a server gets no segments of a job."""
+def exclude(unusable: set[str], job_id: str, address: str, why: str) -> None:
+    """Give a server no segments of a job, and log it once.
+
+    Args:
+        unusable: Addresses of the servers that get none.
+        job_id: The job.
+        address: The server.
+        why: As a sentence.
+    """
+    if address in unusable:
+        return
+    unusable.add(address)
     _log.warning(
         "job %s: the server at %s gets no segments: %s",
         job_id,
@@ -70,8 +80,6 @@ class ArrayJob:
         """Whether a failed attempt is the last one."""
         self.late = False
         """Whether the job was cancelled because another one has overtaken it."""
-        self.avoid: Collection[str] = ()
-        """Addresses of servers to use only if there are no others."""
         self.unusable: set[str] = set()
         """Addresses of servers not to use."""
         self._checkpoint_rows = checkpoint_rows
@@ -153,9 +161,7 @@ class ArrayJob:
 
     def exclude(self, address: str, error: GradwireError) -> None:
         """Use a server neither for this job nor for others with the same `unusable`."""
-        if address not in self.unusable:
-            self.unusable.add(address)
-            note_excluded(self.plan.options.job_id, address, str(error))
+        exclude(self.unusable, self.plan.options.job_id, address, str(error))
 
     def unary_exchange(self) -> UnaryExchange:
         """Create the exchange of an attempt with one message each way."""

@@ -31,7 +31,6 @@ class Job:
     def __init__(self, outputs: Any, plan: Any) -> None:
         self.outputs, self.plan = outputs, plan
         self.address = ""
-        self.avoid: set[str] = set()
         self.unusable: set[str] = set()
         self.segment_sums: list[Any] = []
 

@@ -228,7 +228,6 @@ class AsyncEngine(EngineBase):
         options = job.plan.options
         span = job_span(job.plan, options.metadata, unary=job.unary)
         attempts = self.attempts(options, span)
-        attempts.avoid.update(job.avoid)
         attempts.unusable = job.unusable
         if job.once:
             attempts.make_final()
@@ -376,16 +375,10 @@ class AsyncEngine(EngineBase):
         asked = there or asked
         return {member.address: member.engine for member in asked}
 
-    def has_changed(self, unusable: set[str]) -> bool:
+    def has_changed(self, unusable: Set[str]) -> bool:
         """Return whether only those servers are left, as if others had replaced all."""
-        if self._servers is None:
-            return self.address in unusable
-        there = [
-            each.address
-            for each in self._servers.members
-            if not self._servers.is_ejected(each)
-        ]
-        return bool(there) and unusable.issuperset(there)
+        there = self.usable_servers(())
+        return bool(there) and there <= unusable
 
     def jobs_at_once(self, spread: SpreadPlan) -> int:
         """Return how many jobs of a spread product run at the same time."""
