@@ -142,8 +142,8 @@ class CallStream:
         except JobError as error:
             if error.reason is Reason.CONNECTION_LOST:
                 # A client that cancels its call closes the connections as well. That
-                # may arrive first.
-                await asyncio.sleep(_CANCELLATION_S)
+                # may arrive first, and on a busy machine by more than the others.
+                await asyncio.sleep(_LOST_S)
             raise
         finally:
             self._call.idle_since = never_busy
@@ -332,3 +332,6 @@ async def _refuse(message: framing.RequestMessage | None, expected: str) -> NoRe
 
 
 _CANCELLATION_S = 0.1
+
+_LOST_S = 0.3
+"""Seconds for the cancellation of a call whose direct connections broke."""

@@ -114,6 +114,7 @@ def live_connections() -> Iterator[Check]:
     )
     with (
         mock.patch("gradwire_server.api.call_stream._CANCELLATION_S", 0.002),
+        mock.patch("gradwire_server.api.call_stream._LOST_S", 0.002),
         start_in_thread(settings) as server,
         grpc.insecure_channel(server.addresses[0]) as channel,
     ):

@@ -478,6 +478,7 @@ def live_sessions() -> Iterator[Check]:
         )
         with (
             mock.patch("gradwire_server.api.call_stream._CANCELLATION_S", 0.002),
+            mock.patch("gradwire_server.api.call_stream._LOST_S", 0.002),
             mock.patch("gradwire_server.sessions.session.secrets", named),
             start_in_thread(settings) as server,
             grpc.insecure_channel(server.addresses[0]) as channel,
