@@ -86,8 +86,7 @@ class _Model:
         self._message = max(MIB, moved // MESSAGES)
         self._uploads = simpy.Resource(env, setting.plan.uploads or 1)
         self._next = 0
-        self._runs = setting.plan.runs_of(work, setting.servers)
-        self._begun = 0
+        self._ahead = setting.plan.held(work, setting.servers)
         # Of sums that servers hold, the client waits for none.
         self._added = 0 if setting.plan.sums == "client" else work.segments
         self._room = env.event()
@@ -99,10 +98,13 @@ class _Model:
         env = self._env
         if self._plan.w == "tree":
             self._pass_on_w()
+        runs: list[range] = []
+        if self._plan.segments_a_job is not None:
+            runs = self._plan.runs_of(self._work, len(self._servers))[::-1]
         # The first segments go to different servers.
         workers = [
-            env.process(self._worker(server))
-            for _ in range(self._plan.jobs_with(self._runs))
+            env.process(self._worker(server, runs))
+            for _ in range(self._plan.jobs)
             for server in self._servers
         ]
         done = env.all_of([*workers, env.process(self._reduce())])
@@ -111,20 +113,30 @@ class _Model:
 
     # Jobs.
 
-    def _worker(self, server: _Server) -> Events:
-        ahead = self._plan.sums_ahead * self._runs[0] * len(self._servers)
-        while self._next < self._work.segments:
-            if self._next - self._added >= ahead:
+    def _worker(self, server: _Server, runs: list[range]) -> Events:
+        if self._plan.segments_a_job is None:
+            yield self._env.process(self._job(server, None))
+            return
+        while runs:
+            if runs[-1].start - self._added >= self._ahead:
                 yield self._room
                 continue
-            first = self._next
-            self._next = end = first + self._runs[self._begun]
-            self._begun += 1
-            for segment in range(first, end):
-                self._owner[segment] = server
-            yield self._env.process(self._job(server, range(first, end)))
+            yield self._env.process(self._job(server, runs.pop()))
 
-    def _job(self, server: _Server, segments: range) -> Events:
+    def _take(self, in_progress: Counter[str]) -> Events:
+        """Return the next segment; None if there are no more."""
+        servers = len(self._servers)
+        while (left := self._work.segments - self._next) > 0:
+            ahead = self._plan.may_be_ahead(self._work, left, servers)
+            held = self._next - self._added
+            if in_progress["segments"] < ahead and held < self._ahead:
+                self._next += 1
+                return self._next - 1
+            yield self._room
+        return None
+
+    def _job(self, server: _Server, run: range | None) -> Events:
+        """Compute the segments of a run; None: take segments one by one."""
         env, work, costs, plan = self._env, self._work, self._costs, self._plan
         for process, host in (
             (self._process, self._setting.client),
@@ -144,13 +156,25 @@ class _Model:
             up.send(work.w_bytes, self._message, "W")
         slots = simpy.Container(env, init=self._setting.device.slots)
         ended, arrived = [], env.event()
-        for segment in segments:
+        in_progress: Counter[str] = Counter()
+        segments = iter(run or ())
+        while True:
+            if run is None:
+                segment = yield from self._take(in_progress)
+            else:
+                segment = next(segments, None)
+            if segment is None:
+                break
+            self._owner[segment] = server
+            in_progress["segments"] += 1
             blocks = work.blocks_of(segment)
             for index, rows in enumerate(blocks):
                 yield slots.get(1)
                 arrived = env.event()
                 of_last = segment if index == len(blocks) - 1 else None
-                block = self._block(server, up, down, rows, of_last, slots, arrived)
+                block = self._block(
+                    server, up, down, rows, of_last, slots, arrived, in_progress
+                )
                 ended.append(env.process(block))
         if sends:
             yield arrived
@@ -167,6 +191,7 @@ class _Model:
         segment: int | None,
         slots: simpy.Container,
         arrived: simpy.Event,
+        in_progress: Counter[str],
     ) -> Events:
         work, device = self._work, self._setting.device
         size = rows * work.row_bytes if self._plan.rows == "client" else 0
@@ -193,6 +218,8 @@ class _Model:
             else:
                 summed.succeed()
                 yield returned
+            in_progress["segments"] -= 1
+            self._tell()
         else:
             yield returned
         yield slots.put(1)
@@ -271,6 +298,10 @@ class _Model:
 
     def _add(self) -> None:
         self._added += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        """Have all look again whether they may begin a segment."""
         room, self._room = self._room, self._env.event()
         room.succeed()
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.scale.figures import CLIENT, COSTS, SERVER, Costs, Device, Host
 from bench.scale.workload import Workload
-from gradwire._core.segments import HELD_BYTES, RUN_BYTES, run_lengths
+from gradwire._core.segments import AHEAD_BYTES, HELD_BYTES, MOST_AHEAD
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,8 @@ class Plan:
     """Segments a server that have begun and whose sums are not yet added, times those
     of a job."""
     segments_a_job: int | None = None
-    """None: as many as the SDK's; 0: as many as give each server its jobs once."""
+    """None: each server has one job, which takes segments one by one, as in the SDK; 0:
+    as many as give each server its jobs once."""
     uploads: int | None = None
     """At most so many jobs send rows at the same time; None: all do."""
     w: str = "job"
@@ -33,21 +33,36 @@ class Plan:
     rows: str = "client"
     """Where X and dY are, and Y and dX wanted: at the "client" or on the "servers"."""
 
-    def jobs_with(self, runs: Sequence[int]) -> int:
-        """Jobs at the same time on a server: one, if it has several segments."""
-        several = self.segments_a_job is None and max(runs) > 1
-        return 1 if several else self.jobs_a_server
+    @property
+    def jobs(self) -> int:
+        """Jobs at the same time on a server: one, if it takes segments one by one."""
+        return 1 if self.segments_a_job is None else self.jobs_a_server
 
-    def runs_of(self, work: Workload, servers: int) -> tuple[int, ...]:
-        """Segments that travel in each job."""
+    def runs_of(self, work: Workload, servers: int) -> list[range]:
+        """Segments that travel in each job, where that is decided before."""
         jobs = self.jobs_a_server * servers
+        a_job = self.segments_a_job or -(-work.segments // jobs)
+        every = range(work.segments)
+        return [every[first : first + a_job] for first in every[::a_job]]
+
+    def may_be_ahead(self, work: Workload, left: int, servers: int) -> int:
+        """Segments that a job that takes them may have begun and not completed.
+
+        Args:
+            work: The job that is spread.
+            left: Segments that no job has begun.
+            servers: Number of servers.
+        """
+        rows_bytes = work.block_rows * work.segment_blocks * work.row_bytes
+        most = min(AHEAD_BYTES // max(1, rows_bytes), MOST_AHEAD, left // servers)
+        return max(2, most)
+
+    def held(self, work: Workload, servers: int) -> int:
+        """Segments that may have begun whose sums are not added."""
+        most = self.sums_ahead * servers
         if self.segments_a_job is not None:
-            a_job = self.segments_a_job or -(-work.segments // jobs)
-            return run_lengths(work.segments, 1, a_job)
-        segment_bytes = work.block_rows * work.segment_blocks * work.row_bytes
-        held = HELD_BYTES // (jobs * work.sum_bytes)
-        most = max(1, min(RUN_BYTES // segment_bytes, held))
-        return run_lengths(work.segments, jobs, most)
+            return most * len(self.runs_of(work, servers)[0])
+        return max(most, HELD_BYTES // max(1, work.sum_bytes))
 
 
 PLAN = Plan()

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -349,11 +350,11 @@ def test_stopped_servers_hold_up_nothing(joined: Any, alone: Any) -> None:
             assert not any(out[name].any() for name in out)
 
 
-def test_servers_join_and_leave(
-    three: list[ServerProcess], joined: Any, alone: Any
-) -> None:
+def test_servers_join_and_leave(three: list[ServerProcess], joined: Any) -> None:
+    operands = oracle.operands(200 * SEGMENT_ROWS, N, K)
     first, second, third = addresses(three)
     client = joined([first])
+    alone = gradients(client, *operands)
     set_to: list[list[str]] = []
 
     def change(progress: gradwire.Progress) -> None:
@@ -367,14 +368,16 @@ def test_servers_join_and_leave(
                 changes.append(client.client.set_servers(wanted))
 
     changes: list[Any] = []
-    result = gradients(client, *OPERANDS, on_progress=change)
+    result = gradients(client, *operands, on_progress=change)
     for each in changes:
         client.run(each)
     assert same(result, alone)
-    used = {each.server_address for each in result.receipt.segments}
+    used = Counter(each.server_address for each in result.receipt.segments)
     if isinstance(client.client, gradwire.Client):
-        assert used == {first, second, third}
-    assert same(gradients(client, *OPERANDS), alone)
+        # The first completes what it has begun.
+        assert set(used) == {first, second, third}
+        assert used[first] < 20
+    assert same(gradients(client, *operands), alone)
 
 
 def test_only_clients_of_a_list_change_their_servers(
@@ -575,8 +578,8 @@ def test_complete_segments_are_not_sent_again(
     assert len(receipt.segments) == 40
     assert receipt.m == m
     assert receipt.attempts > 1
-    # The receipts are of the last attempts.
-    assert receipt.bytes_received < m * (N + K) * 4
+    # All rows once, and W in each of both attempts.
+    assert receipt.bytes_received == m * (N + K) * 4 + 2 * N * K * 4
 
 
 @pytest.mark.parametrize("transport", ["grpc", "direct"])

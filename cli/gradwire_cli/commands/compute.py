@@ -219,11 +219,12 @@ def _progress_bar(*, show: bool) -> Iterator[Callable[[Progress], object] | None
 def _segments(receipt: Receipt) -> Iterator[tuple[str, str]]:
     """Which servers and devices have computed a spread job."""
     computed = Counter(
-        (each.server_address, each.device.index) for each in receipt.segments
+        (each.server_address, str(each.device.index) if each.device else "unknown")
+        for each in receipt.segments
     )
     devices = Counter(address for address, _ in computed)
-    for (address, index), count in sorted(computed.items()):
-        where = address if devices[address] == 1 else f"{address}, device {index}"
+    for (address, device), count in sorted(computed.items()):
+        where = address if devices[address] == 1 else f"{address}, device {device}"
         yield where, f"{count} of {len(receipt.segments)} segments"
 
 

@@ -96,11 +96,11 @@ class Segment:
     server_instance: str
     """The server process, as in `Receipt`."""
 
-    device: Device
-    """The device."""
+    device: Device | None
+    """The device; None if the job that computed it has failed behind it."""
 
     attempts: int = 1
-    """Number of attempts of the job with this segment, and perhaps the next ones."""
+    """Number of attempts of the job with this segment, and perhaps others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +326,8 @@ class Progress:
     job runs."""
 
     rows_by_server: Mapping[str, int] | None = None
-    """With `spread`: rows of complete jobs, of one or several segments each, by the
-    address of the server that has computed them."""
+    """With `spread`: rows of complete segments, by the address of the server that has
+    computed them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,6 +493,7 @@ def spread_receipt(
     receipts: Sequence[Receipt],
     segments: Sequence[Segment],
     *,
+    m: int,
     job_id: str,
     segment_rows: int,
     result_dtypes: Mapping[str, str],
@@ -501,6 +502,7 @@ def spread_receipt(
     merged = merged_receipt(receipts)
     return replace(
         merged,
+        m=m,
         job_id=job_id,
         segments=tuple(segments),
         fingerprint=replace(merged.fingerprint, segment_rows=segment_rows),

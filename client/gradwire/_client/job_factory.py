@@ -46,6 +46,7 @@ from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.replay_buffer import ReplayBuffer
 from gradwire._resilience.retry import RetryPolicy
 from gradwire._resilience.row_reader import RowReader
+from gradwire._resilience.segments_job import Segments, SegmentsJob
 from gradwire._resilience.stream_job import StreamJob
 from gradwire_protocol import limits
 from gradwire_protocol.limits import AFFINITY, EARLY_ROWS, RESUME
@@ -166,7 +167,12 @@ class JobFactory:
             outputs = ArrayOutputs(plan, results, own, self.memory, library)
             if options.spread:
                 return SpreadJob(
-                    plan, operands, outputs, make=self._part, copies=copies
+                    plan,
+                    operands,
+                    outputs,
+                    make=self._part,
+                    make_of_segments=self._segments_job,
+                    copies=copies,
                 )
             return self._job(plan, operands, outputs, copies)
         if options.spread:
@@ -236,6 +242,26 @@ class JobFactory:
         outputs = ArrayOutputs(plan, shapes, given, self.memory)
         return self._job(plan, operands, outputs, HostCopies())
 
+    def _segments_job(
+        self,
+        plan: Plan,
+        operands: Mapping[Matrix, Operand],
+        segments: Segments,
+        whole: Plan,
+        segment_rows: int,
+    ) -> SegmentsJob:
+        """Create a job that takes segments of a spread product."""
+        return SegmentsJob(
+            replace(plan, chunk_bytes=self.tuning.chunk_bytes),
+            operands,
+            ArrayOutputs(plan, {}, {}, self.memory),
+            whole=whole,
+            segments=segments,
+            segment_rows=segment_rows,
+            copies=HostCopies(),
+            early_bytes=self._early_bytes(plan),
+        )
+
     def _job(
         self,
         plan: Plan,
@@ -246,7 +272,7 @@ class JobFactory:
         if plan.chunk_bytes != self.tuning.chunk_bytes:
             plan = replace(plan, chunk_bytes=self.tuning.chunk_bytes)
         unary = self.tuning.unary
-        if unary is None or plan.segment_rows:
+        if unary is None:
             unary = suits_one_message(plan)
         return ArrayJob(
             plan,

@@ -1,12 +1,15 @@
-"""A product that several servers compute, as jobs of some of its segments each."""
+"""A product that several servers compute, as jobs that take its segments."""
 
 from __future__ import annotations
 
+import heapq
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -22,54 +25,89 @@ from gradwire._core.outputs import ArrayOutputs, Output
 from gradwire._core.progress import SpreadReporter
 from gradwire._core.segments import (
     ASK_AGAIN_S,
+    JOB_S,
     RECENT,
     OrderedSums,
-    Run,
     held_segments,
     late_after_s,
+    segments_ahead,
 )
 from gradwire._resilience.array_job import ArrayJob
+from gradwire._resilience.segments_job import Segments, SegmentsJob, Taken
 from gradwire_protocol.matrices import Matrix
+
+RECEIPT_S = 1.0
+"""Seconds that jobs have for their receipts once all results are there."""
+
+
+class MakeSegmentsJob(Protocol):
+    """Creates a job that takes segments."""
+
+    def __call__(
+        self,
+        plan: Plan,
+        operands: Mapping[Matrix, Operand],
+        segments: Segments,
+        whole: Plan,
+        segment_rows: int,
+        /,
+    ) -> SegmentsJob:
+        """Create a job; see `SegmentsJob`."""
 
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """A job with the segments of a run: the run's first job, or a duplicate."""
+    """A job of the product."""
 
-    run: Run
-    job: ArrayJob
+    number: int
     duplicate: bool
-    begun_at: float
+    """Whether it was begun for segments that others are late with."""
+    moved_at: float
+    """When it has begun, or has last completed a segment."""
+    job: ArrayJob = field(init=False)
+    taken: list[Taken] = field(default_factory=list)
+    """Its segments that are not complete, in order."""
+    since: float | None = None
+    """When the attempt took its first segment."""
+    over: bool = False
+    """Whether the attempt has taken the last segment of the product."""
+    complete: list[int] = field(default_factory=list)
+    """Segments that the attempt has completed first."""
     cancel: Callable[[], object] | None = None
     cancelled: bool = False
 
+    @property
+    def idle_since(self) -> float:
+        """When it has last completed a segment, or began the one that is next."""
+        return max(self.moved_at, self.taken[0].at) if self.taken else math.inf
+
+    def is_late(self, before: float) -> bool:
+        """Return whether it has completed nothing since then, with segments to do."""
+        return self.idle_since < before
+
 
 @dataclass(eq=False, slots=True)
-class _State:
-    """A run that was begun."""
+class _Segment:
+    """A segment that was begun."""
 
     parts: list[Part] = field(default_factory=list)
-    """Its jobs in progress."""
-
-    begun: int = 0
-    """Number of all its jobs so far."""
-
-    decided: bool = False
-    """Whether one of them has succeeded."""
-
-    winner: tuple[Part, Receipt] | None = None
-    """That one, until its results were taken."""
+    """The jobs that compute it."""
+    writer: Part | None = None
+    """The one that writes its results where the caller gets them."""
+    kept: Taken | None = None
+    """Results of another one, to be stored when the writer has left."""
+    done: bool = False
 
 
 class SpreadJob:
     """A product's segments, and what they have in common. Thread-safe.
 
         job.spread.choose_numerics(those of all servers)
-        job.spread.divide(jobs)
-        job.begin_reports()
-        while (part := job.begin(jobs, servers)) is not None:
+        job.spread.divide()
+        job.start(servers)
+        while (part := job.begin(jobs)) is not None:
             if it is a number: wait, and ask again
-            ... run part.job ...
+            ... run part.job, which takes segments ...
             job.end(part, its receipt), or job.fail(part, its error)
         job.deliver()
 
@@ -77,7 +115,8 @@ class SpreadJob:
         plan: The plan of the whole product.
         operands: Its operands.
         outputs: Its results.
-        make: Creates a job.
+        make: Creates a job of one segment.
+        make_of_segments: Creates a job that takes segments.
         copies: Counts copies between GPUs and host memory.
 
     Attributes:
@@ -92,15 +131,18 @@ class SpreadJob:
         outputs: ArrayOutputs,
         *,
         make: MakeJob,
+        make_of_segments: MakeSegmentsJob,
         copies: HostCopies,
     ) -> None:
         self.outputs = outputs
         self._plan = plan
         self._operands = operands
         self._make = make
+        self._make_of_segments = make_of_segments
         self._copies = copies
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._begun_at = time.monotonic()
+        self._servers: Callable[[], Set[str]] = frozenset
         self.begin_again()
 
     def begin_again(self) -> None:
@@ -108,99 +150,107 @@ class SpreadJob:
         self.spread = SpreadPlan(self._plan)
         self._stopped = False
         self._sums = OrderedSums(self._plan)
-        self._states: dict[int, _State] = {}
-        self._receipts: dict[int, Receipt] = {}
+        self._parts: list[Part] = []
+        self._begun = 0
+        """Number of all jobs so far."""
+        self._segments: dict[int, _Segment] = {}
+        """The segments that were begun, until all their jobs have left them."""
+        self._queue: list[int] = []
+        """The others that are not done: a heap."""
+        self._left = 0
+        """Number of segments that are not done."""
+        self._computed: list[tuple[Sequence[int], Receipt]] = []
+        """Receipts of jobs, with the segments for which each was the first."""
+        self._timer: threading.Timer | None = None
         self._seconds: deque[float] = deque(maxlen=RECENT)
-        self._next = 0
+        self._no_duplicates_until = 0.0
         self._whole: Mapping[Matrix, Array] = {}
         self._reporter: SpreadReporter | None = None
-        self._window = 0
+        self._jobs = 1
 
-    def begin_reports(self) -> None:
-        """Report progress, once the product is divided."""
+    def start(self, servers: Callable[[], Set[str]]) -> None:
+        """Begin, once the product is divided.
+
+        Args:
+            servers: Returns the addresses of the servers that can be used.
+        """
+        self._servers = servers
+        self._left = self.spread.division.segments
+        self._queue = list(range(self._left))
         if self.spread.plan.options.on_progress is not None:
-            self._reporter = SpreadReporter(self.spread.plan, self.spread.division)
+            self._reporter = SpreadReporter(self.spread.plan)
 
     @property
     def left_s(self) -> float | None:
         """Seconds that the product has left; None: no limit."""
         return left_of(self._plan.options, self._begun_at).timeout_s
 
-    @property
-    def run_count(self) -> int:
-        """Number of runs."""
-        return self.spread.division.run_count
-
-    def begin(self, jobs: int, servers: Set[str]) -> Part | float | None:
+    def begin(self, jobs: int) -> Part | float | None:
         """Create the next job.
 
         Args:
-            jobs: Most runs at the same time.
-            servers: Addresses of the servers that can be used. A run has a job on each
-                at most.
+            jobs: Most jobs at the same time.
 
         Returns:
             The job; or seconds after which to ask again, unless a job ends before; or
             None if there are no more.
         """
-        with self._lock:
-            if self._stopped or len(self._receipts) == self.run_count:
+        with self._changed:
+            if self._stopped or not self._left:
                 return None
             if not self._whole:
                 self._whole = self.outputs.all()
-            self._window = max(self._window, jobs)
-            in_progress = sum(bool(state.parts) for state in self._states.values())
-            room = in_progress < jobs and self._next < self.run_count
-            if room and self._may_begin():
-                run, self._next = self.spread.division.run(self._next), self._next + 1
-                state = self._states[run.number] = _State()
-                return self._part(state, run)
-            return self._duplicate(servers)
+            self._jobs, now = max(1, jobs), time.monotonic()
+            running = len(self._parts)
+            if self._may_begin():
+                return self._part(now) if running < jobs else ASK_AGAIN_S
+            if now < self._no_duplicates_until or self._late_segment(now) is None:
+                return self._late_in(now)
+            late = [part for part in self._parts if part.is_late(now - self._limit())]
+            slow = {part.job.address for part in late}
+            servers = self._servers()
+            others = servers - slow
+            room = max(1, jobs * len(others) // max(1, len(servers)))
+            if others and running - len(late) < room:
+                return self._part(now, slow)
+            return ASK_AGAIN_S
 
     def end(self, part: Part, receipt: Receipt) -> None:
-        """Use the results of a job that has succeeded, unless another one was first."""
-        with self._lock:
-            state = self._left(part)
-            cancels: Sequence[Callable[[], object]] = ()
-            if not state.decided:
-                state.decided, state.winner = True, (part, receipt)
-                self._seconds.append(time.monotonic() - part.begun_at)
-                for each in state.parts:
-                    each.job.late = each.begun_at < part.begun_at
-                cancels = self._cancels(state.parts)
-            winner = self._settled(part.run)
-        for cancel in cancels:
-            cancel()
-        if winner is not None:
-            self._take(*winner)
+        """Use the receipt of a job that has succeeded, and its results."""
+        job = part.job
+        if not isinstance(job, SegmentsJob):
+            results = job.outputs.present()
+            sums = {matrix: results[matrix] for matrix in self.spread.plan.sums}
+            (taken,) = part.taken
+            self.complete(part, taken, sums)
+        self._leave(part, receipt)
 
     def fail(self, part: Part, error: BaseException) -> bool:
         """Note the failure of a job.
 
         Returns:
-            Whether the product has failed, too: not if another job computes the same.
+            Whether the product has failed, too.
         """
-        with self._lock:
-            state = self._left(part)
-            matters = isinstance(error, Exception) and not part.cancelled
-            if not isinstance(error, GradwireError) or (
-                matters and not state.parts and not state.decided
-            ):
+        if isinstance(part.job, SegmentsJob):
+            part.job.give_back()
+        else:
+            self.give_back(part, part.taken)
+        self._leave(part, None)
+        with self._changed:
+            if not isinstance(error, GradwireError):
                 return True
-            winner = self._settled(part.run)
-        if winner is not None:
-            self._take(*winner)
-        return False
+            if part.cancelled or not self._left:
+                return False
+            if part.duplicate:
+                self._no_duplicates_until = time.monotonic() + ASK_AGAIN_S
+            return not part.duplicate
 
     def stop(self) -> None:
         """Begin no more jobs, and cancel those that run."""
-        with self._lock:
+        with self._changed:
             self._stopped = True
-            cancels = [
-                cancel
-                for state in self._states.values()
-                for cancel in self._cancels(state.parts)
-            ]
+            cancels = _cancels(self._parts)
+            self._changed.notify_all()
         for cancel in cancels:
             cancel()
 
@@ -210,136 +260,305 @@ class SpreadJob:
         Returns:
             The receipt of all jobs.
         """
+        if self._timer is not None:
+            self._timer.cancel()
         self._sums.write(self._whole)
         self.outputs.deliver(self._copies)
-        receipt = self.spread.receipt(self._receipts)
-        return self._copies.told(receipt)
+        return self._copies.told(self.spread.receipt(self._computed))
+
+    # What jobs that take segments call, in any thread.
+
+    def take(self, part: Part) -> Taken | float | None:
+        """Take the next segment for a job, as for `Segments.take`."""
+        with self._changed:
+            if self._stopped or part.cancelled or part.over or not self._left:
+                return None
+            now = time.monotonic()
+            if part.since is not None and now - part.since > JOB_S:
+                return None
+            servers = self._servers()  # none: the last one is tried again
+            if servers and part.job.address not in servers:
+                return None
+            if len(part.taken) >= self._ahead():
+                return ASK_AGAIN_S
+            if self._may_begin():
+                return self._give(part, heapq.heappop(self._queue), now)
+            late = self._late_segment(now, {part.job.address})
+            if late is not None:
+                return self._give(part, late, now)
+            return self._late_in(now) if self._queue else None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something changes, at most so long."""
+        with self._changed:
+            self._changed.wait(seconds)
+
+    def tell(self) -> None:
+        """Have all jobs ask again what to take."""
+        with self._changed:
+            self._changed.notify_all()
+            wakes = [part.job.wake for part in self._parts if part.job.waits]
+        for wake in wakes:
+            wake()
+
+    def complete(self, part: Part, taken: Taken, sums: Mapping[Matrix, Array]) -> None:
+        """Use the results of a segment, which are in its places, and its sums."""
+        with self._changed:
+            now = time.monotonic()
+            self._seconds.append(now - max(part.moved_at, taken.at))
+            part.moved_at = now
+            part.taken.remove(taken)
+            segment = self._without(part, taken)
+            first, segment.done = not segment.done, True
+            store = first or segment.writer is part
+            if segment.writer is part:
+                self._leave_to_others(segment)
+            elif first and segment.writer is not None:
+                # It may be about to write the same.
+                segment.kept, store = taken, False
+            if first:
+                part.complete.append(taken.number)
+                self._left -= 1
+                if not self._left:
+                    self._timer = _later(RECEIPT_S, self.stop)
+            cancels = self._overtaken(now)
+        if store:
+            self._store(taken)
+        if first:
+            self._sums.add(taken.number, sums)
+        self.tell()
+        for cancel in cancels:
+            cancel()
+        if first and self._reporter is not None:
+            self._reporter.complete(part.number, taken.rows, part.job.address)
+
+    def give_back(self, part: Part, left: Sequence[Taken]) -> None:
+        """Have segments that are not complete computed by another job.
+
+        Args:
+            part: The job, whose attempt has ended.
+            left: The segments.
+        """
+        with self._changed:
+            kept: list[Taken] = []
+            for taken in left:
+                segment = self._without(part, taken)
+                if segment.writer is part and (own := self._leave_to_others(segment)):
+                    kept.append(own)
+                if not segment.done and not segment.parts:
+                    heapq.heappush(self._queue, taken.number)
+            part.taken.clear()
+            part.since, part.over = None, False
+            complete, part.complete = part.complete, []
+            if complete and isinstance(part.job, SegmentsJob):
+                receipt = self.spread.receipt_so_far(part.job, complete)
+                self._computed.append((complete, receipt))
+        for taken in kept:
+            self._store(taken)
+        if self._reporter is not None:
+            self._reporter.forget(part.number)
+        self.tell()
+
+    # With the lock held.
 
     def _may_begin(self) -> bool:
-        """Whether the sums of the next run may be held until those before are there."""
-        run = self.spread.division.run(self._next)
-        ahead = run.first_segment + run.segments - self._sums.added
-        return ahead <= max(self._window, held_segments(self.spread.plan))
+        """Whether the sums of the next segment may be held until those before come."""
+        most = max(2 * self._jobs, held_segments(self.spread.plan))
+        return bool(self._queue) and self._queue[0] - self._sums.added < most
 
-    def _duplicate(self, servers: Set[str]) -> Part | float:
-        """Create another job for the run that takes longest, if that is too long.
+    def _ahead(self) -> int:
+        rows = self.spread.division.segment_rows
+        return segments_ahead(self.spread.plan, rows, len(self._queue), self._jobs)
 
-        If that job takes too long as well, its server may have stopped, too, and there
-        is a third one.
-        """
+    def _limit(self) -> float:
+        """Return the seconds after which a segment is late; infinite: not known yet."""
         limit = late_after_s(self._seconds)
-        if limit is None:
-            return ASK_AGAIN_S
-        candidates = [
-            (state.parts[-1].begun_at, state)
-            for state in self._states.values()
-            if not state.decided and state.parts
-            if servers - {each.job.address for each in state.parts}
-            if state.begun <= len(servers) + 1  # some may have failed
-        ]
-        if not candidates:
-            return ASK_AGAIN_S
-        begun_at, state = min(candidates, key=lambda each: each[0])
-        left = begun_at + limit - time.monotonic()
-        if left > 0:
-            return left
-        return self._part(state, state.parts[0].run)
+        return math.inf if limit is None else limit
 
-    def _part(self, state: _State, run: Run) -> Part:
-        """Create the job of a run.
+    def _late_segment(self, now: float, not_at: Set[str] = frozenset()) -> int | None:
+        """Return the first segment that takes too long where it is computed.
 
-        If the run has jobs already, another server gets this one, and its results have
-        places of their own.
+        Args:
+            now: The time.
+            not_at: Servers, none of which computes it.
         """
-        first = not state.begun
-        rows = (run.first_row, run.first_row + run.rows)
-        operands = {
-            matrix: operand if matrix is Matrix.W else operand.part(*rows)
-            for matrix, operand in self._operands.items()
-        }
-        places: dict[Matrix, Output] = {}
-        if first:
-            for matrix, array in self._whole.items():
-                place = _rows_of(array, *rows) if matrix.row_wise else None
-                if place is not None:
-                    places[matrix] = Output(place, place)
-        whole, shared = self.spread.plan, self.spread
-        options = left_of(whole.options, self._begun_at)
+        before = now - self._limit()
+        for number, segment in sorted(self._segments.items()):
+            if segment.done or not all(p.is_late(before) for p in segment.parts):
+                continue
+            if not_at.isdisjoint(part.job.address for part in segment.parts):
+                return number
+        return None
+
+    def _late_in(self, now: float) -> float:
+        """Return the seconds after which another job is late, at most `ASK_AGAIN_S`."""
+        until = self._limit() - now
+        at = [until + each.idle_since for each in self._parts if each.taken]
+        return min((ASK_AGAIN_S, *(each for each in at if each > 0)))
+
+    def _overtaken(self, now: float) -> list[Callable[[], object]]:
+        """Mark jobs all of whose segments others have completed, to be cancelled."""
+        before = now - self._limit()
+        several = self.spread.division.several
+        overtaken = [
+            part
+            for part in self._parts
+            if part.taken
+            and all(self._segments[each.number].done for each in part.taken)
+            and not (several and self._queue and not part.is_late(before))
+        ]
+        for part in overtaken:
+            part.job.late = any(not each.duplicate for each in part.taken)
+        return _cancels(overtaken)
+
+    def _without(self, part: Part, taken: Taken) -> _Segment:
+        """Return a segment, which a job computes no longer."""
+        segment = self._segments[taken.number]
+        segment.parts.remove(part)
+        if not segment.parts:
+            del self._segments[taken.number]
+        return segment
+
+    @staticmethod
+    def _leave_to_others(segment: _Segment) -> Taken | None:
+        """Let another job write a segment's results, and return those that are kept."""
+        kept, segment.writer, segment.kept = segment.kept, None, None
+        return kept
+
+    def _part(self, now: float, avoid: Set[str] = frozenset()) -> Part:
+        """Create a job.
+
+        Args:
+            now: The time.
+            avoid: Servers that are late, if it is for their segments.
+        """
+        shared, whole, division = self.spread, self.spread.plan, self.spread.division
+        part = Part(self._begun, duplicate=bool(avoid), moved_at=now)
+        self._begun += 1
         report = None
-        if self._reporter is not None and first:
-            report = self._reporter.of_run(run.number)
+        if self._reporter is not None:
+            report = self._reporter.of_job(part.number)
         options = replace(
-            options,
-            result_dtypes={**options.result_dtypes, **shared.sum_dtypes()},
+            left_of(whole.options, self._begun_at),
+            result_dtypes={**whole.options.result_dtypes, **shared.sum_dtypes()},
             on_progress=report,
-            job_id=shared.job_id(run.number, "+" * state.begun),
+            job_id=shared.job_id(part.number, "+" if avoid else ""),
         )
-        plan = replace(
-            with_rows(whole, run.rows), options=options, first_row=run.first_row
-        )
-        if run.segments > 1 and whole.sums:
-            plan = replace(plan, segment_rows=shared.division.segment_rows)
-        job = self._make(plan, operands, places)
-        job.unusable = shared.unusable
-        if not first:
-            job.unusable = shared.unusable | {each.job.address for each in state.parts}
-            job.once = True
-        part = Part(run, job, not first, time.monotonic())
-        state.begun += 1
-        job.on_call = lambda cancel: self._called(part, cancel)
-        state.parts.append(part)
+        if division.several:
+            rows = division.segment_rows
+            plan = replace(with_rows(whole, None), options=options)
+            plan = replace(plan, segment_rows=rows if whole.sums else 0)
+            part.job = self._make_of_segments(
+                plan, self._operands, _Bound(self, part), whole, rows
+            )
+        else:
+            late = self._late_segment(now) if avoid else None
+            number = heapq.heappop(self._queue) if late is None else late
+            taken = self._give(part, number, now)
+            first, last = division.rows_of(number)
+            plan = replace(
+                with_rows(whole, taken.rows), options=options, first_row=first
+            )
+            operands = {
+                matrix: each if matrix is Matrix.W else each.part(first, last)
+                for matrix, each in self._operands.items()
+            }
+            places = {m: Output(array, array) for m, array in taken.places.items()}
+            part.job = self._make(plan, operands, places)
+        part.job.unusable = shared.unusable | avoid if avoid else shared.unusable
+        part.job.once = bool(avoid)
+        part.job.on_call = lambda cancel: self._called(part, cancel)
+        self._parts.append(part)
         return part
 
+    def _give(self, part: Part, number: int, now: float) -> Taken:
+        """Give a job a segment.
+
+        If another job writes its results, this one's have places of their own.
+        """
+        segment = self._segments.setdefault(number, _Segment())
+        first, last = self.spread.division.rows_of(number)
+        places: dict[Matrix, Array] = {}
+        for matrix, array in self._whole.items():
+            if matrix.row_wise:
+                place = _rows_of(array, first, last) if not segment.writer else None
+                if place is None:
+                    place = np.empty((last - first, array.shape[-1]), array.dtype)
+                places[matrix] = place
+        duplicate = bool(segment.parts)
+        taken = Taken(number, first, last - first, places, now, duplicate)
+        segment.writer = segment.writer or part
+        segment.parts.append(part)
+        part.taken.append(taken)
+        part.since = part.since or now
+        part.over = number == self.spread.division.segments - 1
+        return taken
+
+    # Without it.
+
+    def _leave(self, part: Part, receipt: Receipt | None) -> None:
+        """Remove a job that has ended.
+
+        Nothing may refer back to it: its sums would live until the next garbage
+        collection.
+        """
+        with self._changed:
+            self._parts.remove(part)
+            part.job.detach()
+            part.cancel = None
+            if receipt is not None and part.complete:
+                self._computed.append((part.complete, receipt))
+        if self._reporter is not None:
+            self._reporter.forget(part.number)
+        self.tell()
+
     def _called(self, part: Part, cancel: Callable[[], object]) -> None:
-        with self._lock:
+        with self._changed:
             part.cancel = cancel
             cancelled = part.cancelled
         if cancelled:
             cancel()
 
-    def _left(self, part: Part) -> _State:
-        """Remove a job that has ended, and return its run's state.
+    def _store(self, taken: Taken) -> None:
+        """Store the rows of a segment where the caller gets them."""
+        for matrix, rows in taken.places.items():
+            _store(self._whole[matrix], taken.first_row, rows)
 
-        Nothing may refer back to it: its sums would live until the next garbage
-        collection.
-        """
-        part.job.on_call = part.cancel = None
-        state = self._states[part.run.number]
-        state.parts.remove(part)
-        return state
 
-    @staticmethod
-    def _cancels(parts: Sequence[Part]) -> list[Callable[[], object]]:
-        """Mark jobs as cancelled, and return what cancels their calls."""
-        for part in parts:
-            part.cancelled = True
-        return [part.cancel for part in parts if part.cancel is not None]
+class _Bound:
+    """The segments of a product, for one of its jobs."""
 
-    def _settled(self, run: Run) -> tuple[Part, Receipt] | None:
-        """Return the job whose results a run has, once, when no other writes there."""
-        state = self._states[run.number]
-        if state.decided and not state.parts:
-            del self._states[run.number]
-        if any(not part.duplicate for part in state.parts):
-            return None
-        winner, state.winner = state.winner, None
-        return winner
+    def __init__(self, spread: SpreadJob, part: Part) -> None:
+        self._spread, self._part = spread, part
 
-    def _take(self, part: Part, receipt: Receipt) -> None:
-        """Take the results of a run."""
-        results = part.job.outputs.present()
-        for matrix, array in self._whole.items():
-            if matrix.row_wise:
-                _store(array, part.run.first_row, results[matrix])
-        sums: Sequence[Mapping[Matrix, Array]] = part.job.segment_sums
-        if not part.job.plan.segment_rows:
-            own = {matrix: results[matrix] for matrix in self.spread.plan.sums}
-            sums = [own] * part.run.segments  # of several segments only without sums
-        self._sums.add(part.run.first_segment, sums)
-        with self._lock:
-            self._receipts[part.run.number] = receipt
-        if self._reporter is not None:
-            self._reporter.ended(part.run.number, receipt)
+    def take(self) -> Taken | float | None:
+        return self._spread.take(self._part)
+
+    def wait(self, seconds: float) -> None:
+        self._spread.wait(seconds)
+
+    def tell(self) -> None:
+        self._spread.tell()
+
+    def complete(self, taken: Taken, sums: Mapping[Matrix, Array]) -> None:
+        self._spread.complete(self._part, taken, sums)
+
+    def give_back(self, left: Sequence[Taken]) -> None:
+        self._spread.give_back(self._part, left)
+
+
+def _cancels(parts: Sequence[Part]) -> list[Callable[[], object]]:
+    """Mark jobs as cancelled, and return what cancels their calls."""
+    for part in parts:
+        part.cancelled = True
+    return [part.cancel for part in parts if part.cancel is not None]
+
+
+def _later(seconds: float, work: Callable[[], object]) -> threading.Timer:
+    timer = threading.Timer(seconds, work)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _rows_of(array: Array, first: int, last: int) -> Array | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from gradwire._api.errors import GradwireError, NumericsError
 from gradwire._api.options import Numerics
-from gradwire._api.types import Receipt, Segment, spread_receipt
+from gradwire._api.types import Receipt, Segment, receipt_of, spread_receipt
 from gradwire._core.job_plan import Plan
 from gradwire._core.numerics import most_common
 from gradwire._core.segments import Division, accumulator_of, divide
 from gradwire._resilience.array_job import exclude
+from gradwire._resilience.segments_job import SegmentsJob
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.limits import MAX_JOB_ID_LENGTH
 from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 
 class SpreadPlan:
@@ -66,17 +68,16 @@ class SpreadPlan:
         if isinstance(error, NumericsError):
             exclude(self.unusable, self.plan.options.job_id, address, str(error))
 
-    def divide(self, jobs: int, *, runs: bool) -> None:
+    def divide(self, *, several: bool) -> None:
         """Divide the product, once its servers are known.
 
         Args:
-            jobs: Jobs at the same time.
-            runs: Whether a job may have several segments.
+            several: Whether a job may take several segments.
         """
         numerics = self.plan.options.numerics
         if numerics is None:
             raise RuntimeError("the servers of the job are not known")
-        self.division = divide(self.plan, numerics.row_block_bytes, jobs, runs=runs)
+        self.division = divide(self.plan, numerics.row_block_bytes, several=several)
 
     def sum_dtypes(self) -> dict[Matrix, Dtype]:
         """Return the dtype in which the sums of a segment are received."""
@@ -88,34 +89,56 @@ class SpreadPlan:
         own = f"{whole}/{number}{again}"
         return own if len(own) <= MAX_JOB_ID_LENGTH else whole
 
-    def receipt(self, receipts: Mapping[int, Receipt]) -> Receipt:
+    def receipt_so_far(self, job: SegmentsJob, segments: Sequence[int]) -> Receipt:
+        """Return what is known of an attempt that failed behind complete segments.
+
+        Args:
+            job: The job.
+            segments: Their numbers.
+        """
+        accepted = job.accepted
+        if accepted is None:
+            raise RuntimeError("no server has accepted the job")
+        plan = self.plan
+        m = sum(last - first for first, last in map(self.division.rows_of, segments))
+        message = ReceiptMessage(
+            job_id=job.plan.options.job_id,
+            server_instance=accepted.server_instance,
+            m=m,
+            blocks=-(-m // accepted.block_rows),
+            bytes_received=plan.upload_bytes(m),
+            bytes_sent=plan.download_bytes(m),
+        )
+        receipt = receipt_of(message, accepted)
+        return replace(receipt, server_address=job.address, attempts=job.attempt)
+
+    def receipt(self, computed: Iterable[tuple[Sequence[int], Receipt]]) -> Receipt:
         """Return the receipt of the product.
 
         Args:
-            receipts: The receipt of each run, by the run's number.
+            computed: The receipts of its jobs, with the numbers of their segments.
         """
-        rows, first = self.division.segment_rows, 0
-        segments: list[Segment] = []
-        in_order = [receipt for _, receipt in sorted(receipts.items())]
-        for each in in_order:
-            end = first + each.m
-            segments.extend(
-                Segment(
-                    first_row=at,
-                    rows=min(rows, end - at),
-                    server_address=each.server_address,
-                    server_instance=each.server_instance,
-                    device=each.device,
-                    attempts=each.attempts,
+        in_order = sorted(computed, key=lambda each: min(each[0]))
+        segments: dict[int, Segment] = {}
+        for numbers, receipt in in_order:
+            for number in numbers:
+                first, last = self.division.rows_of(number)
+                segments[number] = Segment(
+                    first_row=first,
+                    rows=last - first,
+                    server_address=receipt.server_address,
+                    server_instance=receipt.server_instance,
+                    device=receipt.device if receipt.device.backend else None,
+                    attempts=receipt.attempts,
                 )
-                for at in range(first, max(end, first + 1), rows)
-            )
-            first = end
+        # Those of failed attempts know less.
+        in_order.sort(key=lambda each: bool(each[1].device.backend))
         return spread_receipt(
-            in_order,
-            segments,
+            [receipt for _, receipt in in_order],
+            [segment for _, segment in sorted(segments.items())],
+            m=self.division.m,
             job_id=self.plan.options.job_id,
-            segment_rows=rows,
+            segment_rows=self.division.segment_rows,
             result_dtypes={
                 each.label: self.plan.result_dtype(each).label
                 for each in self.plan.results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ class SpreadRows:
         self._next_number = 0
         self._count = 0
         self._ended = False
-        self._receipts: dict[int, Receipt] = {}
+        self._computed: list[tuple[Sequence[int], Receipt]] = []
         self._rest: dict[Matrix, Operand] = {}
         self._reporter: SpreadReporter | None = None
         self._came = not any(each.row_wise for each in reader.options.results)
@@ -126,7 +126,7 @@ class SpreadRows:
         self._most = max(least, held)
         self._first_until = time.monotonic() + FIRST_S
         if spread.plan.options.on_progress is not None:
-            self._reporter = SpreadReporter(spread.plan, spread.division)
+            self._reporter = SpreadReporter(spread.plan)
 
     def add(self, operands: Mapping[Matrix, Operand]) -> None:
         """Add the rows of an item. Those of the last one must have been stored.
@@ -190,6 +190,7 @@ class SpreadRows:
                 self._segments[-1].complete_at = time.monotonic()
             self._ended = True
             self.spread.plan = with_rows(self.spread.plan, self._count)
+            self.spread.division = replace(self.spread.division, m=self._count)
 
     def begin(self, jobs: int) -> SegmentRows | None:
         """Return the next segment to compute; None if there is none yet.
@@ -244,7 +245,7 @@ class SpreadRows:
         options = replace(
             options,
             result_dtypes={**options.result_dtypes, **spread.sum_dtypes()},
-            on_progress=None if reporter is None else reporter.of_run(number),
+            on_progress=None if reporter is None else reporter.of_job(number),
             job_id=spread.job_id(number),
             block_rows=spread.plan.block_rows,
         )
@@ -270,15 +271,17 @@ class SpreadRows:
     ) -> None:
         """Store the sums of a segment, whose row blocks are all there."""
         if segment.rows or not segment.number:
-            self._sums.add(segment.number, [sums])
+            self._sums.add(segment.number, sums)
         with self._lock:
-            self._receipts[segment.number] = receipt
+            self._computed.append(((segment.number,), receipt))
             segment.done = self._came = True
             self._seconds.append(time.monotonic() - segment.complete_at)
             segment.items.clear()
             segment.buffers.clear()
         if self._reporter is not None:
-            self._reporter.ended(segment.number, receipt)
+            address = receipt.server_address
+            self._reporter.complete(segment.number, segment.rows, address)
+            self._reporter.forget(segment.number)
 
     def next_block(self) -> RowBlock | None:
         """Return the next row block in the order of rows, if it is there."""
@@ -314,7 +317,7 @@ class SpreadRows:
             for matrix in plan.sums
         }
         self._sums.write(results)
-        receipt = self.spread.receipt(self._receipts)
+        receipt = self.spread.receipt(self._computed)
         made = {matrix: self._converted(array) for matrix, array in results.items()}
         return made, self._reader.copies.told(receipt)
 

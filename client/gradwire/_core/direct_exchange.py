@@ -55,8 +55,51 @@ class Listener(Protocol):
     def take_sums(self, chunk: Chunk) -> None:
         """Take elements of its sums."""
 
+    def received(self) -> None:
+        """Note that elements of a result were received."""
+
     def report(self) -> None:
         """Report progress."""
+
+
+class RowSource(Protocol):
+    """Where the rows of a job come from. Thread-safe."""
+
+    @property
+    def rows(self) -> int:
+        """Number of all rows, once there are no more."""
+
+    def rows_at(
+        self, row: int, count: int
+    ) -> tuple[Mapping[Matrix, Operand], int, int] | None:
+        """Return the next rows of a job, at most `count`, from `row` on.
+
+        Args:
+            row: The first row, of a row block.
+            count: Rows of a row block.
+
+        Returns:
+            Operands, and the first row in them and the row after the last; None: there
+            are no more.
+
+        Raises:
+            InterruptedError: The source was interrupted.
+        """
+
+
+class _Arrays:
+    """The rows of complete operands."""
+
+    def __init__(self, operands: Mapping[Matrix, Operand], m: int) -> None:
+        self.rows = m
+        self._operands = operands
+
+    def rows_at(
+        self, row: int, count: int
+    ) -> tuple[Mapping[Matrix, Operand], int, int] | None:
+        if row >= self.rows:
+            return None
+        return self._operands, row, min(row + count, self.rows)
 
 
 class _Shared:
@@ -121,6 +164,8 @@ class DirectExchange:
         connections: Number of connections, N.
         checkpoint: The sums with which the job goes on.
         results_from_row: The first row with Y and dX wanted.
+        source: Where the rows of X and dY come from; None: from operands with all of
+            them.
 
     Attributes:
         all_sent: Whether all operands were sent, for a job of arrays.
@@ -136,8 +181,10 @@ class DirectExchange:
         connections: int,
         checkpoint: Checkpoint | None,
         results_from_row: int,
+        source: RowSource | None = None,
     ) -> None:
         self.all_sent = False
+        self._source = source
         first_result = results_from_row // sender.block_rows
         self._shared = _Shared(plan, sender, listener, connections, first_result)
         self._checkpoint = checkpoint
@@ -162,29 +209,38 @@ class DirectExchange:
 
         Args:
             connection: Its number.
-            operands: W, and all rows of X and dY, if the job needs them.
+            operands: W, and all rows of X and dY, if the job needs them and has no
+                source of rows.
 
         Raises:
             InputError: An element is too large for 16 bits.
+            InterruptedError: The source was interrupted.
         """
         if not connection:
             w = operands.get(Matrix.W)
             if w is not None:
-                yield from self._frames(Matrix.W, w, 0, w.rows)
+                yield from self._frames(Matrix.W, w, 0, w.rows, row=0)
             if self._checkpoint is not None:
                 yield from self._sums(self._checkpoint)
-        m, size = self._shared.sender.m or 0, self._shared.sender.block_rows
-        first = self._first_block
-        first += (connection - first) % self._shared.connections
-        for block in range(first, -(-m // size), self._shared.connections):
-            start, end = block * size, min((block + 1) * size, m)
+        sender, size = self._shared.sender, self._shared.sender.block_rows
+        source = self._source or _Arrays(operands, sender.m or 0)
+        block = self._first_block
+        block += (connection - block) % self._shared.connections
+        while (rows := source.rows_at(block * size, size)) is not None:
+            having, start, end = rows
             with self._shared.lock:
                 self._shared.sent.add(block)
-                self._shared.sender.rows_sent += end - start
+                sender.rows_sent += end - start
             for matrix in ROW_OPERANDS:
-                if matrix in operands:
-                    yield from self._frames(matrix, operands[matrix], start, end)
+                if matrix in having:
+                    operand = having[matrix]
+                    yield from self._frames(
+                        matrix, operand, start, end, row=block * size
+                    )
+            block += self._shared.connections
+        m = source.rows
         with self._shared.lock:
+            sender.m = m
             self._shares_to_send -= 1
             if not self._shares_to_send:
                 # Before the server can know that the operands are complete.
@@ -192,13 +248,15 @@ class DirectExchange:
         yield complete_frame(m)
 
     def _frames(
-        self, matrix: Matrix, operand: Operand, first: int, last: int
+        self, matrix: Matrix, operand: Operand, first: int, last: int, *, row: int
     ) -> Iterator[Frame]:
+        """Yield rows [first, last) of an operand, as rows `row`, ... of the matrix."""
+        shift = (row - first) * operand.columns
         elements = self._shared.plan.elements_per_message()
         for index, payload in operand.pieces(first, last, elements):
             with self._shared.lock:
                 self._shared.sender.bytes_sent += len(payload)
-            yield self._frame(matrix, index, payload)
+            yield self._frame(matrix, index + shift, payload)
             self._shared.listener.report()
 
     def _sums(self, checkpoint: Checkpoint) -> Iterator[Frame]:
@@ -358,7 +416,7 @@ class ResultShare:
                 self._end_block()
             else:
                 self._received_sums[matrix] += count
-        listener.report()
+        listener.received()
 
     def flush(self) -> None:
         """Write all complete rows to their arrays."""

@@ -21,7 +21,7 @@ from gradwire._api.errors import ProtocolError
 from gradwire._api.types import Array, Receipt, receipt_of
 from gradwire._arrays.operand import Operand
 from gradwire._core.acceptance import check_accepted, check_receipt
-from gradwire._core.direct_exchange import DirectExchange
+from gradwire._core.direct_exchange import DirectExchange, RowSource
 from gradwire._core.frame import Message
 from gradwire._core.job_plan import Plan
 from gradwire._core.progress import Reporter
@@ -80,6 +80,10 @@ class JobExchange:
             job. A job that resumes sends none.
         direct: Most direct connections for the elements; 0: they are in messages.
         segment_sums: Receives the sums of each segment, if the plan wants them.
+        segment_rows: Rows of a segment, for `on_segments`.
+        on_segments: Called with the number of leading segments whose Y, dX and sums are
+            all here, whenever that grows; in any thread, and perhaps with an earlier
+            number after a later one. A short segment is complete at the job's end.
 
     Attributes:
         accepted: The server's Accepted, once received.
@@ -98,11 +102,16 @@ class JobExchange:
         early_bytes: int = 0,
         direct: int = 0,
         segment_sums: list[Mapping[Matrix, Array]] | None = None,
+        segment_rows: int = 0,
+        on_segments: Callable[[int], object] | None = None,
     ) -> None:
         self.accepted: Accepted | None = None
         self.offered: DirectAccess | None = None
         self._plan = plan
         self._point = point
+        self._segment_rows = segment_rows
+        self._on_segments = on_segments
+        self._complete_segments = 0
         self._checkpoints = Checkpoints(plan, point.checkpoint if point else None)
         self._segments: SegmentSums | None = None
         if plan.segment_rows:
@@ -150,13 +159,40 @@ class JobExchange:
         rows = {m: operands[m] for m in ROW_OPERANDS if m in operands}
         yield from self._sender.opening()
         if self._sent_elsewhere is not None:
-            while not self._sent_elsewhere.all_sent:
-                yield WAIT
-            yield from self._sender.end()
+            yield from self._end_when_sent(self._sent_elsewhere)
             return
         yield from self.weight_messages(operands.get(Matrix.W))
         yield from self._reported(self._sender.all_rows(rows))
         yield from self._reported(self._sender.end())
+
+    def segment_messages(
+        self,
+        operands: Mapping[Matrix, Operand],
+        segments: Iterator[Mapping[Matrix, Operand] | None],
+    ) -> Iterator[Message]:
+        """Yield all messages after the first, for rows that come in segments.
+
+        Args:
+            operands: W, if the job needs it.
+            segments: The rows of each; None: there are none yet.
+        """
+        yield from self._sender.opening()
+        if self._sent_elsewhere is not None:
+            yield from self._end_when_sent(self._sent_elsewhere)
+            return
+        yield from self.weight_messages(operands.get(Matrix.W))
+        for rows in segments:
+            if rows is not None:
+                yield from self.row_messages(rows)
+            else:
+                yield from self._reported(self._sender.flush())
+                yield WAIT
+        yield from self.end_messages()
+
+    def _end_when_sent(self, elsewhere: DirectExchange) -> Iterator[Message]:
+        while not elsewhere.all_sent:
+            yield WAIT
+        yield from self._sender.end()
 
     def weight_messages(self, w: Operand | None) -> Iterator[Message]:
         """Yield the messages with W, if the job needs it.
@@ -213,7 +249,7 @@ class JobExchange:
             raise ProtocolError("the server ended the job without a receipt")
         self._receiver.finish()
         if self._segments is not None:
-            self._segments.require_all()
+            self._segments.require_all(self._sender.m or 0)
         check_receipt(self._receipt, self._job, self._sender.m)
         return receipt_of(self._receipt, self.accepted)
 
@@ -242,16 +278,22 @@ class JobExchange:
         """Whether a checkpoint has begun, and its sums are not complete."""
         return self._checkpoints.coming
 
-    def complete_segments(self) -> int:
-        """Return how many leading segments have their sums, Y and dX here.
-
-        For a job that receives the sums of segments.
-        """
-        if self._segments is None or self.accepted is None:
-            return 0
-        self._receiver.flush()
-        rows, count = self._complete_row(), self._segments.count
-        return count if rows is None else min(count, rows // self._plan.segment_rows)
+    def _note_segments(self) -> None:
+        """Call `on_segments`, if more segments are complete."""
+        on_segments, size = self._on_segments, self._segment_rows
+        if on_segments is None or self.accepted is None:
+            return
+        counts = []
+        if self._segments is not None:
+            counts.append(self._segments.count)
+        if (rows := self._complete_row()) is not None:
+            counts.append(rows // size)
+        count = min(counts, default=0)
+        if count > self._complete_segments:
+            self._complete_segments = count
+            if self._receiver is self._of_messages:
+                self._of_messages.flush()
+            on_segments(count)
 
     @property
     def committed_rows(self) -> int:
@@ -303,6 +345,7 @@ class JobExchange:
         sinks: Callable[[], Mapping[Matrix, Sink]],
         *,
         in_turn: bool = False,
+        source: RowSource | None = None,
     ) -> DirectExchange:
         """Send and receive the elements on the direct connections in `offered`.
 
@@ -310,6 +353,7 @@ class JobExchange:
             sinks: Makes the results' sinks, for each connection its own.
             in_turn: Whether the messages' iterators yield the frames, for the only
                 connection. Otherwise `DirectExchange.frames` does.
+            source: Where the rows come from; None: from arrays.
         """
         accepted, point, sender = self._required(), self._point, self._sender
         connections, self.offered = accepted.direct.connections, None
@@ -322,6 +366,7 @@ class JobExchange:
             connections=connections,
             checkpoint=point.checkpoint if point else None,
             results_from_row=point.results_from_row if point else 0,
+            source=source,
         )
         self._receiver = direct
         if in_turn:
@@ -349,6 +394,7 @@ class JobExchange:
             self._sender.received_segments = self._segments.count
         if not self._checkpoints.coming:
             self._checkpoints.within(self._complete_row())
+            self._note_segments()
 
     def _take(self, chunk: framing.Chunk) -> None:
         if self._receiver is not self._of_messages:
@@ -363,6 +409,7 @@ class JobExchange:
         else:
             self._of_messages.take(chunk)
             self._sender.received_row = self._of_messages.complete_row()
+            self._note_segments()
 
     def begin_checkpoint(self, rows: int) -> None:
         """Begin a checkpoint of the first rows.
@@ -376,7 +423,7 @@ class JobExchange:
         if self._checkpoints.coming:
             raise ProtocolError("the server did not complete a checkpoint")
         sender = self._sender
-        self._checkpoints.begin(rows, sender.rows_sent, sender.block_rows)
+        self._checkpoints.begin(rows, sender.rows_sent, sender.block_rows, sender.m)
 
     def _reported(self, messages: Iterator[Message]) -> Iterator[Message]:
         for message in messages:
@@ -384,6 +431,11 @@ class JobExchange:
             # A job that is not accepted yet waits, whatever it has sent.
             if message and self.accepted is not None:
                 self.report()
+
+    def received(self) -> None:
+        """Note that elements of Y, dX, dW or dB were received."""
+        self._note_segments()
+        self.report()
 
     def report(self, jobs_ahead: int | None = None) -> None:
         """Report progress to the caller."""

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gradwire._api.options import OnProgress
-from gradwire._api.types import Progress, Receipt
+from gradwire._api.types import Progress
 from gradwire._core.job_plan import Plan
-from gradwire._core.segments import Division
 
 
 class Reporter:
@@ -99,64 +98,84 @@ class BatchReporter:
         return None if of_one is None else self._count * of_one
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """The progress of an attempt of a job of a spread product."""
+
+    rows_sent: int = 0
+    bytes_received: int = 0
+    complete: int = 0
+    """Rows of complete segments."""
+
+
 class SpreadReporter:
-    """Calls `on_progress` with the totals of the runs of a spread product.
+    """Calls `on_progress` with the totals of a spread product.
+
+    W and the sums count once, however many servers get them.
 
     Args:
         plan: The plan of the whole product. Its `on_progress` is never called
             concurrently.
-        division: Its runs.
     """
 
-    def __init__(self, plan: Plan, division: Division) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._division = division
-        self._counts: dict[int, _Counts] = {}
+        self._complete = 0
+        self._attempts: dict[int, _Attempt] = {}
         self._by_server: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._row_bytes = plan.download_bytes(1) - plan.download_bytes(0)
 
-    def of_run(self, number: int) -> Callable[[Progress], None]:
-        """Return the function for the progress of a run's job."""
+    def of_job(self, number: int) -> Callable[[Progress], None]:
+        """Return the function for the progress of a job."""
 
         def report(progress: Progress) -> None:
             with self._lock:
-                self._counts[number] = _Counts(
-                    progress.bytes_sent, progress.bytes_received, progress.rows_sent
-                )
+                attempt = self._attempts.setdefault(number, _Attempt())
+                attempt.rows_sent = progress.rows_sent
+                attempt.bytes_received = progress.bytes_received
                 self._report(progress.jobs_ahead)
 
         return report
 
-    def ended(self, number: int, receipt: Receipt) -> None:
-        """Report that a run is complete."""
-        m, address = receipt.m, receipt.server_address
+    def complete(self, number: int, rows: int, address: str) -> None:
+        """Report that a segment is complete.
+
+        Args:
+            number: The job.
+            rows: Rows of the segment.
+            address: The server.
+        """
         with self._lock:
-            self._counts[number] = self._of_rows(m)
-            self._by_server[address] = self._by_server.get(address, 0) + m
+            self._attempts.setdefault(number, _Attempt()).complete += rows
+            self._complete += rows
+            self._by_server[address] = self._by_server.get(address, 0) + rows
             self._report(None)
 
-    def _of_rows(self, m: int) -> _Counts:
-        return _Counts(self._plan.upload_bytes(m), self._plan.download_bytes(m), m)
+    def forget(self, number: int) -> None:
+        """Note that an attempt of a job has ended."""
+        with self._lock:
+            self._attempts.pop(number, None)
 
     def _report(self, jobs_ahead: int | None) -> None:
-        on_progress, m = self._plan.options.on_progress, self._plan.m
-        if on_progress is None:
+        plan, m = self._plan, self._plan.m
+        if plan.options.on_progress is None:
             return
-        counts = self._counts.values()
-        to_send = to_receive = None
-        if m is not None:
-            # Every run sends W, and receives sums.
-            whole, more = self._of_rows(m), self._of_rows(0)
-            runs = self._division.run_count - 1
-            to_send = whole.bytes_sent + runs * more.bytes_sent
-            to_receive = whole.bytes_received + runs * more.bytes_received
-        on_progress(
+        rows, received = self._complete, self._complete * self._row_bytes
+        for each in self._attempts.values():
+            rows += max(0, each.rows_sent - each.complete)
+            received += max(0, each.bytes_received - each.complete * self._row_bytes)
+        if m is not None:  # more than one job may compute a segment
+            rows, received = min(rows, m), min(received, m * self._row_bytes)
+            if self._complete == m:
+                received = plan.download_bytes(m)
+        plan.options.on_progress(
             Progress(
-                bytes_sent=sum(each.bytes_sent for each in counts),
-                bytes_to_send=to_send,
-                bytes_received=sum(each.bytes_received for each in counts),
-                bytes_to_receive=to_receive,
-                rows_sent=sum(each.rows_sent for each in counts),
+                bytes_sent=plan.upload_bytes(rows),
+                bytes_to_send=None if m is None else plan.upload_bytes(m),
+                bytes_received=received,
+                bytes_to_receive=None if m is None else plan.download_bytes(m),
+                rows_sent=rows,
                 m=m,
                 jobs_ahead=jobs_ahead,
                 rows_by_server=dict(self._by_server),

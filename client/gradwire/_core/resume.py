@@ -183,12 +183,21 @@ class Checkpoints:
                     f" the sum so far is {before.dtype}"
                 )
 
-    def begin(self, rows: int, rows_sent: int, block_rows: int) -> None:
+    def begin(
+        self, rows: int, rows_sent: int, block_rows: int, m: int | None = None
+    ) -> None:
         """Start an announced checkpoint.
+
+        Args:
+            rows: The number of its rows.
+            rows_sent: Rows that were sent.
+            block_rows: Rows of a row block.
+            m: Number of all rows, if it is known.
 
         Raises:
             ProtocolError: The checkpoint has an impossible number of rows.
         """
+        del m
         last = max((each.rows for each in (self._sure, self._last) if each), default=0)
         if not last < rows <= rows_sent or rows % block_rows:
             raise ProtocolError(
@@ -270,14 +279,23 @@ class SegmentSums(Checkpoints):
         super().__init__(plan, sums=plan.sums_of_segments)
         self._into = into
 
-    def begin(self, rows: int, rows_sent: int, block_rows: int) -> None:
+    def begin(
+        self, rows: int, rows_sent: int, block_rows: int, m: int | None = None
+    ) -> None:
         """Start the sums of the next segment.
+
+        Args:
+            rows: The row after the segment's last.
+            rows_sent: Rows that were sent.
+            block_rows: Rows of a row block.
+            m: Number of all rows, if it is known.
 
         Raises:
             ProtocolError: The segment does not end there.
         """
         del block_rows
-        due = self._end_of(len(self._into) + 1)
+        due = (len(self._into) + 1) * self._plan.segment_rows
+        due = due if m is None else min(due, m)
         if rows != due or rows > rows_sent:
             raise ProtocolError(
                 f"the server sent the sums of a segment up to row {rows}, when"
@@ -290,13 +308,16 @@ class SegmentSums(Checkpoints):
         """Segments whose sums were received."""
         return len(self._into)
 
-    def require_all(self) -> None:
+    def require_all(self, m: int) -> None:
         """Check that the sums of all segments were received.
+
+        Args:
+            m: Number of all rows.
 
         Raises:
             ProtocolError: Some are missing.
         """
-        count = -(-(self._plan.m or 0) // self._plan.segment_rows)
+        count = -(-m // self._plan.segment_rows)
         if len(self._into) != count:
             raise ProtocolError(
                 f"the server sent the sums of {len(self._into)} segments: expected"
@@ -305,7 +326,3 @@ class SegmentSums(Checkpoints):
 
     def _keep(self, complete: Checkpoint) -> None:
         self._into.append(complete.sums)
-
-    def _end_of(self, segments: int) -> int:
-        rows = segments * self._plan.segment_rows
-        return rows if self._plan.m is None else min(rows, self._plan.m)

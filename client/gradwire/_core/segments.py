@@ -7,13 +7,11 @@ neither on the number of servers nor on the order in which they finish.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -24,27 +22,33 @@ from gradwire_protocol.limits import MIB
 from gradwire_protocol.matrices import Matrix
 from gradwire_protocol.row_blocks import rows_of_a_block, segment_rows
 
-RUN_BYTES = 64 * MIB
-"""Bytes of operands of a job of several segments: a job costs some 10 ms of processor
-time at both ends together, however small it is."""
-
 HELD_BYTES = 16 * MIB
 """Bytes of sums that may be held ahead in any case."""
 
+AHEAD_BYTES = 16 * MIB
+"""Bytes of the rows of the segments that a job has begun and not completed, but two to
+`MOST_AHEAD` segments: while one is computed, the next ones are on their way."""
+
+MOST_AHEAD = 8
+
+JOB_S = 5.0
+"""Seconds for which a job takes segments. A server that stops waits no longer for it,
+and one that joins gets its share."""
+
 JOBS_PER_DEVICE = 2
 """Jobs of one segment at the same time: while one is computed, the other is on its way.
-A job of several segments overlaps both by itself."""
+A job that takes segments one by one overlaps both by itself."""
 
 SLOW = 2.0
-"""How many times as long as the others a run may take, before another server computes
+"""How many times as long as others a segment may take, before another server computes
 it, too. The tail of a job is then at most so much longer: J. Dean and S. Ghemawat,
 MapReduce, OSDI 2004, section 3.6."""
 
 LEAST_SLOW_S = 0.2
-"""Seconds by which a run may be late in any case."""
+"""Seconds that a segment may take in any case."""
 
 RECENT = 32
-"""Runs whose times count for `SLOW`."""
+"""Segments whose times count for `SLOW`."""
 
 MOST_LATER = 16
 """Most additional jobs at the same time, on servers that join meanwhile."""
@@ -56,29 +60,9 @@ server may be there."""
 Sums = Mapping[Matrix, Array]
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Consecutive segments that travel in one job."""
-
-    number: int
-    """Number of the run, from 0."""
-
-    first_segment: int
-    """Number of its first segment."""
-
-    segments: int
-    """Number of its segments."""
-
-    first_row: int
-    """The first row."""
-
-    rows: int
-    """Number of rows. The last segment may be short, or empty."""
-
-
 @dataclass(frozen=True)
 class Division:
-    """The division of a job into segments, and of those into runs."""
+    """The division of a job into segments."""
 
     m: int
     """Rows of the job."""
@@ -86,40 +70,23 @@ class Division:
     segment_rows: int
     """Rows of a segment."""
 
-    lengths: tuple[int, ...] = ()
-    """Segments of each run; empty: one."""
+    several: bool = False
+    """Whether a job takes several segments, one by one; else, it has one."""
 
     @property
     def segments(self) -> int:
         """Number of segments, at least 1."""
         return max(1, -(-self.m // self.segment_rows))
 
-    @property
-    def run_count(self) -> int:
-        """Number of runs."""
-        return len(self.lengths) or self.segments
-
-    def run(self, number: int) -> Run:
-        """Return a run."""
-        first, segments = number, 1
-        if self.lengths:
-            first, segments = self._starts[number], self.lengths[number]
-        first_row = first * self.segment_rows
-        rows = min(segments * self.segment_rows, self.m - first_row)
-        return Run(number, first, segments, first_row, rows)
-
-    def runs(self) -> Iterator[Run]:
-        """Yield the runs in order."""
-        return map(self.run, range(self.run_count))
+    def rows_of(self, number: int) -> tuple[int, int]:
+        """Return the first row of a segment, and the row after its last."""
+        first = number * self.segment_rows
+        return first, min(first + self.segment_rows, self.m)
 
     @property
     def jobs_per_device(self) -> int:
         """Jobs at the same time on a device."""
-        return 1 if self.lengths else JOBS_PER_DEVICE
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [0, *itertools.accumulate(self.lengths)]
+        return 1 if self.several else JOBS_PER_DEVICE
 
 
 def block_rows_of(plan: Plan, row_block_bytes: int) -> int:
@@ -136,16 +103,13 @@ def block_rows_of(plan: Plan, row_block_bytes: int) -> int:
     return min(own, wanted) if isinstance(wanted, int) and wanted else own
 
 
-def divide(
-    plan: Plan, row_block_bytes: int, jobs: int, *, runs: bool = True
-) -> Division:
+def divide(plan: Plan, row_block_bytes: int, *, several: bool = True) -> Division:
     """Divide a job.
 
     Args:
         plan: The job, with m.
         row_block_bytes: `ServerLimits.row_block_bytes`.
-        jobs: Jobs at the same time. Only the runs depend on it.
-        runs: Whether a job may have several segments.
+        several: Whether a job may take several segments.
     """
     block_rows = block_rows_of(plan, row_block_bytes)
     accumulator = accumulator_of(plan)
@@ -153,33 +117,9 @@ def divide(
         plan.n, plan.k, plan.dtype.itemsize, accumulator.itemsize, block_rows
     )
     division = Division(plan.m or 0, rows)
-    # Each segment's sum has to be checked alone.
-    if not runs or (plan.options.verify and plan.sums):
-        return division
-    sent = plan.upload_bytes(rows) - plan.upload_bytes(0)
-    most = min(RUN_BYTES // max(1, sent), held_segments(plan) // jobs)
-    if most <= 1:
-        return division
-    return replace(division, lengths=run_lengths(division.segments, jobs, most))
-
-
-def run_lengths(segments: int, jobs: int, most: int) -> tuple[int, ...]:
-    """Return the number of segments of each run.
-
-    The first runs are long, and the last ones short, so that servers of any speed
-    finish at about the same time: C. D. Polychronopoulos and D. J. Kuck, Guided
-    Self-Scheduling, IEEE Transactions on Computers 36 (1987).
-
-    Args:
-        segments: The number of all segments.
-        jobs: Jobs at the same time.
-        most: Most segments of a run.
-    """
-    lengths = []
-    while segments > 0:
-        lengths.append(max(1, min(most, -(-segments // jobs))))
-        segments -= lengths[-1]
-    return tuple(lengths)
+    # The results of each segment have to be checked alone.
+    several = several and not plan.options.verify and division.segments > 1
+    return replace(division, several=several)
 
 
 def held_segments(plan: Plan) -> int:
@@ -196,16 +136,34 @@ def segment_bytes(plan: Plan, segment_rows: int) -> int:
     return rows - none
 
 
+def segments_ahead(plan: Plan, segment_rows: int, left: int, jobs: int) -> int:
+    """Return how many segments a job may have begun that are not complete.
+
+    Near the end there are fewer, so that servers of any speed finish at about the same
+    time: C. D. Polychronopoulos and D. J. Kuck, Guided Self-Scheduling, IEEE
+    Transactions on Computers 36 (1987).
+
+    Args:
+        plan: The job.
+        segment_rows: Rows of a segment.
+        left: Segments that no job has begun.
+        jobs: Jobs at the same time.
+    """
+    rows_bytes = plan.upload_bytes(segment_rows) - plan.upload_bytes(0)
+    most = min(AHEAD_BYTES // max(1, rows_bytes), MOST_AHEAD, left // max(1, jobs))
+    return max(2, most)
+
+
 def accumulator_of(plan: Plan) -> Dtype:
     """Return the dtype in which a job's dW and dB are summed."""
     return plan.options.dw_accumulator or plan.dtype.default_accumulator
 
 
 def late_after_s(seconds: Collection[float]) -> float | None:
-    """Return the seconds after which a run is late; None: it is not known yet.
+    """Return the seconds after which a segment is late; None: it is not known yet.
 
     Args:
-        seconds: What the last runs took.
+        seconds: What the last ones took.
     """
     return max(LEAST_SLOW_S, SLOW * statistics.median(seconds)) if seconds else None
 
@@ -228,16 +186,15 @@ class OrderedSums:
         self._adding = False
         self._lock = threading.Lock()
 
-    def add(self, first_segment: int, sums: Sequence[Sums]) -> None:
-        """Add the sums of consecutive segments, now or after those before them.
+    def add(self, segment: int, sums: Sums) -> None:
+        """Add the sums of a segment, now or after those before it.
 
         Args:
-            first_segment: Number of the first segment.
-            sums: Its sums and those of the next ones, in the accumulator's dtype.
-                The arrays are changed.
+            segment: Number of the segment.
+            sums: Its sums, in the accumulator's dtype. The arrays are changed.
         """
         with self._lock:
-            self._held.update(enumerate(sums, first_segment))
+            self._held[segment] = sums
             if self._adding:
                 return  # the thread that adds takes these, too
             self._adding = True

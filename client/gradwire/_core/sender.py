@@ -172,18 +172,25 @@ class Sender:
             room = self._room()
             if held >= room:
                 # The server may just have accepted the job, with smaller row blocks.
-                yield from self._flush() if held else (WAIT,)
+                yield from self.flush() if held else (WAIT,)
                 continue
             if held or left < min(capacity, room):
                 count = min(left, capacity - held, room - held)
                 self._stage(operands, start, count, capacity)
                 full = held + count in {capacity, room}
                 if full or self._clock() - self._last_sent > STALE_S:
-                    yield from self._flush()
+                    yield from self.flush()
             else:
                 count = min(left, room)
                 yield from self._run(operands, start, count, row=self.rows_sent)
             start += count
+
+    def flush(self) -> Iterator[Message]:
+        """Yield the messages with the rows kept by `rows`."""
+        if self._staging is not None and self._staging.count:
+            operands, count = self._staging.operands(), self._staging.count
+            self._staging.count = 0
+            yield from self._run(operands, 0, count, row=self.rows_sent)
 
     def last_rows(self) -> Iterator[Message]:
         """Yield the messages with the rows kept by `rows`.
@@ -191,7 +198,7 @@ class Sender:
         Raises:
             InputError: There are fewer rows than m.
         """
-        yield from self._flush()
+        yield from self.flush()
         if self._plan.m is not None and self.rows_sent != self._plan.m:
             raise InputError(f"rows has {self.rows_sent} rows: expected m = {self.m}")
         self.m = self.rows_sent
@@ -258,12 +265,6 @@ class Sender:
             rows = min(capacity, self._run_rows) if self.accepted else capacity
             self._staging = _Staging(operands, rows)
         self._staging.put(operands, start, count)
-
-    def _flush(self) -> Iterator[Message]:
-        if self._staging is not None and self._staging.count:
-            operands, count = self._staging.operands(), self._staging.count
-            self._staging.count = 0
-            yield from self._run(operands, 0, count, row=self.rows_sent)
 
     def _run(
         self,

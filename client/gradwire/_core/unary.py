@@ -26,7 +26,7 @@ def suits_one_message(plan: Plan) -> bool:
     That saves a round trip: a stream waits for Accepted. But only a stream sends
     results of the first blocks early, reports progress, and can resume.
     """
-    if plan.options.checksum or plan.segment_rows:
+    if plan.options.checksum:
         return False
     options, m = plan.options, plan.m or 0
     in_steps = (

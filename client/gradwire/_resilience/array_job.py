@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from gradwire._api.errors import GradwireError
-from gradwire._api.types import Array, Receipt
+from gradwire._api.types import Receipt
 from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
+from gradwire._core.direct_exchange import RowSource
 from gradwire._core.exchange import JobExchange
-from gradwire._core.job_plan import Plan, with_rows
+from gradwire._core.job_plan import Plan
 from gradwire._core.outputs import ArrayOutputs
 from gradwire._core.receiver import Sink
 from gradwire._core.resume import (
@@ -70,10 +71,10 @@ class ArrayJob:
         """Where the next attempt resumes; None: at the start."""
         self.on_call: Callable[[Callable[[], object]], object] | None = None
         """Called when a call begins, with a function that cancels it."""
-        self._sums_before: list[Mapping[Matrix, Array]] = []
-        self._sums_now: list[Mapping[Matrix, Array]] = []
-        self._rows_before = 0
-        """Rows of the segments that earlier attempts have completed."""
+        self.wake: Callable[[], object] = _do_nothing
+        """Has the call of the current attempt ask for messages again."""
+        self.waits = False
+        """Whether the call waits for that."""
         self.address = ""
         """Address of the server of the current attempt."""
         self.once = False
@@ -96,7 +97,6 @@ class ArrayJob:
         Args:
             direct: Most direct connections.
         """
-        self._sums_now = []
         return JobExchange(
             self.plan,
             Sender(self.plan),
@@ -105,26 +105,35 @@ class ArrayJob:
             checkpoint_rows=self._checkpoint_rows,
             early_bytes=self._early_bytes,
             direct=direct,
-            segment_sums=self._sums_now,
         )
 
     @property
-    def segment_sums(self) -> Sequence[Mapping[Matrix, Array]]:
-        """The sums of each segment, if the plan wants them."""
-        return [*self._sums_before, *self._sums_now]
+    def whole(self) -> Plan:
+        """The plan that decides how the elements travel."""
+        return self.plan
+
+    @property
+    def source(self) -> RowSource | None:
+        """Where the rows come from, if not from the operands."""
+        return None
+
+    def interrupt(self) -> None:
+        """Have the source wait for rows no longer, from any thread."""
+
+    def was_too_early(self, error: GradwireError) -> bool:
+        """Return whether the attempt has only sent rows too early; none will again.
+
+        Another attempt may be refused as well, and need not send rows for nothing.
+        """
+        early, self._early_bytes = self._early_bytes, 0
+        return bool(early) and was_too_early(error)
 
     def cut_off(
         self, exchange: JobExchange, error: GradwireError, attempts: Attempts
     ) -> bool:
         """Record a failed stream, and return whether to start over immediately."""
-        # Another attempt may be refused as well, and need not send rows for nothing.
-        early, self._early_bytes = self._early_bytes, 0
-        if early and was_too_early(error):
+        if self.was_too_early(error):
             return True
-        if self.plan.segment_rows:
-            if self._keep_segments(exchange.complete_segments()):
-                attempts.progressed()
-            return False
         if self.plan.kept is not None:
             return False  # Kept operands and gradients start over, too.
         before = self.resume_point
@@ -138,26 +147,6 @@ class ArrayJob:
         if made_progress(self.resume_point, before):
             attempts.progressed()
         return False
-
-    def _keep_segments(self, count: int) -> bool:
-        """Keep what the first segments have, so that the next attempt begins behind.
-
-        Returns:
-            Whether there are any.
-        """
-        plan, rows = self.plan, count * self.plan.segment_rows
-        m = plan.m or 0
-        if not 0 < rows < m:
-            return False
-        self._sums_before += self._sums_now[:count]
-        self._sums_now = []
-        self._rows_before += rows
-        self.plan = with_rows(plan, m - rows)
-        self.operands = {
-            matrix: each if matrix is Matrix.W else each.part(rows, m)
-            for matrix, each in self.operands.items()
-        }
-        return True
 
     def exclude(self, address: str, error: GradwireError) -> None:
         """Use a server neither for this job nor for others with the same `unusable`."""
@@ -193,9 +182,7 @@ class ArrayJob:
         """
         # If a result is wrong, the next attempt must start over.
         self.resume_point = None
-        receipt = replace(
-            receipt, server_address=address, m=receipt.m + self._rows_before
-        )
+        receipt = replace(receipt, server_address=address)
         if not self.plan.options.verify:
             return receipt
         w = self.operands.get(Matrix.W)
@@ -213,10 +200,17 @@ class ArrayJob:
         self.outputs.deliver(self._copies)
         return self._copies.told(receipt)
 
+    def detach(self) -> None:
+        """Refer no more to calls: results would live as long as those."""
+        self.on_call, self.wake = None, _do_nothing
+
     def sinks(self) -> dict[Matrix, Sink]:
         """Make sinks that store the results in the job's arrays."""
-        before, sinks = self._rows_before, dict[Matrix, Sink]()
-        for matrix, array in self.outputs.all().items():
-            missing = array[before:] if before and matrix.row_wise else array
-            sinks[matrix] = ArraySink(missing, self.plan.result_dtype(matrix))
-        return sinks
+        return {
+            matrix: ArraySink(array, self.plan.result_dtype(matrix))
+            for matrix, array in self.outputs.all().items()
+        }
+
+
+def _do_nothing() -> None:
+    pass

@@ -10,8 +10,8 @@ from typing import Protocol
 from gradwire._api.errors import GradwireError
 from gradwire._api.types import Array, Receipt
 from gradwire._arrays.array_sink import ArraySink
-from gradwire._arrays.operand import Operand
 from gradwire._arrays.device_copy import HostCopies
+from gradwire._arrays.operand import Operand
 from gradwire._core.direct_exchange import RowSource
 from gradwire._core.exchange import JobExchange
 from gradwire._core.job_plan import Plan
@@ -270,6 +270,7 @@ class SegmentsJob(ArrayJob):
         self, exchange: JobExchange, error: GradwireError, attempts: Attempts
     ) -> bool:
         """Record a failed attempt, and return whether to start over immediately."""
+        del exchange
         if self._now.complete:
             attempts.progressed()
         self.give_back()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -12,76 +13,107 @@ import pytest
 
 import gradwire
 from gradwire._api.options import parse_options
+from gradwire._api.types import receipt_of
+from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import operand
+from gradwire._client import spread_job
+from gradwire._client.job_factory import JobFactory
 from gradwire._client.spread_job import Part, SpreadJob
 from gradwire._core import segments
-from gradwire._core.job_plan import check, with_rows
+from gradwire._core.job_plan import Plan, check, with_rows
+from gradwire._core.outputs import ArrayOutputs, output_shapes
 from gradwire._core.segments import Division
+from gradwire._resilience.retry import RetryPolicy
+from gradwire._resilience.segments_job import SegmentsJob, Taken
 from gradwire_protocol.matrices import Matrix
+from gradwire_protocol.v1 import matrix_pb2
+from gradwire_protocol.v1.job_pb2 import Accepted
+from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
 ROWS, N, K = 8, 3, 2
 JOBS = 4
 """Two servers with two jobs each."""
 
 
-class Job:
-    """What a product knows of an `ArrayJob`."""
-
-    def __init__(self, outputs: Any, plan: Any) -> None:
-        self.outputs, self.plan = outputs, plan
-        self.address = ""
-        self.unusable: set[str] = set()
-        self.segment_sums: list[Any] = []
-
-
 class Product:
-    """A product of some segments."""
+    """A product of some segments.
 
-    def __init__(self, segments: int) -> None:
+    Args:
+        segments: Number of segments.
+        several: Whether jobs take segments one by one.
+    """
+
+    def __init__(self, segments: int, *, several: bool = False) -> None:
         m = segments * ROWS
+        rng = np.random.default_rng(0)
         operands = {
-            Matrix.X: operand(np.zeros((m, N)), "x"),
+            Matrix.X: operand(rng.standard_normal((m, N)), "x"),
             Matrix.W: operand(np.zeros((N, K)), "w"),
             Matrix.DY: operand(np.zeros((m, K)), "dy"),
         }
         plan = with_rows(check(operands, parse_options()), m)
-        self.results = {each: np.zeros(plan.shape(each, m)) for each in plan.results}
+        self.outputs = outputs_of(plan, operands)
+        factory = JobFactory(RetryPolicy(), None, None, {}, lambda pairs: None)
         self.job = SpreadJob(
             plan,
             operands,
-            SimpleNamespace(all=lambda: self.results),  # type: ignore[arg-type]
-            make=self._make,  # type: ignore[arg-type]
+            self.outputs,
+            make=factory._part,
+            make_of_segments=factory._segments_job,
             copies=HostCopies(),
         )
-        self.job.spread.division = Division(m, ROWS)
+        self.job.spread.division = Division(m, ROWS, several)
+        self.servers = {"a", "b"}
+        self.job.start(lambda: self.servers)
 
-    @staticmethod
-    def _make(plan: Any, operands: Any, places: Any) -> Any:
-        results = {each: np.zeros(plan.shape(each, plan.m)) for each in plan.results}
-        outputs = SimpleNamespace(present=lambda: results)
-        return Job(outputs, plan)
-
-    def begin(self, address: str) -> Part | float | None:
-        """Begin the next job at a server, if there is one."""
-        part = self.job.begin(JOBS, {"a", "b"})
-        if isinstance(part, Part):
-            part.job.address = address
+    def at(self, address: str) -> Part:
+        """Begin the next job at a server."""
+        part = self.job.begin(JOBS)
+        assert isinstance(part, Part)
+        part.job.address = address
+        if isinstance(part.job, SegmentsJob):
+            there: Any = SimpleNamespace(accepted=accepted())
+            part.job._exchange = there
+        else:
+            part.job.outputs.all()
         return part
 
     def end(self, part: Part) -> None:
-        self.job.end(part, None)  # type: ignore[arg-type]
+        self.job.end(part, receipt_of(ReceiptMessage(), accepted()))
 
-    def at(self, address: str) -> Part:
-        part = self.begin(address)
-        assert isinstance(part, Part)
-        return part
+    def fail(self, part: Part) -> None:
+        """End a job whose call was cancelled."""
+        self.job.give_back(part, list(part.taken))
+        self.job.fail(part, gradwire.JobCancelledError("cancelled"))
+
+    def take(self, part: Part) -> Taken:
+        taken = self.job.take(part)
+        assert isinstance(taken, Taken)
+        return taken
+
+    def complete(self, part: Part, taken: Taken, value: float = 1.0) -> None:
+        for array in taken.places.values():
+            array[...] = value
+        self.job.complete(part, taken, {Matrix.DW: np.full((N, K), value)})
+
+    def complete_all(self, part: Part) -> None:
+        """Compute whatever a job can take."""
+        while isinstance(taken := self.job.take(part), Taken):
+            self.complete(part, taken)
 
 
-def test_others_go_on_while_the_sums_of_those_ahead_can_be_held(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def outputs_of(plan: Plan, operands: Any) -> ArrayOutputs:
+    return ArrayOutputs(plan, output_shapes(plan, operands), {}, ResultPool())
+
+
+@pytest.fixture
+def soon_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "LEAST_SLOW_S", 0.0)
+
+
+@pytest.mark.usefixtures("soon_late")
+def test_others_go_on_while_the_sums_of_those_ahead_can_be_held() -> None:
     product = Product(40)
     hung = [product.at("a"), product.at("a")]
     for _ in range(38):
@@ -91,8 +123,8 @@ def test_others_go_on_while_the_sums_of_those_ahead_can_be_held(
         assert duplicate.duplicate
         assert duplicate.job.unusable == {"a"}
         product.end(duplicate)
-        product.job.fail(each, cancelled())
-    assert product.begin("b") is None
+        product.fail(each)
+    assert product.job.begin(JOBS) is None
 
 
 def test_the_sums_of_a_job_are_released_with_it() -> None:
@@ -102,12 +134,118 @@ def test_the_sums_of_a_job_are_released_with_it() -> None:
         succeeded, failed = product.at("a"), product.at("a")
         jobs = [weakref.ref(each.job) for each in (succeeded, failed)]
         product.end(succeeded)
-        product.job.fail(failed, cancelled())
+        product.fail(failed)
         del succeeded, failed
         assert [each() for each in jobs] == [None, None]
     finally:
         gc.enable()
 
 
-def cancelled() -> gradwire.GradwireError:
-    return gradwire.JobCancelledError("cancelled")
+def test_jobs_take_segments_in_turn_and_few_at_a_time() -> None:
+    product = Product(100, several=True)
+    one, other = product.at("a"), product.at("b")
+    first, second = product.take(one), product.take(other)
+    assert (first.number, second.number) == (0, 1)
+    while isinstance(product.job.take(one), Taken):
+        pass
+    assert len(one.taken) == 8
+    assert isinstance(product.job.take(one), float)
+    product.complete(one, first)
+    assert product.take(one).number == 9
+
+
+@pytest.mark.usefixtures("soon_late")
+def test_a_job_computes_what_another_is_late_with() -> None:
+    product = Product(40, several=True)
+    hung, other = product.at("a"), product.at("b")
+    cancelled_calls: list[str] = []
+    assert hung.job.on_call is not None
+    hung.job.on_call(lambda: cancelled_calls.append("a"))
+    late = [product.take(hung), product.take(hung)]
+    product.complete_all(other)
+    product.end(other)
+    again = product.at("b")
+    assert again.duplicate
+    assert again.job.unusable == {"a"}
+    product.complete_all(again)
+    assert cancelled_calls == ["a"]
+    assert hung.job.late
+    # Until it has left, it may write its results where the caller gets them.
+    y = product.outputs.present()[Matrix.Y]
+    assert not (y[: 2 * ROWS] == 1.0).all()
+    late[0].places[Matrix.Y][...] = 5.0
+    product.fail(hung)
+    assert (y == 1.0).all()
+    product.end(again)
+    receipt = product.job.deliver()
+    assert len(receipt.segments) == 40
+    assert (product.outputs.present()[Matrix.DW] == 40.0).all()
+
+
+@pytest.mark.usefixtures("soon_late")
+def test_both_of_two_results_may_come() -> None:
+    product = Product(20, several=True)
+    slow, other = product.at("a"), product.at("b")
+    taken = product.take(slow)
+    product.complete_all(other)
+    product.end(other)
+    again = product.at("b")
+    duplicate = product.take(again)
+    assert (duplicate.number, duplicate.duplicate) == (taken.number, True)
+    product.complete(slow, taken, 1.0)
+    product.complete(again, duplicate, 7.0)
+    product.end(slow)
+    product.end(again)
+    product.job.deliver()
+    assert (product.outputs.present()[Matrix.Y] == 1.0).all()
+    assert (product.outputs.present()[Matrix.DW] == 20.0).all()
+
+
+def test_what_a_job_gives_back_goes_first() -> None:
+    product = Product(40, several=True)
+    failed, other = product.at("a"), product.at("b")
+    for _ in range(3):
+        product.take(failed)
+    product.complete(other, product.take(other))
+    product.job.give_back(failed, list(failed.taken))
+    assert [product.take(other).number for _ in range(4)] == [0, 1, 2, 4]
+
+
+def test_a_job_at_a_server_that_has_left_takes_no_more() -> None:
+    product = Product(40, several=True)
+    part = product.at("a")
+    product.take(part)
+    product.servers = {"b"}
+    assert product.job.take(part) is None
+    product.servers = set()  # the last one, which has just failed
+    assert product.take(part).number == 1
+
+
+def test_a_job_takes_segments_for_some_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = Product(40, several=True)
+    part = product.at("a")
+    product.take(part)
+    monkeypatch.setattr(spread_job, "JOB_S", 0.0)
+    assert product.job.take(part) is None
+
+
+def test_nobody_waits_long_for_receipts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread_job, "RECEIPT_S", 0.01)
+    product = Product(4, several=True)
+    part = product.at("a")
+    over = threading.Event()
+    assert part.job.on_call is not None
+    part.job.on_call(over.set)
+    product.complete_all(part)
+    assert over.wait(10)
+    product.fail(part)
+    receipt = product.job.deliver()
+    assert receipt.m == 4 * ROWS
+    assert [each.server_address for each in receipt.segments] == ["a"] * 4
+    assert [each.device for each in receipt.segments] == [None] * 4
+
+
+def accepted() -> Accepted:
+    message = Accepted(block_rows=ROWS)
+    message.effective_job.dtype = matrix_pb2.DTYPE_FLOAT64
+    return message

@@ -15,7 +15,7 @@ from gradwire._api.options import parse_options
 from gradwire._arrays.operand import operand
 from gradwire._core.job_plan import Plan
 from gradwire._core.resume import SegmentSums
-from gradwire._core.segments import Division, OrderedSums, divide, run_lengths
+from gradwire._core.segments import Division, OrderedSums, divide, segments_ahead
 from gradwire._core.sender import WAIT, Sender
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.framing import Chunk
@@ -28,59 +28,39 @@ def plan_of(m: int, n: int, k: int, **options: Any) -> Plan:
     return Plan(m, n, k, Dtype.FLOAT32, parse_options(**options))
 
 
-@given(
-    st.integers(0, 10**6),
-    st.integers(1, 2048),
-    st.integers(1, 2048),
-    st.integers(1, 40),
-)
-def test_runs_cover_all_rows_in_order(m: int, n: int, k: int, jobs: int) -> None:
-    division = divide(plan_of(m, n, k), 16 * MIB, jobs)
-    row = segment = 0
-    for number, run in enumerate(division.runs()):
-        assert (run.number, run.first_row, run.first_segment) == (number, row, segment)
-        row += run.rows
-        segment += run.segments
-        assert run.rows <= run.segments * division.segment_rows
+@given(st.integers(0, 10**6), st.integers(1, 2048), st.integers(1, 2048))
+def test_segments_cover_all_rows_in_order(m: int, n: int, k: int) -> None:
+    division = divide(plan_of(m, n, k), 16 * MIB)
+    row = 0
+    for number in range(division.segments):
+        first, last = division.rows_of(number)
+        assert first == row
+        assert last - first <= division.segment_rows
+        row = last
     assert row == m
-    assert segment == division.segments == max(1, -(-m // division.segment_rows))
+    assert division.segments == max(1, -(-m // division.segment_rows))
 
 
-@given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 40))
-def test_segments_depend_neither_on_m_nor_on_servers(
-    m: int, other: int, jobs: int
-) -> None:
-    one = divide(plan_of(m, 300, 200), 16 * MIB, jobs)
-    assert (
-        one.segment_rows == divide(plan_of(other, 300, 200), 16 * MIB, 1).segment_rows
-    )
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_segments_do_not_depend_on_m(m: int, other: int) -> None:
+    one, two = (divide(plan_of(each, 300, 200), 16 * MIB) for each in (m, other))
+    assert one.segment_rows == two.segment_rows
 
 
-@given(st.integers(1, 5000), st.integers(1, 40), st.integers(1, 50))
-def test_runs_become_shorter(segments: int, jobs: int, most: int) -> None:
-    lengths = run_lengths(segments, jobs, most)
-    assert sum(lengths) == segments
-    assert list(lengths) == sorted(lengths, reverse=True)
-    assert lengths[0] <= most
-    assert lengths[-1] == 1 or jobs == 1
-    assert max(lengths[-jobs:]) <= 2 or jobs == 1
+@given(st.integers(1, 2048), st.integers(0, 10**4), st.integers(1, 40))
+def test_few_segments_are_begun_ahead(columns: int, left: int, jobs: int) -> None:
+    plan = plan_of(10**7, columns, columns)
+    rows = divide(plan, 16 * MIB).segment_rows
+    ahead = segments_ahead(plan, rows, left, jobs)
+    assert 2 <= ahead <= 8
+    assert ahead == 2 or ahead * jobs <= left
+    assert ahead == 2 or ahead * rows * 2 * columns * 4 <= 16 * MIB
 
 
-@pytest.mark.parametrize(
-    ("n", "k", "jobs"), [(64, 64, 6), (512, 512, 2), (2048, 64, 2)]
-)
-def test_runs_and_their_sums_are_small(n: int, k: int, jobs: int) -> None:
-    division = divide(plan_of(10**7, n, k), 16 * MIB, jobs)
-    for run in division.runs():
-        sums = jobs * run.segments * n * k * 8
-        rows = run.rows * (n + k) * 4
-        assert run.segments == 1 or (sums <= 16 * MIB and rows <= 64 * MIB)
-
-
-def test_verified_sums_are_checked_segment_by_segment() -> None:
-    assert divide(plan_of(10**7, 64, 64), 16 * MIB, 2).lengths
-    plan = plan_of(10**7, 64, 64, verify=True)
-    assert not divide(plan, 16 * MIB, 2).lengths
+def test_verified_results_are_checked_segment_by_segment() -> None:
+    assert divide(plan_of(10**7, 64, 64), 16 * MIB).several
+    assert not divide(plan_of(10**7, 64, 64, verify=True), 16 * MIB).several
+    assert not divide(plan_of(10, 64, 64), 16 * MIB).several
 
 
 @given(st.permutations(range(6)))
@@ -93,7 +73,7 @@ def test_sums_are_added_in_their_order(order: list[int]) -> None:
         expected = expected + each
     ordered = OrderedSums(plan)
     for number in order:
-        ordered.add(number, [{Matrix.DW: sums[number].copy()}])
+        ordered.add(number, {Matrix.DW: sums[number].copy()})
     assert ordered.added == 6
     out = np.empty((2, 3), np.float32)
     ordered.write({Matrix.DW: out})
@@ -115,15 +95,17 @@ def chunk(value: float, index: int = 0, count: int = 6) -> Chunk:
     return Chunk(int(Matrix.DW_SUM), index, payload, None)
 
 
-def test_each_segment_has_its_sums() -> None:
-    sums, into = segment_sums(20)
+@pytest.mark.parametrize("m", [20, None])
+def test_each_segment_has_its_sums(m: int | None) -> None:
+    sums, into = segment_sums(m)
     for number, rows in enumerate((8, 16, 20)):
-        sums.begin(rows, 20, 4)
+        known = 20 if rows == 20 else m  # at the end, m is known
+        sums.begin(rows, 20, 4, known)
         sums.take(chunk(number, 0, 2))
         assert sums.coming
         sums.take(chunk(number, 2, 4))
         assert not sums.coming
-    sums.require_all()
+    sums.require_all(20)
     assert [each[Matrix.DW].tolist() for each in into] == [
         [[number] * 3] * 2 for number in range(3)
     ]
@@ -135,7 +117,7 @@ def test_each_segment_has_its_sums() -> None:
 def test_sums_of_no_segment_are_an_error(m: int | None, rows: int, sent: int) -> None:
     sums, _ = segment_sums(m)
     with pytest.raises(gradwire.ProtocolError, match="expected row 8"):
-        sums.begin(rows, sent, 4)
+        sums.begin(rows, sent, 4, m)
 
 
 def test_missing_sums_are_an_error() -> None:
@@ -143,7 +125,7 @@ def test_missing_sums_are_an_error() -> None:
     sums.begin(8, 20, 4)
     sums.take(chunk(1.0))
     with pytest.raises(gradwire.ProtocolError, match="sums of 1 segments: expected 3"):
-        sums.require_all()
+        sums.require_all(20)
     with pytest.raises(gradwire.ProtocolError, match="did not announce"):
         sums.take(chunk(1.0))
 
@@ -169,5 +151,6 @@ def test_rows_of_a_segment_wait_for_the_sums_of_the_one_before_the_last() -> Non
     assert sender.rows_sent == 40
 
 
-def test_an_empty_job_has_one_run() -> None:
-    assert [run.rows for run in Division(0, 8).runs()] == [0]
+def test_an_empty_job_has_one_segment() -> None:
+    assert Division(0, 8).segments == 1
+    assert Division(0, 8).rows_of(0) == (0, 0)

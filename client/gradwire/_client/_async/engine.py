@@ -302,7 +302,7 @@ class AsyncEngine(EngineBase):
                 return lease
 
     async def spread(
-        self, spread: SpreadPlan, left_s: float | None, *, runs: bool = True
+        self, spread: SpreadPlan, left_s: float | None, *, several: bool = True
     ) -> int:
         """Plan a product for all servers that compute alike.
 
@@ -312,7 +312,7 @@ class AsyncEngine(EngineBase):
         Args:
             spread: The plan.
             left_s: Seconds that the product has left; None: no limit.
-            runs: Whether a job may have several segments.
+            several: Whether a job may take several segments.
 
         Returns:
             Jobs at the same time.
@@ -334,10 +334,9 @@ class AsyncEngine(EngineBase):
                 if each.info is not None
             }
         )
-        jobs = self.jobs_at_once(spread)
         # A job in shared memory has one segment.
-        runs = runs and SEGMENTS in self.jobs.features and not self.shm.on
-        spread.divide(jobs, runs=runs)
+        several = several and SEGMENTS in self.jobs.features and not self.shm.on
+        spread.divide(several=several)
         return self.jobs_at_once(spread)
 
     async def _asked(
@@ -691,7 +690,7 @@ class AsyncEngine(EngineBase):
         if job.unary and not self.direct.demanded:
             return await self._compute(job, attempts.options(options))
         while True:
-            exchange = job.exchange(self.direct.connections(job.plan, several=True))
+            exchange = job.exchange(self.direct.connections(job.whole, several=True))
             try:
                 return await self._stream(job, exchange, attempts.options(options))
             except GradwireError as error:
@@ -713,6 +712,7 @@ class AsyncEngine(EngineBase):
             lambda: iterate(job.messages(exchange)),
             options,
         ) as call:
+            job.wake = call.wake
             if job.on_call is not None:
                 job.on_call(call.abandon)
             async for message in call:
@@ -766,8 +766,8 @@ class AsyncEngine(EngineBase):
         """Compute an accepted job whose elements are on direct connections."""
 
         def begin(transfer: DirectTransfer) -> None:
-            direct = exchange.use_direct(job.sinks)
-            transfer.start(direct, job.operands)
+            direct = exchange.use_direct(job.sinks, source=job.source)
+            transfer.start(direct, job.operands, job.interrupt)
 
         await self._transfer(connections, call, exchange, begin)
         try:

@@ -28,16 +28,14 @@ async def run_spread(engine: AsyncEngine, job: SpreadJob) -> Receipt:
 
 async def _run(engine: AsyncEngine, job: SpreadJob) -> Receipt:
     jobs = await engine.spread(job.spread, job.left_s)
-    job.begin_reports()
     unusable = job.spread.unusable
+    job.start(lambda: engine.usable_servers(unusable))
     news = AsyncNews()
 
     async def work() -> None:
         while True:
             count = news.count
-            part = job.begin(
-                engine.jobs_at_once(job.spread), engine.usable_servers(unusable)
-            )
+            part = job.begin(engine.jobs_at_once(job.spread))
             if part is None:
                 news.tell()
                 return
@@ -60,8 +58,8 @@ async def _run(engine: AsyncEngine, job: SpreadJob) -> Receipt:
         job.stop()
         news.tell()
 
-    count = job.run_count
-    if count > 1:  # each server may get every run
+    count = job.spread.division.segments
+    if count > 1:  # each server may get every segment
         count *= max(1, engine.server_count(unusable))
     await run_together(work, min(count, jobs + MOST_LATER), stop)
     return await run_beside(job.deliver)

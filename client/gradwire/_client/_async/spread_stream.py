@@ -183,7 +183,7 @@ class _Run:
         first = await self._items.next()
         operands = None if first is END_OF_ROWS else self._reader.read(first)
         spread = self.rows.plan(operands)
-        jobs = await self._engine.spread(spread, self.rows.left_s, runs=False)
+        jobs = await self._engine.spread(spread, self.rows.left_s, several=False)
         self.rows.divided(jobs)
         if operands is None:
             self.rows.end()

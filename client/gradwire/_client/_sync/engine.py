@@ -303,7 +303,7 @@ class SyncEngine(EngineBase):
                 return lease
 
     def spread(
-        self, spread: SpreadPlan, left_s: float | None, *, runs: bool = True
+        self, spread: SpreadPlan, left_s: float | None, *, several: bool = True
     ) -> int:
         """Plan a product for all servers that compute alike.
 
@@ -313,7 +313,7 @@ class SyncEngine(EngineBase):
         Args:
             spread: The plan.
             left_s: Seconds that the product has left; None: no limit.
-            runs: Whether a job may have several segments.
+            several: Whether a job may take several segments.
 
         Returns:
             Jobs at the same time.
@@ -335,10 +335,9 @@ class SyncEngine(EngineBase):
                 if each.info is not None
             }
         )
-        jobs = self.jobs_at_once(spread)
         # A job in shared memory has one segment.
-        runs = runs and SEGMENTS in self.jobs.features and not self.shm.on
-        spread.divide(jobs, runs=runs)
+        several = several and SEGMENTS in self.jobs.features and not self.shm.on
+        spread.divide(several=several)
         return self.jobs_at_once(spread)
 
     def _asked(
@@ -692,7 +691,7 @@ class SyncEngine(EngineBase):
         if job.unary and not self.direct.demanded:
             return self._compute(job, attempts.options(options))
         while True:
-            exchange = job.exchange(self.direct.connections(job.plan, several=True))
+            exchange = job.exchange(self.direct.connections(job.whole, several=True))
             try:
                 return self._stream(job, exchange, attempts.options(options))
             except GradwireError as error:
@@ -714,6 +713,7 @@ class SyncEngine(EngineBase):
             lambda: iterate(job.messages(exchange)),
             options,
         ) as call:
+            job.wake = call.wake
             if job.on_call is not None:
                 job.on_call(call.abandon)
             for message in call:
@@ -767,8 +767,8 @@ class SyncEngine(EngineBase):
         """Compute an accepted job whose elements are on direct connections."""
 
         def begin(transfer: DirectTransfer) -> None:
-            direct = exchange.use_direct(job.sinks)
-            transfer.start(direct, job.operands)
+            direct = exchange.use_direct(job.sinks, source=job.source)
+            transfer.start(direct, job.operands, job.interrupt)
 
         self._transfer(connections, call, exchange, begin)
         try:

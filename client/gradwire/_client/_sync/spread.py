@@ -30,16 +30,14 @@ def run_spread(engine: SyncEngine, job: SpreadJob) -> Receipt:
 
 def _run(engine: SyncEngine, job: SpreadJob) -> Receipt:
     jobs = engine.spread(job.spread, job.left_s)
-    job.begin_reports()
     unusable = job.spread.unusable
+    job.start(lambda: engine.usable_servers(unusable))
     news = SyncNews()
 
     def work() -> None:
         while True:
             count = news.count
-            part = job.begin(
-                engine.jobs_at_once(job.spread), engine.usable_servers(unusable)
-            )
+            part = job.begin(engine.jobs_at_once(job.spread))
             if part is None:
                 news.tell()
                 return
@@ -62,8 +60,8 @@ def _run(engine: SyncEngine, job: SpreadJob) -> Receipt:
         job.stop()
         news.tell()
 
-    count = job.run_count
-    if count > 1:  # each server may get every run
+    count = job.spread.division.segments
+    if count > 1:  # each server may get every segment
         count *= max(1, engine.server_count(unusable))
     run_together(work, min(count, jobs + MOST_LATER), stop)
     return run_beside(job.deliver)

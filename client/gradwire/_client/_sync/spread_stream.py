@@ -185,7 +185,7 @@ class _Run:
         first = self._items.next()
         operands = None if first is END_OF_ROWS else self._reader.read(first)
         spread = self.rows.plan(operands)
-        jobs = self._engine.spread(spread, self.rows.left_s, runs=False)
+        jobs = self._engine.spread(spread, self.rows.left_s, several=False)
         self.rows.divided(jobs)
         if operands is None:
             self.rows.end()

@@ -217,6 +217,7 @@ class DirectTransfer(_Breakable):
     ) -> None:
         super().__init__(call, address)
         self._connections = connections
+        self._interrupt: Callable[[], object] | None = None
         self._threads: list[threading.Thread] = []
         self._to_end = 2 * len(connections)
         """Sockets that the call's End waits for: those of operands until all was sent,
@@ -229,13 +230,20 @@ class DirectTransfer(_Breakable):
     def _ups(self) -> Iterable[DirectSocket]:
         return [each.up for each in self._connections]
 
-    def start(self, exchange: Elements, operands: Mapping[Matrix, Operand]) -> None:
+    def start(
+        self,
+        exchange: Elements,
+        operands: Mapping[Matrix, Operand],
+        interrupt: Callable[[], object] | None = None,
+    ) -> None:
         """Begin to send and to receive.
 
         Args:
             exchange: The elements.
             operands: The operands that the job sends.
+            interrupt: Has frames that wait for rows wait no longer.
         """
+        self._interrupt = interrupt
         for number, connection in enumerate(self._connections):
             self._receiving.add(connection.down)
 
@@ -314,12 +322,17 @@ class DirectTransfer(_Breakable):
         ):
             # What this side sends does not arrive.
             self.broken = self.broken or TimeoutError("no bytes have arrived there")
-        self._interrupted = True
-        for connection in self._connections:
-            connection.up.shutdown()
+        self._stop_sending()
         if not isinstance(error, ProtocolError):
             self._drain(error)
         self.stop()
+
+    def _stop_sending(self) -> None:
+        self._interrupted = True
+        for connection in self._connections:
+            connection.up.shutdown()
+        if self._interrupt is not None:
+            self._interrupt()
 
     def _drain(self, error: GradwireError) -> None:
         """Receive what is still on its way.
@@ -343,9 +356,8 @@ class DirectTransfer(_Breakable):
     def stop(self) -> None:
         """End all threads. They use no memory of the job afterwards."""
         self._end()
-        self._interrupted = True
+        self._stop_sending()
         for connection in self._connections:
-            connection.up.shutdown()
             connection.down.shutdown()
         for thread in self._threads:
             with contextlib.suppress(RuntimeError):  # it was not started
