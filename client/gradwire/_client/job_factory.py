@@ -259,6 +259,7 @@ class JobFactory:
             segments=segments,
             segment_rows=segment_rows,
             copies=HostCopies(),
+            memory=self.memory,
             early_bytes=self._early_bytes(plan),
         )
 

@@ -319,9 +319,15 @@ class SpreadJob:
             if first:
                 part.complete.append(taken.number)
                 self._left -= 1
-                if not self._left:
-                    self._timer = _later(RECEIPT_S, self.stop)
             cancels = self._overtaken(now)
+            if not self._left:
+                # Jobs that have completed nothing hang, or have just begun.
+                idle = [each for each in self._parts if not each.complete]
+                idle = [each for each in idle if not each.cancelled]
+                for each in idle:
+                    each.job.late = each.moved_at < now - self._limit()
+                cancels += _cancels(idle)
+                self._timer = _later(RECEIPT_S, self.stop)
         if store:
             self._store(taken)
         if first:

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from gradwire._api.errors import ProtocolError
 from gradwire._api.types import Array, Receipt, receipt_of
+from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.operand import Operand
 from gradwire._core.acceptance import check_accepted, check_receipt
 from gradwire._core.direct_exchange import DirectExchange, RowSource
@@ -80,6 +81,7 @@ class JobExchange:
             job. A job that resumes sends none.
         direct: Most direct connections for the elements; 0: they are in messages.
         segment_sums: Receives the sums of each segment, if the plan wants them.
+        memory: Allocates those.
         segment_rows: Rows of a segment, for `on_segments`.
         on_segments: Called with the number of leading segments whose Y, dX and sums are
             all here, whenever that grows; in any thread, and perhaps with an earlier
@@ -102,6 +104,7 @@ class JobExchange:
         early_bytes: int = 0,
         direct: int = 0,
         segment_sums: list[Mapping[Matrix, Array]] | None = None,
+        memory: ResultPool | None = None,
         segment_rows: int = 0,
         on_segments: Callable[[int], object] | None = None,
     ) -> None:
@@ -116,7 +119,7 @@ class JobExchange:
         self._segments: SegmentSums | None = None
         if plan.segment_rows:
             self._segments = SegmentSums(
-                plan, [] if segment_sums is None else segment_sums
+                plan, [] if segment_sums is None else segment_sums, memory
             )
             self._checkpoints = self._segments
         self._takes_checkpoints = checkpoint_rows is not None and bool(plan.sums)

@@ -16,6 +16,7 @@ import numpy as np
 
 from gradwire._api.errors import CallError, GradwireError, ProtocolError
 from gradwire._api.types import Array
+from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._core.job_plan import Plan
 from gradwire._core.receiver import check_crc32c
 from gradwire_protocol.dtypes import Dtype
@@ -128,6 +129,7 @@ class Checkpoints:
         plan: The job.
         begins_with: The checkpoint from which the job resumes.
         sums: The sums that it has; None: those that the job receives at its end.
+        memory: Allocates them.
     """
 
     def __init__(
@@ -135,8 +137,10 @@ class Checkpoints:
         plan: Plan,
         begins_with: Checkpoint | None = None,
         sums: tuple[Matrix, ...] | None = None,
+        memory: ResultPool | None = None,
     ) -> None:
         self._plan = plan
+        self._memory = memory or ResultPool(0)
         self._wanted = plan.sums if sums is None else sums
         self._sure = begins_with
         self._last: Checkpoint | None = None
@@ -208,7 +212,7 @@ class Checkpoints:
 
     def _announce(self, rows: int) -> None:
         sums = {
-            matrix: np.empty(self._plan.shape(matrix, 0), self._dtype.numpy)
+            matrix: self._memory.empty(self._plan.shape(matrix, 0), self._dtype.numpy)
             for matrix in self._wanted
         }
         self._coming = Checkpoint(rows, sums)
@@ -273,10 +277,16 @@ class SegmentSums(Checkpoints):
     Args:
         plan: The job.
         into: Receives the sums of each segment, in order.
+        memory: Allocates them.
     """
 
-    def __init__(self, plan: Plan, into: list[Mapping[Matrix, Array]]) -> None:
-        super().__init__(plan, sums=plan.sums_of_segments)
+    def __init__(
+        self,
+        plan: Plan,
+        into: list[Mapping[Matrix, Array]],
+        memory: ResultPool | None = None,
+    ) -> None:
+        super().__init__(plan, sums=plan.sums_of_segments, memory=memory)
         self._into = into
 
     def begin(

@@ -10,6 +10,7 @@ from typing import Protocol
 from gradwire._api.errors import GradwireError
 from gradwire._api.types import Array, Receipt
 from gradwire._arrays.array_sink import ArraySink
+from gradwire._arrays.buffer_pool import ResultPool
 from gradwire._arrays.device_copy import HostCopies
 from gradwire._arrays.operand import Operand
 from gradwire._core.direct_exchange import RowSource
@@ -103,6 +104,7 @@ class SegmentsJob(ArrayJob):
         segments: What it takes the segments from.
         segment_rows: Rows of a segment.
         copies: As for `ArrayJob`.
+        memory: Allocates sums.
         early_bytes: As for `ArrayJob`.
 
     Attributes:
@@ -119,6 +121,7 @@ class SegmentsJob(ArrayJob):
         segments: Segments,
         segment_rows: int,
         copies: HostCopies,
+        memory: ResultPool,
         early_bytes: int = 0,
     ) -> None:
         super().__init__(
@@ -131,6 +134,7 @@ class SegmentsJob(ArrayJob):
         )
         self.attempt = 0
         self._whole = whole
+        self._memory = memory
         self._segments: Segments | None = segments
         self._segment_rows = segment_rows
         self._exchange: JobExchange | None = None
@@ -152,6 +156,7 @@ class SegmentsJob(ArrayJob):
             early_bytes=self._early_bytes,
             direct=direct,
             segment_sums=now.sums,
+            memory=self._memory,
             segment_rows=self._segment_rows,
             on_segments=self._completed,
         )

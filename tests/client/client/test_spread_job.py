@@ -249,3 +249,16 @@ def accepted() -> Accepted:
     message = Accepted(block_rows=ROWS)
     message.effective_job.dtype = matrix_pb2.DTYPE_FLOAT64
     return message
+
+
+def test_a_job_that_has_completed_nothing_is_not_waited_for() -> None:
+    product = Product(4, several=True)
+    silent, other = product.at("a"), product.at("b")
+    over = threading.Event()
+    assert silent.job.on_call is not None
+    silent.job.on_call(over.set)
+    product.complete_all(other)
+    assert over.is_set()
+    product.fail(silent)
+    product.end(other)
+    assert product.job.begin(JOBS) is None

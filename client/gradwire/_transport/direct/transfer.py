@@ -17,6 +17,7 @@ from gradwire._api.errors import (
     ClientIdleError,
     ConnectionLostError,
     GradwireError,
+    JobCancelledError,
     ProtocolError,
 )
 from gradwire._arrays.operand import Operand
@@ -323,7 +324,8 @@ class DirectTransfer(_Breakable):
             # What this side sends does not arrive.
             self.broken = self.broken or TimeoutError("no bytes have arrived there")
         self._stop_sending()
-        if not isinstance(error, ProtocolError):
+        # What arrives after the caller has cancelled is of no use.
+        if not isinstance(error, ProtocolError | JobCancelledError):
             self._drain(error)
         self.stop()
 
