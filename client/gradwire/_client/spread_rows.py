@@ -149,7 +149,7 @@ class SpreadRows:
 
         Returns:
             Whether all rows are there, so that the next item can be requested. If not,
-            results must be handed out first.
+            results must come or be handed out first, or `FIRST_S` seconds pass.
         """
         size = self.spread.division.segment_rows
         while (left := _rows(self._rest)) > 0:
@@ -328,11 +328,13 @@ class SpreadRows:
         return library.converted(array, self._reader.copies)
 
     def _open(self) -> SegmentRows | None:
-        """Return the segment for the next row; None if there is no memory for it."""
+        """Return the segment for the next row; None if it must not begin yet."""
         if self._segments and not self._segments[-1].complete:
             return self._segments[-1]
         if len(self._segments) >= self._most:
             return None
+        if self._segments and self._waits_for_first():
+            return None  # to copy rows takes processor time from it
         first_row = self._next_number * self.spread.division.segment_rows
         segment = SegmentRows(self._next_number, first_row)
         self._next_number += 1

@@ -11,7 +11,7 @@ from gradwire._api.errors import ClientStateError
 from gradwire._api.types import Receipt, RowBlock
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.stream import AsyncGradientStream
-from gradwire._client.spread_rows import SegmentRows, SpreadRows
+from gradwire._client.spread_rows import FIRST_S, SegmentRows, SpreadRows
 from gradwire._core.rows import END_OF_ROWS
 from gradwire._core.segments import ASK_AGAIN_S, MOST_LATER
 from gradwire._resilience.row_reader import RowReader
@@ -251,7 +251,7 @@ class _Run:
                     self.rows.add(self._reader.read(item))
             else:
                 self._news.tell()
-                await self._news.wait(count + 1, ASK_AGAIN_S)
+                await self._news.wait(count + 1, FIRST_S)
         if not self._stopped:
             self.rows.end()
             self._arrived.tell()

@@ -13,7 +13,7 @@ from gradwire._api.errors import ClientStateError
 from gradwire._api.types import Receipt, RowBlock
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.stream import GradientStream
-from gradwire._client.spread_rows import SegmentRows, SpreadRows
+from gradwire._client.spread_rows import FIRST_S, SegmentRows, SpreadRows
 from gradwire._core.rows import END_OF_ROWS
 from gradwire._core.segments import ASK_AGAIN_S, MOST_LATER
 from gradwire._resilience.row_reader import RowReader
@@ -253,7 +253,7 @@ class _Run:
                     self.rows.add(self._reader.read(item))
             else:
                 self._news.tell()
-                self._news.wait(count + 1, ASK_AGAIN_S)
+                self._news.wait(count + 1, FIRST_S)
         if not self._stopped:
             self.rows.end()
             self._arrived.tell()
