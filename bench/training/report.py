@@ -35,7 +35,8 @@ MOST_OF_ONE_CORE = 0.5
 on one core."""
 MOST_OF_LINK = 1.15
 CALL_S = 0.002
-"""Most time of a call: `MOST_OF_LINK` times the larger of its directions, and this."""
+"""Most time of a step: `MOST_OF_LINK` times the larger direction of each of its calls,
+and this for each. So for the calls of each layer, too."""
 LEAST_BLOCKS = 4
 
 
@@ -101,7 +102,13 @@ def bounds(lines: Lines) -> Iterator[Bound]:
 
 
 def _overlap(name: str, steps: Lines, gbits: float) -> Iterator[Bound]:
-    """How well the directions of calls overlap, by the layer's shape."""
+    """How well the directions of calls overlap, in all and by the layer's shape."""
+    of_steps = []
+    for step in steps:
+        link_s = sum(max(c["up"], c["down"]) for c in step["calls"]) / (gbits * 125e6)
+        of_steps.append((step["seconds"] - len(step["calls"]) * CALL_S) / link_s)
+    ratio = statistics.median(of_steps)
+    yield Bound(f"a: {name}: (step - 2 ms a call) / link", ratio, MOST_OF_LINK)
     calls: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for step in steps:
         for call in step["calls"]:
@@ -109,7 +116,7 @@ def _overlap(name: str, steps: Lines, gbits: float) -> Iterator[Bound]:
     for shape in dict.fromkeys(shape for shape, _ in calls):
         both = [calls[shape, method] for method in ("forward", "backward")]
         seconds = sum(statistics.median(c["seconds"] for c in each) for each in both)
-        link_s = sum(max(c[0]["up"], c[0]["down"]) for c in both) / (gbits * 1e9 / 8)
+        link_s = sum(max(c[0]["up"], c[0]["down"]) for c in both) / (gbits * 125e6)
         of = f"a: {name}, {shape}"
         ratio = (seconds - len(both) * CALL_S) / link_s
         yield Bound(f"{of}: (time - 2 ms a call) / link", ratio, MOST_OF_LINK)

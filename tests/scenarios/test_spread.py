@@ -561,6 +561,21 @@ def test_a_job_carries_several_segments(
     assert oracle.same_bits(sums.db, one.db)
 
 
+@pytest.mark.parametrize("transport", ["grpc", "direct"])
+def test_jobs_end_and_others_go_on(
+    three: list[ServerProcess],
+    joined: Any,
+    alone: Any,
+    transport: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gradwire._client.spread_job.JOB_S", 0.0)
+    result = gradients(joined(addresses(three), transport=transport), *OPERANDS)
+    assert same(result, alone)
+    assert result.receipt.jobs == len(result.receipt.segments) == 10
+    assert result.receipt.attempts == 1
+
+
 def test_complete_segments_are_not_sent_again(
     three: list[ServerProcess], joined: Any
 ) -> None:

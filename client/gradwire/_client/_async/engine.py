@@ -804,6 +804,9 @@ class AsyncEngine(EngineBase):
             try:
                 if isinstance(error, GradwireError):
                     await run_beside(partial(transfer.end_with, error))
+                else:
+                    # First: the server would take closed connections for the cause.
+                    await call.cancel()
             finally:  # also if the caller gives up meanwhile
                 transfer.close()
             if transfer.broken is not None:

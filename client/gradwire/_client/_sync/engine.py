@@ -805,6 +805,9 @@ class SyncEngine(EngineBase):
             try:
                 if isinstance(error, GradwireError):
                     run_beside(partial(transfer.end_with, error))
+                else:
+                    # First: the server would take closed connections for the cause.
+                    call.cancel()
             finally:  # also if the caller gives up meanwhile
                 transfer.close()
             if transfer.broken is not None:
