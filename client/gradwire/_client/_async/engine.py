@@ -690,7 +690,8 @@ class AsyncEngine(EngineBase):
         if job.unary and not self.direct.demanded:
             return await self._compute(job, attempts.options(options))
         while True:
-            exchange = job.exchange(self.direct.connections(job.whole, several=True))
+            direct = self.direct.connections(job.whole, several=job.several_connections)
+            exchange = job.exchange(direct)
             try:
                 return await self._stream(job, exchange, attempts.options(options))
             except GradwireError as error:
