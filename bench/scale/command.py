@@ -49,16 +49,16 @@ WAYS = {
     "plain": Plan(),
     "single": Plan(segments_a_job=1),
     "runs": Plan(segments_a_job=4),
-    "few uploads": Plan(uploads=8),
+    "few uploads": Plan(segments_a_job=1, uploads=8),
     "runs, few uploads": Plan(segments_a_job=4, uploads=8),
     "there": _THERE,
     "there, W tree": replace(_THERE, w="tree"),
     "there, W tree, chain": replace(_THERE, w="tree", sums="chain"),
     "there, W tree, sum tree": replace(_THERE, w="tree", sums="tree"),
 }
-"""Named plans. "plain" is what the SDK does; "single" has one segment in
-a job, "runs" has four; "there"
-has rows on the servers, W sent to each once, and few jobs."""
+"""Named plans. "plain" is what the SDK does: a job a server, which takes segments one
+by one. "single" has one segment in a job, "runs" has four, both two jobs a server;
+"there" has rows on the servers, W sent to each once, and few jobs."""
 
 
 def workload(shape: Shape, device: Device, *, ratio: int | None = None) -> Workload:

@@ -92,6 +92,8 @@ class _Model:
         self._room = env.event()
         self._summed = [env.event() for _ in range(work.segments)]
         self._owner: dict[int, _Server] = {}
+        self._in_progress: list[Counter[str]] = []
+        """Segments that jobs have begun and not completed."""
 
     def run(self) -> float:
         """Run the job; return its seconds."""
@@ -127,7 +129,9 @@ class _Model:
         """Return the next segment; None if there are no more."""
         servers = len(self._servers)
         while (left := self._work.segments - self._next) > 0:
-            ahead = self._plan.may_be_ahead(self._work, left, servers)
+            idle = sum(not each["segments"] for each in self._in_progress)
+            idle += servers - len(self._in_progress)
+            ahead = self._plan.may_be_ahead(self._work, left, servers, idle)
             held = self._next - self._added
             if in_progress["segments"] < ahead and held < self._ahead:
                 self._next += 1
@@ -157,6 +161,7 @@ class _Model:
         slots = simpy.Container(env, init=self._setting.device.slots)
         ended, arrived = [], env.event()
         in_progress: Counter[str] = Counter()
+        self._in_progress.append(in_progress)
         segments = iter(run or ())
         while True:
             if run is None:

@@ -45,14 +45,17 @@ class Plan:
         every = range(work.segments)
         return [every[first : first + a_job] for first in every[::a_job]]
 
-    def may_be_ahead(self, work: Workload, left: int, servers: int) -> int:
+    def may_be_ahead(self, work: Workload, left: int, servers: int, idle: int) -> int:
         """Segments that a job that takes them may have begun and not completed.
 
         Args:
             work: The job that is spread.
             left: Segments that no job has begun.
             servers: Number of servers.
+            idle: How many of them have no segment.
         """
+        if left <= idle:
+            return 1
         rows_bytes = work.block_rows * work.segment_blocks * work.row_bytes
         most = min(AHEAD_BYTES // max(1, rows_bytes), MOST_AHEAD, left // servers)
         return max(2, most)

@@ -77,9 +77,11 @@ def test_jobs_take_segments_as_those_of_the_sdk_do() -> None:
             work.segments,
             Plan().jobs,
         )
-        for servers, left in itertools.product((1, 3, 100), (0, 7, 50, 10_000)):
-            ahead = segments_ahead(job, division.segment_rows, left, servers)
-            assert ahead == Plan().may_be_ahead(work, left, servers)
+        for servers, left, idle in itertools.product(
+            (1, 3, 100), (0, 7, 50, 10_000), (0, 1, 8)
+        ):
+            ahead = segments_ahead(job, division.segment_rows, left, servers, idle)
+            assert ahead == Plan().may_be_ahead(work, left, servers, idle)
             found.add(ahead)
     assert len(found) > 2
     assert Plan(segments_a_job=1).jobs == JOBS_PER_DEVICE

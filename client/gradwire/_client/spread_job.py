@@ -373,8 +373,10 @@ class SpreadJob:
         return bool(self._queue) and self._queue[0] - self._sums.added < most
 
     def _ahead(self) -> int:
-        rows = self.spread.division.segment_rows
-        return segments_ahead(self.spread.plan, rows, len(self._queue), self._jobs)
+        """Return how many segments a job may have begun and not completed."""
+        plan, rows = self.spread.plan, self.spread.division.segment_rows
+        idle = self._jobs - sum(bool(part.taken) for part in self._parts)
+        return segments_ahead(plan, rows, len(self._queue), self._jobs, idle)
 
     def _limit(self) -> float:
         """Return the seconds after which a segment is late; infinite: not known yet."""

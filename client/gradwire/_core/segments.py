@@ -136,7 +136,9 @@ def segment_bytes(plan: Plan, segment_rows: int) -> int:
     return rows - none
 
 
-def segments_ahead(plan: Plan, segment_rows: int, left: int, jobs: int) -> int:
+def segments_ahead(
+    plan: Plan, segment_rows: int, left: int, jobs: int, idle: int
+) -> int:
     """Return how many segments a job may have begun that are not complete.
 
     Near the end there are fewer, so that servers of any speed finish at about the same
@@ -148,7 +150,10 @@ def segments_ahead(plan: Plan, segment_rows: int, left: int, jobs: int) -> int:
         segment_rows: Rows of a segment.
         left: Segments that no job has begun.
         jobs: Jobs at the same time.
+        idle: How many of those have none: the last segments are left to them.
     """
+    if left <= idle:
+        return 1
     rows_bytes = plan.upload_bytes(segment_rows) - plan.upload_bytes(0)
     most = min(AHEAD_BYTES // max(1, rows_bytes), MOST_AHEAD, left // max(1, jobs))
     return max(2, most)

@@ -262,3 +262,11 @@ def test_a_job_that_has_completed_nothing_is_not_waited_for() -> None:
     product.fail(silent)
     product.end(other)
     assert product.job.begin(JOBS) is None
+
+
+def test_the_last_segments_are_left_to_jobs_that_have_none() -> None:
+    product = Product(4, several=True)
+    parts = [product.at(each) for each in "abab"]
+    assert product.take(parts[0]).number == 0
+    assert isinstance(product.job.take(parts[0]), float)
+    assert [product.take(each).number for each in parts[1:]] == [1, 2, 3]

@@ -47,12 +47,21 @@ def test_segments_do_not_depend_on_m(m: int, other: int) -> None:
     assert one.segment_rows == two.segment_rows
 
 
-@given(st.integers(1, 2048), st.integers(0, 10**4), st.integers(1, 40))
-def test_few_segments_are_begun_ahead(columns: int, left: int, jobs: int) -> None:
+@given(
+    st.integers(1, 2048),
+    st.integers(0, 10**4),
+    st.integers(1, 40),
+    st.integers(0, 40),
+)
+def test_few_segments_are_begun_ahead(
+    columns: int, left: int, jobs: int, idle: int
+) -> None:
     plan = plan_of(10**7, columns, columns)
     rows = divide(plan, 16 * MIB).segment_rows
-    ahead = segments_ahead(plan, rows, left, jobs)
-    assert 2 <= ahead <= 8
+    ahead = segments_ahead(plan, rows, left, jobs, idle)
+    assert 1 <= ahead <= 8
+    assert (ahead == 1) == (left <= idle)
+    ahead = max(2, ahead)
     assert ahead == 2 or ahead * jobs <= left
     assert ahead == 2 or ahead * rows * 2 * columns * 4 <= 16 * MIB
 
