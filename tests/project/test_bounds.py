@@ -40,7 +40,8 @@ def test_tests_that_hang_fail_with_their_stacks_and_the_others_go_on(
 ) -> None:
     (tmp_path / "test_hanging.py").write_text(textwrap.dedent(HANGING_TESTS))
     settings = ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path]
-    options = ["-n2", "--dist=worksteal", "--timeout=1", "-o", "faulthandler_timeout=3"]
+    options = ["-n2", "--dist=worksteal", "--timeout=0.5"]
+    options += ["-o", "faulthandler_timeout=1"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", tmp_path, *settings, *options],
         capture_output=True,
@@ -51,7 +52,7 @@ def test_tests_that_hang_fail_with_their_stacks_and_the_others_go_on(
     assert done.returncode == 1
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(r"=+ 2 failed, 1 passed in \S+s =+", last)
-    assert "Failed: Timeout (>1.0s)" in done.stdout
+    assert "Failed: Timeout (>0.5s)" in done.stdout
     assert "crashed while running" in done.stdout
     assert "in test_that_no_signal_reaches" in done.stderr
 
@@ -83,12 +84,14 @@ STUBBORN = """
 def test_a_command_is_ended_with_all_that_it_started(how: str, status: int) -> None:
     script = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(STUBBORN)]
     done = subprocess.run(
-        [ROOT / "scripts" / "within", "6" if how == "hangs" else "60", *script, how],
+        [ROOT / "scripts" / "within", "3" if how == "hangs" else "60", *script, how],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        env=os.environ | {"COVERAGE_PROCESS_CONFIG": ""},  # it ends as none should
+        env=os.environ
+        | {"COVERAGE_PROCESS_CONFIG": ""}  # it ends as none should
+        | {"WITHIN_PRINTS_S": "1"},
     )
     assert done.returncode == status, done.stderr
     if how == "hangs":
