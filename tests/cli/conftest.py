@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -94,11 +94,14 @@ def sentence(done: subprocess.CompletedProcess[str]) -> str:
 
 @contextlib.contextmanager
 def started(
-    *arguments: object, env: dict[str, str] | None = None, **options: Any
+    *arguments: object,
+    env: dict[str, str] | None = None,
+    command: Sequence[str] = COMMAND,
+    **options: Any,
 ) -> Iterator[subprocess.Popen[str]]:
     """A command that runs meanwhile, and is killed if it still does after."""
     process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
+        [*command, *map(str, arguments)],
         text=True,
         env=environment(env),
         **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options),

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 import threading
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import pytest
 
 import gradwire as sdk
 from gradwire_cli.app import run
 from gradwire_cli.checks.checks import CHECKS, run_checks
-from gradwire_cli.checks.clients import open_clients
+from gradwire_cli.checks.clients import Clients, open_clients
 from gradwire_cli.checks.result import CheckResult
+from gradwire_cli.checks.ways import WAYS
 from gradwire_cli.commands import check as command
 from gradwire_protocol.dtypes import Dtype
 from gradwire_server.backends.base import RowBlock
@@ -70,12 +73,13 @@ ALSO = {"next job"}
 
 
 def test_a_right_server_passes_on_a_unix_socket_and_in_shared_memory() -> None:
+    """The checks of how a job is sent: the others are the same as over TCP."""
     with serving_all() as server:
         _, unix = server.addresses
-        results = checked(unix)
+        results = checked(unix, names=WAYS)
     assert wrong(results) == set()
     made = {result.check for result in results}
-    assert made == {*CHECKS, *ALSO} - ON_DIRECT_CONNECTIONS - OF_SEVERAL_SERVERS
+    assert made == WAYS.keys() - ON_DIRECT_CONNECTIONS
     assert {result.dtype for result in results} == {d.label for d in Dtype}
 
 
@@ -110,7 +114,7 @@ def test_the_command_proves_a_server_right(server: ServerProcess) -> None:
         done.stdout,
         re.MULTILINE,
     )
-    for name in CHECKS.keys() - IN_SHARED_MEMORY - OF_SEVERAL_SERVERS:
+    for name in {*CHECKS, *ALSO} - IN_SHARED_MEMORY - OF_SEVERAL_SERVERS:
         assert re.search(f"^{name} ", done.stdout, re.MULTILINE)
 
 
@@ -134,40 +138,35 @@ def test_without_an_address_a_private_server_is_checked(
 
 
 @pytest.mark.parametrize(
-    ("fault", "name", "row"),
+    ("fault", "check", "dtype", "dtypes"),
     [
-        pytest.param(
-            "W read as (k, n)",
-            "finite differences (float64)",
-            "finite differences       float64",
-            marks=pytest.mark.big,
-        ),
+        ("W read as (k, n)", "finite differences", "float64", "float64"),
         (
             "dW ends after three blocks",
-            "row blocks (float16, bfloat16, float32, float64)",
-            "row blocks               float32",
+            "row blocks",
+            "float32",
+            "float16, bfloat16, float32, float64",
         ),
-        pytest.param(
-            "float32 in TF32",
-            "products (float32)",
-            "products                 float32",
-            marks=pytest.mark.big,
-        ),
+        ("float32 in TF32", "products", "float32", "float32"),
     ],
 )
 def test_the_command_names_what_is_wrong_and_fails(
-    fault: str, name: str, row: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+    check: str,
+    dtype: str,
+    dtypes: str,
 ) -> None:
+    names = {"finite differences", "products", "row blocks"}
+    monkeypatch.setattr(command, "run_checks", partial(run_checks, names=names))
     with server_with(BY_NAME[fault]) as address:
-        done = gradwire("check", "--address", address)
-    assert done.returncode == 1
-    _, failed, names = done.stdout.partition(" checks failed: ")
+        assert run(["check", "--address", address]) == 1
+    text = capsys.readouterr().out
+    _, failed, named = text.partition(" checks failed: ")
     assert failed
-    assert name in names
-    assert any(
-        line.startswith(row) and line.rstrip().endswith("WRONG")
-        for line in done.stdout.splitlines()
-    )
+    assert f"{check} ({dtypes})" in named
+    assert re.search(rf"^{check} +{dtype} .* WRONG *$", text, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("few_checks")
@@ -197,8 +196,15 @@ def test_several_servers_take_turns() -> None:
 
 @pytest.fixture
 def spread_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`gradwire check` in this process makes only the check of several servers."""
-    monkeypatch.setattr(command, "run_checks", partial(run_checks, names={"spread"}))
+    """`gradwire check` in this process makes only the check of several servers.
+
+    And with two dtypes: one has segments of half the rows.
+    """
+
+    def spread(clients: Clients, _: Collection[Dtype], seed: int) -> Any:
+        return run_checks(clients, {Dtype.FLOAT16, Dtype.FLOAT64}, seed, {"spread"})
+
+    monkeypatch.setattr(command, "run_checks", spread)
 
 
 @pytest.mark.usefixtures("spread_only")
@@ -241,6 +247,13 @@ def test_one_server_computes_nothing_together(
     assert report["no_segments"] == {}
 
 
+CONCURRENT_JOBS_ALONE = (
+    "import sys; from gradwire_cli.checks.checks import CHECKS;"
+    "name = 'concurrent jobs'; check = CHECKS[name]; CHECKS.clear();"
+    "CHECKS[name] = check; from gradwire_cli import main; sys.exit(main())"
+)
+
+
 def test_a_signal_ends_the_check_while_jobs_run() -> None:
     backend = FaultyBackend()
     reached, go_on = threading.Event(), threading.Event()
@@ -254,7 +267,8 @@ def test_a_signal_ends_the_check_while_jobs_run() -> None:
     backend.set(Fault("stalls", found_by="nothing", before=stall))
     with serving_with(backend) as address:
         try:
-            with started("check", "--address", address) as process:
+            python = (sys.executable, "-c", CONCURRENT_JOBS_ALONE)
+            with started("check", "--address", address, command=python) as process:
                 assert reached.wait(TIMEOUT_S)
                 _, err = ended_by(process, signal.SIGINT)
         finally:
