@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -17,12 +18,18 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return python(EXAMPLES / f"{name}.py", *arguments)
+
+
+def python(
+    *arguments: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=100,
-        env=os.environ | {"GRADWIRE_BACKEND": BACKEND},
+        env=os.environ | {"GRADWIRE_BACKEND": BACKEND} | (env or {}),
         check=False,
     )
 
@@ -136,14 +143,14 @@ def test_the_torch_example_says_what_it_needs(monkeypatch, tmp_path):
     assert example.stderr.strip() == "This example needs PyTorch: pip install torch"
 
 
-def assert_kept_weights_save_bytes(output: str) -> None:
+def assert_kept_weights_save_bytes(output: str, d: int) -> None:
     """Check the last table of the demo: three layers of d x d, m rows a step."""
     found = re.findall(
         r"^(NumPy|gradwire, .*?) +([\d.]+) +([\d.]+) +\d+ *$", output, re.MULTILINE
     )
     losses = [float(loss) for _, loss, _ in found]
     assert max(losses) - min(losses) < 1e-4
-    m, d = 128, 2048
+    m = 128
     sent, kept = 3 * (5 * m * d + 3 * d * d), 3 * 4 * m * d
     assert {name: float(megabytes) for name, _, megabytes in found} == {
         "NumPy": 0,
@@ -166,17 +173,31 @@ def form(line: str) -> str:
     return " ".join(re.sub(r"\d[\d.]*(e-\d+)?", "0", word) for word in words)
 
 
+NARROWER = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import kept_training
+kept_training.WIDTHS = (512, 512, 512, 512)
+import train_digits
+sys.exit(train_digits.main())
+"""
+
+
 @pytest.mark.thorough
 class TestDigits:
     """``make demo``, with fewer epochs."""
 
     @pytest.fixture(autouse=True)
     def _needs(self):
-        pytest.importorskip("matplotlib")
-        pytest.importorskip("sklearn")
+        for name in ("matplotlib", "sklearn"):  # to import them takes seconds
+            if importlib.util.find_spec(name) is None:
+                pytest.skip(f"needs {name}")
 
     def test_both_networks_learn_the_digits_and_a_figure_shows_it(self, tmp_path):
-        example = run("train_digits", "--epochs", 4, "--output", tmp_path)
+        options = ["--epochs", "4", "--output", tmp_path]
+        # Products as small as these take longer on several threads.
+        one_thread = {"OPENBLAS_NUM_THREADS": "1"}
+        example = python("-c", NARROWER, EXAMPLES, *options, env=one_thread)
         assert example.returncode == 0, example.stderr
         accuracies = re.findall(r"([\d.]+)%", example.stdout)
         assert len(accuracies) == 2
@@ -186,7 +207,7 @@ class TestDigits:
         figure = (tmp_path / "train_digits.png").read_bytes()
         assert figure.startswith(b"\x89PNG")
         assert len(figure) > 30_000
-        assert_kept_weights_save_bytes(example.stdout)
+        assert_kept_weights_save_bytes(example.stdout, 512)
         shown = {form(line) for line in example.stdout.splitlines()}
         for line in output_in_the_readme():
             assert form(line) in shown
@@ -196,6 +217,7 @@ class TestDigits:
         example = run("train_digits", "--epochs", 1, "--output", tmp_path)
         assert example.returncode == 1
         assert "is less than 95%" in example.stderr
+        assert_kept_weights_save_bytes(example.stdout, 2048)
         address = re.search(r"computes at (\S+)", example.stdout)[1]
         with pytest.raises(gradwire.ConnectError):
             gradwire.connect(address, connect_timeout_s=5)
