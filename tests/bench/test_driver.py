@@ -131,7 +131,8 @@ def test_a_contender_whose_package_is_missing_is_left_out(
 ):
     monkeypatch.setattr(contenders, "missing", {"torch-rpc": "torch"}.get)
     out = tmp_path / "run.jsonl"
-    line = "--contenders numpy,torch-rpc --shapes 8 --rounds 1 --threads 1"
+    line = "--contenders numpy,torch-rpc --shapes 8 --forms fresh --rounds 1"
+    line += " --threads 1"
     assert main([*line.split(), "--out", str(out)]) == 0
     told = capsys.readouterr()
     assert "torch-rpc is left out: torch is not installed\n" in told.err
@@ -153,7 +154,7 @@ def test_a_contender_whose_package_is_missing_is_left_out(
 def test_without_products_every_byte_still_travels(names, tmp_path, capsys):
     out = tmp_path / "run.jsonl"
     line = f"--transport-only --contenders {','.join(('numpy', *names))}"
-    line += f" --shapes 4000x500x400 --rounds 2 --threads 1 --out {out}"
+    line += f" --shapes 4000x500x400 --forms fresh --rounds 2 --threads 1 --out {out}"
     assert main(line.split()) == 0
     (part,) = Run.read(out).parts
     assert not part.products
