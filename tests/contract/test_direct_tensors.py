@@ -39,7 +39,7 @@ from tests.support.sessions import (
 )
 
 W = 1
-IDLE_S = 2.0
+IDLE_S = 1.0
 ROWS, COLUMNS = 300, 7
 
 
