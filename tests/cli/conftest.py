@@ -1,7 +1,8 @@
 """The commands, run as a user runs them: in a process of their own.
 
-Those that run to their end are forked from a process that has imported the command
-line; a process of a test's own (`started`, `COMMAND`) imports it itself."""
+They are forked from a process that has imported the command line, unless a test gives
+them more than arguments, variables and files. What starts `COMMAND` imports it itself:
+that takes more than a second of a processor."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -40,48 +41,9 @@ def gradwire(
     *arguments: object, env: dict[str, str] | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
-    command, variables = [*COMMAND, *map(str, arguments)], environment(env)
-    if not options and BACKEND != "cupy" and forking.possible(variables):
-        return _forked(command, variables)
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        env=variables,
-        check=False,
-        **options,
-    )
-
-
-def _forked(
-    command: list[str], env: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    with (
-        Path(os.devnull).open() as stdin,
-        TemporaryFile() as out,
-        TemporaryFile() as err,
-    ):
-        pid = forking.start(
-            "gradwire_cli:main",
-            command[len(COMMAND) :],
-            env,
-            imports=("gradwire_cli.app",),
-            stdin=stdin.fileno(),
-            stdout=out.fileno(),
-            stderr=err.fileno(),
-        )
-        process = forking.ForkedProcess(pid, (None, None, None))
-        try:
-            status = process.wait(TIMEOUT_S)
-        finally:
-            process.kill()
-            process.wait()
-        said = []
-        for file in out, err:
-            file.seek(0)
-            said.append(file.read().decode())
-    return subprocess.CompletedProcess(command, status, *said)
+    with started(*arguments, env=env, **options) as process:
+        said = process.communicate(timeout=TIMEOUT_S)
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 def sentence(done: subprocess.CompletedProcess[str]) -> str:
@@ -100,18 +62,80 @@ def started(
     **options: Any,
 ) -> Iterator[subprocess.Popen[str]]:
     """A command that runs meanwhile, and is killed if it still does after."""
-    process = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        text=True,
-        env=environment(env),
-        **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options),
-    )
+    whole, variables = [*command, *map(str, arguments)], environment(env)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    process: Any
+    if (
+        command == COMMAND
+        and options.keys() == {"stdout", "stderr"}
+        and BACKEND != "cupy"  # CUDA is not to be forked
+        and forking.possible(variables)
+    ):
+        process = ForkedCommand(whole, variables, **options)
+    else:
+        process = subprocess.Popen(whole, text=True, env=variables, **options)
     try:
         yield process
     finally:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+class ForkedCommand(forking.ForkedProcess):
+    """What `subprocess.Popen` is for a command, forked.
+
+    Args:
+        args: Its whole command line.
+        env: Its variables.
+        stdout: `subprocess.PIPE`, or a file or descriptor; so `stderr`.
+    """
+
+    def __init__(
+        self, args: Sequence[str], env: dict[str, str], stdout: Any, stderr: Any
+    ) -> None:
+        self.args = args
+        pipes: list[IO[str] | None] = []
+        with contextlib.ExitStack() as opened:
+            given = [opened.enter_context(Path(os.devnull).open()).fileno()]
+            for each in (stdout, stderr):
+                if each == subprocess.PIPE:
+                    reads, writes = os.pipe()
+                    opened.callback(os.close, writes)
+                    pipes.append(os.fdopen(reads, encoding="utf-8"))
+                    given.append(writes)
+                else:
+                    pipes.append(None)
+                    given.append(each if isinstance(each, int) else each.fileno())
+            pid = forking.start(
+                "gradwire_cli:main",
+                args[len(COMMAND) :],
+                env,
+                imports=("gradwire_cli.app",),
+                stdin=given[0],
+                stdout=given[1],
+                stderr=given[2],
+            )
+        super().__init__(pid, (None, *pipes))
+
+    def communicate(self, timeout: float | None = None) -> tuple[str | None, ...]:
+        """Read what is still to read, and wait for the end."""
+        with futures.ThreadPoolExecutor(2) as pool:
+            pipes = (self.stdout, self.stderr)
+            said = [pipe and pool.submit(_read_and_close, pipe) for pipe in pipes]
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            return tuple(each and each.result() for each in said)
+
+
+def _read_and_close(pipe: IO[str]) -> str:
+    if pipe.closed:
+        return ""
+    with pipe:
+        return pipe.read()
 
 
 def ended_by(process: subprocess.Popen[str], signum: signal.Signals) -> tuple[str, str]:

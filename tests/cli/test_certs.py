@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 import gradwire as sdk
 from gradwire_cli.app import run
+from gradwire_cli.checks.checks import run_checks
+from gradwire_cli.commands import check
 from tests.cli.conftest import gradwire, refusal_here, sentence, started
 from tests.cli.test_serve import addresses
 
@@ -113,8 +116,11 @@ def test_every_command_speaks_tls(
     server: str,
     command: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    few = partial(run_checks, names={"products", "call = stream", "call = direct"})
+    monkeypatch.setattr(check, "run_checks", few)
     arguments: list[Any] = [command, "--address", server]
     if command == "compute":
         np.save(tmp_path / "x.npy", np.ones((4, 3), np.float32))

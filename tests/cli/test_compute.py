@@ -18,7 +18,6 @@ import pytest
 
 from gradwire_server.backends.base import RowBlock
 from tests.cli.conftest import (
-    COMMAND,
     TIMEOUT_S,
     ended_by,
     environment,
@@ -557,18 +556,16 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(tmp_path: Path) -> Non
     ) as process:
         _, err = process.communicate(timeout=TIMEOUT_S)
         assert err == ""
-    process = subprocess.Popen(
-        [*COMMAND, "compute", *map(str, paths), f"--out={tmp_path}", "--force"],
-        stdout=subprocess.DEVNULL,
-        stderr=inner,
-        env=environment({"TERM": "xterm"}),
-    )
-    os.close(inner)
-    shown = b""
-    while part := read_or_nothing(outer):
-        shown += part
-    os.close(outer)
-    assert process.wait(TIMEOUT_S) == 0
+    flags = (f"--out={tmp_path}", "--force")
+    with started(
+        *("compute", *paths, *flags), env={"TERM": "xterm"}, stderr=inner
+    ) as process:
+        os.close(inner)
+        shown = b""
+        while part := read_or_nothing(outer):
+            shown += part
+        os.close(outer)
+        assert process.wait(TIMEOUT_S) == 0
     assert b"844.0/844.0 KiB" in shown
 
 

@@ -17,10 +17,7 @@ import pytest
 
 import gradwire as sdk
 from tests.cli.conftest import (
-    COMMAND,
-    TIMEOUT_S,
     ended_by,
-    environment,
     gradwire,
     sentence,
     started,
@@ -116,15 +113,8 @@ def test_the_log_can_be_for_people_and_of_fewer_entries() -> None:
 def test_a_ready_line_that_cannot_be_printed_ends_it_in_order(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [*COMMAND, "serve", f"--listen=unix:{path}", "--log-level=warning"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=TIMEOUT_S,
-            env=environment(),
-            check=False,
-        )
+        flags = (f"--listen=unix:{path}", "--log-level=warning")
+        done = gradwire("serve", *flags, stdout=full)
     assert done.stderr == "gradwire: No space left on device\n"
     assert done.returncode == 1
     assert not path.exists()
@@ -228,7 +218,7 @@ def test_the_second_signal_stops_at_once() -> None:
     ) as process:
         (address,) = addresses(process)
         with (
-            sdk.connect(address) as client,
+            sdk.connect(address, retries=False) as client,
             client.stream(rows, np.ones((3, 2), np.float32)) as stream,
         ):
             next(stream)
