@@ -142,10 +142,11 @@ def test_tall_wide_and_square_jobs(channel, m, n, k):
 @pytest.mark.parametrize("turn", ["row", "three rows", "block", "window"])
 @pytest.mark.parametrize("message_bytes", [4, 8, 20, 100, 1 << 20])
 def test_messages_may_split_rows_and_span_row_blocks(channel, message_bytes, turn):
-    problem = whole_numbers(150, 7, 5)
+    problem = whole_numbers(75, 7, 5)
     with Stream(channel) as stream:
         stream.send(problem.job(open_m=True))
         outcome = stream.receive_accepted()
+        assert outcome.accepted.window_rows < 75
         turn_rows = {
             "row": 1,
             "three rows": 3,

@@ -50,7 +50,7 @@ FAULTS = {
         "directions, of a job with all results, of one with Y alone and of one with "
         "dW alone, with `Client` and `AsyncClient`",
         336,
-        100,
+        56,
         "the results, with the same bits; `receipt.retried` says `UNAVAILABLE`",
     ),
     "cut-told": Fault(
@@ -65,7 +65,7 @@ FAULTS = {
         "codes, after every message, in both directions, of the same jobs, with both "
         "clients",
         4704,
-        40,
+        24,
         "the results, with the same bits; `receipt.retried` says `UNAVAILABLE`",
     ),
     "cut-byte": Fault(
@@ -73,14 +73,14 @@ FAULTS = {
         "bytes of a job's requests and 4,200 of its responses, headers and frames "
         "included",
         2733,
-        60,
+        36,
         "the results, with the same bits",
     ),
     "cut-stream": Fault(
         "the connection breaks after a message of a stream with rows from a "
         "generator: after every message, in both directions, with both clients",
         176,
-        43,
+        26,
         "every row block once and in order, and dW, with the same bits: the stream "
         "continues where it stopped",
     ),
@@ -89,7 +89,7 @@ FAULTS = {
         "operands and of its results, and around Attach and the first header, with "
         "both clients",
         1616,
-        50,
+        28,
         "the results, with the same bits, on direct connections; `receipt.retried` "
         'says `UNAVAILABLE` or `CONNECTION_LOST`. With `transport="direct"`, '
         "`ConnectError` if it breaks while it is opened",
@@ -97,7 +97,7 @@ FAULTS = {
     "cut-direct-stream": Fault(
         "the same for a stream with rows from a generator",
         1616,
-        40,
+        24,
         "every row block once and in order, and dW, with the same bits",
     ),
     "cut-direct-session": Fault(
@@ -137,7 +137,7 @@ FAULTS = {
         "a bit of a message's elements flips, with `checksum=True`: in every message "
         "with elements",
         78,
-        34,
+        20,
         "the results, with the same bits; `receipt.retried` says `CHECKSUM_MISMATCH`",
     ),
     "server-killed": Fault(

@@ -29,7 +29,7 @@ EVENTS = 80
 """Least reports of progress of the job: one for each message, but for its header."""
 ROOT = Path(__file__).parents[3]
 IDLE_S = 0.5
-STOPPED_S = 3 * IDLE_S
+STOPPED_S = 2 * IDLE_S
 
 
 def at_event(number: int, act: Callable[[], None]) -> Callable[[Any], None]:

@@ -128,7 +128,7 @@ def test_a_job_with_segments_stays_within_what_it_reserved(server, channel):
 
 
 def test_the_first_job_of_a_server_does_too():
-    problem = whole_numbers(4096, 1024, 1024, "float64")
+    problem = whole_numbers(16_384, 256, 256, "float64")
     with (
         running_server() as server,
         grpc.insecure_channel(server.address) as channel,
@@ -142,7 +142,7 @@ def test_the_first_job_of_a_server_does_too():
         assert peak(server) - before <= allowed
 
 
-def test_two_million_rows_take_no_more_memory_than_their_first_ones(server, channel):
+def test_a_million_rows_take_no_more_memory_than_their_first_ones(server, channel):
     rows = whole_numbers(8000, 64, 64, results=("y", "dw"))
     options = {
         "results": {"y": None, "dw": "float64"},
@@ -151,16 +151,16 @@ def test_two_million_rows_take_no_more_memory_than_their_first_ones(server, chan
     repeat(channel, rows, 2, **options)
     before = resident(server)
     forget_peak(server)
-    outcome, sum_of_y = repeat(channel, rows, 250, **options)
+    outcome, sum_of_y = repeat(channel, rows, 125, **options)
     reserved = outcome.accepted.reserved_bytes
     assert peak(server) - before <= reserved + ALLOWANCE
     assert reserved < 100 * MIB
     receipt = outcome.receipt
-    assert receipt.m == 2_000_000
-    assert receipt.bytes_received + receipt.bytes_sent > 10**9
+    assert receipt.m == 1_000_000
+    assert receipt.bytes_received + receipt.bytes_sent > 5 * 10**8
     x, w, dy = (a.astype(np.float64) for a in (rows.x, rows.w, rows.dy))
-    np.testing.assert_array_equal(outcome.arrays["dw"], 250 * (x.T @ dy))
-    assert sum_of_y == 250 * (x @ w).sum()
+    np.testing.assert_array_equal(outcome.arrays["dw"], 125 * (x.T @ dy))
+    assert sum_of_y == 125 * (x @ w).sum()
 
 
 def test_what_a_job_reserves_does_not_depend_on_its_rows(channel):
@@ -174,10 +174,10 @@ def test_what_a_job_reserves_does_not_depend_on_its_rows(channel):
 
 def test_memory_does_not_creep(server, channel):
     problem = whole_numbers(512, 512, 512)
-    for _ in range(20):
+    for _ in range(10):
         stream_job(channel, problem)
     before = resident(server)
-    for _ in range(60):
+    for _ in range(30):
         stream_job(channel, problem)
     assert resident(server) <= before + ALLOWANCE // 4
 
