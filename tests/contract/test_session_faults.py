@@ -583,7 +583,7 @@ def test_a_servers_lease_is_named_and_jobs_keep_a_session_alive() -> None:
             with Stream(channel) as stream:
                 stream.send(PROBLEM.job(session=session.ref(), w=kept(W)))
                 outcome = stream.receive_accepted()
-                time.sleep(2.5)
+                time.sleep(1.5)
                 stream.send_all(PROBLEM.chunks("x", 0, 40))
                 stream.send_all(PROBLEM.chunks("dy", 0, 40))
                 stream.send(end(40))

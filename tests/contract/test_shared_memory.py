@@ -475,7 +475,7 @@ def test_a_region_that_is_closed_in_mid_job_lasts_until_the_job_is_done(
     sharing, channel
 ):
     before = descriptors(sharing.pid)
-    problem = normal_numbers(20_000, 128, 96)
+    problem = normal_numbers(5_000, 128, 96)
     expected = stream_job(channel, problem).bits
     region = RawRegion(channel, 64 * MIB)
     job = region.lay_out(problem)
@@ -487,7 +487,7 @@ def test_a_region_that_is_closed_in_mid_job_lasts_until_the_job_is_done(
         stream.half_close()
         answer = stream.receive()
         assert answer is not None
-        assert answer.receipt.m == 20_000
+        assert answer.receipt.m == 5_000
         assert stream.receive() is None
     assert region.bits(job) == expected
     wait_until(lambda: descriptors(sharing.pid) <= before)

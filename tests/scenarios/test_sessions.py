@@ -623,11 +623,11 @@ def test_a_session_expires_without_its_client(serving: ServerProcess) -> None:
         session = client.session("1MiB", lease_s=1.0)
         session.open()
         weight = session.put(np.ones((2, 3), np.float32))
-        time.sleep(2.0)  # the lease is renewed
+        time.sleep(1.5)  # the lease is renewed
         assert session.get(weight).all()
         assert session._renewal is not None
         session._renewal.close()
-        time.sleep(2.5)
+        time.sleep(1.6)
         with pytest.raises(gradwire.SessionLostError, match="lease_seconds"):
             session.get(weight)
         session.close()
@@ -902,8 +902,10 @@ def test_a_dropped_session_ends_with_its_lease(serving: ServerProcess) -> None:
             sessions.clear()
         gc.collect()
         assert dropped() is None
-        time.sleep(2.5)
-        assert not client.sessions()
+        began = time.monotonic()
+        while client.sessions():
+            assert time.monotonic() - began < 2.5
+            time.sleep(0.05)
 
 
 class Interrupted:
@@ -1129,7 +1131,7 @@ def test_a_put_without_a_server_says_so(size: int) -> None:
         session = client.session("64MiB")
         session.open()
     with client:
-        for _ in range(20):
+        for _ in range(10):
             with pytest.raises((gradwire.ConnectError, gradwire.UnavailableError)):
                 session.put(array)
         session.close()
