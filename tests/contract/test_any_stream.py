@@ -76,7 +76,7 @@ def serving(**settings: Any) -> Iterator[grpc.Channel]:
         ) as process,
         connected(process) as channel,
     ):
-        for _ in range(20):
+        for _ in range(6):
             problem = whole_numbers(300, 6, 6)
             stream_job(channel, problem)
             compute_job(channel, problem)

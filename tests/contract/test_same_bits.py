@@ -22,14 +22,14 @@ from tests.support.raw import (
 )
 from tests.support.serving import running_server
 
-SHAPE = (1100, 96, 80)
+SHAPE = (550, 96, 80)
 
 
 @pytest.fixture(scope="module")
 def channel() -> Iterator[grpc.Channel]:
-    """A server that cuts this module's jobs into blocks of 64 to 256 rows."""
+    """A server that cuts this module's jobs into blocks of 32 to 128 rows."""
     with (
-        running_server(row_block_bytes=100_000) as server,
+        running_server(row_block_bytes=50_000) as server,
         grpc.insecure_channel(server.address) as opened,
     ):
         yield opened
@@ -111,7 +111,7 @@ def test_messages_of_one_element(channel):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("turn_rows", [1, 7, 100])
+@pytest.mark.parametrize("turn_rows", [1, 7, 60])
 def test_rows_in_turns_of_any_length(channel, problem, reference, turn_rows):
     outcome = stream_job(channel, problem, turn_rows=turn_rows, open_m=True)
     assert outcome.bits == reference.bits

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwire.v1 import job_pb2
@@ -118,6 +118,7 @@ def specs(draw: Any) -> JobSpec:
     )
 
 
+@settings(max_examples=50)
 @given(specs(), TEXTS)
 def test_what_is_written_is_read_again(spec: JobSpec, job_id: str) -> None:
     message = spec.to_message(job_id)

@@ -69,7 +69,7 @@ def test_it_is_the_gradient_of_torchs_bias(client: gradwire.Client, dtype: str) 
 
 # The session's clients and server have no state that an example could leave.
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

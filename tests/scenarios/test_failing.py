@@ -75,11 +75,19 @@ def test_a_job_that_waits_is_told_how_many_are_ahead(
 def test_a_server_whose_queue_is_full_says_when_to_come_back(
     occupied: ServerProcess,
 ) -> None:
-    waits = threading.Event()
+    waits, refused = threading.Event(), threading.Event()
+
+    class Enough(Exception):
+        pass
+
+    def on_progress(_: gradwire.Progress) -> None:
+        waits.set()
+        assert refused.wait(30)
+        raise Enough
 
     def wait_in_the_queue() -> None:
-        with STREAM.connect(occupied) as client, pytest.raises(gradwire.DeadlineError):
-            client.gradients(X, W, DY, timeout_s=4, on_progress=lambda _: waits.set())
+        with STREAM.connect(occupied) as client, pytest.raises(Enough):
+            client.gradients(X, W, DY, on_progress=on_progress)
 
     waiting = threading.Thread(target=wait_in_the_queue)
     waiting.start()
@@ -92,6 +100,7 @@ def test_a_server_whose_queue_is_full_says_when_to_come_back(
             assert busy.value.retry_after_s > 0
             assert busy.value.job_id == "one too many"
             assert "(BUSY, job one too many)" in str(busy.value)
+    refused.set()
     waiting.join()
 
 
@@ -153,21 +162,24 @@ def test_a_server_that_dies_in_the_middle_is_a_lost_connection(way: Way) -> None
             client.forward(X, W)
 
 
-def test_a_client_finds_its_server_again_after_a_restart(way: Way) -> None:
-    with serving_all() as server:
-        client = way.connect(server)
-        x = client.empty(X.shape, X.dtype) if way.inside else X.copy()
-        x[...] = X
-        first = client.gradients(x, W, DY)
+def test_clients_find_their_server_again_after_a_restart() -> None:
+    with serving_all() as server, ExitStack() as clients:
+        jobs = []
+        for way in WAYS:
+            client = clients.enter_context(way.connect(server))
+            x = client.empty(X.shape, X.dtype) if way.inside else X.copy()
+            x[...] = X
+            jobs.append((way, client, x, client.gradients(x, W, DY)))
         addresses = list(server.addresses)
         server.process.terminate()
         server.process.wait()
-        with serving_all(listen=addresses), client:
-            second = client.gradients(x, W, DY)
-    way.arrived(second.receipt)
-    assert first.receipt.server_instance != second.receipt.server_instance
-    for one, other in zip(first, second, strict=True):
-        assert oracle.same_bits(one, other)
+        with serving_all(listen=addresses):
+            for way, client, x, first in jobs:
+                second = client.gradients(x, W, DY)
+                way.arrived(second.receipt)
+                assert first.receipt.server_instance != second.receipt.server_instance
+                for one, other in zip(first, second, strict=True):
+                    assert oracle.same_bits(one, other)
 
 
 def test_a_server_that_is_about_to_stop_takes_no_new_jobs() -> None:

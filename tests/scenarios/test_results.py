@@ -37,7 +37,7 @@ def test_every_dtype_is_as_right_as_its_arithmetic_allows(
 
 # The session's clients and server have no state that an example could leave.
 @settings(
-    max_examples=120,
+    max_examples=80,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

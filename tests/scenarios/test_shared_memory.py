@@ -148,8 +148,8 @@ def test_overlapping_outputs_are_refused_as_ever(shm: Any) -> None:
 
 def test_the_memory_of_dead_arrays_serves_the_next_job(sharing: Any) -> None:
     with gradwire.connect(sharing.address, transport="shm") as client:
-        operands = oracle.operands(2000, 64, 64, "float32")
-        for _ in range(12):  # 25 MB of results and operands, in a region of 16 MiB
+        operands = oracle.operands(40, 512, 512, "float32")
+        for _ in range(12):  # 29 MB of results and operands, in a region of 16 MiB
             client.gradients(*operands)
             gc.collect()
         assert len(client._engine.shm.pool._regions) == 1
@@ -189,7 +189,7 @@ def test_a_client_that_is_dropped_gives_all_memory_back(sharing: Any) -> None:
 
 def test_auto_shares_where_it_pays_and_is_allowed(sharing: Any, server: Any) -> None:
     small = [np.ones((5, 4), "f4"), np.ones((4, 3), "f4"), np.ones((5, 3), "f4")]
-    large = oracle.operands(9000, 40, 30, "float32")
+    large = oracle.operands(60, 900, 800, "float32")
     with gradwire.connect(sharing.address) as client:
         assert client.gradients(*large).receipt.transport == "shm"
         assert client.gradients(*small).receipt.transport == "tcp"
