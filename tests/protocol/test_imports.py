@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from gradwire_protocol.byte_order import require_little_endian
 
 
+@functools.cache
 def loaded(code: str) -> set[str]:
     """The packages that a fresh Python has loaded after some code."""
     code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
@@ -56,14 +58,21 @@ def test_this_host_is_fine() -> None:
 
 
 @pytest.mark.parametrize("package", ["gradwire", "gradwire_server"])
-def test_grpc_is_imported_with_fork_support(package: str) -> None:
+@pytest.mark.parametrize(
+    ("before", "printed"), [(None, "None True\n"), ("0", "0 False\n")]
+)
+def test_grpc_has_fork_support_and_the_environment_stays_as_it_was(
+    package: str, before: str | None, printed: str
+) -> None:
     code = (
-        "import os\n"
-        f"import {package}\n"
+        f"import os\nimport {package}\n"
         "from grpc._cython import cygrpc\n"
-        "print(cygrpc._GRPC_ENABLE_FORK_SUPPORT)"
+        "print(os.environ.get('GRPC_ENABLE_FORK_SUPPORT'),"
+        " cygrpc._GRPC_ENABLE_FORK_SUPPORT)"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GRPC_")}
+    if before is not None:
+        environment["GRPC_ENABLE_FORK_SUPPORT"] = before
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -71,25 +80,7 @@ def test_grpc_is_imported_with_fork_support(package: str) -> None:
         check=True,
         env=environment,
     )
-    assert done.stdout == "True\n"
-
-
-@pytest.mark.parametrize("package", ["gradwire", "gradwire_server"])
-@pytest.mark.parametrize(
-    ("before", "found"),
-    [("", "None"), ("os.environ['GRPC_ENABLE_FORK_SUPPORT'] = '0'", "0")],
-)
-def test_importing_leaves_the_environment_as_it_was(
-    package: str, before: str, found: str
-) -> None:
-    code = (
-        f"import os; {before}\nimport {package}\n"
-        "print(os.environ.get('GRPC_ENABLE_FORK_SUPPORT'))"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert printed.stdout.strip() == found
+    assert done.stdout == printed
 
 
 OTHER_STATUS = """

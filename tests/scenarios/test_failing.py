@@ -77,16 +77,16 @@ def test_a_server_whose_queue_is_full_says_when_to_come_back(
 ) -> None:
     waits, refused = threading.Event(), threading.Event()
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def on_progress(_: gradwire.Progress) -> None:
         waits.set()
         assert refused.wait(30)
-        raise Enough
+        raise EnoughError
 
     def wait_in_the_queue() -> None:
-        with STREAM.connect(occupied) as client, pytest.raises(Enough):
+        with STREAM.connect(occupied) as client, pytest.raises(EnoughError):
             client.gradients(X, W, DY, on_progress=on_progress)
 
     waiting = threading.Thread(target=wait_in_the_queue)
@@ -306,7 +306,7 @@ def test_ctrl_c_ends_the_call_at_once_and_cancels_the_job(
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         if what == "iterating":
-            # Enough of it that it surely runs.
+            # EnoughError of it that it surely runs.
             time.sleep(0.2)
         else:
             time.sleep(0.5)
