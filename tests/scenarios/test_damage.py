@@ -15,7 +15,7 @@ from tests.support import oracle
 from tests.support.proxy import Direction, Fault, Proxy
 from tests.support.serving import ServerProcess
 
-FLIPS = 100
+FLIPS = 60
 """Of each direction."""
 
 

@@ -40,7 +40,7 @@ def reason_of(call, *args):
     return caught.value.reason
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_every_split_puts_every_byte_where_it_belongs(data):
     m = data.draw(st.integers(0, 30))
@@ -84,7 +84,7 @@ def test_every_split_puts_every_byte_where_it_belongs(data):
     assert sum(map(validator.rows_of, range(validator.blocks_complete))) == m
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_what_the_window_allows_always_finds_a_slot(data):
     """Otherwise the server would wait for a slot that never becomes free."""
