@@ -171,7 +171,7 @@ FORK_BESIDE_A_CALL_THAT_WAITS = """
 
     def wait_in_the_queue():
         try:
-            client.forward(x, x, on_progress=lambda _: sent.set(), timeout_s=3)
+            client.forward(x, x, on_progress=lambda _: sent.set(), timeout_s=1.5)
         except gradwire.DeadlineError:
             pass
 
