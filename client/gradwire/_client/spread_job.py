@@ -320,7 +320,7 @@ class SpreadJob:
                 part.complete.append(taken.number)
                 self._left -= 1
             cancels = self._overtaken(now)
-            if not self._left:
+            if first and not self._left:
                 # Jobs that have completed nothing hang, or have just begun.
                 idle = [each for each in self._parts if not each.complete]
                 idle = [each for each in idle if not each.cancelled]
