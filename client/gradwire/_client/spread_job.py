@@ -122,6 +122,7 @@ class SpreadJob:
     Attributes:
         outputs: As above.
         spread: The plan, the division and the servers.
+        news: Number of changes so far, as for `Segments`.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class SpreadJob:
         self._make_of_segments = make_of_segments
         self._copies = copies
         self._changed = threading.Condition()
+        self.news = 0
         self._begun_at = time.monotonic()
         self._servers: Callable[[], Set[str]] = frozenset
         self.begin_again()
@@ -250,7 +252,7 @@ class SpreadJob:
         with self._changed:
             self._stopped = True
             cancels = _cancels(self._parts)
-            self._changed.notify_all()
+            self._changed_now()
         for cancel in cancels:
             cancel()
 
@@ -288,15 +290,15 @@ class SpreadJob:
                 return self._give(part, late, now)
             return self._late_in(now) if self._queue else None
 
-    def wait(self, seconds: float) -> None:
-        """Wait until something changes, at most so long."""
+    def wait(self, news: int, seconds: float) -> None:
+        """Wait until something has changed, as for `Segments.wait`."""
         with self._changed:
-            self._changed.wait(seconds)
+            self._changed.wait_for(lambda: self.news != news, seconds)
 
     def tell(self) -> None:
         """Have all jobs ask again what to take."""
         with self._changed:
-            self._changed.notify_all()
+            self._changed_now()
             wakes = [part.job.wake for part in self._parts if part.job.waits]
         for wake in wakes:
             wake()
@@ -366,6 +368,10 @@ class SpreadJob:
         self.tell()
 
     # With the lock held.
+
+    def _changed_now(self) -> None:
+        self.news += 1
+        self._changed.notify_all()
 
     def _may_begin(self) -> bool:
         """Whether the sums of the next segment may be held until those before come."""
@@ -544,8 +550,12 @@ class _Bound:
     def take(self) -> Taken | float | None:
         return self._spread.take(self._part)
 
-    def wait(self, seconds: float) -> None:
-        self._spread.wait(seconds)
+    @property
+    def news(self) -> int:
+        return self._spread.news
+
+    def wait(self, news: int, seconds: float) -> None:
+        self._spread.wait(news, seconds)
 
     def tell(self) -> None:
         self._spread.tell()

@@ -60,8 +60,17 @@ class Segments(Protocol):
             before; or None: the job ends.
         """
 
-    def wait(self, seconds: float) -> None:
-        """Wait until something changes, at most so long."""
+    @property
+    def news(self) -> int:
+        """Number of changes so far, for `wait`."""
+
+    def wait(self, news: int, seconds: float) -> None:
+        """Wait until there are more changes, at most so long.
+
+        Args:
+            news: Their number before `take`: one may have come since.
+            seconds: Seconds.
+        """
 
     def tell(self) -> None:
         """Let all wait no longer."""
@@ -190,9 +199,11 @@ class SegmentsJob(ArrayJob):
         """Return the next rows, as for `RowSource`."""
         index, first = divmod(row, self._segment_rows)
         while True:
+            segments = self._required()
+            news = segments.news
             taken = self._take(self._now, index)
             if isinstance(taken, float):
-                self._required().wait(taken)
+                segments.wait(news, taken)
                 continue
             if taken is None or first >= taken.rows:  # the last segment may be short
                 return None
@@ -215,8 +226,13 @@ class SegmentsJob(ArrayJob):
     def _batches(self, attempt: _Attempt) -> Iterator[Mapping[Matrix, Operand] | None]:
         """Yield the rows of each segment; None: wait."""
         index = 0
-        while (taken := self._take(attempt, index)) is not None:
+        while True:
+            self.waits = True  # before it looks: something may change behind that
+            taken = self._take(attempt, index)
+            if taken is None:
+                break
             if isinstance(taken, Taken):
+                self.waits = False
                 index += 1
                 first, last = taken.first_row, taken.first_row + taken.rows
                 yield {
@@ -228,10 +244,11 @@ class SegmentsJob(ArrayJob):
                 timer = threading.Timer(taken, self.wake)
                 timer.daemon = True
                 timer.start()
-                self.waits = True
-                yield None
-                self.waits = False
-                timer.cancel()
+                try:
+                    yield None
+                finally:  # it refers to the call
+                    timer.cancel()
+        self.waits = False
 
     def _take(self, attempt: _Attempt, index: int) -> Taken | float | None:
         """Return the segment with that index; as for `Segments.take`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -270,3 +271,43 @@ def test_the_last_segments_are_left_to_jobs_that_have_none() -> None:
     assert product.take(parts[0]).number == 0
     assert isinstance(product.job.take(parts[0]), float)
     assert [product.take(each).number for each in parts[1:]] == [1, 2, 3]
+
+
+def test_a_change_between_the_look_and_the_wait_is_not_missed() -> None:
+    product = Product(100, several=True)
+    part = product.at("a")
+    first = product.take(part)
+    while isinstance(product.job.take(part), Taken):
+        pass
+    news = product.job.news
+    assert isinstance(product.job.take(part), float)
+    product.complete(part, first)
+    begun = time.monotonic()
+    product.job.wait(news, 10)
+    assert time.monotonic() - begun < 5
+    assert product.take(part).number == 8
+
+
+def test_messages_that_wait_are_woken_by_what_comes_while_they_look() -> None:
+    product = Product(100, several=True)
+    part = product.at("a")
+    assert isinstance(part.job, SegmentsJob)
+    woken: list[bool] = []
+    part.job.wake = lambda: woken.append(True)
+    batches = part.job._batches(part.job._now)
+    assert all(next(batches) is not None for _ in range(8))
+    take, segments = product.job.take, part.job._required()
+
+    def look() -> Any:
+        found = take(part)
+        product.job.tell()  # another thread has just completed something
+        return found
+
+    segments.take = look  # type: ignore[method-assign]
+    before = set(threading.enumerate())
+    assert next(batches) is None
+    assert woken
+    (timer,) = set(threading.enumerate()) - before
+    batches.close()  # type: ignore[attr-defined]
+    timer.join(0.5)  # it refers to the call
+    assert not timer.is_alive()
