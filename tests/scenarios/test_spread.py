@@ -245,6 +245,19 @@ def test_leading_dimensions_count_as_rows(
     assert oracle.same_bits(result.dw, flat.dw)
 
 
+@pytest.mark.parametrize(("n", "k"), [(0, 8), (8, 0)])
+def test_products_without_elements_wait_for_nothing(
+    three: list[ServerProcess], n: int, k: int
+) -> None:
+    operands = oracle.operands(3 * 2048, n, k)
+    with gradwire.connect(three[0].address) as client:
+        begun = time.monotonic()
+        result = gradients_of(client, operands, {})
+        assert time.monotonic() - begun < 4
+    oracle.assert_right(result, *operands, "float32")
+    assert len(result.receipt.segments) > 1
+
+
 @pytest.mark.parametrize("m", [0, 1])
 def test_jobs_of_one_segment(three: list[ServerProcess], joined: Any, m: int) -> None:
     operands = oracle.operands(m, 8, 4)

@@ -117,8 +117,10 @@ def divide(plan: Plan, row_block_bytes: int, *, several: bool = True) -> Divisio
         plan.n, plan.k, plan.dtype.itemsize, accumulator.itemsize, block_rows
     )
     division = Division(plan.m or 0, rows)
-    # The results of each segment have to be checked alone.
+    # The results of each segment have to be checked alone. And without elements, nobody
+    # learns of a segment before its job ends.
     several = several and not plan.options.verify and division.segments > 1
+    several = several and plan.n > 0 and plan.k > 0
     return replace(division, several=several)
 
 
