@@ -6,11 +6,12 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from gradwire._api.errors import ProtocolError
+from gradwire._api.errors import NumericsError, ProtocolError
 from gradwire._core.job_plan import Plan
 from gradwire._core.numerics import check_numerics
-from gradwire._core.segments import block_rows_of
+from gradwire._core.segments import accumulator_of, block_rows_of
 from gradwire_protocol.data_plane.frames import TOKEN_BYTES
+from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.v1.job_pb2 import Accepted, Job
 from gradwire_protocol.v1.job_pb2 import Receipt as ReceiptMessage
 
@@ -44,6 +45,7 @@ def check_accepted(accepted: Accepted, job: Job, plan: Plan) -> None:
     if numerics is not None:
         rows = block_rows_of(plan, numerics.row_block_bytes)
         check_numerics(accepted, numerics, rows)
+        _check_sums(accepted, plan)
     if _with_defaults(job, accepted.effective_job) == accepted.effective_job:
         return  # The usual case, and faster than the search for a difference.
     difference = _difference(job, accepted.effective_job)
@@ -52,6 +54,30 @@ def check_accepted(accepted: Accepted, job: Job, plan: Plan) -> None:
         raise ProtocolError(
             f"the server did not understand the option {path}: expected {asked},"
             f" but the server would use {understood}"
+        )
+
+
+def _check_sums(accepted: Accepted, plan: Plan) -> None:
+    """Check what the bits of a segment's sums depend on, beside the fingerprint.
+
+    Raises:
+        NumericsError: The server sums in another dtype than the other servers.
+        ProtocolError: It contradicts itself.
+    """
+    if accepted.block_rows != accepted.fingerprint.block_rows:
+        raise ProtocolError(
+            f"the server announced blocks of {accepted.block_rows} rows, and in its"
+            f" fingerprint of {accepted.fingerprint.block_rows}"
+        )
+    if not plan.sums and not plan.sums_of_segments:
+        return
+    expected = accumulator_of(plan)
+    number = int(accepted.effective_job.numerics.dw_accumulator)
+    if number != expected:
+        names = {int(each): each.label for each in Dtype}
+        raise NumericsError(
+            f"the server sums in {names.get(number, f'the unknown dtype {number}')}:"
+            f" expected {expected.label}, as the other servers of the job"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from gradwire._api.errors import GradwireError
+from gradwire._api.errors import GradwireError, ProtocolError
 from gradwire._api.types import Array, Receipt
 from gradwire._arrays.array_sink import ArraySink
 from gradwire._arrays.buffer_pool import ResultPool
@@ -394,6 +394,11 @@ class SegmentSink:
             self.close()
             self._row = (self._index + 1) * self._segment_rows
         self._index, first = divmod(self._row, self._segment_rows)
+        if self._index >= len(self._taken):
+            # On direct connections, the last block's rows may not be known yet.
+            raise ProtocolError(
+                f"the server sent more rows of {self._matrix.label} than it was sent"
+            )
         taken = self._taken[self._index]
         self._sink = ArraySink(taken.places[self._matrix], self._dtype)
         self._sink.seek(first)

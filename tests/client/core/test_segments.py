@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradwire
-from gradwire._api.options import parse_options
+from gradwire._api.options import Numerics, parse_options
 from gradwire._arrays.operand import operand
+from gradwire._core.acceptance import check_accepted
 from gradwire._core.job_plan import Plan
 from gradwire._core.resume import SegmentSums
-from gradwire._core.segments import Division, OrderedSums, divide, segments_ahead
+from gradwire._core.segments import (
+    Division,
+    OrderedSums,
+    block_rows_of,
+    divide,
+    segments_ahead,
+)
 from gradwire._core.sender import WAIT, Sender
+from gradwire._resilience.segments_job import SegmentSink, Taken
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.framing import Chunk
 from gradwire_protocol.limits import MIB
@@ -70,6 +79,56 @@ def test_verified_results_are_checked_segment_by_segment() -> None:
     assert divide(plan_of(10**7, 64, 64), 16 * MIB).several
     assert not divide(plan_of(10**7, 64, 64, verify=True), 16 * MIB).several
     assert not divide(plan_of(10, 64, 64), 16 * MIB).several
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 8), (8, 0), (0, 0)])
+def test_jobs_do_not_wait_for_segments_without_elements(n: int, k: int) -> None:
+    division = divide(plan_of(10**7, n, k), 1 * MIB)
+    assert division.segments > 1
+    assert not division.several
+
+
+def accepted_with(plan: Plan, block_rows: int, accumulator: int) -> Accepted:
+    message = Accepted(block_rows=block_rows, window_rows=8)
+    message.effective_job.CopyFrom(plan.header())
+    message.effective_job.numerics.dw_accumulator = accumulator  # type: ignore[assignment]
+    numerics = plan.options.numerics
+    assert numerics is not None
+    message.fingerprint.library = numerics.library
+    message.fingerprint.device = numerics.device
+    message.fingerprint.threads = numerics.threads
+    message.fingerprint.block_rows = block_rows_of(plan, numerics.row_block_bytes)
+    return message
+
+
+def test_all_servers_of_a_job_sum_in_the_same_dtype_and_blocks() -> None:
+    options = replace(
+        parse_options(results=("dw",)), numerics=Numerics("numpy", "cpu", 1, MIB)
+    )
+    plan = Plan(40, 2, 3, Dtype.FLOAT32, options, segment_rows=8)
+    rows = block_rows_of(plan, MIB)
+
+    def check(block_rows: int, accumulator: int) -> None:
+        accepted = accepted_with(plan, block_rows, accumulator)
+        check_accepted(accepted, plan.header(), plan)
+
+    check(rows, Dtype.FLOAT64)
+    with pytest.raises(gradwire.NumericsError, match="sums in float32: expected float"):
+        check(rows, Dtype.FLOAT32)
+    with pytest.raises(gradwire.NumericsError, match="sums in the unknown dtype 99"):
+        check(rows, 99)
+    with pytest.raises(gradwire.ProtocolError, match="in its fingerprint of"):
+        check(1, Dtype.FLOAT64)
+
+
+def test_rows_behind_the_last_segment_are_an_error() -> None:
+    places = {Matrix.Y: np.zeros((3, 2), np.float32)}
+    taken = [Taken(0, 0, 3, places, 0.0, duplicate=False)]
+    sink = SegmentSink(taken, Matrix.Y, plan_of(3, 2, 2), 8)
+    sink.seek(0)
+    with pytest.raises(gradwire.ProtocolError, match="more rows of y"):
+        sink.write(memoryview(np.ones(8, np.float32)).cast("B"))
+    assert places[Matrix.Y].all()
 
 
 @given(st.permutations(range(6)))
