@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -587,6 +589,23 @@ def test_jobs_end_and_others_go_on(
     assert same(result, alone)
     assert result.receipt.jobs == len(result.receipt.segments) == 10
     assert result.receipt.attempts == 1
+
+
+@pytest.mark.parametrize("transport", ["grpc", "direct"])
+def test_the_memory_of_a_job_is_free_with_its_results(
+    three: list[ServerProcess], joined: Any, transport: str
+) -> None:
+    client = joined(addresses(three[:2]), transport=transport)
+    gradients(client, *OPERANDS)
+    x = OPERANDS[0].copy()
+    gc.disable()  # it would release them, too, but only later
+    try:
+        result = gradients(client, x, *OPERANDS[1:])
+        arrays = [weakref.ref(each) for each in (x, result.y, result.dw)]
+        del x, result
+        until(lambda: not any(each() is not None for each in arrays), 5)
+    finally:
+        gc.enable()
 
 
 def test_complete_segments_are_not_sent_again(

@@ -262,11 +262,20 @@ class SpreadJob:
         Returns:
             The receipt of all jobs.
         """
-        if self._timer is not None:
-            self._timer.cancel()
+        self._end_timer()
         self._sums.write(self._whole)
         self.outputs.deliver(self._copies)
         return self._copies.told(self.spread.receipt(self._computed))
+
+    def _end_timer(self) -> None:
+        """End the wait for receipts, and refer no more to its timer.
+
+        The timer refers to this job, whose results would live until the next garbage
+        collection.
+        """
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
 
     # What jobs that take segments call, in any thread.
 
