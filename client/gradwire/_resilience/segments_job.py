@@ -280,9 +280,12 @@ class SegmentsJob(ArrayJob):
     def _completed(self, count: int) -> None:
         """Note that the first segments are complete."""
         now = self._now
-        with self._lock:
-            first, now.complete = now.complete, max(now.complete, count)
-        for index in range(first, count):
+        while True:
+            with self._lock:  # one by one: the caller's `on_progress` may raise
+                index = now.complete
+                if index >= count:
+                    return
+                now.complete += 1
             sums: Mapping[Matrix, Array] = {}
             if now.sums:
                 sums, now.sums[index] = now.sums[index], {}

@@ -311,3 +311,21 @@ def test_messages_that_wait_are_woken_by_what_comes_while_they_look() -> None:
     batches.close()  # type: ignore[attr-defined]
     timer.join(0.5)  # it refers to the call
     assert not timer.is_alive()
+
+
+def test_what_follows_a_callback_that_raises_is_computed_again() -> None:
+    product = Product(100, several=True)
+    part = product.at("a")
+    assert isinstance(part.job, SegmentsJob)
+    assert part.job.rows_at(ROWS, ROWS) is not None  # it has taken two
+    complete = product.job.complete
+
+    def report(*args: Any) -> None:
+        complete(*args)
+        raise gradwire.ConnectionLostError("of a callback", status=None)
+
+    product.job.complete = report  # type: ignore[method-assign]
+    with pytest.raises(gradwire.ConnectionLostError):
+        part.job._completed(2)
+    part.job.give_back()
+    assert [product.take(product.at("b")).number for _ in range(2)] == [1, 2]
