@@ -55,8 +55,8 @@ class Listener(Protocol):
     def take_sums(self, chunk: Chunk) -> None:
         """Take elements of its sums."""
 
-    def received(self) -> None:
-        """Note that elements of a result were received."""
+    def received_block(self) -> None:
+        """Note that all results of a row block were received."""
 
     def report(self) -> None:
         """Report progress."""
@@ -413,10 +413,13 @@ class ResultShare:
             shared.bytes_received += header.length
             if matrix in self._received:
                 self._received[matrix] += count
-                self._end_block()
+                ended = self._end_block()
             else:
                 self._received_sums[matrix] += count
-        listener.received()
+                ended = False
+        if ended:
+            listener.received_block()
+        listener.report()
 
     def flush(self) -> None:
         """Write all complete rows to their arrays."""
@@ -492,16 +495,17 @@ class ResultShare:
         for matrix in self._received:
             self._sinks[matrix].seek(first)
 
-    def _end_block(self) -> None:
-        """Go on to the next row block, if this one is complete."""
+    def _end_block(self) -> bool:
+        """Go on to the next row block if this one is complete; return whether it is."""
         if any(each < self._due(matrix) for matrix, each in self._received.items()):
-            return
+            return False
         for matrix in self._received:
             self._sinks[matrix].close()
         self._shared.received(self._block)
         self._block += self._shared.connections
         self._received = dict.fromkeys(self._received, 0)
         self._begin_block()
+        return True
 
     def _complete_at(self, m: int) -> None:
         if m != self._shared.sender.m:

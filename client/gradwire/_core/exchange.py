@@ -411,8 +411,10 @@ class JobExchange:
             raise ProtocolError("the server did not complete a checkpoint")
         else:
             self._of_messages.take(chunk)
+            before = self._sender.received_row
             self._sender.received_row = self._of_messages.complete_row()
-            self._note_segments()
+            if self._sender.received_row != before:
+                self._note_segments()
 
     def begin_checkpoint(self, rows: int) -> None:
         """Begin a checkpoint of the first rows.
@@ -435,10 +437,9 @@ class JobExchange:
             if message and self.accepted is not None:
                 self.report()
 
-    def received(self) -> None:
-        """Note that elements of Y, dX, dW or dB were received."""
+    def received_block(self) -> None:
+        """Note that all results of a row block were received."""
         self._note_segments()
-        self.report()
 
     def report(self, jobs_ahead: int | None = None) -> None:
         """Report progress to the caller."""
