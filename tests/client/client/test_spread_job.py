@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,6 +107,16 @@ class Product:
 
 def outputs_of(plan: Plan, operands: Any) -> ArrayOutputs:
     return ArrayOutputs(plan, output_shapes(plan, operands), {}, ResultPool())
+
+
+@pytest.fixture(autouse=True)
+def no_timers_left() -> Iterator[None]:
+    """Products that are not delivered wait for receipts a little longer."""
+    yield
+    for each in threading.enumerate():
+        if isinstance(each, threading.Timer):
+            each.cancel()
+            each.join()
 
 
 @pytest.fixture
