@@ -713,7 +713,8 @@ class AsyncEngine(EngineBase):
             lambda: iterate(job.messages(exchange)),
             options,
         ) as call:
-            job.wake = call.wake
+            if job.source is not None:  # others would live as long as the call
+                job.wake = call.wake
             if job.on_call is not None:
                 job.on_call(call.abandon)
             async for message in call:
