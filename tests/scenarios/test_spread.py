@@ -334,7 +334,7 @@ def test_without_a_server_the_job_fails(joined: Any) -> None:
 def test_stopped_servers_hold_up_nothing(joined: Any, alone: Any) -> None:
     """Their segments are computed once more, and they write nothing after the return.
 
-    With two of them, the second job of a run may be on a stopped server as well.
+    With two of them, the second job of a segment may be on a stopped server as well.
     """
     with several(3, row_block_bytes=ROW_BLOCK_BYTES) as servers:
         client = joined(addresses(servers))

@@ -84,7 +84,7 @@ class SpreadPlan:
         return dict.fromkeys(self.plan.sums, accumulator_of(self.plan))
 
     def job_id(self, number: int, again: str = "") -> str:
-        """Return the id of the job of a run, for the server's log."""
+        """Return the id of one of the jobs, for the server's log."""
         whole = self.plan.options.job_id
         own = f"{whole}/{number}{again}"
         return own if len(own) <= MAX_JOB_ID_LENGTH else whole
