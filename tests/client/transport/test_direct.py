@@ -21,13 +21,16 @@ import pytest
 import gradwire
 from gradwire import Tls
 from gradwire._api.options import parse_options
+from gradwire._core.frame import Frame, complete_frame
 from gradwire._core.job_plan import Plan
 from gradwire._transport.direct import connections as connections_module
 from gradwire._transport.direct import policy as policy_module
 from gradwire._transport.direct.connections import DirectConnection
 from gradwire._transport.direct.policy import DirectPolicy
+from gradwire._transport.direct.transfer import DirectTransfer
 from gradwire._transport.endpoint import Endpoint
-from gradwire_protocol.data_plane.frames import ATTACHED, Direction
+from gradwire_protocol.data_plane.frames import ATTACHED, HEADER_BYTES, Direction
+from gradwire_protocol.data_plane.sockets import DirectSocket
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.limits import DIRECT, SHARED_MEMORY
 from gradwire_protocol.v1.job_pb2 import DirectAccess
@@ -540,3 +543,38 @@ def test_several_servers_have_them_but_no_shared_memory(client_of: Any) -> None:
             assert engine.direct.connections(large_plan(), several=True) == expected
     with pytest.raises(gradwire.InputError, match="HOST:PORT"):
         client_of([*addresses, "unix:/run/gradwire"], transport="direct")
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_server_that_calls_a_client_idle_that_has_sent_all_got_nothing(
+    complete: bool,
+) -> None:
+    """Its bytes may arrive behind that, when a silent wire speaks again."""
+    ups, downs = socket.socketpair(), socket.socketpair()
+    connection = DirectConnection(
+        DirectSocket(ups[0]), DirectSocket(downs[0]), confirmed=True
+    )
+    go_on = threading.Event()
+
+    def frames(*_: object) -> Iterator[Frame]:
+        yield complete_frame(1)
+        if not complete:  # the caller's `on_progress` blocks
+            go_on.wait(20)
+
+    call: Any = SimpleNamespace(deadline=None, wake=lambda: None, fail=print)
+    share = SimpleNamespace(complete=True)
+    elements: Any = SimpleNamespace(
+        frames=frames, share=lambda _: share, all_sent=False
+    )
+    transfer = DirectTransfer([connection], call, "there")
+    transfer.start(elements, {})
+    ups[1].recv(HEADER_BYTES, socket.MSG_WAITALL)
+    until = time.monotonic() + 10
+    while complete and not elements.all_sent and time.monotonic() < until:
+        time.sleep(0.001)
+    threading.Timer(0.2, go_on.set).start()
+    transfer.end_with(gradwire.ClientIdleError("the client sent nothing"))
+    transfer.close()
+    assert (transfer.broken is not None) is complete
+    for each in (ups[1], downs[1]):
+        each.close()

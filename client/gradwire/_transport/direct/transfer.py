@@ -220,6 +220,8 @@ class DirectTransfer(_Breakable):
         self._connections = connections
         self._interrupt: Callable[[], object] | None = None
         self._threads: list[threading.Thread] = []
+        self._to_send = len(connections)
+        """Connections on which operands are missing."""
         self._to_end = 2 * len(connections)
         """Sockets that the call's End waits for: those of operands until all was sent,
         and all until the server has answered their Attach. A server that knew of End
@@ -318,8 +320,8 @@ class DirectTransfer(_Breakable):
         if error.reason is Reason.CONNECTION_LOST:
             # All may have been sent by then, and no thread notices it here.
             self.broken = self.broken or EOFError()
-        elif isinstance(error, ClientIdleError) and any(
-            each.sending for each in self._ups()
+        elif isinstance(error, ClientIdleError) and (
+            self._to_send == 0 or any(each.sending for each in self._ups())
         ):
             # What this side sends does not arrive.
             self.broken = self.broken or TimeoutError("no bytes have arrived there")
@@ -381,6 +383,8 @@ class DirectTransfer(_Breakable):
         sock = connection.up
         for frame in exchange.frames(number, operands):
             sock.send(frame.header.encode(), frame.payload)
+        with self._lock:
+            self._to_send -= 1
         if not connection.confirmed:
             _read_attached(sock)
         self._allow_end(exchange)
