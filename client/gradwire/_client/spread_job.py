@@ -490,8 +490,6 @@ class SpreadJob:
             part.job = self._make(plan, operands, places)
         part.job.unusable = shared.unusable | avoid if avoid else shared.unusable
         part.job.once = bool(avoid)
-        # Several jobs keep the client's processors busy anyway.
-        part.job.several_connections = self._jobs == 1
         part.job.on_call = lambda cancel: self._called(part, cancel)
         self._parts.append(part)
         return part

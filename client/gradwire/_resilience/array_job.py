@@ -81,8 +81,6 @@ class ArrayJob:
         """Whether a failed attempt is the last one."""
         self.late = False
         """Whether the job was cancelled because another one has overtaken it."""
-        self.several_connections = True
-        """Whether elements may travel on more than one direct connection."""
         self.unusable: set[str] = set()
         """Addresses of servers not to use."""
         self._checkpoint_rows = checkpoint_rows

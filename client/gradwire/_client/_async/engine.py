@@ -690,8 +690,7 @@ class AsyncEngine(EngineBase):
         if job.unary and not self.direct.demanded:
             return await self._compute(job, attempts.options(options))
         while True:
-            direct = self.direct.connections(job.whole, several=job.several_connections)
-            exchange = job.exchange(direct)
+            exchange = job.exchange(self.direct.connections(job.whole, several=True))
             try:
                 return await self._stream(job, exchange, attempts.options(options))
             except GradwireError as error:

@@ -691,8 +691,7 @@ class SyncEngine(EngineBase):
         if job.unary and not self.direct.demanded:
             return self._compute(job, attempts.options(options))
         while True:
-            direct = self.direct.connections(job.whole, several=job.several_connections)
-            exchange = job.exchange(direct)
+            exchange = job.exchange(self.direct.connections(job.whole, several=True))
             try:
                 return self._stream(job, exchange, attempts.options(options))
             except GradwireError as error:
