@@ -32,6 +32,7 @@ from gradwire._core.segments import (
     late_after_s,
     segments_ahead,
 )
+from gradwire._core.timers import later
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.segments_job import Segments, SegmentsJob, Taken
 from gradwire_protocol.matrices import Matrix
@@ -333,12 +334,15 @@ class SpreadJob:
             cancels = self._overtaken(now)
             if first and not self._left:
                 # Jobs that have completed nothing hang, or have just begun.
-                idle = [each for each in self._parts if not each.complete]
-                idle = [each for each in idle if not each.cancelled]
+                idle = [
+                    each
+                    for each in self._parts
+                    if not each.complete and not each.cancelled
+                ]
                 for each in idle:
                     each.job.late = each.moved_at < now - self._limit()
                 cancels += _cancels(idle)
-                self._timer = _later(RECEIPT_S, self.stop)
+                self._timer = later(RECEIPT_S, self.stop)
         if store:
             self._store(taken)
         if first:
@@ -579,13 +583,6 @@ def _cancels(parts: Sequence[Part]) -> list[Callable[[], object]]:
     for part in parts:
         part.cancelled = True
     return [part.cancel for part in parts if part.cancel is not None]
-
-
-def _later(seconds: float, work: Callable[[], object]) -> threading.Timer:
-    timer = threading.Timer(seconds, work)
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 def _rows_of(array: Array, first: int, last: int) -> Array | None:

@@ -19,6 +19,7 @@ from gradwire._core.job_plan import Plan
 from gradwire._core.outputs import ArrayOutputs
 from gradwire._core.receiver import Sink
 from gradwire._core.sender import Sender
+from gradwire._core.timers import later
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.retry import Attempts
 from gradwire_protocol.dtypes import Dtype
@@ -241,9 +242,7 @@ class SegmentsJob(ArrayJob):
                     if matrix in self.operands
                 }
             else:
-                timer = threading.Timer(taken, self.wake)
-                timer.daemon = True
-                timer.start()
+                timer = later(taken, self.wake)
                 try:
                     yield None
                 finally:  # it refers to the call

@@ -23,6 +23,7 @@ from gradwire._api.errors import (
 from gradwire._arrays.operand import Operand
 from gradwire._core.direct_exchange import DirectExchange, ResultShare
 from gradwire._core.frame import Frame
+from gradwire._core.timers import later
 from gradwire._transport.direct.connections import DirectConnection
 from gradwire_protocol.data_plane.frames import (
     ATTACHED,
@@ -158,7 +159,7 @@ class _Breakable:
                 delay_s = _DRAIN_S
             else:
                 delay_s = _HAND_OVER_S if sending else STATUS_S
-            self._timer = _later(delay_s, self._give_up)
+            self._timer = later(delay_s, self._give_up)
         # The server may not know: it learns of it here, and ends the call.
         for up in self._ups():
             up.shutdown()
@@ -528,7 +529,7 @@ class DirectStream(_Breakable):
 
     def _interrupt_soon(self) -> None:
         """End the use of the connection once what has arrived is read."""
-        _later(self._drained_by(STATUS_S) - time.monotonic(), self.interrupt)
+        later(self._drained_by(STATUS_S) - time.monotonic(), self.interrupt)
 
     def interrupt(self) -> None:
         """End the use of the connection, also in other threads."""
@@ -537,13 +538,6 @@ class DirectStream(_Breakable):
         self._may_end.set()
         self.connection.up.shutdown()
         self.connection.down.shutdown()
-
-
-def _later(delay_s: float, work: Callable[[], object]) -> threading.Timer:
-    timer = threading.Timer(delay_s, work)
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 def _receive_frame(

@@ -26,6 +26,7 @@ from gradwire._api.options import (
 )
 from gradwire._arrays.buffer_pool import raise_mmap_threshold
 from gradwire._core.exchange import ExchangeProtocol
+from gradwire._core.timers import later
 from gradwire._transport.endpoint import Endpoint
 from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import (
@@ -336,9 +337,7 @@ class SyncConnection:
                 with fork_support.calling():
                     rpc.cancel()
 
-        too_late = threading.Timer(OPEN_TIMEOUT_S, end)
-        too_late.daemon = True
-        too_late.start()
+        too_late = later(OPEN_TIMEOUT_S, end)
         try:
             with fork_support.waiting():
                 answer: OpenRegionResponse = next(rpc)
