@@ -32,7 +32,8 @@ _PREFIX_BYTES = 5
 
 @dataclass(frozen=True)
 class Reset:
-    """Which call is reset: the first that gets so far after this is armed."""
+    """Which call is reset: the first, of those that begin after this is armed, to get
+    so far. A late frame of an earlier call does not count."""
 
     code: int
     """The error code that the client gets."""
@@ -57,6 +58,7 @@ class FrameProxy:
         """How many calls were reset."""
         self._target = target
         self._reset: Reset | None = None
+        self._armed = 0  # how often
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -82,18 +84,27 @@ class FrameProxy:
         """Have a call be reset, once; None: have none."""
         with self._lock:
             self._reset = reset
+            self._armed += 1
 
-    def due(self, of: Direction, messages: int, *, ended: bool) -> Reset | None:
+    def begin(self) -> int:
+        """A number for a call that begins: how often a reset was armed before it."""
+        with self._lock:
+            return self._armed
+
+    def due(
+        self, begun: int, of: Direction, messages: int, *, ended: bool
+    ) -> Reset | None:
         """The reset that a call has come to, if there is one; it is spent then.
 
         Args:
+            begun: What `begin` gave for the call.
             of: The direction of its last frame.
             messages: The messages that have passed in that direction.
             ended: Whether the server ends the call with that frame.
         """
         with self._lock:
             reset = self._reset
-            if reset is None:
+            if reset is None or begun != self._armed:
                 return None
             if reset.with_end:
                 if not ended:
@@ -130,6 +141,7 @@ class _Link:
         # Whole frames only, so that another thread's frame may follow at any time.
         self._to_client, self._to_server = threading.Lock(), threading.Lock()
         self._client, self._server = client, server
+        self._begun: dict[int, int] = {}
         self._over: set[int] = set()
         for end in (client, server):
             proxy.hold(end)
@@ -147,6 +159,8 @@ class _Link:
                 stream = int.from_bytes(head[5:])
                 reset = None
                 if head[3] in {_DATA, _HEADERS}:
+                    if head[3] == _HEADERS:
+                        self._begun.setdefault(stream, self._proxy.begin())
                     messages = counts.setdefault(stream, _Messages())
                     if head[3] == _DATA:
                         messages.feed(payload)
@@ -187,7 +201,7 @@ class _Link:
     ) -> Reset | None:
         if stream in self._over:
             return None
-        reset = self._proxy.due(of, messages.count, ended=ended)
+        reset = self._proxy.due(self._begun[stream], of, messages.count, ended=ended)
         if reset is not None:
             self._over.add(stream)
         return reset
