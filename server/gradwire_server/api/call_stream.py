@@ -16,8 +16,13 @@ from gradwire_protocol.checksum import crc32c
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.v1 import job_pb2
 from gradwire_server.api.call_state import CallState, never_busy
-from gradwire_server.api.client_timeouts import ClientTimeouts
-from gradwire_server.errors import JobError, malformed
+from gradwire_server.api.client_timeouts import IdleLimit
+from gradwire_server.errors import (
+    JobError,
+    client_did_not_read,
+    client_sent_nothing,
+    malformed,
+)
 from gradwire_server.jobs.direct.direct_job import DirectJob
 from gradwire_server.jobs.stream.checkpoints import Checkpoint
 from gradwire_server.jobs.stream.streamed_job import StreamedJob
@@ -29,12 +34,19 @@ Request = TypeVar("Request", bound=Message)
 
 
 class CallStream:
-    """The messages of one call, read and written with client idle timeouts."""
+    """The messages of one call, read and written with client idle timeouts.
 
-    def __init__(
-        self, timeouts: ClientTimeouts, call: CallState, context: Context
-    ) -> None:
-        self._timeouts = timeouts
+    It has to be closed.
+
+    Args:
+        idle_s: Seconds that the client may neither send nor read.
+        call: The call's state.
+        context: The call.
+    """
+
+    def __init__(self, idle_s: float, call: CallState, context: Context) -> None:
+        self._idle_s = idle_s
+        self._client_sends, self._client_reads = IdleLimit(idle_s), IdleLimit(idle_s)
         self._call = call
         self._context = context
         self._progress_at = asyncio.get_running_loop().time()
@@ -90,14 +102,30 @@ class CallStream:
         """Send the number of jobs ahead of this one."""
         await self.write(framing.encode_queued(jobs_ahead))
 
-    async def serve(self, job: StreamedJob) -> None:
-        """Receive the operands and send the results."""
+    async def serve(self, job: StreamedJob, accepted: bytes | None) -> None:
+        """Receive the operands and send the results.
+
+        Args:
+            job: The job.
+            accepted: The message to send before them, if it was not sent.
+        """
         self._call.idle_since = job.idle_since
         try:
-            await both(self._receive(job), self._send(job))
+            await both(self._receive(job), self._send(job, accepted))
         finally:
             # The call may outlive the job, and must not hold its memory.
             self._call.idle_since = never_busy
+
+    def read_ahead(self, expected: str) -> asyncio.Task[bytes | None]:
+        """Begin to read the next message, unless that has begun.
+
+        Args:
+            expected: What it is, for the error if nothing comes.
+        """
+        if self._ahead is None:
+            self.progressed()
+            self._ahead = asyncio.create_task(self._read_next(expected))
+        return self._ahead
 
     async def attached(self, offer: Offer, expected: str) -> list[Connection] | None:
         """Wait for the client's choice of where the elements are.
@@ -109,13 +137,10 @@ class CallStream:
         Returns:
             The direct connections; None if the client sends in the call.
         """
-        self.progressed()
-        self._ahead = asyncio.create_task(self._read_next(expected))
+        ahead = self.read_ahead(expected)
         attached = asyncio.create_task(offer.attached())
         try:
-            await asyncio.wait(
-                {self._ahead, attached}, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({ahead, attached}, return_when=asyncio.FIRST_COMPLETED)
             # A short job's End may come in the same turn of the event loop as the
             # connections.
             return await attached if offer.complete else None
@@ -138,7 +163,7 @@ class CallStream:
         """Receive what comes in the call beside direct connections."""
         self._call.idle_since = direct.idle_since
         try:
-            await both(receive, direct.run(self._timeouts.idle_s))
+            await both(receive, direct.run(self._idle_s))
         except JobError as error:
             if error.reason is Reason.CONNECTION_LOST:
                 # A client that cancels its call closes the connections as well. That
@@ -180,6 +205,8 @@ class CallStream:
 
     async def aclose(self) -> None:
         """Read no more."""
+        self._client_sends.close()
+        self._client_reads.close()
         if self._ahead is not None:
             self._ahead.cancel()
             await asyncio.gather(self._ahead, return_exceptions=True)
@@ -220,9 +247,11 @@ class CallStream:
         if message is not None:
             await _refuse(message, "nothing after end")
 
-    async def _send(self, job: StreamedJob) -> None:
+    async def _send(self, job: StreamedJob, accepted: bytes | None) -> None:
         """Send the results in the order in which they become ready."""
         stages = self._call.progress.stages
+        if accepted is not None:
+            await self.write(accepted)
         async with aclosing(job.results()) as results:
             async for result in results:
                 if isinstance(result, Checkpoint):
@@ -241,15 +270,20 @@ class CallStream:
 
     async def write(self, message: bytes) -> None:
         """Pass a message to gRPC; wait while the client does not read."""
-        async with self._timeouts.client_reads(self._call):
-            try:
+        started = time.perf_counter()
+        try:
+            with self._client_reads.wait():
                 await self._context.write(message)
-            except grpc.aio.InternalError as error:
-                # The call is over: this task is about to be cancelled.
-                await asyncio.sleep(_CANCELLATION_S)
-                raise JobError(
-                    Reason.JOB_CANCELLED, "the call ended before its results were sent"
-                ) from error
+        except TimeoutError:
+            raise client_did_not_read(self._idle_s) from None
+        except grpc.aio.InternalError as error:
+            # The call is over: this task is about to be cancelled.
+            await asyncio.sleep(_CANCELLATION_S)
+            raise JobError(
+                Reason.JOB_CANCELLED, "the call ended before its results were sent"
+            ) from error
+        finally:
+            self._call.sending_s += time.perf_counter() - started
 
     async def _read(self, expected: str) -> framing.RequestMessage | None:
         """Return the next message, or None at the half-close."""
@@ -266,9 +300,25 @@ class CallStream:
         return await (self._read_next(expected) if ahead is None else ahead)
 
     async def _read_next(self, expected: str) -> bytes | None:
-        async with self._timeouts.client_sends(self._call, self._progress_at, expected):
-            message = await self._context.read()
+        started = time.perf_counter()
+        try:
+            with self._client_sends.wait(self._idle_since):
+                message = await self._context.read()
+        except TimeoutError:
+            raise client_sent_nothing(self._idle_s, expected) from None
+        finally:
+            self._call.receiving_s += time.perf_counter() - started
+            if (stages := self._call.progress.stages) is not None:
+                stages.receive.since(started)
         return message if isinstance(message, bytes) else None  # grpc.aio.EOF
+
+    def _idle_since(self) -> float:
+        """Return since when the client has owed a message; event loop's clock.
+
+        While received rows wait to be computed, or their results to be sent, the client
+        may be waiting for the server, and does not count as idle.
+        """
+        return max(self._progress_at, self._call.idle_since())
 
     async def await_cancellation(self) -> None:
         """Wait for this task's cancellation, which may be about to arrive.

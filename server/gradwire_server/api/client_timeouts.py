@@ -3,115 +3,101 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-
-from gradwire_server.api.call_state import CallState
-from gradwire_server.errors import client_did_not_read, client_sent_nothing
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 
-class ClientTimeouts:
-    """Ends calls of clients that neither send nor read for too long.
+class IdleLimit:
+    """Ends a call's waits for a client that is idle for too long.
+
+    One wait at a time. Its timer is kept from wait to wait: a call has many, and nearly
+    all end long before it.
 
     Args:
         idle_s: Seconds that a client may be idle.
     """
 
     def __init__(self, idle_s: float) -> None:
-        self.idle_s = idle_s
+        self._idle_s = idle_s
+        self._timer: asyncio.TimerHandle | None = None
+        self._due_at = 0.0
+        """When the timer is due; event loop's clock."""
+        self._task: asyncio.Task[object] | None = None
+        """The task that waits."""
+        self._cancelling = 0
+        self._expired = False
+        self._began = 0.0
+        self._idle_since: Callable[[], float] | None = None
 
-    @asynccontextmanager
-    async def client_sends(
-        self, call: CallState, since: float, expected: str
-    ) -> AsyncIterator[None]:
-        """Limit the wait for the client's next message.
-
-        While received rows wait to be computed, or their results to be sent, the client
-        may be waiting for the server, and does not count as idle.
+    def wait(self, idle_since: Callable[[], float] | None = None) -> Self:
+        """Limit the time in a context by the client's idle time.
 
         Args:
-            call: The call.
-            since: When the client last made progress; event loop's clock.
-            expected: Name of the expected message, for the error.
+            idle_since: Returns when the client became idle, by the event loop's clock;
+                called again whenever the time seems to be up. Default: the start of
+                the context.
 
-        Raises:
-            JobError: The client was idle for too long.
+        Returns:
+            The context. It raises TimeoutError once the client was idle for `idle_s`.
         """
-        started = time.perf_counter()
-        try:
-            async with client_idle_timeout(
-                self.idle_s, lambda: max(since, call.idle_since())
-            ):
-                yield
-        except TimeoutError:
-            raise client_sent_nothing(self.idle_s, expected) from None
-        finally:
-            call.receiving_s += time.perf_counter() - started
-            if (stages := call.progress.stages) is not None:
-                stages.receive.since(started)
+        self._idle_since = idle_since
+        return self
 
-    @asynccontextmanager
-    async def client_reads(self, call: CallState) -> AsyncIterator[None]:
-        """Limit the wait for the client to read.
+    def close(self) -> None:
+        """Stop the timer: no more waits follow."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-        Raises:
-            JobError: The client did not read for too long.
-        """
-        started = time.perf_counter()
-        try:
-            async with client_idle_timeout(self.idle_s):
-                yield
-        except TimeoutError:
-            raise client_did_not_read(self.idle_s) from None
-        finally:
-            call.sending_s += time.perf_counter() - started
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        if task is None or self._task is not None:
+            raise RuntimeError("one task at a time waits for the client")
+        self._task, self._cancelling = task, task.cancelling()
+        self._began = asyncio.get_running_loop().time()
+        due = self._idle_s + self._since()
+        if self._timer is None or due < self._due_at:
+            self.close()
+            self._look_at(due)
+        return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        task, self._task, self._idle_since = self._task, None, None
+        if not self._expired or task is None:
+            return
+        self._expired = False
+        # As in asyncio.timeout: others may have cancelled the task, too.
+        if task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
 
-@asynccontextmanager
-async def client_idle_timeout(
-    idle_s: float, idle_since: Callable[[], float] | None = None
-) -> AsyncIterator[None]:
-    """Limit the time in this context by the client's idle time.
+    def _since(self) -> float:
+        return self._began if self._idle_since is None else self._idle_since()
 
-    Args:
-        idle_s: Seconds that a client may be idle.
-        idle_since: Returns when the client became idle, by the event loop's clock;
-            called again whenever the time seems to be up. Default: the start of this
-            context.
+    def _look_at(self, when: float) -> None:
+        self._due_at = when
+        self._timer = asyncio.get_running_loop().call_at(when, self._look)
 
-    Raises:
-        TimeoutError: The client was idle for `idle_s`.
-    """
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    timer: asyncio.Handle
-    due_at = 0.0
-
-    def look() -> None:
-        now = loop.time()
-        due = idle_s + (began if idle_since is None else idle_since())
+    def _look(self) -> None:
+        self._timer = None
+        if self._task is None or self._expired:
+            return
+        now = asyncio.get_running_loop().time()
+        due = self._idle_s + self._since()
         if due > now:
-            look_at(due)
-        elif now - due_at > min(idle_s / 2, MAX_LOOP_LAG_S):
+            self._look_at(due)
+        elif now - self._due_at > min(self._idle_s / 2, MAX_LOOP_LAG_S):
             # The process was suspended: read the messages that arrived
             # meanwhile before the client counts as idle.
-            look_at(now + min(idle_s, MAX_LOOP_LAG_S))
+            self._look_at(now + min(self._idle_s, MAX_LOOP_LAG_S))
         else:
-            wait.reschedule(due)
-
-    def look_at(when: float) -> None:
-        nonlocal timer, due_at
-        due_at = when
-        timer = loop.call_at(when, look)
-
-    # Nearly every wait ends before this timer, so nothing else is set up at first.
-    look_at(idle_s + (began if idle_since is None else idle_since()))
-    try:
-        async with asyncio.timeout(None) as wait:
-            yield
-    finally:
-        timer.cancel()
+            self._expired = True
+            self._task.cancel()
 
 
 MAX_LOOP_LAG_S = 1.0

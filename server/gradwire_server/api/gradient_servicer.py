@@ -36,7 +36,6 @@ from gradwire_server.api import server_info
 from gradwire_server.api.call_scope import call_scope
 from gradwire_server.api.call_state import CallState
 from gradwire_server.api.call_stream import CallStream, both
-from gradwire_server.api.client_timeouts import ClientTimeouts
 from gradwire_server.api.direct_offer import DirectOffer, connections_for
 from gradwire_server.api.job_service import JobService
 from gradwire_server.api.receipts import accepted_message, receipt_message
@@ -62,7 +61,7 @@ class GradientServicer:
     def __init__(self, service: JobService, backend_reason: str) -> None:
         self._service = service
         self._backend_reason = backend_reason
-        self._timeouts = ClientTimeouts(service.settings.idle_timeout)
+        self._idle_s = service.settings.idle_timeout
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return the handler to register with a gRPC server."""
@@ -91,8 +90,8 @@ class GradientServicer:
         """Serve Compute: a small job in one message."""
 
         async def serve(call: CallState) -> bytes:
-            stream = CallStream(self._timeouts, call, context)
-            request = await stream.read_request(pb2.ComputeRequest)
+            async with aclosing(CallStream(self._idle_s, call, context)) as stream:
+                request = await stream.read_request(pb2.ComputeRequest)
             if not request.HasField("job"):
                 raise malformed("the request has no job: expected a ComputeRequest")
             spec = self._service.read_job(call, request.job)
@@ -112,7 +111,7 @@ class GradientServicer:
         """Serve ComputeStream: a job of any size, block by block."""
 
         async def serve(call: CallState) -> None:
-            async with aclosing(CallStream(self._timeouts, call, context)) as stream:
+            async with aclosing(CallStream(self._idle_s, call, context)) as stream:
                 header = await stream.read_header()
                 spec = self._service.read_job(call, header)
                 message_bytes = 2 * (MAX_MESSAGE_BYTES + spec.max_chunk_bytes)
@@ -134,32 +133,33 @@ class GradientServicer:
         async def serve(call: CallState) -> None:
             call.transport = "shm"
             _require_shared_memory(self._service, context.peer())
-            stream = CallStream(self._timeouts, call, context)
-            asked = await stream.read_request(pb2.OpenRegionRequest)
-            regions = self._service.regions
-            if not asked.proof:
-                call.ends_by_cancelling = True
-                await stream.write(_challenge(regions).SerializeToString())
-                return
-            if not regions.host_proof.is_proven(asked.proof):
-                raise JobError(
-                    Reason.NOT_ALLOWED,
-                    "the proof is not that of this server: memory is shared with "
-                    "clients on the server's host, and this one is elsewhere, behind a "
-                    "proxy on that host, or has the proof of another server",
-                    field="proof",
-                )
-            async with regions.open(asked.size_bytes, call.tenant) as region:
-                answer = pb2.OpenRegionResponse(
-                    token=region.token,
-                    pid=os.getpid(),
-                    fd=region.fd,
-                    cookie=region.cookie,
-                    size_bytes=region.size_bytes,
-                )
-                await stream.write(answer.SerializeToString())
-                call.ends_by_cancelling = True
-                await asyncio.get_running_loop().create_future()
+            async with aclosing(CallStream(self._idle_s, call, context)) as stream:
+                asked = await stream.read_request(pb2.OpenRegionRequest)
+                regions = self._service.regions
+                if not asked.proof:
+                    call.ends_by_cancelling = True
+                    await stream.write(_challenge(regions).SerializeToString())
+                    return
+                if not regions.host_proof.is_proven(asked.proof):
+                    raise JobError(
+                        Reason.NOT_ALLOWED,
+                        "the proof is not that of this server: memory is shared with "
+                        "clients on the server's host, and this one is elsewhere, "
+                        "behind a proxy on that host, or has the proof of another "
+                        "server",
+                        field="proof",
+                    )
+                async with regions.open(asked.size_bytes, call.tenant) as region:
+                    answer = pb2.OpenRegionResponse(
+                        token=region.token,
+                        pid=os.getpid(),
+                        fd=region.fd,
+                        cookie=region.cookie,
+                        size_bytes=region.size_bytes,
+                    )
+                    await stream.write(answer.SerializeToString())
+                    call.ends_by_cancelling = True
+                    await asyncio.get_running_loop().create_future()
 
         await call_scope(self._service, "OpenRegion", context, serve)
 
@@ -179,15 +179,18 @@ class GradientServicer:
     ) -> None:
         """Receive and send an admitted job's elements, where the client wants it."""
         with DirectOffer(self._service.data, connections_for(pipeline)) as offer:
-            accepted = accepted_message(call, offer.access)
-            await stream.write(framing.encode_accepted(accepted))
-            connections = await offer.taken(
-                stream, "the first chunk of an operand, end"
-            )
+            accepted = framing.encode_accepted(accepted_message(call, offer.access))
+            expected = "the first chunk of an operand, end"
+            stream.read_ahead(expected)  # it may be here already
+            connections = None
+            if offer.access is not None:
+                await stream.write(accepted)
+                connections = await offer.taken(stream, expected)
             if connections is None:
                 job = StreamedJob(pipeline)
                 self._service.on_drain(job.hand_over)
-                await stream.serve(job)
+                # Rows that are here already need not wait until it is sent.
+                await stream.serve(job, accepted if offer.access is None else None)
                 return
             call.transport = "direct"
             direct = DirectJob(pipeline, connections)

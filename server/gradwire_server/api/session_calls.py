@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 
 from gradwire_server.api.call_state import CallState
-from gradwire_server.api.client_timeouts import ClientTimeouts
 from gradwire_server.api.job_service import JobService
 from gradwire_server.backends.base import DeviceLostError
 from gradwire_server.scheduling.device_worker import TenantHandle
@@ -25,7 +24,7 @@ class SessionCalls:
     def __init__(self, service: JobService) -> None:
         self._service = service
         self._sessions = service.sessions
-        self._timeouts = ClientTimeouts(service.settings.idle_timeout)
+        self._idle_s = service.settings.idle_timeout
 
     def _used(self, call: CallState, token: str) -> AbstractContextManager[Session]:
         return self._sessions.used(token, call.tenant)

@@ -7,6 +7,7 @@ streamed requests.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -86,8 +87,8 @@ class SessionServicer(SessionCalls):
 
         async def method(_: AsyncIterator[bytes], context: Context) -> bytes | None:
             async def serve(call: CallState) -> bytes:
-                stream = CallStream(self._timeouts, call, context)
-                request = await stream.read_request(kind)
+                async with aclosing(CallStream(self._idle_s, call, context)) as stream:
+                    request = await stream.read_request(kind)
                 return (await handle(call, request)).SerializeToString()
 
             return await call_scope(

@@ -44,7 +44,7 @@ class TensorServicer(SessionCalls):
         """Serve PutTensor: a tensor's header, then its elements."""
 
         async def serve(call: CallState) -> None:
-            async with aclosing(CallStream(self._timeouts, call, context)) as stream:
+            async with aclosing(CallStream(self._idle_s, call, context)) as stream:
                 first = await stream.read_first(pb2.PutTensorRequest, "a header first")
                 if first.WhichOneof("message") != "header":
                     raise _unexpected(first, "a header first")
@@ -143,7 +143,7 @@ class TensorServicer(SessionCalls):
         """Serve GetTensor: the elements of a tensor."""
 
         async def serve(call: CallState) -> None:
-            async with aclosing(CallStream(self._timeouts, call, context)) as stream:
+            async with aclosing(CallStream(self._idle_s, call, context)) as stream:
                 request = await stream.read_request(pb2.GetTensorRequest)
                 memory = self._memory(call, while_draining=True)
                 with memory, self._used(call, request.session) as session:

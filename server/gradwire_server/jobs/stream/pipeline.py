@@ -82,7 +82,10 @@ class RowBlockPipeline:
 
     async def __aenter__(self) -> Self:
         try:
-            self.memory = await self.worker.submit(self, self._open)
+            if self._backend.devices[0].in_host_memory:  # only takes memory
+                self.memory = self._open()
+            else:
+                self.memory = await self.worker.submit(self, self._open)
         except BaseException:
             await self.worker.discard(self)
             self._execution.close()
@@ -157,7 +160,7 @@ class RowBlockPipeline:
         return self._execution.finish(self.tensors)
 
     def _open(self) -> JobMemory:
-        """Allocate the job's memory; runs in the worker thread."""
+        """Allocate the job's memory; runs in the worker thread, if it is a device's."""
         region = self._backend.empty(self.plan.region_bytes)
         self._execution.open(self.tensors.on_device)
         return JobMemory(self.spec, self.plan, region, self.tensors.in_host_memory)
