@@ -29,6 +29,31 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
+class ProcessorTime:
+    """The processors' time since this object was made, as the kernel counts it."""
+
+    def __init__(self) -> None:
+        self._before = _processor_ticks()
+
+    def stolen(self) -> float:
+        """Return the share that the host gave to other machines, from 0 to 1."""
+        stolen, total = (
+            after - before
+            for after, before in zip(_processor_ticks(), self._before, strict=True)
+        )
+        return stolen / total if total else 0.0
+
+
+def _processor_ticks() -> tuple[int, int]:
+    """Ticks of all processors: stolen by the host, and in all; see proc(5)."""
+    with Path("/proc/stat").open() as file:
+        ticks = [int(part) for part in file.readline().split()[1:9]]
+    return ticks[_STEAL], sum(ticks)
+
+
+_STEAL = 7
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -24,6 +24,7 @@ from bench.contenders import gradwire_server
 from bench.contenders.server_process import ServerProcess
 from bench.driver import SETTLE_S, rotated
 from bench.links.relay import Link
+from bench.machine import ProcessorTime
 from bench.training.sizes import SIZES, Size
 from bench.training.trainers import Calls, Data, Local, LocalWeights, Session, Trainer
 
@@ -164,15 +165,18 @@ def main(given: dict[str, Any]) -> None:
                 before = interface_bytes()
                 for each in calls.values():
                     each.clear()
+                processors = ProcessorTime()
                 _clock.began = began = time.perf_counter()
                 trainers[name].step()
                 seconds = time.perf_counter() - began
+                stolen = processors.stolen()
                 after = interface_bytes()
                 _say(
                     "step",
                     contender=name,
                     round=number,
                     seconds=round(seconds, 6),
+                    stolen=round(stolen, 4),
                     interface_up=after[0] - before[0],
                     interface_down=after[1] - before[1],
                     calls=calls.get(name, []),

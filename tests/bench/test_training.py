@@ -93,3 +93,21 @@ def test_bytes_are_held_to_their_bars():
     for up, holds in ((18_000_000, True), (18_200_000, False)):
         (bound,) = report.bounds([{**line, "up": up, "down": 18_000_000}])
         assert bound.holds is holds
+
+
+@pytest.mark.parametrize(("undisturbed", "counted"), [(4, False), (5, True)])
+def test_steps_that_other_machines_disturbed_are_told_apart(undisturbed, counted):
+    fair, slow = 1.1 * 0.032 + 0.002, 2 * 0.032
+    steps = []
+    for number in range(11):
+        quiet = number < undisturbed
+        seconds = fair if quiet else slow
+        (_, step) = list(made_up(seconds, idle_s=2 * seconds))[2:]
+        steps.append({**step, "round": number, "stolen": 0.02 if quiet else 0.021})
+    found = list(report.bounds(steps))
+    assert not found[0].holds
+    assert len(found) == (6 if counted else 3)
+    if counted:
+        assert f"{undisturbed} undisturbed of 11 steps" in found[3].name
+        assert found[3].seen == pytest.approx(1.1)
+        assert found[4].seen == pytest.approx(1.1)
