@@ -146,10 +146,12 @@ class SpreadJob:
         self.news = 0
         self._begun_at = time.monotonic()
         self._servers: Callable[[], Set[str]] = frozenset
+        self._timer: threading.Timer | None = None
         self.begin_again()
 
     def begin_again(self) -> None:
         """Forget what was computed, with other servers. No job may be in progress."""
+        self._end_timer()
         self.spread = SpreadPlan(self._plan)
         self._stopped = False
         self._sums = OrderedSums(self._plan)
@@ -164,7 +166,6 @@ class SpreadJob:
         """Number of segments that are not done."""
         self._computed: list[tuple[Sequence[int], Receipt]] = []
         """Receipts of jobs, with the segments for which each was the first."""
-        self._timer: threading.Timer | None = None
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._no_duplicates_until = 0.0
         self._whole: Mapping[Matrix, Array] = {}

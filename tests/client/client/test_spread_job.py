@@ -139,6 +139,19 @@ def test_others_go_on_while_the_sums_of_those_ahead_can_be_held() -> None:
     assert product.job.begin(JOBS) is None
 
 
+def test_a_product_that_begins_again_is_not_stopped_for_what_was_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spread_job, "RECEIPT_S", 0.05)
+    product = Product(1)
+    product.end(product.at("a"))  # its receipt is there, others' are waited for
+    product.job.begin_again()
+    product.job.spread.division = Division(ROWS, ROWS)
+    product.job.start(lambda: product.servers)
+    time.sleep(0.2)
+    product.end(product.at("a"))
+
+
 def test_the_sums_of_a_job_are_released_with_it() -> None:
     product = Product(2)
     gc.disable()  # it would release them, too, but only later
