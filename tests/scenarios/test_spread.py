@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -589,6 +589,28 @@ def test_jobs_end_and_others_go_on(
     assert same(result, alone)
     assert result.receipt.jobs == len(result.receipt.segments) == 10
     assert result.receipt.attempts == 1
+
+
+@pytest.mark.parametrize("how", ["job", "stream"])
+def test_the_operands_of_a_failed_job_are_released_with_it(
+    three: list[ServerProcess], how: str
+) -> None:
+    x, w, dy = OPERANDS[0].copy(), *OPERANDS[1:]
+    options: Any = {"spread": True, "timeout_s": 1e-6}
+    gc.disable()  # it would release them, too, but only later
+    try:
+        held = weakref.ref(x)
+        with gradwire.connect(addresses(three[:2])) as client:
+            with suppress(gradwire.DeadlineError):
+                if how == "job":
+                    client.gradients(x, w, dy, **options)
+                else:
+                    list(client.stream([(x, dy)], w, **options))
+                pytest.fail("it was done in a microsecond")
+            del x
+            until(lambda: held() is None, 5)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("transport", ["grpc", "direct"])

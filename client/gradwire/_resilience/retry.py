@@ -315,7 +315,7 @@ class Attempts:
             self.count - 1,
             cause,
             delay_s,
-            error,
+            str(error),  # a kept record must not hold the operands
             extra={
                 "job_id": self._job_id,
                 "attempt": self.count - 1,

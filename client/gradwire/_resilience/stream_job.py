@@ -195,6 +195,11 @@ class StreamJob:
         require_receipt(self)
         return self._delivered.get(matrix)
 
+    def end(self) -> None:
+        """Drop row blocks that nobody will take, and the error that ended the job."""
+        self.ready.clear()
+        self._cause = None  # its frames refer to the job
+
     def cut_off(self, error: GradwireError, attempts: Attempts) -> bool:
         """Record a failed attempt, and return whether to start over immediately.
 

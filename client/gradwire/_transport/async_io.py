@@ -211,15 +211,18 @@ async def run_together(
         return
     tasks = [asyncio.ensure_future(work()) for _ in range(count)]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            if task.done():
+                task.result()
     except BaseException:
         stop()
         for task in tasks:
             task.cancel()
         await _all_ended(tasks)
         raise
+    finally:
+        del task, tasks  # their errors refer to this frame
 
 
 async def _all_ended(tasks: Collection[asyncio.Task[None]]) -> None:
@@ -238,7 +241,10 @@ async def _all_ended(tasks: Collection[asyncio.Task[None]]) -> None:
         if not task.cancelled():
             task.exception()  # only the first one is raised
     if cancelled is not None:
-        raise cancelled
+        try:
+            raise cancelled
+        finally:
+            del cancelled  # it refers to this frame
 
 
 async def iterate(messages: Iterable[bytes]) -> AsyncGenerator[bytes]:
@@ -331,10 +337,14 @@ class AsyncItems:
         return False
 
     async def aclose(self) -> None:
-        """Request no more items, and cancel the current request."""
+        """Request no more items, and cancel the current request.
+
+        Forget the items' error: its frames hold the rows.
+        """
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.wait([self._asking])
+        self._error = self._answer = None
 
     def abandon(self) -> None:
         """Do the same from the garbage collector, in any thread."""

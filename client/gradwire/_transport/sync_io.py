@@ -194,12 +194,17 @@ def run_together(
         stop()
         for thread in threads:
             thread.join()
+        while not ended.empty():  # the others' errors refer to it
+            ended.get()
         raise
 
 
 def _raise(error: BaseException | None) -> None:
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # it refers to this frame
 
 
 def iterate(messages: Iterable[bytes]) -> Iterator[bytes]:
@@ -289,7 +294,8 @@ class SyncItems:
             return self._requesting
 
     def close(self) -> None:
-        """Request no more items."""
+        """Request no more items, and forget their error: its frames hold the rows."""
+        self._error = None
 
     def abandon(self) -> None:
         """Do the same from the garbage collector."""

@@ -83,6 +83,7 @@ class AsyncRowSource:
 
     async def aclose(self) -> None:
         """Request no more items."""
+        self._error = None
         await self._items.aclose()
 
     def abandon(self) -> None:

@@ -163,6 +163,7 @@ class _Run:
         if self._background is not None and not in_iterable:
             await self._background.aclose()
         await self._items.aclose()
+        self._error = None  # its frames refer to this object
 
     def abandon(self) -> None:
         """Stop, from the garbage collector."""

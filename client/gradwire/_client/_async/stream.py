@@ -97,6 +97,8 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
+                        # The job keeps the error, whose frames hold the rows.
+                        error.__traceback__ = None
                         await self._end_call()
                         await self._engine.sleep(delay_s)
             except BaseException as error:
@@ -131,7 +133,7 @@ class AsyncGradientStream(AsyncIterator[RowBlock]):
         finally:  # also if the caller is cancelled meanwhile
             self._end_direct()
             if self._job is not None:
-                self._job.ready.clear()
+                self._job.end()
             self._release(GeneratorExit())
             self._end_span(GeneratorExit())
             await self._rows.aclose()

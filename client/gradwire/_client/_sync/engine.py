@@ -626,18 +626,18 @@ class SyncEngine(EngineBase):
         allocations = pool.allocate(sizes)
         if allocations is not None:
             return allocations
-        refusal: GradwireError | None = None
-        for size_bytes in pool.bytes_to_open(sizes):
+        to_open = pool.bytes_to_open(sizes)
+        for size_bytes in to_open:
             try:
                 segment = connection.open_segment(size_bytes, self.jobs.metadata)
             except GradwireError as error:
-                refusal = error
-                if not may_be_smaller(error):
-                    break
-            else:
-                return pool.add(segment, sizes)
-        if refusal is not None:
-            self.shm.on_refusal(refusal)
+                if size_bytes != to_open[-1] and may_be_smaller(error):
+                    continue
+                self.shm.on_refusal(error)
+                if self.shm.demanded:
+                    raise
+                break
+            return pool.add(segment, sizes)
         return None
 
     def sleep(self, seconds: float) -> None:

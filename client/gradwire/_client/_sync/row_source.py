@@ -81,6 +81,7 @@ class SyncRowSource:
 
     def close(self) -> None:
         """Request no more items."""
+        self._error = None
         self._items.close()
 
     def abandon(self) -> None:

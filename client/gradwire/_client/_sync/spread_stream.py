@@ -165,6 +165,7 @@ class _Run:
         if self._background is not None and not in_iterable:
             self._background.close()
         self._items.close()
+        self._error = None  # its frames refer to this object
 
     def abandon(self) -> None:
         """Stop, from the garbage collector."""

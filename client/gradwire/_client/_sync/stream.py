@@ -99,6 +99,8 @@ class GradientStream(Iterator[RowBlock]):
                         delay_s = self._delay_s(error)
                         if delay_s is None:
                             raise
+                        # The job keeps the error, whose frames hold the rows.
+                        error.__traceback__ = None
                         self._end_call()
                         self._engine.sleep(delay_s)
             except BaseException as error:
@@ -133,7 +135,7 @@ class GradientStream(Iterator[RowBlock]):
         finally:  # also if the caller is cancelled meanwhile
             self._end_direct()
             if self._job is not None:
-                self._job.ready.clear()
+                self._job.end()
             self._release(GeneratorExit())
             self._end_span(GeneratorExit())
             self._rows.close()

@@ -309,7 +309,10 @@ def _within(work: Callable[[], R], deadline: float) -> R:
     except queue.Empty:
         raise TimeoutError("its name was not looked up in time") from None
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # it refers to this frame
     return result  # type: ignore[return-value]
 
 

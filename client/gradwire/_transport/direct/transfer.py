@@ -144,6 +144,7 @@ class _Breakable:
             error: What happened.
             sending: Whether it was a socket that sends operands.
         """
+        error.__traceback__ = None  # its frames refer to this object
         with self._lock:
             if self._interrupted:
                 return  # by this side
@@ -174,6 +175,7 @@ class _Breakable:
             self._ended = True
             if self._timer is not None:
                 self._timer.cancel()
+                self._timer = None  # it refers to this object
 
     def _give_up(self) -> None:
         if not self._ended and self.broken is not None:
@@ -295,8 +297,12 @@ class DirectTransfer(_Breakable):
                 if self._moved_at(began) + _SILENCE_S <= silent_at:
                     self.stop()
                     self.broken = self.broken or TimeoutError("no more bytes came")
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
         if self.broken is not None:
             raise self.lost()
 

@@ -40,6 +40,7 @@ from gradwire._transport.grpc.grpc_errors import (
     call_error,
     cancelled_error,
     connect_error,
+    forget_frames,
     late_error,
     session_error,
 )
@@ -390,6 +391,7 @@ class AsyncCall:
             require_cancelled_task(self._job_id)
             raise
         except grpc.RpcError as error:
+            forget_frames(error)
             self._requests.raise_error()
             raise call_error(
                 error, self._endpoint, self._job_id, service=self._service
@@ -497,7 +499,10 @@ class RequestWriter:
         """Raise the exception of the messages, if there was one."""
         error, self._error = self._error, None
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
 
 
 def _cancel(rpc: Any, loop: asyncio.AbstractEventLoop) -> None:

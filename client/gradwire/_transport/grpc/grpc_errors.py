@@ -102,6 +102,7 @@ def call_error(
         job_id: The job.
         service: The service that was called.
     """
+    forget_frames(outcome)
     code, text = outcome.code(), _legible(outcome.details() or "")
     answer = _answer(outcome)
     attached = answer.details if answer is not None else ErrorDetails()
@@ -189,6 +190,16 @@ def _foreign(
             details=text,
         )
     return None
+
+
+def forget_frames(outcome: Outcome) -> None:
+    """Drop the traceback of gRPC's error, in place of which another one is raised.
+
+    gRPC raises the call itself, and the frames hold the call and its operands: only the
+    garbage collector would release them.
+    """
+    if isinstance(outcome, BaseException):
+        outcome.__traceback__ = None
 
 
 def session_error(outcome: Outcome, endpoint: Endpoint) -> GradwireError:

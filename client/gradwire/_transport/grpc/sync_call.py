@@ -33,6 +33,7 @@ from gradwire._transport.grpc.grpc_errors import (
     call_error,
     cancelled_error,
     connect_error,
+    forget_frames,
     late_error,
     session_error,
 )
@@ -264,11 +265,11 @@ class SyncConnection:
                 response: bytes = future.result()
         except grpc.FutureCancelledError:
             if raised:
-                raise raised[0] from None
+                raise raised.pop() from None
             raise
         except grpc.RpcError as error:
             if raised:
-                raise raised[0] from None
+                raise raised.pop() from None
             raise session_error(error, self.endpoint) from None
         except BaseException:
             future.cancel()
@@ -457,6 +458,7 @@ class SyncCall:
             self._requests.raise_error()
             raise
         except grpc.RpcError as error:
+            forget_frames(error)
             self._requests.raise_error()
             raise call_error(
                 error, self._endpoint, self._job_id, service=self._service
@@ -556,7 +558,10 @@ class RequestIterator:
         with self._lock:
             error, self._error = self._error, None
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
 
     def fail(self, error: BaseException) -> None:
         """Cancel the call; `raise_error` raises the error."""

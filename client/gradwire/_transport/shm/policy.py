@@ -105,14 +105,8 @@ class ShmPolicy:
         return ShmJob(plan, operands, outputs, self.pool)
 
     def on_refusal(self, error: GradwireError) -> None:
-        """Record that the server refused a region. Stop asking if that is permanent.
-
-        Raises:
-            GradwireError: The same error, with ``transport="shm"``.
-        """
-        if self.demanded:
-            raise error
-        if isinstance(error, _FOR_GOOD):
+        """Record that the server refused a region. Stop asking if that is permanent."""
+        if not self.demanded and isinstance(error, _FOR_GOOD):
             self._possible = False
 
     def may_do_without(self) -> bool:
