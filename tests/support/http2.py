@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from types import TracebackType
 
-_DATA, _HEADERS, _SETTINGS = 0, 1, 4
+_DATA, _HEADERS, _SETTINGS, _WINDOW_UPDATE = 0, 1, 4, 8
 _END_STREAM, _END_HEADERS = 1, 4
 _INITIAL_WINDOW_SIZE = 4
 _FRAME_BYTES = 9
@@ -65,6 +65,10 @@ class Connection:
     def send(self, number: int, data: bytes, *, end: bool = False) -> None:
         """Sends bytes of a call, whatever they are."""
         self._send(_DATA, _END_STREAM if end else 0, number, data)
+
+    def read(self, number: int, size_bytes: int) -> None:
+        """Is ready to take so much more of a call's answers."""
+        self._send(_WINDOW_UPDATE, 0, number, struct.pack(">I", size_bytes))
 
     def ask(self, method: str, message: bytes) -> int:
         """Begins a call of one message, and sends that."""

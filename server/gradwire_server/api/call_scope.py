@@ -167,6 +167,8 @@ async def _fail(
     observer.ended(call, error.reason, error)
     status = error.reason.status
     trailer = encode(status, error.message, error.details(call.job_id))
+    if call.opening is not None and not call.opening.done():
+        await asyncio.wait({call.opening})
     try:
         await context.abort(status, error.message, trailer)
     except grpc.aio.InternalError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,6 +50,9 @@ class CallState:
     progress: JobProgress = field(default_factory=JobProgress)
     applied: list[job_pb2.Applied] = field(default_factory=list)
     """The job's contributions to kept gradients."""
+    opening: asyncio.Task[None] | None = None
+    """Passes the first message to gRPC, with the initial metadata; None: none was sent.
+    Until it is done, gRPC can send no status: it would send the metadata twice."""
     idle_since: Callable[[], float] = never_busy
     """Returns since when the server has owed the client nothing; event loop's clock."""
     metadata: Callable[[], Metadata | None] = tuple

@@ -273,7 +273,7 @@ class CallStream:
         started = time.perf_counter()
         try:
             with self._client_reads.wait():
-                await self._context.write(message)
+                await self._pass_on(message)
         except TimeoutError:
             raise client_did_not_read(self._idle_s) from None
         except grpc.aio.InternalError as error:
@@ -284,6 +284,17 @@ class CallStream:
             ) from error
         finally:
             self._call.sending_s += time.perf_counter() - started
+
+    async def _pass_on(self, message: bytes) -> None:
+        if self._call.opening is not None:
+            await self._context.write(message)
+            return
+        # A task of its own: the first message is not given up with this task.
+        opening = asyncio.create_task(self._context.write(message))
+        opening.add_done_callback(_mark_retrieved)
+        self._call.opening = opening
+        await asyncio.wait({opening})
+        opening.result()
 
     async def _read(self, expected: str) -> framing.RequestMessage | None:
         """Return the next message, or None at the half-close."""
@@ -330,6 +341,12 @@ class CallStream:
     def progressed(self) -> None:
         """Count the time that the client may be idle from now on."""
         self._progress_at = asyncio.get_running_loop().time()
+
+
+def _mark_retrieved(opening: asyncio.Task[None]) -> None:
+    # Nobody awaits it once its call has failed, and asyncio would log its error.
+    if not opening.cancelled():
+        opening.exception()
 
 
 def _sends_in_the_call() -> JobError:
