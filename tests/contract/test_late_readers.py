@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from typing import Any
 
 import pytest
@@ -79,3 +80,16 @@ def test_one_that_reads_too_late_is_told_so() -> None:
         assert record["reason"] == "CLIENT_IDLE"
         assert "did not read" in record["error"]
         client.read_to_end()
+
+
+def test_its_time_to_send_begins_when_accepted_has_left() -> None:
+    with (
+        serving_both(idle_timeout=IDLE_S) as server,
+        LateReader(server.address, PROBLEM.job(job_id="silent")) as client,
+    ):
+        time.sleep(IDLE_S / 2)  # it takes so long to read
+        began = time.monotonic()
+        client.read_to_end()
+        assert time.monotonic() - began >= IDLE_S * 0.9
+        error = server.wait_for_log("silent")["error"]
+        assert error.endswith("expected the first chunk of an operand, or end")

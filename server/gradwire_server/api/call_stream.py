@@ -52,6 +52,8 @@ class CallStream:
         self._progress_at = asyncio.get_running_loop().time()
         self._ahead: asyncio.Task[bytes | None] | None = None
         """The next message, being read already."""
+        self._accepting = False
+        """Whether Accepted is on its way: the client may wait for it."""
 
     async def read_request(self, kind: type[Request]) -> Request:
         """Return the request of a method with a single request message."""
@@ -102,12 +104,21 @@ class CallStream:
         """Send the number of jobs ahead of this one."""
         await self.write(framing.encode_queued(jobs_ahead))
 
+    async def accept(self, accepted: bytes) -> None:
+        """Send Accepted; the time that the client may be idle begins afterwards."""
+        self._accepting = True
+        try:
+            await self.write(accepted)
+        finally:
+            self._accepting = False
+        self.progressed()
+
     async def serve(self, job: StreamedJob, accepted: bytes | None) -> None:
         """Receive the operands and send the results.
 
         Args:
             job: The job.
-            accepted: The message to send before them, if it was not sent.
+            accepted: Accepted, to send before them, if it was not sent.
         """
         self._call.idle_since = job.idle_since
         try:
@@ -251,7 +262,7 @@ class CallStream:
         """Send the results in the order in which they become ready."""
         stages = self._call.progress.stages
         if accepted is not None:
-            await self.write(accepted)
+            await self.accept(accepted)
         async with aclosing(job.results()) as results:
             async for result in results:
                 if isinstance(result, Checkpoint):
@@ -329,6 +340,8 @@ class CallStream:
         While received rows wait to be computed, or their results to be sent, the client
         may be waiting for the server, and does not count as idle.
         """
+        if self._accepting:
+            return asyncio.get_running_loop().time()
         return max(self._progress_at, self._call.idle_since())
 
     async def await_cancellation(self) -> None:

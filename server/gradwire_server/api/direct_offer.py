@@ -61,17 +61,14 @@ class DirectOffer:
 
         Args:
             stream: The call.
-            expected: What the client sends in the call otherwise, for the error if
-                nothing comes.
+            expected: What comes next, for the error if nothing does.
 
         Returns:
             The connections that the client has opened; None if it sends in the call.
         """
         if self._offer is None:
             return None
-        connections = await stream.attached(
-            self._offer, f"{expected}, or direct connections"
-        )
+        connections = await stream.attached(self._offer, expected)
         if connections is None:
             self._offer.withdraw()
             return None

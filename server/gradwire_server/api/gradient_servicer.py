@@ -180,11 +180,12 @@ class GradientServicer:
         """Receive and send an admitted job's elements, where the client wants it."""
         with DirectOffer(self._service.data, connections_for(pipeline)) as offer:
             accepted = framing.encode_accepted(accepted_message(call, offer.access))
-            expected = "the first chunk of an operand, end"
+            choice = "or end" if offer.access is None else "end, or direct connections"
+            expected = f"the first chunk of an operand, {choice}"
             stream.read_ahead(expected)  # it may be here already
             connections = None
             if offer.access is not None:
-                await stream.write(accepted)
+                await stream.accept(accepted)
                 connections = await offer.taken(stream, expected)
             if connections is None:
                 job = StreamedJob(pipeline)

@@ -126,7 +126,9 @@ class TensorServicer(SessionCalls):
         with DirectOffer(self._service.data, int(wanted)) as offer:
             answer = pb2.PutTensorResponse(accepted=True, direct=offer.access)
             await stream.write(answer.SerializeToString())
-            connections = await offer.taken(stream, "the next chunk, the half-close")
+            connections = await offer.taken(
+                stream, "the next chunk, the half-close, or direct connections"
+            )
             if connections is not None:
                 call.transport = "direct"
                 await stream.serve_transfer(
@@ -178,7 +180,9 @@ class TensorServicer(SessionCalls):
                     header=outgoing.header, direct=offer.access
                 )
                 await stream.write(answer.SerializeToString())
-                connections = await offer.taken(stream, "the half-close")
+                connections = await offer.taken(
+                    stream, "the half-close, or direct connections"
+                )
                 if connections is not None:
                     call.transport = "direct"
                     worker = self._worker(call, session)
