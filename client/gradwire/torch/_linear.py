@@ -255,6 +255,12 @@ class Linear(torch.nn.Module):
 
 def _multiply(layer: Linear, rows: torch.Tensor) -> Any:
     weight = layer.weight
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "torch.func cannot transform a layer whose weight is kept on a server:"
+            " gradwire.torch.linear(x, w, client=client) can be transformed, or make"
+            " the layer local with gradwire.torch.to_local"
+        )
     trains = weight.requires_grad and torch.is_grad_enabled()
     leaf = weight.leaf if trains else None
     # Within a backward pass, this is a forward pass of activation checkpointing. The
@@ -297,47 +303,72 @@ class _Product(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        weight: Weight = ctx.weight
-        kept: KeptX = ctx.kept
-        needs_dx = ctx.needs_input_grad[0]
-        # Not in torch.autograd.grad(loss, inputs), where it is for other leaves.
-        adds = ctx.leaf is not None and torch._C._will_engine_execute_node(
-            weight.leaf_node
+        with torch.no_grad():
+            dx = _gradients(ctx, dy)
+        if dx is not None and torch.is_grad_enabled():
+            # With create_graph. dX depends on W, even where dY is a constant.
+            dx = _Last.apply(dx, dy, ctx.leaf)
+        return (dx, None, None, None, None)
+
+
+def _gradients(ctx: Any, dy: torch.Tensor) -> torch.Tensor | None:
+    """Add dW to the weight's gradient, and return dX, if they are wanted."""
+    weight: Weight = ctx.weight
+    kept: KeptX = ctx.kept
+    needs_dx = ctx.needs_input_grad[0]
+    # Not in torch.autograd.grad(loss, inputs), where it is for other leaves.
+    adds = ctx.leaf is not None and torch._C._will_engine_execute_node(weight.leaf_node)
+    if not needs_dx and not adds:
+        return None
+    options = dict(ctx.options)
+    context = kept.context
+    if adds:
+        (x,) = ctx.saved_tensors
+        local_x = x.detach().to(ctx.sent_dtype)
+        if kept.contributed:
+            # With retain_graph, each pass is a contribution of its own.
+            context = dataclasses.replace(context, x=local_x, parts={})
+        elif context.x is None:
+            context = dataclasses.replace(context, x=local_x)
+        else:
+            context = dataclasses.replace(context, local_x=local_x)
+        options["result_dtype"] = {"dw": weight.tensor.dtype}
+        weight.touched = True
+        contributed(weight)
+    sent = dy.to(ctx.sent_dtype)
+    dx = None
+    if needs_dx:
+        dx = sent.new_empty((*dy.shape[:-1], weight.shape[1]))
+    weight.session.backward(
+        context,
+        sent,
+        into=weight.gradient if adds else None,
+        dx=needs_dx,
+        out=dx,
+        **options,
+    )
+    if adds:
+        kept.used()
+    return None if dx is None else dx.to(dy.dtype)
+
+
+class _Last(torch.autograd.Function):
+    """dX as it is; its own derivatives are an error, and not silently none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dx: torch.Tensor, dy: torch.Tensor, leaf: torch.Tensor | None
+    ) -> torch.Tensor:
+        return dx.view_as(dx)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "a layer whose weight is kept on a server has no second derivatives:"
+            " gradwire.torch.linear(x, w, client=client) has, or make the layer local"
+            " with gradwire.torch.to_local"
         )
-        if not needs_dx and not adds:
-            return (None,) * 5
-        options = dict(ctx.options)
-        context = kept.context
-        if adds:
-            (x,) = ctx.saved_tensors
-            local_x = x.detach().to(ctx.sent_dtype)
-            if kept.contributed:
-                # With retain_graph, each pass is a contribution of its own.
-                context = dataclasses.replace(context, x=local_x, parts={})
-            elif context.x is None:
-                context = dataclasses.replace(context, x=local_x)
-            else:
-                context = dataclasses.replace(context, local_x=local_x)
-            options["result_dtype"] = {"dw": weight.tensor.dtype}
-            weight.touched = True
-            contributed(weight)
-        sent = dy.to(ctx.sent_dtype)
-        dx = None
-        if needs_dx:
-            dx = sent.new_empty((*dy.shape[:-1], weight.shape[1]))
-        weight.session.backward(
-            context,
-            sent,
-            into=weight.gradient if adds else None,
-            dx=needs_dx,
-            out=dx,
-            **options,
-        )
-        if adds:
-            kept.used()
-        return (None if dx is None else dx.to(dy.dtype), None, None, None, None)
 
 
 def take_hooks(layer: torch.nn.Module, other: torch.nn.Module) -> None:

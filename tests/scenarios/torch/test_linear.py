@@ -203,22 +203,38 @@ def test_gradients_of_inputs_alone_leave_the_weights_gradient(pair: Any) -> None
     assert not remote.weight.fetch_gradient().any()
 
 
-def test_second_derivatives_are_refused(pair: Any) -> None:
+@pytest.mark.parametrize(
+    "upstream", [torch.sin, torch.clone], ids=["of the weight", "constant"]
+)
+def test_second_derivatives_are_refused(pair: Any, upstream: Any) -> None:
     _, remote = pair
     x = torch.randn(3, 6, requires_grad=True)
-    (dx,) = torch.autograd.grad(remote(x).sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
+    (dx,) = torch.autograd.grad(upstream(remote(x)).sum(), x, create_graph=True)
+    penalty = dx.square().sum() + remote(x).sum()
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        penalty.backward()
 
 
+def test_a_gradient_with_a_graph_is_that_of_torch(pair: Any) -> None:
+    x = torch.randn(3, 6, requires_grad=True)
+    gradients = [
+        torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)[0]
+        for layer in pair
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, in jvp
 def test_functional_transforms_are_refused(pair: Any) -> None:
     _, remote = pair
     x = torch.randn(3, 6)
     for transformed in (
         torch.func.grad(lambda x: remote(x).sum()),
         torch.func.vmap(remote),
+        torch.func.jacrev(remote),
+        lambda x: torch.func.jvp(remote, (x,), (x,)),
     ):
-        with pytest.raises(RuntimeError, match="setup_context"):
+        with pytest.raises(NotImplementedError, match=r"torch\.func cannot transform"):
             transformed(x)
 
 
