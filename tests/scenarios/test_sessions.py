@@ -99,6 +99,36 @@ def test_leading_dimensions_count_as_rows(connected: gradwire.Client) -> None:
     assert dx.shape == x.shape
 
 
+def test_a_kept_x_serves_several_layers_and_steps(connected: gradwire.Client) -> None:
+    x, w, dy = oracle.operands(50, 7, 5)
+    sent = connected.gradients(x, w, dy)
+    with connected.session("1MiB") as session:
+        rows, weight = session.put(x), session.put(w)
+        gradient = session.zeros_like(weight)
+        activation = session.forward(x, weight).context.x
+        for kept in (rows, rows, activation, activation):
+            session.clear(gradient)
+            y, context = session.forward(kept, weight)
+            dx = session.backward(context, session.put(dy), into=gradient)
+            assert same(y, sent.y)
+            assert same(dx, sent.dx)
+            assert same(session.get(gradient), sent.dw)
+        assert same(session.get(rows), x)
+
+
+def test_a_transposed_tensor_in_the_place_of_rows_is_refused(
+    connected: gradwire.Client,
+) -> None:
+    with connected.session("1MiB") as session:
+        square = session.put(np.eye(4))
+        context = session.forward(np.eye(4), square).context
+        for w in (square, square.T):
+            with pytest.raises(gradwire.InputError, match=r"^x is .*only a kept W"):
+                session.forward(square.T, w)
+        with pytest.raises(gradwire.InputError, match=r"^dy is .*only a kept W"):
+            session.backward(context, square.T)
+
+
 def test_the_operands_of_the_backward_pass_do_not_travel_again(
     serving: ServerProcess,
 ) -> None:

@@ -108,6 +108,8 @@ class Context:
     """Option of the forward job, which holds for X."""
     parts: dict[int, _Part] = field(default_factory=dict, repr=False)
     """The contributions made from this context, by number of the gradient."""
+    uses_up: bool = field(default=True, repr=False)
+    """Whether X was kept for this context alone, and goes with its `backward`."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_copy("context of a session")
@@ -381,7 +383,15 @@ class SessionBase:
             into: Results that stay in gradients.
             last_use: The operand that is used up.
             leads: Leading dimensions of kept operands that are kept with fewer.
+
+        Raises:
+            InputError: A tensor is not of this session, or is transposed.
         """
+        for matrix, value in given.items():
+            if isinstance(value, Tensor) and value.transposed:
+                raise InputError(
+                    f"{matrix.label} is {value!r}: only a kept W can be transposed"
+                )
         return Keeping(
             session=self.token,
             affinity=self.affinity,

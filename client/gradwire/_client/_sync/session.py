@@ -478,8 +478,8 @@ class Session(SessionBase):
         given = {rows: x, Matrix.W: own.T if own.transposed else own}
         kept_x = isinstance(x, Tensor)
         number = self.new_number() if keep and not kept_x else None
-        kept = self.keeping(given, keep={rows: number} if number else None)
         with callers_names(swapped=own.transposed):
+            kept = self.keeping(given, keep={rows: number} if number else None)
             job = self._job(
                 given, kept, out, (result,), options, swapped=own.transposed
             )
@@ -494,7 +494,11 @@ class Session(SessionBase):
             handle = Tensor(self, number, shape, sent.dtype)
         lead = x.shape[:-1] if sent is None else sent.lead
         wire = options.get("wire_dtype")
-        return Forward(y, Context(handle, own, lead, None if kept_x else x, wire))
+        # A tensor of the caller's may be the X of others, too.
+        return Forward(
+            y,
+            Context(handle, own, lead, None if kept_x else x, wire, uses_up=not kept_x),
+        )
 
     def backward(
         self,
@@ -579,7 +583,9 @@ class Session(SessionBase):
             kept = self.keeping(
                 operands,
                 into=into_results,
-                last_use=other if isinstance(x, Tensor) and other in given else None,
+                last_use=other
+                if context.uses_up and isinstance(x, Tensor) and other in given
+                else None,
                 leads={other: context.lead} if isinstance(x, Tensor) else None,
             )
             job = self._job(
