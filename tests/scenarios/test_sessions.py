@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -97,6 +98,68 @@ def test_leading_dimensions_count_as_rows(connected: gradwire.Client) -> None:
         dx = session.backward(context, dy, into=gradient)
     assert y.shape == dy.shape
     assert dx.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_one_job_computes_everything_of_kept_and_sent_operands(
+    connected: gradwire.Client, dtype: str
+) -> None:
+    x, w, dy = oracle.operands(300, 40, 30, dtype)
+    sent = connected.gradients(x, w, dy, results=("y", "dx", "dw", "db"))
+    with connected.session("16MiB") as session:
+        kept = [session.put(each) for each in (x, w, dy)]
+        pairs = list(zip((x, w, dy), kept, strict=True))
+        for operands in list(itertools.product(*pairs))[1:]:
+            got = session.gradients(*operands, results=("y", "dx", "dw", "db"))
+            for name in ("y", "dx", "dw", "db"):
+                assert same(getattr(got, name), getattr(sent, name))
+        gradient = session.zeros_like(kept[1])
+        bias = session.zeros_like(session.put(np.zeros_like(dy[0])))
+        dx = np.empty_like(x)
+        got = session.gradients(
+            x, kept[1], dy, into=gradient, bias_into=bias, results="dx", out={"dx": dx}
+        )
+        assert got.dx is dx
+        assert same(dx, sent.dx)
+        assert (got.y, got.dw, got.db) == (None, None, None)
+        assert same(session.get(gradient), sent.dw)
+        assert same(session.get(bias), sent.db)
+        with pytest.raises(gradwire.InputError, match="use the client's"):
+            session.gradients(x, w, dy)
+        session.gradients(kept[0], None, kept[2], into=gradient, results="dw")
+        assert session.describe().tensors[3].parts == (0, 1)
+
+
+def test_one_job_computes_everything_of_a_transposed_weight(
+    connected: gradwire.Client,
+) -> None:
+    x, w, dy = oracle.operands(300, 40, 30)
+    with connected.session("16MiB") as session:
+        weight = session.put(np.ascontiguousarray(w.T))
+        gradient = session.zeros_like(weight)
+        dw = np.empty_like(w)
+        got = session.gradients(x, weight.T, dy, out={"dw": dw})
+        oracle.assert_right(got, x, w, dy, "float32")
+        assert same(got.dw, dw)
+        y, dx, nothing = session.gradients(x, weight.T, dy, into=gradient)
+        assert nothing is None
+        assert same(y, got.y)
+        assert same(dx, got.dx)
+        assert same(session.get(gradient), dw.T)
+        for bad, match in (
+            ({"results": "db"}, "W is transposed"),
+            ({"into": weight, "out": dw}, "out is a ndarray: expected a mapping"),
+            ({"out": {"bogus": dw}}, "bogus"),
+        ):
+            with pytest.raises(gradwire.InputError, match=match):
+                session.gradients(x, weight.T, dy, **bad)
+        for operands, match in (
+            ((None, weight.T, dy), "x"),
+            ((x[:, 1:], weight.T, dy), r"x's columns \(39\)"),
+            ((x, weight, dy), "x has shape"),
+        ):
+            with pytest.raises(gradwire.InputError, match=match):
+                session.gradients(*operands)
 
 
 def test_a_kept_x_serves_several_layers_and_steps(connected: gradwire.Client) -> None:
@@ -354,7 +417,7 @@ def test_parts_give_the_same_bits_in_any_order(serving: ServerProcess) -> None:
                 contexts = [session.forward(x, weight)[1] for x, _, _ in batches]
                 # Numbered in the order of the batches, whatever order they run in.
                 for context in contexts:
-                    session.contribution(gradient, context)
+                    session.contribution(gradient, context.parts)
                 running = []
                 for index in rng.permutation(4):
                     time.sleep(rng.random() / 100)
@@ -736,6 +799,8 @@ def test_the_async_session_does_the_same(serving: ServerProcess) -> None:
                     for each in contexts
                 )
             )
+            results = await session.gradients(x, weight, dy)
+            assert same(results.dw, (await client.gradients(x, w, dy)).dw)
             await session.step(gradwire.SGD(lr=0.25), {weight: gradient})
             return await session.get(weight)
 

@@ -165,6 +165,12 @@ class SessionJobOptions(TypedDict, total=False):
     block_rows: BlockRows | None
 
 
+class SessionGradientsOptions(SessionJobOptions, total=False):
+    """The options of `Session.gradients`."""
+
+    results: str | Iterable[str]
+
+
 class BackwardOptions(ForwardOptions, total=False):
     """The options of `Client.backward`."""
 

@@ -406,22 +406,26 @@ class SessionBase:
             into=into or {},
         )
 
-    def contribution(self, gradient: Tensor, context: Context) -> Contribution:
+    def contribution(self, gradient: Tensor, parts: dict[int, _Part]) -> Contribution:
         """Return the next part of a gradient; the same one for the same context.
 
         After a step it is the part of the step before, which the server refuses:
         nobody knows whether it was counted. Once the gradient was cleared, it is a new
         one.
+
+        Args:
+            gradient: The gradient.
+            parts: The parts that the context has made, to which this one is added.
         """
         number = gradient.number
         with self._lock:
             current = self._rounds.setdefault(number, _Round())
-            made = context.parts.get(number)
+            made = parts.get(number)
             if made is not None and (made.of is current or made.of.stepped):
                 return made.contribution
             contribution = Contribution(self.step_count, current.next_part)
             current.next_part += 1
-            context.parts[number] = _Part(current, contribution)
+            parts[number] = _Part(current, contribution)
             return contribution
 
     def forget_parts(self, number: int) -> None:
@@ -585,6 +589,11 @@ def callers_names(*, swapped: bool) -> Iterator[None]:
         raise InputError(text) from None
 
 
+def swapped_names(given: Any) -> Any:
+    """Return a mapping by the names of results, with those of a transposed W's job."""
+    return {_SWAPPED.get(name, name): value for name, value in given.items()}
+
+
 def result_dtypes(
     given: Any, gradients: Iterable[tuple[Matrix, Tensor]], *, swapped: bool
 ) -> Any:
@@ -601,8 +610,7 @@ def result_dtypes(
     dtypes: dict[Any, Any] = {
         result.label: gradient.dtype for result, gradient in gradients
     }
-    for name, dtype in (given or {}).items():
-        dtypes[_SWAPPED.get(name, name) if swapped else name] = dtype
+    dtypes |= swapped_names(given or {}) if swapped else given or {}
     return dtypes or None
 
 

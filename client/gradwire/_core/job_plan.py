@@ -190,8 +190,8 @@ def read_operands(
     for matrix, value in given.items():
         if isinstance(value, Tensor) and not kept:
             raise InputError(
-                f"{matrix.label} is a tensor of a session: use the session's forward"
-                " and backward"
+                f"{matrix.label} is a tensor of a session: use the session's forward,"
+                " backward and gradients"
             )
     return {
         matrix: read(value, matrix.label, options.wire_dtype, copies)

@@ -18,13 +18,14 @@ from gradwire._api.errors import (
 from gradwire._api.optimizers import Optimizer
 from gradwire._api.options import (
     DtypeLike,
+    SessionGradientsOptions,
     SessionJobOptions,
     check_names,
     parse_dtype,
     parse_options,
 )
 from gradwire._api.session_types import Forward, SessionInfo, StepResult, TensorInfo
-from gradwire._api.types import Array, Receipt
+from gradwire._api.types import Array, Gradients, Receipt
 from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
 from gradwire._client._async.engine import AsyncEngine
@@ -49,6 +50,7 @@ from gradwire._client.session_base import (
     put_operand,
     result_dtypes,
     session_info_of,
+    swapped_names,
 )
 from gradwire._client.session_files import SavedTensor
 from gradwire._core.kept import Keeping, Tensor
@@ -60,7 +62,7 @@ from gradwire._transport.async_io import AsyncRepeater, close_at_exit, run_besid
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import KeptResult
-from gradwire_protocol.matrices import RESULTS, Matrix
+from gradwire_protocol.matrices import DEFAULT_RESULTS, RESULTS, Matrix, operands_for
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 
 R = TypeVar("R")
@@ -482,7 +484,8 @@ class AsyncSession(SessionBase):
         with callers_names(swapped=own.transposed):
             kept = self.keeping(given, keep={rows: number} if number else None)
             job = self._job(
-                given, kept, out, (result,), options, swapped=own.transposed
+                *(given, kept, _named(out, result), (result,), options),
+                swapped=own.transposed,
             )
             await self._run(job)
         (y,) = job.outputs.results((result,))
@@ -590,14 +593,14 @@ class AsyncSession(SessionBase):
                 leads={other: context.lead} if isinstance(x, Tensor) else None,
             )
             job = self._job(
-                *(operands, kept, out, (*results,), options),
+                *(operands, kept, _named(out, result), (*results,), options),
                 swapped=w.transposed,
                 gradients=gradients,
             )
             # Parts are numbered now that the arguments are valid: a step would wait for
             # one that is never sent.
             for matrix, own in gradients.items():
-                part = self.contribution(own, context)
+                part = self.contribution(own, context.parts)
                 into_results[matrix] = KeptResult(own.number, part)
             await self._run(job)
             return job.outputs.results((result,))[0] if dx else None
@@ -609,6 +612,110 @@ class AsyncSession(SessionBase):
                 if context.local_x is None or not is_lost(error, context.x):
                     raise
                 return await run(context.local_x)
+
+    async def gradients(
+        self,
+        x: Any,
+        w: Any,
+        dy: Any,
+        *,
+        into: Tensor | None = None,
+        bias_into: Tensor | None = None,
+        out: Mapping[str, Any] | None = None,
+        **options: Unpack[SessionGradientsOptions],
+    ) -> Gradients:
+        """Compute Y = X W, dX = dY Wᵀ and dW = Xᵀ dY in one job, or some of them.
+
+        Each operand is an array or a kept tensor. Nothing is kept of arrays. Each call
+        contributes to a gradient once, also when it is retried. After one that failed
+        for good, `clear` the gradient: a step would wait for its contribution.
+
+        Args:
+            x: X, shape (..., n). None if no wanted result needs it; the same holds for
+                `w` and `dy`.
+            w: W, shape (n, k); or ``weight.T`` of a kept weight of shape (k, n).
+            dy: dY = dL/dY, shape (..., k).
+            into: The gradient of W, to which dW is added; it is not returned then.
+            bias_into: The gradient of a bias, shape (k,): the column sums of dY. Not
+                with a transposed W.
+            out: Arrays for results, by name: ``{"dx": array}``.
+            **options: As for `forward`, and `results`: any of ``"y"``, ``"dx"``,
+                ``"dw"`` and ``"db"``; the first three by default. What `into` and
+                `bias_into` name is computed in any case.
+
+        Returns:
+            The tuple (y, dx, dw), as of `Client.gradients`: None for what is not
+            wanted, and for what stays in the session.
+
+        Raises:
+            InputError: An argument is invalid; nothing was sent.
+            GradwireError: The job failed.
+
+        Example:
+            >>> y, dx, _ = await session.gradients(x, w, dy, into=g)
+        """
+        check_names("gradients", options, SessionGradientsOptions)
+        await self._settle()
+        wanted = set(parse_options(results=options.pop("results", _DEFAULT)).results)
+        if out is not None and not isinstance(out, Mapping):
+            raise InputError(
+                f"out is a {type(out).__qualname__}: expected a mapping such as"
+                ' {"dx": array}'
+            )
+        swapped = isinstance(w, Tensor) and self.own(w, "w").transposed
+        gradients: dict[Matrix, Tensor] = {}
+        for name, gradient, matrix in (
+            ("into", into, Matrix.DW),
+            ("bias_into", bias_into, Matrix.DB),
+        ):
+            if gradient is not None:
+                own = gradients[matrix] = self.own(gradient, name)
+                wanted.add(matrix)
+                if own.transposed and not swapped:
+                    raise InputError(
+                        f"{name} is {own!r}, but W is not transposed: pass {name}.T"
+                    )
+        given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
+        if swapped:
+            # See forward: X and dY change places, and so do Y and dX.
+            if Matrix.DB in wanted:
+                raise InputError(
+                    "db is wanted, but W is transposed: add up dy's rows instead"
+                )
+            for name, value, columns in (("x", x, 0), ("dy", dy, 1)):
+                if value is not None:
+                    check_columns(value, name, w.shape, w.shape[columns])
+            given = {Matrix.X: dy, Matrix.W: w.T, Matrix.DY: x}
+            other = {Matrix.Y: Matrix.DX, Matrix.DX: Matrix.Y}
+            wanted = {other.get(each, each) for each in wanted}
+            out = None if out is None else swapped_names(out)
+            if out and out.get("dw") is not None:
+                out = {**out, "dw": out["dw"].T}
+        results = [each for each in RESULTS if each in wanted]
+        with callers_names(swapped=swapped):
+            into_results = {
+                matrix: KeptResult(own.number) for matrix, own in gradients.items()
+            }
+            operands = {each: given[each] for each in operands_for(results)}
+            kept = self.keeping(operands, into=into_results)
+            if not (kept.tensors or into_results):
+                raise InputError(
+                    "no operand and no result is kept in the session: use the client's"
+                    " gradients"
+                )
+            job = self._job(
+                *(operands, kept, out, results, options),
+                swapped=swapped,
+                gradients=gradients,
+            )
+            for matrix, own in gradients.items():
+                part = self.contribution(own, {})
+                into_results[matrix] = KeptResult(own.number, part)
+            receipt = await self._run(job)
+        y, dx, dw, db = job.outputs.results(RESULTS)
+        if swapped:
+            y, dx, dw = dx, y, None if dw is None else dw.T
+        return Gradients(y, dx, dw, receipt, db)
 
     async def step(
         self,
@@ -790,7 +897,7 @@ class AsyncSession(SessionBase):
         self,
         given: Mapping[Matrix, Any],
         kept: Keeping,
-        out: Any,
+        out: Mapping[str, Any] | None,
         results: Sequence[Matrix],
         options: SessionJobOptions,
         *,
@@ -802,7 +909,7 @@ class AsyncSession(SessionBase):
         Args:
             given: Its operands.
             kept: The operands and results that stay.
-            out: An array for the first of its results.
+            out: Arrays for its results, by name.
             results: Its results.
             options: The caller's options.
             swapped: Whether W is transposed.
@@ -813,10 +920,9 @@ class AsyncSession(SessionBase):
         )
         options = {**options, "result_dtype": dtypes}
         parsed = parse_options(results=[each.label for each in results], **options)
-        named = None if out is None else {results[0].label: out}
         whole = {each: given.get(each) for each in (Matrix.X, Matrix.W, Matrix.DY)}
         jobs = self._client_engine.jobs
-        return jobs.session_job(whole, named, RESULTS, parsed, kept)
+        return jobs.session_job(whole, out, RESULTS, parsed, kept)
 
     async def _run(self, job: ArrayJob) -> Receipt:
         return self._remember(await self._engine.run(job))
@@ -836,6 +942,12 @@ def _renewal_of(session: AsyncSession) -> Callable[[], Awaitable[bool]]:
 
     return renew
 
+
+def _named(out: Any, result: Matrix) -> dict[str, Any] | None:
+    return None if out is None else {result.label: out}
+
+
+_DEFAULT = tuple(each.label for each in DEFAULT_RESULTS)
 
 _CLOSE_S = 10.0
 """Seconds for closing a session; after that its lease ends it."""
