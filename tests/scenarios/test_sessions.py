@@ -268,7 +268,7 @@ def test_steps_are_those_of_torch(serving: ServerProcess, name: str) -> None:
     ):
         weight = session.put(w)
         gradient = session.zeros_like(weight)
-        for _ in range(40):
+        for _ in range(100):
             x = rng.standard_normal((16, 40)).astype(np.float32) / 8
             dy = rng.standard_normal((16, 30)).astype(np.float32) / 8
             _, context = session.forward(x, weight)
