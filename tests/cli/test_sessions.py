@@ -42,6 +42,43 @@ def test_sessions_are_listed_and_closed(server: ServerProcess) -> None:
     assert listed() == "no session is open\n"
 
 
+def test_a_session_is_described_with_its_tensors(server: ServerProcess) -> None:
+    def described(*arguments: str) -> str:
+        done = gradwire("sessions", "describe", *arguments, "--address", server.address)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with (
+        sdk.connect(server.address) as client,
+        client.session("1MiB", label="a run") as s,
+    ):
+        (found,) = client.sessions()
+        line = "(a run) on device 0, "
+        assert line in described(found.id)
+        weight = s.put(np.ones((100, 50), np.float32), name="fc1")
+        gradient = s.zeros_like(weight)
+        s.backward(
+            s.forward(np.ones((2, 100), np.float32), weight).context,
+            np.ones((2, 50), np.float32),
+            into=gradient,
+        )
+        s.step(sdk.SGD(lr=0.1, momentum=0.9), {weight: gradient})
+        about, heading, first, second = described(found.id).splitlines()
+        assert about.startswith(f"{found.id} {line}")
+        assert ": 1 steps, " in about
+        assert heading.split()[:5] == ["number", "name", "role", "shape", "dtype"]
+        row = f"{weight.number} fc1 weight 100 x 50 float32 39.1 KiB 1 momentum_buffer"
+        assert first.split() == row.split()
+        assert second.split()[1:3] == ["fc1.grad", "gradient"]
+        told = json.loads(described(found.id, "--json"))
+        assert told["tensors"][0]["shape"] == [100, 50]
+        assert s.token not in described(found.id)
+    done = gradwire("sessions", "describe", found.id, "--address", server.address)
+    assert done.returncode == 1
+    assert found.id in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_closing_an_unknown_session_names_it(server: ServerProcess) -> None:
     done = gradwire("sessions", "close", "session-x", "--address", server.address)
     assert done.returncode == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ import pytest
 
 import gradwire
 from tests.support import oracle
+from tests.support.credentials import make_tokens
 from tests.support.proxy import Fault, Proxy
 from tests.support.serving import ServerProcess, running_server
 
@@ -253,6 +255,30 @@ def test_training_goes_on_after_a_step_that_was_not_saved(tmp_path: Path) -> Non
             weights.append(each.get(weight))
             assert each.step_count == 3
         assert same(*weights)
+
+
+def test_a_session_is_described_to_other_clients_of_its_tenant(tmp_path: Path) -> None:
+    tokens, text = make_tokens("alice", "bob")
+    (tmp_path / "tokens.toml").write_text(text)
+    with (
+        running_server(auth_tokens=str(tmp_path / "tokens.toml")) as server,
+        gradwire.connect(server.address, token=tokens["alice"]) as client,
+        gradwire.connect(server.address, token=tokens["alice"]) as operator,
+        gradwire.connect(server.address, token=tokens["bob"]) as other,
+        client.session("1MiB") as session,
+    ):
+        begin(session)
+        (found,) = operator.sessions()
+        time.sleep(0.1)
+        assert operator.describe_session(found.id) == session.describe()
+        idle_s = operator.sessions()[0].idle_s
+        time.sleep(0.1)
+        operator.describe_session(found.id)
+        # The lease is its client's to renew.
+        assert operator.sessions()[0].idle_s >= idle_s + 0.1
+        for name in (found.id, "session-x", ""):
+            with pytest.raises(gradwire.SessionLostError):
+                other.describe_session(name)
 
 
 def test_a_session_is_saved_by_another_client(

@@ -26,7 +26,8 @@ from gradwire_cli.terminal.units import format_bytes
 app = App(
     name="sessions",
     help="""
-    List, save or close the sessions of a server, and list or delete saved states.
+    List, describe, save or close the sessions of a server, and list or delete saved
+    states.
 
     A session keeps a training run's weights, gradients and optimizer state on the
     server. Only sessions of your own tenant are shown; without authentication all
@@ -34,6 +35,16 @@ app = App(
     """,
 )
 
+_TENSOR_COLUMNS = (
+    "number",
+    "name",
+    "role",
+    "shape",
+    "dtype",
+    "size",
+    "updates",
+    "states",
+)
 _COLUMNS = ("session", "label", "device", "step", "tensors", "used", "kept", "idle")
 
 
@@ -71,6 +82,56 @@ def list_sessions(
         as_json=as_json,
         if_none="no session is open",
     )
+
+
+@app.command
+def describe(
+    session: str,
+    /,
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    security: SecurityOptions = PLAINTEXT,
+    as_json: Annotated[bool, FLAG, Parameter(name="--json")] = False,
+    timeout: Seconds = 10.0,
+) -> None:
+    """Print a session's state and its tensors. It does not renew the session's lease.
+
+    Args:
+        session: Session, as listed.
+        address: Server address: HOST:PORT or unix:PATH.
+        security: TLS and credentials.
+        as_json: Print one JSON object instead of a table.
+        timeout: Time limit for the answer.
+    """
+    with _connected(address, security, timeout) as client:
+        found = client.describe_session(session)
+    if as_json:
+        json.dump(dataclasses.asdict(found), sys.stdout)
+        sys.stdout.write("\n")
+        return
+    used, kept = format_bytes(found.used_bytes), format_bytes(found.keep_bytes)
+    label = f" ({found.label})" if found.label else ""
+    sys.stdout.write(
+        f"{session}{label} on device {found.device.index}, {found.device.name}:"
+        f" {found.step} steps, {used} of {kept} used, lease of {found.lease_s:g} s\n"
+    )
+    if found.tensors:
+        table = Table(box=None, pad_edge=False)
+        for name in _TENSOR_COLUMNS:
+            texts = {"name", "role", "shape", "dtype", "states"}
+            table.add_column(name, justify="left" if name in texts else "right")
+        for each in found.tensors:
+            table.add_row(
+                str(each.number),
+                each.name,
+                "frozen" if each.frozen else each.role,
+                " x ".join(map(str, each.shape)),
+                each.dtype,
+                format_bytes(each.size_bytes),
+                str(each.updates),
+                ", ".join(each.states),
+            )
+        console().print(table)
 
 
 @app.command

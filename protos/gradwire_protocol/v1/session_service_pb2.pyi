@@ -117,10 +117,12 @@ class SessionSummary(_message.Message):
     def __init__(self, id: _Optional[str] = ..., label: _Optional[str] = ..., device: _Optional[int] = ..., step: _Optional[int] = ..., tensors: _Optional[int] = ..., keep_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., idle_seconds: _Optional[float] = ..., age_seconds: _Optional[float] = ...) -> None: ...
 
 class DescribeSessionRequest(_message.Message):
-    __slots__ = ("session",)
+    __slots__ = ("session", "id")
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
     session: str
-    def __init__(self, session: _Optional[str] = ...) -> None: ...
+    id: str
+    def __init__(self, session: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
 
 class DescribeSessionResponse(_message.Message):
     __slots__ = ("label", "server_instance", "device", "lease_seconds", "step", "keep_bytes", "used_bytes", "tensors")

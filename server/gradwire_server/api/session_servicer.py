@@ -178,20 +178,26 @@ class SessionServicer(SessionCalls):
     async def _describe(
         self, call: CallState, request: pb2.DescribeSessionRequest
     ) -> pb2.DescribeSessionResponse:
+        if not request.session and request.id:
+            # An operator's look at a session does not keep it open.
+            return self._description(self._sessions.named(request.id, call.tenant))
         with self._used(call, request.session) as session:
-            return pb2.DescribeSessionResponse(
-                label=session.label,
-                server_instance=self._service.instance,
-                device=self._device(session),
-                lease_seconds=session.lease_s,
-                step=session.step,
-                keep_bytes=session.keep_bytes,
-                used_bytes=session.used_bytes,
-                tensors=[
-                    tensor.info(session.shared.sharers(tensor))
-                    for _, tensor in sorted(session.tensors.items())
-                ],
-            )
+            return self._description(session)
+
+    def _description(self, session: Session) -> pb2.DescribeSessionResponse:
+        return pb2.DescribeSessionResponse(
+            label=session.label,
+            server_instance=self._service.instance,
+            device=self._device(session),
+            lease_seconds=session.lease_s,
+            step=session.step,
+            keep_bytes=session.keep_bytes,
+            used_bytes=session.used_bytes,
+            tensors=[
+                tensor.info(session.shared.sharers(tensor))
+                for _, tensor in sorted(session.tensors.items())
+            ],
+        )
 
     async def _drop(
         self, call: CallState, request: pb2.DropTensorsRequest

@@ -17,7 +17,7 @@ from gradwire._api.options import (
     parse_options,
     parse_timeout,
 )
-from gradwire._api.session_types import SavedState, SessionSummary
+from gradwire._api.session_types import SavedState, SessionInfo, SessionSummary
 from gradwire._api.types import Array, Backward, Gradients, ServerInfo
 from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._sync.batch import run
@@ -31,6 +31,7 @@ from gradwire._client.session_base import (
     SessionOptions,
     check_state,
     saved_state_of,
+    session_info_of,
     summary_of,
 )
 from gradwire._resilience.row_reader import RowReader
@@ -261,6 +262,29 @@ class Client(ClientBase[SyncEngine, Session]):
         """
         request = session_service_pb2.CloseSessionRequest(id=id)
         self._engine.call_once("CloseSession", request, address)
+
+    def describe_session(
+        self,
+        id: str,  # noqa: A002 - as in `sessions`
+        *,
+        address: str | None = None,
+    ) -> SessionInfo:
+        """Return the state and the tensors of a session of this caller's tenant.
+
+        See `Session.describe`, for a program without the session. It does not
+        renew the session's lease.
+
+        Args:
+            id: Its id, from `sessions`.
+            address: Which of several servers; None: the server of the next job.
+
+        Raises:
+            SessionLostError: There is no such session.
+            GradwireError: The call failed.
+        """
+        request = session_service_pb2.DescribeSessionRequest(id=id)
+        answer = self._engine.call_once("DescribeSession", request, address)
+        return session_info_of(answer)
 
     def save_session(
         self,
