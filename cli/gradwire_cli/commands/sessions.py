@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, TypeVar
 
 from cyclopts import App, Parameter
@@ -45,6 +45,8 @@ _TENSOR_COLUMNS = (
     "updates",
     "states",
 )
+_TEXTS = {"session", "label", "name", "role", "shape", "dtype", "states"}
+"""Columns that are not numbers."""
 _COLUMNS = ("session", "label", "device", "step", "tensors", "used", "kept", "idle")
 
 
@@ -106,8 +108,7 @@ def describe(
     with _connected(address, security, timeout) as client:
         found = client.describe_session(session)
     if as_json:
-        json.dump(dataclasses.asdict(found), sys.stdout)
-        sys.stdout.write("\n")
+        _print_json(found)
         return
     used, kept = format_bytes(found.used_bytes), format_bytes(found.keep_bytes)
     label = f" ({found.label})" if found.label else ""
@@ -116,22 +117,22 @@ def describe(
         f" {found.step} steps, {used} of {kept} used, lease of {found.lease_s:g} s\n"
     )
     if found.tensors:
-        table = Table(box=None, pad_edge=False)
-        for name in _TENSOR_COLUMNS:
-            texts = {"name", "role", "shape", "dtype", "states"}
-            table.add_column(name, justify="left" if name in texts else "right")
-        for each in found.tensors:
-            table.add_row(
-                str(each.number),
-                each.name,
-                "frozen" if each.frozen else each.role,
-                " x ".join(map(str, each.shape)),
-                each.dtype,
-                format_bytes(each.size_bytes),
-                str(each.updates),
-                ", ".join(each.states),
-            )
-        console().print(table)
+        _print_table(
+            _TENSOR_COLUMNS,
+            (
+                (
+                    str(each.number),
+                    each.name,
+                    "frozen" if each.frozen else each.role,
+                    " x ".join(map(str, each.shape)),
+                    each.dtype,
+                    format_bytes(each.size_bytes),
+                    str(each.updates),
+                    ", ".join(each.states),
+                )
+                for each in found.tensors
+            ),
+        )
 
 
 @app.command
@@ -252,18 +253,25 @@ def _print_list(
     """Print what a server has: a table, a sentence if it is empty, or JSON objects."""
     if as_json:
         for each in found:
-            json.dump(dataclasses.asdict(each), sys.stdout)
-            sys.stdout.write("\n")
+            _print_json(each)
         return
     if not found:
         sys.stdout.write(f"{if_none}\n")
         return
+    _print_table(columns, map(row, found))
+
+
+def _print_json(item: gradwire.SessionInfo | Item) -> None:
+    json.dump(dataclasses.asdict(item), sys.stdout)
+    sys.stdout.write("\n")
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> None:
     table = Table(box=None, pad_edge=False)
     for name in columns:
-        texts = {"session", "label", "name"}
-        table.add_column(name, justify="left" if name in texts else "right")
-    for each in found:
-        table.add_row(*row(each))
+        table.add_column(name, justify="left" if name in _TEXTS else "right")
+    for row in rows:
+        table.add_row(*row)
     console().print(table)
 
 
