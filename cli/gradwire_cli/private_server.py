@@ -116,10 +116,12 @@ def _private_server() -> Iterator[str]:
     # Imported here: a command with --address needs no server package.
     from gradwire_server import BackendError, ListenError, start_in_thread  # noqa: PLC0415
 
-    # Errors of jobs reach the command as exceptions. Unexpected errors are only
-    # in the log.
-    logging.getLogger("gradwire_server").setLevel(logging.ERROR)
     with ExitStack() as stack:
+        # Errors of jobs reach the command as exceptions. Unexpected errors are only
+        # in the log.
+        log = logging.getLogger("gradwire_server")
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.ERROR)
         try:
             server = stack.enter_context(start_in_thread())
         except (ListenError, BackendError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import sys
@@ -130,6 +131,8 @@ def test_without_an_address_a_private_server_is_checked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(["check", "--json", "--seed", "7"]) == 0
+    # The command silences the log of its server only while that runs.
+    assert logging.getLogger("gradwire_server").level == logging.NOTSET
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is True
     assert "private server" in report["server"]

@@ -669,6 +669,7 @@ async def test_what_is_no_port_is_refused_with_the_form_of_one(
 async def test_plaintext_beyond_loopback_has_to_be_asked_for(
     listen: Listen, settings: dict[str, Any], warnings: list[str], caplog: Any
 ) -> None:
+    caplog.set_level(logging.WARNING, "gradwire_server")
     with pytest.raises(ListenError, match=r"in plaintext.*--insecure"):
         await listen(**settings)
     await listen(**settings, insecure=True)
