@@ -63,6 +63,8 @@ class Proxy:
         """How many were made through it."""
         self.faults = 0
         """How many have happened."""
+        self.passed = 0
+        """How many messages were through, in its direction, when the last happened."""
         self.messages: dict[Direction, int] = {"requests": 0, "responses": 0}
         """How many have passed since the last fault was armed."""
         self.bytes: dict[Direction, int] = {"requests": 0, "responses": 0}
@@ -132,12 +134,14 @@ class Proxy:
             pause = None if fault is None else _pause(fault, first, data)
             if pause is not None:
                 self.pause()
+            later = len(data) if pause is None else pause
+            ends = [end for _, end in spans if end is not None]
             if cut is not None or flip is not None or pause is not None:
                 self._fault = None
                 self.faults += 1
+                self.passed = before + sum(1 for end in ends if end <= later)
             self.bytes[of] += len(data)
-            self.messages[of] += sum(1 for _, end in spans if end is not None)
-        later = len(data) if pause is None else pause
+            self.messages[of] += len(ends)
         return data[:later], data[later:], cut is not None
 
     def wait_until_going(self) -> None:
