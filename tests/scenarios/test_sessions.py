@@ -404,12 +404,16 @@ def test_a_16_bit_copy_follows_its_float32_weight(connected: gradwire.Client) ->
             session.step(gradwire.SGD(lr=0.1), {weight: gradient})
 
 
-def test_parts_give_the_same_bits_in_any_order(serving: ServerProcess) -> None:
+@pytest.mark.parametrize("turns", [12, pytest.param(50, marks=pytest.mark.big)])
+def test_parts_give_the_same_bits_in_any_order(
+    serving: ServerProcess, turns: int
+) -> None:
     batches = [oracle.operands(40, 60, 50, seed=seed) for seed in range(4)]
     w = batches[0][1]
-    bits = set()
+    bits, orders = set(), set()
     with gradwire.connect(serving.address, transport="grpc") as client:
-        for turn in range(12):
+        shares = [client.gradients(x, w, dy).dw for x, _, dy in batches]
+        for turn in range(turns):
             rng = np.random.default_rng(turn)
             with client.session("4MiB") as session, ThreadPoolExecutor(4) as threads:
                 weight = session.put(w)
@@ -419,22 +423,26 @@ def test_parts_give_the_same_bits_in_any_order(serving: ServerProcess) -> None:
                 for context in contexts:
                     session.contribution(gradient, context.parts)
                 running = []
+                ended: list[int] = []
                 for index in rng.permutation(4):
                     time.sleep(rng.random() / 100)
                     dy = batches[index][2]
-                    running.append(
-                        threads.submit(
-                            session.backward,
-                            contexts[index],
-                            dy,
-                            into=gradient,
-                            dx=False,
-                        )
+                    job = threads.submit(
+                        session.backward, contexts[index], dy, into=gradient, dx=False
                     )
+                    job.add_done_callback(
+                        lambda _, index=index, ended=ended: ended.append(index)
+                    )
+                    running.append(job)
                 for each in running:
                     each.result()
                 bits.add(session.get(gradient).tobytes())
-    assert len(bits) == 1
+            orders.add(tuple(ended))  # its threads are over
+    print(f"{turns} runs ended in {len(orders)} orders")
+    assert len(orders) > 1
+    assert bits == {sum(shares, np.zeros_like(w)).tobytes()}
+    # The order matters to these bits, or this test would show nothing.
+    assert sum(reversed(shares), np.zeros_like(w)).tobytes() not in bits
 
 
 @pytest.mark.parametrize("streamed", [False, True])
