@@ -250,8 +250,28 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_of_torch(serving: ServerProcess, name: str) -> None:
+# By steps: the first, in which momentum would begin; two in a row; an overflow.
+NOT_FINITE = {0: np.inf, 20: np.nan, 21: -np.inf, 70: 1e38, 98: np.nan}
+
+
+@pytest.mark.parametrize(
+    ("name", "scaled"),
+    [
+        *(pytest.param(name, False, id=name) for name in OPTIMIZERS),
+        *(
+            pytest.param(
+                name,
+                True,
+                id=f"{name}-scaled",
+                marks=[] if name in {"momentum", "adamw"} else pytest.mark.big,
+            )
+            for name in OPTIMIZERS
+        ),
+    ],
+)
+def test_steps_are_those_of_torch(
+    serving: ServerProcess, name: str, scaled: bool
+) -> None:
     torch = pytest.importorskip("torch")
     optimizer, options = OPTIMIZERS[name]
     kind = getattr(torch.optim, type(optimizer).__name__)
@@ -262,27 +282,59 @@ def test_steps_are_those_of_torch(serving: ServerProcess, name: str) -> None:
     w = rng.standard_normal((40, 30)).astype(np.float32)
     theirs = torch.nn.Parameter(torch.from_numpy(w.copy()))
     torchs = kind([theirs], **values, foreach=False)
+    # No powers of 2, by which gradients would be divided without rounding.
+    scaler = torch.amp.GradScaler(
+        "cpu", init_scale=1000.0, growth_factor=3.0, growth_interval=9, enabled=scaled
+    )
+    scales = set()
     with (
         gradwire.connect(serving.address, transport="grpc") as client,
         client.session("1MiB") as session,
     ):
         weight = session.put(w)
         gradient = session.zeros_like(weight)
-        for _ in range(100):
+        for step in range(100):
             x = rng.standard_normal((16, 40)).astype(np.float32) / 8
             dy = rng.standard_normal((16, 30)).astype(np.float32) / 8
+            scale = scaler.scale(torch.ones(())).item()
+            scales.add(scale)
+            dy *= np.float32(scale)
+            skipped = scaled and step in NOT_FINITE
+            if skipped:
+                dy[step % 16, step % 30] = NOT_FINITE[step]
+                x[step % 16, 0] = 10  # 1e38 times which overflows
             _, context = session.forward(x, weight)
             session.backward(context, dy, into=gradient, dx=False)
             theirs.grad = torch.from_numpy(session.get(gradient))
+            scaler.unscale_(torchs)
             norm = torch.nn.utils.clip_grad_norm_(
                 [theirs], options.get("max_norm") or float("inf")
+            ).item()
+            result = session.step(
+                optimizer,
+                {weight: gradient},
+                **options,
+                inverse_scale=1 / scale,
+                skip_nonfinite=scaled,
             )
-            result = session.step(optimizer, {weight: gradient}, **options)
-            assert result.total_norm == pytest.approx(float(norm), rel=1e-6)
-            torchs.step()
+            scaler.step(torchs)
+            scaler.update()
+            assert result.skipped == skipped
+            assert result.step == step + 1
+            if skipped:
+                assert not np.isfinite([norm, result.total_norm]).any()
+            else:
+                assert result.total_norm == pytest.approx(norm, rel=1e-6)
         ours = session.get(weight)
+        updates = session.describe().tensors[0].updates
+    assert updates == 100 - scaled * len(NOT_FINITE)
+    if "step" in torchs.state[theirs]:
+        assert torchs.state[theirs]["step"] == updates
+    assert len(scales) > 5 if scaled else scales == {1.0}
     expected = theirs.detach().numpy()
-    assert np.linalg.norm(ours - expected) <= 2e-7 * np.linalg.norm(expected)
+    off = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+    print(name, "scaled" if scaled else "plain", f"{off:.1e}")
+    assert off <= 2e-7
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
