@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -10,18 +9,11 @@ import torch
 from gradwire._api.errors import InputError
 from gradwire._api.options import DtypeLike, parse_dtype
 from gradwire._client._sync.session import Session
-from gradwire._client.session_base import Context
 from gradwire._core.kept import Tensor
-from gradwire.torch._compiling import uncompiled
+from gradwire.torch._kept_product import multiply
 from gradwire.torch._products import autocast
-from gradwire.torch._unheld import contributed, stands_beside
-from gradwire.torch._weight import (
-    NOT_COPIED,
-    KeptX,
-    Weight,
-    label_of,
-    with_room,
-)
+from gradwire.torch._unheld import stands_beside
+from gradwire.torch._weight import Weight
 from gradwire_protocol.dtypes import WIRE_DTYPES
 
 
@@ -34,8 +26,8 @@ class Linear(torch.nn.Module):
     parameter.
 
     `state_dict` fetches the weight, and `load_state_dict` puts it: both exchange files
-    with `torch.nn.Linear`. Copying and pickling the layer are errors, as is the second
-    derivative.
+    with `torch.nn.Linear`. `copy.deepcopy`, `pickle` and `torch.save` of a model with
+    the layer make it a `torch.nn.Linear`. Second derivatives are an error.
 
     Args:
         in_features: Size of an input row.
@@ -134,7 +126,6 @@ class Linear(torch.nn.Module):
         """The session."""
         return self._weight.session
 
-    @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute x wᵀ + bias.
 
@@ -148,8 +139,11 @@ class Linear(torch.nn.Module):
             InputError: The shape or the dtype is another one.
             GradwireError: The job failed.
         """
+        _refuse_transforms()
         if not isinstance(x, torch.Tensor):
             raise InputError(f"x is a {type(x).__qualname__}: expected a tensor")
+        if x.is_meta:
+            raise InputError("x is on meta: it has no elements to be sent")
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise InputError(
                 f"x has shape {tuple(x.shape)}: expected (..., {self.in_features})"
@@ -162,7 +156,7 @@ class Linear(torch.nn.Module):
                 f"x is {x.dtype} and the layer {self._weight.dtype}: expected one dtype"
             )
         rows = x if x.ndim > 1 else x.unsqueeze(0)
-        y: torch.Tensor = _multiply(self, rows)
+        y = multiply(rows, self._weight, self.wire_dtype, keep=self.training)
         y = y if x.ndim > 1 else y.squeeze(0)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -200,16 +194,30 @@ class Linear(torch.nn.Module):
             )
         super().__setattr__(name, value)
 
+    def __copy__(self) -> Linear:
+        layer = type(self).__new__(type(self))
+        layer.__setstate__(self.__getstate__())
+        return layer
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(NOT_COPIED)
+        # Copies and pickles are of the local layer, which needs no server and no
+        # gradwire. The weight becomes a parameter when it is copied or pickled itself,
+        # so that layers with one weight still share it.
+        state: dict[str, Any] = self.__getstate__()  # type: ignore[assignment]
+        weight = state.pop("_weight")
+        del state["wire_dtype"]
+        state["_parameters"] = {"weight": weight, **self._parameters}
+        return object.__new__, (torch.nn.Linear,), state
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
-        dtype = self._weight.dtype
-        if fn(torch.empty(0, dtype=dtype)).dtype is not dtype:
+        weight = self._weight
+        applied = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+        if applied.dtype is not weight.dtype:
             raise InputError(
-                f"the weight is kept on a server as {dtype}: convert the model before"
-                " offload"
+                f"the weight is kept on a server as {weight.dtype}: convert the model"
+                " before offload"
             )
+        weight.device = applied.device
         super()._apply(fn, recurse)
         return self
 
@@ -253,121 +261,14 @@ class Linear(torch.nn.Module):
             self._weight.put(state_dict[key])
 
 
-def _multiply(layer: Linear, rows: torch.Tensor) -> Any:
-    weight = layer.weight
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+def _refuse_transforms() -> None:
+    # The compiler traces no such question, and refuses the transforms by itself.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
             "torch.func cannot transform a layer whose weight is kept on a server:"
             " gradwire.torch.linear(x, w, client=client) can be transformed, or make"
             " the layer local with gradwire.torch.to_local"
-        )
-    trains = weight.requires_grad and torch.is_grad_enabled()
-    leaf = weight.leaf if trains else None
-    # Within a backward pass, this is a forward pass of activation checkpointing. The
-    # X that was kept at first is there for the gradient.
-    keep = trains and layer.training and torch._C._current_graph_task_id() == -1
-    return _Product.apply(rows, leaf, weight, layer.wire_dtype, keep)
-
-
-class _Product(torch.autograd.Function):
-    """Y = X Wᵀ with W in a session, and its gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        leaf: torch.Tensor | None,
-        weight: Weight,
-        wire_dtype: str | None,
-        keep: bool,
-    ) -> torch.Tensor:
-        session, tensor = weight.session, weight.tensor
-        sent, options = _sent(x, weight, wire_dtype)
-        y = sent.new_empty((*x.shape[:-1], weight.shape[0]))
-        _, context = with_room(
-            session,
-            lambda: session.forward(sent, tensor.T, keep=keep, out=y, **options),
-        )
-        if context is None:
-            wire = options.get("wire_dtype")
-            context = Context(sent, tensor.T, tuple(x.shape[:-1]), None, wire)
-        # Autograd holds X, or makes it anew where activations are checkpointed.
-        context.local_x = None
-        if not keep:
-            context.x = None
-        if leaf is not None:
-            ctx.save_for_backward(x)
-        ctx.kept = KeptX(session, context, keep)
-        ctx.weight, ctx.options, ctx.leaf = weight, options, leaf
-        ctx.sent_dtype = sent.dtype
-        return y.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        with torch.no_grad():
-            dx = _gradients(ctx, dy)
-        if dx is not None and torch.is_grad_enabled():
-            # With create_graph. dX depends on W, even where dY is a constant.
-            dx = _Last.apply(dx, dy, ctx.leaf)
-        return (dx, None, None, None, None)
-
-
-def _gradients(ctx: Any, dy: torch.Tensor) -> torch.Tensor | None:
-    """Add dW to the weight's gradient, and return dX, if they are wanted."""
-    weight: Weight = ctx.weight
-    kept: KeptX = ctx.kept
-    needs_dx = ctx.needs_input_grad[0]
-    # Not in torch.autograd.grad(loss, inputs), where it is for other leaves.
-    adds = ctx.leaf is not None and torch._C._will_engine_execute_node(weight.leaf_node)
-    if not needs_dx and not adds:
-        return None
-    options = dict(ctx.options)
-    context = kept.context
-    if adds:
-        (x,) = ctx.saved_tensors
-        local_x = x.detach().to(ctx.sent_dtype)
-        if kept.contributed:
-            # With retain_graph, each pass is a contribution of its own.
-            context = dataclasses.replace(context, x=local_x, parts={})
-        elif context.x is None:
-            context = dataclasses.replace(context, x=local_x)
-        else:
-            context = dataclasses.replace(context, local_x=local_x)
-        options["result_dtype"] = {"dw": weight.tensor.dtype}
-        weight.touched = True
-        contributed(weight)
-    sent = dy.to(ctx.sent_dtype)
-    dx = None
-    if needs_dx:
-        dx = sent.new_empty((*dy.shape[:-1], weight.shape[1]))
-    weight.session.backward(
-        context,
-        sent,
-        into=weight.gradient if adds else None,
-        dx=needs_dx,
-        out=dx,
-        **options,
-    )
-    if adds:
-        kept.used()
-    return None if dx is None else dx.to(dy.dtype)
-
-
-class _Last(torch.autograd.Function):
-    """dX as it is; its own derivatives are an error, and not silently none."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, dx: torch.Tensor, dy: torch.Tensor, leaf: torch.Tensor | None
-    ) -> torch.Tensor:
-        return dx.view_as(dx)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "a layer whose weight is kept on a server has no second derivatives:"
-            " gradwire.torch.linear(x, w, client=client) has, or make the layer local"
-            " with gradwire.torch.to_local"
         )
 
 
@@ -377,15 +278,3 @@ def take_hooks(layer: torch.nn.Module, other: torch.nn.Module) -> None:
         # The very dictionaries, from which handles remove hooks.
         if name.endswith(("_hook", "_hooks")) or "_hooks_" in name:
             layer.__dict__[name] = hooks
-
-
-def _sent(
-    x: torch.Tensor, weight: Weight, wire_dtype: str | None
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Return X in a dtype in which W is kept, and the job's options."""
-    x = x.detach()
-    if x.dtype is torch.float32 and wire_dtype is not None:
-        return x, {"wire_dtype": wire_dtype}
-    if label_of(x.dtype) in (weight.tensor.dtype, weight.tensor.compute_dtype):
-        return x, {}
-    return x.to(getattr(torch, weight.tensor.dtype)), {}

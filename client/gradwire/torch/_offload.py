@@ -114,10 +114,7 @@ def to_local(model: Model) -> Model:
     for layer in layers.values():
         weight = layer.weight
         if weight not in parameters:
-            device = None if layer.bias is None else layer.bias.device
-            parameters[weight] = torch.nn.Parameter(
-                weight.fetch().to(device), requires_grad=weight.requires_grad
-            )
+            parameters[weight] = weight.to_parameter()
     replaced: dict[torch.nn.Module, torch.nn.Module] = {
         layer: _local(layer, parameters[layer.weight]) for layer in layers.values()
     }

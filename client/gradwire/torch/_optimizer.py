@@ -12,9 +12,10 @@ from gradwire._api import optimizers
 from gradwire._api.errors import InputError
 from gradwire._api.session_types import TensorInfo
 from gradwire._client._sync.session import Session
+from gradwire.torch._kept_x import drop_left_over
 from gradwire.torch._offload import named_parameters
 from gradwire.torch._unheld import hold
-from gradwire.torch._weight import Weight, drop_left_over, from_numpy
+from gradwire.torch._weight import Weight, from_numpy
 from gradwire_protocol.optimizers import CLIP_EPSILON
 
 _CLASSES = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import warnings
 import weakref
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from gradwire._api.errors import InputError, SessionFullError
+from gradwire._api.errors import ClientStateError, InputError
 from gradwire._api.options import DtypeLike, parse_dtype
 from gradwire._client._sync.session import Session
-from gradwire._client.session_base import Context
 from gradwire._core.kept import Tensor
 from gradwire_protocol.dtypes import WIRE_DTYPES
 from gradwire_protocol.limits import MAX_NAME_LENGTH
@@ -36,6 +36,7 @@ class Weight:
         dtype: The dtype that `fetch` and `state_dict` return. A float16 or bfloat16
             weight that requires a gradient is float32 in the session, with a rounded
             copy for jobs.
+        device: The device of the parameter that it becomes in a local layer.
         name: Its name in the session.
     """
 
@@ -53,6 +54,7 @@ class Weight:
         self.session = session
         self.shape = elements.shape
         self.dtype = elements.dtype
+        self.device = elements.device
         self.name = name[-MAX_NAME_LENGTH:]
         copy = _copy_dtype(elements.dtype, requires_grad, wire_dtype, compute_dtype)
         self.tensor = session.put(
@@ -65,10 +67,13 @@ class Weight:
         self.gradient: Tensor | None = None
         self.touched = False
         """Whether the gradient may have contributions since the last step."""
-        # A leaf by which autograd knows that the weight requires a gradient.
+        # For graphs: a number that stands for the weight, and a leaf by which autograd
+        # knows that the weight requires a gradient.
         with torch.inference_mode(False), torch.enable_grad():
+            self.handle = torch.tensor(next(_new_number))
             self.leaf = torch.zeros((), requires_grad=True)
             self.leaf_node = self.leaf.view_as(self.leaf).grad_fn.next_functions[0][0]
+        _weights[int(self.handle)] = self
         self._fetched: Any = lambda: None
         self._lock = threading.Lock()
         try:
@@ -132,6 +137,15 @@ class Weight:
             GradwireError: The call failed.
         """
         return from_numpy(self.session.get(self.tensor)).to(self.dtype)
+
+    def to_parameter(self) -> torch.nn.Parameter:
+        """Return a parameter with a copy of the elements, on `device`.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        elements = self.fetch().to(self.device)
+        return torch.nn.Parameter(elements, requires_grad=self.requires_grad)
 
     def fetch_for(self, state_dict: Mapping[str, Any]) -> torch.Tensor:
         """Return a copy of the elements, or the one that a state_dict has already."""
@@ -233,8 +247,20 @@ class Weight:
             " or pass layer.weight.fetch()"
         )
 
+    def __copy__(self) -> Weight:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> torch.nn.Parameter:
+        warnings.warn(
+            "a deep copy of a model has all weights here: to average or compare it with"
+            " the model, use state_dict() of both; parameters() of the model has the"
+            " local ones only",
+            stacklevel=2,
+        )
+        return self.to_parameter()  # without a gradient, as a copied parameter
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(NOT_COPIED)
+        return self.to_parameter().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         return (
@@ -243,10 +269,21 @@ class Weight:
         )
 
 
-NOT_COPIED = (
-    "a layer whose weight is kept on a server cannot be copied or pickled: use its"
-    " state_dict(), or make it local with gradwire.torch.to_local first"
-)
+_weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
+
+_new_number = itertools.count(1)
+
+
+def weight_of(handle: torch.Tensor) -> Weight:
+    """Return the weight of a handle.
+
+    Raises:
+        ClientStateError: The weight no longer exists.
+    """
+    weight = _weights.get(int(handle))
+    if weight is None:
+        raise ClientStateError("the layer of this graph no longer exists")
+    return weight
 
 
 def check_session(session: Session) -> None:
@@ -299,63 +336,3 @@ def _copy_dtype(
             f"{', '.join(wanted)} is for float32 weights, but the weight is float64"
         )
     return next(iter(wanted.values()))
-
-
-class KeptX:
-    """The context of a forward pass, until its backward pass or the end of its graph.
-
-    A graph may be dropped without a backward pass. What its contexts keep in the
-    session is then dropped with the next step, or when the session is full.
-    """
-
-    __slots__ = ("context", "contributed", "session")
-
-    def __init__(self, session: Session, context: Context, kept: bool) -> None:
-        self.session = session if kept else None
-        self.context = context
-        self.contributed = False
-
-    def used(self) -> None:
-        """Note that the session has dropped X after its last use."""
-        self.session = None
-        self.contributed = True
-
-    def __del__(self) -> None:
-        if self.session is not None:
-            # No call from here: the garbage collector may run anywhere.
-            left_over(self.session).append(self.context.x)
-
-
-_left_over: weakref.WeakKeyDictionary[Session, deque[Tensor]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def left_over(session: Session) -> deque[Tensor]:
-    """Return the X in a session that no backward pass will use."""
-    return _left_over.setdefault(session, deque())
-
-
-def drop_left_over(session: Session) -> bool:
-    """Drop the X in a session that no backward pass will use.
-
-    Returns:
-        Whether there were any.
-    """
-    waiting = left_over(session)
-    tensors = []
-    while waiting:
-        tensors.append(waiting.popleft())
-    if tensors:
-        session.drop(*tensors)
-    return bool(tensors)
-
-
-def with_room(session: Session, call: Any) -> Any:
-    """Return what a call returns, once more after dropping what nothing will use."""
-    try:
-        return call()
-    except SessionFullError:
-        if not drop_left_over(session):
-            raise
-    return call()

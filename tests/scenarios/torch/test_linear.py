@@ -318,17 +318,77 @@ def test_the_weight_says_where_its_elements_are(pair: Any) -> None:
     assert torch.equal(weight.fetch(), torch.ones(5, 6))
 
 
-def test_copies_and_conversions_are_refused(pair: Any) -> None:
+def doubled(_: object, __: object, y: torch.Tensor) -> torch.Tensor:
+    return 2 * y
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.filterwarnings("ignore:a deep copy:UserWarning")
+@pytest.mark.parametrize(
+    "copied",
+    [
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        *(
+            pytest.param(lambda m, p=p: pickle.loads(pickle.dumps(m, p)), id=f"{p}")
+            for p in range(pickle.HIGHEST_PROTOCOL + 1)
+        ),
+        pytest.param(saved, id="torch.save"),
+    ],
+)
+def test_a_copy_is_the_local_model(session: gradwire.Session, copied: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6, False), nn.Linear(6, 5))
+    model[1].weight = model[0].weight
+    model[2].requires_grad_(False)
+    model[2].register_forward_hook(doubled)
+    local = copy.deepcopy(model)
+    gradwire.torch.offload(model, session, at_least=1)
+    model(torch.randn(3, 6)).sum().backward()
+    twin = copied(model)
+    assert repr(twin) == repr(local)
+    assert [vars(each).keys() for each in twin] == [vars(each).keys() for each in local]
+    assert twin[0].weight is twin[1].weight
+    torch.testing.assert_close(twin.state_dict(), local.state_dict(), rtol=0, atol=0)
+    for one, other in zip(twin.parameters(), local.parameters(), strict=True):
+        assert one.requires_grad == other.requires_grad
+        assert one.grad is None
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(twin(x), local(x))
+    # The copy and the model go their own ways.
+    with torch.no_grad():
+        twin[0].weight.zero_()
+    assert torch.equal(model[0].weight.fetch(), local[0].weight)
+
+
+def test_a_pickled_layer_needs_no_gradwire(pair: Any) -> None:
     _, remote = pair
-    model = nn.Sequential(remote)
-    for call in (copy.deepcopy, copy.copy, pickle.dumps):
-        with pytest.raises(TypeError, match="to_local"):
-            call(remote)
-    with pytest.raises(TypeError, match="to_local"):
-        copy.deepcopy(model)
+    remote.compile(backend="eager")  # makes a function that no pickle can hold
+    assert b"gradwire" not in pickle.dumps(remote)
+
+
+def test_a_shallow_copy_shares_the_weight(pair: Any) -> None:
+    _, remote = pair
+    twin = copy.copy(remote)
+    remote.weight.put(torch.zeros(5, 6))
+    assert twin.weight is remote.weight
+    assert twin.bias is remote.bias
+    assert torch.equal(twin(torch.randn(3, 6)), remote.bias.expand(3, 5))
+
+
+def test_an_average_by_parameters_is_warned_of(pair: Any) -> None:
+    with pytest.warns(UserWarning, match=r"use state_dict\(\) of both"):
+        torch.optim.swa_utils.AveragedModel(nn.Sequential(pair[1]))
+
+
+def test_conversions_are_refused(pair: Any) -> None:
     with pytest.raises(gradwire.InputError, match="before offload"):
-        model.half()
-    model.to("cpu").float()
+        nn.Sequential(pair[1]).half()
 
 
 def test_bad_arguments_are_named(session: gradwire.Session, pair: Any) -> None:

@@ -287,23 +287,3 @@ def test_transformer_layers_of_torch_work(session: gradwire.Session, mode: str) 
     torch.testing.assert_close(remote(x), local(x))
     with torch.no_grad():
         torch.testing.assert_close(remote(x), local(x))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_a_compiled_model_trains_as_here(session: gradwire.Session) -> None:
-    torch.compiler.reset()
-    local, remote = both(
-        nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), session
-    )
-    compiled = torch.compile(remote, backend="aot_eager")
-    batches = [regression() for _ in range(5)]
-
-    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        return mse(compiled if model is remote else model, batch)
-
-    losses = train(local, ADAMW, batches, loss, lr=0.01)
-    for one, other in zip(
-        train(remote, ADAMW, batches, loss, lr=0.01), losses, strict=True
-    ):
-        close(one, other)
-    assert_same_weights(local, remote)
