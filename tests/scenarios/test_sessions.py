@@ -987,6 +987,8 @@ def test_the_transpose_of_a_gradient_is_no_other_gradient(
         _, context = session.forward(x, weight)
         with pytest.raises(gradwire.InputError, match="transposed"):
             session.backward(context, dy, into=gradient.T)
+        with pytest.raises(gradwire.InputError, match="W is not transposed: pass into"):
+            session.gradients(x, weight, dy, into=gradient.T)
         with pytest.raises(gradwire.InputError, match="transposed"):
             session.step(gradwire.SGD(), {weight: gradient.T})
         oblong = session.zeros_like(session.put(w[:, :2].copy()), name="oblong")

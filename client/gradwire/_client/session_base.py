@@ -406,6 +406,32 @@ class SessionBase:
             into=into or {},
         )
 
+    def gradients_of(
+        self, into: object, bias_into: object, *, transposed: bool
+    ) -> dict[Matrix, Tensor]:
+        """Return the gradients to which a job adds its results, by result.
+
+        Args:
+            into: The gradient of W, or None.
+            bias_into: The gradient of a bias, or None.
+            transposed: Whether W is.
+
+        Raises:
+            InputError: One is no tensor of this session, or is transposed and W is not.
+        """
+        gradients = {}
+        for name, gradient, matrix in (
+            ("into", into, Matrix.DW),
+            ("bias_into", bias_into, Matrix.DB),
+        ):
+            if gradient is not None:
+                own = gradients[matrix] = self.own(gradient, name)
+                if own.transposed and not transposed:
+                    raise InputError(
+                        f"{name} is {own!r}, but W is not transposed: pass {name}.T"
+                    )
+        return gradients
+
     def contribution(self, gradient: Tensor, parts: dict[int, _Part]) -> Contribution:
         """Return the next part of a gradient; the same one for the same context.
 

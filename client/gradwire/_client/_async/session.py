@@ -53,7 +53,7 @@ from gradwire._client.session_base import (
     swapped_names,
 )
 from gradwire._client.session_files import SavedTensor
-from gradwire._core.kept import Keeping, Tensor
+from gradwire._core.kept import Tensor
 from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
@@ -482,10 +482,10 @@ class AsyncSession(SessionBase):
         kept_x = isinstance(x, Tensor)
         number = self.new_number() if keep and not kept_x else None
         with callers_names(swapped=own.transposed):
-            kept = self.keeping(given, keep={rows: number} if number else None)
             job = self._job(
-                *(given, kept, _named(out, result), (result,), options),
+                *(given, _named(out, result), (result,), options),
                 swapped=own.transposed,
+                keep={rows: number} if number else None,
             )
             await self._run(job)
         (y,) = job.outputs.results((result,))
@@ -558,50 +558,26 @@ class AsyncSession(SessionBase):
                     "bias_into is given, but W is transposed: add up dy's rows instead"
                 )
         given: dict[Matrix, Any] = {rows: dy}
-        results = []
-        gradients: dict[Matrix, Tensor] = {}
+        gradients = self.gradients_of(into, bias_into, transposed=w.transposed)
+        results = [*((result,) if dx else ()), *gradients]
         if dx:
             given[Matrix.W] = w.T if w.transposed else w
-            results.append(result)
-        for name, gradient, matrix in (
-            ("into", into, Matrix.DW),
-            ("bias_into", bias_into, Matrix.DB),
-        ):
-            if gradient is not None:
-                own = gradients[matrix] = self.own(gradient, name)
-                if own.transposed and not w.transposed:
-                    raise InputError(
-                        f"{name} is {own!r}, but W is not transposed: pass {name}.T"
-                    )
-                results.append(matrix)
-                if matrix is Matrix.DW:
-                    given[other] = context.x
+        if Matrix.DW in gradients:
+            given[other] = context.x
         if not results:
             raise InputError("dx is False and into is None: nothing is to be computed")
 
         async def run(x: Any) -> Any:
             operands = {**given, other: x} if other in given else given
-            into_results = {
-                matrix: KeptResult(own.number) for matrix, own in gradients.items()
-            }
-            kept = self.keeping(
-                operands,
-                into=into_results,
-                last_use=other
-                if context.uses_up and isinstance(x, Tensor) and other in given
-                else None,
-                leads={other: context.lead} if isinstance(x, Tensor) else None,
-            )
+            kept = isinstance(x, Tensor)
             job = self._job(
-                *(operands, kept, _named(out, result), (*results,), options),
+                *(operands, _named(out, result), results, options),
                 swapped=w.transposed,
                 gradients=gradients,
+                context=context,
+                last_use=other if context.uses_up and kept and other in given else None,
+                leads={other: context.lead} if kept else None,
             )
-            # Parts are numbered now that the arguments are valid: a step would wait for
-            # one that is never sent.
-            for matrix, own in gradients.items():
-                part = self.contribution(own, context.parts)
-                into_results[matrix] = KeptResult(own.number, part)
             await self._run(job)
             return job.outputs.results((result,))[0] if dx else None
 
@@ -663,18 +639,8 @@ class AsyncSession(SessionBase):
                 ' {"dx": array}'
             )
         swapped = isinstance(w, Tensor) and self.own(w, "w").transposed
-        gradients: dict[Matrix, Tensor] = {}
-        for name, gradient, matrix in (
-            ("into", into, Matrix.DW),
-            ("bias_into", bias_into, Matrix.DB),
-        ):
-            if gradient is not None:
-                own = gradients[matrix] = self.own(gradient, name)
-                wanted.add(matrix)
-                if own.transposed and not swapped:
-                    raise InputError(
-                        f"{name} is {own!r}, but W is not transposed: pass {name}.T"
-                    )
+        gradients = self.gradients_of(into, bias_into, transposed=swapped)
+        wanted.update(gradients)
         given = {Matrix.X: x, Matrix.W: w, Matrix.DY: dy}
         if swapped:
             # See forward: X and dY change places, and so do Y and dX.
@@ -693,24 +659,16 @@ class AsyncSession(SessionBase):
                 out = {**out, "dw": out["dw"].T}
         results = [each for each in RESULTS if each in wanted]
         with callers_names(swapped=swapped):
-            into_results = {
-                matrix: KeptResult(own.number) for matrix, own in gradients.items()
-            }
             operands = {each: given[each] for each in operands_for(results)}
-            kept = self.keeping(operands, into=into_results)
-            if not (kept.tensors or into_results):
+            kept = [each for each in operands.values() if isinstance(each, Tensor)]
+            if not (kept or gradients):
                 raise InputError(
                     "no operand and no result is kept in the session: use the client's"
                     " gradients"
                 )
             job = self._job(
-                *(operands, kept, out, results, options),
-                swapped=swapped,
-                gradients=gradients,
+                *(operands, out, results, options), swapped=swapped, gradients=gradients
             )
-            for matrix, own in gradients.items():
-                part = self.contribution(own, {})
-                into_results[matrix] = KeptResult(own.number, part)
             receipt = await self._run(job)
         y, dx, dw, db = job.outputs.results(RESULTS)
         if swapped:
@@ -896,25 +854,32 @@ class AsyncSession(SessionBase):
     def _job(
         self,
         given: Mapping[Matrix, Any],
-        kept: Keeping,
         out: Mapping[str, Any] | None,
         results: Sequence[Matrix],
         options: SessionJobOptions,
         *,
         swapped: bool,
         gradients: Mapping[Matrix, Tensor] = MappingProxyType({}),
+        context: Context | None = None,
+        **keeping: Any,
     ) -> ArrayJob:
-        """Create a job.
+        """Create a job, and number its contributions to gradients.
 
         Args:
             given: Its operands.
-            kept: The operands and results that stay.
             out: Arrays for its results, by name.
             results: Its results.
             options: The caller's options.
             swapped: Whether W is transposed.
             gradients: Gradients for results.
+            context: The context that contributes to them; None: each call does.
+            **keeping: As for `keeping`.
+
+        Raises:
+            InputError: An argument is invalid; nothing was numbered.
         """
+        into = {matrix: KeptResult(own.number) for matrix, own in gradients.items()}
+        kept = self.keeping(given, into=into, **keeping)
         dtypes = result_dtypes(
             options.get("result_dtype"), gradients.items(), swapped=swapped
         )
@@ -922,7 +887,13 @@ class AsyncSession(SessionBase):
         parsed = parse_options(results=[each.label for each in results], **options)
         whole = {each: given.get(each) for each in (Matrix.X, Matrix.W, Matrix.DY)}
         jobs = self._client_engine.jobs
-        return jobs.session_job(whole, out, RESULTS, parsed, kept)
+        job = jobs.session_job(whole, out, RESULTS, parsed, kept)
+        # Parts are numbered now that the arguments are valid: a step would wait for
+        # one that is never sent.
+        for matrix, own in gradients.items():
+            part = self.contribution(own, context.parts if context else {})
+            into[matrix] = KeptResult(own.number, part)
+        return job
 
     async def _run(self, job: ArrayJob) -> Receipt:
         return self._remember(await self._engine.run(job))
