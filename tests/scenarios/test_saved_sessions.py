@@ -209,6 +209,8 @@ def test_a_restored_session_has_its_named_tensors(client: gradwire.Client) -> No
         }
         assert session.tensors["first"].compute_dtype == "bfloat16"
         assert session.tensors["first"].shape == SIZES[:2]
+        assert session.tensors["first"].role == "weight"
+        assert session.tensors["first.grad"].role == "gradient"
         assert not session.get(session.tensors["twice"]).any()
         for key, array in elements(session).items():
             assert same(array, expected[key]), key

@@ -39,6 +39,7 @@ from gradwire._api.session_types import (
 from gradwire._api.types import device_of
 from gradwire._arrays.operand import Operand, read
 from gradwire._client.session_files import SavedTensor
+from gradwire._client.step_tensors import argument_name, check_pair
 from gradwire._core.kept import Keeping, Tensor, refuse_copy
 from gradwire_protocol.dtypes import WIRE_DTYPES, Dtype
 from gradwire_protocol.error_details import ErrorDetails
@@ -241,6 +242,7 @@ class SessionBase:
                     each.number,
                     each.shape,
                     Dtype.named(each.dtype),
+                    each.role,
                     name=each.name,
                     compute=Dtype.named(each.compute_dtype)
                     if each.compute_dtype
@@ -310,6 +312,7 @@ class SessionBase:
             self.new_number() if number is None else number,
             shape,
             dtype,
+            _role_name(role),
             name=check_name(name, "name"),
             compute=compute,
         )
@@ -472,7 +475,8 @@ class SessionBase:
         request = pb2.StepRequest(
             session=self.token, step=self.step_count + 1, **_step_options(options)
         )
-        for group in groups:
+        seen: set[int] = set()
+        for index, group in enumerate(groups):
             try:
                 optimizer, gradients = group
             except (TypeError, ValueError):
@@ -494,14 +498,12 @@ class SessionBase:
             spec = optimizer.spec()
             getattr(message, spec.kind).CopyFrom(spec.to_message())
             for weight, gradient in gradients.items():
-                own = self.own(weight, "a weight")
-                its = self.own(gradient, "a gradient")
-                if own.transposed is not its.transposed:
-                    raise InputError(
-                        f"the weight is {own!r} and its gradient {its!r}: expected both"
-                        " transposed, or none"
-                    )
+                own = self.own(weight, argument_name("weight", index))
+                its = self.own(gradient, argument_name("gradient", index))
+                check_pair(own, its, index, seen)
                 message.parameters.add(weight=own.number, gradient=its.number)
+        if not seen:
+            raise InputError("gradients is empty: expected at least one weight")
         return request
 
     def step_made(self, response: pb2.StepResponse) -> StepResult:
@@ -784,14 +786,19 @@ def saved_state_of(message: pb2.SavedState) -> SavedState:
     )
 
 
+def _role_name(role: int) -> str:
+    """Return the name of a `TensorRole`: "weight", "gradient" or "activation"."""
+    name = pb2.TensorRole.Name(role)
+    return name.removeprefix("TENSOR_ROLE_").lower()
+
+
 def _tensor_info(info: pb2.TensorInfo) -> TensorInfo:
     header = info.header
-    role = pb2.TensorRole.Name(header.role).removeprefix("TENSOR_ROLE_").lower()
     compute = Dtype(header.compute_dtype).label if header.compute_dtype else None
     return TensorInfo(
         number=header.tensor,
         name=header.name,
-        role=role,
+        role=_role_name(header.role),
         shape=tuple(header.shape),
         dtype=Dtype(header.dtype).label,
         compute_dtype=compute,

@@ -33,6 +33,7 @@ class Tensor:
 
     Attributes:
         name: Its name in files and descriptions.
+        role: "weight", "gradient" or "activation", as long as the tensor is there.
         shape: Its shape.
         transposed: Whether this is the transpose of the kept matrix.
     """
@@ -42,6 +43,7 @@ class Tensor:
         "_dtype",
         "name",
         "number",
+        "role",
         "session",
         "shape",
         "transposed",
@@ -53,6 +55,7 @@ class Tensor:
         number: int,
         shape: tuple[int, ...],
         dtype: Dtype,
+        role: str,
         *,
         name: str = "",
         compute: Dtype | None = None,
@@ -61,6 +64,7 @@ class Tensor:
         self.session = session
         self.number = number
         self.name = name
+        self.role = role
         self.shape = shape
         self.transposed = transposed
         self._dtype = dtype
@@ -104,6 +108,7 @@ class Tensor:
             self.number,
             self.shape[::-1],
             self._dtype,
+            self.role,
             name=self.name,
             compute=self._compute,
             transposed=not self.transposed,

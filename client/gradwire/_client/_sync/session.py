@@ -55,6 +55,7 @@ from gradwire._client.session_base import (
     swapped_names,
 )
 from gradwire._client.session_files import SavedTensor
+from gradwire._client.step_tensors import callers_tensors
 from gradwire._core.kept import Tensor
 from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
@@ -494,7 +495,7 @@ class Session(SessionBase):
         handle = x
         if sent is not None and number is not None:
             shape = (sent.rows, sent.columns)
-            handle = Tensor(self, number, shape, sent.dtype)
+            handle = Tensor(self, number, shape, sent.dtype, "activation")
         lead = x.shape[:-1] if sent is None else sent.lead
         wire = options.get("wire_dtype")
         # A tensor of the caller's may be the X of others, too.
@@ -728,7 +729,8 @@ class Session(SessionBase):
         if not self.repeats_unsettled(request):
             self._settle()
             request = self.step_request(groups, **options)
-        return self._make_step(request)
+        with callers_tensors(groups):
+            return self._make_step(request)
 
     def _settle(self) -> None:
         """Complete a step whose outcome is not known, if there is one.
