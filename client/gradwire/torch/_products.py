@@ -76,7 +76,7 @@ def linear(
     rows = x if x.ndim > 1 else x.unsqueeze(0)
     # x wᵀ is the dX of a job with W = w and dY = x: nothing is transposed.
     route = _route(client, options)
-    (y,) = Products.apply(None, w, rows, (False, True, False), route)
+    (y,) = _applied(None, w, rows, (False, True, False), route)
     y = y if x.ndim > 1 else y.squeeze(0)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -115,7 +115,7 @@ def matmul(
         )
     rows = x if x.ndim > 1 else x.unsqueeze(0)
     route = _route(client, options)
-    (y,) = Products.apply(rows, w, None, (True, False, False), route)
+    (y,) = _applied(rows, w, None, (True, False, False), route)
     return y if x.ndim > 1 else y.squeeze(0)
 
 
@@ -225,9 +225,9 @@ class Products(torch.autograd.Function):
                 each = operands[index]
                 if each is not None and not batched[index]:
                     operands[index] = each.expand(info.batch_size, *each.shape)
-            return Products.apply(*operands, wanted, route), zeros
+            return _applied(*operands, wanted, route), zeros
         results = [
-            Products.apply(
+            _applied(
                 *(
                     each[index] if has else each
                     for each, has in zip(operands, batched, strict=True)
@@ -238,6 +238,33 @@ class Products(torch.autograd.Function):
             for index in range(info.batch_size)
         ]
         return tuple(torch.stack(each) for each in zip(*results, strict=True)), zeros
+
+
+def _applied(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    """Return the wanted results, in order.
+
+    Args:
+        *inputs: Those of `Products.forward`.
+
+    Raises:
+        NotImplementedError: A forward-mode derivative is wanted.
+    """
+    results: tuple[torch.Tensor, ...]
+    if torch.compiler.is_compiling():
+        results = Products.apply(*inputs)
+        return results
+    # PyTorch calls `jvp` where a tangent would be needed, and not where there is none.
+    # A `jvp` of Products could not refuse: torch.compile takes no function with one.
+    try:
+        results = Products.apply(*inputs)
+    except NotImplementedError as error:
+        if "forward mode" not in str(error):
+            raise
+        raise NotImplementedError(
+            "forward-mode derivatives are not supported by a product on a server: use"
+            " reverse mode, as torch.autograd.grad, torch.func.vjp and jacrev do"
+        ) from None
+    return results
 
 
 def _add(
@@ -252,7 +279,7 @@ def _add(
     y, dx, dw = (bool(each) for each in wanted)
     if not (y or dx or dw):
         return
-    results = Products.apply(
+    results = _applied(
         x if y or dw else None,
         w if y or dx else None,
         dy if dx or dw else None,

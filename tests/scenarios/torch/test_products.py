@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everywhere
+from torch.autograd import forward_ad
 
 import gradwire
 import gradwire.torch
@@ -170,9 +171,71 @@ def test_functional_transforms_are_torchs(client: gradwire.Client) -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_forward_mode_is_refused(client: gradwire.Client) -> None:
+    def linear(x: Any) -> Any:
+        return gradwire.torch.linear(x, w, client=client)
+
+    def loss(x: Any) -> Any:
+        return linear(x).sin().sum()
+
+    def tangent(x: Any) -> Any:
+        return torch.func.jvp(linear, (x,), (x,))[1]
+
+    def dual(call: Any, primal: Any) -> Any:
+        with forward_ad.dual_level():
+            return call(forward_ad.make_dual(primal, primal))
+
     x, w = torch.randn(2, 3), torch.randn(4, 3)
-    with pytest.raises(NotImplementedError, match="forward mode AD"):
-        torch.func.jvp(lambda x: gradwire.torch.linear(x, w, client=client), (x,), (x,))
+    needing = x.clone().requires_grad_()
+    y = linear(needing)
+    calls: list[Any] = [
+        lambda: tangent(x),
+        lambda: torch.func.jvp(
+            lambda w: gradwire.torch.matmul(x, w.T, client=client), (w,), (w,)
+        ),
+        lambda: torch.func.jacfwd(linear)(x),
+        lambda: torch.func.linearize(linear, x),
+        lambda: torch.func.hessian(loss)(x),
+        lambda: torch.func.jvp(torch.func.grad(loss), (x,), (x,)),
+        lambda: torch.func.grad(lambda x: tangent(x).sum())(x),
+        lambda: torch.func.vmap(tangent)(x),
+        lambda: torch.func.jvp(torch.func.vmap(linear), (x,), (x,)),
+        lambda: dual(linear, x),
+        lambda: dual(lambda dy: torch.autograd.grad(y, needing, dy), torch.ones(2, 4)),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError) as raised:
+            call()
+        assert str(raised.value) == (
+            "forward-mode derivatives are not supported by a product on a server: use"
+            " reverse mode, as torch.autograd.grad, torch.func.vjp and jacrev do"
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_forward_mode_beside_a_product_is_torchs(client: gradwire.Client) -> None:
+    def results(linear: Any) -> Any:
+        return (
+            torch.func.jvp(lambda bias: linear(x, w, bias), (bias,), (bias,)),
+            torch.func.jvp(lambda scale: linear(x, w) * scale, (bias,), (bias,)),
+            torch.func.jacfwd(lambda bias: linear(x, w, bias).sin())(bias),
+        )
+
+    x, w, bias = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+    assert_close(
+        results(lambda *args: gradwire.torch.linear(*args, client=client)),
+        results(F.linear),
+    )
+
+
+def test_what_else_is_not_implemented_keeps_its_words(
+    client: gradwire.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("something else")
+
+    monkeypatch.setattr(client, "gradients", gradients)
+    with pytest.raises(NotImplementedError, match="something else"):
+        gradwire.torch.linear(torch.ones(2, 3), torch.ones(4, 3), client=client)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
