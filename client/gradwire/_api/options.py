@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from inspect import get_annotations
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 import numpy as np
@@ -184,14 +183,20 @@ class GradientsOptions(BackwardOptions, total=False):
     results: str | Iterable[str]
 
 
-def check_names(call: str, given: Mapping[str, Any], known: type) -> None:
+def check_names(call: str, given: Mapping[str, Any], known: Any) -> None:
     """Check the names of keyword arguments, as Python does for a signature.
+
+    Args:
+        call: The function's name.
+        given: The arguments.
+        known: A TypedDict of those that it has.
 
     Raises:
         TypeError: A name is unknown.
     """
+    names = known.__required_keys__ | known.__optional_keys__
     for name in given:
-        if name not in get_annotations(known):
+        if name not in names:
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
 
 

@@ -15,6 +15,7 @@ import torch
 
 from gradwire._client.session_base import Context
 from gradwire.torch._kept_x import KeptX, held_by, token_of, with_room
+from gradwire.torch._operators import below_autograd, define
 from gradwire.torch._unheld import contributed
 from gradwire.torch._weight import Weight, label_of, weight_of
 
@@ -34,10 +35,12 @@ def multiply(
         Shape (..., out_features), with the dtype of x.
 
     Raises:
+        NotImplementedError: A transform of torch.func, or a forward-mode derivative.
         GradwireError: The job failed.
     """
+    _refuse_transforms()
     trains = weight.requires_grad and torch.is_grad_enabled()
-    y, _ = torch.ops.gradwire.layer_product(
+    y, _ = _multiply(
         x,
         weight.handle,
         weight.leaf if trains else None,
@@ -49,14 +52,6 @@ def multiply(
     return product
 
 
-@torch.library.custom_op(
-    "gradwire::layer_product",
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor weight, Tensor? leaf, int out_features, str? wire_dtype,"
-        " bool keep) -> (Tensor, Tensor)"
-    ),
-)
 def _product(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -86,7 +81,6 @@ def _product(
     return y, token_of(KeptX(w.session, context, kept=kept))
 
 
-@_product.register_fake
 def _product_shapes(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -99,50 +93,70 @@ def _product_shapes(
     return y, torch.empty((), dtype=torch.int64)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, ctx.weight, ctx.leaf, _, ctx.wire_dtype, _ = inputs
-    # Not with save_for_backward: activation checkpointing would make it anew, and drop
-    # what the first forward pass has kept.
-    ctx.token = output[1]
-    ctx.in_features = x.shape[-1]
-    ctx.save_for_backward(None if ctx.leaf is None else x)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dy: torch.Tensor | None, _: object) -> tuple[Any, ...]:
-    needs_dx = ctx.needs_input_grad[0]
-    nothing = (None,) * 6
-    if dy is None or not (needs_dx or ctx.leaf is not None):
-        return nothing
-    (x,) = ctx.saved_tensors
-    found = torch.ops.gradwire.layer_gradients(
-        dy,
-        x,
-        ctx.weight,
-        ctx.leaf,
-        ctx.token,
-        ctx.in_features,
-        ctx.wire_dtype,
-        needs_dx,
+def _refuse_transform(*_: object) -> Any:
+    raise NotImplementedError(
+        "torch.func cannot transform a layer whose weight is kept on a server: use"
+        " gradwire.torch.linear(x, w, client=client), or make the layer local with"
+        " gradwire.torch.to_local"
     )
-    # The leaf's gradient is always 0. A compiler must think that it is computed here:
-    # it leaves out what nothing depends on.
-    dx = found.pop(0) if needs_dx else None
-    of_leaf = found.pop().detach() if ctx.leaf is not None else None
-    return (dx, None, of_leaf, None, None, None)
 
 
-_product.register_autograd(_differentiate, setup_context=_remember)
+class _Product(torch.autograd.Function):
+    """The product with its gradients.
+
+    Its form, without `setup_context`, has `torch.func` refuse it in compiled code.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *more: Any) -> Any:
+        with below_autograd():
+            y, token = _multiply(x, *more)
+        ctx.weight, ctx.leaf, _, ctx.wire_dtype, _ = more
+        # Not with save_for_backward: activation checkpointing would make it anew, and
+        # drop what the first forward pass has kept.
+        ctx.token = token
+        ctx.in_features = x.shape[-1]
+        ctx.save_for_backward(None if ctx.leaf is None else x)
+        return y, token
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, _: object) -> tuple[Any, ...]:
+        needs_dx = ctx.needs_input_grad[0]
+        (x,) = ctx.saved_tensors
+        found = _differentiate(
+            dy,
+            x,
+            ctx.weight,
+            ctx.leaf,
+            ctx.token,
+            ctx.in_features,
+            ctx.wire_dtype,
+            needs_dx,
+        )
+        # The leaf's gradient is always 0. A compiler must think that it is computed
+        # here: it leaves out what nothing depends on.
+        dx = found.pop(0) if needs_dx else None
+        of_leaf = found.pop().detach() if ctx.leaf is not None else None
+        return (dx, None, of_leaf, None, None, None)
 
 
-@torch.library.custom_op(
-    "gradwire::layer_gradients",
-    mutates_args=(),
-    schema=(
-        "(Tensor dy, Tensor? x, Tensor weight, Tensor? leaf, Tensor token,"
-        " int in_features, str? wire_dtype, bool dx) -> Tensor[]"
-    ),
+_multiply = define(
+    "layer_product(Tensor x, Tensor weight, Tensor? leaf, int out_features,"
+    " str? wire_dtype, bool keep) -> (Tensor, Tensor)",
+    _product,
+    _product_shapes,
+    _Product,
 )
+torch.library.register_vmap("gradwire::layer_product", _refuse_transform)
+
+
+def _refuse_transforms() -> None:
+    # A compiler cannot trace the question. There, the operator refuses, or PyTorch.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
+        _refuse_transform()
+
+
 def _gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -184,7 +198,6 @@ def _gradients(
     return results if out is None else [out.to(dy.dtype), *results]
 
 
-@_gradients.register_fake
 def _gradients_shapes(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -199,16 +212,30 @@ def _gradients_shapes(
     return results if leaf is None else [*results, leaf.new_empty(())]
 
 
-def _refuse(ctx: Any, *_: object) -> Any:
-    raise NotImplementedError(
-        "a layer whose weight is kept on a server has no second derivatives:"
-        " gradwire.torch.linear(x, w, client=client) has, or make the layer local"
-        " with gradwire.torch.to_local"
-    )
+class _Gradients(torch.autograd.Function):
+    """The gradients. Theirs are an error: otherwise they would be silently 0."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with below_autograd():
+            return tuple(_differentiate(*inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *_: object) -> Any:
+        raise NotImplementedError(
+            "a layer whose weight is kept on a server has no second derivatives:"
+            " gradwire.torch.linear(x, w, client=client) has, or make the layer local"
+            " with gradwire.torch.to_local"
+        )
 
 
-# Otherwise they would be silently 0.
-_gradients.register_autograd(_refuse)
+_differentiate = define(
+    "layer_gradients(Tensor dy, Tensor? x, Tensor weight, Tensor? leaf, Tensor token,"
+    " int in_features, str? wire_dtype, bool dx) -> Tensor[]",
+    _gradients,
+    _gradients_shapes,
+    _Gradients,
+)
 
 
 def _is_wanted(weight: Weight) -> bool:

@@ -139,7 +139,6 @@ class Linear(torch.nn.Module):
             InputError: The shape or the dtype is another one.
             GradwireError: The job failed.
         """
-        _refuse_transforms()
         if not isinstance(x, torch.Tensor):
             raise InputError(f"x is a {type(x).__qualname__}: expected a tensor")
         if x.is_meta:
@@ -259,17 +258,6 @@ class Linear(torch.nn.Module):
             )
         else:
             self._weight.put(state_dict[key])
-
-
-def _refuse_transforms() -> None:
-    # The compiler traces no such question, and refuses the transforms by itself.
-    compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(
-            "torch.func cannot transform a layer whose weight is kept on a server:"
-            " gradwire.torch.linear(x, w, client=client) can be transformed, or make"
-            " the layer local with gradwire.torch.to_local"
-        )
 
 
 def take_hooks(layer: torch.nn.Module, other: torch.nn.Module) -> None:

@@ -14,6 +14,7 @@ from gradwire._api.options import DtypeLike, check_names
 from gradwire._api.verify import Verify
 from gradwire._client._sync.client import Client
 from gradwire.torch._compiling import uncompiled
+from gradwire.torch._operators import NO_FORWARD_MODE, define
 
 NAMES = ("y", "dx", "dw")
 
@@ -123,8 +124,8 @@ def autocast(x: torch.Tensor) -> torch.dtype | None:
     """Return the dtype to which autocast casts x; None: it is left alone."""
     kind = x.device.type
     # A tensor on meta has no autocast, and no elements: it is refused as an operand.
-    available = torch.amp.is_autocast_available(kind)
-    if x.dtype in DTYPES[:3] and available and torch.is_autocast_enabled(kind):
+    # (PyTorch 2.6 cannot compile is_autocast_available.)
+    if x.dtype in DTYPES[:3] and not x.is_meta and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
@@ -260,10 +261,7 @@ def _applied(*inputs: Any) -> tuple[torch.Tensor, ...]:
     except NotImplementedError as error:
         if "forward mode" not in str(error):
             raise
-        raise NotImplementedError(
-            "forward-mode derivatives are not supported by a product on a server: use"
-            " reverse mode, as torch.autograd.grad, torch.func.vjp and jacrev do"
-        ) from None
+        raise NotImplementedError(NO_FORWARD_MODE) from None
     return results
 
 
@@ -301,16 +299,7 @@ def _sum(terms: list[Any]) -> Any:
     return total
 
 
-# A custom operator, because torch.compile takes it as it is, by its number of a route.
-@torch.library.custom_op(
-    "gradwire::products",
-    mutates_args=(),
-    schema=(
-        "(Tensor? x, Tensor? w, Tensor? dy, bool y, bool dx, bool dw, int route)"
-        " -> Tensor[]"
-    ),
-)
-def _products(
+def _compute(
     x: torch.Tensor | None,
     w: torch.Tensor | None,
     dy: torch.Tensor | None,
@@ -330,7 +319,6 @@ def _products(
     return results
 
 
-@_products.register_fake
 def _empty(
     x: Any, w: Any, dy: Any, y: bool, dx: bool, dw: bool, route: int
 ) -> list[torch.Tensor]:
@@ -343,6 +331,15 @@ def _empty(
         shapes.append((x.shape[-1], dy.shape[-1]))
     like = w if x is None else x
     return [like.new_empty(shape) for shape in shapes]
+
+
+# By its number of a route: a compiled graph can hold no client.
+_products = define(
+    "products(Tensor? x, Tensor? w, Tensor? dy, bool y, bool dx, bool dw, int route)"
+    " -> Tensor[]",
+    _compute,
+    _empty,
+)
 
 
 _routes: dict[int, tuple[weakref.ref[Client], Mapping[str, Any]]] = {}

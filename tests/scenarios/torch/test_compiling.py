@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gradwire
@@ -118,19 +119,66 @@ def test_a_compiled_graph_that_is_dropped_leaves_nothing(
 
 
 @pytest.mark.usefixtures("compilers")
-def test_what_a_layer_refuses_is_refused_in_compiled_code(
+def test_second_derivatives_are_refused_in_compiled_code(
     session: gradwire.Session,
 ) -> None:
     _, remote = both(nn.Linear(16, 16), session)
     x = torch.randn(4, 16, requires_grad=True)
-
-    @torch.compile(backend="aot_eager")
-    def transformed(x: torch.Tensor) -> torch.Tensor:
-        return torch.func.grad(lambda x: remote(x).sum())(x)
-
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        transformed(x)
     compiled = torch.compile(remote, backend="aot_eager", fullgraph=True)
     (dx,) = torch.autograd.grad(compiled(x).sin().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="not currently support double"):
         dx.square().sum().backward()
+
+
+def duals(function: Any, x: torch.Tensor) -> Any:
+    """The derivative in the direction of x, without `torch.func`."""
+    with torch.no_grad(), forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x))).tangent
+
+
+@pytest.mark.usefixtures("compilers")
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.big)]
+)
+@pytest.mark.parametrize("of", ["layer", "frozen layer", "product"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        pytest.param(lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1], id="jvp"),
+        pytest.param(
+            lambda f: torch.func.grad(lambda x: f(x).sin().sum()),
+            id="grad",
+            marks=pytest.mark.big,
+        ),
+        pytest.param(torch.func.jacfwd, id="jacfwd", marks=pytest.mark.big),
+        pytest.param(torch.func.vmap, id="vmap", marks=pytest.mark.big),
+        pytest.param(None, id="dual tensors"),
+    ],
+)
+# The compilers' own errors are of many kinds, and some warn before.
+@pytest.mark.filterwarnings("ignore")
+def test_transforms_in_compiled_code_are_right_or_refused(
+    session: gradwire.Session,
+    client: gradwire.Client,
+    backend: str,
+    of: str,
+    transform: Any,
+) -> None:
+    local, remote = both(nn.Linear(16, 16, bias=False), session)
+    if of == "frozen layer":
+        remote.requires_grad_(False)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return gradwire.torch.linear(x, local.weight.detach(), client=client)
+
+    function = product if of == "product" else remote
+    x = torch.randn(4, 16)
+    try:
+        if transform is None:
+            found = duals(torch.compile(function, backend=backend), x)
+        else:
+            found = torch.compile(transform(function), backend=backend)(x)
+    except Exception:  # noqa: BLE001  # the compilers have errors of all kinds
+        return
+    assert transform is not None
+    torch.testing.assert_close(found, transform(local)(x))
