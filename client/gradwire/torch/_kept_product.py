@@ -52,7 +52,7 @@ def multiply(
     return product
 
 
-def _product(
+def _compute_product(
     x: torch.Tensor,
     weight: torch.Tensor,
     leaf: torch.Tensor | None,
@@ -81,7 +81,7 @@ def _product(
     return y, token_of(KeptX(w.session, context, kept=kept))
 
 
-def _product_shapes(
+def _shapes_of_product(
     x: torch.Tensor,
     weight: torch.Tensor,
     leaf: torch.Tensor | None,
@@ -143,8 +143,8 @@ class _Product(torch.autograd.Function):
 _multiply = define(
     "layer_product(Tensor x, Tensor weight, Tensor? leaf, int out_features,"
     " str? wire_dtype, bool keep) -> (Tensor, Tensor)",
-    _product,
-    _product_shapes,
+    _compute_product,
+    _shapes_of_product,
     _Product,
 )
 torch.library.register_vmap("gradwire::layer_product", _refuse_transform)
@@ -157,7 +157,7 @@ def _refuse_transforms() -> None:
         _refuse_transform()
 
 
-def _gradients(
+def _compute_gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     weight: torch.Tensor,
@@ -198,7 +198,7 @@ def _gradients(
     return results if out is None else [out.to(dy.dtype), *results]
 
 
-def _gradients_shapes(
+def _shapes_of_gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     weight: torch.Tensor,
@@ -232,8 +232,8 @@ class _Gradients(torch.autograd.Function):
 _differentiate = define(
     "layer_gradients(Tensor dy, Tensor? x, Tensor weight, Tensor? leaf, Tensor token,"
     " int in_features, str? wire_dtype, bool dx) -> Tensor[]",
-    _gradients,
-    _gradients_shapes,
+    _compute_gradients,
+    _shapes_of_gradients,
     _Gradients,
 )
 
