@@ -321,6 +321,59 @@ def test_ctrl_c_ends_the_call_at_once_and_cancels_the_job(
         process.communicate()
 
 
+INTERRUPTED_ANYWHERE = """
+    import faulthandler
+    import itertools
+    import random
+    import signal
+    import sys
+
+    import numpy as np
+
+    import gradwire
+
+    faulthandler.dump_traceback_later(30, exit=True)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    random.seed(0)
+    x = np.ones((4, 64), "f4")
+    with gradwire.connect(sys.argv[1]) as client, client.session("1MiB") as session:
+        w = session.put(np.ones((64, 64), "f4"))
+        gradient = session.zeros_like(w)
+        calls = itertools.cycle(
+            [
+                lambda: session.clear(gradient),
+                lambda: session.forward(x, w, keep=False),
+                lambda: session.get(w),
+                lambda: list(client.stream([(x, x)], np.ones((64, 64), "f4"))),
+                session.describe,
+            ]
+        )
+        interrupts = 0
+        for call, _ in zip(calls, range(int(sys.argv[2]))):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 5e-3))
+                call()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupts += 1
+    print(interrupts)
+"""
+
+
+def test_ctrl_c_at_any_moment_leaves_the_client_usable(server_address: str) -> None:
+    """Within gRPC, it would leave a lock behind that nobody releases."""
+    program = textwrap.dedent(INTERRUPTED_ANYWHERE)
+    done = subprocess.run(
+        [sys.executable, "-c", program, server_address, "600"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
+
+
 DELETED_LAST = """
     import sys
 

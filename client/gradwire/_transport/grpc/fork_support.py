@@ -24,6 +24,7 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from gradwire._api.errors import ClientStateError
+from gradwire._core import interrupts
 from gradwire_protocol.grpc_import import FORK_SUPPORT
 
 PATIENCE_S = 5.0
@@ -92,23 +93,27 @@ def at_fork(
 
 @contextlib.contextmanager
 def calling() -> Iterator[None]:
-    """Mark this thread as inside gRPC, so that forks wait for it."""
+    """Mark this thread as inside gRPC, so that forks and signals wait for it."""
     state, thread = _state, threading.get_ident()
-    with state.changed:
-        # A thread that is already inside, or that forks (and collects garbage
-        # meanwhile), would wait for itself.
-        if thread not in state.inside and thread not in state.forking:
-            state.changed.wait_for(lambda: not state.forking)
-        state.inside[thread] = state.inside.get(thread, 0) + 1
-        state.used = True
+    waits = interrupts.enter(waits=False)
     try:
-        yield
-    finally:
         with state.changed:
-            state.inside[thread] -= 1
-            if not state.inside[thread]:
-                del state.inside[thread]
-            state.changed.notify_all()
+            # A thread that is already inside, or that forks (and collects garbage
+            # meanwhile), would wait for itself.
+            if thread not in state.inside and thread not in state.forking:
+                state.changed.wait_for(lambda: not state.forking)
+            state.inside[thread] = state.inside.get(thread, 0) + 1
+            state.used = True
+        try:
+            yield
+        finally:
+            with state.changed:
+                state.inside[thread] -= 1
+                if not state.inside[thread]:
+                    del state.inside[thread]
+                state.changed.notify_all()
+    finally:
+        interrupts.leave(waits)
 
 
 class RunningCall:
@@ -123,7 +128,7 @@ class RunningCall:
         """Record the end of the call. Further calls do nothing."""
         state = self._state
         if state is _state:
-            with state.changed:
+            with interrupts.held(), state.changed:
                 state.calls.pop(id(self), None)
                 state.changed.notify_all()
 
@@ -176,14 +181,18 @@ def _pause() -> None:
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """Mark this thread as waiting for gRPC, so that forks wait until it is idle."""
-    _pause()
-    waiting, thread = _state.waiting, threading.get_ident()
-    waiting.add(thread)
+    """Mark this thread as waiting for gRPC: forks and signals wait until it is idle."""
+    waits = interrupts.enter(waits=True)
     try:
-        yield
+        _pause()
+        waiting, thread = _state.waiting, threading.get_ident()
+        waiting.add(thread)
+        try:
+            yield
+        finally:
+            waiting.discard(thread)
     finally:
-        waiting.discard(thread)
+        interrupts.leave(waits)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from gradwire._api.options import (
     deadline_of,
 )
 from gradwire._arrays.buffer_pool import raise_mmap_threshold
+from gradwire._core import interrupts
 from gradwire._core.exchange import ExchangeProtocol
 from gradwire._core.timers import later
 from gradwire._transport.endpoint import Endpoint
@@ -255,27 +256,28 @@ class SyncConnection:
                     future.cancel()
 
         future = None
-        with fork_support.calling():
-            future = self.methods.put_tensor.future(
-                sent(), timeout=timeout_s, metadata=metadata
-            )
-            running = fork_support.RunningCall()
-        try:
-            with fork_support.waiting():
-                response: bytes = future.result()
-        except grpc.FutureCancelledError:
-            if raised:
-                raise raised.pop() from None
-            raise
-        except grpc.RpcError as error:
-            if raised:
-                raise raised.pop() from None
-            raise session_error(error, self.endpoint) from None
-        except BaseException:
-            future.cancel()
-            raise
-        finally:
-            running.end()
+        with interrupts.held():
+            with fork_support.calling():
+                future = self.methods.put_tensor.future(
+                    sent(), timeout=timeout_s, metadata=metadata
+                )
+                running = fork_support.RunningCall()
+            try:
+                with fork_support.waiting():
+                    response: bytes = future.result()
+            except grpc.FutureCancelledError:
+                if raised:
+                    raise raised.pop() from None
+                raise
+            except grpc.RpcError as error:
+                if raised:
+                    raise raised.pop() from None
+                raise session_error(error, self.endpoint) from None
+            except BaseException:
+                future.cancel()
+                raise
+            finally:
+                running.end()
         return response
 
     def get_tensor(
@@ -296,20 +298,23 @@ class SyncConnection:
         Raises:
             GradwireError: The call failed.
         """
-        with fork_support.calling():
-            rpc = self.methods.get_tensor(request, timeout=timeout_s, metadata=metadata)
-            running = fork_support.RunningCall()
-        try:
-            with fork_support.waiting():
-                for response in rpc:
-                    take(response)
-        except grpc.RpcError as error:
-            raise session_error(error, self.endpoint) from None
-        except BaseException:
-            rpc.cancel()
-            raise
-        finally:
-            running.end()
+        with interrupts.held():
+            with fork_support.calling():
+                rpc = self.methods.get_tensor(
+                    request, timeout=timeout_s, metadata=metadata
+                )
+                running = fork_support.RunningCall()
+            try:
+                with fork_support.waiting():
+                    for response in rpc:
+                        take(response)
+            except grpc.RpcError as error:
+                raise session_error(error, self.endpoint) from None
+            except BaseException:
+                rpc.cancel()
+                raise
+            finally:
+                running.end()
 
     def open_segment(self, size_bytes: int, metadata: MetadataPairs) -> Segment:
         """Open memory shared with the server.
@@ -378,19 +383,20 @@ def call_unary(
     if on_call is None and threading.active_count() == 1:
         # The fastest call blocks inside gRPC. No other thread can fork meanwhile.
         return method(request, **options)
-    with fork_support.calling():
-        future = method.future(request, **options)
-        running = fork_support.RunningCall()
-    try:
-        if on_call is not None:
-            on_call(future.cancel)
-        with fork_support.waiting():
-            return future.result()
-    except BaseException:
-        future.cancel()
-        raise
-    finally:
-        running.end()
+    with interrupts.held():
+        with fork_support.calling():
+            future = method.future(request, **options)
+            running = fork_support.RunningCall()
+        try:
+            if on_call is not None:
+                on_call(future.cancel)
+            with fork_support.waiting():
+                return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+        finally:
+            running.end()
 
 
 class SyncCall:
@@ -423,14 +429,22 @@ class SyncCall:
         self._job_id = options.job_id
         self.deadline = deadline_of(options.timeout_s)
         self._requests = RequestIterator(exchange.opening(), messages)
-        with fork_support.calling():
-            self._rpc = connection.methods.streams[method](
-                self._requests.requests(),
-                timeout=options.timeout_s,
-                metadata=options.metadata,
-            )
-            self._running = fork_support.RunningCall()
-        self._requests.attach(self._rpc.cancel)
+        began = False
+        try:
+            with interrupts.held():
+                with fork_support.calling():
+                    self._rpc = connection.methods.streams[method](
+                        self._requests.requests(),
+                        timeout=options.timeout_s,
+                        metadata=options.metadata,
+                    )
+                    self._running = fork_support.RunningCall()
+                self._requests.attach(self._rpc.cancel)
+                began = True
+        except BaseException:
+            if began:  # and Ctrl-C came meanwhile
+                self.cancel()
+            raise
 
     def __enter__(self) -> SyncCall:
         return self
