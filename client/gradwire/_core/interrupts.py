@@ -57,13 +57,13 @@ _state = _State()
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Let the handlers of signals wait, but for what is done in a block that waits."""
-    waits = enter(waits=False)
+def held(*, waits: bool = False) -> Iterator[None]:
+    """Begin and end a block; see `enter`."""
+    before = enter(waits=waits)
     try:
         yield
     finally:
-        leave(waits)
+        leave(before)
 
 
 def enter(*, waits: bool) -> bool | None:
@@ -92,12 +92,12 @@ def enter(*, waits: bool) -> bool | None:
     return before
 
 
-def leave(waits: bool | None) -> None:
+def leave(before: bool | None) -> None:
     """End a block, and run the handlers that wait at the end of the outermost."""
-    if waits is None:
+    if before is None:
         return
     state = _state
-    state.waits = waits
+    state.waits = before
     state.depth -= 1
     if state.depth:
         return

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
+from gradwire._core import interrupts
 from gradwire._core.rows import END_OF_ROWS, iterate_rows
 
 K = TypeVar("K", bound=Hashable)
@@ -45,13 +46,13 @@ class SyncNews:
 
     def tell(self) -> None:
         """Signal an event."""
-        with self._changed:
+        with interrupts.held(), self._changed:
             self.count += 1
             self._changed.notify_all()
 
     def wait(self, count: int, timeout_s: float) -> None:
         """Wait, at most `timeout_s` seconds, until more than `count` have happened."""
-        with self._changed:
+        with interrupts.held(waits=True), self._changed:
             if self.count == count:
                 self._changed.wait(timeout_s)
 

@@ -95,7 +95,7 @@ def at_fork(
 def calling() -> Iterator[None]:
     """Mark this thread as inside gRPC, so that forks and signals wait for it."""
     state, thread = _state, threading.get_ident()
-    waits = interrupts.enter(waits=False)
+    before = interrupts.enter(waits=False)
     try:
         with state.changed:
             # A thread that is already inside, or that forks (and collects garbage
@@ -113,7 +113,7 @@ def calling() -> Iterator[None]:
                     del state.inside[thread]
                 state.changed.notify_all()
     finally:
-        interrupts.leave(waits)
+        interrupts.leave(before)
 
 
 class RunningCall:
@@ -182,7 +182,7 @@ def _pause() -> None:
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
     """Mark this thread as waiting for gRPC: forks and signals wait until it is idle."""
-    waits = interrupts.enter(waits=True)
+    before = interrupts.enter(waits=True)
     try:
         _pause()
         waiting, thread = _state.waiting, threading.get_ident()
@@ -192,7 +192,7 @@ def waiting() -> Iterator[None]:
         finally:
             waiting.discard(thread)
     finally:
-        interrupts.leave(waits)
+        interrupts.leave(before)
 
 
 @contextlib.contextmanager

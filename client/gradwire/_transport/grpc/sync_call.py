@@ -560,12 +560,14 @@ class RequestIterator:
 
     def go_on(self) -> None:
         """End a wait of the messages: a message from the server was processed."""
-        self._received.set()
+        with interrupts.held():
+            self._received.set()
 
     def stop(self) -> None:
         """Yield no more messages."""
         self._stopped = True
-        self._received.set()
+        with interrupts.held():
+            self._received.set()
 
     def raise_error(self) -> None:
         """Raise the exception of the messages, if there was one."""
