@@ -32,7 +32,8 @@ def optimizer(
     """Create an optimizer of weights in a session and of local parameters.
 
     The server updates the weights with the formulas of the PyTorch class, and an
-    instance of that class updates the local parameters.
+    instance of that class updates the local parameters. As in PyTorch, a new optimizer
+    has no states: those that another one has made for a weight are forgotten.
 
     Args:
         parameters: A model; or parameters and `Weight` objects, as `named_parameters`
@@ -44,6 +45,7 @@ def optimizer(
 
     Raises:
         InputError: An argument is invalid, or the weights are in several sessions.
+        GradwireError: States could not be forgotten.
 
     Example:
         >>> opt = gradwire.torch.optimizer(model, torch.optim.AdamW, lr=3e-4)
@@ -105,8 +107,15 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(self.local.param_groups, self.local.defaults)
         self._complete = True
         self._share()
-        for weight in self._weights():
-            hold(weight)
+        self._hold(self._weights())
+
+    def _hold(self, weights: list[Weight]) -> None:
+        """Note that this optimizer steps weights, whose states begin anew."""
+        before = [weight for weight in weights if hold(weight)]
+        infos = self._infos() if before else {}
+        for weight in before:
+            if infos[weight.tensor.number].updates:
+                weight.forget_states()
 
     def _share(self) -> None:
         """Have one list of groups and one state with the local optimizer."""
@@ -254,8 +263,7 @@ class Optimizer(torch.optim.Optimizer):
         _remote_optimizer(self.local, self.local.param_groups[-1])
         self._members.append(group["params"])
         self._session = session
-        for weight in _remote_weights(group["params"]):
-            hold(weight)
+        self._hold(_remote_weights(group["params"]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as the local optimizer of the local model would.

@@ -38,11 +38,17 @@ def stands_beside(weight: Weight, parameters: Iterable[torch.nn.Parameter]) -> N
         _beside.setdefault(weight, []).extend(weakref.ref(each) for each in parameters)
 
 
-def hold(weight: Weight) -> None:
-    """Note that an `Optimizer` steps a weight."""
+def hold(weight: Weight) -> bool:
+    """Note that an `Optimizer` steps a weight.
+
+    Returns:
+        Whether another one may have done so before.
+    """
     with _lock:
+        before = weight in _held
         _held.add(weight)
         _unheld.discard(weight)
+    return before
 
 
 def contributed(weight: Weight) -> None:

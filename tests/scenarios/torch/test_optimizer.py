@@ -81,6 +81,29 @@ def test_states_are_exchanged_with_torchs_optimizer(
             assert_same(local, model)
 
 
+@pytest.mark.parametrize("first", [0, 1, 2], ids=["sgd", "momentum", "adam"])
+def test_another_optimizer_begins_without_states(
+    session: gradwire.Session, first: int
+) -> None:
+    models = local, remote = both(mlp(), session)
+    used = []
+    for kind, options in (KINDS[first], KINDS[3], KINDS[0]):
+        optimizers = (
+            kind(local.parameters(), **options),
+            gradwire.torch.optimizer(remote, kind, **options),
+        )
+        passes(models, optimizers)
+        assert_same(local, remote)
+        used.append(session.describe().used_bytes)
+    assert used[1] > used[2]  # the states' memory is free
+    opt = gradwire.torch.optimizer(remote, ADAM)
+    passes([remote], [opt])
+    weights = [each.weight for each in gradwire.torch.remote_layers(remote).values()]
+    added = gradwire.torch.optimizer([nn.Parameter(torch.ones(1))], ADAM)
+    added.add_param_group({"params": weights})
+    assert not added.state_dict()["state"]
+
+
 @pytest.mark.parametrize(("kind", "options"), KINDS[1:3], ids=["momentum", "adam"])
 def test_loading_is_that_of_torch(
     session: gradwire.Session, kind: Any, options: Any
