@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.amp.grad_scaler import OptState
 
 from gradwire._api import optimizers
 from gradwire._api.errors import InputError
@@ -138,10 +139,11 @@ class Optimizer(torch.optim.Optimizer):
             closure: Computes the loss and its gradients anew, as for any optimizer.
             max_norm: The largest norm of all gradients together, local ones included,
                 to which they are scaled down, as by
-                `torch.nn.utils.clip_grad_norm_`; None: no limit.
+                `torch.nn.utils.clip_grad_norm_`; None, or infinite: no limit.
             scaler: A scaler by which the loss was scaled: use
                 ``opt.step(scaler=scaler)`` for ``scaler.step(opt)``. A step with NaN
-                or Inf is skipped. ``scaler.update()`` is called as usual.
+                or Inf is skipped. ``scaler.update()`` is called as usual, and
+                ``scaler.unscale_(opt)`` is not.
 
         Returns:
             What the closure returns; None without one.
@@ -154,12 +156,18 @@ class Optimizer(torch.optim.Optimizer):
             GradwireError: The server failed. The step can be repeated.
         """
         if hasattr(self, "grad_scale"):
+            # GradScaler.step would remove them after a step only.
+            del self.grad_scale, self.found_inf
             raise InputError(
                 "scaler.step(opt) does not know the gradients on the server: call"
                 " opt.step(scaler=scaler)"
             )
-        if max_norm is not None and not max_norm > 0:
-            raise InputError(f"max_norm is {max_norm!r}: expected more than 0, or None")
+        max_norm = _parsed_norm(max_norm)
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise InputError(
+                f"scaler is a {type(scaler).__qualname__}: expected a"
+                " torch.amp.GradScaler"
+            )
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -185,13 +193,16 @@ class Optimizer(torch.optim.Optimizer):
                 "there is no local gradient, by which a GradScaler could know of NaN"
                 " and Inf: scale the loss by a constant instead"
             )
+        repeats = self._made is not None and not any(
+            weight.touched for weight in self._weights()
+        )
+        if scaler is not None and scaled and not repeats:
+            _check_scaled(scaler, self)
         self.skipped, self.total_norm = False, math.sqrt(squares)
         if scaled and not math.isfinite(squares):
             self.skipped = True
             self._clear()
-        elif self._made is not None and not any(
-            weight.touched for weight in self._weights()
-        ):
+        elif self._made is not None and repeats:
             # Of a step that was interrupted here, after that on the server.
             self.skipped, self.total_norm = self._made
         elif self._session is not None and (remote := self._remote()):
@@ -460,6 +471,39 @@ def _remote_optimizer(
     )
     kind = optimizers.AdamW if decoupled else optimizers.Adam
     return kind(lr, betas, float(group["eps"]), decay)
+
+
+def _parsed_norm(max_norm: Any) -> float | None:
+    """Return the largest norm; None: no limit.
+
+    Raises:
+        InputError: It is no number, or not positive.
+    """
+    if max_norm is None:
+        return None
+    try:
+        value = float(max_norm)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not value > 0:
+        raise InputError(f"max_norm is {max_norm!r}: expected more than 0, or None")
+    return None if value == math.inf else value
+
+
+def _check_scaled(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+    """Check that an optimizer's gradients are still scaled.
+
+    Raises:
+        InputError: The scaler has unscaled them.
+    """
+    # Another unscaling would be an error, after the step on the server.
+    state = scaler._per_optimizer_states[id(optimizer)]
+    if state["stage"] is not OptState.READY:
+        raise InputError(
+            "the scaler has unscaled the gradients of this optimizer since its last"
+            " update(): leave out scaler.unscale_(opt), which"
+            " opt.step(scaler=scaler) does, and call scaler.update() after each step"
+        )
 
 
 def _sum_of_squares(gradients: list[torch.Tensor]) -> float:

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -297,6 +298,44 @@ def test_overflow_in_a_weights_gradient_alone_is_found(
     torch.testing.assert_close(remote.state_dict(), before, rtol=0, atol=0)
 
 
+def test_gradients_that_are_unscaled_already_are_refused(
+    session: gradwire.Session,
+) -> None:
+    local, remote = both(mlp(), session)
+    opt = gradwire.torch.optimizer(remote, SGD, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(mse(remote, regression())).backward()
+    scaler.unscale_(opt)
+    before = copy.deepcopy(remote.state_dict())
+    with pytest.raises(gradwire.InputError, match=r"unscale_\(opt\).*update\(\)"):
+        opt.step(scaler=scaler)
+    assert not session.step_count
+    torch.testing.assert_close(remote.state_dict(), before, rtol=0, atol=0)
+    opt.zero_grad()
+    scaler.update()
+    batch = regression()
+    scaler.scale(mse(remote, batch)).backward()
+    with pytest.raises(gradwire.InputError, match="scaler=scaler"):
+        scaler.step(opt)
+    opt.step(scaler=scaler)  # after a wrong call, the right one
+    with pytest.raises(gradwire.InputError, match=r"update\(\)"):
+        opt.step(scaler=scaler)
+    mse(local, batch).backward()
+    SGD(local.parameters(), lr=0.1).step()
+    assert_same(local, remote)
+
+
+def test_an_infinite_norm_is_no_limit(session: gradwire.Session) -> None:
+    models = both(mlp(), session)
+    optimizers = (
+        SGD(models[0].parameters(), lr=0.1),
+        gradwire.torch.optimizer(models[1], SGD, lr=0.1),
+    )
+    passes(models, optimizers, max_norm=math.inf)
+    assert_same(*models)
+    assert optimizers[1].total_norm > 0
+
+
 def test_what_a_server_cannot_do_is_refused(
     client: gradwire.Client, session: gradwire.Session
 ) -> None:
@@ -306,7 +345,10 @@ def test_what_a_server_cannot_do_is_refused(
         ("amsgrad", lambda: make(remote, ADAM, amsgrad=True)),
         ("maximize", lambda: make(remote, SGD, lr=0.1, maximize=True)),
         ("Adagrad", lambda: make(remote, torch.optim.Adagrad)),
-        ("max_norm", lambda: make(remote, SGD, lr=0.1).step(max_norm=-1.0)),
+        *(
+            ("max_norm", partial(make(remote, SGD, lr=0.1).step, max_norm=each))
+            for each in (-1.0, 0, math.nan, "one")
+        ),
     ]
     for text, call in bad:
         with pytest.raises(gradwire.InputError, match=text):
@@ -337,8 +379,11 @@ def test_what_a_server_cannot_do_is_refused(
     mse(remote, regression()).backward()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(1))
-    with pytest.raises(gradwire.InputError, match="scaler=scaler"):
-        scaler.step(opt)
+    for _ in range(2):
+        with pytest.raises(gradwire.InputError, match="scaler=scaler"):
+            scaler.step(opt)
+    with pytest.raises(gradwire.InputError, match="scaler is a str"):
+        opt.step(scaler="scaler")
     with pytest.raises(gradwire.InputError, match="groups of"):
         opt.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
 
