@@ -13,6 +13,7 @@ from gradwire._api import optimizers
 from gradwire._api.errors import InputError
 from gradwire._api.session_types import TensorInfo
 from gradwire._client._sync.session import Session
+from gradwire._core import interrupts
 from gradwire.torch._kept_x import drop_left_over
 from gradwire.torch._offload import named_parameters
 from gradwire.torch._unheld import hold
@@ -101,9 +102,12 @@ class Optimizer(torch.optim.Optimizer):
         self.total_norm = 0.0
         self.skipped = False
         self._made: tuple[bool, float] | None = None
-        """Outcome of the step on the server, until the local parameters have it."""
+        """Whether the step is skipped, and its norm: from the step on the server until
+        all is done."""
         self._prepared = False
         """Whether the local gradients have been scaled and clipped for that."""
+        self._updated = False
+        """Whether the local parameters have been updated, too."""
         self._complete = False
         super().__init__(self.local.param_groups, self.local.defaults)
         self._complete = True
@@ -198,34 +202,38 @@ class Optimizer(torch.optim.Optimizer):
         )
         if scaler is not None and scaled and not repeats:
             _check_scaled(scaler, self)
-        self.skipped, self.total_norm = False, math.sqrt(squares)
-        if scaled and not math.isfinite(squares):
-            self.skipped = True
-            self._clear()
-        elif self._made is not None and repeats:
-            # Of a step that was interrupted here, after that on the server.
-            self.skipped, self.total_norm = self._made
-        elif self._session is not None and (remote := self._remote()):
-            if not math.isfinite(squares):
-                raise InputError(_not_finite(gradients))
+        if not repeats:
             self._forget_outcome()
-            made = self._session.step(
-                *remote[0],
-                *remote[1:],
-                max_norm=max_norm or 0.0,
-                local_sum_of_squares=squares,
-                inverse_scale=1 / scale,
-                skip_nonfinite=scaled,
-            )
-            self._made = made.skipped, made.total_norm
-            self.skipped, self.total_norm = self._made
-            for weight in self._weights():
-                weight.touched = False
-        self._update_local(gradients, max_norm, scaler if scaled else None)
+        # Ctrl-C comes while the server's answer is waited for, or when all is done.
+        with interrupts.held():
+            self.skipped, self.total_norm = False, math.sqrt(squares)
+            if self._made is not None and repeats:
+                # Of a step that was interrupted here, after that on the server.
+                self.skipped, self.total_norm = self._made
+            elif scaled and not math.isfinite(squares):
+                self.skipped = True
+                self._clear()
+            elif self._session is not None and (remote := self._remote()):
+                if not math.isfinite(squares):
+                    raise InputError(_not_finite(gradients))
+                made = self._session.step(
+                    *remote[0],
+                    *remote[1:],
+                    max_norm=max_norm or 0.0,
+                    local_sum_of_squares=squares,
+                    inverse_scale=1 / scale,
+                    skip_nonfinite=scaled,
+                )
+                self.skipped, self.total_norm = made.skipped, made.total_norm
+                for weight in self._weights():
+                    weight.touched = False
+            if self._session is not None:
+                self._made = self.skipped, self.total_norm
+            self._update_local(gradients, max_norm, scaler if scaled else None)
         self._forget_outcome()
 
     def _forget_outcome(self) -> None:
-        self._made, self._prepared = None, False
+        self._made, self._prepared, self._updated = None, False, False
 
     def _update_local(
         self,
@@ -234,22 +242,22 @@ class Optimizer(torch.optim.Optimizer):
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         """Do to the local parameters what was done to the weights on the server."""
-        if self._prepared:
+        if self._updated:
+            return
+        if not self._prepared:
+            if scaler is not None:
+                if self.skipped:
+                    # The scaler looks for NaN and Inf in local gradients alone.
+                    gradients[0].fill_(math.inf)
+                scaler.unscale_(self)
+            if max_norm is not None and not self.skipped:
+                factor = min(1.0, max_norm / (self.total_norm + CLIP_EPSILON))
+                for gradient in gradients:
+                    gradient.mul_(factor)
+            self._prepared = True
+        if not self.skipped:
             self.local.step()
-            return
-        if scaler is not None:
-            if self.skipped:
-                # The scaler looks for NaN and Inf in local gradients alone.
-                gradients[0].fill_(math.inf)
-            scaler.unscale_(self)
-        if self.skipped:
-            return
-        if max_norm is not None:
-            factor = min(1.0, max_norm / (self.total_norm + CLIP_EPSILON))
-            for gradient in gradients:
-                gradient.mul_(factor)
-        self._prepared = self._made is not None
-        self.local.step()
+        self._updated = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those on the server included.

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import signal
 from functools import partial
 from typing import Any
 
@@ -451,7 +452,17 @@ def interrupted_once(monkeypatch: Any, owner: Any, name: str, after: bool) -> No
     monkeypatch.setattr(owner, name, call)
 
 
-@pytest.mark.parametrize("where", ["before the server's", "after", "drop"])
+def with_ctrl_c(method: Any) -> Any:
+    """Return what calls a method, and then sends the signal of Ctrl-C."""
+
+    def call() -> None:
+        method()
+        signal.raise_signal(signal.SIGINT)
+
+    return call
+
+
+@pytest.mark.parametrize("where", ["before the server's", "after", "done", "drop"])
 def test_an_interrupted_step_that_is_repeated_is_one_step(
     session: gradwire.Session, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -469,11 +480,16 @@ def test_an_interrupted_step_that_is_repeated_is_one_step(
             owner, name = {
                 "before the server's": (session, "step"),
                 "after": (optimizers[1].local, "step"),
+                "done": (optimizers[1].local, "step"),
                 "drop": (session, "drop"),
             }[where]
-            interrupted_once(monkeypatch, owner, name, after=False)
+            if where == "done":
+                monkeypatch.setattr(owner, name, with_ctrl_c(getattr(owner, name)))
+            else:
+                interrupted_once(monkeypatch, owner, name, after=False)
             with pytest.raises(KeyboardInterrupt):
                 optimizers[1].step(max_norm=0.01)
+            monkeypatch.undo()
         optimizers[1].step(max_norm=0.01)
         for opt in optimizers:
             opt.zero_grad()
