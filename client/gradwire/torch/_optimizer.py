@@ -16,7 +16,7 @@ from gradwire._client._sync.session import Session
 from gradwire._core import interrupts
 from gradwire.torch._kept_x import drop_left_over
 from gradwire.torch._offload import named_parameters
-from gradwire.torch._unheld import hold
+from gradwire.torch._unheld import hold, stepped
 from gradwire.torch._weight import Weight, from_numpy
 from gradwire_protocol.optimizers import CLIP_EPSILON
 
@@ -224,6 +224,7 @@ class Optimizer(torch.optim.Optimizer):
                     inverse_scale=1 / scale,
                     skip_nonfinite=scaled,
                 )
+                stepped(self._session)
                 self.skipped, self.total_norm = made.skipped, made.total_norm
                 for weight in self._weights():
                     weight.touched = False

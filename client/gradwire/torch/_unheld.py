@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from gradwire._client._sync.session import Session
 from gradwire.torch._weight import Weight
 
 _lock = threading.Lock()
@@ -25,6 +26,10 @@ _beside: weakref.WeakKeyDictionary[Weight, list[weakref.ref[torch.nn.Parameter]]
     weakref.WeakKeyDictionary()
 )
 """The local parameters of each weight's model."""
+_of_optimizers: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
+"""The steps that each `Optimizer` has made in a session, all together."""
+_at_first: weakref.WeakKeyDictionary[Weight, int] = weakref.WeakKeyDictionary()
+"""The other steps of a weight's session when it first had a gradient."""
 
 
 def stands_beside(weight: Weight, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -57,7 +62,19 @@ def contributed(weight: Weight) -> None:
         return
     with _lock:
         _unheld.add(weight)
+        _at_first.setdefault(weight, _other_steps(weight.session))
         _watch_steps()
+
+
+def stepped(session: Session) -> None:
+    """Note that an `Optimizer` has made a step in a session."""
+    with _lock:
+        _of_optimizers[session] = _of_optimizers.get(session, 0) + 1
+
+
+def _other_steps(session: Session) -> int:
+    """Return how many steps of a session no `Optimizer` has made."""
+    return session.step_count - _of_optimizers.get(session, 0)
 
 
 @functools.cache
@@ -78,8 +95,10 @@ def _warn(optimizer: torch.optim.Optimizer, _args: Any, _options: Any) -> None:
         ]
         _held.update(of_model)  # once for each weight
         _unheld.difference_update(of_model)
-    # Where steps are made on the server, somebody calls Session.step.
-    forgotten = [each for each in of_model if not each.session.step_count]
+        # Where steps are made on the server, somebody calls Session.step.
+        forgotten = [
+            each for each in of_model if _other_steps(each.session) == _at_first[each]
+        ]
     if forgotten:
         warnings.warn(
             f"no optimizer updates {len(forgotten)} weights on the server, such as"

@@ -531,10 +531,13 @@ def test_gradients_whose_clearing_was_interrupted_are_cleared(
 def test_an_optimizer_that_forgets_the_weights_on_the_server_is_noticed(
     session: gradwire.Session, kind: str
 ) -> None:
+    other = gradwire.torch.offload(mlp(), session, at_least=8)
+    opt: Any = gradwire.torch.optimizer(other, SGD, lr=0.1)
+    passes([other], [opt])  # of another model in the session
     model = mlp()
     made_before = SGD(model.parameters(), lr=0.1)
     remote = gradwire.torch.offload(model, session, at_least=8)
-    opt: Any = made_before
+    opt = made_before
     if kind == "torch's":
         opt = SGD(remote.parameters(), lr=0.1)
     elif kind == "of model.parameters()":
