@@ -6,6 +6,7 @@ existing server.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import subprocess
 import sys
@@ -83,6 +84,15 @@ def local_server() -> Iterator[str]:
 
 def given_or_local_server() -> contextlib.AbstractContextManager[str]:
     """The address from the command line, or a local server."""
-    if len(sys.argv) > 1:
-        return contextlib.nullcontext(sys.argv[1])
-    return local_server()
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "address",
+        metavar="ADDRESS",
+        nargs="?",
+        help="HOST:PORT of a server; without it, one is started for the example",
+    )
+    address = parser.parse_args().address
+    return local_server() if address is None else contextlib.nullcontext(address)

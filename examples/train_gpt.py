@@ -83,6 +83,7 @@ def train_step(model: Gpt, optimizer: Any, batch: torch.Tensor) -> float:
 
 def main() -> None:
     """Train two copies of a model side by side."""
+    server = given_or_local_server()
     torch.manual_seed(0)
     text = "".join(topics.values())
     characters = sorted(set(text))
@@ -93,7 +94,7 @@ def main() -> None:
     local = Gpt(len(characters))
     remote = copy.deepcopy(local)
     with (
-        given_or_local_server() as address,
+        server as address,
         gradwire.connect(address) as client,
         client.session(keep="64MiB") as session,
     ):

@@ -50,6 +50,14 @@ def test_quickstart_needs_no_server_to_be_tried():
     assert re.findall(r"correct: (\w+)", example.stdout) == ["True"] * 3
 
 
+def test_examples_say_what_they_do_and_take():
+    example = run("train_gpt", "--help")
+    assert_ended_well(example)
+    assert "A small GPT trains here and through a gradwire server" in example.stdout
+    assert "ADDRESS" in example.stdout
+    assert run("quickstart", "here:1", "there:1").returncode == 2
+
+
 def test_a_generated_stub_alone_computes_small_and_large_jobs(server_address):
     example = run("plain_grpc_client", server_address)
     assert_ended_well(example)
