@@ -536,6 +536,7 @@ def test_memory_for_sessions_is_refused_when_they_are_opened() -> None:
             failure = refusal(lambda: sessions.open(21 * MIB))
             assert failure.reason == "JOB_TOO_LARGE"
             assert failure.metadata["limit"] == "keep_limit"
+            assert failure.text.endswith(f"keeps at most {20 * MIB} (keep_limit)")
             first = sessions.open(12 * MIB)
             failure = refusal(lambda: sessions.open(9 * MIB))
             assert failure.reason == "BUSY"
@@ -546,6 +547,17 @@ def test_memory_for_sessions_is_refused_when_they_are_opened() -> None:
             third = sessions.open(12 * MIB)
             for each in (second, third):
                 each.close()
+        assert_untroubled(server)
+
+
+@pytest.mark.parametrize("keep_limit", [None, 60 * MIB])
+def test_a_refusal_names_the_settings_that_count(keep_limit: int | None) -> None:
+    """Of memory, a part is for sessions."""
+    settings = {} if keep_limit is None else {"keep_limit": keep_limit}
+    with running_server(memory_limit=64 * MIB, **settings) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            failure = refusal(lambda: RawSessions(channel).open(60 * MIB))
+        assert failure.text.endswith("(keep_limit, memory_limit)")
         assert_untroubled(server)
 
 
@@ -696,6 +708,8 @@ def test_a_tenant_has_a_part_of_the_sessions_or_limits_of_its_own(tmp_path) -> N
                     owner.open(1)
                 assert told(owner, 1) == ("BUSY", "tenant_max_sessions")
             assert told(none, 1) == ("JOB_TOO_LARGE", "tenant_keep_limit")
+            failure = refusal(lambda: small.open(1001))
+            assert failure.text.endswith("keeps at most 1000 (tenant_keep_limit)")
             modest.open(3000)
         assert_untroubled(server)
 

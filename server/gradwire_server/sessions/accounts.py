@@ -159,14 +159,18 @@ class Accounts:
 
     def _check_size(self, keep_bytes: int, most: int, memory: str, tenant: str) -> None:
         whose, limit = "this server", "keep_limit"
+        settings = limit
+        if self._keep_limit is None or most < self._keep_limit:
+            settings = f"{limit}, {memory}"  # a part of the memory
         own = self._own_limit(tenant)
         if own is not None and own < most:
             most, whose, limit = own, "your tenant", "tenant_keep_limit"
+            settings = limit
         if keep_bytes > most:
             raise JobError(
                 Reason.JOB_TOO_LARGE,
                 f"keep_bytes is {keep_bytes}: {whose} keeps at most {max(most, 0)} "
-                f"({limit}, {memory})",
+                f"({settings})",
                 field="keep_bytes",
                 metadata={"limit": limit},
             )
