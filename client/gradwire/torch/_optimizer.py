@@ -263,6 +263,10 @@ class Optimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those on the server included.
 
+        Args:
+            set_to_none: As for any optimizer, for local parameters. Weights on the
+                server have no gradient in both cases: a step leaves them as they are.
+
         Raises:
             GradwireError: The server failed.
         """
