@@ -427,3 +427,27 @@ def test_compute_takes_several_addresses(
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{three[1].address}, over tcp" in done.stdout
+
+
+def test_a_session_stays_on_its_server_when_the_client_has_others(
+    three: list[ServerProcess], joined: Joined
+) -> None:
+    first, second, _ = three
+    client = joined([first.address])
+    session = client.client.session(keep="1MiB")
+    client.run(session.open())
+    w = client.run(session.put(W))
+    client.run(client.client.set_servers([second.address]))
+    client.run(client.client.set_servers([second.address]))
+    assert client.run(client.client.gradients(X, W, DY)).receipt.server_address == (
+        second.address
+    )
+    y, _ = client.run(session.forward(X, w, keep=False))
+    np.testing.assert_allclose(y, X @ W, rtol=1e-4, atol=1e-4)
+    client.run(session.close())
+    with gradwire.connect(first.address) as other:
+        assert not other.sessions()
+    client.run(client.client.set_servers([second.address]))
+    assert client.run(client.client.gradients(X, W, DY)).receipt.server_address == (
+        second.address
+    )

@@ -13,9 +13,10 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, Self, TypeVar
+from weakref import WeakSet
 
 from grpc import StatusCode
 
@@ -47,6 +48,10 @@ RESOLVED_S = 30.0
 reduced to SOON_S after a server was unavailable."""
 
 SOON_S = 1.0
+
+
+class Stay:
+    """A session's reference to its server. While it exists, the server is kept."""
 
 
 @dataclass(eq=False, slots=True)
@@ -83,7 +88,10 @@ class ServerState(Generic[EngineT]):
     """Whether a probe is in progress."""
 
     gone: bool = False
-    """Whether the DNS name no longer has this address."""
+    """Whether the client no longer has this address."""
+
+    stays: WeakSet[Stay] = field(default_factory=WeakSet)
+    """The sessions on the server, for which it is kept when it is gone."""
 
 
 class LoadBalancer(Generic[EngineT]):
@@ -147,13 +155,17 @@ class LoadBalancer(Generic[EngineT]):
                     member.running = max(0, member.running - 1)
 
     def idle_gone(self) -> list[EngineT]:
-        """Remove idle servers that are gone.
+        """Remove idle servers that are gone, and on which no session is open.
 
         Returns:
             Their engines, which the caller must close.
         """
         with self._lock:
-            idle = [each for each in self._members if each.gone and not each.running]
+            idle = [
+                each
+                for each in self._members
+                if each.gone and not each.running and not each.stays
+            ]
             for member in idle:
                 self._members.remove(member)
             return [member.engine for member in idle]
@@ -351,6 +363,13 @@ class Lease(Generic[EngineT]):
         trace: TracebackType | None,
     ) -> None:
         self.ended(error)
+
+    def stay(self) -> Stay:
+        """Return a reference to the server, by which it outlasts the attempt."""
+        stay = Stay()
+        if self._member is not None:
+            self._member.stays.add(stay)
+        return stay
 
     def ended(self, error: BaseException | None = None) -> None:
         """Record the end of the attempt; None: success. Further calls do nothing."""

@@ -58,6 +58,7 @@ from gradwire._core.kept import Tensor
 from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
+from gradwire._resilience.load_balancer import Stay
 from gradwire._resilience.retry import Attempts, is_transient
 from gradwire._transport.async_io import AsyncRepeater, close_at_exit, run_beside
 from gradwire_protocol.dtypes import Dtype
@@ -97,6 +98,7 @@ class AsyncSession(SessionBase):
         self._client_engine = engine
         self._engine = engine
         self._remember = remember
+        self._stay: Stay | None = None
         self._renewal: AsyncRepeater | None = None
 
     async def __aenter__(self) -> AsyncSession:
@@ -119,14 +121,16 @@ class AsyncSession(SessionBase):
         request = self.open_request()
         attempts = self._attempts("OpenSession", self._timeout_s)
 
-        async def attempt() -> tuple[AsyncEngine, pb2.OpenSessionResponse]:
+        async def attempt() -> tuple[AsyncEngine, Stay, pb2.OpenSessionResponse]:
             with await self._client_engine.lease(attempts) as lease:
                 answer = await lease.engine.session_call(
                     "OpenSession", request, attempts.left_s, attempts
                 )
-                return lease.engine, answer
+                return lease.engine, lease.stay(), answer
 
-        self._engine, answer = await self._client_engine.retry(attempts, attempt)
+        self._engine, self._stay, answer = await self._client_engine.retry(
+            attempts, attempt
+        )
         self.opened(answer)
         self._renewal = AsyncRepeater(self.lease_s / 3, _renewal_of(self))
         close_at_exit(self)
@@ -167,6 +171,8 @@ class AsyncSession(SessionBase):
                 raise
         else:
             attempts.ended()
+        finally:
+            self._stay = None
 
     async def put(
         self,

@@ -60,6 +60,7 @@ from gradwire._core.kept import Tensor
 from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
+from gradwire._resilience.load_balancer import Stay
 from gradwire._resilience.retry import Attempts, is_transient
 from gradwire._transport.sync_io import SyncRepeater, close_at_exit, run_beside
 from gradwire_protocol.dtypes import Dtype
@@ -99,6 +100,7 @@ class Session(SessionBase):
         self._client_engine = engine
         self._engine = engine
         self._remember = remember
+        self._stay: Stay | None = None
         self._renewal: SyncRepeater | None = None
 
     def __enter__(self) -> Session:
@@ -121,14 +123,14 @@ class Session(SessionBase):
         request = self.open_request()
         attempts = self._attempts("OpenSession", self._timeout_s)
 
-        def attempt() -> tuple[SyncEngine, pb2.OpenSessionResponse]:
+        def attempt() -> tuple[SyncEngine, Stay, pb2.OpenSessionResponse]:
             with self._client_engine.lease(attempts) as lease:
                 answer = lease.engine.session_call(
                     "OpenSession", request, attempts.left_s, attempts
                 )
-                return lease.engine, answer
+                return lease.engine, lease.stay(), answer
 
-        self._engine, answer = self._client_engine.retry(attempts, attempt)
+        self._engine, self._stay, answer = self._client_engine.retry(attempts, attempt)
         self.opened(answer)
         self._renewal = SyncRepeater(self.lease_s / 3, _renewal_of(self))
         close_at_exit(self)
@@ -169,6 +171,8 @@ class Session(SessionBase):
                 raise
         else:
             attempts.ended()
+        finally:
+            self._stay = None
 
     def put(
         self,
