@@ -165,6 +165,27 @@ def test_a_gradient_that_lacks_a_contribution_is_named(
     assert raised.value.details.startswith(f"{field} has no part 0 yet")
 
 
+@pytest.mark.parametrize("name", ["into", "bias_into"])
+def test_results_are_added_to_gradients_only(
+    client: gradwire.Client, name: str
+) -> None:
+    with client.session(keep="1MiB") as session:
+        w = session.put(ONES, name="fc1")
+        _, context = session.forward(np.ones((4, 3), np.float32), w)
+        dy = np.ones((4, 2), np.float32)
+        for call in (
+            lambda: session.backward(context, dy, **{name: w}),
+            lambda: session.gradients(ONES.T, w, ONES[:2], **{name: w}),
+        ):
+            with pytest.raises(gradwire.InputError) as raised:
+                call()
+            assert str(raised.value) == (
+                f"{name} is {W}, a weight: expected a gradient, as returned by"
+                " zeros_like"
+            )
+        assert session.step_count == 0
+
+
 def test_a_handle_has_the_role_of_its_tensor(client: gradwire.Client) -> None:
     with client.session("1MiB") as session:
         w = session.put(ONES)

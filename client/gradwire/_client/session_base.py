@@ -39,7 +39,7 @@ from gradwire._api.session_types import (
 from gradwire._api.types import device_of
 from gradwire._arrays.operand import Operand, read
 from gradwire._client.session_files import SavedTensor
-from gradwire._client.step_tensors import argument_name, check_pair
+from gradwire._client.step_tensors import argument_name, check_pair, check_role
 from gradwire._core.kept import Keeping, Tensor, refuse_copy
 from gradwire_protocol.dtypes import WIRE_DTYPES, Dtype
 from gradwire_protocol.error_details import ErrorDetails
@@ -420,7 +420,8 @@ class SessionBase:
             transposed: Whether W is.
 
         Raises:
-            InputError: One is no tensor of this session, or is transposed and W is not.
+            InputError: One is no gradient of this session, or is transposed and W is
+                not.
         """
         gradients = {}
         for name, gradient, matrix in (
@@ -429,6 +430,7 @@ class SessionBase:
         ):
             if gradient is not None:
                 own = gradients[matrix] = self.own(gradient, name)
+                check_role(own, name, "gradient")
                 if own.transposed and not transposed:
                     raise InputError(
                         f"{name} is {own!r}, but W is not transposed: pass {name}.T"

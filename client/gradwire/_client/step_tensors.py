@@ -1,4 +1,4 @@
-"""The weights and gradients of a step, in the words of its caller."""
+"""Weights and gradients among the arguments of a session, in the caller's words."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ def argument_name(role: str, group: int) -> str:
     return f"a {role} in {f'more[{group - 1}]' if group else 'gradients'}"
 
 
+def check_role(tensor: Tensor, name: str, role: str) -> None:
+    """Check that an argument is a tensor of a role.
+
+    Args:
+        tensor: The tensor.
+        name: The argument's name.
+        role: "weight" or "gradient".
+
+    Raises:
+        InputError: It has another role.
+    """
+    if tensor.role != role:
+        raise InputError(
+            f"{name} is {tensor!r}, {_DESCRIBED[tensor.role]}: expected"
+            f" {_DESCRIBED[role]}, as returned by {_MADE_BY[role]}"
+        )
+
+
 def check_pair(weight: Tensor, gradient: Tensor, group: int, seen: set[int]) -> None:
     """Check what is known of a weight and its gradient without the server.
 
@@ -42,14 +60,10 @@ def check_pair(weight: Tensor, gradient: Tensor, group: int, seen: set[int]) -> 
             other.
     """
     for role, tensor in (("weight", weight), ("gradient", gradient)):
-        is_given = f"{argument_name(role, group)} is {tensor!r}"
-        if tensor.role != role:
-            raise InputError(
-                f"{is_given}, {_DESCRIBED[tensor.role]}: expected {_DESCRIBED[role]},"
-                f" as returned by {_MADE_BY[role]}"
-            )
+        name = argument_name(role, group)
+        check_role(tensor, name, role)
         if tensor.number in seen:
-            raise InputError(f"{is_given}, which the step names twice")
+            raise InputError(f"{name} is {tensor!r}, which the step names twice")
         seen.add(tensor.number)
     pair = f"the weight is {weight!r} and its gradient {gradient!r}: expected"
     if weight.transposed is not gradient.transposed:

@@ -33,9 +33,9 @@ class KeptX:
     __slots__ = ("_session", "context", "contributed")
 
     def __init__(self, session: Session, context: Context, *, kept: bool) -> None:
-        self._session = session if kept else None
         self.context = context
         self.contributed = False
+        self._session = session if kept else None
 
     def used(self) -> None:
         """Note that the session has dropped X after its last use."""
@@ -43,9 +43,10 @@ class KeptX:
         self.contributed = True
 
     def __del__(self) -> None:
-        if self._session is not None:
+        session = getattr(self, "_session", None)  # none, if Ctrl-C came meanwhile
+        if session is not None:
             # No call from here: the garbage collector may run anywhere.
-            _left_over_in(self._session).append(self.context.x)
+            _left_over_in(session).append(self.context.x)
 
 
 _held: dict[int, KeptX] = {}

@@ -250,6 +250,12 @@ class Linear(torch.nn.Module):
         if key not in state_dict:
             if strict:
                 missing_keys.append(key)
+        elif not isinstance(state_dict[key], torch.Tensor):
+            error_msgs.append(
+                f'While copying the parameter named "{key}", expected torch.Tensor or'
+                " Tensor-like object from checkpoint but received"
+                f" {type(state_dict[key])}"
+            )
         elif tuple(state_dict[key].shape) != tuple(self._weight.shape):
             error_msgs.append(
                 f"size mismatch for {key}: copying a param with shape"

@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ class Weight:
             self.leaf_node = self.leaf.view_as(self.leaf).grad_fn.next_functions[0][0]
         _weights[int(self.handle)] = self
         self._fetched: Any = lambda: None
+        self._shared: torch.nn.Parameter | None = None
         self._lock = threading.Lock()
         try:
             self.requires_grad = requires_grad
@@ -260,7 +262,11 @@ class Weight:
         return self.to_parameter()  # without a gradient, as a copied parameter
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.to_parameter().__reduce_ex__(protocol)
+        parameter = self.to_parameter()
+        if get_spawning_popen() is not None:
+            # PyTorch shares its memory with the new process, which opens it later.
+            self._shared = parameter
+        return parameter.__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         return (

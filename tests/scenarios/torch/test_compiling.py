@@ -140,7 +140,9 @@ def duals(function: Any, x: torch.Tensor) -> Any:
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.big)]
 )
-@pytest.mark.parametrize("of", ["layer", "frozen layer", "product"])
+@pytest.mark.parametrize(
+    "of", ["layer", pytest.param("frozen layer", marks=pytest.mark.big), "product"]
+)
 @pytest.mark.parametrize(
     "transform",
     [

@@ -9,6 +9,7 @@ import pickle
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -83,6 +84,7 @@ def test_wrong_state_dicts_are_named_as_by_torchs_layer(pair: Any) -> None:
         {"bias": torch.zeros(5)},
         {"weight": torch.zeros(6, 5), "bias": torch.zeros(5)},
         {"weight": torch.zeros(5, 6), "bias": torch.zeros(5), "more": torch.zeros(1)},
+        {"weight": None, "bias": torch.zeros(5)},
     ):
         with pytest.raises(RuntimeError) as expected:
             local.load_state_dict(state)
@@ -370,6 +372,25 @@ def test_a_pickled_layer_needs_no_gradwire(pair: Any) -> None:
     _, remote = pair
     remote.compile(backend="eager")  # makes a function that no pickle can hold
     assert b"gradwire" not in pickle.dumps(remote)
+
+
+def put_weight(model: nn.Module, queue: Any) -> None:
+    queue.put(model.weight.detach().numpy())
+
+
+@pytest.mark.big  # imports PyTorch in another process
+def test_a_model_can_be_sent_to_a_new_process(pair: Any) -> None:
+    _, remote = pair
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=put_weight, args=(remote, queue))
+    process.start()
+    try:
+        elements = queue.get(timeout=60)
+    finally:
+        process.kill()
+        process.join()
+    assert np.array_equal(elements, remote.weight.fetch().numpy())
 
 
 def test_a_shallow_copy_shares_the_weight(pair: Any) -> None:
