@@ -78,7 +78,7 @@ docs-serve: $(VENV)/.ready-dev ## show the documentation at 127.0.0.1:8000, as i
 ##@ Check
 
 .PHONY: test
-test: lint ## lint, and the tests that a change must pass at once: 7 minutes
+test: lint ## lint, and the tests that a change must pass at once: 10 minutes
 	$(PARALLEL) -m '$(TIER)' $(PYTEST_ARGS)
 
 .PHONY: test-thorough
