@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -95,6 +96,68 @@ def test_an_async_client_belongs_to_the_loop_of_its_first_use(
 def large_blocks() -> Iterator[ServerProcess]:
     with ways.serving_all() as server:
         yield server
+
+
+CLOSED = (
+    gradwire.ClientStateError,
+    gradwire.JobCancelledError,
+    gradwire.SessionLostError,
+)
+"""What a call raises whose client is closed meanwhile, with its sessions."""
+
+
+@pytest.mark.parametrize("transport", ["grpc", "direct", "shm"])
+def test_a_client_is_closed_beside_calls(
+    large_blocks: ServerProcess, transport: str
+) -> None:
+    x, w, dy = oracle.operands(3000, 40, 30)
+
+    def work(client: gradwire.Client, number: int) -> None:
+        with client.session("1MiB") as session:
+            kept = session.put(w)
+            while True:
+                client.gradients(X, W, DY)
+                client.gradients(x, w, dy)
+                client.server_info()
+                session.get(kept) if number else session.put(w, replace=kept)
+
+    with ThreadPoolExecutor(2) as pool:
+        for turn in range(10):
+            client = gradwire.Client(large_blocks.address, transport=transport)
+            running = [pool.submit(work, client, number) for number in range(2)]
+            time.sleep(0.02 + turn * 0.006)
+            client.close()
+            for each in running:
+                with pytest.raises(CLOSED):
+                    each.result(20)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "direct", "shm"])
+async def test_an_async_client_is_closed_beside_calls(
+    large_blocks: ServerProcess, transport: str
+) -> None:
+    x, w, dy = oracle.operands(3000, 40, 30)
+
+    async def work(client: gradwire.AsyncClient, number: int) -> None:
+        async with client.session("1MiB") as session:
+            kept = await session.put(w)
+            while True:
+                await client.gradients(X, W, DY)
+                await client.gradients(x, w, dy)
+                await client.server_info()
+                if number:
+                    await session.get(kept)
+                else:
+                    await session.put(w, replace=kept)
+
+    for turn in range(10):
+        client = gradwire.AsyncClient(large_blocks.address, transport=transport)
+        running = [asyncio.create_task(work(client, number)) for number in range(2)]
+        await asyncio.sleep(0.02 + turn * 0.006)
+        await client.close()
+        for each in running:
+            with pytest.raises(CLOSED):
+                await asyncio.wait_for(each, 20)
 
 
 FORK = """

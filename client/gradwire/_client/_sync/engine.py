@@ -618,6 +618,7 @@ class SyncEngine(EngineBase):
             The allocations; None if the server shares no more memory.
 
         Raises:
+            ClientStateError: The client was closed.
             GradwireError: The server shares no more memory, with ``transport="shm"``.
         """
         if not sizes:
@@ -631,6 +632,7 @@ class SyncEngine(EngineBase):
             try:
                 segment = connection.open_segment(size_bytes, self.jobs.metadata)
             except GradwireError as error:
+                self.require_open()  # otherwise that is why
                 if size_bytes != to_open[-1] and may_be_smaller(error):
                     continue
                 self.shm.on_refusal(error)

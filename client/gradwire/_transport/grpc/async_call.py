@@ -160,7 +160,7 @@ class AsyncConnection:
             GradwireError: The call failed.
         """
         try:
-            with fork_support.aio_calling():
+            with _in_call(options.job_id):
                 call = self.methods.compute(
                     request, timeout=options.timeout_s, metadata=options.metadata
                 )
@@ -168,9 +168,6 @@ class AsyncConnection:
                     loop = asyncio.get_running_loop()
                     on_call(partial(loop.call_soon_threadsafe, call.cancel))
                 response: ComputeResponse = await call
-        except asyncio.CancelledError:
-            require_cancelled_task(options.job_id)
-            raise
         except grpc.RpcError as error:
             raise call_error(error, self.endpoint, options.job_id) from None
         return response
@@ -194,7 +191,7 @@ class AsyncConnection:
             GradwireError: The call failed.
         """
         try:
-            with fork_support.aio_calling():
+            with _in_call():
                 response: GetServerInfoResponse = await self.methods.server_info(
                     GetServerInfoRequest(), timeout=timeout_s, metadata=metadata
                 )
@@ -217,7 +214,7 @@ class AsyncConnection:
             GradwireError: The call failed.
         """
         try:
-            with fork_support.aio_calling():
+            with _in_call():
                 return await self.methods.sessions[name](
                     request, timeout=timeout_s, metadata=metadata
                 )
@@ -240,7 +237,7 @@ class AsyncConnection:
         """
         rpc = self.methods.put_tensor(timeout=timeout_s, metadata=metadata)
         try:
-            with fork_support.aio_calling():
+            with _in_call():
                 with contextlib.suppress(grpc.RpcError):
                     await rpc.wait_for_connection()
                 for request in requests:
@@ -277,7 +274,7 @@ class AsyncConnection:
         """
         rpc = self.methods.get_tensor(request, timeout=timeout_s, metadata=metadata)
         try:
-            with fork_support.aio_calling():
+            with _in_call():
                 async for response in rpc:
                     take(response)
         except grpc.RpcError as error:
@@ -308,7 +305,8 @@ class AsyncConnection:
         segment: Segment | None = None
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                answer = await rpc.read()
+                with _in_call():
+                    answer = await rpc.read()
             if isinstance(answer, OpenRegionResponse):
                 if answer.HasField("challenge"):
                     rpc.cancel()
@@ -438,6 +436,21 @@ class AsyncCall:
     def _end(self) -> None:
         self._rpc.cancel()
         self._writer.cancel()
+
+
+@contextlib.contextmanager
+def _in_call(job_id: str | None = None) -> Iterator[None]:
+    """Count a call; if gRPC has cancelled it, but nobody its task, say so.
+
+    Raises:
+        JobCancelledError: The client was closed, or the call cancelled.
+    """
+    with fork_support.aio_calling():
+        try:
+            yield
+        except asyncio.CancelledError:
+            require_cancelled_task(job_id)
+            raise
 
 
 def require_cancelled_task(job_id: str | None) -> None:

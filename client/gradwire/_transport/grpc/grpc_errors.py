@@ -37,6 +37,10 @@ from gradwire_protocol.error_reasons import Reason
 
 LATE = "the call took longer than its timeout_s"
 
+CANCELLED_HERE = (
+    "the call was cancelled here, for example because the client was closed"
+)
+
 _NO_SUCH_NAME = re.compile("DNS resolution failed|Domain name not found|lookup failed")
 _OF_RESETS = frozenset(
     {
@@ -129,6 +133,8 @@ def call_error(
     message = text
     if code is StatusCode.DEADLINE_EXCEEDED and attached.reason is None:
         message = LATE
+    if code is StatusCode.CANCELLED and "Channel closed!" in text:
+        message = CANCELLED_HERE
     error = kind(message, status=code, attached=attached, job_id=job_id, details=text)
     error.args = (f"{message} ({_label(error)})",)
     return error
@@ -344,7 +350,7 @@ def _label(error: GradwireError) -> str:
 def cancelled_error(job_id: str | None) -> JobCancelledError:
     """Return the error of a call that the client has cancelled."""
     return JobCancelledError(
-        "the job was cancelled by the client",
+        CANCELLED_HERE,
         status=StatusCode.CANCELLED,
         job_id=job_id,
     )

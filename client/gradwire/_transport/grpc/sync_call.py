@@ -6,6 +6,7 @@ so both directions run concurrently.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -257,7 +258,7 @@ class SyncConnection:
 
         future = None
         with interrupts.held():
-            with fork_support.calling():
+            with _starting():
                 future = self.methods.put_tensor.future(
                     sent(), timeout=timeout_s, metadata=metadata
                 )
@@ -299,7 +300,7 @@ class SyncConnection:
             GradwireError: The call failed.
         """
         with interrupts.held():
-            with fork_support.calling():
+            with _starting():
                 rpc = self.methods.get_tensor(
                     request, timeout=timeout_s, metadata=metadata
                 )
@@ -334,7 +335,7 @@ class SyncConnection:
     def _open_segment(
         self, request: OpenRegionRequest, metadata: MetadataPairs
     ) -> Segment | RegionChallenge:
-        with fork_support.calling():
+        with _starting():
             rpc = self.methods.open_region(request, metadata=metadata)
         process = os.getpid()
 
@@ -366,6 +367,22 @@ class SyncConnection:
         return segment
 
 
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Start a call.
+
+    Raises:
+        ClientStateError: The client was closed meanwhile, in another thread.
+    """
+    with fork_support.calling():
+        try:
+            yield
+        except ValueError as error:
+            if "closed" not in str(error):
+                raise
+            raise ClientStateError("the client was closed while a call began") from None
+
+
 def call_unary(
     method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
     request: _Request,
@@ -384,7 +401,7 @@ def call_unary(
         # The fastest call blocks inside gRPC. No other thread can fork meanwhile.
         return method(request, **options)
     with interrupts.held():
-        with fork_support.calling():
+        with _starting():
             future = method.future(request, **options)
             running = fork_support.RunningCall()
         try:
@@ -432,7 +449,7 @@ class SyncCall:
         began = False
         try:
             with interrupts.held():
-                with fork_support.calling():
+                with _starting():
                     self._rpc = connection.methods.streams[method](
                         self._requests.requests(),
                         timeout=options.timeout_s,
