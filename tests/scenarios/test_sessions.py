@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ import pytest
 
 import gradwire
 from tests.support import oracle
+from tests.support.observing import wait_until
 from tests.support.proxy import Fault, Proxy
 from tests.support.serving import ServerProcess, running_server
 
@@ -778,8 +780,8 @@ def test_a_session_expires_without_its_client(serving: ServerProcess) -> None:
         weight = session.put(np.ones((2, 3), np.float32))
         time.sleep(1.5)  # the lease is renewed
         assert session.get(weight).all()
-        assert session._renewal is not None
-        session._renewal.close()
+        assert session._lease is not None
+        session._lease._repeater.close()
         time.sleep(1.6)
         with pytest.raises(gradwire.SessionLostError, match="lease_seconds"):
             session.get(weight)
@@ -1050,19 +1052,60 @@ def test_the_child_of_a_fork_leaves_the_session_to_its_parent(
         assert same(session.get(weight), w)
 
 
-def test_a_dropped_session_ends_with_its_lease(serving: ServerProcess) -> None:
+def dropped(client: gradwire.Client) -> None:
+    sessions = [client.session("1MiB")]
+    sessions[0].open()
+    reference = weakref.ref(sessions[0])
+    with pytest.warns(ResourceWarning, match="was dropped and not closed: use it as"):
+        sessions.clear()
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_dropped_session_is_closed(serving: ServerProcess) -> None:
     with gradwire.connect(serving.address, transport="grpc") as client:
-        sessions = [client.session("1MiB", lease_s=1.0)]
-        sessions[0].open()
-        dropped = weakref.ref(sessions[0])
+        dropped(client)
+        wait_until(lambda: not client.sessions(), "the session is closed", 5)
+
+
+def test_a_client_closes_its_dropped_sessions(serving: ServerProcess) -> None:
+    with gradwire.connect(serving.address, transport="grpc") as observer:
+        for _ in range(20):
+            with gradwire.connect(serving.address, transport="grpc") as client:
+                dropped(client)
+            assert not observer.sessions()
+
+
+async def test_a_dropped_asynchronous_session_is_closed(serving: ServerProcess) -> None:
+    async with gradwire.AsyncClient(serving.address, transport="grpc") as client:
+        sessions = [client.session("1MiB")]
+        await sessions[0].open()
         with pytest.warns(ResourceWarning, match="was dropped and not closed"):
             sessions.clear()
-        gc.collect()
-        assert dropped() is None
+        with gradwire.connect(serving.address, transport="grpc") as observer:
+            await asyncio.to_thread(
+                wait_until,
+                lambda: not observer.sessions(),
+                "the session is closed",
+                timeout_s=5,
+            )
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_does_not_answer() -> None:
+    def leave(session: gradwire.Session) -> None:
+        with session:
+            stopped.callback(os.kill, server.pid, signal.SIGCONT)
+            os.kill(server.pid, signal.SIGSTOP)
+            raise KeyboardInterrupt
+
+    with running_server() as server, contextlib.ExitStack() as stopped:
+        client = gradwire.Client(server.address, transport="grpc")
+        session = client.session("1MiB")
         began = time.monotonic()
-        while client.sessions():
-            assert time.monotonic() - began < 2.5
-            time.sleep(0.05)
+        with pytest.raises(KeyboardInterrupt):
+            leave(session)
+        client.close()
+        assert time.monotonic() - began < 5  # without an interrupt it is 10 s
 
 
 class Interrupted:

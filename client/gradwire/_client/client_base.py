@@ -6,21 +6,28 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from gradwire._api.types import Receipt
 from gradwire._client.engine_base import EngineBase
-from gradwire._client.session_base import SessionBase
 
 EngineT = TypeVar("EngineT", bound=EngineBase)
-SessionT = TypeVar("SessionT", bound=SessionBase)
+LeaseT = TypeVar("LeaseT", bound="SessionLease")
 
 _CLOSE_S = 5.0
 """Seconds for closing all sessions of a client: a server that does not answer must not
 hold up the end of a program for longer."""
 
 
-class ClientBase(Generic[EngineT, SessionT]):
+class SessionLease(Protocol):
+    """What closes an open session."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session was not closed, and this process has opened it."""
+
+
+class ClientBase(Generic[EngineT, LeaseT]):
     """A client that does no I/O.
 
     Args:
@@ -31,8 +38,8 @@ class ClientBase(Generic[EngineT, SessionT]):
         self._engine = engine
         self._greeted = False
         self._local = threading.local()
-        self._sessions: weakref.WeakSet[SessionT] = weakref.WeakSet()
-        """Its sessions: one that nobody else can use may go."""
+        self._leases: weakref.WeakSet[LeaseT] = weakref.WeakSet()
+        """Those of its sessions, dropped ones too."""
 
     @property
     def address(self) -> str:
@@ -59,12 +66,12 @@ class ClientBase(Generic[EngineT, SessionT]):
             f" pass its address, {self.address!r}, and create a client there"
         )
 
-    def _sessions_to_close(self) -> Iterator[tuple[SessionT, float]]:
-        """Yield the client's open sessions, each with seconds for closing it."""
+    def _leases_to_close(self) -> Iterator[tuple[LeaseT, float]]:
+        """Yield the leases of open sessions, each with seconds for closing it."""
         deadline = time.monotonic() + _CLOSE_S
-        for session in list(self._sessions):
-            if session.is_open:
-                yield session, max(deadline - time.monotonic(), 0.0)
+        for lease in list(self._leases):
+            if lease.is_open:
+                yield lease, max(deadline - time.monotonic(), 0.0)
 
     def _remember(self, receipt: Receipt) -> Receipt:
         self._local.receipt = receipt

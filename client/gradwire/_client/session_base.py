@@ -179,8 +179,8 @@ class SessionBase:
         # Of a session whose arguments were invalid, not even the token was set.
         if getattr(self, "token", "") and not self._ended and not self.is_inherited:
             warnings.warn(
-                f"{self!r} was dropped and not closed, and keeps its memory until its"
-                " lease ends: use it as a context manager, or call close()",
+                f"{self!r} was dropped and not closed: use it as a context manager,"
+                " or call close()",
                 ResourceWarning,
                 stacklevel=2,
             )
@@ -213,6 +213,10 @@ class SessionBase:
         self.server_instance = answer.server_instance
         self.lease_s = answer.lease_seconds
         self.step_count = answer.step
+
+    def ended(self) -> None:
+        """Note that the session is being closed."""
+        self._ended = True
 
     def open_request(self) -> pb2.OpenSessionRequest:
         """Return the request that opens the session, to be repeated as it is."""

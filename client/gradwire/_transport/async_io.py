@@ -109,17 +109,29 @@ class AsyncRepeater:
     """
 
     def __init__(self, interval_s: float, work: Callable[[], Awaitable[bool]]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._woken = woken = asyncio.Event()
+
         async def repeat() -> None:
             again = True
             while again:
-                await asyncio.sleep(interval_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(woken.wait(), interval_s)
+                woken.clear()
                 again = await work()
 
-        self._task = asyncio.create_task(repeat())
+        self._task = self._loop.create_task(repeat())
+
+    def wake(self) -> None:
+        """Do it now. A finalizer may call it, in any thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._woken.set)
 
     async def aclose(self) -> None:
-        """Stop."""
+        """Stop, unless the work itself calls it."""
         if self._task.done():  # perhaps with its event loop
+            return
+        if self._task is asyncio.current_task():
             return
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)

@@ -91,18 +91,27 @@ class SyncRepeater:
     """
 
     def __init__(self, interval_s: float, work: Callable[[], bool]) -> None:
-        self._stopped = threading.Event()
-        stopped = self._stopped
+        # An event's lock may be held by the thread in which a finalizer runs.
+        self._wakes = wakes = SimpleQueue[bool]()
 
         def repeat() -> None:
-            while not stopped.wait(interval_s) and work():
-                pass
+            again = True
+            while again:
+                try:
+                    stop = wakes.get(timeout=interval_s)
+                except Empty:
+                    stop = False
+                again = not stop and work()
 
         threading.Thread(target=repeat, name="gradwire-lease", daemon=True).start()
 
+    def wake(self) -> None:
+        """Do it now. A finalizer may call it, in any thread."""
+        self._wakes.put(False)
+
     def close(self) -> None:
         """Stop after the current time."""
-        self._stopped.set()
+        self._wakes.put(True)
 
 
 class Closeable(Protocol):

@@ -21,6 +21,7 @@ from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._async.batch import run
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.session import AsyncSession
+from gradwire._client._async.session_lease import AsyncSessionLease
 from gradwire._client._async.spread_stream import AsyncSpreadStream
 from gradwire._client._async.stream import AsyncGradientStream
 from gradwire._client.client_base import ClientBase
@@ -38,7 +39,7 @@ from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1 import session_service_pb2
 
 
-class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
+class AsyncClient(ClientBase[AsyncEngine, AsyncSessionLease]):
     """A client for programs with an event loop.
 
     Making a client does no I/O. Entering it as a context manager asks the server
@@ -90,8 +91,8 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
         it does so when their leases end.
         """
         try:
-            for session, left_s in self._sessions_to_close():
-                await session.close(timeout_s=left_s)
+            for lease, left_s in self._leases_to_close():
+                await lease.close(timeout_s=left_s)
         finally:
             await self._engine.aclose()
 
@@ -229,9 +230,7 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSession]):
         """
         self._engine.require_open()
         check_names("session", options, SessionOptions)
-        session = AsyncSession(self._engine, self._remember, keep, **options)
-        self._sessions.add(session)
-        return session
+        return AsyncSession(self._engine, self._remember, self._leases, keep, **options)
 
     async def sessions(self, *, address: str | None = None) -> list[SessionSummary]:
         """List the open sessions of this caller's tenant, the oldest first.

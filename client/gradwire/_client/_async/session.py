@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableSet, Sequence
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, TypeVar, Unpack
 
-from gradwire._api.errors import (
-    CallError,
-    DeadlineError,
-    GradwireError,
-    InputError,
-)
+from gradwire._api.errors import CallError, GradwireError, InputError
 from gradwire._api.optimizers import Optimizer
 from gradwire._api.options import (
     DtypeLike,
@@ -29,6 +23,7 @@ from gradwire._api.types import Array, Gradients, Receipt
 from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
 from gradwire._client._async.engine import AsyncEngine
+from gradwire._client._async.session_lease import AsyncSessionLease
 from gradwire._client.session_base import (
     SHARED_FROM_BYTES,
     Context,
@@ -59,8 +54,8 @@ from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
 from gradwire._resilience.load_balancer import Stay
-from gradwire._resilience.retry import Attempts, is_transient
-from gradwire._transport.async_io import AsyncRepeater, close_at_exit, run_beside
+from gradwire._resilience.retry import Attempts
+from gradwire._transport.async_io import run_beside
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import KeptResult
@@ -91,6 +86,7 @@ class AsyncSession(SessionBase):
         self,
         engine: AsyncEngine,
         remember: Callable[[Receipt], Receipt],
+        leases: MutableSet[AsyncSessionLease],
         keep: int | str,
         **options: Unpack[SessionOptions],
     ) -> None:
@@ -98,16 +94,20 @@ class AsyncSession(SessionBase):
         self._client_engine = engine
         self._engine = engine
         self._remember = remember
-        self._stay: Stay | None = None
-        self._renewal: AsyncRepeater | None = None
+        self._leases = leases
+        self._lease: AsyncSessionLease | None = None
 
     async def __aenter__(self) -> AsyncSession:
         if not self.token or self._ended:
             await self.open()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+    async def __aexit__(
+        self, _: object, error: BaseException | None, __: object
+    ) -> None:
+        # Ctrl-C does not wait for long for a server that does not answer.
+        interrupted = error is not None and not isinstance(error, Exception)
+        await self.close(timeout_s=_INTERRUPTED_S if interrupted else None)
 
     async def open(self) -> None:
         """Open the session and reserve its memory.
@@ -128,12 +128,18 @@ class AsyncSession(SessionBase):
                 )
                 return lease.engine, lease.stay(), answer
 
-        self._engine, self._stay, answer = await self._client_engine.retry(
-            attempts, attempt
-        )
+        self._engine, stay, answer = await self._client_engine.retry(attempts, attempt)
         self.opened(answer)
-        self._renewal = AsyncRepeater(self.lease_s / 3, _renewal_of(self))
-        close_at_exit(self)
+        self._lease = AsyncSessionLease(
+            self,
+            self._engine,
+            stay,
+            token=self.token,
+            id=self._id,
+            affinity=self.affinity,
+            lease_s=self.lease_s,
+        )
+        self._leases.add(self._lease)
         if self.restored:
             try:
                 self.take_tensors(await self.describe())
@@ -151,28 +157,8 @@ class AsyncSession(SessionBase):
             timeout_s: Seconds for the server to answer, after which the lease ends the
                 session; None: 10.
         """
-        if self.is_inherited:
-            return
-        if self._renewal is not None:
-            await self._renewal.aclose()
-            self._renewal = None
-        if not self.token or self._ended:
-            return
-        self._ended = True
-        request = pb2.CloseSessionRequest(session=self.token)
-        attempts = self._attempts("CloseSession", _CLOSE_S)
-        try:
-            left_s = _CLOSE_S if timeout_s is None else timeout_s
-            await self._engine.session_call("CloseSession", request, left_s, attempts)
-        except BaseException as error:
-            attempts.ended(error)
-            # A session that was not closed ends with its lease.
-            if not isinstance(error, GradwireError):
-                raise
-        else:
-            attempts.ended()
-        finally:
-            self._stay = None
+        if self._lease is not None:
+            await self._lease.close(timeout_s=timeout_s)
 
     async def put(
         self,
@@ -762,18 +748,6 @@ class AsyncSession(SessionBase):
             self.step_failed(request, error)
             raise
 
-    async def _renew(self) -> bool:
-        """Renew the lease; return whether to go on."""
-        request = pb2.RenewSessionRequest(session=self.token)
-        try:
-            await self._engine.session_call(
-                "RenewSession", request, self.lease_s / 3, affinity=self.affinity
-            )
-        except GradwireError as error:
-            # The server, or a proxy before it, may be back at the next time.
-            return is_transient(error) or isinstance(error, DeadlineError)
-        return True
-
     async def _call(self, name: str, request: Any) -> Any:
         """Call a method of the session, with retries."""
 
@@ -911,22 +885,11 @@ class AsyncSession(SessionBase):
         return self._client_engine.jobs.timeout_s
 
 
-def _renewal_of(session: AsyncSession) -> Callable[[], Awaitable[bool]]:
-    """Return what renews a session as long as somebody can use it."""
-    reference = weakref.ref(session)
-
-    async def renew() -> bool:
-        session = reference()
-        return session is not None and await session._renew()
-
-    return renew
-
-
 def _named(out: Any, result: Matrix) -> dict[str, Any] | None:
     return None if out is None else {result.label: out}
 
 
 _DEFAULT = tuple(each.label for each in DEFAULT_RESULTS)
 
-_CLOSE_S = 10.0
-"""Seconds for closing a session; after that its lease ends it."""
+_INTERRUPTED_S = 1.0
+"""Seconds for closing a session that is left because of Ctrl-C or a cancellation."""

@@ -23,6 +23,7 @@ from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._sync.batch import run
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.session import Session
+from gradwire._client._sync.session_lease import SyncSessionLease
 from gradwire._client._sync.spread_stream import SyncSpreadStream
 from gradwire._client._sync.stream import GradientStream
 from gradwire._client.client_base import ClientBase
@@ -40,7 +41,7 @@ from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1 import session_service_pb2
 
 
-class Client(ClientBase[SyncEngine, Session]):
+class Client(ClientBase[SyncEngine, SyncSessionLease]):
     """A client for programs that block.
 
     Making a client does no I/O. Entering it as a context manager asks the server
@@ -93,8 +94,8 @@ class Client(ClientBase[SyncEngine, Session]):
         it does so when their leases end.
         """
         try:
-            for session, left_s in self._sessions_to_close():
-                session.close(timeout_s=left_s)
+            for lease, left_s in self._leases_to_close():
+                lease.close(timeout_s=left_s)
         finally:
             self._engine.close()
 
@@ -228,9 +229,7 @@ class Client(ClientBase[SyncEngine, Session]):
         """
         self._engine.require_open()
         check_names("session", options, SessionOptions)
-        session = Session(self._engine, self._remember, keep, **options)
-        self._sessions.add(session)
-        return session
+        return Session(self._engine, self._remember, self._leases, keep, **options)
 
     def sessions(self, *, address: str | None = None) -> list[SessionSummary]:
         """List the open sessions of this caller's tenant, the oldest first.

@@ -5,18 +5,12 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSet, Sequence
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, TypeVar, Unpack
 
-from gradwire._api.errors import (
-    CallError,
-    DeadlineError,
-    GradwireError,
-    InputError,
-)
+from gradwire._api.errors import CallError, GradwireError, InputError
 from gradwire._api.optimizers import Optimizer
 from gradwire._api.options import (
     DtypeLike,
@@ -31,6 +25,7 @@ from gradwire._api.types import Array, Gradients, Receipt
 from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
 from gradwire._client._sync.engine import SyncEngine
+from gradwire._client._sync.session_lease import SyncSessionLease
 from gradwire._client.session_base import (
     SHARED_FROM_BYTES,
     Context,
@@ -61,8 +56,8 @@ from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
 from gradwire._resilience.call_span import session_span
 from gradwire._resilience.load_balancer import Stay
-from gradwire._resilience.retry import Attempts, is_transient
-from gradwire._transport.sync_io import SyncRepeater, close_at_exit, run_beside
+from gradwire._resilience.retry import Attempts
+from gradwire._transport.sync_io import run_beside
 from gradwire_protocol.dtypes import Dtype
 from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.job_spec import KeptResult
@@ -93,6 +88,7 @@ class Session(SessionBase):
         self,
         engine: SyncEngine,
         remember: Callable[[Receipt], Receipt],
+        leases: MutableSet[SyncSessionLease],
         keep: int | str,
         **options: Unpack[SessionOptions],
     ) -> None:
@@ -100,16 +96,18 @@ class Session(SessionBase):
         self._client_engine = engine
         self._engine = engine
         self._remember = remember
-        self._stay: Stay | None = None
-        self._renewal: SyncRepeater | None = None
+        self._leases = leases
+        self._lease: SyncSessionLease | None = None
 
     def __enter__(self) -> Session:
         if not self.token or self._ended:
             self.open()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # Ctrl-C does not wait for long for a server that does not answer.
+        interrupted = error is not None and not isinstance(error, Exception)
+        self.close(timeout_s=_INTERRUPTED_S if interrupted else None)
 
     def open(self) -> None:
         """Open the session and reserve its memory.
@@ -130,10 +128,18 @@ class Session(SessionBase):
                 )
                 return lease.engine, lease.stay(), answer
 
-        self._engine, self._stay, answer = self._client_engine.retry(attempts, attempt)
+        self._engine, stay, answer = self._client_engine.retry(attempts, attempt)
         self.opened(answer)
-        self._renewal = SyncRepeater(self.lease_s / 3, _renewal_of(self))
-        close_at_exit(self)
+        self._lease = SyncSessionLease(
+            self,
+            self._engine,
+            stay,
+            token=self.token,
+            id=self._id,
+            affinity=self.affinity,
+            lease_s=self.lease_s,
+        )
+        self._leases.add(self._lease)
         if self.restored:
             try:
                 self.take_tensors(self.describe())
@@ -151,28 +157,8 @@ class Session(SessionBase):
             timeout_s: Seconds for the server to answer, after which the lease ends the
                 session; None: 10.
         """
-        if self.is_inherited:
-            return
-        if self._renewal is not None:
-            self._renewal.close()
-            self._renewal = None
-        if not self.token or self._ended:
-            return
-        self._ended = True
-        request = pb2.CloseSessionRequest(session=self.token)
-        attempts = self._attempts("CloseSession", _CLOSE_S)
-        try:
-            left_s = _CLOSE_S if timeout_s is None else timeout_s
-            self._engine.session_call("CloseSession", request, left_s, attempts)
-        except BaseException as error:
-            attempts.ended(error)
-            # A session that was not closed ends with its lease.
-            if not isinstance(error, GradwireError):
-                raise
-        else:
-            attempts.ended()
-        finally:
-            self._stay = None
+        if self._lease is not None:
+            self._lease.close(timeout_s=timeout_s)
 
     def put(
         self,
@@ -759,18 +745,6 @@ class Session(SessionBase):
             self.step_failed(request, error)
             raise
 
-    def _renew(self) -> bool:
-        """Renew the lease; return whether to go on."""
-        request = pb2.RenewSessionRequest(session=self.token)
-        try:
-            self._engine.session_call(
-                "RenewSession", request, self.lease_s / 3, affinity=self.affinity
-            )
-        except GradwireError as error:
-            # The server, or a proxy before it, may be back at the next time.
-            return is_transient(error) or isinstance(error, DeadlineError)
-        return True
-
     def _call(self, name: str, request: Any) -> Any:
         """Call a method of the session, with retries."""
 
@@ -902,22 +876,11 @@ class Session(SessionBase):
         return self._client_engine.jobs.timeout_s
 
 
-def _renewal_of(session: Session) -> Callable[[], bool]:
-    """Return what renews a session as long as somebody can use it."""
-    reference = weakref.ref(session)
-
-    def renew() -> bool:
-        session = reference()
-        return session is not None and session._renew()
-
-    return renew
-
-
 def _named(out: Any, result: Matrix) -> dict[str, Any] | None:
     return None if out is None else {result.label: out}
 
 
 _DEFAULT = tuple(each.label for each in DEFAULT_RESULTS)
 
-_CLOSE_S = 10.0
-"""Seconds for closing a session; after that its lease ends it."""
+_INTERRUPTED_S = 1.0
+"""Seconds for closing a session that is left because of Ctrl-C or a cancellation."""
