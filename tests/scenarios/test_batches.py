@@ -99,13 +99,14 @@ def test_ctrl_c_ends_all_jobs(occupied: ServerProcess, way: ways.Way) -> None:
     y = np.zeros((BATCH, 40, 20))
     main = threading.main_thread().ident
     assert main is not None
+    before = set(threading.enumerate())
     with way.connect(occupied, timeout_s=None) as client:
         timer = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             client.forward(x, w, out=y)
         timer.join()
-        names = [thread.name for thread in threading.enumerate()]
+        names = [thread.name for thread in set(threading.enumerate()) - before]
         assert not [name for name in names if name.startswith("gradwire")]
     assert not y.any()
 
