@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from gradwire._api.errors import InputError
+from gradwire._api.errors import ClientStateError, InputError
 from gradwire._api.options import DtypeLike, parse_dtype
 from gradwire._client._sync.session import Session
 from gradwire._core.kept import Tensor
@@ -136,9 +137,13 @@ class Linear(torch.nn.Module):
             Shape (..., out_features).
 
         Raises:
+            ClientStateError: The model is in `DistributedDataParallel`, with several
+                processes, and the weight is not frozen.
             InputError: The shape or the dtype is another one.
             GradwireError: The job failed.
         """
+        if self._weight.requires_grad:
+            _refuse_replicas()
         if not isinstance(x, torch.Tensor):
             raise InputError(f"x is a {type(x).__qualname__}: expected a tensor")
         if x.is_meta:
@@ -264,6 +269,22 @@ class Linear(torch.nn.Module):
             )
         else:
             self._weight.put(state_dict[key])
+
+
+def _refuse_replicas() -> None:
+    """Refuse data parallelism, whose processes would train different weights.
+
+    Raises:
+        ClientStateError: `DistributedDataParallel` runs the layer in several processes.
+    """
+    # It does not see weights that are no parameters of the module.
+    replica = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if replica is not None and replica.process_group.size() > 1:
+        raise ClientStateError(
+            "DistributedDataParallel does not average the gradients of weights on a"
+            " server: train the model in one process, or freeze these weights before"
+            " offload"
+        )
 
 
 def take_hooks(layer: torch.nn.Module, other: torch.nn.Module) -> None:

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from multiprocessing.context import get_spawning_popen
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -109,6 +109,11 @@ class Weight:
                 self.tensor, name=f"{self.name}.grad"[-MAX_NAME_LENGTH:]
             )
         self._requires_grad = bool(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set `requires_grad`, and return the weight."""
+        self.requires_grad = requires_grad
+        return self
 
     @property
     def ndim(self) -> int:

@@ -7,12 +7,16 @@ import gc
 import io
 import pickle
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gradwire
 import gradwire.torch
@@ -391,6 +395,29 @@ def test_a_model_can_be_sent_to_a_new_process(pair: Any) -> None:
         process.kill()
         process.join()
     assert np.array_equal(elements, remote.weight.fetch().numpy())
+
+
+@pytest.fixture(params=[1, 2])
+def processes(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many processes this one is of; PyTorch's fake ones exchange nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    yield request.param
+    dist.destroy_process_group()
+
+
+def test_data_parallelism_is_refused_where_weights_would_differ(
+    pair: Any, processes: int
+) -> None:
+    layer = pair[1]
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 6), layer))
+    x = torch.randn(2, 6)
+    if processes == 1:
+        assert model(x).shape == (2, 5)
+    else:
+        with pytest.raises(gradwire.ClientStateError, match="does not average"):
+            model(x)
+    assert layer.weight.requires_grad_(False) is layer.weight
+    assert model(x).shape == (2, 5)
 
 
 def test_a_shallow_copy_shares_the_weight(pair: Any) -> None:
