@@ -323,17 +323,7 @@ class Optimizer(torch.optim.Optimizer):
             InputError: The state has other groups.
             GradwireError: The server failed.
         """
-        if not {"state", "param_groups"} <= set(state_dict):
-            raise InputError(
-                "the state has no 'state' and 'param_groups': expected what an"
-                " optimizer's state_dict() returned"
-            )
-        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-        if sizes != [len(members) for members in self._members]:
-            raise InputError(
-                f"the state has groups of {sizes} parameters: expected"
-                f" {[len(members) for members in self._members]}"
-            )
+        _check_form(state_dict, [len(members) for members in self._members])
         states: dict[int, Any] = {}
         groups = []
         remote = []
@@ -553,14 +543,44 @@ def _state_of(weight: Weight, info: Any) -> dict[str, Any]:
     return state
 
 
-def _check_state(weight: Weight, state: Mapping[str, Any]) -> None:
-    """Check a state's shapes before anything is put.
+def _check_form(state_dict: Any, sizes: list[int]) -> None:
+    """Check that something is a state of an optimizer with groups of these sizes.
 
     Raises:
-        InputError: One has another shape than the weight.
+        InputError: It is none, or has other groups.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise InputError(
+            f"the state is a {type(state_dict).__qualname__}: expected what an"
+            " optimizer's state_dict() returned"
+        )
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise InputError(
+            "the state has no 'state' and 'param_groups': expected what an"
+            " optimizer's state_dict() returned"
+        )
+    given = [len(group["params"]) for group in state_dict["param_groups"]]
+    if given != sizes:
+        raise InputError(
+            f"the state has groups of {given} parameters: expected {sizes}"
+        )
+
+
+def _check_state(weight: Weight, state: Mapping[str, Any]) -> None:
+    """Check a weight's state before anything is put.
+
+    Raises:
+        InputError: It has something else than tensors of the weight's shape.
     """
     for name, elements in state.items():
-        if name != "step" and elements is not None and elements.shape != weight.shape:
+        if name == "step" or elements is None:
+            continue
+        if not isinstance(elements, torch.Tensor):
+            raise InputError(
+                f"{name} of the weight {weight.name!r} is a"
+                f" {type(elements).__qualname__}: expected a tensor"
+            )
+        if elements.shape != weight.shape:
             raise InputError(
                 f"{name} of the weight {weight.name!r} has shape"
                 f" {tuple(elements.shape)}: expected {tuple(weight.shape)}"

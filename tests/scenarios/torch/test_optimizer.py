@@ -10,6 +10,7 @@ import signal
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -371,6 +372,11 @@ def test_what_a_server_cannot_do_is_refused(
             r"exp_avg of .*\(3,\): .*\(12, 16\)",
             {**state, "state": {0: {"exp_avg": torch.ones(3)}}},
         ),
+        (
+            "exp_avg of .* is a ndarray: expected a tensor",
+            {**state, "state": {0: {"exp_avg": np.ones((12, 16))}}},
+        ),
+        ("the state is a NoneType", None),
     ]
     for text, given in wrong:
         with pytest.raises(gradwire.InputError, match=text):
