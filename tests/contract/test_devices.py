@@ -16,8 +16,6 @@ import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from gradwire.v1 import gradient_service_pb2 as service_pb2
-from gradwire.v1 import gradient_service_pb2_grpc
 from gradwire_server import BackendError, Server, Settings
 from gradwire_server.backends.base import DeviceLostError
 from gradwire_server.backends.numpy.backend import NumpyBackend
@@ -28,6 +26,7 @@ from tests.support.raw import (
     Stream,
     assert_exact,
     compute_job,
+    server_info,
     stream_job,
     whole_numbers,
 )
@@ -154,8 +153,7 @@ def send_the_rest(stream: Stream, problem) -> None:
 def test_server_info_lists_each_device_with_what_jobs_may_hold_of_it():
     backend = ManyDevices((100 * MIB, 50 * MIB))
     with serving(backend, device_memory_limit=64 * MIB) as (_, channel, _):
-        stub = gradient_service_pb2_grpc.GradientServiceStub(channel)
-        info = stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=10)
+        info = server_info(channel)
         assert [
             (d.index, d.memory_bytes, d.memory_limit_bytes, d.compute_capability)
             for d in info.devices
@@ -164,8 +162,7 @@ def test_server_info_lists_each_device_with_what_jobs_may_hold_of_it():
             (2, 50 * MIB, 50 * MIB, "9.1"),
         ]
     with serving(ManyDevices((100 * MIB,))) as (_, channel, _):
-        stub = gradient_service_pb2_grpc.GradientServiceStub(channel)
-        info = stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=10)
+        info = server_info(channel)
         assert info.devices[0].memory_limit_bytes == 90 * MIB
 
 

@@ -8,15 +8,12 @@ import grpc
 import numpy as np
 import pytest
 
-from gradwire.v1 import gradient_service_pb2 as service_pb2
 from tests.support import raw
 from tests.support.raw import Stream, whole_numbers
 
 
 def early_bytes(channel: grpc.Channel) -> int:
-    method = channel.unary_unary(f"/{raw.SERVICE}/GetServerInfo")
-    answer = method(service_pb2.GetServerInfoRequest().SerializeToString())
-    info = service_pb2.GetServerInfoResponse.FromString(answer)
+    info = raw.server_info(channel)
     assert "early-rows" in info.features
     return info.limits.early_bytes
 

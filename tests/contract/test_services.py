@@ -25,6 +25,7 @@ from tests.support.raw import (
     Stream,
     assert_exact,
     compute_job,
+    server_info,
     stream_job,
     whole_numbers,
 )
@@ -33,8 +34,7 @@ from tests.support.serving import BACKEND, running_server
 
 @pytest.fixture(scope="module")
 def info(channel) -> service_pb2.GetServerInfoResponse:
-    stub = gradient_service_pb2_grpc.GradientServiceStub(channel)
-    return stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=10)
+    return server_info(channel)
 
 
 def test_server_info_names_contract_version_and_libraries(info):

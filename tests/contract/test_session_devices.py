@@ -31,6 +31,7 @@ from tests.support.raw import (
     dtype_number,
     normal_numbers,
     result,
+    server_info,
     stream_job,
     whole_numbers,
 )
@@ -347,6 +348,11 @@ def test_a_tenant_has_half_of_a_device_and_its_own_limit(tmp_path: Path) -> None
         grpc.insecure_channel(server.addresses[0]) as plain,
     ):
         greedy = RawSessions(authorized(plain, tokens["greedy"]))
+        most = server_info(authorized(plain, tokens["greedy"])).limits.max_keep_bytes
+        assert 9 * MIB < most < 16 * MIB
+        greedy.open(most).close()
+        failure = refusal(lambda: greedy.open(most + 1))
+        assert failure.reason == "JOB_TOO_LARGE"
         # Sessions go to the device with the fewest.
         opened = [greedy.open(9 * MIB) for _ in range(2)]
         devices = {each.describe().device.index for each in opened}

@@ -32,6 +32,7 @@ from tests.support.raw import (
     Stream,
     end,
     matrix_number,
+    server_info,
     whole_numbers,
 )
 from tests.support.serving import ServerProcess, running_server
@@ -552,6 +553,31 @@ def test_memory_for_sessions_is_refused_when_they_are_opened() -> None:
         assert_untroubled(server)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"memory_limit": 64 * MIB},
+        {"memory_limit": 64 * MIB, "keep_limit": 20 * MIB},
+        {"memory_limit": 64 * MIB, "keep_limit": 64 * MIB},
+        {"keep_limit": 0},
+    ],
+    ids=str,
+)
+def test_a_session_may_keep_what_the_server_says(settings: dict[str, int]) -> None:
+    with running_server(**settings, session_lease_max=20) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            sessions, limits = RawSessions(channel), server_info(channel).limits
+            most = limits.max_keep_bytes
+            assert refusal(lambda: sessions.open(most + 1)).reason == "JOB_TOO_LARGE"
+            if most:
+                sessions.open(most).close()
+            assert most <= settings.get("keep_limit", limits.memory_bytes // 2)
+            assert limits.max_sessions == 256
+            assert limits.max_lease_seconds == 20
+        assert_untroubled(server)
+
+
 @pytest.mark.parametrize("keep_limit", [None, 60 * MIB])
 def test_a_refusal_names_the_settings_that_count(keep_limit: int | None) -> None:
     """Of memory, a part is for sessions."""
@@ -560,14 +586,6 @@ def test_a_refusal_names_the_settings_that_count(keep_limit: int | None) -> None
         with grpc.insecure_channel(server.address) as channel:
             failure = refusal(lambda: RawSessions(channel).open(60 * MIB))
         assert failure.text.endswith("(keep_limit, memory_limit)")
-        assert_untroubled(server)
-
-
-def test_a_server_that_keeps_nothing_refuses_sessions() -> None:
-    with running_server(keep_limit=0) as server:
-        with grpc.insecure_channel(server.address) as channel:
-            failure = refusal(lambda: RawSessions(channel).open(1))
-            assert failure.reason == "JOB_TOO_LARGE"
         assert_untroubled(server)
 
 
@@ -701,7 +719,12 @@ def test_a_tenant_has_a_part_of_the_sessions_or_limits_of_its_own(tmp_path) -> N
             greedy, modest, small, none = (
                 RawSessions(authorized(plain, tokens[name])) for name in tokens
             )
-            for owner, most, count in ((greedy, 3000, 64), (small, 1000, 2)):
+            for name, owner, most, count in (
+                ("greedy", greedy, 3000, 64),
+                ("small", small, 1000, 2),
+            ):
+                limits = server_info(authorized(plain, tokens[name])).limits
+                assert (limits.max_keep_bytes, limits.max_sessions) == (most, count)
                 assert told(owner, most + 1) == ("JOB_TOO_LARGE", "tenant_keep_limit")
                 first = owner.open(most - 1)
                 assert told(owner, 2) == ("BUSY", "tenant_keep_limit")

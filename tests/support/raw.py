@@ -71,6 +71,13 @@ class CallError(Exception):
             self.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
 
 
+def server_info(channel: grpc.Channel) -> service_pb2.GetServerInfoResponse:
+    """The answer to GetServerInfo."""
+    method = channel.unary_unary(f"/{SERVICE}/GetServerInfo")
+    answer = method(service_pb2.GetServerInfoRequest().SerializeToString(), timeout=10)
+    return service_pb2.GetServerInfoResponse.FromString(answer)
+
+
 def matrix_number(name: str) -> int:
     return matrix_pb2.Matrix.Value(f"MATRIX_{name.upper()}")
 

@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 import gradwire
-from gradwire import Device, ServerInfo
+from gradwire import Device, ServerInfo, ServerLimits
 from gradwire._transport.address import is_local
 from gradwire_cli.errors import CommandError
 from gradwire_cli.options import (
@@ -77,6 +77,16 @@ def _device(device: Device) -> str:
     return ", ".join(parts)
 
 
+def _sessions(limits: ServerLimits) -> str:
+    if not limits.max_keep_bytes:
+        return "none"
+    return (
+        f"{limits.max_sessions} at once, of at most"
+        f" {format_bytes(limits.max_keep_bytes)}, leases of at most"
+        f" {limits.max_lease_s:g} s"
+    )
+
+
 def _rows(address: str, info: ServerInfo) -> Iterator[tuple[str, str]]:
     limits = info.limits
     yield "server", f"{address} (instance {info.server_instance})"
@@ -95,6 +105,7 @@ def _rows(address: str, info: ServerInfo) -> Iterator[tuple[str, str]]:
     yield "largest message", format_bytes(limits.max_message_bytes)
     yield "sent before Accepted", format_bytes(limits.early_bytes)
     yield "idle timeout", f"{limits.idle_timeout_s:g} s"
+    yield "sessions", _sessions(limits)
     yield "direct connections", "yes" if DIRECT in info.features else "no"
     yield "features", ", ".join(info.features) or "none beyond the contract"
     yield "libraries", ", ".join(f"{k} {v}" for k, v in info.libraries.items())

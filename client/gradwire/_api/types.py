@@ -240,6 +240,15 @@ class ServerLimits:
     row_block_bytes: int = 0
     """Bytes of operands for which the server sizes row blocks; 0: not stated."""
 
+    max_keep_bytes: int = 0
+    """Most bytes that one session may keep, while no other is open; 0: none."""
+
+    max_sessions: int = 0
+    """Most sessions open at once."""
+
+    max_lease_s: float = 0.0
+    """Longest lease of a session."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
@@ -537,6 +546,9 @@ def server_info_of(message: GetServerInfoResponse) -> ServerInfo:
             idle_timeout_s=message.limits.idle_timeout_seconds,
             early_bytes=message.limits.early_bytes,
             row_block_bytes=message.limits.row_block_bytes,
+            max_keep_bytes=message.limits.max_keep_bytes,
+            max_sessions=message.limits.max_sessions,
+            max_lease_s=message.limits.max_lease_seconds,
         ),
         draining=message.draining,
         libraries=dict(message.libraries),

@@ -136,7 +136,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., server_instance: _Optional[str] = ..., contract: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[_job_pb2.Device, _Mapping]]] = ..., backend_reason: _Optional[str] = ..., dtypes: _Optional[_Iterable[_Union[_matrix_pb2.Dtype, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., draining: bool = ..., libraries: _Optional[_Mapping[str, str]] = ..., fingerprints: _Optional[_Iterable[_Union[_job_pb2.NumericsFingerprint, _Mapping]]] = ..., running_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("memory_bytes", "max_jobs", "max_queue", "max_columns", "max_message_bytes", "idle_timeout_seconds", "early_bytes", "row_block_bytes")
+    __slots__ = ("memory_bytes", "max_jobs", "max_queue", "max_columns", "max_message_bytes", "idle_timeout_seconds", "early_bytes", "row_block_bytes", "max_keep_bytes", "max_sessions", "max_lease_seconds")
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_JOBS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUE_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +145,9 @@ class Limits(_message.Message):
     IDLE_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     EARLY_BYTES_FIELD_NUMBER: _ClassVar[int]
     ROW_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEEP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     memory_bytes: int
     max_jobs: int
     max_queue: int
@@ -153,4 +156,7 @@ class Limits(_message.Message):
     idle_timeout_seconds: float
     early_bytes: int
     row_block_bytes: int
-    def __init__(self, memory_bytes: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_queue: _Optional[int] = ..., max_columns: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., idle_timeout_seconds: _Optional[float] = ..., early_bytes: _Optional[int] = ..., row_block_bytes: _Optional[int] = ...) -> None: ...
+    max_keep_bytes: int
+    max_sessions: int
+    max_lease_seconds: float
+    def __init__(self, memory_bytes: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_queue: _Optional[int] = ..., max_columns: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., idle_timeout_seconds: _Optional[float] = ..., early_bytes: _Optional[int] = ..., row_block_bytes: _Optional[int] = ..., max_keep_bytes: _Optional[int] = ..., max_sessions: _Optional[int] = ..., max_lease_seconds: _Optional[float] = ...) -> None: ...

@@ -23,7 +23,9 @@ def describe(service: JobService, backend_reason: str) -> GetServerInfoResponse:
         backend_reason: Why its backend was chosen.
     """
     backend, admission = service.backend, service.admission
-    limits = admission.limits(tenancy.current.get())
+    tenant = tenancy.current.get()
+    limits = admission.limits(tenant)
+    accounts = service.sessions.accounts
     return GetServerInfoResponse(
         version=VERSION,
         server_instance=service.instance,
@@ -44,6 +46,9 @@ def describe(service: JobService, backend_reason: str) -> GetServerInfoResponse:
             idle_timeout_seconds=service.settings.idle_timeout,
             early_bytes=service.early_bytes,
             row_block_bytes=service.row_block_bytes,
+            max_keep_bytes=accounts.max_keep_bytes(tenant, len(backend.devices)),
+            max_sessions=accounts.max_sessions(tenant),
+            max_lease_seconds=service.settings.session_lease_max,
         ),
         draining=admission.draining,
         libraries={

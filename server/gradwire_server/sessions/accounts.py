@@ -67,6 +67,25 @@ class Accounts:
             self._limit(host)
         )
 
+    def max_keep_bytes(self, tenant: str, devices: int) -> int:
+        """Return the most bytes that one session of a tenant keeps.
+
+        Args:
+            tenant: The tenant.
+            devices: The devices of which one may have it.
+        """
+        positions = range(devices)
+        most = max(self._most(tenant, position) for position in positions)
+        own = self._own_limit(tenant)
+        return max(most if own is None else min(most, own), 0)
+
+    def max_sessions(self, tenant: str) -> int:
+        """Return the most sessions of a tenant that are open at once."""
+        own = self._admission.limits(tenant).max_sessions
+        if own is None:
+            return _MAX_OF_TENANT if tenant else MAX_SESSIONS
+        return min(own, MAX_SESSIONS)
+
     def reserve(self, keep_bytes: int, tenant: str, position: int) -> ExitStack:
         """Reserve a session's memory until the returned stack is closed.
 
@@ -80,6 +99,8 @@ class Accounts:
         """
         _check_number(keep_bytes)
         limit = self._admission.devices.limit(position)
+        memory = "memory_limit" if limit is None else "device_memory_limit"
+        self._check_size(keep_bytes, self._most(tenant, position), memory, tenant)
         if limit is None:
             hold = self._in_host_memory(keep_bytes, tenant)
             taken = 0
@@ -96,29 +117,17 @@ class Accounts:
     def _in_host_memory(
         self, keep_bytes: int, tenant: str
     ) -> AbstractContextManager[None]:
-        most = self._admission.max_calls_bytes(tenant)
-        spare = max(CALL_BYTES, int(most * _SPARE_FRACTION))
         limit = self._limit(self._admission.memory_limit)
-        admissible = min(limit, most - spare - CALL_BYTES)
-        self._check_size(keep_bytes, admissible, "memory_limit", tenant)
         self._check_kept(keep_bytes, 0, limit, tenant)
-        return self._admission.call(keep_bytes, tenant, spare_bytes=spare)
+        return self._admission.call(
+            keep_bytes, tenant, spare_bytes=self._spare_bytes(tenant)
+        )
 
     def _on_device(
         self, keep_bytes: int, taken: int, tenant: str, position: int, limit: int
     ) -> AbstractContextManager[None]:
-        share = limit
-        if tenant:
-            own = self._admission.own_limits(tenant).memory_limit
-            share = min(int(limit * _TENANT_FRACTION), limit if own is None else own)
-        most = self._limit(limit)
-        self._check_size(
-            keep_bytes,
-            self._fitting(most, int(share * (1 - _SPARE_FRACTION))),
-            "device_memory_limit",
-            tenant,
-        )
-        self._check_kept(keep_bytes, position, most, tenant)
+        share = self._share(tenant, limit)
+        self._check_kept(keep_bytes, position, self._limit(limit), tenant)
         own_bytes = self._taken_bytes[tenant, position]
         if tenant and own_bytes + taken > share:
             raise busy(
@@ -129,6 +138,28 @@ class Accounts:
         return self._admission.kept(
             taken, position, spare_bytes=int(limit * _SPARE_FRACTION)
         )
+
+    def _most(self, tenant: str, position: int) -> int:
+        """Return the most bytes that a session on a device keeps, of its memory."""
+        limit = self._admission.devices.limit(position)
+        if limit is None:
+            most = self._admission.max_calls_bytes(tenant)
+            admissible = most - self._spare_bytes(tenant) - CALL_BYTES
+            return min(self._limit(self._admission.memory_limit), admissible)
+        share = int(self._share(tenant, limit) * (1 - _SPARE_FRACTION))
+        return self._fitting(self._limit(limit), share)
+
+    def _spare_bytes(self, tenant: str) -> int:
+        """Return the bytes of host memory that sessions leave to a tenant's calls."""
+        most = self._admission.max_calls_bytes(tenant)
+        return max(CALL_BYTES, int(most * _SPARE_FRACTION))
+
+    def _share(self, tenant: str, limit: int) -> int:
+        """Return the bytes of a device's memory that a tenant's sessions may take."""
+        if not tenant:
+            return limit
+        own = self._admission.own_limits(tenant).memory_limit
+        return min(int(limit * _TENANT_FRACTION), limit if own is None else own)
 
     def _limit(self, memory_bytes: int) -> int:
         return memory_bytes // 2 if self._keep_limit is None else self._keep_limit
@@ -181,11 +212,8 @@ class Accounts:
             raise busy(
                 f"{count} sessions are open, of at most {MAX_SESSIONS}", "sessions"
             )
-        own = self._sessions[tenant]
-        most = self._admission.limits(tenant).max_sessions
-        if most is None and tenant:
-            most = _MAX_OF_TENANT
-        if most is not None and own >= most:
+        own, most = self._sessions[tenant], self.max_sessions(tenant)
+        if own >= most:
             raise busy(
                 f"{own} sessions of your tenant are open, of at most {most}",
                 "tenant_max_sessions",

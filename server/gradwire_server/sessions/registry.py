@@ -75,7 +75,7 @@ class Sessions:
         lease_max_s: float,
         open_memory: OpenMemory,
     ) -> None:
-        self._accounts = accounts
+        self.accounts = accounts
         self._devices = devices
         self._open_memory = open_memory
         self._instance = instance
@@ -102,10 +102,10 @@ class Sessions:
         """Return what sessions keep now."""
         return SessionFigures(
             open=len(self._open),
-            reserved_bytes=self._accounts.kept_bytes,
+            reserved_bytes=self.accounts.kept_bytes,
             used_bytes=sum(each.used_bytes for each in self._open.values())
             - self._shared.saved_bytes,
-            limit_bytes=self._accounts.limit_bytes(self._devices),
+            limit_bytes=self.accounts.limit_bytes(self._devices),
             expired=self._expired_count,
         )
 
@@ -324,7 +324,7 @@ class Sessions:
         refusals: list[JobError] = []
         for position in sorted(range(self._devices), key=lambda each: used[each]):
             try:
-                return position, self._accounts.reserve(keep_bytes, tenant, position)
+                return position, self.accounts.reserve(keep_bytes, tenant, position)
             except JobError as refusal:
                 refusals.append(refusal)
         # A device that is full now is worth another try.
