@@ -25,6 +25,7 @@ from gradwire_cli.commands import (
 )
 from gradwire_cli.errors import CommandError, ExitStatus
 from gradwire_cli.terminal.printable import printable
+from gradwire_protocol.error_reasons import Reason
 from gradwire_protocol.version import VERSION
 
 app = App(
@@ -65,9 +66,9 @@ def run(arguments: Sequence[str]) -> int:
     except CycloptsError as error:
         return _fail(_usage(error), ExitStatus.USAGE)
     except CommandError as error:
-        return _fail(str(error), error.status)
+        return _fail(_with_option(error), error.status)
     except GradwireError as error:
-        return _fail(str(error), ExitStatus.FAILED)
+        return _fail(_with_option(error), ExitStatus.FAILED)
     except OSError as error:
         # Standard output cannot be written. The interpreter flushes it at exit,
         # and that flush must not fail again.
@@ -80,6 +81,13 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(sentence: str, status: int) -> int:
     sys.stderr.write(f"gradwire: {printable(sentence)}\n")
     return status
+
+
+def _with_option(error: Exception) -> str:
+    """Return an error's text, with the option that gives what a server asks for."""
+    if Reason.CREDENTIALS_INVALID.name not in str(error):
+        return str(error)
+    return f"{error}; --token-file, or the variable GRADWIRE_TOKEN, gives the token"
 
 
 def _usage(error: CycloptsError) -> str:

@@ -118,11 +118,14 @@ def test_commands_send_the_token_of_a_file_or_of_the_environment(
         commands = (
             ["info"],
             ["health"],
+            ["sessions", "list"],
             ["compute", "--x", x, "--w", w, "--out", tmp_path / "out", "--force"],
         )
         for command in commands:
             asked = [*map(str, command), "--address", address]
-            assert "asks for credentials" in refusal_here(capsys, *asked)
+            refused = refusal_here(capsys, *asked)
+            assert "asks for credentials" in refused
+            assert "; --token-file, or the variable GRADWIRE_TOKEN, gives" in refused
             assert run([*asked, "--token-file", str(mine)]) == 0
             monkeypatch.setenv("GRADWIRE_TOKEN", mine.read_text())
             assert run(asked) == 0

@@ -427,8 +427,11 @@ def none_left(
         return ConnectError("the names of the servers have no address")
     each = "; ".join(f"{address}: {error}" for address, error in causes.items())
     passing = any(is_transient(error) for error in causes.values())
+    which = "the server is not"
+    if len(causes) > 1:
+        which = f"none of the {len(causes)} servers is"
     return ConnectError(
-        f"none of the {len(causes)} servers is available: {each}",
+        f"{which} available: {each}",
         status=StatusCode.UNAVAILABLE if passing else None,
     )
 

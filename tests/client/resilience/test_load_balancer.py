@@ -190,7 +190,9 @@ def test_the_error_of_none_names_each_and_passes_if_one_does() -> None:
         == "none of the 2 servers is available: a: broke; b: another contract"
     )
     assert error.status is StatusCode.UNAVAILABLE
-    assert none_left({"b": final}).status is None
+    error = none_left({"b": final})
+    assert str(error) == "the server is not available: b: another contract"
+    assert error.status is None
 
 
 def test_addresses_are_taken_apart() -> None:
