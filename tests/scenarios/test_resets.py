@@ -294,9 +294,9 @@ def test_a_lease_is_renewed_again_after_a_proxy_was_away(
         for session in (here, gone):
             caller.run(session.open())
         proxy.arm(Reset(2))
-        assert caller.run(here._renew()) is True
+        assert caller.run(here._lease.renew()) is True
         assert proxy.resets == 1
         caller.run(gone.close())
-        assert caller.run(gone._renew()) is False
-    assert caller.run(here._renew()) is True  # though nothing listens
+        assert caller.run(gone._lease.renew()) is False
+    assert caller.run(here._lease.renew()) is True  # though nothing listens
     caller.run(here.close())

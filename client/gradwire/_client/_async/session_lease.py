@@ -51,7 +51,7 @@ class AsyncSessionLease:
         self._lease_s = lease_s
         self._process = os.getpid()
         self._open = True
-        self._repeater = AsyncRepeater(lease_s / 3, self._renew)
+        self._repeater = AsyncRepeater(lease_s / 3, self.renew)
         wake = self._repeater.wake
         self._session = weakref.ref(session, lambda _: wake())
         close_at_exit(self)
@@ -91,7 +91,7 @@ class AsyncSessionLease:
             self._open = False
             self._stay = None
 
-    async def _renew(self) -> bool:
+    async def renew(self) -> bool:
         """Renew the lease; return whether to go on."""
         if self._session() is None:
             await self.close()

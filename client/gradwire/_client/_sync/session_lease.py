@@ -53,7 +53,7 @@ class SyncSessionLease:
         self._lease_s = lease_s
         self._process = os.getpid()
         self._open = True
-        self._repeater = SyncRepeater(lease_s / 3, self._renew)
+        self._repeater = SyncRepeater(lease_s / 3, self.renew)
         wake = self._repeater.wake
         self._session = weakref.ref(session, lambda _: wake())
         close_at_exit(self)
@@ -93,7 +93,7 @@ class SyncSessionLease:
             self._open = False
             self._stay = None
 
-    def _renew(self) -> bool:
+    def renew(self) -> bool:
         """Renew the lease; return whether to go on."""
         if self._session() is None:
             self.close()

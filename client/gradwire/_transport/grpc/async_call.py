@@ -39,6 +39,7 @@ from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import (
     call_error,
     cancelled_error,
+    closed_error,
     connect_error,
     forget_frames,
     late_error,
@@ -235,7 +236,8 @@ class AsyncConnection:
         Raises:
             GradwireError: The call failed.
         """
-        rpc = self.methods.put_tensor(timeout=timeout_s, metadata=metadata)
+        with _starting():
+            rpc = self.methods.put_tensor(timeout=timeout_s, metadata=metadata)
         try:
             with _in_call():
                 with contextlib.suppress(grpc.RpcError):
@@ -272,7 +274,8 @@ class AsyncConnection:
         Raises:
             GradwireError: The call failed.
         """
-        rpc = self.methods.get_tensor(request, timeout=timeout_s, metadata=metadata)
+        with _starting():
+            rpc = self.methods.get_tensor(request, timeout=timeout_s, metadata=metadata)
         try:
             with _in_call():
                 async for response in rpc:
@@ -301,7 +304,8 @@ class AsyncConnection:
     async def _open_segment(
         self, request: OpenRegionRequest, metadata: MetadataPairs
     ) -> Segment | RegionChallenge:
-        rpc = self.methods.open_region(request, metadata=metadata)
+        with _starting():
+            rpc = self.methods.open_region(request, metadata=metadata)
         segment: Segment | None = None
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
@@ -357,9 +361,10 @@ class AsyncCall:
         self._job_id = options.job_id
         self.deadline = deadline_of(options.timeout_s)
         self._requests = RequestWriter(exchange.opening(), messages)
-        self._rpc = connection.methods.streams[method](
-            timeout=options.timeout_s, metadata=options.metadata
-        )
+        with _starting():
+            self._rpc = connection.methods.streams[method](
+                timeout=options.timeout_s, metadata=options.metadata
+            )
         self._loop = asyncio.get_running_loop()
         self._writer = self._loop.create_task(self._requests.run(self._rpc))
 
@@ -443,14 +448,30 @@ def _in_call(job_id: str | None = None) -> Iterator[None]:
     """Count a call; if gRPC has cancelled it, but nobody its task, say so.
 
     Raises:
+        ClientStateError: The client was closed before the call began.
         JobCancelledError: The client was closed, or the call cancelled.
     """
-    with fork_support.aio_calling():
+    with fork_support.aio_calling(), _starting():
         try:
             yield
         except asyncio.CancelledError:
             require_cancelled_task(job_id)
             raise
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Start a call.
+
+    Raises:
+        ClientStateError: The client was closed meanwhile, by another task.
+    """
+    try:
+        yield
+    except cygrpc.UsageError as error:
+        if "closed" not in str(error):
+            raise
+        raise closed_error() from None
 
 
 def require_cancelled_task(job_id: str | None) -> None:

@@ -18,6 +18,7 @@ from grpc import StatusCode
 from gradwire._api.errors import (
     BY_REASON,
     BY_STATUS,
+    ClientStateError,
     ConnectError,
     ConnectionLostError,
     ContractError,
@@ -345,6 +346,11 @@ def _refusal(endpoint: Endpoint) -> str:
 def _label(error: GradwireError) -> str:
     code = error.reason or (error.status.name if error.status else "")
     return f"{code}, job {error.job_id}" if error.job_id else str(code)
+
+
+def closed_error() -> ClientStateError:
+    """Return the error of a call whose client was closed before it began."""
+    return ClientStateError("the client was closed while a call began")
 
 
 def cancelled_error(job_id: str | None) -> JobCancelledError:

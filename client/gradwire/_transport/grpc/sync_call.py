@@ -34,6 +34,7 @@ from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import (
     call_error,
     cancelled_error,
+    closed_error,
     connect_error,
     forget_frames,
     late_error,
@@ -380,7 +381,7 @@ def _starting() -> Iterator[None]:
         except ValueError as error:
             if "closed" not in str(error):
                 raise
-            raise ClientStateError("the client was closed while a call began") from None
+            raise closed_error() from None
 
 
 def call_unary(
