@@ -238,22 +238,22 @@ class AsyncConnection:
         """
         with _starting():
             rpc = self.methods.put_tensor(timeout=timeout_s, metadata=metadata)
+        written = RequestWriter(next(requests), partial(_each, requests))
+        # In a task: a call that is cancelled before it began tells no writer.
+        writer = asyncio.create_task(written.run(rpc))
         try:
             with _in_call():
-                with contextlib.suppress(grpc.RpcError):
-                    await rpc.wait_for_connection()
-                for request in requests:
-                    if not await _write(rpc, request):
-                        break
-                else:
-                    with contextlib.suppress(cygrpc.InternalError):
-                        await rpc.done_writing()
                 response: bytes = await rpc
         except grpc.RpcError as error:
+            written.raise_error()
             raise session_error(error, self.endpoint) from None
         except BaseException:
             rpc.cancel()
+            written.raise_error()
             raise
+        finally:
+            writer.cancel()
+            await asyncio.wait([writer])
         return response
 
     async def get_tensor(
@@ -537,6 +537,11 @@ class RequestWriter:
                 raise error
             finally:
                 del error  # it refers to this frame
+
+
+async def _each(messages: Iterator[bytes]) -> AsyncGenerator[bytes]:
+    for message in messages:
+        yield message
 
 
 def _cancel(rpc: Any, loop: asyncio.AbstractEventLoop) -> None:
