@@ -18,11 +18,13 @@ TIER ?= not big and not thorough and not proxies and not ray
 CUDA ?= 13
 # How long `make fuzz` looks for inputs that go wrong.
 FUZZ_SECONDS ?= 60
+# More arguments for pip install, such as --no-compile.
+PIP_ARGS ?=
 # More arguments for the bench: make bench BENCH_ARGS=--quick
 BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
-PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check $(PIP_ARGS)
 # Whoever has done its share takes tests over from another.
 PARALLEL = $(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 # What a test may take, s, where that is not what pyproject.toml says.

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -97,6 +96,9 @@ def test_gradients_of_a_compiled_model_are_torchs(
 def test_one_compiled_graph_serves_the_layers_of_a_model(
     session: gradwire.Session,
 ) -> None:
+    # It loads the compiler, for two seconds of each process that collects tests.
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     _, remote = both(nn.Sequential(*(nn.Linear(16, 16) for _ in range(12))), session)
     counter = CompileCounterWithBackend("aot_eager")
     for layer in remote:
