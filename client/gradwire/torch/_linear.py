@@ -12,6 +12,7 @@ from gradwire._api.options import DtypeLike, parse_dtype
 from gradwire._client._sync.session import Session
 from gradwire._core.kept import Tensor
 from gradwire.torch._kept_product import multiply
+from gradwire.torch._local_only import check_frozen, check_zeroed
 from gradwire.torch._products import autocast
 from gradwire.torch._unheld import stands_beside
 from gradwire.torch._weight import Weight
@@ -110,6 +111,11 @@ class Linear(torch.nn.Module):
         self._weight = weight
         stands_beside(weight, local.parameters())
         self.register_parameter("bias", local.bias)
+        # Whether weight and bias required gradients in the last pass.
+        self._required = (
+            weight.requires_grad,
+            local.bias is not None and local.bias.requires_grad,
+        )
         self.train(local.training)
 
     @property
@@ -159,6 +165,9 @@ class Linear(torch.nn.Module):
             raise InputError(
                 f"x is {x.dtype} and the layer {self._weight.dtype}: expected one dtype"
             )
+        if self.bias is not None and not torch.compiler.is_compiling():
+            self._required = check_frozen(self._weight, self.bias, self._required)
+            check_zeroed(self._weight, self.bias)
         rows = x if x.ndim > 1 else x.unsqueeze(0)
         y = multiply(rows, self._weight, self.wire_dtype, keep=self.training)
         y = y if x.ndim > 1 else y.squeeze(0)
@@ -209,7 +218,7 @@ class Linear(torch.nn.Module):
         # so that layers with one weight still share it.
         state: dict[str, Any] = self.__getstate__()  # type: ignore[assignment]
         weight = state.pop("_weight")
-        del state["wire_dtype"]
+        del state["wire_dtype"], state["_required"]
         state["_parameters"] = {"weight": weight, **self._parameters}
         return object.__new__, (torch.nn.Linear,), state
 

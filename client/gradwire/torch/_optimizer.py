@@ -15,6 +15,7 @@ from gradwire._api.session_types import TensorInfo
 from gradwire._client._sync.session import Session
 from gradwire._core import interrupts
 from gradwire.torch._kept_x import drop_left_over
+from gradwire.torch._local_only import GradientVersions
 from gradwire.torch._offload import named_parameters
 from gradwire.torch._unheld import hold, stepped
 from gradwire.torch._weight import Weight, from_numpy
@@ -108,11 +109,14 @@ class Optimizer(torch.optim.Optimizer):
         """Whether the local gradients have been scaled and clipped for that."""
         self._updated = False
         """Whether the local parameters have been updated, too."""
+        self._versions = GradientVersions()
         self._complete = False
         super().__init__(self.local.param_groups, self.local.defaults)
         self._complete = True
         self._share()
         self._hold(self._weights())
+        for group in self.local.param_groups:
+            self._versions.watch(group["params"])
 
     def _hold(self, weights: list[Weight]) -> None:
         """Note that this optimizer steps weights, whose states begin anew."""
@@ -204,6 +208,8 @@ class Optimizer(torch.optim.Optimizer):
             _check_scaled(scaler, self)
         if not repeats:
             self._forget_outcome()
+            if any(weight.requires_grad for weight in self._weights()):
+                self._versions.check()
         # Ctrl-C comes while the server's answer is waited for, or when all is done.
         with interrupts.held():
             self.skipped, self.total_norm = False, math.sqrt(squares)
@@ -271,6 +277,7 @@ class Optimizer(torch.optim.Optimizer):
             GradwireError: The server failed.
         """
         self._forget_outcome()
+        self._versions.forget()
         self.local.zero_grad(set_to_none)
         self._clear()
 
@@ -288,6 +295,7 @@ class Optimizer(torch.optim.Optimizer):
         self._members.append(group["params"])
         self._session = session
         self._hold(_remote_weights(group["params"]))
+        self._versions.watch(local["params"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as the local optimizer of the local model would.

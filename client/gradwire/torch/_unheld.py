@@ -22,6 +22,8 @@ from gradwire.torch._weight import Weight
 _lock = threading.Lock()
 _held: weakref.WeakSet[Weight] = weakref.WeakSet()
 _unheld: weakref.WeakSet[Weight] = weakref.WeakSet()
+_stepped: weakref.WeakSet[Weight] = weakref.WeakSet()
+"""Those that an `Optimizer` steps."""
 _beside: weakref.WeakKeyDictionary[Weight, list[weakref.ref[torch.nn.Parameter]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -52,8 +54,14 @@ def hold(weight: Weight) -> bool:
     with _lock:
         before = weight in _held
         _held.add(weight)
+        _stepped.add(weight)
         _unheld.discard(weight)
     return before
+
+
+def is_stepped(weight: Weight) -> bool:
+    """Return whether an `Optimizer` steps a weight."""
+    return weight in _stepped
 
 
 def contributed(weight: Weight) -> None:
