@@ -190,6 +190,23 @@ class Linear(torch.nn.Module):
         self._weight.requires_grad = requires_grad
         return self
 
+    def reset_parameters(self) -> None:
+        """Initialize weight and bias anew, as `torch.nn.Linear` does.
+
+        Raises:
+            GradwireError: The call failed.
+        """
+        local = torch.nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            dtype=self._weight.dtype,
+        )
+        self._weight.put(local.weight)
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(local.bias)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of weight and bias.
 

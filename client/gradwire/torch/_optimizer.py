@@ -170,6 +170,11 @@ class Optimizer(torch.optim.Optimizer):
                 "scaler.step(opt) does not know the gradients on the server: call"
                 " opt.step(scaler=scaler)"
             )
+        if closure is not None and not callable(closure):
+            raise InputError(
+                f"closure is {closure!r}: expected a function, or options by name, as"
+                " in opt.step(max_norm=1.0)"
+            )
         max_norm = _parsed_norm(max_norm)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise InputError(
@@ -411,6 +416,11 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def _groups(parameters: Any) -> list[dict[str, Any]]:
+    if isinstance(parameters, torch.optim.Optimizer):
+        raise InputError(
+            f"parameters is a {type(parameters).__qualname__}: expected a model, and"
+            " the class of the optimizer after it"
+        )
     if isinstance(parameters, torch.nn.Module):
         parameters = [each for _, each in named_parameters(parameters)]
     given = list(parameters)

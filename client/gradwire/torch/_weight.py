@@ -52,6 +52,11 @@ class Weight:
         name: str = "",
     ) -> None:
         check_session(session)
+        if elements.is_meta:
+            raise InputError(
+                f"the weight {name!r} is on meta and has no elements: initialize or"
+                " load the model, as with model.to_empty(device='cpu'), before offload"
+            )
         self.session = session
         self.shape = elements.shape
         self.dtype = elements.dtype
@@ -253,6 +258,21 @@ class Weight:
             f"{name} was called with a weight that is kept on a server: call the layer,"
             " or pass layer.weight.fetch()"
         )
+
+    def _refuse(self, *_: object) -> Any:
+        raise TypeError(
+            "a weight that is kept on a server has no elements here:"
+            " layer.weight.fetch() returns it as a tensor"
+        )
+
+    # Python looks for these in the class, not with __getattr__.
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = _refuse
+    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __getitem__ = __setitem__ = __len__ = __iter__ = __array__ = _refuse
+
+    def __bool__(self) -> bool:
+        return True  # not by its length
 
     def __copy__(self) -> Weight:
         return self

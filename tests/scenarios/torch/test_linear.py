@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import gradwire
 import gradwire.torch
 from gradwire.torch import Linear
+from tests.scenarios.torch.models import assert_same_weights
 from tests.support.serving import BACKEND
 
 
@@ -315,6 +316,25 @@ def test_the_weight_says_where_its_elements_are(pair: Any) -> None:
         weight.data  # noqa: B018
     with pytest.raises(TypeError, match=r"layer\.weight\.fetch"):
         nn.functional.linear(torch.randn(2, 6), weight)
+    uses: list[Any] = [
+        lambda: weight + 1,
+        lambda: 2 * weight,
+        lambda: weight**2,
+        lambda: torch.randn(2, 5) @ weight,
+        lambda: weight @ torch.randn(6, 2),
+        lambda: weight[0],
+        lambda: len(weight),
+        lambda: list(weight),
+        lambda: weight > 0,
+        lambda: np.asarray(weight),
+    ]
+    for use in uses:
+        with pytest.raises(TypeError, match=r"layer\.weight\.fetch"):
+            use()
+    assert weight
+    assert weight.requires_grad_(False) is weight
+    assert not weight.requires_grad
+    weight.requires_grad_()
     for value in (torch.zeros(5, 6), nn.Parameter(torch.zeros(5, 6))):
         with pytest.raises(AttributeError, match=r"layer\.weight\.put"):
             remote.weight = value
@@ -322,6 +342,20 @@ def test_the_weight_says_where_its_elements_are(pair: Any) -> None:
         weight.put(torch.zeros(6, 5))
     weight.put(torch.ones(5, 6))
     assert torch.equal(weight.fetch(), torch.ones(5, 6))
+
+
+def test_parameters_are_initialized_anew_as_torchs_are(pair: Any) -> None:
+    for layer in pair:
+        torch.manual_seed(3)
+        layer.reset_parameters()
+    assert_same_weights(*pair, rtol=0.0, atol=0.0)
+
+
+def test_a_model_on_meta_is_refused(session: gradwire.Session) -> None:
+    with pytest.raises(gradwire.InputError, match=r"'0\.weight' is on meta.*before"):
+        gradwire.torch.offload(
+            nn.Sequential(nn.Linear(8, 8, device="meta")), session, at_least=8
+        )
 
 
 def doubled(_: object, __: object, y: torch.Tensor) -> torch.Tensor:

@@ -6,14 +6,12 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-
-from torch import nn  # noqa: E402
-
-import gradwire  # noqa: E402
-import gradwire.torch  # noqa: E402
-from tests.scenarios.torch.models import mse, regression  # noqa: E402
+import gradwire
+import gradwire.torch
+from tests.scenarios.torch.models import mse, regression
 
 
 @pytest.fixture(name="model")

@@ -347,6 +347,8 @@ def test_what_a_server_cannot_do_is_refused(
         ("amsgrad", lambda: make(remote, ADAM, amsgrad=True)),
         ("maximize", lambda: make(remote, SGD, lr=0.1, maximize=True)),
         ("Adagrad", lambda: make(remote, torch.optim.Adagrad)),
+        ("parameters is a SGD", lambda: make(SGD(remote.parameters()), SGD)),
+        ("closure is 1.0.*max_norm=", lambda: make(remote, SGD, lr=0.1).step(1.0)),
         *(
             ("max_norm", partial(make(remote, SGD, lr=0.1).step, max_norm=each))
             for each in (-1.0, 0, math.nan, "one")
