@@ -111,6 +111,9 @@ class Linear(torch.nn.Module):
         self._weight = weight
         stands_beside(weight, local.parameters())
         self.register_parameter("bias", local.bias)
+        # Behind the bias after a parametrization was removed: an optimizer's state
+        # numbers parameters by their order.
+        self._bias_first = next(iter(local._parameters), "weight") == "bias"
         # Whether weight and bias required gradients in the last pass.
         self._required = (
             weight.requires_grad,
@@ -132,6 +135,12 @@ class Linear(torch.nn.Module):
     def session(self) -> Session:
         """The session."""
         return self._weight.session
+
+    def in_order(self, weight: Any) -> dict[str, Any]:
+        """Return weight and bias in the order of the local layer."""
+        if self._bias_first:
+            return {**self._parameters, "weight": weight}
+        return {"weight": weight, **self._parameters}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute x wᵀ + bias.
@@ -235,8 +244,8 @@ class Linear(torch.nn.Module):
         # so that layers with one weight still share it.
         state: dict[str, Any] = self.__getstate__()  # type: ignore[assignment]
         weight = state.pop("_weight")
-        del state["wire_dtype"], state["_required"]
-        state["_parameters"] = {"weight": weight, **self._parameters}
+        del state["wire_dtype"], state["_required"], state["_bias_first"]
+        state["_parameters"] = self.in_order(weight)
         return object.__new__, (torch.nn.Linear,), state
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:

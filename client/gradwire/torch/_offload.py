@@ -152,7 +152,11 @@ def named_parameters(
     for prefix, module in model.named_modules():
         own: list[tuple[str, Any]] = list(module.named_parameters(recurse=False))
         if isinstance(module, Linear):
-            own.insert(0, ("weight", module.weight))
+            own = [
+                each
+                for each in module.in_order(module.weight).items()
+                if each[1] is not None
+            ]
         for name, parameter in own:
             if parameter not in seen:
                 seen.add(parameter)
@@ -220,8 +224,9 @@ def _local(layer: Linear, weight: torch.nn.Parameter) -> torch.nn.Linear:
     local = torch.nn.Linear(
         layer.in_features, layer.out_features, bias=False, device="meta"
     )
-    local.weight = weight
-    local.register_parameter("bias", layer.bias)
+    local._parameters.clear()
+    for name, parameter in layer.in_order(weight).items():
+        local.register_parameter(name, parameter)
     local.train(layer.training)
     take_hooks(local, layer)
     return local

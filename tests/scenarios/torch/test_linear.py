@@ -141,6 +141,21 @@ def test_names_and_order_of_parameters_are_those_of_the_local_model(
     assert [name for name, each in found if each.ndim == 2] == ["0.weight", "2.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:a deep copy:UserWarning")
+def test_a_layer_whose_parametrization_was_removed_keeps_its_order(
+    session: gradwire.Session,
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+    nn.utils.parametrizations.weight_norm(model[0])
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    expected = [name for name, _ in model.named_parameters()]
+    assert expected[0] == "0.bias"
+    gradwire.torch.offload(model, session, at_least=5)
+    assert [name for name, _ in gradwire.torch.named_parameters(model)] == expected
+    for local in (copy.deepcopy(model), gradwire.torch.to_local(model)):
+        assert [name for name, _ in local.named_parameters()] == expected
+
+
 def test_what_is_not_a_plain_layer_stays_local(session: gradwire.Session) -> None:
     class Own(nn.Linear):
         pass
