@@ -94,7 +94,8 @@ def to_local(model: Model) -> Model:
     """Replace a model's `Linear` layers by `torch.nn.Linear`, in place.
 
     The weights are fetched, and dropped from the session together with their
-    gradients. Gradients that no step has used are lost.
+    gradients and optimizer states: call the optimizer's `state_dict` before. Gradients
+    that no step has used are lost.
 
     Args:
         model: The model.
@@ -120,6 +121,8 @@ def to_local(model: Model) -> Model:
     }
     model = _replace(model, replaced)
     _drop(list(parameters))
+    for weight in parameters:
+        weight.made_local = True
     return model
 
 

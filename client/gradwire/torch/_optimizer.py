@@ -10,7 +10,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from gradwire._api import optimizers
-from gradwire._api.errors import InputError
+from gradwire._api.errors import ClientStateError, InputError
 from gradwire._api.session_types import TensorInfo
 from gradwire._client._sync.session import Session
 from gradwire._core import interrupts
@@ -195,6 +195,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step(
         self, max_norm: float | None, scaler: torch.amp.GradScaler | None, scale: float
     ) -> None:
+        self._check_weights()
         if self._session is not None:
             # First: if this call fails, nothing has changed.
             drop_left_over(self._session)
@@ -260,7 +261,8 @@ class Optimizer(torch.optim.Optimizer):
             if scaler is not None:
                 if self.skipped:
                     # The scaler looks for NaN and Inf in local gradients alone.
-                    gradients[0].fill_(math.inf)
+                    first = gradients[0]
+                    (first._values() if first.is_sparse else first).fill_(math.inf)
                 scaler.unscale_(self)
             if max_norm is not None and not self.skipped:
                 factor = min(1.0, max_norm / (self.total_norm + CLIP_EPSILON))
@@ -310,6 +312,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             GradwireError: The server failed.
         """
+        self._check_weights()
         packed = self.local.state_dict()
         infos = self._infos()
         states: dict[int, Any] = {}
@@ -362,6 +365,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"a group of the state has no {error}: it is not of"
                     f" torch.optim.{type(self.local).__name__}"
                 ) from None
+        self._check_weights()
         for weight, state in remote:
             _check_state(weight, state or {})
         infos = self._infos()
@@ -372,6 +376,21 @@ class Optimizer(torch.optim.Optimizer):
                 weight.forget_states()
         self.local.load_state_dict({"state": states, "param_groups": groups})
         self._share()
+
+    def _check_weights(self) -> None:
+        """Check that no weight has left the session.
+
+        Raises:
+            ClientStateError: One is local again.
+        """
+        gone = [weight for weight in self._weights() if weight.made_local]
+        if gone:
+            raise ClientStateError(
+                f"{len(gone)} weights of this optimizer, such as {gone[0].name!r}, are"
+                " local again, by to_local, and their states are gone: call"
+                " opt.state_dict() before to_local, and load it into an optimizer of"
+                " the local model"
+            )
 
     def _infos(self) -> dict[int, TensorInfo]:
         """Return the descriptions of the session's tensors, by number."""
@@ -527,11 +546,16 @@ def _check_scaled(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         )
 
 
+def _elements(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gradient's elements; of a sparse one, as of an embedding, its own."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
 def _sum_of_squares(gradients: list[torch.Tensor]) -> float:
     """Return the sum of squares of all elements, in float64."""
     return float(
         sum(
-            torch.linalg.vector_norm(each, dtype=torch.float64).item() ** 2
+            torch.linalg.vector_norm(_elements(each), dtype=torch.float64).item() ** 2
             for each in gradients
         )
     )
@@ -539,7 +563,9 @@ def _sum_of_squares(gradients: list[torch.Tensor]) -> float:
 
 def _not_finite(gradients: list[torch.Tensor]) -> str:
     """Say which gradients make the norm NaN or infinite."""
-    bad = [each for each in gradients if not each.isfinite().all()] or gradients
+    bad = [
+        each for each in gradients if not _elements(each).isfinite().all()
+    ] or gradients
     shapes = ", ".join(str(tuple(each.shape)) for each in bad[:3])
     more = ", ..." if len(bad) > 3 else ""
     return (

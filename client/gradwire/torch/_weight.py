@@ -71,6 +71,8 @@ class Weight:
         )
         self._frozen = not requires_grad
         self.gradient: Tensor | None = None
+        self.made_local = False
+        """Whether it has left the session for a local layer."""
         self.touched = False
         """Whether the gradient may have contributions since the last step."""
         # For graphs: a number that stands for the weight, and a leaf by which autograd

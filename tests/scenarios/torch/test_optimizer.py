@@ -397,6 +397,41 @@ def test_what_a_server_cannot_do_is_refused(
         opt.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
 
 
+def test_an_optimizer_of_weights_that_are_local_again_says_what_to_do(
+    session: gradwire.Session,
+) -> None:
+    _, remote = both(mlp(), session)
+    opt = gradwire.torch.optimizer(remote, ADAM, lr=0.1)
+    mse(remote, regression()).backward()
+    opt.step()
+    state = opt.state_dict()
+    gradwire.torch.to_local(remote)
+    ADAM(remote.parameters()).load_state_dict(state)
+    for call in (opt.step, opt.state_dict, partial(opt.load_state_dict, state)):
+        with pytest.raises(gradwire.ClientStateError, match=r"'0\.weight'.*to_local"):
+            call()
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.01])
+def test_an_embedding_may_have_sparse_gradients(
+    session: gradwire.Session, max_norm: float | None
+) -> None:
+    model = nn.Sequential(nn.Embedding(9, 8, sparse=True), nn.Linear(8, 8))
+    dense = copy.deepcopy(model)
+    dense[0].sparse = False
+    batch = torch.tensor([1, 1, 4]), torch.randn(3, 8)
+    for each in (model, dense):
+        gradwire.torch.offload(each, session, at_least=8)
+        opt = gradwire.torch.optimizer(each, SGD, lr=0.1)
+        mse(each, batch).backward()
+        opt.step(max_norm=max_norm)
+        opt.zero_grad()
+        (mse(each, batch) * math.nan).backward()
+        with pytest.raises(gradwire.InputError, match="2 of 2 local"):
+            opt.step()
+    assert_same(dense, model)
+
+
 def test_a_model_without_remote_layers_trains_as_usual() -> None:
     model = mlp()
     reference = copy.deepcopy(model)
