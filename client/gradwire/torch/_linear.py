@@ -114,7 +114,7 @@ class Linear(torch.nn.Module):
         # Behind the bias after a parametrization was removed: an optimizer's state
         # numbers parameters by their order.
         self._bias_first = next(iter(local._parameters), "weight") == "bias"
-        # Whether weight and bias required gradients in the last pass.
+        # Whether weight and bias required gradients in the last pass with gradients.
         self._required = (
             weight.requires_grad,
             local.bias is not None and local.bias.requires_grad,
@@ -174,7 +174,8 @@ class Linear(torch.nn.Module):
             raise InputError(
                 f"x is {x.dtype} and the layer {self._weight.dtype}: expected one dtype"
             )
-        if self.bias is not None and not torch.compiler.is_compiling():
+        passes_train = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if self.bias is not None and passes_train:
             self._required = check_frozen(self._weight, self.bias, self._required)
             check_zeroed(self._weight, self.bias)
         rows = x if x.ndim > 1 else x.unsqueeze(0)

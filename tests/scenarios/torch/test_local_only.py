@@ -79,6 +79,8 @@ def test_freezing_of_local_parameters_is_noticed(model: Any, thaw: bool) -> None
         layer.requires_grad_(not thaw)
     model(torch.randn(2, 16))
     model.requires_grad_(thaw)
+    with torch.no_grad():
+        model(torch.randn(2, 16))  # nothing is trained
     text = "a bias was thawed" if thaw else "a bias was frozen"
     with pytest.warns(UserWarning, match=rf"{text}.*requires_grad_\({thaw}\)"):
         model(torch.randn(2, 16))
