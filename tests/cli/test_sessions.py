@@ -112,6 +112,29 @@ def test_a_session_is_saved(tmp_path: Path) -> None:
         assert client.saved_states() == []
 
 
+def test_the_log_names_the_session_of_each_call() -> None:
+    with (
+        running_server() as server,
+        sdk.connect(server.address) as client,
+        client.session("1MiB") as s,
+    ):
+        weight = s.put(np.ones((2, 3), np.float32))
+        s.forward(np.ones((4, 2), np.float32), weight)
+        s.get(weight)
+        (found,) = client.sessions()
+        for verb in ("describe", "close"):
+            done = gradwire("sessions", verb, found.id, "--address", server.address)
+            assert done.returncode == 0, done.stderr
+        server.wait_for_log("CloseSession")
+        jobs = [each for each in server.records if each["message"] == "job"]
+        named = {each["method"] for each in jobs if each.get("session") == found.id}
+        others = {each["method"] for each in jobs} - named
+        assert others == {"ListSessions"}
+        methods = {"OpenSession", "PutTensor", "Compute", "GetTensor"}
+        assert named == methods | {"DescribeSession", "CloseSession"}
+        assert s.token not in server.logs
+
+
 def test_a_directory_that_cannot_be_used_is_told_in_a_sentence(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")

@@ -28,6 +28,9 @@ class CallState:
     tenant: str = ""
     """The caller's tenant; empty without authentication."""
     job_id: str = ""
+    session: str = ""
+    """The name for people of the session that the call uses; empty: none. It is no
+    secret, unlike the session's token."""
     read: Header | None = None
     """The job's header, once parsed."""
     admitted: bool = False
@@ -85,6 +88,7 @@ class CallState:
             "job_id": self.job_id,
             **(self.trace_ids or {}),
             **({"tenant": self.tenant} if self.tenant else {}),
+            **({"session": self.session} if self.session else {}),
             "method": self.method,
             "transport": self.transport,
             "total_s": round(time.perf_counter() - self.started, 6),

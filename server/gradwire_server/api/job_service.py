@@ -234,7 +234,7 @@ class JobService:
                 observe=observe,
             ) as job,
         ):
-            call.applied = tensors.applied
+            call.applied, call.session = tensors.applied, tensors.session_id
             yield job
 
     def on_drain(self, hand_over: Callable[[], bool]) -> None:
@@ -265,7 +265,7 @@ class JobService:
                 self.sessions.job(spec, call.tenant, on_wait) as tensors,
                 self.admitted(call, message_bytes, on_wait, tensors.device) as worker,
             ):
-                call.applied = tensors.applied
+                call.applied, call.session = tensors.applied, tensors.session_id
                 execution = DeviceExecution(
                     spec, plan, self.backend, worker.device, call.progress
                 )
@@ -292,7 +292,7 @@ class JobService:
             self.sessions.job(spec, call.tenant) as tensors,
             self.admitted(call, message_bytes, _not_told, tensors.device) as worker,
         ):
-            call.applied = tensors.applied
+            call.applied, call.session = tensors.applied, tensors.session_id
             execution = DeviceExecution(
                 spec, plan, self.backend, worker.device, call.progress
             )

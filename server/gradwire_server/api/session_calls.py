@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 from gradwire_server.api.call_state import CallState
@@ -26,8 +26,11 @@ class SessionCalls:
         self._sessions = service.sessions
         self._idle_s = service.settings.idle_timeout
 
-    def _used(self, call: CallState, token: str) -> AbstractContextManager[Session]:
-        return self._sessions.used(token, call.tenant)
+    @contextmanager
+    def _used(self, call: CallState, token: str) -> Iterator[Session]:
+        with self._sessions.used(token, call.tenant) as session:
+            call.session = session.id
+            yield session
 
     def _worker(self, call: CallState, session: Session) -> TenantHandle:
         return self._service.workers[session.device].of(call.tenant)

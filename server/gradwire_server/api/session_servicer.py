@@ -111,6 +111,7 @@ class SessionServicer(SessionCalls):
         )
         async with self._sessions.opening(request, call.tenant) as existing:
             session = existing or await self._opened(call, request, states)
+        call.session = session.id
         return pb2.OpenSessionResponse(
             session=session.token,
             server_instance=self._service.instance,
@@ -163,6 +164,7 @@ class SessionServicer(SessionCalls):
     ) -> pb2.CloseSessionResponse:
         session = self._sessions.close(request.session, call.tenant, request.id)
         if session is not None:
+            call.session = session.id
             await session.freed.wait()
         elif request.id and not request.session:
             self._sessions.named(request.id, call.tenant)
@@ -180,7 +182,9 @@ class SessionServicer(SessionCalls):
     ) -> pb2.DescribeSessionResponse:
         if not request.session and request.id:
             # An operator's look at a session does not keep it open.
-            return self._description(self._sessions.named(request.id, call.tenant))
+            session = self._sessions.named(request.id, call.tenant)
+            call.session = session.id
+            return self._description(session)
         with self._used(call, request.session) as session:
             return self._description(session)
 

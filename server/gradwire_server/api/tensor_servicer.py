@@ -53,6 +53,7 @@ class TensorServicer(SessionCalls):
                     header.session, call.tenant, "header.session"
                 )
                 with self._memory(call), used as session:
+                    call.session = session.id
                     async with session.puts.one(header) as made:
                         session.require_open()
                         if not made:

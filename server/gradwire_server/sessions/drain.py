@@ -49,10 +49,13 @@ async def _save(session: Session, states: SavedStates, worker: TenantHandle) -> 
                 session.require_open()
                 await states.save_if_due(session, worker)
     except JobError as error:
-        _log.warning(
+        # No call tells a client of it: its last steps are lost unless somebody acts.
+        _log.error(
             "a session was not saved",
             extra={
+                "session": session.id,
                 "label": session.label,
+                **({"tenant": session.tenant} if session.tenant else {}),
                 "step": session.step,
                 "error": str(error),
                 **error.log,

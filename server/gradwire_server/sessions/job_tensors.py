@@ -42,12 +42,14 @@ class JobTensors:
             to be written there.
         on_device: The other kept operands, which the backend's job reads and writes.
         applied: The contributions made.
+        session_id: The session's name for people; empty: the job has no session.
     """
 
     def __init__(self, spec: JobSpec, session: Session | None) -> None:
         self.in_host_memory: dict[Matrix, Array] = {}
         self.on_device: dict[Matrix, KeptArray] = {}
         self.applied: list[job_pb2.Applied] = []
+        self.session_id = "" if session is None else session.id
         self._spec = spec
         self._session = session
         self._kept: list[KeptTensor] = []

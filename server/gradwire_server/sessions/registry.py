@@ -363,6 +363,7 @@ class Sessions:
         _log.warning(
             "a session expired",
             extra={
+                "session": session.id,
                 "label": session.label,
                 "lease_s": session.lease_s,
                 "keep_bytes": session.keep_bytes,
