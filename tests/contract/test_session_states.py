@@ -324,6 +324,25 @@ def test_a_server_that_drains_saves_steps_and_lets_sessions_be_fetched(
         assert refusal(lambda: opened(sessions, "untouched")).reason == "STATE_UNKNOWN"
 
 
+def test_a_session_that_a_draining_server_cannot_save_is_named_in_the_log(
+    tmp_path: Path,
+) -> None:
+    with (
+        running_server(state_dir=str(tmp_path), grace=0.5) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        session = begun(RawSessions(channel), save_every_steps=100, save_name="a")
+        train(session, 1, 1)
+        (tmp_path / "tenant-" / "a.safetensors").mkdir(parents=True)  # in the way
+        server.process.terminate()
+        server.process.wait(15)
+        (told,) = [r for r in server.records if "was not saved" in r["message"]]
+        assert told["levelname"] == "ERROR"
+        assert told["session"].startswith("session-")
+        assert told["step"] == 1
+        assert told["cause"]
+
+
 def test_no_state_is_half_of_a_step(sessions: RawSessions) -> None:
     session, _ = opened(sessions, keep_bytes=16 * MIB)
     count = 500_000

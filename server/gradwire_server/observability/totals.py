@@ -39,6 +39,19 @@ an increase where a series begins."""
 _FAULTS = (Reason.UNFORESEEN, Reason.DEVICE_LOST, Reason.DEVICE_OUT_OF_MEMORY)
 """Reasons that are a fault of the server's, also counted from 0 on."""
 
+_SAVING = ("Step", "SaveSession")
+"""Methods that save a session's state."""
+
+_SESSION_FAULTS = (
+    *(
+        (method, reason)
+        for method in ("OpenSession", "PutTensor", "GetTensor", *_SAVING)
+        for reason in _FAULTS
+    ),
+    *((method, Reason.STATE_NOT_SAVED) for method in _SAVING),
+)
+"""Outcomes of calls of sessions that an operator wants to know, counted from 0 on."""
+
 _LIMITS = (
     *("max_jobs", "max_queue", "memory_limit", "keep_limit", "sessions", "regions"),
     *("tenant_max_jobs", "tenant_max_queue", "tenant_memory_limit"),
@@ -67,7 +80,7 @@ class Totals(CallObserver):
             (method, transport, reason): _Ended()
             for method, transport in _USUAL
             for reason in (None, *_FAULTS)
-        }
+        } | {(method, "tcp", reason): _Ended() for method, reason in _SESSION_FAULTS}
         """By method, transport and reason."""
         self._stages = {method: _Stages() for method in JOB_METHODS}
         self._resumed = 0

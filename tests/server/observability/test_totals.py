@@ -12,7 +12,7 @@ import pytest
 from gradwire_protocol.error_reasons import Reason
 from gradwire_server.api.call_state import CallState
 from gradwire_server.errors import ListenError
-from gradwire_server.observability.figures import BOUNDS_S, JobKey
+from gradwire_server.observability.figures import BOUNDS_S, CallKey, JobKey
 from gradwire_server.observability.totals import MOST_TENANTS, OTHER_TENANTS, Totals
 from gradwire_server.settings import Settings
 
@@ -63,6 +63,13 @@ def test_every_limit_of_the_settings_is_counted_from_0_on() -> None:
     assert "tenant_max_sessions" in limits
     limits |= {"device_memory_limit", "sessions", "regions"}
     assert limits <= set(Totals().figures().refusals)
+
+
+def test_sessions_that_fail_by_the_servers_fault_are_counted_from_0_on() -> None:
+    found = Totals().figures().others
+    for method in ("Step", "SaveSession"):
+        assert found[CallKey(method, Reason.STATE_NOT_SAVED)] == 0
+        assert found[CallKey(method, Reason.UNFORESEEN)] == 0
 
 
 def test_what_a_call_has_moved_counts_once_before_its_end_and_after() -> None:
