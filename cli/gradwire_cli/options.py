@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,8 +83,25 @@ def to_count(_: object, tokens: Sequence[Token]) -> int:
         ) from None
 
 
-Seconds: TypeAlias = Annotated[float, Parameter(metavar="SECONDS")]
-"""A duration in seconds."""
+def to_seconds(_: object, tokens: Sequence[Token]) -> float:
+    """Parse a duration: every one is a limit or an interval, so 0 is none."""
+    token = tokens[0]
+    try:
+        seconds = float(token.value)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise CommandError(
+            f"{token.keyword} is {token.value!r}: expected a number of seconds above 0",
+            ExitStatus.USAGE,
+        )
+    return seconds
+
+
+Seconds: TypeAlias = Annotated[
+    float, Parameter(metavar="SECONDS", converter=to_seconds, n_tokens=1)
+]
+"""A duration in seconds, above 0."""
 
 
 def _tls_file(variable: str) -> Parameter:

@@ -236,3 +236,23 @@ def test_tables_fit_the_terminal_that_they_are_shown_on(server: ServerProcess) -
     os.close(outer)
     assert done.returncode == 0
     assert "\x1b[1m" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["info"], "--timeout"),
+        (["health"], "--timeout"),
+        (["sessions", "list"], "--timeout"),
+        (["check"], "--connect-timeout"),
+        (["top"], "--timeout"),
+        (["top"], "--interval"),
+    ],
+)
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
+def test_a_duration_that_is_none_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], flag: str, value: str
+) -> None:
+    assert refusal_here(capsys, *arguments, f"{flag}={value}") == (
+        f"2 gradwire: {flag} is {value!r}: expected a number of seconds above 0\n"
+    )

@@ -338,3 +338,10 @@ def test_a_server_that_was_started_anew_has_no_negative_rates() -> None:
     first = page(10.0, sent_bytes_total=5000.0)
     last = page(12.0, sent_bytes_total=100.0)
     assert load_between("url", first, last).sent_per_s == 50.0
+
+
+def test_a_port_of_grpc_is_told_without_what_it_sends(server: ServerProcess) -> None:
+    url = f"http://{server.address}/metrics"
+    with pytest.raises(CommandError) as raised:
+        read_metrics(url, 5.0)
+    assert str(raised.value) == f"{url} cannot be read: no HTTP server answers"

@@ -60,8 +60,6 @@ def top(
             are in bytes, times in seconds.
         timeout: Time limit for an answer.
     """
-    if interval <= 0:
-        raise CommandError(f"--interval is {interval:g}: expected more than 0")
     # Each once, in the order given.
     servers = list(dict.fromkeys(url_of(each) for each in urls or (DEFAULT_URL,)))
     with _Readers(servers, timeout) as readers:

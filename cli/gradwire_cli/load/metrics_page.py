@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
+from http.client import BadStatusLine, HTTPException, HTTPResponse
 from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -115,6 +115,9 @@ def read_metrics(url: str, timeout_s: float) -> MetricsPage:
         raise CommandError(f"{url} cannot be read: {error.reason}") from error
     except TimeoutError as error:
         raise CommandError(f"{url} did not answer within {timeout_s:g} s") from error
+    except BadStatusLine as error:
+        # gRPC's port, for example: what it sends is no text.
+        raise CommandError(f"{url} cannot be read: no HTTP server answers") from error
     except (HTTPException, OSError, ValueError) as error:
         raise CommandError(f"{url} cannot be read: {str(error)[:_SHOWN]}") from error
     if "build_info" not in samples:
