@@ -69,6 +69,20 @@ def test_results_are_right_in_every_dtype(
         np.testing.assert_array_equal(loaded(out, name, dtype), expected)
 
 
+def test_what_keeps_elements_off_direct_connections_is_told(tmp_path: Path) -> None:
+    rows = 16_384 * 5  # several row blocks
+    paths = save(tmp_path, whole_numbers(rows, 64, 64))
+    with running_server(data_advertise="10.255.255.1:6000") as server:
+        where = ("--out", tmp_path / "out", "--address", server.address)
+        done = gradwire("compute", *paths, *where)
+        assert done.returncode == 0
+        assert done.stderr.startswith("gradwire: direct connections to the server at ")
+        assert "10.255.255.1:6000" in done.stderr
+        assert done.stderr.count("\n") == 1
+        done = gradwire("compute", *paths, *where, "--force", "--quiet")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_private_server_computes_when_no_address_is_given(tmp_path: Path) -> None:
     problem = whole_numbers(300, 7, 5)
     done = gradwire("compute", *save(tmp_path, problem), "--out", tmp_path)

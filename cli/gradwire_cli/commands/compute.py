@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from gradwire_cli.options import (
     split,
 )
 from gradwire_cli.private_server import connected
+from gradwire_cli.terminal.printable import printable
 from gradwire_cli.terminal.tables import console, properties
 from gradwire_cli.terminal.units import format_bytes, format_seconds
 from gradwire_protocol.dtypes import ACCUMULATORS, WIRE_DTYPES, Dtype
@@ -127,6 +129,7 @@ def compute(
     wanted = wanted_results(results, paths)
     dtypes = result_dtypes(result_dtype, wanted)
     with ExitStack() as stack:
+        warnings = stack.enter_context(_warnings())
         operands = open_operands(paths, wanted, stack, raw_as=dtype)
         specs = operands.results(wanted, dtypes)
         files = stack.enter_context(
@@ -164,11 +167,37 @@ def compute(
                         files.append(result.label, getattr(stream, result.label))
         written = files.commit()
     if not quiet:
+        for text in warnings:
+            sys.stderr.write(f"gradwire: {printable(text)}\n")
         if len(address) > 1 and not spread:
             server = stream.receipt.server_address
         console().print(
             properties(_summary(server, stream.receipt, operands, specs, written))
         )
+
+
+class _Warnings(logging.Handler):
+    """Notes what the SDK warns of, but for failed attempts, which others made good."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: dict[str, None] = {}
+        """Each once, in the order in which they came."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not hasattr(record, "attempt"):
+            self.texts[record.getMessage()] = None
+
+
+@contextmanager
+def _warnings() -> Iterator[dict[str, None]]:
+    """Note why a job does not go the way, or to the servers, that it could."""
+    log, handler = logging.getLogger("gradwire"), _Warnings()
+    log.addHandler(handler)
+    try:
+        yield handler.texts
+    finally:
+        log.removeHandler(handler)
 
 
 class _Rate(progress.ProgressColumn):
