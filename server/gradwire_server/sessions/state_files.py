@@ -127,7 +127,10 @@ class StateFiles:
         except FileNotFoundError:
             raise _unknown(name, "restore") from None
         except OSError as error:
-            raise _unusable(name, target, f"cannot be read: {error.strerror}") from None
+            why = f"cannot be read: {error.strerror}"
+            if error.errno == errno.ELOOP:  # its text tells of many levels
+                why = "is a symbolic link, and none is followed"
+            raise _unusable(name, target, why) from None
         fail = partial(_unusable, name, target)
         try:
             return _read(descriptor, fail)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gradwire_protocol.optimizers import FORMULAS
+from gradwire_server.errors import JobError
 from gradwire_server.sessions import state_files
 from gradwire_server.sessions.state_contents import Snapshot
 from gradwire_server.sessions.state_files import StateFiles
@@ -46,3 +47,13 @@ def test_only_states_that_have_changed_are_read_to_be_listed(
     files.delete("alice", "b")
     assert listed() == {"a": 3}
     assert not files.list("bob")
+
+
+def test_a_link_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    files = StateFiles(tmp_path)
+    access: Any = None
+    files.save("alice", "a", state(1), access)
+    (file,) = tmp_path.rglob("a.safetensors")
+    file.with_name("b.safetensors").symlink_to(file)
+    with pytest.raises(JobError, match="'b' is a symbolic link"):
+        files.open("alice", "b")
