@@ -196,6 +196,11 @@ class Server:
             extra={
                 "addresses": " ".join(self.addresses),
                 **({} if self._data is None else {"data": " ".join(self._data.bound)}),
+                **{
+                    name: str(value)
+                    for name in ("data_advertise", "state_dir")
+                    if (value := getattr(self.settings, name)) is not None
+                },
                 **self._beside.addresses(),
                 **self._tracing.addresses(),
                 "tls": "none" if tls is None else "mutual" if tls.mutual else "server",

@@ -76,6 +76,8 @@ def test_what_keeps_elements_off_direct_connections_is_told(tmp_path: Path) -> N
         where = ("--out", tmp_path / "out", "--address", server.address)
         done = gradwire("compute", *paths, *where)
         assert done.returncode == 0
+        serving = server.wait_for_log("data_advertise")
+        assert serving["data_advertise"] == "10.255.255.1:6000"
         assert done.stderr.startswith("gradwire: direct connections to the server at ")
         assert "10.255.255.1:6000" in done.stderr
         assert done.stderr.count("\n") == 1

@@ -341,6 +341,29 @@ def test_a_session_that_a_draining_server_cannot_save_is_named_in_the_log(
         assert told["session"].startswith("session-")
         assert told["step"] == 1
         assert told["cause"]
+        (ended,) = [r for r in server.records if "ended with the" in r["message"]]
+        assert (ended["session"], ended["step"]) == (told["session"], 1)
+        serving = server.wait_for_log("state_dir")
+        assert serving["state_dir"] == str(tmp_path)
+
+
+def test_sessions_whose_last_step_is_saved_end_without_a_warning(
+    tmp_path: Path,
+) -> None:
+    with (
+        running_server(state_dir=str(tmp_path), grace=0.2) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        sessions = RawSessions(channel)
+        saved = begun(sessions, save_every_steps=9, save_name="a")
+        by_hand = begun(sessions)
+        begun(sessions)  # has made no step
+        for session in (saved, by_hand):
+            train(session, 1, 1)
+        save(by_hand, "b")
+        server.process.terminate()
+        server.process.wait(15)
+        assert not [r for r in server.records if "ended with the" in r["message"]]
 
 
 def test_no_state_is_half_of_a_step(sessions: RawSessions) -> None:

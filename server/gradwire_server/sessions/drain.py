@@ -38,7 +38,7 @@ async def save(
         for session in sessions:
             if session.save_every:
                 session.save_every = 1
-                if _is_unsaved(session):
+                if session.is_unsaved:
                     group.create_task(_save(session, states, worker_of(session)))
 
 
@@ -69,14 +69,5 @@ async def wait_closed(sessions: Sessions) -> None:
     Those with saved steps are not waited for: their clients restore them.
     """
     for session in sessions:
-        if not session.save_every or _is_unsaved(session):
+        if not session.save_every or session.is_unsaved:
             await session.freed.wait()
-
-
-def _is_unsaved(session: Session) -> bool:
-    """Return whether a step was made here that no saved state has.
-
-    Before its first step, a client can put the tensors again, and an earlier state of
-    the name may be of more use than they.
-    """
-    return session.last_step is not None and session.saved_step != session.step

@@ -239,6 +239,16 @@ class Sessions:
     def close_all(self) -> None:
         """Close all sessions: the server stops."""
         for session in list(self._open.values()):
+            if session.is_unsaved and session.newest_saved != session.step:
+                _log.warning(
+                    "a session ended with the server, and its last step is not saved",
+                    extra={
+                        "session": session.id,
+                        "label": session.label,
+                        "step": session.step,
+                        **({"tenant": session.tenant} if session.tenant else {}),
+                    },
+                )
             self.close(session.token, session.tenant)
 
     def fail(self, session: Session, cause: JobError) -> None:

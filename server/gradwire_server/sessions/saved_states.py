@@ -78,6 +78,7 @@ class SavedStates:
                 session.tenant, name, state, reach.access(check)
             )
         )
+        session.newest_saved = session.step
         if name == session.save_name:
             session.saved_step = session.step
         return pb2.SaveSessionResponse(step=state.step, size_bytes=size)

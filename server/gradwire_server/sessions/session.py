@@ -59,6 +59,7 @@ class Session:
         save_every: Save its state after every so many steps; 0: never.
         save_name: Name of that state.
         saved_step: Step of the state that is saved under `save_name`.
+        newest_saved: Step of the last state that was saved, under any name.
         request: A digest of the request that has opened it, if that can be repeated.
         ended: Why calls are refused; None while it is open.
         expiry: The next look at its lease.
@@ -92,6 +93,7 @@ class Session:
         self.save_every = 0
         self.save_name = ""
         self.saved_step: int | None = None
+        self.newest_saved: int | None = None
         self.request = b""
         self.ended: JobError | None = None
         self.expiry: asyncio.TimerHandle | None = None
@@ -121,6 +123,15 @@ class Session:
     def used_bytes(self) -> int:
         """Bytes used by tensors."""
         return self.memory.used_bytes
+
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether a step was made here that the state of `save_name` has not.
+
+        Before its first step, a client can put the tensors again, and an earlier state
+        of the name may be of more use than they.
+        """
+        return self.last_step is not None and self.saved_step != self.step
 
     @property
     def in_use(self) -> bool:
