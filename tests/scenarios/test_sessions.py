@@ -1091,6 +1091,63 @@ async def test_a_dropped_asynchronous_session_is_closed(serving: ServerProcess) 
             )
 
 
+@pytest.mark.parametrize("cancelled", ["open", "close"])
+async def test_a_session_is_closed_whose_call_is_cancelled(
+    serving: ServerProcess, cancelled: str
+) -> None:
+    async with gradwire.AsyncClient(serving.address, transport="grpc") as client:
+        for turn in range(30):
+            session = client.session("1MiB")
+            if cancelled == "close":
+                await session.open()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.0002 * turn):
+                    await getattr(session, cancelled)()
+                await session.close()
+            assert not await client.sessions(), turn
+
+
+def test_a_client_that_is_closed_closes_sessions_that_open_meanwhile(
+    serving: ServerProcess,
+) -> None:
+    def open_many(client: gradwire.Client) -> None:
+        sessions = []
+        while True:
+            sessions.append(client.session("1KiB"))
+            sessions[-1].open()
+
+    with (
+        gradwire.connect(serving.address, transport="grpc") as observer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for turn in range(10):
+            client = gradwire.Client(serving.address, transport="grpc")
+            opening = pool.submit(open_many, client)
+            time.sleep(0.01 + 0.002 * turn)
+            client.close()
+            with pytest.raises(gradwire.ClientStateError):
+                opening.result(10)
+            assert not observer.sessions()
+
+
+async def test_an_asynchronous_client_does_so_too(serving: ServerProcess) -> None:
+    async def open_many(client: gradwire.AsyncClient) -> None:
+        sessions = []
+        while True:
+            sessions.append(client.session("1KiB"))
+            await sessions[-1].open()
+
+    async with gradwire.AsyncClient(serving.address, transport="grpc") as observer:
+        for turn in range(10):
+            client = gradwire.AsyncClient(serving.address, transport="grpc")
+            opening = asyncio.create_task(open_many(client))
+            await asyncio.sleep(0.01 + 0.002 * turn)
+            await client.close()
+            with pytest.raises(gradwire.ClientStateError):
+                await asyncio.wait_for(opening, 10)
+            assert not await observer.sessions()
+
+
 def test_ctrl_c_does_not_wait_for_a_server_that_does_not_answer() -> None:
     def leave(session: gradwire.Session) -> None:
         with session:

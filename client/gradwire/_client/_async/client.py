@@ -21,7 +21,7 @@ from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._async.batch import run
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client._async.session import AsyncSession
-from gradwire._client._async.session_lease import AsyncSessionLease
+from gradwire._client._async.session_lease import AsyncSessionLeases
 from gradwire._client._async.spread_stream import AsyncSpreadStream
 from gradwire._client._async.stream import AsyncGradientStream
 from gradwire._client.client_base import ClientBase
@@ -39,7 +39,7 @@ from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1 import session_service_pb2
 
 
-class AsyncClient(ClientBase[AsyncEngine, AsyncSessionLease]):
+class AsyncClient(ClientBase[AsyncEngine]):
     """A client for programs with an event loop.
 
     Making a client does no I/O. Entering it as a context manager asks the server
@@ -64,6 +64,7 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSessionLease]):
     ) -> None:
         check_names("AsyncClient", options, ClientOptions)
         super().__init__(AsyncEngine(address, options))
+        self._leases = AsyncSessionLeases()
 
     async def __aenter__(self) -> AsyncClient:
         """Shake hands with the server, unless that was done.
@@ -91,8 +92,7 @@ class AsyncClient(ClientBase[AsyncEngine, AsyncSessionLease]):
         it does so when their leases end.
         """
         try:
-            for lease, left_s in self._leases_to_close():
-                await lease.close(timeout_s=left_s)
+            await self._leases.close()
         finally:
             await self._engine.aclose()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping, MutableSet, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, TypeVar, Unpack
@@ -23,7 +23,13 @@ from gradwire._api.types import Array, Gradients, Receipt
 from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
 from gradwire._client._async.engine import AsyncEngine
-from gradwire._client._async.session_lease import AsyncSessionLease
+from gradwire._client._async.session_lease import (
+    INTERRUPTED_S,
+    AsyncSessionLease,
+    AsyncSessionLeases,
+    undo_open,
+    was_interrupted,
+)
 from gradwire._client.session_base import (
     SHARED_FROM_BYTES,
     Context,
@@ -86,7 +92,7 @@ class AsyncSession(SessionBase):
         self,
         engine: AsyncEngine,
         remember: Callable[[Receipt], Receipt],
-        leases: MutableSet[AsyncSessionLease],
+        leases: AsyncSessionLeases,
         keep: int | str,
         **options: Unpack[SessionOptions],
     ) -> None:
@@ -107,7 +113,7 @@ class AsyncSession(SessionBase):
     ) -> None:
         # Ctrl-C does not wait for long for a server that does not answer.
         interrupted = error is not None and not isinstance(error, Exception)
-        await self.close(timeout_s=_INTERRUPTED_S if interrupted else None)
+        await self.close(timeout_s=INTERRUPTED_S if interrupted else None)
 
     async def open(self) -> None:
         """Open the session and reserve its memory.
@@ -121,31 +127,47 @@ class AsyncSession(SessionBase):
         request = self.open_request()
         attempts = self._attempts("OpenSession", self._timeout_s)
 
-        async def attempt() -> tuple[AsyncEngine, Stay, pb2.OpenSessionResponse]:
-            with await self._client_engine.lease(attempts) as lease:
-                answer = await lease.engine.session_call(
-                    "OpenSession", request, attempts.left_s, attempts
-                )
-                return lease.engine, lease.stay(), answer
+        async def attempt() -> None:
+            server = await self._client_engine.lease(attempts)
+            with server as lease, self._leases.opening():
+                await self._open_on(lease.engine, lease.stay, request, attempts)
 
-        self._engine, stay, answer = await self._client_engine.retry(attempts, attempt)
-        self.opened(answer)
-        self._lease = AsyncSessionLease(
-            self,
-            self._engine,
-            stay,
-            token=self.token,
-            id=self._id,
-            affinity=self.affinity,
-            lease_s=self.lease_s,
-        )
-        self._leases.add(self._lease)
+        await self._client_engine.retry(attempts, attempt)
         if self.restored:
             try:
                 self.take_tensors(await self.describe())
             except BaseException:
                 await self.close()
                 raise
+
+    async def _open_on(
+        self,
+        engine: AsyncEngine,
+        stay: Callable[[], Stay],
+        request: pb2.OpenSessionRequest,
+        attempts: Attempts,
+    ) -> None:
+        """Open the session on a server, and keep its lease."""
+        try:
+            answer = await engine.session_call(
+                "OpenSession", request, attempts.left_s, attempts
+            )
+        except BaseException as error:
+            if was_interrupted(error):
+                await undo_open(engine, request, self.affinity)
+            raise
+        self._engine = engine
+        self.opened(answer)
+        self._lease = AsyncSessionLease(
+            self,
+            engine,
+            stay(),
+            token=self.token,
+            id=self._id,
+            affinity=self.affinity,
+            lease_s=self.lease_s,
+        )
+        self._leases.add(self._lease)
 
     async def close(self, *, timeout_s: float | None = None) -> None:
         """Close the session and free its memory.
@@ -890,6 +912,3 @@ def _named(out: Any, result: Matrix) -> dict[str, Any] | None:
 
 
 _DEFAULT = tuple(each.label for each in DEFAULT_RESULTS)
-
-_INTERRUPTED_S = 1.0
-"""Seconds for closing a session that is left because of Ctrl-C or a cancellation."""

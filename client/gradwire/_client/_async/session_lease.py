@@ -1,17 +1,20 @@
-"""The class `AsyncSessionLease`."""
+"""The classes `AsyncSessionLease` and `AsyncSessionLeases`."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 import weakref
+from collections.abc import Iterator
 
-from gradwire._api.errors import DeadlineError, GradwireError
+from gradwire._api.errors import ClientStateError, DeadlineError, GradwireError
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client.session_base import SessionBase
 from gradwire._resilience.call_span import session_span
 from gradwire._resilience.load_balancer import Stay
 from gradwire._resilience.retry import Attempts, is_transient
-from gradwire._transport.async_io import AsyncRepeater, close_at_exit
+from gradwire._transport.async_io import AsyncNews, AsyncRepeater, close_at_exit
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 
 
@@ -72,14 +75,25 @@ class AsyncSessionLease:
             return
         if (session := self._session()) is not None:
             session.ended()
-        await self._repeater.aclose()
-        request = pb2.CloseSessionRequest(session=self._token)
         left_s = _CLOSE_S if timeout_s is None else timeout_s
+        try:
+            await self._repeater.aclose()
+            await self._close(left_s)
+        except BaseException as error:
+            # The interrupted call may not have reached the server.
+            if was_interrupted(error) and left_s > INTERRUPTED_S:
+                await self._close(INTERRUPTED_S)
+            raise
+
+    async def _close(self, timeout_s: float) -> None:
+        request = pb2.CloseSessionRequest(session=self._token)
         span = session_span("CloseSession", self._engine.jobs.metadata, self._id)
-        attempts = Attempts(self._engine.retries, left_s, span=span)
+        attempts = Attempts(self._engine.retries, timeout_s, span=span)
         attempts.affinity = self._affinity
         try:
-            await self._engine.session_call("CloseSession", request, left_s, attempts)
+            await self._engine.session_call(
+                "CloseSession", request, timeout_s, attempts
+            )
         except BaseException as error:
             attempts.ended(error)
             # A session that was not closed ends with its lease.
@@ -87,9 +101,8 @@ class AsyncSessionLease:
                 raise
         else:
             attempts.ended()
-        finally:
-            self._open = False
-            self._stay = None
+        self._open = False
+        self._stay = None
 
     async def renew(self) -> bool:
         """Renew the lease; return whether to go on."""
@@ -107,5 +120,85 @@ class AsyncSessionLease:
         return True
 
 
+class AsyncSessionLeases:
+    """The leases of a client's sessions, of dropped ones too."""
+
+    def __init__(self) -> None:
+        self._leases: weakref.WeakSet[AsyncSessionLease] = weakref.WeakSet()
+        self._opening: set[tuple[int, object]] = set()
+        """Each call that opens a session, with its process."""
+        self._opened = AsyncNews()
+        self._closed = False
+
+    def add(self, lease: AsyncSessionLease) -> None:
+        """Add the lease of a session that was opened."""
+        self._leases.add(lease)
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """Have `close` wait for a session that is opened, and added, in this context.
+
+        Raises:
+            ClientStateError: The client was closed.
+        """
+        call = (os.getpid(), object())
+        self._opening.add(call)  # first: either of this and `close` sees the other
+        try:
+            if self._closed:
+                raise ClientStateError("the client was closed while a session opened")
+            yield
+        finally:
+            self._opening.discard(call)
+            if self._closed:
+                self._opened.tell()
+
+    async def close(self) -> None:
+        """Close all sessions, and those that are being opened; open no more."""
+        self._closed = True
+        deadline = time.monotonic() + _CLOSE_ALL_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            count = self._opened.count
+            # The threads of a parent process do not open any here.
+            if all(process != os.getpid() for process, _ in list(self._opening)):
+                break
+            await self._opened.wait(count, left_s)
+        for lease in list(self._leases):
+            if lease.is_open:
+                await lease.close(timeout_s=max(deadline - time.monotonic(), 0.0))
+
+
+async def undo_open(
+    engine: AsyncEngine, request: pb2.OpenSessionRequest, affinity: str
+) -> None:
+    """Close the session that an interrupted call may have opened.
+
+    Args:
+        engine: Makes the calls to its server.
+        request: The request of the call.
+        affinity: What a proxy recognizes the session's calls by.
+    """
+    deadline = time.monotonic() + INTERRUPTED_S
+    with contextlib.suppress(GradwireError):  # else it ends with its lease
+        # An equal request is answered with the same session.
+        answer = await engine.session_call(
+            "OpenSession", request, INTERRUPTED_S, affinity=affinity
+        )
+        closing = pb2.CloseSessionRequest(session=answer.session)
+        left_s = max(deadline - time.monotonic(), 0.0)
+        await engine.session_call("CloseSession", closing, left_s, affinity=affinity)
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Return whether an error is that of Ctrl-C or a cancellation."""
+    return error is not None and not isinstance(error, Exception | GeneratorExit)
+
+
+INTERRUPTED_S = 1.0
+"""Seconds for closing a session after Ctrl-C or a cancellation."""
+
 _CLOSE_S = 10.0
 """Seconds for closing a session; after that its lease ends it."""
+
+_CLOSE_ALL_S = 5.0
+"""Seconds for closing all sessions of a client: a server that does not answer must not
+hold up the end of a program for longer."""

@@ -23,7 +23,7 @@ from gradwire._arrays.result_library import require_no_graph
 from gradwire._client._sync.batch import run
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client._sync.session import Session
-from gradwire._client._sync.session_lease import SyncSessionLease
+from gradwire._client._sync.session_lease import SyncSessionLeases
 from gradwire._client._sync.spread_stream import SyncSpreadStream
 from gradwire._client._sync.stream import GradientStream
 from gradwire._client.client_base import ClientBase
@@ -41,7 +41,7 @@ from gradwire_protocol.matrices import RESULTS, Matrix
 from gradwire_protocol.v1 import session_service_pb2
 
 
-class Client(ClientBase[SyncEngine, SyncSessionLease]):
+class Client(ClientBase[SyncEngine]):
     """A client for programs that block.
 
     Making a client does no I/O. Entering it as a context manager asks the server
@@ -67,6 +67,7 @@ class Client(ClientBase[SyncEngine, SyncSessionLease]):
     ) -> None:
         check_names("Client", options, ClientOptions)
         super().__init__(SyncEngine(address, options))
+        self._leases = SyncSessionLeases()
 
     def __enter__(self) -> Client:
         """Shake hands with the server, unless that was done.
@@ -94,8 +95,7 @@ class Client(ClientBase[SyncEngine, SyncSessionLease]):
         it does so when their leases end.
         """
         try:
-            for lease, left_s in self._leases_to_close():
-                lease.close(timeout_s=left_s)
+            self._leases.close()
         finally:
             self._engine.close()
 

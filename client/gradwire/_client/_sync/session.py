@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, MutableSet, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, TypeVar, Unpack
@@ -25,7 +25,13 @@ from gradwire._api.types import Array, Gradients, Receipt
 from gradwire._arrays.result_library import require_no_graph
 from gradwire._client import session_files
 from gradwire._client._sync.engine import SyncEngine
-from gradwire._client._sync.session_lease import SyncSessionLease
+from gradwire._client._sync.session_lease import (
+    INTERRUPTED_S,
+    SyncSessionLease,
+    SyncSessionLeases,
+    undo_open,
+    was_interrupted,
+)
 from gradwire._client.session_base import (
     SHARED_FROM_BYTES,
     Context,
@@ -88,7 +94,7 @@ class Session(SessionBase):
         self,
         engine: SyncEngine,
         remember: Callable[[Receipt], Receipt],
-        leases: MutableSet[SyncSessionLease],
+        leases: SyncSessionLeases,
         keep: int | str,
         **options: Unpack[SessionOptions],
     ) -> None:
@@ -107,7 +113,7 @@ class Session(SessionBase):
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         # Ctrl-C does not wait for long for a server that does not answer.
         interrupted = error is not None and not isinstance(error, Exception)
-        self.close(timeout_s=_INTERRUPTED_S if interrupted else None)
+        self.close(timeout_s=INTERRUPTED_S if interrupted else None)
 
     def open(self) -> None:
         """Open the session and reserve its memory.
@@ -121,31 +127,47 @@ class Session(SessionBase):
         request = self.open_request()
         attempts = self._attempts("OpenSession", self._timeout_s)
 
-        def attempt() -> tuple[SyncEngine, Stay, pb2.OpenSessionResponse]:
-            with self._client_engine.lease(attempts) as lease:
-                answer = lease.engine.session_call(
-                    "OpenSession", request, attempts.left_s, attempts
-                )
-                return lease.engine, lease.stay(), answer
+        def attempt() -> None:
+            server = self._client_engine.lease(attempts)
+            with server as lease, self._leases.opening():
+                self._open_on(lease.engine, lease.stay, request, attempts)
 
-        self._engine, stay, answer = self._client_engine.retry(attempts, attempt)
-        self.opened(answer)
-        self._lease = SyncSessionLease(
-            self,
-            self._engine,
-            stay,
-            token=self.token,
-            id=self._id,
-            affinity=self.affinity,
-            lease_s=self.lease_s,
-        )
-        self._leases.add(self._lease)
+        self._client_engine.retry(attempts, attempt)
         if self.restored:
             try:
                 self.take_tensors(self.describe())
             except BaseException:
                 self.close()
                 raise
+
+    def _open_on(
+        self,
+        engine: SyncEngine,
+        stay: Callable[[], Stay],
+        request: pb2.OpenSessionRequest,
+        attempts: Attempts,
+    ) -> None:
+        """Open the session on a server, and keep its lease."""
+        try:
+            answer = engine.session_call(
+                "OpenSession", request, attempts.left_s, attempts
+            )
+        except BaseException as error:
+            if was_interrupted(error):
+                undo_open(engine, request, self.affinity)
+            raise
+        self._engine = engine
+        self.opened(answer)
+        self._lease = SyncSessionLease(
+            self,
+            engine,
+            stay(),
+            token=self.token,
+            id=self._id,
+            affinity=self.affinity,
+            lease_s=self.lease_s,
+        )
+        self._leases.add(self._lease)
 
     def close(self, *, timeout_s: float | None = None) -> None:
         """Close the session and free its memory.
@@ -881,6 +903,3 @@ def _named(out: Any, result: Matrix) -> dict[str, Any] | None:
 
 
 _DEFAULT = tuple(each.label for each in DEFAULT_RESULTS)
-
-_INTERRUPTED_S = 1.0
-"""Seconds for closing a session that is left because of Ctrl-C or a cancellation."""
