@@ -1107,6 +1107,28 @@ async def test_a_session_is_closed_whose_call_is_cancelled(
             assert not await client.sessions(), turn
 
 
+@pytest.mark.parametrize("interrupted", ["open", "close"])
+def test_a_session_is_closed_whose_call_is_interrupted(
+    serving: ServerProcess, interrupted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gradwire.connect(serving.address, transport="grpc") as client:
+        session = client.session("1MiB")
+        if interrupted == "close":
+            session.open()
+        call = client._engine.session_call
+
+        def interrupt(*args: Any) -> None:
+            monkeypatch.undo()
+            if interrupted == "open":
+                call(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(client._engine, "session_call", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(session, interrupted)()
+        assert not client.sessions()
+
+
 def test_a_client_that_is_closed_closes_sessions_that_open_meanwhile(
     serving: ServerProcess,
 ) -> None:

@@ -57,6 +57,7 @@ from gradwire._client.session_base import (
 )
 from gradwire._client.session_files import SavedTensor
 from gradwire._client.step_tensors import callers_tensors
+from gradwire._core import interrupts
 from gradwire._core.kept import Tensor
 from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
@@ -152,22 +153,24 @@ class Session(SessionBase):
             answer = engine.session_call(
                 "OpenSession", request, attempts.left_s, attempts
             )
+            with interrupts.held():
+                self._engine = engine
+                self.opened(answer)
+                self._lease = SyncSessionLease(
+                    self,
+                    engine,
+                    stay(),
+                    token=self.token,
+                    id=self._id,
+                    affinity=self.affinity,
+                    lease_s=self.lease_s,
+                )
+                self._leases.add(self._lease)
         except BaseException as error:
-            if was_interrupted(error):
+            # With a lease, the session is closed once it is dropped.
+            if was_interrupted(error) and self._lease is None:
                 undo_open(engine, request, self.affinity)
             raise
-        self._engine = engine
-        self.opened(answer)
-        self._lease = SyncSessionLease(
-            self,
-            engine,
-            stay(),
-            token=self.token,
-            id=self._id,
-            affinity=self.affinity,
-            lease_s=self.lease_s,
-        )
-        self._leases.add(self._lease)
 
     def close(self, *, timeout_s: float | None = None) -> None:
         """Close the session and free its memory.
