@@ -1107,6 +1107,21 @@ async def test_a_session_is_closed_whose_call_is_cancelled(
             assert not await client.sessions(), turn
 
 
+async def test_a_client_whose_closing_is_cancelled_closes_its_sessions(
+    serving: ServerProcess,
+) -> None:
+    async with gradwire.AsyncClient(serving.address, transport="grpc") as observer:
+        for turn in range(5):
+            client = gradwire.AsyncClient(serving.address, transport="grpc")
+            sessions = [client.session("1KiB") for _ in range(5)]
+            for each in sessions:
+                await each.open()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.001 * turn):
+                    await client.close()
+            assert not await observer.sessions(), turn
+
+
 @pytest.mark.parametrize("interrupted", ["open", "close"])
 def test_a_session_is_closed_whose_call_is_interrupted(
     serving: ServerProcess, interrupted: str, monkeypatch: pytest.MonkeyPatch

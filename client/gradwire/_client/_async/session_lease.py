@@ -71,21 +71,22 @@ class AsyncSessionLease:
             timeout_s: Seconds for the server to answer, after which the lease ends the
                 session; None: 10.
         """
+        left_s = _CLOSE_S if timeout_s is None else timeout_s
+        try:
+            await self.try_close(left_s)
+        except BaseException as error:
+            # The interrupted call may not have reached the server.
+            if was_interrupted(error) and left_s > INTERRUPTED_S:
+                await self.try_close(INTERRUPTED_S)
+            raise
+
+    async def try_close(self, timeout_s: float) -> None:
+        """Close the session with one call, which can be repeated if interrupted."""
         if not self.is_open:
             return
         if (session := self._session()) is not None:
             session.ended()
-        left_s = _CLOSE_S if timeout_s is None else timeout_s
-        try:
-            await self._repeater.aclose()
-            await self._close(left_s)
-        except BaseException as error:
-            # The interrupted call may not have reached the server.
-            if was_interrupted(error) and left_s > INTERRUPTED_S:
-                await self._close(INTERRUPTED_S)
-            raise
-
-    async def _close(self, timeout_s: float) -> None:
+        await self._repeater.aclose()
         request = pb2.CloseSessionRequest(session=self._token)
         span = session_span("CloseSession", self._engine.jobs.metadata, self._id)
         attempts = Attempts(self._engine.retries, timeout_s, span=span)
@@ -155,7 +156,15 @@ class AsyncSessionLeases:
     async def close(self) -> None:
         """Close all sessions, and those that are being opened; open no more."""
         self._closed = True
-        deadline = time.monotonic() + _CLOSE_ALL_S
+        try:
+            await self._close_all(_CLOSE_ALL_S)
+        except BaseException as error:
+            if was_interrupted(error):
+                await self._close_all(INTERRUPTED_S)
+            raise
+
+    async def _close_all(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
             count = self._opened.count
             # The threads of a parent process do not open any here.
@@ -163,8 +172,7 @@ class AsyncSessionLeases:
                 break
             await self._opened.wait(count, left_s)
         for lease in list(self._leases):
-            if lease.is_open:
-                await lease.close(timeout_s=max(deadline - time.monotonic(), 0.0))
+            await lease.try_close(max(deadline - time.monotonic(), 0.0))
 
 
 async def undo_open(

@@ -176,7 +176,8 @@ class Session(SessionBase):
         """Close the session and free its memory.
 
         Closing it again does nothing, nor does closing it in the child of a fork.
-        Closing the client closes its sessions.
+        Closing the client closes its sessions. After Ctrl-C or a cancellation, it tries
+        for a second more.
 
         Args:
             timeout_s: Seconds for the server to answer, after which the lease ends the
