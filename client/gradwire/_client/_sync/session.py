@@ -113,8 +113,7 @@ class Session(SessionBase):
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         # Ctrl-C does not wait for long for a server that does not answer.
-        interrupted = error is not None and not isinstance(error, Exception)
-        self.close(timeout_s=INTERRUPTED_S if interrupted else None)
+        self.close(timeout_s=INTERRUPTED_S if was_interrupted(error) else None)
 
     def open(self) -> None:
         """Open the session and reserve its memory.
