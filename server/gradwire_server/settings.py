@@ -204,6 +204,12 @@ class Settings:
                 raise ValueError(f"{name} is {value}: expected at least {least}")
 
     def _check_data(self) -> None:
+        no_tcp = all(each.startswith("unix:") for each in self.listen)
+        if no_tcp and self.data_listen not in ("0", "off"):
+            raise ValueError(
+                f"data_listen is {self.data_listen!r}, and listen has no TCP address:"
+                " direct connections are for its clients only"
+            )
         address = self.data_advertise
         if address is None:
             return

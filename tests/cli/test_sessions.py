@@ -84,6 +84,9 @@ def test_closing_an_unknown_session_names_it(server: ServerProcess) -> None:
     assert done.returncode == 1
     assert "session-x" in done.stderr
     assert "Traceback" not in done.stderr
+    # An unset variable of a script.
+    done = gradwire("sessions", "close", "", "--address", server.address)
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_a_session_is_saved(tmp_path: Path) -> None:

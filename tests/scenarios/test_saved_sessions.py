@@ -278,9 +278,16 @@ def test_a_session_is_described_to_other_clients_of_its_tenant(tmp_path: Path) -
         operator.describe_session(found.id)
         # The lease is its client's to renew.
         assert operator.sessions()[0].idle_s >= idle_s + 0.1
-        for name in (found.id, "session-x", ""):
+        for name in (found.id, "session-x"):
             with pytest.raises(gradwire.SessionLostError):
                 other.describe_session(name)
+        for call in (
+            other.describe_session,
+            other.close_session,
+            lambda name: other.save_session(name, "a"),
+        ):
+            with pytest.raises(gradwire.InputError, match="id is '': expected that"):
+                call("")
 
 
 def test_a_session_is_saved_by_another_client(

@@ -31,6 +31,10 @@ PAIR = {"tls_cert": Path("c"), "tls_key": Path("k")}
             {"data_advertise": ":9", "data_listen": "off"},
             "data_advertise is set beside data_listen off",
         ),
+        (
+            {"data_listen": "6161", "listen": ("unix:/s",)},
+            "data_listen is '6161', and listen has no TCP address",
+        ),
         ({"grace": float("nan")}, "grace is nan: expected at least 0"),
     ],
 )

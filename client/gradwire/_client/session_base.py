@@ -853,6 +853,17 @@ def to_float(value: Any) -> float:
         return math.nan
 
 
+def check_id(id: str) -> str:  # noqa: A002 - as clients call it
+    """Check the id of a session, as an operator gives it.
+
+    Raises:
+        InputError: It is none.
+    """
+    if not isinstance(id, str) or not id:
+        raise InputError(f"id is {id!r}: expected that of a session, as listed")
+    return id
+
+
 def check_state(name: str, what: str) -> str:
     """Check the name of a saved state.
 

@@ -28,6 +28,7 @@ from gradwire._client.client_base import ClientBase
 from gradwire._client.options import ClientOptions
 from gradwire._client.session_base import (
     SessionOptions,
+    check_id,
     check_state,
     saved_state_of,
     session_info_of,
@@ -257,10 +258,11 @@ class AsyncClient(ClientBase[AsyncEngine]):
             address: Which of several servers; None: the server of the next job.
 
         Raises:
+            InputError: The id is empty.
             SessionLostError: There is no such session.
             GradwireError: The call failed.
         """
-        request = session_service_pb2.CloseSessionRequest(id=id)
+        request = session_service_pb2.CloseSessionRequest(id=check_id(id))
         await self._engine.call_once("CloseSession", request, address)
 
     async def describe_session(
@@ -279,10 +281,11 @@ class AsyncClient(ClientBase[AsyncEngine]):
             address: Which of several servers; None: the server of the next job.
 
         Raises:
+            InputError: The id is empty.
             SessionLostError: There is no such session.
             GradwireError: The call failed.
         """
-        request = session_service_pb2.DescribeSessionRequest(id=id)
+        request = session_service_pb2.DescribeSessionRequest(id=check_id(id))
         answer = await self._engine.call_once("DescribeSession", request, address)
         return session_info_of(answer)
 
@@ -306,13 +309,13 @@ class AsyncClient(ClientBase[AsyncEngine]):
             The steps of the saved state.
 
         Raises:
-            InputError: The name is invalid.
+            InputError: The id is empty, or the name is invalid.
             SessionLostError: There is no such session.
             StateNotSavedError: The state could not be saved.
             GradwireError: The call failed.
         """
         request = session_service_pb2.SaveSessionRequest(
-            id=id, name=check_state(name, "name")
+            id=check_id(id), name=check_state(name, "name")
         )
         answer = await self._engine.call_once("SaveSession", request, address)
         step: int = answer.step
