@@ -236,9 +236,9 @@ class AsyncConnection:
         Raises:
             GradwireError: The call failed.
         """
+        written = RequestWriter(next(requests), partial(_each, requests))
         with _starting():
             rpc = self.methods.put_tensor(timeout=timeout_s, metadata=metadata)
-        written = RequestWriter(next(requests), partial(_each, requests))
         # In a task: a call that is cancelled before it began tells no writer.
         writer = asyncio.create_task(written.run(rpc))
         try:
