@@ -83,6 +83,19 @@ def test_grpc_has_fork_support_and_the_environment_stays_as_it_was(
     assert done.stdout == printed
 
 
+def test_the_command_line_loads_the_server_only_to_serve() -> None:
+    code = (
+        "import sys\nimport gradwire_cli.app\n"
+        "assert 'gradwire_server.server' not in sys.modules\n"
+        "from gradwire_server import Server, start_in_thread\n"
+        "print(Server.__name__, start_in_thread.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "Server start_in_thread\n"
+
+
 OTHER_STATUS = """
 from google.protobuf import descriptor_pb2, descriptor_pool
 
