@@ -39,11 +39,11 @@ from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import (
     call_error,
     cancelled_error,
-    closed_error,
     connect_error,
     forget_frames,
     late_error,
     session_error,
+    starting,
 )
 from gradwire._transport.grpc.methods import (
     Methods,
@@ -237,7 +237,7 @@ class AsyncConnection:
             GradwireError: The call failed.
         """
         written = RequestWriter(next(requests), partial(_each, requests))
-        with _starting():
+        with starting():
             rpc = self.methods.put_tensor(timeout=timeout_s, metadata=metadata)
         # In a task: a call that is cancelled before it began tells no writer.
         writer = asyncio.create_task(written.run(rpc))
@@ -274,7 +274,7 @@ class AsyncConnection:
         Raises:
             GradwireError: The call failed.
         """
-        with _starting():
+        with starting():
             rpc = self.methods.get_tensor(request, timeout=timeout_s, metadata=metadata)
         try:
             with _in_call():
@@ -304,7 +304,7 @@ class AsyncConnection:
     async def _open_segment(
         self, request: OpenRegionRequest, metadata: MetadataPairs
     ) -> Segment | RegionChallenge:
-        with _starting():
+        with starting():
             rpc = self.methods.open_region(request, metadata=metadata)
         segment: Segment | None = None
         try:
@@ -361,7 +361,7 @@ class AsyncCall:
         self._job_id = options.job_id
         self.deadline = deadline_of(options.timeout_s)
         self._requests = RequestWriter(exchange.opening(), messages)
-        with _starting():
+        with starting():
             self._rpc = connection.methods.streams[method](
                 timeout=options.timeout_s, metadata=options.metadata
             )
@@ -451,27 +451,12 @@ def _in_call(job_id: str | None = None) -> Iterator[None]:
         ClientStateError: The client was closed before the call began.
         JobCancelledError: The client was closed, or the call cancelled.
     """
-    with fork_support.aio_calling(), _starting():
+    with fork_support.aio_calling(), starting():
         try:
             yield
         except asyncio.CancelledError:
             require_cancelled_task(job_id)
             raise
-
-
-@contextlib.contextmanager
-def _starting() -> Iterator[None]:
-    """Start a call.
-
-    Raises:
-        ClientStateError: The client was closed meanwhile, by another task.
-    """
-    try:
-        yield
-    except cygrpc.UsageError as error:
-        if "closed" not in str(error):
-            raise
-        raise closed_error() from None
 
 
 def require_cancelled_task(job_id: str | None) -> None:

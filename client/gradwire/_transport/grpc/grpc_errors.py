@@ -9,11 +9,14 @@ them. This module and `proxy_errors` are the only ones that examine the message.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from grpc import StatusCode
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
 from gradwire._api.errors import (
     BY_REASON,
@@ -38,7 +41,7 @@ from gradwire_protocol.error_reasons import Reason
 
 LATE = "the call took longer than its timeout_s"
 
-CANCELLED_HERE = (
+_CANCELLED_HERE = (
     "the call was cancelled here, for example because the client was closed"
 )
 
@@ -135,7 +138,7 @@ def call_error(
     if code is StatusCode.DEADLINE_EXCEEDED and attached.reason is None:
         message = LATE
     if code is StatusCode.CANCELLED and "Channel closed!" in text:
-        message = CANCELLED_HERE
+        message = _CANCELLED_HERE
     error = kind(message, status=code, attached=attached, job_id=job_id, details=text)
     error.args = (f"{message} ({_label(error)})",)
     return error
@@ -348,15 +351,26 @@ def _label(error: GradwireError) -> str:
     return f"{code}, job {error.job_id}" if error.job_id else str(code)
 
 
-def closed_error() -> ClientStateError:
-    """Return the error of a call whose client was closed before it began."""
-    return ClientStateError("the client was closed while a call began")
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Start a call.
+
+    Raises:
+        ClientStateError: The client was closed meanwhile, by another thread or task.
+    """
+    try:
+        yield
+    # The one of gRPC's channels that block, the other of those of an event loop.
+    except (ValueError, cygrpc.UsageError) as error:
+        if "closed" not in str(error):
+            raise
+        raise ClientStateError("the client was closed while a call began") from None
 
 
 def cancelled_error(job_id: str | None) -> JobCancelledError:
     """Return the error of a call that the client has cancelled."""
     return JobCancelledError(
-        CANCELLED_HERE,
+        _CANCELLED_HERE,
         status=StatusCode.CANCELLED,
         job_id=job_id,
     )

@@ -6,7 +6,6 @@ so both directions run concurrently.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
@@ -34,11 +33,11 @@ from gradwire._transport.grpc import fork_support
 from gradwire._transport.grpc.grpc_errors import (
     call_error,
     cancelled_error,
-    closed_error,
     connect_error,
     forget_frames,
     late_error,
     session_error,
+    starting,
 )
 from gradwire._transport.grpc.methods import (
     Methods,
@@ -259,7 +258,7 @@ class SyncConnection:
 
         future = None
         with interrupts.held():
-            with _starting():
+            with fork_support.calling(), starting():
                 future = self.methods.put_tensor.future(
                     sent(), timeout=timeout_s, metadata=metadata
                 )
@@ -301,7 +300,7 @@ class SyncConnection:
             GradwireError: The call failed.
         """
         with interrupts.held():
-            with _starting():
+            with fork_support.calling(), starting():
                 rpc = self.methods.get_tensor(
                     request, timeout=timeout_s, metadata=metadata
                 )
@@ -336,7 +335,7 @@ class SyncConnection:
     def _open_segment(
         self, request: OpenRegionRequest, metadata: MetadataPairs
     ) -> Segment | RegionChallenge:
-        with _starting():
+        with fork_support.calling(), starting():
             rpc = self.methods.open_region(request, metadata=metadata)
         process = os.getpid()
 
@@ -368,22 +367,6 @@ class SyncConnection:
         return segment
 
 
-@contextlib.contextmanager
-def _starting() -> Iterator[None]:
-    """Start a call.
-
-    Raises:
-        ClientStateError: The client was closed meanwhile, in another thread.
-    """
-    with fork_support.calling():
-        try:
-            yield
-        except ValueError as error:
-            if "closed" not in str(error):
-                raise
-            raise closed_error() from None
-
-
 def call_unary(
     method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
     request: _Request,
@@ -402,7 +385,7 @@ def call_unary(
         # The fastest call blocks inside gRPC. No other thread can fork meanwhile.
         return method(request, **options)
     with interrupts.held():
-        with _starting():
+        with fork_support.calling(), starting():
             future = method.future(request, **options)
             running = fork_support.RunningCall()
         try:
@@ -450,7 +433,7 @@ class SyncCall:
         began = False
         try:
             with interrupts.held():
-                with _starting():
+                with fork_support.calling(), starting():
                     self._rpc = connection.methods.streams[method](
                         self._requests.requests(),
                         timeout=options.timeout_s,
