@@ -27,7 +27,7 @@ from gradwire._api.verify import parse_verify
 from gradwire._client.job_factory import JobFactory
 from gradwire._client.options import ClientOptions
 from gradwire._resilience.array_job import ArrayJob
-from gradwire._resilience.call_span import CallSpan
+from gradwire._resilience.call_span import CallSpan, session_span
 from gradwire._resilience.retry import Attempts, Retries, parse_retries
 from gradwire._transport.address import parse_addresses
 from gradwire._transport.direct.policy import DirectPolicy
@@ -140,6 +140,22 @@ class EngineBase:
     def attempts(self, options: Options, span: CallSpan | None = None) -> Attempts:
         """Return the attempts of a job that begins now."""
         return Attempts(self.retries, options.timeout_s, options.job_id, span)
+
+    def session_attempts(
+        self, name: str, timeout_s: float | None, session: str = "", affinity: str = ""
+    ) -> Attempts:
+        """Return the attempts of a call of the sessions that begins now.
+
+        Args:
+            name: The method.
+            timeout_s: Seconds for all of them; None: no limit.
+            session: The session's id; empty: none.
+            affinity: What a proxy recognizes the session's calls by.
+        """
+        span = session_span(name, self.jobs.metadata, session)
+        attempts = Attempts(self.retries, timeout_s, span=span)
+        attempts.affinity = affinity
+        return attempts
 
     def _learn_features(self, engines: Sequence[EngineBase]) -> None:
         """Use the common features and limits of all servers that have answered."""

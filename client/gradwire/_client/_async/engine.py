@@ -43,7 +43,7 @@ from gradwire._core.put_exchange import PutExchange
 from gradwire._core.sender import WAIT
 from gradwire._core.tensor_exchange import TensorExchange
 from gradwire._resilience.array_job import ArrayJob
-from gradwire._resilience.call_span import job_span, session_span
+from gradwire._resilience.call_span import job_span
 from gradwire._resilience.load_balancer import (
     ASK_S,
     Lease,
@@ -517,8 +517,7 @@ class AsyncEngine(EngineBase):
             engine = await self._engine_at(address)
             if engine is not self:
                 return await engine.call_once(name, request, None)
-        span = session_span(name, self.jobs.metadata)
-        attempts = Attempts(self.retries, self.jobs.timeout_s, span=span)
+        attempts = self.session_attempts(name, self.jobs.timeout_s)
 
         async def attempt() -> Any:
             with await self.lease(attempts) as lease:

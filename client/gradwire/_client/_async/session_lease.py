@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from gradwire._api.errors import ClientStateError, DeadlineError, GradwireError
 from gradwire._client._async.engine import AsyncEngine
 from gradwire._client.session_base import SessionBase
-from gradwire._resilience.call_span import session_span
 from gradwire._resilience.load_balancer import Stay
-from gradwire._resilience.retry import Attempts, is_transient
+from gradwire._resilience.retry import is_transient
 from gradwire._transport.async_io import AsyncNews, AsyncRepeater, close_at_exit
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 
@@ -88,9 +87,9 @@ class AsyncSessionLease:
             session.ended()
         await self._repeater.aclose()
         request = pb2.CloseSessionRequest(session=self._token)
-        span = session_span("CloseSession", self._engine.jobs.metadata, self._id)
-        attempts = Attempts(self._engine.retries, timeout_s, span=span)
-        attempts.affinity = self._affinity
+        attempts = self._engine.session_attempts(
+            "CloseSession", timeout_s, self._id, self._affinity
+        )
         try:
             await self._engine.session_call(
                 "CloseSession", request, timeout_s, attempts

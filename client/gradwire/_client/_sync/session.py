@@ -61,7 +61,6 @@ from gradwire._core import interrupts
 from gradwire._core.kept import Tensor
 from gradwire._core.put_exchange import sha256_of
 from gradwire._resilience.array_job import ArrayJob
-from gradwire._resilience.call_span import session_span
 from gradwire._resilience.load_balancer import Stay
 from gradwire._resilience.retry import Attempts
 from gradwire._transport.sync_io import run_beside
@@ -844,10 +843,7 @@ class Session(SessionBase):
     def _attempts(self, name: str, timeout_s: float | None) -> Attempts:
         """Return the attempts of a call that begins now."""
         engine = self._client_engine
-        span = session_span(name, engine.jobs.metadata, self._id)
-        attempts = Attempts(engine.retries, timeout_s, span=span)
-        attempts.affinity = self.affinity
-        return attempts
+        return engine.session_attempts(name, timeout_s, self._id, self.affinity)
 
     def _job(
         self,

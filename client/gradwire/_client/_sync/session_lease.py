@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from gradwire._api.errors import ClientStateError, DeadlineError, GradwireError
 from gradwire._client._sync.engine import SyncEngine
 from gradwire._client.session_base import SessionBase
-from gradwire._resilience.call_span import session_span
 from gradwire._resilience.load_balancer import Stay
-from gradwire._resilience.retry import Attempts, is_transient
+from gradwire._resilience.retry import is_transient
 from gradwire._transport.sync_io import SyncNews, SyncRepeater, close_at_exit
 from gradwire_protocol.v1 import session_service_pb2 as pb2
 
@@ -90,9 +89,9 @@ class SyncSessionLease:
             session.ended()
         self._repeater.close()
         request = pb2.CloseSessionRequest(session=self._token)
-        span = session_span("CloseSession", self._engine.jobs.metadata, self._id)
-        attempts = Attempts(self._engine.retries, timeout_s, span=span)
-        attempts.affinity = self._affinity
+        attempts = self._engine.session_attempts(
+            "CloseSession", timeout_s, self._id, self._affinity
+        )
         try:
             self._engine.session_call("CloseSession", request, timeout_s, attempts)
         except BaseException as error:
