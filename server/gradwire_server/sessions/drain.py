@@ -53,9 +53,7 @@ async def _save(session: Session, states: SavedStates, worker: TenantHandle) -> 
         _log.error(
             "a session was not saved",
             extra={
-                "session": session.id,
-                "label": session.label,
-                **({"tenant": session.tenant} if session.tenant else {}),
+                **session.log,
                 "step": session.step,
                 "error": str(error),
                 **error.log,

@@ -242,12 +242,7 @@ class Sessions:
             if session.is_unsaved and session.newest_saved != session.step:
                 _log.warning(
                     "a session ended with the server, and its last step is not saved",
-                    extra={
-                        "session": session.id,
-                        "label": session.label,
-                        "step": session.step,
-                        **({"tenant": session.tenant} if session.tenant else {}),
-                    },
+                    extra={**session.log, "step": session.step},
                 )
             self.close(session.token, session.tenant)
 
@@ -373,11 +368,9 @@ class Sessions:
         _log.warning(
             "a session expired",
             extra={
-                "session": session.id,
-                "label": session.label,
+                **session.log,
                 "lease_s": session.lease_s,
                 "keep_bytes": session.keep_bytes,
-                **({"tenant": session.tenant} if session.tenant else {}),
             },
         )
         session.end(cause)

@@ -125,6 +125,12 @@ class Session:
         return self.memory.used_bytes
 
     @property
+    def log(self) -> dict[str, object]:
+        """What log lines name the session by: nothing of it is secret."""
+        tenant = {"tenant": self.tenant} if self.tenant else {}
+        return {"session": self.id, "label": self.label, **tenant}
+
+    @property
     def is_unsaved(self) -> bool:
         """Whether a step was made here that the state of `save_name` has not.
 
