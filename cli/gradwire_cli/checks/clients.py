@@ -17,6 +17,7 @@ from gradwire import (
     NumericsError,
     Receipt,
 )
+from gradwire_cli import sdk_warnings
 from gradwire_cli.checks.reference import RESULTS, Products, Results
 
 Connect: TypeAlias = Callable[..., AbstractContextManager[Client]]
@@ -72,7 +73,14 @@ def open_clients(connect: Connect, addresses: Sequence[str] = ()) -> Iterator[Cl
         if len(addresses) < 2 and not any(map(_is_name, addresses)):
             yield Clients(messages, other, shared, direct)
             return
-        excluded = stack.enter_context(_excluded())
+        excluded: dict[str, str] = {}
+
+        def note(record: logging.LogRecord) -> None:
+            fields = vars(record)
+            if "why_no_segments" in fields:
+                excluded[fields["server_address"]] = fields["why_no_segments"]
+
+        stack.enter_context(sdk_warnings.noted(note))
         one = _one(connect, messages, stack)
         for address in addresses:
             if not _is_name(address):
@@ -90,30 +98,6 @@ _ASK_S = 5.0
 def _is_name(address: str) -> bool:
     """Whether an address stands for all addresses of a DNS name."""
     return address.startswith("dns:")
-
-
-class _Excluded(logging.Handler):
-    """Notes which servers the SDK leaves out of jobs with ``spread=True``."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.why: dict[str, str] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        fields = vars(record)
-        if "why_no_segments" in fields:
-            self.why[fields["server_address"]] = fields["why_no_segments"]
-
-
-@contextmanager
-def _excluded() -> Iterator[dict[str, str]]:
-    """Note which servers get no segments, and why, instead of logging it."""
-    log, handler = logging.getLogger("gradwire"), _Excluded()
-    log.addHandler(handler)
-    try:
-        yield handler.why
-    finally:
-        log.removeHandler(handler)
 
 
 def _one(connect: Connect, several: Client, stack: ExitStack) -> Client | None:

@@ -15,6 +15,7 @@ from rich import progress
 from rich.text import Text
 
 from gradwire import Progress, Receipt
+from gradwire_cli import sdk_warnings
 from gradwire_cli.files.npy import RAW_DTYPES
 from gradwire_cli.files.operands import (
     Operands,
@@ -128,8 +129,15 @@ def compute(
     paths = {operand: path for operand, path in given.items() if path is not None}
     wanted = wanted_results(results, paths)
     dtypes = result_dtypes(result_dtype, wanted)
+    warnings: dict[str, None] = {}  # each once, in the order in which they came
+
+    def note(record: logging.LogRecord) -> None:
+        # Not failed attempts, which others made good.
+        if not hasattr(record, "attempt"):
+            warnings[record.getMessage()] = None
+
     with ExitStack() as stack:
-        warnings = stack.enter_context(_warnings())
+        stack.enter_context(sdk_warnings.noted(note))
         operands = open_operands(paths, wanted, stack, raw_as=dtype)
         specs = operands.results(wanted, dtypes)
         files = stack.enter_context(
@@ -174,30 +182,6 @@ def compute(
         console().print(
             properties(_summary(server, stream.receipt, operands, specs, written))
         )
-
-
-class _Warnings(logging.Handler):
-    """Notes what the SDK warns of, but for failed attempts, which others made good."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: dict[str, None] = {}
-        """Each once, in the order in which they came."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not hasattr(record, "attempt"):
-            self.texts[record.getMessage()] = None
-
-
-@contextmanager
-def _warnings() -> Iterator[dict[str, None]]:
-    """Note why a job does not go the way, or to the servers, that it could."""
-    log, handler = logging.getLogger("gradwire"), _Warnings()
-    log.addHandler(handler)
-    try:
-        yield handler.texts
-    finally:
-        log.removeHandler(handler)
 
 
 class _Rate(progress.ProgressColumn):
